@@ -1,0 +1,219 @@
+"""The typed recipe tree: one YAML file is one training run.
+
+`Recipe` is what `torchrun -m fvlm_core.train recipe.yaml` reads. Every part is documented where it is defined, closed to
+unknown keys, and reusable: a phase of the pipeline combines the same parts. Paths (shards, checkpoints, output) are left
+out of `Recipe.identity`, so a run keeps its identity when the volume moves.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from fvlm_core.settings import Settings, hash_json
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class VisionShape(Settings):
+    """A DINOv2 built from configuration, with random weights."""
+
+    width: Positive = 384
+    layers: Positive = 12
+    heads: Positive = 6
+    patch_px: Positive = 14
+    layerscale: float = 1.0
+    """Initial layer scale; 1.0 as in transformers' configuration."""
+
+
+class LLMShape(Settings):
+    """A Llama built from configuration, with random weights; the vocabulary comes from the tokenizer."""
+
+    width: Positive = 576
+    layers: Positive = 30
+    heads: Positive = 9
+    kv_heads: Positive = 3
+    mlp_width: Positive = 1536
+    context: Positive = 8192
+    """Longest sequence, in tokens."""
+    rope_theta: float = 100_000.0
+
+
+class VisionSettings(Settings):
+    """The vision encoder: a checkpoint, or a shape with random weights; never silently the latter."""
+
+    checkpoint: str | None = None
+    """Hub name or local folder of a DINOv2, e.g. `facebook/dinov2-small`."""
+    shape: VisionShape | None = None
+    frame_px: Positive = 224
+    """Side of the square frames it sees."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.checkpoint is None) == (self.shape is None):
+            raise ValueError("give exactly one of checkpoint and shape")
+        return self
+
+
+class LLMSettings(Settings):
+    """The language model: a checkpoint, or a shape with random weights; never silently the latter."""
+
+    checkpoint: str | None = None
+    """Hub name or local folder of a Llama, e.g. `HuggingFaceTB/SmolLM2-135M-Instruct`."""
+    shape: LLMShape | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.checkpoint is None) == (self.shape is None):
+            raise ValueError("give exactly one of checkpoint and shape")
+        return self
+
+
+class ModelSettings(Settings):
+    """The foveated model and its baselines."""
+
+    vision: VisionSettings
+    llm: LLMSettings
+    query: Literal["deep", "shallow", "random", "pooled"] = "deep"
+    """deep: the query attends in every encoder layer; shallow: once, to the last layer; random: deep with fixed random
+    queries (control); pooled: no queries, average-pooled patches (baseline)."""
+    tokens_per_frame: Literal[1, 4, 16] = 1
+    fine_iterations: Annotated[int, Field(ge=0, le=8)] = 2
+    """Fine passes in training after the coarse one; inference uses one. 0 with `pooled`."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Divides the query's attention logits."""
+    visual_scale: Annotated[float, Field(gt=0)] = 0.14
+    """Standard deviation of visual tokens at the start; about that of the LLM's text embeddings (0.14 for SmolLM2)."""
+    film_head_width: Annotated[int, Field(ge=0)] = 0
+    """Width of the FiLM-conditioned prediction head (capacity ablation); 0 is none."""
+
+    @model_validator(mode="after")
+    def _passes(self) -> Self:
+        if (self.query == "pooled") != (self.fine_iterations == 0):
+            raise ValueError("fine_iterations is 0 with query 'pooled', and only there")
+        return self
+
+
+class SourceShare(Settings):
+    """One source of the mixture."""
+
+    source: str
+    """Name of a source in the shards."""
+    share: Share
+    """Share of samples; the shares of a mixture add up to 1."""
+
+
+class DataSettings(Settings):
+    """What a batch is made of."""
+
+    mixture: Annotated[list[SourceShare], Field(min_length=1)]
+    question_first: Share = 0.5
+    """Share of question-answer samples whose question comes before the frames."""
+    loss_on: Literal["all_text", "answers"] = "answers"
+    """all_text (captioning, stage 1): questions and answers; answers: answers only."""
+    image_repeats: Positive = 8
+    """An image is shown as a still video of this many frames, encoded once."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Loader processes per rank; 0 reads in the training process."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if abs(sum(part.share for part in self.mixture) - 1) > 1e-6:
+            raise ValueError("the shares of the mixture must add up to 1")
+        if len({part.source for part in self.mixture}) < len(self.mixture):
+            raise ValueError("a source appears twice in the mixture")
+        return self
+
+
+class LossSettings(Settings):
+    """Weights of the passes' text losses (normalised to add up to 1).
+
+    A loss on every pass trains queries made of fine hidden states too; without it autoregressive inference drifts.
+    """
+
+    coarse: Annotated[float, Field(ge=0)] = 1.0
+    fine: list[Annotated[float, Field(ge=0)]] = [1.0, 1.0]
+    """One weight per fine iteration; the last must be above 0."""
+
+
+class OptimizerSettings(Settings):
+    """AdamW with a learning rate per role, and their schedule."""
+
+    lr_connector: Annotated[float, Field(ge=0)] = 1e-3
+    lr_vision: Annotated[float, Field(ge=0)] = 1e-5
+    """0 freezes the vision encoder."""
+    lr_llm: Annotated[float, Field(ge=0)] = 1e-5
+    """0 freezes the language model."""
+    schedule: Literal["cosine", "constant", "wsd", "converging"] = "cosine"
+    """wsd: warm up, stay, decay over the last fifth; converging: the connector's rate falls to the backbones' own."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    final_share: Share = 0.05
+    """Learning rate at the end as a share of the peak (cosine, wsd)."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """On matrices only: never on norms, biases, embeddings of position, or queries."""
+    beta1: Share = 0.9
+    beta2: Share = 0.98
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+
+
+class RunSettings(Settings):
+    """How the run goes: length, batch, evaluation, checkpoints, machine."""
+
+    steps: Positive
+    """Optimizer steps."""
+    batch_samples: Positive = 32
+    """Samples per optimizer step over all ranks and micro-batches."""
+    micro_batch_samples: Positive = 32
+    """Samples per forward on one rank; the rest is gradient accumulation."""
+    eval_every: Positive = 50
+    """Steps between validation losses (one CSV row each); the last step always evaluates."""
+    eval_samples: Positive = 64
+    checkpoint_every: Positive = 50
+    """Steps between checkpoints; the last step always makes one."""
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Annotated[int, Field(ge=0)] = 1
+    """torch CPU threads per rank; 0 leaves torch's default."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast over fp32 master weights."""
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    wandb: Literal["auto", "offline", "disabled"] = "auto"
+    """auto: online where WANDB_API_KEY is set, else offline."""
+
+
+class Recipe(Settings):
+    """One training run."""
+
+    name: str
+    """Appears in logs, run names and wandb, e.g. `stage2`."""
+    phase: str = "train"
+    """The wandb project is `foveated-vlm-{phase}`."""
+    output: Path
+    """Folder of the run: checkpoints, `metrics.csv`, `progress.json`, `model/`, `manifest.json`."""
+    shards: Path
+    """Folder of a ShardManifest."""
+    init_from: Path | None = None
+    """Folder of an earlier run (its `model/` is the start), or None to start from the model's own settings."""
+    model: ModelSettings
+    data: DataSettings
+    loss: LossSettings = LossSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    run: RunSettings
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(self.loss.fine) != self.model.fine_iterations:
+            raise ValueError(
+                f"loss.fine has {len(self.loss.fine)} weights but model.fine_iterations is {self.model.fine_iterations}: give one per iteration"
+            )
+        if sum([self.loss.coarse, *self.loss.fine][-1:]) <= 0:
+            raise ValueError("the last pass must have a loss weight above 0")
+        if self.run.batch_samples % self.run.micro_batch_samples:
+            raise ValueError("run.batch_samples must be a multiple of run.micro_batch_samples")
+        return self
+
+    def identity(self, inputs: dict[str, str]) -> str:
+        """Hash of the settings without paths, plus the digests of the inputs the paths point at."""
+        return hash_json([self.hash(exclude={"output", "shards", "init_from"}), inputs])

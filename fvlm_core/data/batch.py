@@ -1,0 +1,192 @@
+"""Packed batches: the frames of all samples are one flat image batch, their tokens one packed sequence. Nothing is padded.
+
+A sample's sequence is `system, user turn, answer` in SmolLM2's chat format; its frames stand before the first user text
+(video first) or after it (question first). Every shown frame takes `tokens_per_frame` positions. An image shown several
+times, and equal frames anywhere in the batch, are stored (and encoded) once.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a position without a target."""
+NO_SOURCE = -1
+"""Query source of a frame that starts from `q_init`."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question and its answer, as token ids without any template."""
+
+    question_ids: list[int]
+    answer_ids: list[int]
+    """Empty when the answer is to be generated."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training or evaluation sample, decoded."""
+
+    key: str
+    source: str
+    frames: np.ndarray
+    """uint8 [F, H, W, 3]: the distinct frames; F = 0 for text-only."""
+    media: list[list[int]]
+    """Per video or image, the frames to show in order, as indexes into `frames`; an image repeats one index."""
+    turns: list[Turn]
+    question_first: bool = False
+    label_questions: bool = False
+    """Labels on the questions' tokens too (captioning, stage 1), not only on answers."""
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """Token ids of the chat format's fixed parts (see `fvlm_core.data.tokenizer.chat_format`)."""
+
+    system: list[int]
+    """The whole system message, with its markers."""
+    user_open: list[int]
+    user_close: list[int]
+    assistant_open: list[int]
+    assistant_close: list[int]
+    """Its first token (`<|im_end|>`) is labelled: the model learns to stop."""
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """N samples, F distinct frames, V shown frames of k tokens each, S tokens in all."""
+
+    frames: Tensor
+    """uint8 [F, H, W, 3]."""
+    input_ids: Tensor
+    """int64 [S]; 0 where a visual token stands."""
+    labels: Tensor
+    """int64 [S]: the token to predict at each position (already shifted), or IGNORE."""
+    position_ids: Tensor
+    """int64 [S], starting at 0 in each sample."""
+    cu_seqlens: Tensor
+    """int32 [N + 1]: where each sample starts in the packed sequence."""
+    shown_frames: Tensor
+    """int64 [V]: index into `frames` of every shown frame, in sequence order."""
+    visual_positions: Tensor
+    """int64 [V, k]: positions of each shown frame's tokens."""
+    query_sources: Tensor
+    """int64 [V, k]: the position whose hidden state makes each query, or NO_SOURCE for `q_init`."""
+    keys: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+
+    @property
+    def n_samples(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    @property
+    def n_labels(self) -> int:
+        """Labelled positions."""
+        return int((self.labels != IGNORE).sum())
+
+    def to(self, device: torch.device, *, non_blocking: bool = True) -> "PackedBatch":
+        """The same batch on a device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "PackedBatch":
+        """The same batch in page-locked memory (torch's DataLoader calls this)."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function) -> "PackedBatch":
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return PackedBatch(**{name: function(value) if isinstance(value, Tensor) else value for name, value in values.items()})
+
+
+def pack(samples: Sequence[Sample], chat: ChatFormat, *, tokens_per_frame: int = 1) -> PackedBatch:
+    """Lay out samples as one packed batch. Raises ValueError for no samples or frames of different sizes."""
+    if not samples:
+        raise ValueError("cannot pack an empty batch")
+    ids: list[int] = []
+    labels: list[int] = []
+    starts = [0]
+    shown: list[int] = []
+    positions: list[list[int]] = []
+    query_sources: list[list[int]] = []
+    frames, frame_of = _distinct_frames(samples)
+    for number, sample in enumerate(samples):
+        start = len(ids)
+        targets: list[int] = []  # the token itself where it is a target, else IGNORE; shifted below
+        for piece, labelled in _pieces(sample, chat):
+            if isinstance(piece, _Frames):
+                for count, index in enumerate(piece.indexes):
+                    here = [len(ids) + slot for slot in range(tokens_per_frame)]
+                    if count:
+                        query_sources.append(positions[-1])
+                    else:
+                        query_sources.append([len(ids) - 1 if sample.question_first else NO_SOURCE] * tokens_per_frame)
+                    positions.append(here)
+                    shown.append(frame_of[number][index])
+                    ids.extend([0] * tokens_per_frame)
+                    targets.extend([IGNORE] * tokens_per_frame)
+            else:
+                ids.extend(piece)
+                targets.extend(piece if labelled else [IGNORE] * len(piece))
+        labels.extend([*targets[1:], IGNORE])
+        starts.append(len(ids))
+        assert len(labels) == len(ids) == start + len(targets)
+    lengths = np.diff(starts)
+    return PackedBatch(
+        frames=torch.from_numpy(frames),
+        input_ids=torch.tensor(ids),
+        labels=torch.tensor(labels),
+        position_ids=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])),
+        cu_seqlens=torch.tensor(starts, dtype=torch.int32),
+        shown_frames=torch.tensor(shown, dtype=torch.int64),
+        visual_positions=torch.tensor(positions, dtype=torch.int64).reshape(-1, tokens_per_frame),
+        query_sources=torch.tensor(query_sources, dtype=torch.int64).reshape(-1, tokens_per_frame),
+        keys=[sample.key for sample in samples],
+        sources=[sample.source for sample in samples],
+    )
+
+
+@dataclass(frozen=True)
+class _Frames:
+    indexes: list[int]
+
+
+def _pieces(sample: Sample, chat: ChatFormat) -> Iterator[tuple[list[int] | _Frames, bool]]:
+    """The sample's sequence in order: token ids or shown frames, and whether its tokens are targets."""
+    media = [_Frames(indexes) for indexes in sample.media]
+    yield chat.system, False
+    for number, turn in enumerate(sample.turns):
+        yield chat.user_open, False
+        if number == 0 and not sample.question_first:
+            yield from ((piece, False) for piece in media)
+        yield turn.question_ids, sample.label_questions
+        if number == 0 and sample.question_first:
+            yield from ((piece, False) for piece in media)
+        yield chat.user_close, False
+        yield chat.assistant_open, False
+        if turn.answer_ids:
+            yield turn.answer_ids, True
+            yield chat.assistant_close[:1], True
+            yield chat.assistant_close[1:], False
+
+
+def _distinct_frames(samples: Sequence[Sample]) -> tuple[np.ndarray, list[list[int]]]:
+    """Equal frames once: uint8 [F, H, W, 3] and, per sample, where each of its frames went."""
+    sizes = {sample.frames.shape[1:] for sample in samples if len(sample.frames)}
+    if len(sizes) > 1:
+        raise ValueError(f"frames of different sizes in one batch: {sorted(sizes)}")
+    kept: list[np.ndarray] = []
+    seen: dict[bytes, int] = {}
+    frame_of: list[list[int]] = []
+    for sample in samples:
+        places = []
+        for frame in sample.frames:
+            place = seen.setdefault(hashlib.blake2b(np.ascontiguousarray(frame), digest_size=16).digest(), len(kept))
+            if place == len(kept):
+                kept.append(frame)
+            places.append(place)
+        frame_of.append(places)
+    return (np.stack(kept) if kept else np.zeros((0, *(sizes or {(1, 1, 3)}).pop()), np.uint8)), frame_of

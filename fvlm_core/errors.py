@@ -1,0 +1,15 @@
+"""Errors a user can act on: what is wrong, where, and what to do."""
+
+
+class UserError(Exception):
+    """Bad input or a bad environment, found before work starts; entry points print it without a traceback.
+
+    `what` is wrong, `where` it was found, and the `fix` the user can apply.
+    """
+
+    def __init__(self, what: str, *, where: str, fix: str) -> None:
+        super().__init__(what, where, fix)
+        self.what, self.where, self.fix = what, where, fix
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  where: {self.where}\n  fix:   {self.fix}"
