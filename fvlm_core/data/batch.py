@@ -8,6 +8,7 @@ times, and equal frames anywhere in the batch, are stored (and encoded) once.
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -58,6 +59,16 @@ class ChatFormat:
 
 
 @dataclass(frozen=True)
+class Showing:
+    """The frames that are shown equally often: f frames, m times each."""
+
+    frames: Tensor
+    """int64 [f]: indexes into the batch's frames."""
+    shown: Tensor
+    """int64 [f, m]: where in `shown_frames` each of them stands."""
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """N samples, F distinct frames, V shown frames of k tokens each, S tokens in all."""
 
@@ -77,6 +88,14 @@ class PackedBatch:
     """int64 [V, k]: positions of each shown frame's tokens."""
     query_sources: Tensor
     """int64 [V, k]: the position whose hidden state makes each query, or NO_SOURCE for `q_init`."""
+    showings: list[Showing]
+    """Every distinct frame once, grouped by how often it is shown."""
+    lengths: list[int]
+    """Tokens of each sample."""
+    shown_counts: list[int]
+    """Shown frames of each sample."""
+    query_prefix: list[int]
+    """Per sample, how many of its first tokens the queries depend on; 0 where no query comes from the LLM."""
     keys: list[str] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
 
@@ -99,7 +118,9 @@ class PackedBatch:
 
     def _map(self, function) -> "PackedBatch":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return PackedBatch(**{name: function(value) if isinstance(value, Tensor) else value for name, value in values.items()})
+        values |= {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
+        values["showings"] = [Showing(function(group.frames), function(group.shown)) for group in self.showings]
+        return PackedBatch(**values)
 
 
 def pack(samples: Sequence[Sample], chat: ChatFormat, *, tokens_per_frame: int = 1) -> PackedBatch:
@@ -134,7 +155,8 @@ def pack(samples: Sequence[Sample], chat: ChatFormat, *, tokens_per_frame: int =
         labels.extend([*targets[1:], IGNORE])
         starts.append(len(ids))
         assert len(labels) == len(ids) == start + len(targets)
-    lengths = np.diff(starts)
+    lengths = [end - start for start, end in pairwise(starts)]
+    sources = np.array(query_sources, np.int64).reshape(-1, tokens_per_frame)
     return PackedBatch(
         frames=torch.from_numpy(frames),
         input_ids=torch.tensor(ids),
@@ -143,10 +165,25 @@ def pack(samples: Sequence[Sample], chat: ChatFormat, *, tokens_per_frame: int =
         cu_seqlens=torch.tensor(starts, dtype=torch.int32),
         shown_frames=torch.tensor(shown, dtype=torch.int64),
         visual_positions=torch.tensor(positions, dtype=torch.int64).reshape(-1, tokens_per_frame),
-        query_sources=torch.tensor(query_sources, dtype=torch.int64).reshape(-1, tokens_per_frame),
+        query_sources=torch.from_numpy(sources),
+        showings=_showings(np.array(shown, np.int64), len(frames)),
+        lengths=lengths,
+        shown_counts=[sum(len(indexes) for indexes in sample.media) for sample in samples],
+        query_prefix=[int(max(sources[(sources >= a) & (sources < b)], default=a - 1)) + 1 - a for a, b in pairwise(starts)],
         keys=[sample.key for sample in samples],
         sources=[sample.source for sample in samples],
     )
+
+
+def _showings(shown: np.ndarray, n_frames: int) -> list[Showing]:
+    order, counts = np.argsort(shown, kind="stable"), np.bincount(shown, minlength=n_frames)
+    starts = np.cumsum(counts) - counts
+    groups = []
+    for times in np.unique(counts[counts > 0]):
+        frames = np.flatnonzero(counts == times)
+        places = order[starts[frames][:, None] + np.arange(times)]
+        groups.append(Showing(torch.from_numpy(frames), torch.from_numpy(places)))
+    return groups
 
 
 @dataclass(frozen=True)

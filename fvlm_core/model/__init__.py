@@ -1,0 +1,1 @@
+"""The foveated model: encoder, packed attention, the three modes, and their cost."""

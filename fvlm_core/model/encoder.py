@@ -1,0 +1,209 @@
+"""DINOv2 that can be queried: patches are encoded once, each layer's keys and values are kept, queries read them later.
+
+A query is an extra token that patches never see. It goes through every layer (its own norm, query projection, attention to
+that layer's patch keys and values, MLP), so a frame can be queried many times for the price of one encode. Weights are
+those of transformers' `Dinov2Model`, with query, key and value projections as one matrix; the last layer's patches are
+taken no further than their keys and values, because only queries leave the encoder.
+
+DINOv2: Oquab et al. 2023, https://arxiv.org/abs/2304.07193.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Dinov2Config, Dinov2Model
+
+PIXEL_MEAN = (0.485, 0.456, 0.406)
+PIXEL_STD = (0.229, 0.224, 0.225)
+"""ImageNet's, as DINOv2 was trained with."""
+
+_NAMES = [
+    (r"^embeddings\.patch_embeddings\.projection\.", "patches."),
+    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.position_embeddings$", "position_embeddings"),
+    (r"^layernorm\.", "norm."),
+    (r"^(?:encoder\.)?layers?\.(\d+)\.", r"layers.\1."),
+    (r"\.attention\.(?:attention\.)?(?:q_proj|query)\.", ".qkv.q."),
+    (r"\.attention\.(?:attention\.)?(?:k_proj|key)\.", ".qkv.k."),
+    (r"\.attention\.(?:attention\.)?(?:v_proj|value)\.", ".qkv.v."),
+    (r"\.attention\.(?:o_proj|output\.dense)\.", ".out."),
+    (r"\.layer_scale([12])\.lambda1$", r".scale\1"),
+    (r"\.mlp\.(fc[12])\.", r".\1."),
+]
+"""transformers' parameter names, those of 5.18 and later and those before, to ours."""
+
+
+@dataclass(frozen=True)
+class FrameFeatures:
+    """What queries read of F frames with N = 1 + patches tokens each."""
+
+    keys: list[Tensor]
+    """Per layer [F, heads, N, head_dim]."""
+    values: list[Tensor]
+    """Per layer [F, heads, N, head_dim]."""
+    patches: Tensor | None
+    """[F, N, D] after the final norm; None where only deep queries are asked."""
+    grid: tuple[int, int]
+    """Patches per column and row."""
+
+    def select(self, frames: Tensor) -> "FrameFeatures":
+        """The features of some frames; `frames` int64 [f]."""
+        pick = [part.index_select(0, frames) for part in self.keys], [part.index_select(0, frames) for part in self.values]
+        return FrameFeatures(*pick, None if self.patches is None else self.patches.index_select(0, frames), self.grid)
+
+
+class EncoderLayer(nn.Module):
+    """One DINOv2 block, whose keys and values are handed out."""
+
+    def __init__(self, config: Dinov2Config) -> None:
+        super().__init__()
+        width, hidden = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
+        self.heads = config.num_attention_heads
+        self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
+        self.out = nn.Linear(width, width)
+        self.scale1 = nn.Parameter(torch.ones(width))
+        self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.scale2 = nn.Parameter(torch.ones(width))
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [F, heads, N, head_dim] of patches [F, N, D], without their queries."""
+        key, value = self._project(self.norm1(x), slice(x.shape[-1], None))
+        return key, value
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Patches [F, N, D] one layer on, and the keys and values they attended to."""
+        query, key, value = self._project(self.norm1(x), slice(None))
+        return self._finish(x, F.scaled_dot_product_attention(query, key, value)), key, value
+
+    def query(self, q: Tensor, key: Tensor, value: Tensor, temperature: float) -> Tensor:
+        """Queries [F, Q, D] one layer on: they attend to the frame's keys and values, not to each other."""
+        (query,) = self._project(self.norm1(q), slice(0, q.shape[-1]))
+        scale = query.shape[-1] ** -0.5 / temperature
+        return self._finish(q, F.scaled_dot_product_attention(query, key, value, scale=scale))
+
+    def weights(self, q: Tensor, key: Tensor, temperature: float) -> Tensor:
+        """Attention weights [F, heads, Q, N] of queries [F, Q, D]."""
+        (query,) = self._project(self.norm1(q), slice(0, q.shape[-1]))
+        return (query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 / temperature)).float().softmax(-1)
+
+    def _project(self, x: Tensor, part: slice) -> tuple[Tensor, ...]:
+        """Rows `part` of the fused projection, as tensors [F, heads, N, head_dim]."""
+        bias = None if self.qkv.bias is None else self.qkv.bias[part]
+        projected = F.linear(x, self.qkv.weight[part], bias)
+        return tuple(p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in projected.split(x.shape[-1], dim=-1))
+
+    def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + self.out(attended.transpose(1, 2).flatten(2)) * self.scale1
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x)))) * self.scale2
+
+
+class Encoder(nn.Module):
+    """DINOv2's weights and the two things done with them: `encode` frames, `query` what was encoded."""
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, config: Dinov2Config) -> None:
+        super().__init__()
+        if config.use_swiglu_ffn or config.hidden_act != "gelu":
+            raise ValueError("only DINOv2 with the GELU MLP (small, base, large) is supported")
+        self.config = config
+        self.patches = nn.Conv2d(3, config.hidden_size, config.patch_size, stride=config.patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + (config.image_size // config.patch_size) ** 2, config.hidden_size))
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1) * 255, persistent=False)
+        self.gradient_checkpointing = False
+
+    @classmethod
+    def from_dinov2(cls, dinov2: Dinov2Model) -> Self:
+        """Take over the weights of a `Dinov2Model`."""
+        encoder = cls(dinov2.config)
+        state: dict[str, Tensor] = {}
+        for name, tensor in dinov2.state_dict().items():
+            for pattern, ours in _NAMES:
+                name = re.sub(pattern, ours, name)
+            state[name] = tensor
+        state.pop("embeddings.mask_token", None)  # masked pre-training's; nothing here uses it
+        for name in [name for name in state if ".qkv.q." in name]:
+            parts = [state.pop(name.replace(".q.", f".{part}.")) for part in "qkv"]
+            state[name.replace(".q.", ".")] = torch.cat(parts)
+        encoder.load_state_dict(state)
+        return encoder
+
+    def to_dinov2(self) -> Dinov2Model:
+        """The same weights as a transformers `Dinov2Model` (its unused mask token is zero)."""
+        dinov2 = Dinov2Model(self.config)
+        ours = dict(self.state_dict())
+        for name in [name for name in ours if ".qkv." in name]:
+            for part, tensor in zip("qkv", ours.pop(name).chunk(3), strict=True):
+                ours[name.replace(".qkv.", f".qkv.{part}.")] = tensor
+        state = {}
+        for theirs, tensor in dinov2.state_dict().items():
+            name = theirs
+            for pattern, replacement in _NAMES:
+                name = re.sub(pattern, replacement, name)
+            state[theirs] = ours.get(name, torch.zeros_like(tensor))
+        dinov2.load_state_dict(state)
+        return dinov2
+
+    def encode(self, frames: Tensor, *, patches: bool = False) -> FrameFeatures:
+        """Encode frames uint8 [F, H, W, 3]; `patches` also keeps the last layer's output for what does not query deeply.
+
+        Raises ValueError where a side is not a multiple of the patch size.
+        """
+        height, width = frames.shape[1:3]
+        side = self.config.patch_size
+        if height % side or width % side:
+            raise ValueError(f"frames of {height}x{width} px are not a multiple of the patch size {side}")
+        grid = (height // side, width // side)
+        pixels = (frames.permute(0, 3, 1, 2).to(self.patches.weight.dtype) - self.pixel_mean) / self.pixel_std
+        x = self.patches(pixels).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + self.positions(grid).to(x.dtype)
+        keys, values = [], []
+        for number, layer in enumerate(self.layers):
+            if number == len(self.layers) - 1 and not patches:
+                key, value = layer.keys_values(x)
+            elif self.gradient_checkpointing and torch.is_grad_enabled():
+                x, key, value = checkpoint(layer, x, use_reentrant=False)
+            else:
+                x, key, value = layer(x)
+            keys.append(key)
+            values.append(value)
+        return FrameFeatures(keys, values, self.norm(x) if patches else None, grid)
+
+    def query(self, features: FrameFeatures, q: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Read the frames with queries [F, Q, D].
+
+        Returns what they read [F, Q, D] after the final norm, and the queries as they enter the last layer, of which
+        `attention` makes the attention weights.
+        """
+        entering = q
+        for layer, key, value in zip(self.layers, features.keys, features.values, strict=True):
+            entering, q = q, layer.query(q, key, value, temperature)
+        return self.norm(q), entering.detach()
+
+    @torch.no_grad()
+    def attention(self, features: FrameFeatures, entering: Tensor, temperature: float = 1.0) -> Tensor:
+        """The last layer's attention weights [F, heads, Q, N]; index 0 of N is the CLS token."""
+        return self.layers[-1].weights(entering, features.keys[-1], temperature)
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """Position embeddings [1, 1 + patches, D] for a grid, resampled (bicubic, fp32) where it is not the table's own."""
+        table = self.position_embeddings
+        own = self.config.image_size // self.config.patch_size
+        if grid == (own, own):
+            return table
+        square = table[:, 1:].unflatten(1, (own, own)).permute(0, 3, 1, 2).float()
+        resampled = F.interpolate(square, size=grid, mode="bicubic", align_corners=False)
+        return torch.cat([table[:, :1], resampled.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)

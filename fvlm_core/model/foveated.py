@@ -1,0 +1,379 @@
+"""The foveated model: a language model that says where to look, an encoder that is looked at, one token per frame.
+
+Training runs P passes over a packed batch whose frames are encoded once: the coarse pass (every frame read with
+`q_static`), then each fine pass, whose queries come from the hidden states of the pass before (frame t's from the token of
+frame t-1). Every pass can carry a loss; a pass without one runs only over the tokens its queries need. Text-only samples
+are the same in all passes and run once.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM
+
+from fvlm_core.config import LLMSettings, LossSettings, ModelSettings, VisionSettings
+from fvlm_core.data.batch import IGNORE, PackedBatch
+from fvlm_core.errors import UserError
+from fvlm_core.model import attention
+from fvlm_core.model.attention import PackedLayout
+from fvlm_core.model.connector import RANDOM_QUERIES, Connector
+from fvlm_core.model.encoder import Encoder, FrameFeatures
+from fvlm_core.settings import Settings
+
+Mode = Literal["coarse_only", "coarse_fine", "autoregressive"]
+Role = Literal["connector", "vision", "llm"]
+SETTINGS_FILE, WEIGHTS_FILE = "settings.yaml", "model.safetensors"
+_QUERY_PARAMETERS = {"q_static", "q_init", "q_slot"}
+_POSITION_PARAMETERS = {"cls_token", "position_embeddings"}
+
+
+class SavedModel(Settings):
+    """What `settings.yaml` of a saved model holds: shapes only, so that loading needs no hub."""
+
+    model: ModelSettings
+    vocab_size: int
+    vision_config: dict
+    """transformers' Dinov2Config values."""
+    llm_config: dict
+    """transformers' LlamaConfig values."""
+
+
+@dataclass(frozen=True)
+class PassLosses:
+    """What the training forward returns."""
+
+    objective: Tensor
+    """Scalar: the passes' sums of cross-entropy, weighted (weights add up to 1). Divide by the labels of the global batch."""
+    sums: dict[str, Tensor]
+    """Per pass (`coarse`, `fine1`, ...) the sum of cross-entropy over labelled positions, detached; weightless ones are left out."""
+    entropy: Tensor
+    """Mean entropy of the last pass's attention over a frame, in nats; 0 without frames."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """What the shown frames became: V frames of k tokens."""
+
+    tokens: Tensor
+    """[V, k, llm width]."""
+    weights: Tensor | None
+    """Attention of the last layer, [V, heads, k, N], where asked for; None for pooled patches."""
+
+
+class FoveatedVLM(nn.Module):
+    """Encoder, connector and language model. Build with `build_model` or `load_model`."""
+
+    def __init__(self, settings: ModelSettings, encoder: Encoder, llm: LlamaForCausalLM) -> None:
+        super().__init__()
+        self.settings = settings
+        self.encoder = encoder
+        self.llm = llm
+        self.connector = Connector(settings, encoder.config.hidden_size, encoder.config.num_attention_heads, llm.config.hidden_size)
+
+    # the parts that the three modes share
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """The modes this model has: pooled patches are not queried, so only coarse."""
+        return ("coarse_only",) if self.settings.query == "pooled" else ("coarse_only", "coarse_fine", "autoregressive")
+
+    def encode(self, frames: Tensor) -> FrameFeatures:
+        """Encode frames uint8 [F, H, W, 3]."""
+        return self.encoder.encode(frames, patches=self.settings.query in ("pooled", "shallow"))
+
+    def read_coarse(self, features: FrameFeatures, batch: PackedBatch, *, weights: bool = False) -> Read:
+        """Tokens of every shown frame, read with `q_static` (or pooled): a frame shown often is read once."""
+        if self.settings.query == "pooled":
+            pooled = self._pool(features)
+            return Read(self.connector.tokens(pooled, pooled)[batch.shown_frames], None)
+        n_frames = len(features.keys[0])
+        queries = self.connector.q_static.expand(n_frames, -1, -1)
+        read = self.read(features, queries, weights=weights)
+        attended = None if read.weights is None else read.weights.index_select(0, batch.shown_frames)
+        return Read(read.tokens.index_select(0, batch.shown_frames), attended)
+
+    def read_fine(self, features: FrameFeatures, queries: Tensor, batch: PackedBatch, *, weights: bool = False) -> Read:
+        """Tokens of every shown frame, each read with its own queries [V, k, D]."""
+        k = self.settings.tokens_per_frame
+        tokens, attended, places = [], [], []
+        for group in batch.showings:
+            times = group.shown.shape[1]
+            picked = queries[group.shown.flatten()].unflatten(0, (-1, times)).flatten(1, 2)  # [f, m * k, D]
+            part = features if len(batch.showings) == 1 else features.select(group.frames)
+            read = self.read(part, picked, weights=weights)
+            tokens.append(read.tokens.unflatten(1, (times, k)).flatten(0, 1))
+            if read.weights is not None:
+                attended.append(read.weights.unflatten(2, (times, k)).transpose(1, 2).flatten(0, 1))
+            places.append(group.shown.flatten())
+        order = torch.cat(places).argsort()
+        return Read(torch.cat(tokens)[order], torch.cat(attended)[order] if attended else None)
+
+    def read(self, features: FrameFeatures, queries: Tensor, *, weights: bool = False) -> Read:
+        """Read f frames with queries [f, Q, D] -> tokens [f, Q, llm width], and weights [f, heads, Q, N] where asked for."""
+        projected = self.connector.query_input_proj(queries)
+        temperature = self.connector.temperature
+        if self.connector.shallow is not None:
+            read, attended = self.connector.shallow(features, projected, temperature)
+        else:
+            read, entering = self.encoder.query(features, projected, temperature)
+            attended = self.encoder.attention(features, entering, temperature) if weights else None
+        return Read(self.connector.tokens(read, queries), attended if weights else None)
+
+    def queries(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+        """Queries [V, k, D] of every shown frame, given the hidden states [S, llm width] of the pass before."""
+        if self.settings.query == "random":
+            return self.connector.random_queries[batch.position_ids[batch.visual_positions[:, 0]] % RANDOM_QUERIES]
+        made = self.connector.next_queries(hidden[batch.query_sources.clamp(min=0)])
+        return torch.where((batch.query_sources >= 0)[..., None], made, self.connector.q_init.to(made.dtype))
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Text embeddings [S, llm width]."""
+        return self.llm.model.embed_tokens(input_ids)
+
+    def contextualise(self, embeddings: Tensor, position_ids: Tensor, layout: PackedLayout) -> Tensor:
+        """The language model's last hidden states [S, llm width] of packed embeddings [S, llm width]."""
+        out = self.llm.model(inputs_embeds=embeddings[None], position_ids=position_ids[None], use_cache=False, packed=layout)
+        if layout.cache is not None:
+            layout.cache.advance(layout)
+        return out.last_hidden_state[0]
+
+    # training
+
+    def forward(self, batch: PackedBatch, loss: LossSettings) -> PassLosses:
+        """The training passes of one micro-batch; a micro-batch without frames or without labels is fine."""
+        weights = dict(zip(self.pass_names, [loss.coarse, *loss.fine], strict=True))
+        total_weight = sum(weights.values())
+        visual = [n for n, count in enumerate(batch.shown_counts) if count]
+        text_embeddings = self.embed(batch.input_ids)
+        features = self.encode(batch.frames) if visual else None
+        objective = text_embeddings.new_zeros((), dtype=torch.float32)
+        sums: dict[str, Tensor] = {}
+        hidden, entropy = None, objective.detach()
+        text_only = [n for n, count in enumerate(batch.shown_counts) if not count]
+        if text_only:
+            kept = _Kept.of(batch, {n: batch.lengths[n] for n in text_only})
+            states = self.contextualise(text_embeddings[kept.index], batch.position_ids[kept.index], kept.layout)
+            text_sum = self._cross_entropy(states, batch.labels[kept.index])
+            objective = objective + text_sum  # equal in every pass, and the weights add up to 1
+        for number, (name, weight) in enumerate(weights.items()):
+            last = number == len(weights) - 1
+            if features is not None:
+                if hidden is None:
+                    read = self.read_coarse(features, batch, weights=last)
+                else:
+                    read = self.read_fine(features, self.queries(hidden, batch), batch, weights=last)
+                lengths = batch.lengths if weight or last else batch.query_prefix
+                kept = _Kept.of(batch, {n: lengths[n] for n in visual if lengths[n]})
+                embeddings = text_embeddings.index_copy(
+                    0, batch.visual_positions.flatten(), read.tokens.flatten(0, 1).to(text_embeddings.dtype)
+                )
+                if kept.layout.lengths:
+                    states = self.contextualise(embeddings[kept.index], batch.position_ids[kept.index], kept.layout)
+                    hidden = states if kept.whole(batch) else states.new_zeros(len(batch.labels), states.shape[-1]).index_copy(0, kept.index, states)
+                else:
+                    states = hidden = embeddings * 0
+                if weight:
+                    sums[name] = self._cross_entropy(states, batch.labels[kept.index])
+                    objective = objective + sums[name] * (weight / total_weight)
+                if last and read.weights is not None:
+                    entropy = _entropy(read.weights)
+        if text_only:
+            sums = {name: sums.get(name, 0) + text_sum for name, weight in weights.items() if weight}
+        return PassLosses(self._touch(objective, batch), {name: value.detach() for name, value in sums.items()}, entropy)
+
+    @property
+    def pass_names(self) -> list[str]:
+        """`coarse`, `fine1`, `fine2`, ..."""
+        return ["coarse", *(f"fine{n + 1}" for n in range(self.settings.fine_iterations))]
+
+    def logits_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy [n labelled] fp32 of hidden states [S, D] at their labelled positions, in order."""
+        kept = (labels != IGNORE).nonzero().flatten()
+        return F.linear_cross_entropy(hidden[kept].float(), self.llm.lm_head.weight.float(), labels[kept], reduction="none")
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Recompute activations layer by layer in the backward pass."""
+        self.encoder.gradient_checkpointing = enabled
+        if enabled:
+            self.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            self.llm.gradient_checkpointing_disable()
+
+    # parameters
+
+    def role(self, name: str) -> Role:
+        """The learning-rate group of a parameter."""
+        return {"encoder": "vision", "connector": "connector", "llm": "llm"}[name.split(".", 1)[0]]  # pyright: ignore[reportReturnType]
+
+    def no_decay(self, name: str) -> bool:
+        """Whether weight decay leaves a parameter alone: norms, biases, layer scales, queries, positions."""
+        leaf = name.rsplit(".", 1)[-1]
+        return self.get_parameter(name).ndim < 2 or leaf in _QUERY_PARAMETERS | _POSITION_PARAMETERS
+
+    def save(self, folder: Path) -> None:
+        """Write `settings.yaml` and `model.safetensors` (tied weights once)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        saved = SavedModel(
+            model=self.settings,
+            vocab_size=self.llm.config.vocab_size,
+            vision_config=_plain(self.encoder.config.to_diff_dict()),
+            llm_config=_plain(self.llm.config.to_diff_dict()),
+        )
+        saved.to_yaml(folder / SETTINGS_FILE)
+        save_file(self.weights(), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+    def weights(self) -> dict[str, Tensor]:
+        """The state dict on CPU, contiguous, without the output embedding where it is tied."""
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        if self.llm.config.tie_word_embeddings:
+            del state["llm.lm_head.weight"]
+        return state
+
+    # the rest is detail
+
+    def _pool(self, features: FrameFeatures) -> Tensor:
+        """Average-pooled patches [F, k, D]."""
+        assert features.patches is not None
+        side = int(self.settings.tokens_per_frame**0.5)
+        square = features.patches[:, 1:].transpose(1, 2).unflatten(2, features.grid)
+        return F.adaptive_avg_pool2d(square, side).flatten(2).transpose(1, 2)
+
+    def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Sum of cross-entropy over the labelled positions of [S, D], without ever holding [S, vocabulary]."""
+        kept = (labels != IGNORE).nonzero().flatten()
+        if not len(kept):
+            return hidden.sum() * 0.0
+        weight = self.llm.lm_head.weight
+        dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else weight.dtype
+        return F.linear_cross_entropy(hidden[kept].to(dtype), weight.to(dtype), labels[kept], reduction="sum").float()
+
+    def _touch(self, objective: Tensor, batch: PackedBatch) -> Tensor:
+        """Give parameters a batch does not use (no frames, no `q_init`) a zero gradient: DDP waits for all of them."""
+        unused: list[nn.Module] = [self.connector] if len(batch.frames) else [self.connector, self.encoder]
+        parameters = [p for module in unused for p in module.parameters() if p.requires_grad]
+        return objective + sum(p.sum() for p in parameters).float() * 0.0 if parameters else objective
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The positions of a packed batch that a pass runs over: the first tokens of some samples."""
+
+    index: Tensor
+    layout: PackedLayout
+
+    @classmethod
+    def of(cls, batch: PackedBatch, lengths: dict[int, int]) -> "_Kept":
+        starts = [0]
+        for length in batch.lengths:
+            starts.append(starts[-1] + length)
+        ranges = [torch.arange(starts[n], starts[n] + length) for n, length in lengths.items()]
+        index = torch.cat(ranges) if ranges else torch.zeros(0, dtype=torch.int64)
+        return cls(index.to(batch.input_ids.device, non_blocking=True), PackedLayout(list(lengths.values())))
+
+    def whole(self, batch: PackedBatch) -> bool:
+        return len(self.index) == len(batch.labels)
+
+
+def build_model(settings: ModelSettings, *, vocab_size: int, seed: int = 0) -> FoveatedVLM:
+    """Build the model in fp32: backbones from checkpoints or shapes, the connector at random from `seed`.
+
+    Raises UserError where a checkpoint cannot be loaded, or the tokenizer's vocabulary is larger than the LLM's.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = FoveatedVLM(settings, _build_encoder(settings.vision), _build_llm(settings.llm, vocab_size))
+    return model
+
+
+def load_model(folder: Path) -> FoveatedVLM:
+    """Load what `FoveatedVLM.save` wrote. Raises UserError where it is missing or does not fit."""
+    saved = SavedModel.from_yaml(folder / SETTINGS_FILE)
+    encoder = Encoder(Dinov2Config(**saved.vision_config))
+    llm = LlamaForCausalLM._from_config(LlamaConfig(**saved.llm_config), attn_implementation=attention.NAME)
+    model = FoveatedVLM(saved.model, encoder, llm)
+    try:
+        state = load_file(folder / WEIGHTS_FILE)
+        if llm.config.tie_word_embeddings:
+            state["llm.lm_head.weight"] = state["llm.model.embed_tokens.weight"]
+        model.load_state_dict(state)
+    except (OSError, RuntimeError, KeyError) as error:
+        raise UserError(f"the weights do not load: {error}", where=str(folder / WEIGHTS_FILE), fix="make the model again") from error
+    return model
+
+
+def _build_encoder(settings: VisionSettings) -> Encoder:
+    if settings.checkpoint is not None:
+        return Encoder.from_dinov2(_from_checkpoint(Dinov2Model, settings.checkpoint))
+    shape = settings.shape
+    assert shape is not None
+    config = Dinov2Config(
+        hidden_size=shape.width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        patch_size=shape.patch_px,
+        image_size=settings.frame_px,
+        layerscale_value=shape.layerscale,
+    )
+    return Encoder.from_dinov2(Dinov2Model(config))
+
+
+def _build_llm(settings: LLMSettings, vocab_size: int) -> LlamaForCausalLM:
+    if settings.checkpoint is not None:
+        load = partial(_from_checkpoint, attn_implementation=attention.NAME)
+        llm = load(LlamaForCausalLM, settings.checkpoint)
+        if llm.config.vocab_size < vocab_size:
+            raise UserError(
+                f"the tokenizer has {vocab_size} tokens, the language model only {llm.config.vocab_size}",
+                where=settings.checkpoint,
+                fix="use the tokenizer that belongs to the checkpoint",
+            )
+        return llm
+    shape = settings.shape
+    assert shape is not None
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=shape.width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        intermediate_size=shape.mlp_width,
+        max_position_embeddings=shape.context,
+        rope_theta=shape.rope_theta,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM._from_config(config, attn_implementation=attention.NAME)
+
+
+def _from_checkpoint(cls: type, checkpoint: str, **options: str):
+    """`cls.from_pretrained` in fp32, complete or not at all."""
+    try:
+        model, report = cls.from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"cannot load {cls.__name__} from {checkpoint!r}: {str(error).splitlines()[0]}",
+            where="model.vision.checkpoint or model.llm.checkpoint",
+            fix="give a hub name that can be reached or a local folder, or a shape for random weights",
+        ) from error
+    if missing := sorted(set(report["missing_keys"]) - {"lm_head.weight", "embeddings.mask_token"}):
+        raise UserError(
+            f"{checkpoint!r} lacks {len(missing)} weights of {cls.__name__}, e.g. {missing[0]}",
+            where="model.vision.checkpoint or model.llm.checkpoint",
+            fix="give a checkpoint of that architecture; missing weights are never filled in at random",
+        )
+    return model
+
+
+def _entropy(weights: Tensor) -> Tensor:
+    """Mean entropy in nats of attention weights [..., N]."""
+    return torch.special.entr(weights).sum(-1).mean()
+
+
+def _plain(config: dict) -> dict:
+    """A transformers configuration without what depends on the installation."""
+    return {key: value for key, value in config.items() if key not in ("transformers_version", "_name_or_path", "architectures", "dtype")}

@@ -1,0 +1,215 @@
+"""The three modes at inference, over packed batches, and what is asked of them: losses, answers, gaze.
+
+All modes share the model's parts. `coarse_only` and `coarse_fine` run every frame in parallel; `autoregressive` goes frame
+by frame with a KV cache, its queries made of fine hidden states: what a stream can do. Samples of a batch go on together,
+each at its own length.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fvlm_core.data.batch import PackedBatch, Showing
+from fvlm_core.model.attention import PackedCache, PackedLayout
+from fvlm_core.model.encoder import FrameFeatures
+from fvlm_core.model.foveated import FoveatedVLM, Mode, Read
+
+MODES: tuple[Mode, ...] = ("coarse_only", "coarse_fine", "autoregressive")
+
+
+@dataclass(frozen=True)
+class Context:
+    """A batch as one mode has read it."""
+
+    hidden: Tensor
+    """[S, llm width]: last hidden state of every token."""
+    tokens: Tensor
+    """[V, k, llm width]: visual token of every shown frame."""
+    weights: Tensor | None
+    """[V, heads, k, N]: attention of the last layer, where asked for."""
+    cache: PackedCache | None
+    """Keys and values of every token, where asked for."""
+
+
+@torch.no_grad()
+def read_batch(
+    model: FoveatedVLM,
+    batch: PackedBatch,
+    mode: Mode,
+    *,
+    features: FrameFeatures | None = None,
+    weights: bool = False,
+    room: int | None = None,
+    queries: Tensor | None = None,
+) -> Context:
+    """Run a mode over a batch.
+
+    `features`: the batch's encoded frames, where they are at hand. `weights`: keep the attention. `room`: keep a KV cache
+    with room for that many further tokens per sample. `queries` [V, k, D]: look here instead of where the model says.
+    Raises ValueError for a mode the model does not have.
+    """
+    if mode not in model.modes:
+        raise ValueError(f"a model with query {model.settings.query!r} has no mode {mode!r}, only {', '.join(model.modes)}")
+    if not len(batch.shown_frames):
+        return _context(model, batch, None, room)
+    features = model.encode(batch.frames) if features is None else features
+    if queries is not None:
+        return _context(model, batch, model.read_fine(features, queries, batch, weights=weights), room)
+    if mode == "autoregressive":
+        return _autoregressive(model, batch, features, weights=weights, room=room)
+    read = model.read_coarse(features, batch, weights=weights and mode == "coarse_only")
+    if mode == "coarse_fine":
+        hidden = _query_states(model, batch, read)
+        read = model.read_fine(features, model.queries(hidden, batch), batch, weights=weights)
+    return _context(model, batch, read, room)
+
+
+@torch.no_grad()
+def token_losses(model: FoveatedVLM, batch: PackedBatch, mode: Mode, *, features: FrameFeatures | None = None) -> Tensor:
+    """Cross-entropy [n labelled] fp32 of every labelled position, in order."""
+    return model.logits_losses(read_batch(model, batch, mode, features=features).hidden, batch.labels)
+
+
+@torch.no_grad()
+def logits(model: FoveatedVLM, batch: PackedBatch, mode: Mode) -> Tensor:
+    """Next-token logits [S, vocabulary]."""
+    return model.llm.lm_head(read_batch(model, batch, mode).hidden)
+
+
+@torch.no_grad()
+def gaze(model: FoveatedVLM, batch: PackedBatch, mode: Mode) -> Tensor:
+    """Where each shown frame's queries look [V, k, rows, columns]: last layer, mean of heads, patches only, adding up to 1."""
+    features = model.encode(batch.frames)
+    weights = read_batch(model, batch, mode, features=features, weights=True).weights
+    if weights is None:
+        raise ValueError(f"a model with query {model.settings.query!r} does not gaze")
+    patches = weights.mean(1)[..., -features.grid[0] * features.grid[1] :]
+    return (patches / patches.sum(-1, keepdim=True)).unflatten(-1, features.grid)
+
+
+@torch.no_grad()
+def generate(
+    model: FoveatedVLM, batch: PackedBatch, mode: Mode, *, max_new_tokens: int, stop_ids: Sequence[int]
+) -> list[list[int]]:
+    """Greedy answers of every sample, whose sequences end where the answer begins; the stop token is left out."""
+    context = read_batch(model, batch, mode, room=max_new_tokens)
+    assert context.cache is not None
+    ends = batch.cu_seqlens[1:].long() - 1
+    return continue_greedily(model, context.cache, context.hidden[ends], max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+
+
+@torch.no_grad()
+def continue_greedily(
+    model: FoveatedVLM, cache: PackedCache, hidden: Tensor, *, max_new_tokens: int, stop_ids: Sequence[int]
+) -> list[list[int]]:
+    """Go on from the last hidden states [N, llm width] of the samples in a cache."""
+    answers: list[list[int]] = [[] for _ in range(len(hidden))]
+    rows = list(range(len(hidden)))
+    for _ in range(max_new_tokens):
+        picked = model.llm.lm_head(hidden).argmax(-1)
+        going = [n for n, token in enumerate(picked.tolist()) if token not in stop_ids]
+        rows, picked = [rows[n] for n in going], picked[going]
+        for row, token in zip(rows, picked.tolist(), strict=True):
+            answers[row].append(token)
+        if not rows or max(len(answers[row]) for row in rows) == max_new_tokens:
+            break
+        positions = torch.tensor([cache.lengths[row] for row in rows], device=picked.device)
+        hidden = model.contextualise(model.embed(picked), positions, PackedLayout([1] * len(rows), cache, rows))
+    return answers
+
+
+def _context(model: FoveatedVLM, batch: PackedBatch, read: Read | None, room: int | None) -> Context:
+    """The final pass over the whole batch, with its visual tokens in place."""
+    embeddings = _embeddings(model, batch, read)
+    cache = None if room is None else PackedCache([length + room for length in batch.lengths])
+    hidden = model.contextualise(embeddings, batch.position_ids, PackedLayout(batch.lengths, cache))
+    tokens = embeddings.new_zeros(0, 1, embeddings.shape[-1]) if read is None else read.tokens
+    return Context(hidden, tokens, None if read is None else read.weights, cache)
+
+
+def _embeddings(model: FoveatedVLM, batch: PackedBatch, read: Read | None) -> Tensor:
+    text = model.embed(batch.input_ids)
+    return text if read is None else text.index_copy(0, batch.visual_positions.flatten(), read.tokens.flatten(0, 1).to(text.dtype))
+
+
+def _query_states(model: FoveatedVLM, batch: PackedBatch, read: Read) -> Tensor:
+    """Hidden states [S, llm width] where queries need them, zero elsewhere."""
+    embeddings = _embeddings(model, batch, read)
+    starts = batch.cu_seqlens[:-1].tolist()
+    ranges = [torch.arange(start, start + length) for start, length in zip(starts, batch.query_prefix, strict=True) if length]
+    if not ranges:
+        return torch.zeros_like(embeddings)
+    index = torch.cat(ranges).to(embeddings.device)
+    layout = PackedLayout([length for length in batch.query_prefix if length])
+    states = model.contextualise(embeddings[index], batch.position_ids[index], layout)
+    return torch.zeros_like(embeddings, dtype=states.dtype).index_copy(0, index, states)
+
+
+def _autoregressive(model: FoveatedVLM, batch: PackedBatch, features: FrameFeatures, *, weights: bool, room: int | None) -> Context:
+    """Frame after frame; at step t every sample that still has a t-th frame takes part.
+
+    The tokens between one frame and the next are held back until a query needs a hidden state after them, so a sample with
+    T frames needs T calls of the language model, and only for its tokens.
+    """
+    cache = PackedCache([length + (room or 0) for length in batch.lengths])
+    embeddings = model.embed(batch.input_ids)
+    hidden = torch.zeros_like(embeddings)
+    done = batch.cu_seqlens[:-1].tolist()  # per sample, the first position the language model has not read
+    sources, positions = batch.query_sources.tolist(), batch.visual_positions.tolist()
+    tokens: list[Tensor] = []
+    attended: list[Tensor] = []
+    order: list[int] = []
+
+    def advance(until: dict[int, int]) -> None:
+        """Let the language model read samples up to (not including) a position."""
+        rows = [row for row, end in until.items() if end > done[row]]
+        if not rows:
+            return
+        index = torch.cat([torch.arange(done[row], until[row]) for row in rows]).to(embeddings.device)
+        layout = PackedLayout([until[row] - done[row] for row in rows], cache, rows)
+        hidden[index] = model.contextualise(embeddings[index], batch.position_ids[index], layout).to(hidden.dtype)
+        for row in rows:
+            done[row] = until[row]
+
+    for step in _steps(batch):
+        advance({row: max(sources[shown]) + 1 for row, shown in step})
+        now = [shown for _, shown in step]
+        part = _part(batch, now)
+        queries = model.queries(hidden, part)
+        read = model.read_fine(features.select(part.shown_frames), queries, _one_by_one(part), weights=weights)
+        embeddings[[place for shown in now for place in positions[shown]]] = read.tokens.flatten(0, 1).to(embeddings.dtype)
+        tokens.append(read.tokens)
+        order.extend(now)
+        if read.weights is not None:
+            attended.append(read.weights)
+    advance(dict(enumerate(batch.cu_seqlens[1:].tolist())))
+    back = torch.tensor(order, device=embeddings.device).argsort()
+    return Context(hidden, torch.cat(tokens)[back], torch.cat(attended)[back] if attended else None, cache)
+
+
+def _steps(batch: PackedBatch) -> Iterator[list[tuple[int, int]]]:
+    """Per time step, (sample, shown frame) of the samples that have a frame then."""
+    starts = [0]
+    for count in batch.shown_counts:
+        starts.append(starts[-1] + count)
+    for time in range(max(batch.shown_counts)):
+        yield [(row, starts[row] + time) for row, count in enumerate(batch.shown_counts) if time < count]
+
+
+def _part(batch: PackedBatch, shown: list[int]) -> PackedBatch:
+    """The batch with some of its shown frames only."""
+    index = torch.tensor(shown, device=batch.shown_frames.device)
+    return replace(
+        batch,
+        shown_frames=batch.shown_frames[index],
+        visual_positions=batch.visual_positions[index],
+        query_sources=batch.query_sources[index],
+    )
+
+
+def _one_by_one(part: PackedBatch) -> PackedBatch:
+    """The same shown frames, each with features of its own."""
+    every = torch.arange(len(part.shown_frames), device=part.shown_frames.device)
+    return replace(part, showings=[Showing(every, every[:, None])])
