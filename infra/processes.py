@@ -1,0 +1,52 @@
+"""Marks on processes: an environment variable that says whose they are, so that leftovers are found and nothing else is."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+STACK_VARIABLE = "FVLM_STACK"
+"""Server, workers and flow runs of one volume's local stack."""
+JOB_VARIABLE = "FVLM_JOB"
+"""The job that fills one folder."""
+
+
+def mark(folder: Path) -> str:
+    """The value that marks processes working on `folder`."""
+    return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+
+
+def marked(variable: str, value: str) -> Iterator[psutil.Process]:
+    """Living processes of this user that carry the mark."""
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(variable) == value:
+                yield process
+        except psutil.Error:  # ended meanwhile, or another user's
+            continue
+
+
+def end_marked(variable: str, value: str, *, grace_s: float = 0.0) -> int:
+    """End the processes that carry the mark: SIGTERM where there is a grace, then SIGKILL. Returns how many there were.
+
+    Repeats until none is left, because a process can start another one while it is being ended.
+    """
+    ended = 0
+    while processes := list(marked(variable, value)):
+        ended += len(processes)
+        if grace_s:
+            for process in processes:
+                _send(process, terminate=True)
+            _, processes = psutil.wait_procs(processes, timeout=grace_s)
+        for process in processes:
+            _send(process, terminate=False)
+        psutil.wait_procs(processes, timeout=5)
+    return ended
+
+
+def _send(process: psutil.Process, *, terminate: bool) -> None:
+    try:
+        process.terminate() if terminate else process.kill()
+    except psutil.NoSuchProcess:
+        return

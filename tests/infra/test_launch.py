@@ -1,0 +1,163 @@
+"""The launcher against real processes: what a job prints, how it ends, and that nothing of it is ever left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from infra.launch import BAD_INPUT, DiskFullError, JobError, JobRefusedError, JobStoppedError, job_environment, launch
+from infra.processes import JOB_VARIABLE, mark, marked
+
+# A job whose child leaves its session, as torchrun's ranks do, and writes both process ids down before it waits.
+FAMILY = """
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+open("pids.tmp", "w").write(f"{os.getpid()} {child.pid}")
+os.rename("pids.tmp", "pids")
+time.sleep(600)
+"""
+
+
+def python(code: str, folder: Path) -> list[str]:
+    return [sys.executable, "-c", f"import os; os.chdir({str(folder)!r})\n{code}"]
+
+
+def wait_for(path: Path, timeout_s: float = 20) -> str:
+    deadline = time.monotonic() + timeout_s
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.02)
+    return path.read_text()
+
+
+def assert_gone(pids: list[int], timeout_s: float = 15) -> None:
+    deadline = time.monotonic() + timeout_s
+    while alive := [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]:
+        assert time.monotonic() < deadline, f"still there: {alive}"
+        time.sleep(0.05)
+
+
+def in_thread(folder: Path, stop: threading.Event) -> tuple[threading.Thread, list[BaseException]]:
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            launch(python(FAMILY, folder), folder, stop=stop, grace_s=2)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread, errors
+
+
+def test_output_goes_to_the_log_and_watch_is_called(tmp_path: Path) -> None:
+    seen = []
+    launch(python("print('hello', flush=True); import time; time.sleep(1)", tmp_path), tmp_path, watch=lambda: seen.append(1), watch_s=0.2)
+    assert "hello" in (tmp_path / "log.txt").read_text()
+    assert len(seen) >= 3
+
+
+def test_error_carries_the_end_of_this_attempts_log(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_text("from an earlier attempt\n")
+    with pytest.raises(JobError) as caught:
+        launch(python("print('about to fail', flush=True); raise RuntimeError('the reason')", tmp_path), tmp_path)
+    assert caught.value.status == 1
+    assert "the reason" in caught.value.tail
+    assert "earlier attempt" not in caught.value.tail
+    assert "earlier attempt" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_signal_is_told_as_the_shell_tells_it(tmp_path: Path) -> None:
+    with pytest.raises(JobError) as caught:
+        launch(python("os.kill(os.getpid(), 9)", tmp_path), tmp_path)
+    assert caught.value.status == 128 + 9
+
+
+def test_bad_input_is_told_apart(tmp_path: Path) -> None:
+    code = (
+        f"import sys; print('noise'); print('error: no such table\\n  where: a.csv', file=sys.stderr); print('more'); sys.exit({BAD_INPUT})"
+    )
+    with pytest.raises(JobRefusedError) as caught:
+        launch(python(code, tmp_path), tmp_path)
+    assert caught.value.reason == "no such table\n  where: a.csv"
+
+
+def test_bad_input_is_recognised_in_torchruns_report(tmp_path: Path) -> None:
+    report = "error: bad recipe\\n  where: x\\nRoot Cause:\\n[0]:\\n  exitcode  : 2 (pid: 77)\\n"
+    with pytest.raises(JobRefusedError) as caught:
+        launch(python(f"print({report!r}.encode().decode('unicode_escape')); raise SystemExit(1)", tmp_path), tmp_path)
+    assert caught.value.reason == "bad recipe\n  where: x"
+
+
+def test_stop_ends_the_whole_family(tmp_path: Path) -> None:
+    stop = threading.Event()
+    thread, errors = in_thread(tmp_path, stop)
+    pids = [int(pid) for pid in wait_for(tmp_path / "pids").split()]
+    stop.set()
+    thread.join(20)
+    assert isinstance(errors[0], JobStoppedError)
+    assert_gone(pids)
+
+
+def test_killing_the_main_process_takes_its_children_along(tmp_path: Path) -> None:
+    thread, errors = in_thread(tmp_path, threading.Event())
+    main, child = (int(pid) for pid in wait_for(tmp_path / "pids").split())
+    os.kill(main, signal.SIGKILL)
+    thread.join(20)
+    assert isinstance(errors[0], JobError)
+    assert errors[0].status == 128 + signal.SIGKILL
+    assert_gone([main, child])
+
+
+def test_a_job_does_not_outlive_its_launcher(tmp_path: Path) -> None:
+    code = f"from pathlib import Path; from infra.launch import launch; launch({python(FAMILY, tmp_path)!r}, Path({str(tmp_path)!r}), grace_s=2)"
+    launcher = subprocess.Popen([sys.executable, "-c", code])
+    pids = [int(pid) for pid in wait_for(tmp_path / "pids").split()]
+    launcher.kill()
+    launcher.wait()
+    assert_gone(pids)
+
+
+def test_leftovers_of_the_same_folder_are_ended_and_others_are_not(tmp_path: Path) -> None:
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    sleepers = {
+        folder: subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env=os.environ | {JOB_VARIABLE: mark(folder)})
+        for folder in (mine, other)
+    }
+    try:
+        while len(list(marked(JOB_VARIABLE, mark(mine)))) != 1:  # until the new process shows its own environment
+            time.sleep(0.02)
+        launch(python("", tmp_path), mine)
+        sleepers[mine].wait(10)
+        assert sleepers[other].poll() is None
+    finally:
+        for sleeper in sleepers.values():
+            sleeper.kill()
+
+
+def test_full_disk_is_noticed_before_the_start(tmp_path: Path) -> None:
+    with pytest.raises(DiskFullError):
+        launch(python("open('started', 'w')", tmp_path), tmp_path, min_free_bytes=10**18)
+    assert not (tmp_path / "started").exists()
+
+
+def test_a_job_sees_where_things_are_and_nothing_of_the_orchestration() -> None:
+    given = {
+        "PATH": "/bin",
+        "CUDA_VISIBLE_DEVICES": "0",
+        "WANDB_API_KEY": "k",
+        "PREFECT_API_URL": "u",
+        "PREFECT_API_KEY": "s",
+        "MY_SECRET": "x",
+    }
+    kept = job_environment(given, threads=2)
+    assert {"PATH", "CUDA_VISIBLE_DEVICES", "WANDB_API_KEY"} <= set(kept)
+    assert not {"PREFECT_API_URL", "PREFECT_API_KEY", "MY_SECRET"} & set(kept)
+    assert kept["OMP_NUM_THREADS"] == "2"
