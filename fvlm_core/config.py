@@ -133,7 +133,7 @@ class LossSettings(Settings):
     """
 
     coarse: Annotated[float, Field(ge=0)] = 1.0
-    fine: list[Annotated[float, Field(ge=0)]] = [1.0, 1.0]
+    fine: list[Annotated[float, Field(ge=0)]] = Field(default_factory=lambda: [1.0, 1.0])
     """One weight per fine iteration; the last must be above 0."""
 
 
@@ -160,8 +160,10 @@ class OptimizerSettings(Settings):
 class RunSettings(Settings):
     """How the run goes: length, batch, evaluation, checkpoints, machine."""
 
-    steps: Positive
-    """Optimizer steps."""
+    steps: Positive | None = None
+    """Optimizer steps; or give budget_flops."""
+    budget_flops: Annotated[float, Field(gt=0)] | None = None
+    """Training FLOPs that decide the number of steps (see `fvlm_core.model.flops`)."""
     batch_samples: Positive = 32
     """Samples per optimizer step over all ranks and micro-batches."""
     micro_batch_samples: Positive = 32
@@ -181,6 +183,12 @@ class RunSettings(Settings):
     gradient_checkpointing: bool = False
     wandb: Literal["auto", "offline", "disabled"] = "auto"
     """auto: online where WANDB_API_KEY is set, else offline."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.budget_flops is None):
+            raise ValueError("give exactly one of steps and budget_flops")
+        return self
 
 
 class Recipe(Settings):
@@ -206,7 +214,7 @@ class Recipe(Settings):
     def _consistent(self) -> Self:
         if len(self.loss.fine) != self.model.fine_iterations:
             raise ValueError(
-                f"loss.fine has {len(self.loss.fine)} weights but model.fine_iterations is {self.model.fine_iterations}: give one per iteration"
+                f"loss.fine has {len(self.loss.fine)} weights, model.fine_iterations is {self.model.fine_iterations}: one each"
             )
         if sum([self.loss.coarse, *self.loss.fine][-1:]) <= 0:
             raise ValueError("the last pass must have a loss weight above 0")

@@ -43,10 +43,10 @@ class Manifest(Settings):
     """The step, e.g. `train-stage2`."""
     settings_hash: str
     """sha256 of the settings that made it."""
-    inputs: dict[str, str] = {}
+    inputs: dict[str, str] = Field(default_factory=dict)
     """Digest of each input manifest, by name."""
-    counts: dict[str, int] = {}
-    files: list[FileEntry] = []
+    counts: dict[str, int] = Field(default_factory=dict)
+    files: list[FileEntry] = Field(default_factory=list)
     versions: dict[str, str] = Field(default_factory=lambda: software_versions())
     created_at: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     seconds: float = 0.0

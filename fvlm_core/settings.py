@@ -45,7 +45,7 @@ class Settings(BaseModel):
             try:
                 for key in parents:
                     node = node[int(key)] if isinstance(node, list) else node[key]
-                slot = int(last) if isinstance(node, list) else last
+                slot: Any = int(last) if isinstance(node, list) else last
                 node[slot]  # only existing settings can be changed
                 node[slot] = value
             except (KeyError, IndexError, TypeError, ValueError) as error:

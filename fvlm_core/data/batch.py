@@ -221,7 +221,7 @@ def _distinct_frames(samples: Sequence[Sample]) -> tuple[np.ndarray, list[list[i
     for sample in samples:
         places = []
         for frame in sample.frames:
-            place = seen.setdefault(hashlib.blake2b(np.ascontiguousarray(frame), digest_size=16).digest(), len(kept))
+            place = seen.setdefault(hashlib.blake2b(frame.tobytes(), digest_size=16).digest(), len(kept))
             if place == len(kept):
                 kept.append(frame)
             places.append(place)

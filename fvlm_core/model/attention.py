@@ -9,10 +9,11 @@ that is already there.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
@@ -78,7 +79,7 @@ class PackedLayout:
 
 
 def packed_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -94,9 +95,7 @@ def packed_attention(
         if query.is_cuda and query.dtype != torch.float32:
             starts = torch.tensor(packed.offsets, dtype=torch.int32, device=query.device)
             longest = max(packed.lengths)
-            out = varlen_attn(
-                query, key, value, starts, starts, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=True
-            )
+            out = varlen_attn(query, key, value, starts, starts, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=True)
             return out[None], None  # pyright: ignore[reportOptionalSubscript, reportCallIssue, reportArgumentType]
         return _attend_each(query, key, value, packed.lengths, scaling)[None], None
     keys, values = packed.cache.append(module.layer_idx, key, value, packed)
@@ -111,8 +110,8 @@ def packed_attention(
 def _attend_each(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scaling: float) -> Tensor:
     """Causal attention within each sample of [S, heads, D]; one call where all samples are equally long."""
     if len(set(lengths)) == 1:
-        split = [part.unflatten(0, (len(lengths), lengths[0])).transpose(1, 2) for part in (query, key, value)]
-        out = F.scaled_dot_product_attention(*split, is_causal=True, scale=scaling, enable_gqa=True)
+        q, k, v = (part.unflatten(0, (len(lengths), lengths[0])).transpose(1, 2) for part in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2).flatten(0, 1)
     parts = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
     return torch.cat([_attend(*part, scaling) for part in parts])

@@ -25,6 +25,7 @@ class Connector(nn.Module):
         self.visual_proj = nn.Linear(vision_width, llm_width)
         _start(self.visual_proj, settings.visual_scale)
         self.film = FilmHead(vision_width, settings.film_head_width) if settings.film_head_width else None
+        self.shallow = ShallowQuery(vision_width, vision_heads) if settings.query == "shallow" else None
         if settings.query == "pooled":
             return
         self.query_input_proj = nn.Linear(vision_width, vision_width, bias=False)
@@ -38,7 +39,6 @@ class Connector(nn.Module):
             _start(self.query_head, 1.0)
             # k queries of one hidden state (the question's last) must differ; with one there is nothing to tell apart
             self.q_slot = nn.Parameter(torch.randn(k, vision_width)) if k > 1 else None
-        self.shallow = ShallowQuery(vision_width, vision_heads) if settings.query == "shallow" else None
 
     def next_queries(self, hidden: Tensor) -> Tensor:
         """Queries [V, k, D] of the hidden states [V, k, llm width] before them."""
@@ -59,15 +59,25 @@ class ShallowQuery(nn.Module):
         self.key_value = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, features: FrameFeatures, queries: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Queries [F, Q, D] -> what they read [F, Q, D], and attention weights [F, heads, Q, N] (detached)."""
+    def keys_values(self, features: FrameFeatures) -> FrameFeatures:
+        """The features with this attention's keys and values of the patches in place of the encoder's own."""
         assert features.patches is not None
         key, value = (self._split(part) for part in self.key_value(features.patches).chunk(2, dim=-1))
+        return FrameFeatures([key], [value], None, features.grid)
+
+    def forward(self, features: FrameFeatures, queries: Tensor, temperature: float) -> Tensor:
+        """Queries [F, Q, D] -> what they read [F, Q, D], normalised."""
+        (key,), (value,) = features.keys, features.values
         query = self._split(queries)
         scale = query.shape[-1] ** -0.5 / temperature
         read = F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2)
-        weights = (query @ key.transpose(-1, -2) * scale).detach().float().softmax(-1)
-        return F.layer_norm(self.out(read), read.shape[-1:]), weights
+        return F.layer_norm(self.out(read), read.shape[-1:])
+
+    @torch.no_grad()
+    def attention(self, features: FrameFeatures, queries: Tensor, temperature: float) -> Tensor:
+        """Attention weights [F, heads, Q, N] of queries [F, Q, D]."""
+        query = self._split(queries)
+        return (query @ features.keys[0].transpose(-1, -2) * (query.shape[-1] ** -0.5 / temperature)).float().softmax(-1)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -9,6 +9,7 @@ DINOv2: Oquab et al. 2023, https://arxiv.org/abs/2304.07193.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -110,16 +111,18 @@ class Encoder(nn.Module):
 
     pixel_mean: Tensor
     pixel_std: Tensor
+    layers: Sequence[EncoderLayer]
 
     def __init__(self, config: Dinov2Config) -> None:
         super().__init__()
         if config.use_swiglu_ffn or config.hidden_act != "gelu":
             raise ValueError("only DINOv2 with the GELU MLP (small, base, large) is supported")
         self.config = config
-        self.patches = nn.Conv2d(3, config.hidden_size, config.patch_size, stride=config.patch_size)
+        self.patch_px, self.image_px = _side(config.patch_size), _side(config.image_size)
+        self.patches = nn.Conv2d(3, config.hidden_size, self.patch_px, stride=self.patch_px)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + (config.image_size // config.patch_size) ** 2, config.hidden_size))
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + (self.image_px // self.patch_px) ** 2, config.hidden_size))
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))  # pyright: ignore[reportAttributeAccessIssue]
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1) * 255, persistent=False)
@@ -163,7 +166,7 @@ class Encoder(nn.Module):
         Raises ValueError where a side is not a multiple of the patch size.
         """
         height, width = frames.shape[1:3]
-        side = self.config.patch_size
+        side = self.patch_px
         if height % side or width % side:
             raise ValueError(f"frames of {height}x{width} px are not a multiple of the patch size {side}")
         grid = (height // side, width // side)
@@ -201,9 +204,17 @@ class Encoder(nn.Module):
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """Position embeddings [1, 1 + patches, D] for a grid, resampled (bicubic, fp32) where it is not the table's own."""
         table = self.position_embeddings
-        own = self.config.image_size // self.config.patch_size
+        own = self.image_px // self.patch_px
         if grid == (own, own):
             return table
         square = table[:, 1:].unflatten(1, (own, own)).permute(0, 3, 1, 2).float()
         resampled = F.interpolate(square, size=grid, mode="bicubic", align_corners=False)
         return torch.cat([table[:, :1], resampled.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
+
+
+def _side(px: object) -> int:
+    """The side of a square given as one number or as two equal ones."""
+    sides = set(px) if isinstance(px, list | tuple) else {px}
+    (side,) = sides
+    assert isinstance(side, int)
+    return side

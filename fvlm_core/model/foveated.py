@@ -85,7 +85,8 @@ class FoveatedVLM(nn.Module):
 
     def encode(self, frames: Tensor) -> FrameFeatures:
         """Encode frames uint8 [F, H, W, 3]."""
-        return self.encoder.encode(frames, patches=self.settings.query in ("pooled", "shallow"))
+        features = self.encoder.encode(frames, patches=self.settings.query in ("pooled", "shallow"))
+        return features if self.connector.shallow is None else self.connector.shallow.keys_values(features)
 
     def read_coarse(self, features: FrameFeatures, batch: PackedBatch, *, weights: bool = False) -> Read:
         """Tokens of every shown frame, read with `q_static` (or pooled): a frame shown often is read once."""
@@ -119,11 +120,12 @@ class FoveatedVLM(nn.Module):
         projected = self.connector.query_input_proj(queries)
         temperature = self.connector.temperature
         if self.connector.shallow is not None:
-            read, attended = self.connector.shallow(features, projected, temperature)
+            read = self.connector.shallow(features, projected, temperature)
+            attended = self.connector.shallow.attention(features, projected, temperature) if weights else None
         else:
             read, entering = self.encoder.query(features, projected, temperature)
             attended = self.encoder.attention(features, entering, temperature) if weights else None
-        return Read(self.connector.tokens(read, queries), attended if weights else None)
+        return Read(self.connector.tokens(read, queries), attended)
 
     def queries(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
         """Queries [V, k, D] of every shown frame, given the hidden states [S, llm width] of the pass before."""
@@ -154,7 +156,8 @@ class FoveatedVLM(nn.Module):
         features = self.encode(batch.frames) if visual else None
         objective = text_embeddings.new_zeros((), dtype=torch.float32)
         sums: dict[str, Tensor] = {}
-        hidden, entropy = None, objective.detach()
+        text_sum = objective.detach()
+        hidden, entropy = text_embeddings, objective.detach()
         text_only = [n for n, count in enumerate(batch.shown_counts) if not count]
         if text_only:
             kept = _Kept.of(batch, {n: batch.lengths[n] for n in text_only})
@@ -163,29 +166,26 @@ class FoveatedVLM(nn.Module):
             objective = objective + text_sum  # equal in every pass, and the weights add up to 1
         for number, (name, weight) in enumerate(weights.items()):
             last = number == len(weights) - 1
-            if features is not None:
-                if hidden is None:
-                    read = self.read_coarse(features, batch, weights=last)
-                else:
-                    read = self.read_fine(features, self.queries(hidden, batch), batch, weights=last)
-                lengths = batch.lengths if weight or last else batch.query_prefix
-                kept = _Kept.of(batch, {n: lengths[n] for n in visual if lengths[n]})
-                embeddings = text_embeddings.index_copy(
-                    0, batch.visual_positions.flatten(), read.tokens.flatten(0, 1).to(text_embeddings.dtype)
-                )
-                if kept.layout.lengths:
-                    states = self.contextualise(embeddings[kept.index], batch.position_ids[kept.index], kept.layout)
-                    hidden = states if kept.whole(batch) else states.new_zeros(len(batch.labels), states.shape[-1]).index_copy(0, kept.index, states)
-                else:
-                    states = hidden = embeddings * 0
-                if weight:
-                    sums[name] = self._cross_entropy(states, batch.labels[kept.index])
-                    objective = objective + sums[name] * (weight / total_weight)
-                if last and read.weights is not None:
-                    entropy = _entropy(read.weights)
-        if text_only:
-            sums = {name: sums.get(name, 0) + text_sum for name, weight in weights.items() if weight}
-        return PassLosses(self._touch(objective, batch), {name: value.detach() for name, value in sums.items()}, entropy)
+            # random queries depend on no pass before theirs
+            if features is None or not (weight or last or self.settings.query != "random"):
+                continue
+            if number == 0:
+                read = self.read_coarse(features, batch, weights=last)
+            else:
+                read = self.read_fine(features, self.queries(hidden, batch), batch, weights=last)
+            lengths = batch.lengths if weight or last else batch.query_prefix
+            kept = _Kept.of(batch, {n: lengths[n] for n in visual if lengths[n]})
+            visual_tokens = read.tokens.flatten(0, 1).to(text_embeddings.dtype)
+            embeddings = text_embeddings.index_copy(0, batch.visual_positions.flatten(), visual_tokens)[kept.index]
+            states = self.contextualise(embeddings, batch.position_ids[kept.index], kept.layout) if len(embeddings) else embeddings
+            hidden = torch.zeros_like(text_embeddings, dtype=states.dtype).index_copy(0, kept.index, states)
+            if weight:
+                sums[name] = self._cross_entropy(states, batch.labels[kept.index])
+                objective = objective + sums[name] * (weight / total_weight)
+            if read.weights is not None:
+                entropy = _entropy(read.weights)
+        reported = {name: (sums.get(name, 0.0) + text_sum).detach() for name, weight in weights.items() if weight}
+        return PassLosses(self._touch(objective, batch), reported, entropy)
 
     @property
     def pass_names(self) -> list[str]:
@@ -256,8 +256,9 @@ class FoveatedVLM(nn.Module):
     def _touch(self, objective: Tensor, batch: PackedBatch) -> Tensor:
         """Give parameters a batch does not use (no frames, no `q_init`) a zero gradient: DDP waits for all of them."""
         unused: list[nn.Module] = [self.connector] if len(batch.frames) else [self.connector, self.encoder]
-        parameters = [p for module in unused for p in module.parameters() if p.requires_grad]
-        return objective + sum(p.sum() for p in parameters).float() * 0.0 if parameters else objective
+        for parameter in (p for module in unused for p in module.parameters() if p.requires_grad):
+            objective = objective + parameter.sum().float() * 0.0
+        return objective
 
 
 @dataclass(frozen=True)
@@ -276,9 +277,6 @@ class _Kept:
         index = torch.cat(ranges) if ranges else torch.zeros(0, dtype=torch.int64)
         return cls(index.to(batch.input_ids.device, non_blocking=True), PackedLayout(list(lengths.values())))
 
-    def whole(self, batch: PackedBatch) -> bool:
-        return len(self.index) == len(batch.labels)
-
 
 def build_model(settings: ModelSettings, *, vocab_size: int, seed: int = 0) -> FoveatedVLM:
     """Build the model in fp32: backbones from checkpoints or shapes, the connector at random from `seed`.
@@ -287,8 +285,7 @@ def build_model(settings: ModelSettings, *, vocab_size: int, seed: int = 0) -> F
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = FoveatedVLM(settings, _build_encoder(settings.vision), _build_llm(settings.llm, vocab_size))
-    return model
+        return FoveatedVLM(settings, _build_encoder(settings.vision), _build_llm(settings.llm, vocab_size))
 
 
 def load_model(folder: Path) -> FoveatedVLM:
@@ -344,7 +341,7 @@ def _build_llm(settings: LLMSettings, vocab_size: int) -> LlamaForCausalLM:
         num_key_value_heads=shape.kv_heads,
         intermediate_size=shape.mlp_width,
         max_position_embeddings=shape.context,
-        rope_theta=shape.rope_theta,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
         tie_word_embeddings=True,
     )
     return LlamaForCausalLM._from_config(config, attn_implementation=attention.NAME)

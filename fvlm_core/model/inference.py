@@ -90,9 +90,7 @@ def gaze(model: FoveatedVLM, batch: PackedBatch, mode: Mode) -> Tensor:
 
 
 @torch.no_grad()
-def generate(
-    model: FoveatedVLM, batch: PackedBatch, mode: Mode, *, max_new_tokens: int, stop_ids: Sequence[int]
-) -> list[list[int]]:
+def generate(model: FoveatedVLM, batch: PackedBatch, mode: Mode, *, max_new_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
     """Greedy answers of every sample, whose sequences end where the answer begins; the stop token is left out."""
     context = read_batch(model, batch, mode, room=max_new_tokens)
     assert context.cache is not None
