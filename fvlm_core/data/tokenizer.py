@@ -1,0 +1,96 @@
+"""The tokenizer and the chat format.
+
+A tiny model gets a byte-level BPE trained on its own text, with SmolLM2's special tokens and digits split one by one; a
+real one loads SmolLM2's. Both get our chat template: SmolLM2's, with a system prompt that says what the model is.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from fvlm_core.data.batch import ChatFormat
+from fvlm_core.errors import UserError
+
+SYSTEM_PROMPT = "You answer questions about videos and images."
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
+SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
+"""All bytes and the special tokens."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    "{{ '<|im_start|>system\n" + SYSTEM_PROMPT + "<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `vocab_size` tokens; deterministic. Raises ValueError if that is less than bytes and specials."""
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ValueError(f"vocab_size must be at least {SMALLEST_VOCABULARY}, not {vocab_size}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[reportAttributeAccessIssue]
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=TURN_START,
+        eos_token=TURN_END,
+        pad_token=TURN_END,
+        unk_token=END_OF_TEXT,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """A tokenizer by folder or hub name, with our chat template.
+
+    Raises UserError if it cannot be loaded or lacks SmolLM2's chat tokens.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(name))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot load the tokenizer: {error}", where=str(name), fix="give a folder with a tokenizer, or a hub name that can be reached"
+        ) from error
+    missing = [token for token in (TURN_START, TURN_END) if token not in tokenizer.get_vocab()]
+    if missing:
+        raise UserError(f"the tokenizer has no {' and '.join(missing)}", where=str(name), fix="use a SmolLM2-Instruct tokenizer")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def chat_format(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
+    """Token ids of the chat template's fixed parts; joined with stripped texts' ids they equal `apply_chat_template`."""
+    return ChatFormat(
+        system=encode(tokenizer, f"{TURN_START}system\n{SYSTEM_PROMPT}{TURN_END}\n"),
+        user_open=encode(tokenizer, f"{TURN_START}user\n"),
+        user_close=encode(tokenizer, f"{TURN_END}\n"),
+        assistant_open=encode(tokenizer, f"{TURN_START}assistant\n"),
+        assistant_close=encode(tokenizer, f"{TURN_END}\n"),
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text, nothing added."""
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def render_chat(turns: Iterable[dict[str, str]]) -> str:
+    """A conversation of `{"question", "answer"}` turns as the text the model sees, for training a tokenizer."""
+    parts = [f"{TURN_START}system\n{SYSTEM_PROMPT}{TURN_END}\n"]
+    for turn in turns:
+        parts.append(f"{TURN_START}user\n{turn['question']}{TURN_END}\n{TURN_START}assistant\n{turn['answer']}{TURN_END}\n")
+    return "".join(parts)

@@ -1,0 +1,69 @@
+"""A small but complete folder of shards in a few seconds, for tests that need data but not how it came about."""
+
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+
+from fvlm_core.data import gaze
+from fvlm_core.data.shard_files import ShardManifest, ShardSample, Split, write_shards
+from fvlm_core.data.text import text_chat
+from fvlm_core.data.tokenizer import render_chat, train_tokenizer
+from fvlm_core.manifest import file_entries
+
+VOCABULARY = 400
+
+
+def tiny_shards(folder: Path, *, clips: int = 24, seed: int = 0) -> Path:
+    """Shards of `clips` clips per source and split (gaze_caption, gaze_cell: 3 frames; gaze_image: 1) and as many text chats, 42 px."""
+    samples = [
+        make(seed, split, number)
+        for split in ("train", "val")
+        for make in (gaze_sample("gaze_caption"), gaze_sample("gaze_cell"), gaze_sample("gaze_image"), text_sample)
+        for number in range(clips)
+    ]
+    tokenizer = train_tokenizer((render_chat(turns) for sample in samples for turns in sample.conversations), VOCABULARY)
+    counts, dropped = write_shards(folder, samples, tokenizer, samples_per_shard=16)
+    ShardManifest(
+        name="shards",
+        settings_hash=f"tiny {clips} {seed}",
+        counts={"samples": len(samples)},
+        files=file_entries(folder, ["train/*.tar", "val/*.tar", "tokenizer/*", "index.parquet"]),
+        sources=counts,
+        frame_px=gaze.FRAME_PX,
+        fps=1.0,
+        vocab_size=len(tokenizer),
+        bad=dropped,
+    ).write(folder)
+    return folder
+
+
+def gaze_sample(source: str):
+    """A function (seed, split, number) -> ShardSample of that gaze source."""
+
+    def make(seed: int, split: Split, number: int) -> ShardSample:
+        rng = np.random.default_rng([seed, len(source), split == "val", number])
+        image = source == "gaze_image"
+        clip = gaze.render(rng, split, frames=1 if image else 3)
+        conversations, probes = gaze.cell_questions(clip, rng)
+        text = gaze.reading(clip) if image else gaze.caption(clip)
+        if source == "gaze_caption":
+            conversations, probes = [[{"question": "Describe the video.", "answer": text}]], [None]
+        return ShardSample(
+            source=source,
+            kind="image" if image else "video",
+            split=split,
+            origin=f"{split}-{number}",
+            conversations=conversations,
+            probes=probes,
+            caption=text,
+            duration_s=float(len(clip.frames)),
+            num_frames=len(clip.frames),
+            frames=lambda: [simplejpeg.encode_jpeg(frame, quality=90, colorsubsampling="420") for frame in clip.frames],
+        )
+
+    return make
+
+
+def text_sample(seed: int, split: Split, number: int) -> ShardSample:
+    return ShardSample("text", "text", split, f"{split}-{number}", [text_chat(seed, split, number)], [None])
