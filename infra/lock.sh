@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Make requirements.lock anew: the newest versions that pyproject.toml allows, in an empty environment.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+python3 -m venv "$folder/venv"
+"$folder/venv/bin/pip" install --quiet ".[dev]"
+{
+    echo "# Exact versions of everything: made by ./infra/lock.sh from pyproject.toml; install with ./setup.sh"
+    # a CPU build of torch calls itself 2.13.0+cpu; which build pip takes is the machine's business
+    "$folder/venv/bin/pip" freeze --exclude fvlm | sed -E 's/\+(cpu|cu[0-9]+)$//'
+} >requirements.lock

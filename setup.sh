@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Everything a fresh machine needs: .venv from requirements.lock, and video2dataset's own environment. Quick when done.
+# Needs Python 3.11 or newer with venv; FVLM_PYTHON names another interpreter.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+python=${FVLM_PYTHON:-python3}
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    echo "error: Python 3.11 or newer is needed; '$python' is not
+  fix: install it (Debian: apt-get install python3 python3-venv), or name one: FVLM_PYTHON=python3.12 $0" >&2
+    exit 2
+fi
+
+# The environment is whole when its stamp equals the lock it was made from; the stamp is written last.
+stamp=.venv/.fvlm-lock
+wanted=$(cat requirements.lock pyproject.toml | sha256sum)
+if [ "$(cat $stamp 2>/dev/null)" != "$wanted" ]; then
+    echo "setting up .venv (a few minutes the first time)"
+    [ -x .venv/bin/python ] || "$python" -m venv .venv || {
+        echo "error: could not make .venv
+  fix: install the venv module (Debian: apt-get install python3-venv)" >&2
+        exit 2
+    }
+    .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
+    .venv/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
+    echo "$wanted" >$stamp
+fi
+./infra/video2dataset_env.sh
