@@ -1,0 +1,53 @@
+"""Tiny models and batches that the model's tests share."""
+
+import numpy as np
+
+from fvlm_core.config import LLMSettings, LLMShape, ModelSettings, VisionSettings, VisionShape
+from fvlm_core.data.batch import ChatFormat, Sample, Turn
+from fvlm_core.model.foveated import FoveatedVLM, build_model
+
+CHAT = ChatFormat(system=[1, 2, 3], user_open=[4], user_close=[5], assistant_open=[6], assistant_close=[7, 8])
+VOCAB = 97
+FRAME_PX = 42
+
+
+def tiny_settings(**changes) -> ModelSettings:
+    if changes.get("query") == "pooled":
+        changes = {"fine_iterations": 0, **changes}
+    vision = VisionSettings(shape=VisionShape(width=32, layers=3, heads=2), frame_px=FRAME_PX)
+    llm = LLMSettings(shape=LLMShape(width=48, layers=2, heads=4, kv_heads=2, mlp_width=64, context=256))
+    return ModelSettings(vision=vision, llm=llm, **changes)
+
+
+def tiny_model(**changes) -> FoveatedVLM:
+    """In float64 with sizeable weights, so that comparisons can be strict and nothing is near zero."""
+    model = build_model(tiny_settings(**changes), vocab_size=VOCAB, seed=3).double().eval()
+    rng = np.random.default_rng(7)
+    for parameter in model.parameters():
+        parameter.data += parameter.new_tensor(rng.normal(0, 0.05, tuple(parameter.shape)))
+    return model
+
+
+def sample(
+    rng: np.random.Generator,
+    *,
+    frames: int = 3,
+    shown: list[list[int]] | None = None,
+    question_first: bool = False,
+    question: int = 4,
+    answer: int = 3,
+    label_questions: bool = False,
+    turns: int = 1,
+) -> Sample:
+    """A random sample; by default one video of `frames` frames."""
+    media = ([list(range(frames))] if frames else []) if shown is None else shown
+    ids = lambda n: rng.integers(10, VOCAB, n).tolist()  # noqa: E731
+    return Sample(
+        key="k",
+        source="s",
+        frames=rng.integers(0, 256, (frames, FRAME_PX, FRAME_PX, 3), dtype=np.uint8),
+        media=media,
+        turns=[Turn(ids(question), ids(answer)) for _ in range(turns)],
+        question_first=question_first,
+        label_questions=label_questions,
+    )
