@@ -1,0 +1,173 @@
+"""Checkpoints: whole or not there, noticed when damaged, readable by any number of ranks.
+
+A checkpoint is a folder `step-00000100`: the tensors (`torch.distributed.checkpoint`, each rank writes its part) and, written
+last, a manifest with every file's sha256 and the run's small state. It is made under a temporary name and renamed, so a kill
+leaves the old ones or the new one, never a part. The last two and the best are kept.
+"""
+
+import os
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from fvlm_core.manifest import FILE_NAME as MANIFEST
+from fvlm_core.manifest import FileEntry, Manifest, file_entries
+from fvlm_core.train.distributed import World
+
+KEEP_LAST = 2
+"""Besides the best. Two, so that a damaged newest one costs little."""
+_TEMPORARY = ".making"
+
+
+class CheckpointManifest(Manifest):
+    """What a checkpoint folder holds."""
+
+    step: int
+    """Optimizer steps done; the loader's position is the same number."""
+    ranks: int
+    """Ranks that wrote it; any number may read it."""
+    score: float | None
+    """Validation loss of the last pass at this step, or None where it was not evaluated."""
+    state: dict[str, Any]
+    """The run's small state (`fvlm_core.train.loop.RunState`)."""
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every method is to be called by all ranks."""
+
+    def __init__(self, folder: Path, world: World, identity: str) -> None:
+        """`identity`: hash of the run's settings and inputs; checkpoints of others are ignored."""
+        self.folder, self.world, self.identity = folder, world, identity
+
+    def save(self, step: int, tensors: dict[str, Any], *, score: float | None, state: dict[str, Any]) -> None:
+        """Write the checkpoint of `step` (`tensors`: nested dicts of tensors), then delete those no longer kept."""
+        temporary, final = self.folder / f"{_TEMPORARY}-{step:08d}", self._path(step)
+        if self.world.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        self.world.wait()
+        save(_flatten(tensors), storage_writer=FileSystemWriter(temporary), no_dist=self.world.size == 1)
+        if self.world.rank == 0:
+            files = file_entries(temporary, ["*.distcp", ".metadata"])
+            CheckpointManifest(
+                name="checkpoint",
+                settings_hash=self.identity,
+                files=files,
+                step=step,
+                ranks=self.world.size,
+                score=score,
+                state=state,
+            ).write(temporary)
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            _sync_folder(self.folder)
+            self._prune()
+        self.world.wait()
+
+    def newest(self, *, up_to: int | None = None) -> CheckpointManifest | None:
+        """The newest whole checkpoint (of at most step `up_to`), or None. A damaged one is reported and passed over."""
+        found = None
+        if self.world.rank == 0:
+            steps = sorted((step for step in self._steps() if up_to is None or step <= up_to), reverse=True)
+            found = next((manifest for step in steps if (manifest := self._whole(step)) is not None), None)
+        return self.world.share(found)
+
+    def load(self, step: int, tensors: dict[str, Any]) -> None:
+        """Read the checkpoint of `step` into `tensors`, in place. What it does not hold (the RNG of a rank that was not) stays."""
+        reader = FileSystemReader(self._path(step))
+        held = reader.read_metadata().state_dict_metadata
+        wanted = {name: tensor for name, tensor in _flatten(tensors).items() if name in held}
+        load(wanted, storage_reader=reader, no_dist=self.world.size == 1)
+
+    def drop_after(self, step: int) -> None:
+        """Delete the checkpoints later than `step`."""
+        if self.world.rank == 0:
+            for later in self._steps():
+                if later > step:
+                    shutil.rmtree(self._path(later))
+        self.world.wait()
+
+    def clean(self) -> None:
+        """Delete what a killed run left half made."""
+        if self.world.rank == 0:
+            for leftover in self.folder.glob(f"{_TEMPORARY}-*"):
+                shutil.rmtree(leftover)
+        self.world.wait()
+
+    def files(self, prefix: str) -> list[FileEntry]:
+        """Entries of all checkpoint files for the run's manifest, their paths behind `prefix`; tensors are not read again."""
+        entries = []
+        for step in self._steps():
+            path = f"{prefix}/{self._path(step).name}"
+            listed = [*CheckpointManifest.read(self._path(step)).files, *file_entries(self._path(step), [MANIFEST])]
+            entries += [entry.model_copy(update={"path": f"{path}/{entry.path}", "identity": False}) for entry in listed]
+        return entries
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def _steps(self) -> list[int]:
+        matches = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*"))
+        return sorted(int(match[1]) for match in matches if match)
+
+    def _whole(self, step: int) -> CheckpointManifest | None:
+        manifest = CheckpointManifest.read_whole(self._path(step))
+        if manifest is None or manifest.settings_hash != self.identity:
+            print(f"checkpoint {self._path(step).name} is damaged or another run's: passed over", flush=True)
+            return None
+        return manifest
+
+    def _prune(self) -> None:
+        steps = self._steps()
+        scores = {step: CheckpointManifest.read(self._path(step)).score for step in steps if (self._path(step) / MANIFEST).is_file()}
+        scored = {step: score for step, score in scores.items() if score is not None}
+        kept = {*steps[-KEEP_LAST:], *([min(scored, key=lambda step: (scored[step], step))] if scored else [])}
+        for step in set(steps) - kept:
+            shutil.rmtree(self._path(step))
+
+
+def rng_tensors(device: torch.device) -> dict[str, Tensor]:
+    """The state of every random generator of this process, as tensors of fixed size."""
+    keys, position = np.random.get_state()[1:3]  # pyright: ignore[reportArgumentType]
+    states = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor(random.getstate()[1], dtype=torch.int64),
+        "numpy": torch.from_numpy(np.append(keys, position).astype(np.int64)),
+    }
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_rng(states: dict[str, Tensor], device: torch.device) -> None:
+    """Put every random generator into a state of `rng_tensors`."""
+    torch.set_rng_state(states["torch"])
+    random.setstate((3, tuple(states["python"].tolist()), None))
+    numpy_state = states["numpy"].numpy()
+    np.random.set_state(("MT19937", numpy_state[:-1].astype(np.uint32), int(numpy_state[-1]), 0, 0.0))
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def _flatten(tensors: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, the keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in tensors.items():
+        name = f"{prefix}{key}"
+        flat |= _flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

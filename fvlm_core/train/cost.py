@@ -1,0 +1,66 @@
+"""What batches cost in FLOPs, and how many steps a FLOP budget pays for."""
+
+from functools import lru_cache
+
+import numpy as np
+
+from fvlm_core.config import DataSettings, LossSettings, ModelSettings, RunSettings
+from fvlm_core.data.batch import IGNORE, PackedBatch, pack
+from fvlm_core.data.loader import CorruptSampleError, ShardSet
+from fvlm_core.model.flops import ModelDims, SampleShape, sample_flops, samples_for
+from fvlm_core.model.foveated import FoveatedVLM
+
+PROBED_ROWS = 32
+"""Samples of each source, evenly spread over it, whose mean cost stands for the source's."""
+
+
+class Cost:
+    """Training FLOPs of a model's samples."""
+
+    def __init__(self, model: FoveatedVLM, loss: LossSettings) -> None:
+        self.model: ModelSettings = model.settings
+        self.loss = loss
+        self.dims = ModelDims.from_configs(model.encoder.config.to_dict(), model.llm.config.to_dict(), self.model.vision.frame_px)
+        self._of = lru_cache(maxsize=4096)(lambda shape: sample_flops(self.model, self.dims, shape, self.loss).train)
+
+    def batch(self, batch: PackedBatch) -> float:
+        """FLOPs of training on a batch (on CPU); frames that samples have in common are counted for each."""
+        return sum(self._of(shape) for shape in sample_shapes(batch, self.model.tokens_per_frame))
+
+    def steps_for(self, shards: ShardSet, data: DataSettings, run: RunSettings) -> int:
+        """The number of steps: the recipe's, or as many as its FLOP budget pays for."""
+        if run.steps is not None:
+            return run.steps
+        assert run.budget_flops is not None
+        per_sample = sum(part.share * self._mean(shards, data, part.source) for part in data.mixture if part.share > 0)
+        return max(1, round(samples_for(run.budget_flops, per_sample) / run.batch_samples))
+
+    def _mean(self, shards: ShardSet, data: DataSettings, source: str) -> float:
+        rows = shards.rows("train", source).index
+        costs = []
+        for row in rows[np.unique(np.linspace(0, len(rows) - 1, PROBED_ROWS).astype(int))] if len(rows) else []:
+            try:
+                sample = shards.read(int(row), image_repeats=data.image_repeats, label_questions=data.loss_on == "all_text")
+            except CorruptSampleError:  # the loader reports and counts those
+                continue
+            costs.append(self.batch(pack([sample], shards.chat, tokens_per_frame=self.model.tokens_per_frame)))
+        return float(np.mean(costs)) if costs else 0.0
+
+
+def sample_shapes(batch: PackedBatch, tokens_per_frame: int) -> list[SampleShape]:
+    """The shape of every sample of a batch (on CPU)."""
+    labelled = (batch.labels != IGNORE).numpy()
+    shown_frames = batch.shown_frames.tolist()
+    shapes, token, frame = [], 0, 0
+    for length, shown, prefix in zip(batch.lengths, batch.shown_counts, batch.query_prefix, strict=True):
+        shapes.append(
+            SampleShape(
+                frames=len(set(shown_frames[frame : frame + shown])),
+                shown=shown,
+                text_tokens=length - shown * tokens_per_frame,
+                labels=int(labelled[token : token + length].sum()),
+                query_prefix=prefix,
+            )
+        )
+        token, frame = token + length, frame + shown
+    return shapes

@@ -1,0 +1,96 @@
+"""The ranks of a run: who they are, what they exchange, and how a model is spread over them.
+
+One rank needs no process group. Several use gloo on CPU and NCCL on GPUs, with DistributedDataParallel; other ways of
+spreading a model belong into `Replicated`'s place, nothing else knows of it.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fvlm_core.config import LossSettings
+from fvlm_core.data.batch import PackedBatch
+from fvlm_core.errors import UserError
+from fvlm_core.model.foveated import FoveatedVLM, PassLosses
+
+
+@dataclass(frozen=True)
+class World:
+    """One rank among `size`."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def join(cls, environment: Mapping[str, str], device: str) -> "World":
+        """Join the ranks that torchrun describes in `environment`; alone where it describes none.
+
+        Raises UserError for a GPU that is not there.
+        """
+        rank, size, local = (int(environment.get(key, alone)) for key, alone in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and local >= torch.cuda.device_count():
+            raise UserError(
+                f"rank {rank} has no GPU of its own: this machine has {torch.cuda.device_count()}",
+                where="run.device",
+                fix="start fewer processes, or set run.device to cpu",
+            )
+        place = torch.device(device, local) if device == "cuda" else torch.device(device)
+        if device == "cuda":
+            torch.cuda.set_device(place)
+        if size > 1:
+            dist.init_process_group("nccl" if device == "cuda" else "gloo", device_id=place if device == "cuda" else None)
+        return cls(rank, size, place)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """The values added up over the ranks, in double precision."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def leave(self) -> None:
+        """End the process group."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+class Replicated:
+    """A model as every rank calls it: gradients are the mean over the ranks once a synchronised backward is done."""
+
+    def __init__(self, model: FoveatedVLM, world: World) -> None:
+        self.model = model
+        self.parallel = None
+        if world.size > 1:
+            self.parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def __call__(self, batch: PackedBatch, loss: LossSettings) -> PassLosses:
+        """The training forward."""
+        module: nn.Module = self.model if self.parallel is None else self.parallel
+        return module(batch, loss)
+
+    def accumulating(self, accumulate: bool) -> AbstractContextManager:
+        """Around a forward and backward: with `accumulate` the ranks keep their gradients to themselves for now."""
+        return self.parallel.no_sync() if self.parallel is not None and accumulate else nullcontext()

@@ -1,0 +1,282 @@
+"""The training loop: from a recipe to a RunManifest, exactly resumable at every step.
+
+The loss is the mean over all labelled tokens of the global batch: labels are counted over all ranks and micro-batches before
+the first forward, so neither the number of ranks nor accumulation changes it. Everything a step depends on is in the
+checkpoint (weights, optimizer, generators) or a pure function of the step (learning rates, data), so a run that was killed
+and started again goes through the same numbers as one that was not.
+"""
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fvlm_core.config import Recipe
+from fvlm_core.data.batch import PackedBatch
+from fvlm_core.data.loader import ShardSet, train_steps
+from fvlm_core.errors import UserError
+from fvlm_core.progress import Progress
+from fvlm_core.train.checkpoint import CheckpointManifest, Checkpoints, rng_tensors, set_rng
+from fvlm_core.train.cost import Cost
+from fvlm_core.train.distributed import Replicated, World
+from fvlm_core.train.divergence import MARGIN_STEPS, frozen_parameters, next_freeze
+from fvlm_core.train.manifest import CHECKPOINTS_FOLDER, METRICS_FILE, Divergence, RunManifest
+from fvlm_core.train.metrics import MetricsFile, Tracker, columns, peak_flops, peak_memory_gb
+from fvlm_core.train.optimizer import build_optimizer, clip_gradients, gradient_norms, optimizer_tensors, set_learning_rates
+from fvlm_core.train.result import write_result
+from fvlm_core.train.schedules import learning_rates
+from fvlm_core.train.start import compile_parts, initial_model, prepare
+from fvlm_core.train.state import Clock, RunState, StepResult, Window
+from fvlm_core.train.validation import validation_losses
+
+STOPPED = 75
+"""Exit status after a SIGTERM: the run is whole up to its last step and goes on when started again (EX_TEMPFAIL)."""
+
+
+class Trainer:
+    """One run on this rank."""
+
+    def __init__(self, recipe: Recipe, world: World, identity: str, inputs: dict[str, str], *, has_wandb_key: bool) -> None:
+        self.recipe, self.world, self.identity, self.inputs = recipe, world, identity, inputs
+        self.shards = ShardSet(recipe.shards)
+        prepare(recipe.run, world.rank, world.device)
+        self.model = initial_model(recipe, self.shards).to(world.device)
+        if recipe.run.gradient_checkpointing:
+            self.model.set_gradient_checkpointing(True)
+        if recipe.run.compile:
+            compile_parts(self.model)
+        self.cost = Cost(self.model, recipe.loss)
+        self.steps = self.cost.steps_for(self.shards, recipe.data, recipe.run)
+        self.run_settings = recipe.run.with_changes({"steps": self.steps, "budget_flops": None})
+        weights = [recipe.loss.coarse, *recipe.loss.fine]
+        self.passes = [name for name, weight in zip(self.model.pass_names, weights, strict=True) if weight]
+        self.checkpoints = Checkpoints(recipe.output / CHECKPOINTS_FOLDER, world, identity)
+        self.metrics = MetricsFile(recipe.output / METRICS_FILE, columns(self.passes))
+        self.tracker = Tracker(recipe, identity, has_key=has_wandb_key)
+        self.state, self.clock = RunState(), Clock()
+        self.stop_requested = False
+        self.batches: Iterator[list[PackedBatch]] = iter(())
+
+    def run(self) -> RunManifest:
+        """Train to the end (from the last checkpoint where there is one) and write the manifest. Exits with STOPPED on SIGTERM."""
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_requested", True))
+        self.checkpoints.clean()
+        found = self.checkpoints.newest()
+        self._return_to(found, RunState() if found is None else RunState.model_validate(found.state))
+        if found is not None:
+            self.state.resumed_from.append(found.step)
+            self._say(f"resumed from step {found.step}")
+        progress = Progress(self.recipe.output, self.steps, first_step=self.state.step)
+        while self.state.step < self.steps:
+            loss, trouble = self._step()
+            step, last = self.state.step, self.state.step == self.steps
+            if trouble is None and (last or step % self.run_settings.eval_every == 0):
+                trouble = self._evaluate()
+            if trouble is not None:
+                self._roll_back(trouble)
+            elif last or (step % self.run_settings.checkpoint_every == 0 and not self.state.watch.alarmed):
+                self._save()
+            if self.world.rank == 0:
+                progress.update(self.state.step, loss=loss if math.isfinite(loss) else None)
+        manifest = None
+        if self.world.rank == 0:
+            manifest = write_result(self.recipe, self.model, self.state, self.checkpoints, self.identity, self.inputs)
+            self.tracker.finish()
+        return self.world.share(manifest)
+
+    # a step
+
+    def _step(self) -> tuple[float, str | None]:
+        """One optimizer step: the loss, and why training has diverged, if it has."""
+        started = time.perf_counter()
+        with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed when it starts; a resumed run must not differ by that
+            micro_batches = next(self.batches)
+        waited = time.perf_counter() - started
+        own = [sum(sizes) for sizes in zip(*(self._sizes(batch) for batch in micro_batches), strict=True)]
+        *sizes, flops, stops = self.world.sum([*own, self.stop_requested])
+        if stops:
+            self._stop()
+        labels, samples, frames, tokens = (int(size) for size in sizes)
+        sums = self._accumulate(micro_batches, labels)
+        norms = gradient_norms(self.optimizer)
+        norm = torch.stack(list(norms.values())).norm()
+        # one transfer from the device for everything that is logged or decided on
+        values = torch.cat([sums, torch.stack([*norms.values(), norm]).double()]).tolist()
+        objective, *losses, entropy, looked = self.world.sum(values[: len(sums)])
+        result = StepResult(
+            labels=labels,
+            samples=samples,
+            frames=frames,
+            tokens=tokens,
+            flops=flops,
+            objective=objective,
+            losses=dict(zip(self.passes, losses, strict=True)),
+            norms=dict(zip(norms, values[len(sums) : -1], strict=True)),
+            norm=values[-1],
+            entropy=entropy,
+            looked=int(looked),
+        )
+        if result.finite:
+            clip_gradients(self.optimizer, self.recipe.optimizer.clip_norm, norm)
+            set_learning_rates(self.optimizer, learning_rates(self.recipe.optimizer, self.state.step, self.steps))
+            self.optimizer.step()
+        else:
+            self._say(f"step {self.state.step + 1}: loss {result.loss}, gradient norm {result.norm}: no update")
+        self.optimizer.zero_grad(set_to_none=True)
+        trouble = result.count(self.state)
+        seconds = time.perf_counter() - started
+        self.state.seconds += seconds
+        self.clock.add(result, seconds=seconds, waited=waited)
+        return result.loss, trouble
+
+    def _accumulate(self, micro_batches: list[PackedBatch], labels: int) -> Tensor:
+        """Forward and backward of this rank's micro-batches.
+
+        Returns this rank's sums, float64: objective, cross-entropy of each pass, entropy, micro-batches with frames.
+        """
+        sums = torch.zeros(3 + len(self.passes), dtype=torch.float64, device=self.world.device)
+        for number, micro_batch in enumerate(micro_batches):
+            batch = micro_batch.to(self.world.device)
+            with self.replicated.accumulating(number < len(micro_batches) - 1):
+                with self._autocast():
+                    losses = self.replicated(batch, self.recipe.loss)
+                # the ranks' gradients are averaged, so each rank's share of the global mean is scaled up
+                (losses.objective * (self.world.size / max(1, labels))).backward()
+            looked = sums.new_tensor(sum(batch.shown_counts) > 0)
+            parts = [losses.objective.detach(), *(losses.sums[name] for name in self.passes), losses.entropy * looked, looked]
+            sums += torch.stack([part.double() for part in parts])
+        return sums
+
+    def _sizes(self, batch: PackedBatch) -> tuple[float, ...]:
+        """Labels, samples, shown frames, tokens, training FLOPs."""
+        return batch.n_labels, batch.n_samples, len(batch.shown_frames), len(batch.input_ids), self.cost.batch(batch)
+
+    def _autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.recipe.run.precision == "bf16")
+
+    def _spread(self) -> None:
+        """A new optimizer and the model on all ranks, with what the state says is frozen."""
+        self.optimizer = build_optimizer(self.model, self.recipe.optimizer, frozen=frozen_parameters(self.model, self.state.frozen))
+        self.replicated = Replicated(self.model, self.world)
+
+    def _say(self, text: str) -> None:
+        if self.world.rank == 0:
+            print(text, flush=True)
+
+    # evaluation points
+
+    def _evaluate(self) -> str | None:
+        """Validation losses and a row of `metrics.csv`. Returns why training has diverged, if it has."""
+        with self._autocast():
+            self.state.val_losses = validation_losses(self.model, self.shards, self.recipe, self.passes, self.world)
+        final = self.state.val_losses[self.passes[-1]]
+        if not math.isfinite(final):
+            return f"validation loss {final}"
+        self.state.evaluated = self.state.step
+        row = self._row(final)
+        if self.world.rank == 0:
+            self.metrics.append(row)
+            self.tracker.log(row)
+        rate, train_loss = row["samples_per_s"], row["train_loss"]
+        self._say(f"step {self.state.step}/{self.steps}  train {train_loss:.4f}  val {final:.4f}  {rate:.1f} samples/s")
+        self.state.window, self.clock = Window(), Clock()
+        return None
+
+    def _row(self, val_loss: float) -> dict[str, Any]:
+        state, window = self.state, self.state.window
+        rates, labels = learning_rates(self.recipe.optimizer, state.step - 1, self.steps), max(1, window.labels)
+        peak = peak_flops(self.world.device)
+        return {
+            "step": state.step,
+            "samples": state.samples,
+            "frames": state.frames,
+            "label_tokens": state.label_tokens,
+            "flops": state.flops,
+            "val_loss": val_loss,
+            **{f"val_{name}": value for name, value in state.val_losses.items()},
+            "train_loss": window.objective / labels,
+            **{f"train_{name}": value / labels for name, value in window.losses.items()},
+            **{f"grad_norm_{role}": value / window.steps for role, value in window.norms.items()},
+            **{f"lr_{role}": rate if role in window.norms else 0.0 for role, rate in rates.items()},
+            "entropy": window.entropy / window.looked if window.looked else None,
+            "skipped_steps": state.skipped_steps,
+            **self.clock.rates(peak * self.world.size if peak else None),
+            "peak_memory_gb": peak_memory_gb(self.world.device),
+        }
+
+    # checkpoints
+
+    def _tensors(self) -> dict[str, Any]:
+        """Everything a checkpoint keeps in tensors; loading writes into them."""
+        return {
+            "parameters": dict(self.model.named_parameters()),
+            "buffers": dict(self.model.named_buffers()),
+            "optimizer": optimizer_tensors(self.optimizer),
+            "rng": {str(self.world.rank): rng_tensors(self.world.device)},
+        }
+
+    def _save(self) -> None:
+        """A checkpoint of the present step."""
+        state = self.state
+        score = state.val_losses[self.passes[-1]] if state.evaluated == state.step > 0 else None
+        if score is not None and score < state.best_loss:
+            state.best_step, state.best_loss = state.step, score
+        self.checkpoints.save(state.step, self._tensors(), score=score, state=state.model_dump(mode="json"))
+
+    def _return_to(self, found: CheckpointManifest | None, state: RunState) -> None:
+        """Go on from `state`, with the tensors of a checkpoint where one was found; later checkpoints and rows are dropped."""
+        self.state, self.clock = state, Clock()
+        self._spread()
+        if found is not None:
+            tensors = self._tensors()
+            self.checkpoints.load(found.step, tensors)
+            set_rng(tensors["rng"][str(self.world.rank)], self.world.device)
+        self.checkpoints.drop_after(state.step)
+        if self.world.rank == 0:
+            self.metrics.truncate(state.step)
+        self.batches = train_steps(
+            self.shards,
+            self.recipe.data,
+            self.run_settings,
+            tokens_per_frame=self.recipe.model.tokens_per_frame,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            first_step=state.step,
+        )
+
+    def _roll_back(self, reason: str) -> None:
+        """Go back to the last good checkpoint and freeze the next part. Raises UserError when there is nothing left to freeze."""
+        at, frozen = self.state.step, self.state.frozen
+        froze = next_freeze(self.model, frozen)
+        if froze is None:
+            raise UserError(
+                f"training diverges at step {at}: {reason}{'; frozen by then: ' + ', '.join(frozen) if frozen else ''}",
+                where=str(self.recipe.output),
+                fix="lower the learning rates or lengthen the warm-up (optimizer.lr_*, optimizer.warmup_steps)",
+            )
+        healthy_until = at - max(1, self.state.watch.unhealthy_steps)
+        found = self.checkpoints.newest(up_to=healthy_until - MARGIN_STEPS)
+        if found is None:
+            prepare(self.recipe.run, self.world.rank, self.world.device)
+            self.model.load_state_dict(initial_model(self.recipe, self.shards).state_dict())
+            state = RunState()
+        else:
+            state = RunState.model_validate(found.state)
+        state.resumed_from = self.state.resumed_from
+        state.divergences = [*self.state.divergences, Divergence(step=at, reason=reason, back_to=state.step, froze=froze)]
+        self._return_to(found, state)
+        self._say(f"diverged at step {at} ({reason}): back to step {state.step}, {froze} frozen")
+
+    def _stop(self) -> None:
+        """Save and leave, because of a SIGTERM."""
+        self._save()
+        self._say(f"stopped by SIGTERM at step {self.state.step}; start it again to go on")
+        self.tracker.finish()
+        self.world.leave()
+        sys.exit(STOPPED)

@@ -1,0 +1,122 @@
+"""What a run reports: `metrics.csv`, one row per evaluation point, and the same rows to Weights & Biases."""
+
+import csv
+import io
+import os
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fvlm_core.config import Recipe
+from fvlm_core.manifest import write_atomically
+from fvlm_core.train.optimizer import ROLES
+
+PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "A6000": 155, "4090": 165, "5090": 209, "B200": 2250}
+"""Dense bf16 tensor-core peaks from NVIDIA's data sheets, by a part of the device's name."""
+
+
+def columns(passes: Sequence[str]) -> list[str]:
+    """The columns of `metrics.csv`: the same for every run with these passes."""
+    return [
+        *("step", "samples", "frames", "label_tokens", "flops"),
+        *("val_loss", *(f"val_{name}" for name in passes), "train_loss", *(f"train_{name}" for name in passes)),
+        *(f"grad_norm_{role}" for role in ROLES),
+        *(f"lr_{role}" for role in ROLES),
+        *("entropy", "skipped_steps", "samples_per_s", "frames_per_s", "tokens_per_s", "mfu", "data_wait_share", "peak_memory_gb"),
+    ]
+
+
+class MetricsFile:
+    """`metrics.csv`: rows in step order, each step once, each row on disk when `append` returns."""
+
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
+        self.path, self.names = path, list(names)
+
+    def truncate(self, step: int) -> None:
+        """Keep the rows up to `step`, drop what a later or killed attempt wrote; makes the file where there is none."""
+        kept = []
+        if self.path.is_file():
+            with self.path.open(newline="") as stream:
+                rows = csv.DictReader(stream)
+                if rows.fieldnames == self.names:
+                    # a kill in the middle of a write leaves a row without its last columns
+                    kept = [row for row in rows if None not in row.values() and row["step"].isdigit() and int(row["step"]) <= step]
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.names)
+        writer.writeheader()
+        writer.writerows(kept)
+        write_atomically(self.path, text.getvalue().encode())
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row; a column it lacks stays empty. Raises ValueError for a column that does not exist."""
+        with self.path.open("a", newline="") as stream:
+            csv.DictWriter(stream, self.names).writerow(row)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+class Tracker:
+    """Weights & Biases, started with the first row (importing and starting it takes most of a second).
+
+    Without a key it writes offline files that `wandb sync` can upload. A run that cannot reach it goes on without.
+    """
+
+    def __init__(self, recipe: Recipe, identity: str, *, has_key: bool) -> None:
+        self.recipe, self.identity = recipe, identity
+        setting = recipe.run.wandb
+        self.mode = ("online" if has_key else "offline") if setting == "auto" else setting
+        self.run: Any = None
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Send a row."""
+        if self.mode == "disabled":
+            return
+        import wandb  # here, not above: a run without rows or with wandb disabled does not pay for it
+
+        try:
+            if self.run is None:
+                self.run = self._start(wandb)
+            self.run.log(row)
+        except (wandb.Error, OSError) as error:
+            print(f"wandb is not reachable, the run goes on without it: {error}", flush=True)
+            self.mode = "disabled"
+
+    def finish(self) -> None:
+        """Flush and end."""
+        if self.run is not None:
+            self.run.finish()
+
+    def _start(self, wandb: Any) -> Any:
+        self.recipe.output.mkdir(parents=True, exist_ok=True)
+        offline = self.mode == "offline"
+        run = wandb.init(
+            project=f"foveated-vlm-{self.recipe.phase}",
+            name=self.recipe.name,
+            id=self.identity[:16],
+            resume="allow" if not offline else None,
+            dir=self.recipe.output,
+            config=self.recipe.model_dump(mode="json"),
+            settings=wandb.Settings(
+                mode=self.mode, console="off", silent=True, disable_git=True, disable_code=True, x_disable_stats=offline
+            ),
+        )
+        run.define_metric("*", step_metric="step")
+        return run
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """FLOP/s of the device's bf16 tensor cores; None for a CPU or an unknown GPU."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), None)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Highest memory use so far: allocated on the GPU, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

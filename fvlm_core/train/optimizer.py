@@ -1,0 +1,82 @@
+"""AdamW with a parameter group per role and decay, and the plain tensors a checkpoint keeps of it.
+
+A role with learning rate 0 is frozen: its parameters require no gradient and have no optimizer state. A role without
+parameters is an error, and so is a parameter without a role: nothing falls silently into another's learning rate.
+"""
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from fvlm_core.config import OptimizerSettings
+from fvlm_core.errors import UserError
+from fvlm_core.model.foveated import FoveatedVLM
+
+ROLES = ("connector", "vision", "llm")
+
+
+def build_optimizer(model: FoveatedVLM, settings: OptimizerSettings, *, frozen: Collection[str] = ()) -> AdamW:
+    """Groups of `model`'s parameters; sets `requires_grad` off on those of frozen roles and those named in `frozen`.
+
+    Each group carries its `role` and its parameters' names (`param_names`). Raises UserError for a role without parameters
+    and when nothing is left to train.
+    """
+    peaks = {"connector": settings.lr_connector, "vision": settings.lr_vision, "llm": settings.lr_llm}
+    members: dict[str, list[tuple[str, nn.Parameter]]] = {role: [] for role in ROLES}
+    for name, parameter in model.named_parameters():
+        members[model.role(name)].append((name, parameter))
+        parameter.requires_grad_(peaks[model.role(name)] > 0 and name not in frozen)
+    for role, parameters in members.items():
+        if not parameters:
+            raise UserError(
+                f"the model has no parameters of the role {role!r}",
+                where=f"optimizer.lr_{role}",
+                fix="give a model that has all three roles",
+            )
+    groups = []
+    for role, parameters in members.items():
+        for decayed in (True, False):
+            chosen = [(name, p) for name, p in parameters if p.requires_grad and model.no_decay(name) != decayed]
+            if chosen:
+                groups.append({"params": chosen, "role": role, "lr": peaks[role], "weight_decay": settings.weight_decay * decayed})
+    if not groups:
+        raise UserError("nothing to train: every learning rate is 0", where="optimizer", fix="give one role a learning rate above 0")
+    return AdamW(groups, betas=(settings.beta1, settings.beta2), fused=True)
+
+
+def set_learning_rates(optimizer: AdamW, rates: dict[str, float]) -> None:
+    """Give every group its role's rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rates[group["role"]]
+
+
+def gradient_norms(optimizer: AdamW) -> dict[str, Tensor]:
+    """The 2-norm of each trained role's gradient, as scalars on the device."""
+    gradients: dict[str, list[Tensor]] = {}
+    for group in optimizer.param_groups:
+        gradients.setdefault(group["role"], []).extend(p.grad for p in group["params"] if p.grad is not None)
+    return {role: nn.utils.get_total_norm(grads) for role, grads in gradients.items()}
+
+
+def clip_gradients(optimizer: AdamW, clip_norm: float, norm: Tensor) -> None:
+    """Scale all gradients so that their total `norm` is at most `clip_norm`."""
+    nn.utils.clip_grads_with_norm_([p for group in optimizer.param_groups for p in group["params"]], clip_norm, norm)
+
+
+def optimizer_tensors(optimizer: AdamW) -> dict[str, dict[str, Tensor]]:
+    """The optimizer's state by parameter name, made (as zeros, what AdamW starts from) where there is none yet.
+
+    The tensors are the optimizer's own: saving reads them, loading writes into them.
+    """
+    tensors = {}
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            state = optimizer.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+            tensors[name] = {key: state[key] for key in ("step", "exp_avg", "exp_avg_sq")}
+    return tensors

@@ -1,0 +1,64 @@
+"""The end of a run: the model's folder and the manifest."""
+
+import shutil
+from pathlib import Path
+
+from fvlm_core.config import Recipe
+from fvlm_core.manifest import file_entries
+from fvlm_core.model.foveated import FoveatedVLM
+from fvlm_core.train.checkpoint import Checkpoints
+from fvlm_core.train.manifest import CHECKPOINTS_FOLDER, IDENTITY_FILE, METRICS_FILE, MODEL_FOLDER, RECIPE_FILE, RunManifest
+from fvlm_core.train.state import RunState
+
+TOKENIZER_FOLDER = "tokenizer"
+"""In the shards' folder."""
+
+
+def write_result(
+    recipe: Recipe, model: FoveatedVLM, state: RunState, checkpoints: Checkpoints, identity: str, inputs: dict[str, str]
+) -> RunManifest:
+    """Write `model/` (weights, settings, tokenizer) and, last, the manifest. For rank 0."""
+    save_model(model, recipe.shards / TOKENIZER_FOLDER, recipe.output / MODEL_FOLDER)
+    files = file_entries(recipe.output, [f"{MODEL_FOLDER}/*"])
+    # how the run went (rates, paths, storage layout) may differ where what it made does not
+    files += file_entries(recipe.output, [METRICS_FILE, RECIPE_FILE, IDENTITY_FILE], identity=False)
+    files += checkpoints.files(CHECKPOINTS_FOLDER)
+    counts = {
+        "steps": state.step,
+        "samples": state.samples,
+        "frames": state.frames,
+        "label_tokens": state.label_tokens,
+        "params": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    return RunManifest(
+        name=f"train-{recipe.name}",
+        settings_hash=identity,
+        inputs=inputs,
+        counts=counts,
+        files=files,
+        seconds=state.seconds,
+        steps=state.step,
+        final_loss=list(state.val_losses.values())[-1],
+        losses=state.val_losses,
+        best_step=state.best_step,
+        best_loss=state.best_loss,
+        samples_seen=state.samples,
+        frames_seen=state.frames,
+        label_tokens_seen=state.label_tokens,
+        flops=state.flops,
+        params=counts["params"],
+        resumed_from=state.resumed_from,
+        skipped_steps=state.skipped_steps,
+        divergences=state.divergences,
+    ).write(recipe.output)
+
+
+def save_model(model: FoveatedVLM, tokenizer: Path, folder: Path) -> None:
+    """Write a model and the tokenizer's files into one folder, which is there whole or not at all."""
+    temporary = folder.with_name(f".{folder.name}.making")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save(temporary)
+    for path in sorted(tokenizer.iterdir()):
+        shutil.copyfile(path, temporary / path.name)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)

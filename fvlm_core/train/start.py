@@ -1,0 +1,95 @@
+"""Where a run starts: the machine's settings, and the model it begins with."""
+
+import random
+
+import numpy as np
+import torch
+from torch.utils import deterministic
+
+from fvlm_core.config import Recipe, RunSettings
+from fvlm_core.data.loader import ShardSet
+from fvlm_core.errors import UserError
+from fvlm_core.model.foveated import FoveatedVLM, build_model, load_model
+from fvlm_core.train.manifest import MODEL_FOLDER
+
+
+def prepare(run: RunSettings, rank: int, device: torch.device) -> None:
+    """Threads, seeds, and determinism where it costs little."""
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    seed = run.seed * 1_000_003 + rank  # a large prime: neighbouring seeds do not meet over the ranks
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if device.type == "cpu":
+        # On CUDA it would exchange the fast attention and scatter kernels for slow ones.
+        torch.use_deterministic_algorithms(True)
+        deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]  # finds bugs, costs a write
+    elif run.precision == "bf16":
+        torch.set_float32_matmul_precision("high")  # what autocast leaves in fp32 may use TF32
+
+
+def initial_model(recipe: Recipe, shards: ShardSet) -> FoveatedVLM:
+    """The model before the first step: from an earlier run (`init_from`) or from the recipe's own settings.
+
+    Raises UserError where the model, the earlier run and the shards do not fit together.
+    """
+    settings, manifest = recipe.model, shards.manifest
+    if manifest.frame_px != settings.vision.frame_px:
+        raise UserError(
+            f"the shards' frames are {manifest.frame_px} px, the model's {settings.vision.frame_px} px",
+            where="model.vision.frame_px",
+            fix="make both the same",
+        )
+    fresh = recipe.init_from is None
+    model = build_model(settings, vocab_size=manifest.vocab_size, seed=recipe.run.seed) if fresh else _continued(recipe)
+    held, needed = model.llm.config.vocab_size, manifest.vocab_size
+    if held < needed:
+        raise UserError(
+            f"the shards' tokenizer has {needed} tokens, the model only {held}",
+            where=f"{recipe.shards}, {recipe.init_from or 'model.llm'}",
+            fix="make the shards with the model's own tokenizer",
+        )
+    longest = shards.longest_sequence(recipe.data, tokens_per_frame=settings.tokens_per_frame)
+    context = model.llm.config.max_position_embeddings
+    if longest > context:
+        raise UserError(
+            f"the longest sample has {longest} tokens, the language model's context is {context}",
+            where="model.llm",
+            fix="raise the context, or make shards with fewer frames or shorter texts",
+        )
+    return model
+
+
+def compile_parts(model: FoveatedVLM) -> None:
+    """`torch.compile` what is made of dense tensors: the encoder's layers, the queries' way through them, the LLM's MLPs and norms.
+
+    Shapes are dynamic, because every batch has another number of frames and tokens.
+    """
+    for layer in model.encoder.layers:
+        layer.compile(dynamic=True)
+        object.__setattr__(layer, "query", torch.compile(layer.query, dynamic=True))
+    for layer in model.llm.model.layers:
+        for part in ("mlp", "input_layernorm", "post_attention_layernorm"):
+            layer.get_submodule(part).compile(dynamic=True)
+
+
+def _continued(recipe: Recipe) -> FoveatedVLM:
+    """The model of the run at `init_from`, with the recipe's settings where they only change how it is used."""
+    assert recipe.init_from is not None
+    model = load_model(recipe.init_from / MODEL_FOLDER)
+    if model.settings == recipe.model:
+        return model
+    misfit = UserError(
+        "the earlier run has another model",
+        where=f"init_from {recipe.init_from}, model",
+        fix="give the recipe the earlier run's vision, llm, query, tokens_per_frame and film_head_width",
+    )
+    if (model.settings.vision, model.settings.llm) != (recipe.model.vision, recipe.model.llm):
+        raise misfit
+    changed = FoveatedVLM(recipe.model, model.encoder, model.llm)
+    try:
+        changed.connector.load_state_dict(model.connector.state_dict())
+    except RuntimeError as error:
+        raise misfit from error
+    return changed

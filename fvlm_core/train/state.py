@@ -1,0 +1,140 @@
+"""A run's small state: what a checkpoint keeps besides tensors, and the sums between two evaluation points."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fvlm_core.train.divergence import Watch
+from fvlm_core.train.manifest import Divergence
+
+_JSON = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
+
+
+class Window(BaseModel):
+    """Sums over the steps since the last evaluation point; saved, so that a resumed run writes the same row."""
+
+    model_config = _JSON
+
+    labels: int = 0
+    steps: int = 0
+    objective: float = 0.0
+    losses: dict[str, float] = Field(default_factory=dict)
+    """Per pass, the sum of cross-entropy."""
+    norms: dict[str, float] = Field(default_factory=dict)
+    """Per role, the sum of gradient norms."""
+    entropy: float = 0.0
+    looked: int = 0
+    """Micro-batches with frames."""
+
+
+class RunState(BaseModel):
+    """Equal on all ranks, JSON-able, part of every checkpoint."""
+
+    model_config = _JSON
+
+    step: int = 0
+    """Optimizer steps done, and the position of the loader."""
+    samples: int = 0
+    frames: int = 0
+    """Shown frames."""
+    label_tokens: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+    skipped_steps: int = 0
+    val_losses: dict[str, float] = Field(default_factory=dict)
+    """Of the last evaluation, per pass."""
+    evaluated: int = 0
+    """The step of the last evaluation."""
+    best_step: int = 0
+    best_loss: float = math.inf
+    resumed_from: list[int] = Field(default_factory=list)
+    divergences: list[Divergence] = Field(default_factory=list)
+    window: Window = Field(default_factory=Window)
+    watch: Watch = Field(default_factory=Watch)
+
+    @property
+    def frozen(self) -> list[str]:
+        """What divergences have frozen."""
+        return [divergence.froze for divergence in self.divergences]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step came to, over all ranks."""
+
+    labels: int
+    samples: int
+    frames: int
+    tokens: int
+    flops: float
+    objective: float
+    """Sum over the labelled tokens of the weighted cross-entropy."""
+    losses: dict[str, float]
+    norms: dict[str, float]
+    norm: float
+    entropy: float
+    """Summed over the micro-batches with frames."""
+    looked: int
+
+    @property
+    def loss(self) -> float:
+        """Mean over the labelled tokens of the global batch; 0 where it has none."""
+        return self.objective / max(1, self.labels)
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.objective) and math.isfinite(self.norm)
+
+    def count(self, state: RunState) -> str | None:
+        """Add the step to the run's state. Returns why training has diverged, or None."""
+        state.step += 1
+        state.samples += self.samples
+        state.frames += self.frames
+        state.label_tokens += self.labels
+        state.flops += self.flops
+        state.skipped_steps += not self.finite
+        window = state.window
+        window.labels += self.labels
+        window.steps += 1
+        window.objective += self.objective
+        window.entropy += self.entropy
+        window.looked += self.looked
+        for sums, values in ((window.losses, self.losses), (window.norms, self.norms)):
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + value
+        return state.watch.observe(self.loss, self.norm, self.entropy / self.looked if self.looked else 0.0)
+
+
+@dataclass
+class Clock:
+    """Wall-clock sums since the last evaluation point: how fast the run is, not what it computes."""
+
+    seconds: float = 0.0
+    waited: float = 0.0
+    """For data."""
+    samples: int = 0
+    frames: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+
+    def add(self, step: StepResult, *, seconds: float, waited: float) -> None:
+        """Count a step."""
+        self.seconds += seconds
+        self.waited += waited
+        self.samples += step.samples
+        self.frames += step.frames
+        self.tokens += step.tokens
+        self.flops += step.flops
+
+    def rates(self, peak_flops: float | None) -> dict[str, Any]:
+        """The throughput columns of `metrics.csv`; `peak_flops` of all devices together, None where unknown."""
+        seconds = max(self.seconds, 1e-9)
+        return {
+            "samples_per_s": self.samples / seconds,
+            "frames_per_s": self.frames / seconds,
+            "tokens_per_s": self.tokens / seconds,
+            "mfu": self.flops / seconds / peak_flops if peak_flops else None,
+            "data_wait_share": self.waited / seconds,
+        }

@@ -1,0 +1,35 @@
+"""Validation: the mean loss per labelled token of each pass, over a fixed set, dealt out to the ranks."""
+
+import torch
+
+from fvlm_core.config import Recipe
+from fvlm_core.data.loader import ShardSet, val_batches
+from fvlm_core.errors import UserError
+from fvlm_core.model.foveated import FoveatedVLM
+from fvlm_core.train.distributed import World
+
+
+@torch.no_grad()
+def validation_losses(model: FoveatedVLM, shards: ShardSet, recipe: Recipe, passes: list[str], world: World) -> dict[str, float]:
+    """Cross-entropy per labelled token of each of the `passes`. Raises UserError where the set has no labels."""
+    sums, labels = dict.fromkeys(passes, 0.0), 0
+    batches = val_batches(
+        shards,
+        recipe.run.eval_samples,
+        recipe.data,
+        tokens_per_frame=recipe.model.tokens_per_frame,
+        batch_samples=recipe.run.micro_batch_samples,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    model.eval()
+    for batch in batches:
+        losses = model(batch.to(world.device), recipe.loss)
+        labels += batch.n_labels
+        for name in passes:
+            sums[name] += float(losses.sums[name])
+    model.train()
+    *totals, count = world.sum([*sums.values(), labels])
+    if not count:
+        raise UserError("the validation samples have no labels", where="run.eval_samples", fix="evaluate more samples")
+    return {name: total / count for name, total in zip(passes, totals, strict=True)}
