@@ -1,0 +1,1 @@
+"""Ablation tables, scaling-law fits, their plots, and the choices made from them."""

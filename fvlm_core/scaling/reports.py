@@ -1,0 +1,159 @@
+"""Jobs and manifests of the comparisons of runs: light to import, so flows and the release read them without torch or SciPy."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, JsonValue
+
+from fvlm_core.manifest import Manifest
+from fvlm_core.settings import Settings
+
+Variant = Literal["foveated", "baseline"]
+VARIANTS: tuple[Variant, ...] = ("foveated", "baseline")
+
+ABLATIONS_TABLE, ABLATIONS_TEXT, ABLATIONS_PLOT = "ablations.csv", "ablations.md", "ablations.png"
+POINTS_FILE, FITS_FILE, SCALING_TEXT = "points.csv", "fits.json", "scaling.md"
+PLOTS = ("iso_flop.png", "crossover.png", "token_efficiency.png", "data_scaling.png", "allocation.png")
+
+
+class AblationRun(Settings):
+    """One run of the comparison."""
+
+    name: str
+    change: str = ""
+    """Dotted path of the one setting that differs from the baseline's; empty for the baseline."""
+    value: JsonValue = None
+    """Its value in this run."""
+    run: Path
+    """Folder of the finished run."""
+    control: bool = False
+    """A control: compared, but never the winner."""
+
+
+class AblationJob(Settings):
+    """Compare runs with a baseline."""
+
+    output: Path
+    baseline: str
+    """Name of the run that the others are compared with."""
+    runs: Annotated[list[AblationRun], Field(min_length=2)]
+
+
+class AblationRow(Settings):
+    """A line of the table."""
+
+    name: str
+    change: str
+    value: JsonValue
+    loss: float
+    """Validation loss of the last pass, in nats per labelled token."""
+    delta: float
+    """Loss minus the baseline's: below 0 is better."""
+    losses: dict[str, float]
+    """Validation loss of every pass (`coarse`, `fine1`, ...)."""
+    params: int
+    flops: float
+    """Training FLOPs of the run."""
+    samples: int
+    frames_per_s: float | None
+    """Median over the run's evaluation points; None where the run did not log it."""
+    seconds: float
+    control: bool = False
+    other_validation: bool = False
+    """The change alters the validation set too (mixture, question order, labels), so the delta compares different questions."""
+    also_changed: list[str] = []
+    """Other settings that differ from the baseline's, such as those that the change implies."""
+    divergences: int = 0
+
+    @property
+    def can_win(self) -> bool:
+        """Whether the row's loss is comparable with the baseline's and meant to be adopted."""
+        return not (self.control or self.other_validation)
+
+
+class AblationReport(Manifest):
+    """`ablations.csv`, `ablations.png`, and `ablations.md` (which has timings, so is not part of its identity)."""
+
+    baseline: str
+    rows: list[AblationRow]
+    """In the order of the job."""
+    winner: str
+    """Name of the comparable run with the lowest loss; the baseline's where nothing beats it."""
+    winner_change: str
+    """The winner's changed setting; empty for the baseline."""
+    winner_value: JsonValue
+
+
+class GridRun(Settings):
+    """One run of the grid."""
+
+    size: str
+    """Name of the model size."""
+    params: Annotated[int, Field(gt=0)] | None = None
+    """N of the scaling law; None takes the run's own count."""
+    budget_flops: Annotated[float, Field(gt=0)]
+    variant: Variant
+    run: Path
+    """Folder of the finished run."""
+
+
+class GridJob(Settings):
+    """Fit, plot and choose from a grid of runs."""
+
+    output: Path
+    runs: Annotated[list[GridRun], Field(min_length=1)]
+    target_flops: Annotated[float, Field(gt=0)] | None = None
+    """Budget of the final training; None chooses for the grid's largest budget."""
+    resamples: Annotated[int, Field(ge=1)] = 200
+    """Bootstrap resamples (of runs) behind every interval."""
+    seed: int = 0
+
+
+class GridPoint(Settings):
+    """A finished run of the grid."""
+
+    size: str
+    variant: Variant
+    params: int
+    budget_flops: float
+    flops: float
+    """Spent, from the configuration."""
+    samples: int
+    frames: int
+    """Shown frames."""
+    tokens_per_frame: int
+    tokens: int
+    """D of the scaling law: labelled text tokens."""
+    loss: float
+    """Validation loss of the last pass, in nats per labelled token."""
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens that the language model read."""
+        return self.frames * self.tokens_per_frame
+
+
+class Quantity(Settings):
+    """A fitted number, or plainly why there is none."""
+
+    value: float | None
+    low: float | None = None
+    """95 % bootstrap interval over runs."""
+    high: float | None = None
+    reason: str = ""
+    """Why there is no value, or no interval."""
+
+
+class ScalingReport(Manifest):
+    """`points.csv`, `fits.json`, five plots and `scaling.md`."""
+
+    points: list[GridPoint]
+    exponents: dict[str, Quantity]
+    """Headline exponents by `variant.name`, a copy of what `fits.json` holds."""
+    crossover_flops: Quantity
+    """Budget at which the better variant changes."""
+    chosen: str
+    """Name of the chosen size."""
+    chosen_reason: str
+    run_seconds: float
+    """Sum over the runs."""
