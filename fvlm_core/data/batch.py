@@ -96,6 +96,8 @@ class PackedBatch:
     """Shown frames of each sample."""
     query_prefix: list[int]
     """Per sample, how many of its first tokens the queries depend on; 0 where no query comes from the LLM."""
+    label_prefix: list[int]
+    """Per sample, how many of its first tokens the loss depends on; 0 where nothing is labelled."""
     keys: list[str] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
 
@@ -170,6 +172,7 @@ def pack(samples: Sequence[Sample], chat: ChatFormat, *, tokens_per_frame: int =
         lengths=lengths,
         shown_counts=[sum(len(indexes) for indexes in sample.media) for sample in samples],
         query_prefix=[int(max(sources[(sources >= a) & (sources < b)], default=a - 1)) + 1 - a for a, b in pairwise(starts)],
+        label_prefix=[max((n + 1 for n, label in enumerate(labels[a:b]) if label != IGNORE), default=0) for a, b in pairwise(starts)],
         keys=[sample.key for sample in samples],
         sources=[sample.source for sample in samples],
     )

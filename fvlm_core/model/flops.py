@@ -57,6 +57,7 @@ class SampleShape:
     shown: int
     """Shown frames."""
     text_tokens: int
+    """Up to the last one whose prediction is a target: the loss needs no others."""
     labels: int
     query_prefix: int
     """Tokens before and including the last query's source; see `PackedBatch.query_prefix`."""
@@ -101,7 +102,7 @@ def sample_flops(model: ModelSettings, dims: ModelDims, shape: SampleShape, loss
         if number and model.query != "random":
             cost.products += 2 * queries * dims.llm_width * dims.vision_width
         _query(cost, model, dims, queries, watched=last)
-        _llm(cost, dims, length if weight or last else shape.query_prefix)
+        _llm(cost, dims, max(0 if last else shape.query_prefix, length if weight else 0))
         if weight:
             cost.products += 2 * shape.labels * dims.llm_width * dims.vocab_size
     return cost

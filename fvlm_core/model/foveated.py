@@ -2,8 +2,8 @@
 
 Training runs P passes over a packed batch whose frames are encoded once: the coarse pass (every frame read with
 `q_static`), then each fine pass, whose queries come from the hidden states of the pass before (frame t's from the token of
-frame t-1). Every pass can carry a loss; a pass without one runs only over the tokens its queries need. Text-only samples
-are the same in all passes and run once.
+frame t-1). Every pass can carry a loss; a pass runs only over the tokens that its loss or the next pass's queries need.
+Text-only samples are the same in all passes and run once.
 """
 
 from dataclasses import dataclass
@@ -158,9 +158,9 @@ class FoveatedVLM(nn.Module):
         sums: dict[str, Tensor] = {}
         text_sum = objective.detach()
         hidden, entropy = text_embeddings, objective.detach()
-        text_only = [n for n, count in enumerate(batch.shown_counts) if not count]
+        text_only = [n for n, count in enumerate(batch.shown_counts) if not count and batch.label_prefix[n]]
         if text_only:
-            kept = _Kept.of(batch, {n: batch.lengths[n] for n in text_only})
+            kept = _Kept.of(batch, {n: batch.label_prefix[n] for n in text_only})
             states = self.contextualise(text_embeddings[kept.index], batch.position_ids[kept.index], kept.layout)
             text_sum = self._cross_entropy(states, batch.labels[kept.index])
             objective = objective + text_sum  # equal in every pass, and the weights add up to 1
@@ -173,8 +173,8 @@ class FoveatedVLM(nn.Module):
                 read = self.read_coarse(features, batch, weights=last)
             else:
                 read = self.read_fine(features, self.queries(hidden, batch), batch, weights=last)
-            lengths = batch.lengths if weight or last else batch.query_prefix
-            kept = _Kept.of(batch, {n: lengths[n] for n in visual if lengths[n]})
+            needed = {n: max(0 if last else batch.query_prefix[n], batch.label_prefix[n] if weight else 0) for n in visual}
+            kept = _Kept.of(batch, {n: length for n, length in needed.items() if length})
             visual_tokens = read.tokens.flatten(0, 1).to(text_embeddings.dtype)
             embeddings = text_embeddings.index_copy(0, batch.visual_positions.flatten(), visual_tokens)[kept.index]
             states = self.contextualise(embeddings, batch.position_ids[kept.index], kept.layout) if len(embeddings) else embeddings
@@ -254,8 +254,10 @@ class FoveatedVLM(nn.Module):
         return F.linear_cross_entropy(hidden[kept].to(dtype), weight.to(dtype), labels[kept], reduction="sum").float()
 
     def _touch(self, objective: Tensor, batch: PackedBatch) -> Tensor:
-        """Give parameters a batch does not use (no frames, no `q_init`) a zero gradient: DDP waits for all of them."""
-        unused: list[nn.Module] = [self.connector] if len(batch.frames) else [self.connector, self.encoder]
+        """Give parameters a batch does not use (no frames, no labels, no `q_init`) a zero gradient: DDP waits for them all."""
+        unused: list[nn.Module] = [self.connector]
+        unused += [self.encoder] if not len(batch.frames) else []
+        unused += [self.llm] if not any(batch.label_prefix) else []
         for parameter in (p for module in unused for p in module.parameters() if p.requires_grad):
             objective = objective + parameter.sum().float() * 0.0
         return objective

@@ -22,7 +22,9 @@ def test_configuration_says_what_a_step_costs(variant, coarse):
     labels = [int((part != IGNORE).sum()) for part in batch.labels.split(batch.lengths)]
     costs = [
         sample_flops(model.settings, dims, SampleShape(len(s.frames), shown, length - k * shown, n_labels, prefix), loss)
-        for s, shown, length, n_labels, prefix in zip(samples, batch.shown_counts, batch.lengths, labels, batch.query_prefix, strict=True)
+        for s, shown, length, n_labels, prefix in zip(
+            samples, batch.shown_counts, batch.label_prefix, labels, batch.query_prefix, strict=True
+        )
     ]
     assert sum(c.forward for c in costs) == pytest.approx(count_flops(lambda: model(batch, loss)), rel=0.005)
     assert sum(c.train for c in costs) == pytest.approx(count_flops(lambda: model(batch, loss).objective.backward()), rel=0.02)

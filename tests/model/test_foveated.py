@@ -223,3 +223,15 @@ def test_given_queries_all_modes_give_the_same_tokens():
     for context in contexts[1:]:
         torch.testing.assert_close(context.tokens, contexts[0].tokens)
         torch.testing.assert_close(context.hidden, contexts[0].hidden)
+
+
+@pytest.mark.parametrize("frames", [0, 3])
+@pytest.mark.parametrize("answer", [0, 3])
+def test_every_parameter_gets_a_gradient_whatever_the_batch_lacks(frames, answer):
+    """DDP hangs or fails on a parameter without one."""
+    model = tiny_model(tokens_per_frame=4)
+    batch = pack([sample(np.random.default_rng(13), frames=frames, answer=answer, question_first=True)], CHAT, tokens_per_frame=4)
+    model(batch, losses(model)).objective.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    if not answer:
+        assert all(not p.grad.any() for p in model.parameters())

@@ -1,0 +1,86 @@
+"""The form in which every benchmark says its numbers, and how it times and weighs."""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number, and what it is held against."""
+
+    benchmark: str
+    metric: str
+    value: float
+    unit: str
+    reference: str = ""
+    """What `ratio` compares with."""
+    ratio: float | None = None
+    threads: int = field(default_factory=torch.get_num_threads)
+    load: float = field(default_factory=lambda: os.getloadavg()[0])
+    """The machine's load average when it was taken; well above `threads` means a noisy machine."""
+
+
+def arguments(doc: str, **options: dict[str, Any]) -> argparse.Namespace:
+    """Parse `--json`, `--threads` and a benchmark's own options."""
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch threads")
+    for name, option in options.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", **option)
+    parsed = parser.parse_args()
+    torch.set_num_threads(parsed.threads)
+    return parsed
+
+
+def show(measurements: Sequence[Measurement], *, as_json: bool) -> None:
+    """Print them as JSON lines or as a table."""
+    if as_json:
+        for measurement in measurements:
+            print(json.dumps(asdict(measurement)), flush=True)
+        return
+    table = Table("metric", "value", "unit", "ratio", "against", "threads", "load")
+    for m in measurements:
+        ratio = "" if m.ratio is None else f"{m.ratio:.3f}"
+        table.add_row(m.metric, f"{m.value:,.3f}", m.unit, ratio, m.reference, str(m.threads), f"{m.load:.1f}")
+    Console().print(table)
+
+
+def side_by_side(functions: dict[str, Callable[[], Any]], *, rounds: int = 5) -> dict[str, float]:
+    """Median seconds of each function, taken in turn, after one warm-up each: drift of the machine meets all alike."""
+    for function in functions.values():
+        function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            started = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def peak_memory_gb(function: Callable[[], Any]) -> float:
+    """Peak resident memory (GB = 1e9 bytes) that `function()` needs above what is resident before it. Linux only."""
+    gc.collect()
+    before = _status_kb("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    function()
+    return (_status_kb("VmHWM") - before) * 1024 / 1e9
+
+
+def _status_kb(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1])
+    raise KeyError(key)

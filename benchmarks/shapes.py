@@ -1,0 +1,52 @@
+"""The real shapes, with random weights, and the batches that figures are compared on."""
+
+import numpy as np
+
+from fvlm_core.config import LLMSettings, LLMShape, ModelSettings, VisionSettings, VisionShape
+from fvlm_core.data.batch import ChatFormat, PackedBatch, Sample, Turn, pack
+
+VOCABULARY = 49_152
+FRAME_PX = 224
+DINOV2_SMALL = VisionShape(width=384, layers=12, heads=6)
+SMOLLM2 = {
+    "135M": LLMShape(width=576, layers=30, heads=9, kv_heads=3, mlp_width=1536),
+    "360M": LLMShape(width=960, layers=32, heads=15, kv_heads=5, mlp_width=2560),
+    "1.7B": LLMShape(width=2048, layers=24, heads=32, kv_heads=32, mlp_width=8192, rope_theta=130_000.0),
+}
+NO_TEMPLATE = ChatFormat(system=[], user_open=[], user_close=[], assistant_open=[], assistant_close=[2])
+"""The original has no chat template, so that token counts are equal."""
+
+
+def model_settings(size: str = "135M", **changes) -> ModelSettings:
+    """DINOv2-small + SmolLM2 of a size; one fine iteration, as the original."""
+    vision = VisionSettings(shape=DINOV2_SMALL, frame_px=FRAME_PX)
+    return ModelSettings(vision=vision, llm=LLMSettings(shape=SMOLLM2[size]), **({"fine_iterations": 1} | changes))
+
+
+def text_sample(rng: np.random.Generator, *, frames: int, shown: list[int], text: int, labels: int) -> Sample:
+    """A video-first sample of `text` tokens of which the last `labels` are targets (the end marker is one)."""
+    ids = rng.integers(10, VOCABULARY, text).tolist()
+    pixels = rng.integers(0, 256, (frames, FRAME_PX, FRAME_PX, 3), dtype=np.uint8)
+    turn = Turn(ids[: text - labels], ids[text - labels : text - 1])
+    return Sample("benchmark", "benchmark", pixels, [shown], [turn])
+
+
+def train_batch() -> PackedBatch:
+    """Four videos of 4, 8, 8, 16 frames with 24, 48, 96, 200 text tokens, the second half of each text labelled."""
+    rng = np.random.default_rng(0)
+    sizes = zip((4, 8, 8, 16), (24, 48, 96, 200), strict=True)
+    return pack([text_sample(rng, frames=f, shown=list(range(f)), text=t, labels=t // 2) for f, t in sizes], NO_TEMPLATE)
+
+
+def image_batch() -> PackedBatch:
+    """Eight images shown as 8 equal frames each, 100 text tokens, 50 of them labelled."""
+    rng = np.random.default_rng(0)
+    return pack([text_sample(rng, frames=1, shown=[0] * 8, text=100, labels=50) for _ in range(8)], NO_TEMPLATE)
+
+
+def video_question(frames: int, tokens: int = 32) -> PackedBatch:
+    """One video and a question after it."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (frames, FRAME_PX, FRAME_PX, 3), dtype=np.uint8)
+    question = Turn(rng.integers(10, VOCABULARY, tokens).tolist(), [])
+    return pack([Sample("benchmark", "benchmark", pixels, [list(range(frames))], [question])], NO_TEMPLATE)
