@@ -1,0 +1,72 @@
+"""Heat maps: where the model looks in each frame, drawn over the frame. Equal inputs give equal files."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from fvlm_core.data.gaze import GRID
+
+MAX_COLUMNS = 8
+"""Frames drawn of a longer clip, evenly spaced."""
+CELL_INCHES = 1.5
+DPI = 100
+HEAT_COLOURS = "inferno"
+HEAT_OPACITY = 0.55
+TITLE_CHARACTERS_PER_INCH = 9
+
+
+@dataclass(frozen=True)
+class HeatRow:
+    """One row of a picture: a clip's frames, and the attention over them."""
+
+    label: str
+    frames: np.ndarray
+    """uint8 [T, H, W, 3], as shown."""
+    attention: np.ndarray | None
+    """[T, rows, columns], or None for the bare frames."""
+    cells: list[tuple[int, int]] | None = None
+    """The asked cell of each frame, outlined."""
+
+
+def draw(path: Path, rows: Sequence[HeatRow], title: str) -> None:
+    """Write a grid of frames, a row per `HeatRow`, as PNG."""
+    columns = min(MAX_COLUMNS, max(len(row.frames) for row in rows))
+    label_inches = 1.6
+    width = label_inches + columns * CELL_INCHES
+    heading = fill(title, int(width * TITLE_CHARACTERS_PER_INCH))
+    title_inches = 0.25 + 0.2 * (heading.count("\n") + 1)
+    height = title_inches + len(rows) * CELL_INCHES
+    with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 9}):  # matplotlib's own font: the same everywhere
+        figure = Figure(figsize=(width, height), dpi=DPI)
+        figure.text(0.01, 1 - 0.1 / height, heading, va="top", fontsize=10)
+        for number, row in enumerate(rows):
+            top = 1 - (title_inches + number * CELL_INCHES) / height
+            figure.text(0.01, top - CELL_INCHES / height / 2, fill(row.label, int(label_inches * TITLE_CHARACTERS_PER_INCH)), va="center")
+            picked = np.unique(np.linspace(0, len(row.frames) - 1, columns).round().astype(int))
+            for column, t in enumerate(picked):
+                left = (label_inches + column * CELL_INCHES) / width
+                box = (left, top - CELL_INCHES / height, 0.94 * CELL_INCHES / width, 0.94 * CELL_INCHES / height)
+                _frame(figure.add_axes(box), row, int(t))
+        figure.savefig(path, metadata={"Software": None})  # no version in the file
+
+
+def _frame(axes: Any, row: HeatRow, t: int) -> None:
+    side_y, side_x = row.frames.shape[1:3]
+    extent = (0, side_x, side_y, 0)
+    axes.imshow(row.frames[t], extent=extent, interpolation="nearest")
+    if row.attention is not None:
+        peak = float(row.attention[t].max())
+        axes.imshow(row.attention[t] / peak, extent=extent, cmap=HEAT_COLOURS, alpha=HEAT_OPACITY, vmin=0, vmax=1, interpolation="nearest")
+    if row.cells:
+        r, c = row.cells[t]
+        place = (c * side_x / GRID, r * side_y / GRID)
+        axes.add_patch(Rectangle(place, side_x / GRID, side_y / GRID, fill=False, edgecolor="#40e0ff", linewidth=2))
+    axes.text(0.03, 0.96, str(t), transform=axes.transAxes, color="white", va="top", fontsize=8)
+    axes.set_axis_off()

@@ -1,0 +1,88 @@
+"""The model under evaluation and what turns text and frames into its input: every scorer talks to the model through this.
+
+Samples go through in packed batches; a batch encodes equal frames once, so all options of all questions about a clip that
+fall into one batch share its encoding. A sample's numbers do not depend on what else is in its batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fvlm_core.data.batch import IGNORE, ChatFormat, PackedBatch, Sample, pack
+from fvlm_core.eval.results import Mode
+from fvlm_core.model import inference
+from fvlm_core.model.foveated import FoveatedVLM
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model in eval mode on its device, with its tokenizer."""
+
+    model: FoveatedVLM
+    tokenizer: PreTrainedTokenizerBase
+    chat: ChatFormat
+    device: torch.device
+    batch_samples: int
+    """Sequences in a packed batch."""
+
+    @property
+    def gazes(self) -> bool:
+        """Whether the model looks anywhere: pooled patches are not queried."""
+        return len(self.model.modes) > 1
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text, without any template."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def pack(self, samples: Sequence[Sample]) -> PackedBatch:
+        """One packed batch on the model's device."""
+        return pack(samples, self.chat, tokens_per_frame=self.model.settings.tokens_per_frame).to(self.device)
+
+    def batches(self, samples: Sequence[Sample]) -> Iterator[PackedBatch]:
+        """All samples in order, `batch_samples` at a time."""
+        for start in range(0, len(samples), self.batch_samples):
+            yield self.pack(samples[start : start + self.batch_samples])
+
+    @torch.inference_mode()
+    def losses(self, batch: PackedBatch, modes: Sequence[Mode]) -> dict[Mode, np.ndarray]:
+        """Per mode and sample of a batch, the summed cross-entropy and the number of labelled tokens: float64 [N, 2].
+
+        The frames are encoded once for all modes.
+        """
+        features = self.model.encode(batch.frames) if len(batch.shown_frames) else None
+        positions = (batch.labels != IGNORE).nonzero().flatten().cpu().numpy()
+        samples = np.searchsorted(batch.cu_seqlens.cpu().numpy(), positions, side="right") - 1
+        counts = np.bincount(samples, minlength=batch.n_samples)
+        result: dict[Mode, np.ndarray] = {}
+        for mode in modes:
+            losses = inference.token_losses(self.model, batch, mode, features=features).double().cpu().numpy()
+            result[mode] = np.stack([np.bincount(samples, weights=losses, minlength=batch.n_samples), counts], 1)
+        return result
+
+    def sample_losses(self, samples: Sequence[Sample], modes: Sequence[Mode]) -> dict[Mode, np.ndarray]:
+        """`losses` of any number of samples."""
+        parts = [self.losses(batch, modes) for batch in self.batches(samples)]
+        return {mode: np.concatenate([np.zeros((0, 2)), *(part[mode] for part in parts)]) for mode in modes}
+
+    @torch.inference_mode()
+    def generate(self, samples: Sequence[Sample], mode: Mode, *, max_new_tokens: int) -> list[str]:
+        """Greedy answers, as text, to samples whose last turn has none."""
+        stop = self.chat.assistant_close[:1]
+        tokens = [
+            ids
+            for batch in self.batches(samples)
+            for ids in inference.generate(self.model, batch, mode, max_new_tokens=max_new_tokens, stop_ids=stop)
+        ]
+        return [str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in tokens]
+
+    @torch.inference_mode()
+    def gaze(self, samples: Sequence[Sample], mode: Mode) -> list[np.ndarray]:
+        """Per sample, where each shown frame is looked at: float64 [frames, rows, columns], each adding up to 1 (mean of the k queries)."""
+        maps: list[np.ndarray] = []
+        for batch in self.batches(samples):
+            weights = inference.gaze(self.model, batch, mode).double().mean(1).cpu().numpy()
+            maps.extend(np.split(weights, np.cumsum(batch.shown_counts)[:-1]))
+        return maps

@@ -1,0 +1,138 @@
+"""What is evaluated: samples of the validation split, picked once from the seed and the same for every run and mode."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fvlm_core.config import DataSettings, SourceShare
+from fvlm_core.data.batch import PackedBatch, Sample
+from fvlm_core.data.loader import CorruptSampleError, ShardSet, val_batches
+from fvlm_core.errors import UserError
+from fvlm_core.eval.items import ClipQuestion, Item, Media
+
+UNPROBED_TASKS = ("caption", "chat")
+"""Tasks of the index that ask for free text."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One conversation about one sample, as the index has it."""
+
+    number: int
+    """What `ShardSet.read` and `.record` take."""
+    source: str
+    kind: str
+    task: str
+    key: str
+    conversation: int
+
+    @property
+    def probed(self) -> bool:
+        return self.task not in UNPROBED_TASKS
+
+
+class ValidationSplit:
+    """The validation split of a set of shards."""
+
+    def __init__(self, shards: ShardSet, *, image_repeats: int, seed: int) -> None:
+        """Raises UserError if there is nothing to evaluate on."""
+        self.shards, self.image_repeats, self.seed = shards, image_repeats, seed
+        table = shards.rows("val")
+        columns = zip(table.index, table["source"], table["kind"], table["task"], table["key"], table["conversation"], strict=True)
+        self.rows = [Row(int(number), source, kind, task, key, int(turn)) for number, source, kind, task, key, turn in columns]
+        if not self.rows:
+            raise UserError("the shards have no validation samples", where=str(shards.folder), fix="make shards with a validation split")
+
+    def loss_batches(self, n_samples: int, *, tokens_per_frame: int, batch_samples: int) -> Iterator[PackedBatch]:
+        """Every source equally often, questions first for half of the questions, labels on answers: the same for every recipe."""
+        sources = sorted({row.source for row in self.rows})
+        data = DataSettings(
+            mixture=[SourceShare(source=source, share=1 / len(sources)) for source in sources],
+            loss_on="answers",
+            image_repeats=self.image_repeats,
+        )
+        return val_batches(self.shards, n_samples, data, tokens_per_frame=tokens_per_frame, batch_samples=batch_samples)
+
+    def captions(self, n: int) -> list[ClipQuestion]:
+        """Up to `n` clips and images with captions as their answers, evenly over their sources."""
+        return [self._question(row) for row in self._pick((row for row in self.rows if row.task == "caption"), n)]
+
+    def items(self, n: int) -> list[Item]:
+        """Up to `n` multiple-choice questions, evenly over their sources, those about one clip together."""
+        items = []
+        for row in self._pick((row for row in self.rows if row.probed), n):
+            turn, probe = self._conversation(row)
+            if probe and probe.get("choices"):
+                sample = self._read(row)
+                groups = {"clip": row.key, "source": row.source, "task": f"{row.source}/{row.task}"}
+                media = Media(sample.frames, sample.media)
+                name = f"{row.key}/{row.conversation}"
+                items.append(Item(name, media, turn["question"], probe["choices"], probe["answer_index"], groups))
+        return items
+
+    def places(self, n: int) -> list[ClipQuestion]:
+        """Up to `n` questions about places in videos."""
+        questions = [self._question(row) for row in self._pick(self._asked_videos(), n)]
+        return [question for question in questions if question.cells]
+
+    def places_of_one_clip(self, n: int) -> list[ClipQuestion]:
+        """Up to `n` questions about different places in one clip: the first clip of the split that has as many as any."""
+        rows = self._asked_videos()
+        counts = Counter(row.key for row in rows)
+        enough = min(n, max(counts.values(), default=0))
+        key = next((row.key for row in rows if counts[row.key] >= enough), None)
+        questions = [self._question(row) for row in self._pick((row for row in rows if row.key == key), n)]
+        return [question for question in questions if question.cells]
+
+    def clips(self, n: int) -> list[ClipQuestion]:
+        """Up to `n` different videos, evenly over their sources, each with one of its questions."""
+        order = np.random.default_rng(self.seed).permutation(len(self.rows))
+        one_each = {row.key: row for row in (self.rows[index] for index in order) if row.kind == "video"}
+        return [self._question(row) for row in self._pick(one_each.values(), n)]
+
+    def _asked_videos(self) -> list[Row]:
+        return [row for row in self.rows if row.probed and row.kind == "video"]
+
+    def _question(self, row: Row) -> ClipQuestion:
+        """A row as it stands, its question first unless it asks for a caption: that says nothing about where to look."""
+        turn, probe = self._conversation(row)
+        cells = [(int(r), int(c)) for r, c in (probe or {}).get("cells") or []]
+        return ClipQuestion(
+            sample=replace(self._read(row), question_first=row.task != "caption"),
+            question=turn["question"],
+            answer=turn["answer"],
+            cells=cells if cells and len(cells) == len(turn["answer"]) else None,
+        )
+
+    def _pick(self, rows: Iterable[Row], n: int) -> list[Row]:
+        """Up to `n` rows, evenly over sources, at random within each, in shard order."""
+        by_source: dict[str, list[Row]] = {}
+        for row in sorted(rows, key=lambda row: row.number):
+            by_source.setdefault(row.source, []).append(row)
+        groups = [by_source[source] for source in sorted(by_source)]
+        rng = np.random.default_rng(self.seed)
+        chosen: list[Row] = []
+        for index, group in enumerate(sorted(groups, key=len)):  # small sources first: what they lack, the larger ones give
+            wanted = (n - len(chosen)) // (len(groups) - index)
+            chosen.extend(group[place] for place in rng.permutation(len(group))[:wanted])
+        return sorted(chosen, key=lambda row: row.number)
+
+    def _conversation(self, row: Row) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """The last turn of a row's conversation, and its probe."""
+        try:
+            record = self.shards.record(row.number)
+        except CorruptSampleError as error:
+            raise self._damaged(row, error) from error
+        return record["conversations"][row.conversation][-1], record["probes"][row.conversation]
+
+    def _read(self, row: Row) -> Sample:
+        try:
+            return self.shards.read(row.number, image_repeats=self.image_repeats)
+        except CorruptSampleError as error:
+            raise self._damaged(row, error) from error
+
+    def _damaged(self, row: Row, error: CorruptSampleError) -> UserError:
+        return UserError(f"validation sample {row.key} is damaged: {error}", where=str(self.shards.folder), fix="make the shards again")

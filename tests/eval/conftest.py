@@ -1,0 +1,87 @@
+"""A tiny run on tiny shards, made once for the room."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fvlm_core.config import (
+    DataSettings,
+    LLMSettings,
+    LLMShape,
+    LossSettings,
+    ModelSettings,
+    Recipe,
+    RunSettings,
+    SourceShare,
+    VisionSettings,
+    VisionShape,
+)
+from fvlm_core.data.loader import ShardSet
+from fvlm_core.eval.evaluate import load_subject
+from fvlm_core.eval.job import EvalJob
+from fvlm_core.eval.subject import Subject
+from fvlm_core.eval.validation import ValidationSplit
+from fvlm_core.manifest import Manifest, file_entries
+from fvlm_core.model.foveated import build_model
+from tests.tiny import tiny_shards
+
+IMAGE_REPEATS = 2
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return tiny_shards(tmp_path_factory.mktemp("eval") / "shards", clips=8)
+
+
+def make_run(folder: Path, shards: Path, **model: object) -> Path:
+    """What a finished training run leaves, with random weights."""
+    settings = ModelSettings.model_validate(
+        {
+            "vision": VisionSettings(shape=VisionShape(width=32, layers=2, heads=2, patch_px=14), frame_px=42),
+            "llm": LLMSettings(shape=LLMShape(width=48, layers=2, heads=2, kv_heads=1, mlp_width=96)),
+            **model,
+        }
+    )
+    build_model(settings, vocab_size=ShardSet(shards).manifest.vocab_size, seed=1).save(folder / "model")
+    Recipe(
+        name="tiny",
+        output=folder,
+        shards=shards,
+        model=settings,
+        data=DataSettings(mixture=[SourceShare(source="gaze_cell", share=1.0)], image_repeats=IMAGE_REPEATS),
+        loss=LossSettings(fine=[1.0] * settings.fine_iterations),
+        run=RunSettings(steps=1),
+    ).to_yaml(folder / "recipe.yaml")
+    Manifest(name="train", settings_hash="tiny", files=file_entries(folder, ["model/*", "recipe.yaml"])).write(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run(shards: Path) -> Path:
+    return make_run(shards.parent / "run", shards)
+
+
+def small_job(run: Path, shards: Path, output: Path, **changes: object) -> EvalJob:
+    values = {
+        "loss_samples": 24,
+        "caption_samples": 6,
+        "mcq_samples": 12,
+        "order_samples": 8,
+        "heatmaps": 2,
+        "latency_clips": 2,
+        "max_new_tokens": 8,
+        "resamples": 100,
+    }
+    return EvalJob.model_validate({"output": output, "run": run, "shards": shards, "device": "cpu", **values, **changes})
+
+
+@pytest.fixture(scope="session")
+def subject(run: Path, shards: Path) -> Subject:
+    return load_subject(small_job(run, shards, run, batch_samples=16))
+
+
+@pytest.fixture(scope="session")
+def split(shards: Path) -> ValidationSplit:
+    return ValidationSplit(ShardSet(shards), image_repeats=IMAGE_REPEATS, seed=0)
