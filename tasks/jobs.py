@@ -1,0 +1,90 @@
+"""The steps of every phase: which job, with which settings, from which inputs. One short function each."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fvlm_core.config import Recipe
+from fvlm_core.scaling.reports import Variant
+from tasks.config import Ablation, PipelineConfig, Size
+from tasks.recipes import settings
+from tasks.steps import INPUT, Made, Step
+
+BASELINE = "baseline"
+"""Name of the ablation table's first run: the base recipe itself."""
+
+
+def training(recipe: Recipe, config: PipelineConfig, shards: Made, start: Made | None = None) -> Step:
+    """The torchrun job of a recipe; `start` is the run whose model it begins with."""
+    return Step(
+        name=recipe.name,
+        module="fvlm_core.train",
+        settings=settings(recipe),
+        inputs={"shards": shards} | ({"start": start} if start else {}),
+        ranks=config.machine.ranks,
+        threads=recipe.run.threads,
+    )
+
+
+def ablation_report(ablations: Sequence[Ablation], baseline: Made, runs: Mapping[str, Made]) -> Step:
+    """Compares the runs (by ablation name) with the baseline."""
+    values: list[dict[str, Any]] = [{"name": BASELINE, "run": f"{INPUT}{BASELINE}"}]
+    values += [
+        {"name": one.name, "change": one.path, "value": one.value, "control": one.control, "run": f"{INPUT}{one.name}"} for one in ablations
+    ]
+    return Step(
+        name="ablation-report",
+        module="fvlm_core.scaling.ablations",
+        settings={"baseline": BASELINE, "runs": values},
+        inputs={BASELINE: baseline, **runs},
+    )
+
+
+def scaling_report(config: PipelineConfig, runs: Mapping[str, tuple[Size, float, Variant, Made]]) -> Step:
+    """Fits, plots and chooses from the grid's runs (by name)."""
+    values = [
+        {"size": size.name, "budget_flops": budget, "variant": variant, "run": f"{INPUT}{name}"}
+        for name, (size, budget, variant, _made) in runs.items()
+    ]
+    return Step(
+        name="scaling-report",
+        module="fvlm_core.scaling.grid",
+        settings={"runs": values, "target_flops": config.scaling.target_flops, "resamples": config.scaling.resamples},
+        inputs={name: made for name, (_size, _budget, _variant, made) in runs.items()},
+    )
+
+
+def evaluation(config: PipelineConfig, run: Made, shards: Made) -> Step:
+    """Evaluates a run in all modes."""
+    values = config.evaluation.model_dump(mode="json")
+    return Step(
+        name="evaluation",
+        module="fvlm_core.eval",
+        settings=values | {"run": f"{INPUT}run", "shards": f"{INPUT}shards"},
+        inputs={"run": run, "shards": shards},
+        threads=values["threads"],
+    )
+
+
+def release(config: PipelineConfig, run: Made, evaluated: Made, shards: Made, reports: Mapping[str, Made | Sequence[Made]]) -> Step:
+    """Packages the run; `reports` are the phases' results that the report tells of, by the names of `PhaseFolders`."""
+    inputs = {"run": run, "evaluation": evaluated, "shards": shards}
+    folders: dict[str, Any] = {}
+    for name, made in reports.items():
+        several = [made] if isinstance(made, Made) else list(made)
+        inputs |= {one.name: one for one in several}
+        references = [f"{INPUT}{one.name}" for one in several]
+        folders[name] = references[0] if isinstance(made, Made) else references
+    return Step(
+        name="release",
+        module="fvlm_core.release",
+        settings=config.release.model_dump(mode="json")
+        | {"profile": config.name, "reports": folders}
+        | {name: f"{INPUT}{name}" for name in ("run", "evaluation", "shards")},
+        inputs=inputs,
+    )
+
+
+def pictures(volume: Path, made: Made) -> list[Path]:
+    """The pictures among a step's files."""
+    return [volume / made.folder / entry.path for entry in made.manifest(volume).files if entry.path.endswith(".png")]
