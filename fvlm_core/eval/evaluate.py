@@ -36,7 +36,7 @@ from fvlm_core.eval.results import (
 )
 from fvlm_core.eval.stats import DECIMALS, Bootstrap
 from fvlm_core.eval.subject import Subject
-from fvlm_core.eval.tables import tables
+from fvlm_core.eval.tables import printable, tables
 from fvlm_core.eval.validation import ValidationSplit
 from fvlm_core.manifest import file_entries, sha256_file, write_atomically
 from fvlm_core.model.foveated import WEIGHTS_FILE, load_model
@@ -317,7 +317,7 @@ def _composite(subject: Subject, questions: list[ClipQuestion], mode: Mode, path
     if len({question.clip for question in questions}) == 1:
         rows.append(HeatRow("the clip", _shown(questions[0]), None))
     rows.extend(
-        _heat_row(f"{question.question} The model says {answer}", question, attention)
+        _heat_row(f"{question.question} Says {printable(answer) or 'nothing'}, right is {question.answer}.", question, attention)
         for question, answer, attention in zip(questions, answers, maps, strict=True)
     )
     draw(path, rows, f"Where the model looks in each frame ({mode.replace('_', ' ')})")

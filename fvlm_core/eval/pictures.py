@@ -15,11 +15,12 @@ from fvlm_core.data.gaze import GRID
 
 MAX_COLUMNS = 8
 """Frames drawn of a longer clip, evenly spaced."""
-CELL_INCHES = 1.5
+CELL_INCHES, LABEL_INCHES = 1.5, 1.7
 DPI = 100
-HEAT_COLOURS = "inferno"
-HEAT_OPACITY = 0.55
-TITLE_CHARACTERS_PER_INCH = 9
+HEAT_COLOUR = (1.0, 0.45, 0.0)
+HEAT_OPACITY, SHADE_OPACITY = 0.35, 0.75
+"""Where attention peaks, the frame is tinted that much; where there is none, it is darkened that much."""
+TITLE_CHARACTERS_PER_INCH, LABEL_CHARACTERS_PER_INCH = 11, 14
 
 
 @dataclass(frozen=True)
@@ -38,20 +39,20 @@ class HeatRow:
 def draw(path: Path, rows: Sequence[HeatRow], title: str) -> None:
     """Write a grid of frames, a row per `HeatRow`, as PNG."""
     columns = min(MAX_COLUMNS, max(len(row.frames) for row in rows))
-    label_inches = 1.6
-    width = label_inches + columns * CELL_INCHES
+    width = LABEL_INCHES + columns * CELL_INCHES
     heading = fill(title, int(width * TITLE_CHARACTERS_PER_INCH))
     title_inches = 0.25 + 0.2 * (heading.count("\n") + 1)
     height = title_inches + len(rows) * CELL_INCHES
     with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 9}):  # matplotlib's own font: the same everywhere
         figure = Figure(figsize=(width, height), dpi=DPI)
-        figure.text(0.01, 1 - 0.1 / height, heading, va="top", fontsize=10)
+        figure.text(0.01, 1 - 0.1 / height, heading, va="top", fontsize=10, parse_math=False)
         for number, row in enumerate(rows):
             top = 1 - (title_inches + number * CELL_INCHES) / height
-            figure.text(0.01, top - CELL_INCHES / height / 2, fill(row.label, int(label_inches * TITLE_CHARACTERS_PER_INCH)), va="center")
+            label = fill(row.label, int(LABEL_INCHES * LABEL_CHARACTERS_PER_INCH))
+            figure.text(0.01, top - CELL_INCHES / height / 2, label, va="center", fontsize=8, parse_math=False)  # a $ is a dollar
             picked = np.unique(np.linspace(0, len(row.frames) - 1, columns).round().astype(int))
             for column, t in enumerate(picked):
-                left = (label_inches + column * CELL_INCHES) / width
+                left = (LABEL_INCHES + column * CELL_INCHES) / width
                 box = (left, top - CELL_INCHES / height, 0.94 * CELL_INCHES / width, 0.94 * CELL_INCHES / height)
                 _frame(figure.add_axes(box), row, int(t))
         figure.savefig(path, metadata={"Software": None})  # no version in the file
@@ -62,8 +63,10 @@ def _frame(axes: Any, row: HeatRow, t: int) -> None:
     extent = (0, side_x, side_y, 0)
     axes.imshow(row.frames[t], extent=extent, interpolation="nearest")
     if row.attention is not None:
-        peak = float(row.attention[t].max())
-        axes.imshow(row.attention[t] / peak, extent=extent, cmap=HEAT_COLOURS, alpha=HEAT_OPACITY, vmin=0, vmax=1, interpolation="nearest")
+        weight = row.attention[t] / row.attention[t].max()
+        for colour, opacity in (((0.0, 0.0, 0.0), SHADE_OPACITY * (1 - weight)), (HEAT_COLOUR, HEAT_OPACITY * weight)):
+            tint = np.concatenate([np.broadcast_to(colour, (*weight.shape, 3)), opacity[..., None]], -1)
+            axes.imshow(tint, extent=extent, interpolation="nearest")
     if row.cells:
         r, c = row.cells[t]
         place = (c * side_x / GRID, r * side_y / GRID)

@@ -31,9 +31,14 @@ def number(estimate: Estimate | None, decimals: int = 3) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table; text cells lose what would break it."""
+    """A markdown table; cells lose what would break it."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/').replace(chr(10), ' ') for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(printable(cell.replace('|', '/')) for cell in line)} |" for line in lines)
+
+
+def printable(text: str) -> str:
+    """Text on one line, with control characters shown as a dot: an untrained model says anything."""
+    return "".join(character if character.isprintable() else "·" for character in text)
 
 
 def _modes(results: Results, latency: Latency | None) -> str:

@@ -6,12 +6,15 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from fvlm_core.errors import UserError
 from fvlm_core.eval.evaluate import evaluate
+from fvlm_core.eval.pictures import HeatRow, draw
 from fvlm_core.eval.results import MODES, EvalReport, Latency, Results
+from fvlm_core.eval.tables import markdown_table
 from fvlm_core.manifest import sha256_file
 from fvlm_core.progress import ProgressReport
 from tests.eval.conftest import make_run, small_job
@@ -114,3 +117,24 @@ def test_a_run_that_has_not_finished_is_an_error(shards: Path, tmp_path: Path):
     (tmp_path / "run").mkdir()
     with pytest.raises(UserError, match="no manifest"):
         evaluate(small_job(tmp_path / "run", shards, tmp_path / "report"))
+
+
+def test_text_cannot_break_a_table_or_a_picture(tmp_path: Path):
+    assert markdown_table(["a"], [["x|y\nz\x03"]]).splitlines()[-1] == "| x/y·z· |"
+    frames = np.zeros((2, 42, 42, 3), np.uint8)
+    draw(tmp_path / "a.png", [HeatRow("costs $5 or $6", frames, np.full((2, 3, 3), 1 / 9), [(0, 0), (2, 2)])], "a $ and a _ and a ^")
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.info.keys().isdisjoint({"Software"})
+
+
+def test_a_long_clip_is_drawn_in_at_most_eight_columns(tmp_path: Path):
+    frames = np.zeros((64, 42, 42, 3), np.uint8)
+    draw(tmp_path / "long.png", [HeatRow("long", frames, np.full((64, 3, 3), 1 / 9))], "long")
+    draw(tmp_path / "eight.png", [HeatRow("long", frames[:8], np.full((8, 3, 3), 1 / 9))], "long")
+    with Image.open(tmp_path / "long.png") as long, Image.open(tmp_path / "eight.png") as eight:
+        assert long.size == eight.size
+
+
+def test_results_are_read_without_torch():
+    code = "import sys, fvlm_core.eval.results, fvlm_core.eval.job, fvlm_core.eval.references as r; assert 'torch' not in sys.modules; r.references_table()"
+    subprocess.run([sys.executable, "-c", code], check=True)
