@@ -136,5 +136,5 @@ def test_a_long_clip_is_drawn_in_at_most_eight_columns(tmp_path: Path):
 
 
 def test_results_are_read_without_torch():
-    code = "import sys, fvlm_core.eval.results, fvlm_core.eval.job, fvlm_core.eval.references as r; assert 'torch' not in sys.modules; r.references_table()"
+    code = "import sys, fvlm_core.eval.results, fvlm_core.eval.job, fvlm_core.eval.references; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
