@@ -9,6 +9,9 @@ import os
 import random
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +58,8 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         self.world.wait()
-        save(_flatten(tensors), storage_writer=FileSystemWriter(temporary), no_dist=self.world.size == 1)
+        with _quiet():
+            save(_flatten(tensors), storage_writer=FileSystemWriter(temporary), no_dist=self.world.size == 1)
         if self.world.rank == 0:
             files = file_entries(temporary, ["*.distcp", ".metadata"])
             CheckpointManifest(
@@ -86,7 +90,8 @@ class Checkpoints:
         reader = FileSystemReader(self._path(step))
         held = reader.read_metadata().state_dict_metadata
         wanted = {name: tensor for name, tensor in _flatten(tensors).items() if name in held}
-        load(wanted, storage_reader=reader, no_dist=self.world.size == 1)
+        with _quiet():
+            load(wanted, storage_reader=reader, no_dist=self.world.size == 1)
 
     def drop_after(self, step: int) -> None:
         """Delete the checkpoints later than `step`."""
@@ -163,6 +168,14 @@ def _flatten(tensors: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         flat |= _flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's remark that a single process saves alone, which is what `no_dist` asks for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _sync_folder(folder: Path) -> None:

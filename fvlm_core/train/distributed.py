@@ -84,7 +84,7 @@ class Replicated:
         self.model = model
         self.parallel = None
         if world.size > 1:
-            self.parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self.parallel = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
     def __call__(self, batch: PackedBatch, loss: LossSettings) -> PassLosses:
         """The training forward."""

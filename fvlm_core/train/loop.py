@@ -65,7 +65,19 @@ class Trainer:
 
     def run(self) -> RunManifest:
         """Train to the end (from the last checkpoint where there is one) and write the manifest. Exits with STOPPED on SIGTERM."""
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_requested", True))
+        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_requested", True))
+        try:
+            self._train()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        manifest = None
+        if self.world.rank == 0:
+            manifest = write_result(self.recipe, self.model, self.state, self.checkpoints, self.identity, self.inputs)
+            self.tracker.finish()
+        return self.world.share(manifest)
+
+    def _train(self) -> None:
+        """Every step that is left, with its evaluation, checkpoint or way back."""
         self.checkpoints.clean()
         found = self.checkpoints.newest()
         self._return_to(found, RunState() if found is None else RunState.model_validate(found.state))
@@ -84,11 +96,6 @@ class Trainer:
                 self._save()
             if self.world.rank == 0:
                 progress.update(self.state.step, loss=loss if math.isfinite(loss) else None)
-        manifest = None
-        if self.world.rank == 0:
-            manifest = write_result(self.recipe, self.model, self.state, self.checkpoints, self.identity, self.inputs)
-            self.tracker.finish()
-        return self.world.share(manifest)
 
     # a step
 
@@ -108,7 +115,7 @@ class Trainer:
         norm = torch.stack(list(norms.values())).norm()
         # one transfer from the device for everything that is logged or decided on
         values = torch.cat([sums, torch.stack([*norms.values(), norm]).double()]).tolist()
-        objective, *losses, entropy, looked = self.world.sum(values[: len(sums)])
+        objective, *losses, entropy = self.world.sum(values[: len(sums)])
         result = StepResult(
             labels=labels,
             samples=samples,
@@ -120,7 +127,6 @@ class Trainer:
             norms=dict(zip(norms, values[len(sums) : -1], strict=True)),
             norm=values[-1],
             entropy=entropy,
-            looked=int(looked),
         )
         if result.finite:
             clip_gradients(self.optimizer, self.recipe.optimizer.clip_norm, norm)
@@ -138,9 +144,9 @@ class Trainer:
     def _accumulate(self, micro_batches: list[PackedBatch], labels: int) -> Tensor:
         """Forward and backward of this rank's micro-batches.
 
-        Returns this rank's sums, float64: objective, cross-entropy of each pass, entropy, micro-batches with frames.
+        Returns this rank's sums, float64: objective, cross-entropy of each pass, attention entropy over the shown frames.
         """
-        sums = torch.zeros(3 + len(self.passes), dtype=torch.float64, device=self.world.device)
+        sums = torch.zeros(2 + len(self.passes), dtype=torch.float64, device=self.world.device)
         for number, micro_batch in enumerate(micro_batches):
             batch = micro_batch.to(self.world.device)
             with self.replicated.accumulating(number < len(micro_batches) - 1):
@@ -148,8 +154,7 @@ class Trainer:
                     losses = self.replicated(batch, self.recipe.loss)
                 # the ranks' gradients are averaged, so each rank's share of the global mean is scaled up
                 (losses.objective * (self.world.size / max(1, labels))).backward()
-            looked = sums.new_tensor(sum(batch.shown_counts) > 0)
-            parts = [losses.objective.detach(), *(losses.sums[name] for name in self.passes), losses.entropy * looked, looked]
+            parts = [losses.objective.detach(), *(losses.sums[name] for name in self.passes), losses.entropy * len(batch.shown_frames)]
             sums += torch.stack([part.double() for part in parts])
         return sums
 
@@ -204,7 +209,7 @@ class Trainer:
             **{f"train_{name}": value / labels for name, value in window.losses.items()},
             **{f"grad_norm_{role}": value / window.steps for role, value in window.norms.items()},
             **{f"lr_{role}": rate if role in window.norms else 0.0 for role, rate in rates.items()},
-            "entropy": window.entropy / window.looked if window.looked else None,
+            "entropy": window.entropy / window.frames if window.frames else None,
             "skipped_steps": state.skipped_steps,
             **self.clock.rates(peak * self.world.size if peak else None),
             "peak_memory_gb": peak_memory_gb(self.world.device),

@@ -25,8 +25,7 @@ class Window(BaseModel):
     norms: dict[str, float] = Field(default_factory=dict)
     """Per role, the sum of gradient norms."""
     entropy: float = 0.0
-    looked: int = 0
-    """Micro-batches with frames."""
+    frames: int = 0
 
 
 class RunState(BaseModel):
@@ -75,8 +74,7 @@ class StepResult:
     norms: dict[str, float]
     norm: float
     entropy: float
-    """Summed over the micro-batches with frames."""
-    looked: int
+    """Of the last pass's attention, summed over the shown frames."""
 
     @property
     def loss(self) -> float:
@@ -100,11 +98,11 @@ class StepResult:
         window.steps += 1
         window.objective += self.objective
         window.entropy += self.entropy
-        window.looked += self.looked
+        window.frames += self.frames
         for sums, values in ((window.losses, self.losses), (window.norms, self.norms)):
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + value
-        return state.watch.observe(self.loss, self.norm, self.entropy / self.looked if self.looked else 0.0)
+        return state.watch.observe(self.loss, self.norm, self.entropy / self.frames if self.frames else 0.0)
 
 
 @dataclass
