@@ -6,8 +6,8 @@ import numpy as np
 import simplejpeg
 
 from fvlm_core.data import gaze
-from fvlm_core.data.shard_files import ShardManifest, ShardSample, Split, write_shards
-from fvlm_core.data.text import text_chat
+from fvlm_core.data.shard_files import SPLITS, ShardManifest, ShardSample, Split, write_shards
+from fvlm_core.data.text import text_chats
 from fvlm_core.data.tokenizer import render_chat, train_tokenizer
 from fvlm_core.manifest import file_entries
 
@@ -18,10 +18,13 @@ def tiny_shards(folder: Path, *, clips: int = 24, seed: int = 0) -> Path:
     """Shards of `clips` clips per source and split (gaze_caption, gaze_cell: 3 frames; gaze_image: 1) and as many text chats, 42 px."""
     samples = [
         make(seed, split, number)
-        for split in ("train", "val")
-        for make in (gaze_sample("gaze_caption"), gaze_sample("gaze_cell"), gaze_sample("gaze_image"), text_sample)
+        for split in SPLITS
+        for make in (gaze_sample("gaze_caption"), gaze_sample("gaze_cell"), gaze_sample("gaze_image"))
         for number in range(clips)
     ]
+    samples.extend(
+        ShardSample("text", "text", split, f"{split}-{number}", [[turn]], [None]) for split, number, turn in text_chats(seed, clips, clips)
+    )
     tokenizer = train_tokenizer((render_chat(turns) for sample in samples for turns in sample.conversations), VOCABULARY)
     counts, dropped = write_shards(folder, samples, tokenizer, samples_per_shard=16)
     ShardManifest(
@@ -63,7 +66,3 @@ def gaze_sample(source: str):
         )
 
     return make
-
-
-def text_sample(seed: int, split: Split, number: int) -> ShardSample:
-    return ShardSample("text", "text", split, f"{split}-{number}", [text_chat(seed, split, number)], [None])

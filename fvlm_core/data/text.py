@@ -1,9 +1,11 @@
 """Generated text-only chats: small exercises on digits and words, so that a tiny model keeps reading and writing text.
 
-A pure function of seed, split and number; a real run mixes in SmolTalk instead (`fvlm_core.data.sources.smoltalk`).
+A pure function of the seed; a real run mixes in SmolTalk instead (`fvlm_core.data.sources.smoltalk`). A question belongs
+to one split for ever, by its hash, so validation never asks what training has answered.
 """
 
-from zlib import crc32
+from collections.abc import Iterator
+from hashlib import blake2b
 
 import numpy as np
 
@@ -11,45 +13,64 @@ from fvlm_core.data.gaze import COLOURS
 from fvlm_core.data.shard_files import Split
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+VAL_ONE_IN = 8
+"""Of all possible questions, one in so many is kept for validation."""
+
+Turn = dict[str, str]
+"""`{"question", "answer"}`"""
 
 
-def text_chat(seed: int, split: Split, number: int) -> list[dict[str, str]]:
-    """One exercise as a conversation of one turn, `{"question", "answer"}`."""
-    rng = np.random.default_rng([seed, crc32(split.encode()), number])
-    return [EXERCISES[number % len(EXERCISES)](rng)]
+def text_chats(seed: int, train: int, val: int) -> Iterator[tuple[Split, int, Turn]]:
+    """Split, number within the split, and exercise, for so many of each split. Questions may repeat within a split."""
+    rng = np.random.default_rng([seed, len(EXERCISES)])
+    wanted: dict[Split, int] = {"train": train, "val": val}
+    made: dict[Split, int] = {"train": 0, "val": 0}
+    drawn = 0
+    while made != wanted:
+        turn = EXERCISES[drawn % len(EXERCISES)](rng)
+        drawn += 1
+        split = split_of(turn["question"])
+        if made[split] < wanted[split]:
+            yield split, made[split], turn
+            made[split] += 1
 
 
-def _copy(rng: np.random.Generator) -> dict[str, str]:
+def split_of(question: str) -> Split:
+    """The split that a question belongs to."""
+    return "val" if blake2b(question.encode(), digest_size=4).digest()[0] % VAL_ONE_IN == 0 else "train"
+
+
+def _copy(rng: np.random.Generator) -> Turn:
     digits = _digits(rng)
     return {"question": f"Repeat {digits}.", "answer": digits}
 
 
-def _reverse(rng: np.random.Generator) -> dict[str, str]:
+def _reverse(rng: np.random.Generator) -> Turn:
     digits = _digits(rng)
     return {"question": f"Reverse {digits}.", "answer": digits[::-1]}
 
 
-def _sort(rng: np.random.Generator) -> dict[str, str]:
+def _sort(rng: np.random.Generator) -> Turn:
     digits = _digits(rng)
     return {"question": f"Sort {digits}.", "answer": "".join(sorted(digits))}
 
 
-def _add(rng: np.random.Generator) -> dict[str, str]:
+def _add(rng: np.random.Generator) -> Turn:
     left, right = rng.integers(10, size=2)
     return {"question": f"What is {left} plus {right}?", "answer": str(left + right)}
 
 
-def _spell(rng: np.random.Generator) -> dict[str, str]:
-    digit = int(rng.integers(10))
-    return {"question": f"Write {digit} as a word.", "answer": DIGIT_WORDS[digit]}
+def _spell(rng: np.random.Generator) -> Turn:
+    digits = rng.integers(10, size=2)
+    return {"question": f"Write {digits[0]} and {digits[1]} as words.", "answer": " ".join(DIGIT_WORDS[digit] for digit in digits)}
 
 
-def _read(rng: np.random.Generator) -> dict[str, str]:
+def _read(rng: np.random.Generator) -> Turn:
     digits = rng.integers(10, size=3)
-    return {"question": f"Write {', '.join(DIGIT_WORDS[d] for d in digits)} in digits.", "answer": "".join(map(str, digits))}
+    return {"question": f"Write {', '.join(DIGIT_WORDS[digit] for digit in digits)} in digits.", "answer": "".join(map(str, digits))}
 
 
-def _colour(rng: np.random.Generator) -> dict[str, str]:
+def _colour(rng: np.random.Generator) -> Turn:
     names = rng.permutation(list(COLOURS))[:3]
     place = int(rng.integers(3))
     return {"question": f"Which colour is {('first', 'second', 'third')[place]} in {', '.join(names)}?", "answer": str(names[place])}

@@ -1,0 +1,215 @@
+"""Makes the shards that training reads out of downloads and text: splits, tokens, order, index.
+
+`python -m fvlm_core.data.shards job.yaml`. Everything written is a function of the settings and of the inputs' content: byte
+for byte the same, whatever the order in which videos arrived.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from hashlib import blake2b, sha256
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Self, cast
+
+from pydantic import Field, model_validator
+from transformers import PreTrainedTokenizerBase
+
+from fvlm_core.cli import run_job
+from fvlm_core.config import Positive, Share
+from fvlm_core.data.download import RAW, DownloadManifest
+from fvlm_core.data.raw_shards import RawSample, read_samples
+from fvlm_core.data.shard_files import INDEX, TOKENIZER, BadClip, Kind, ShardManifest, ShardSample, Split, write_shards
+from fvlm_core.data.sources.smoltalk import read_chats
+from fvlm_core.data.text import text_chats
+from fvlm_core.data.tokenizer import SMALLEST_VOCABULARY, load_tokenizer, render_chat, train_tokenizer
+from fvlm_core.errors import UserError
+from fvlm_core.manifest import file_entries
+from fvlm_core.progress import Progress
+from fvlm_core.settings import Settings
+
+TOKENIZER_CHATS = 100_000
+"""Conversations that a tokenizer is trained on, at most."""
+
+
+class TextSource(Settings):
+    """The text-only source: chats out of files, or generated exercises."""
+
+    name: str = "text"
+    train: Annotated[int, Field(ge=0)]
+    val: Annotated[int, Field(ge=0)]
+    files: list[Path] = Field(default_factory=list)
+    """SmolTalk-like parquet or jsonl; none: generated."""
+
+
+class ShardJob(Settings):
+    """What goes into the shards."""
+
+    output: Path
+    downloads: list[Path]
+    """Folders of DownloadManifests."""
+    text: TextSource | None = None
+    tokenizer: str | None = None
+    """Hub name or folder; or give vocab_size."""
+    vocab_size: Annotated[int, Field(ge=SMALLEST_VOCABULARY)] | None = None
+    """Train a tokenizer of at most so many tokens on the training texts."""
+    samples_per_shard: Positive = 1000
+    max_text_tokens: Positive = 2048
+    """Conversations of more text tokens are left out and counted, never cut."""
+    val_share: Share = 0.05
+    """Share of validation samples among videos whose table does not say; by a hash of the url, at least one per source."""
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _one_tokenizer(self) -> Self:
+        if (self.tokenizer is None) == (self.vocab_size is None):
+            raise ValueError("give exactly one of tokenizer and vocab_size")
+        return self
+
+
+def make_shards(job: ShardJob) -> ShardManifest:
+    """Write the folder of shards. Raises UserError for downloads that do not fit together or leave nothing."""
+    started = time.monotonic()
+    downloads = {f"download-{number}": (folder, DownloadManifest.read(folder)) for number, folder in enumerate(job.downloads)}
+    sizes = {(manifest.frame_px, manifest.fps) for _, manifest in downloads.values()}
+    if len(sizes) != 1:
+        raise UserError(
+            f"{len(sizes)} different frame sizes or rates in {len(downloads)} downloads",
+            where="downloads",
+            fix="give at least one download, and make all with the same frame_px and fps",
+        )
+    (frame_px, fps), *_ = sizes
+    bad = [clip for _, manifest in downloads.values() for clip in manifest.bad]
+    samples, leaks = _without_leaks(
+        _with_splits([raw for folder, _ in downloads.values() for raw in read_samples(folder / RAW)], job.val_share)
+    )
+    samples.extend(_text_samples(job.text, job.seed) if job.text else ())
+    if not samples:
+        raise UserError("the downloads hold no samples", where=", ".join(map(str, job.downloads)), fix="look into their bad.csv")
+    shutil.rmtree(job.output / TOKENIZER, ignore_errors=True)
+    tokenizer = _tokenizer(job, samples)
+    progress = Progress(job.output, len(samples))
+    counts, dropped = write_shards(
+        job.output,
+        samples,
+        tokenizer,
+        samples_per_shard=job.samples_per_shard,
+        max_text_tokens=job.max_text_tokens,
+        on_sample=lambda done: progress.update(done, note="samples"),
+    )
+    return ShardManifest(
+        name="shards",
+        settings_hash=job.hash(exclude={"output", "downloads"}),
+        inputs={name: manifest.digest for name, (_, manifest) in downloads.items()},
+        counts={
+            "samples": sum(source.samples for source in counts),
+            "frames": sum(source.frames for source in counts),
+            "text_tokens": sum(source.tokens for source in counts),
+            "too_long": len(dropped),
+            "leaks": len(leaks),
+        },
+        files=file_entries(job.output, ["train/*.tar", "val/*.tar", f"{TOKENIZER}/*", INDEX]),
+        sources=counts,
+        frame_px=frame_px,
+        fps=fps,
+        vocab_size=len(tokenizer),
+        bad=[*bad, *leaks, *dropped],
+        seconds=time.monotonic() - started,
+    ).write(job.output)
+
+
+def choose_split(origins: Iterable[str], val_share: float) -> dict[str, Split]:
+    """A split for every origin: validation where its hash falls below the share, and in any case (of two or more) for the least."""
+    hashes = {origin: int.from_bytes(blake2b(origin.encode(), digest_size=8).digest(), "big") / 2**64 for origin in origins}
+    chosen: dict[str, Split] = {origin: "val" if value < val_share else "train" for origin, value in hashes.items()}
+    if len(chosen) > 1 and val_share > 0 and "val" not in chosen.values():
+        chosen[min(hashes, key=lambda origin: hashes[origin])] = "val"
+    return chosen
+
+
+def _with_splits(raws: list[RawSample], val_share: float) -> Iterator[tuple[RawSample, Split]]:
+    """Every sample with its split: its table's, or by hash. Raises UserError if a source has one url in both."""
+    given: dict[tuple[str, str], set[str]] = {}
+    undecided: dict[str, set[str]] = {}
+    for raw in raws:
+        source, origin, split = (raw.record[name] for name in ("source", "origin", "split"))
+        given.setdefault((source, origin), set()).add(split)
+        if not split:
+            undecided.setdefault(source, set()).add(origin)
+    if torn := [origin for (_, origin), splits in given.items() if len(splits) > 1]:
+        raise UserError(
+            f"{len(torn)} videos are in more than one split, e.g. {torn[0]}", where="the table of videos", fix="give a url one split"
+        )
+    chosen = {source: choose_split(sorted(origins), val_share) for source, origins in undecided.items()}
+    for raw in raws:
+        split: Split = raw.record["split"] or chosen[raw.record["source"]][raw.record["origin"]]
+        yield raw, split
+
+
+def _without_leaks(raws: Iterator[tuple[RawSample, Split]]) -> tuple[list[ShardSample], list[BadClip]]:
+    """Samples, without training samples whose frames are in validation too."""
+    hashed = [(raw, split, raw.frames_hash()) for raw, split in raws]
+    held_out = {frames for _, split, frames in hashed if split == "val"}
+    leaks = [
+        BadClip(url=raw.record["origin"], reason="its frames are in validation")
+        for raw, split, frames in hashed
+        if split == "train" and frames in held_out
+    ]
+    kept = [(raw, split) for raw, split, frames in hashed if split == "val" or frames not in held_out]
+    seen: dict[tuple[str, str], int] = {}
+    samples = []
+    for raw, split in kept:
+        identity = (raw.record["source"], raw.record["origin"])
+        seen[identity] = seen.get(identity, 0) + 1
+        samples.append(_video_sample(raw, split, copy=seen[identity]))
+    return samples, leaks
+
+
+def _video_sample(raw: RawSample, split: Split, *, copy: int) -> ShardSample:
+    """`copy`: 1 for a video's first row, 2 for its second, ..."""
+    record = raw.record
+    return ShardSample(
+        source=record["source"],
+        kind=cast(Kind, record["kind"]),
+        split=split,
+        origin=record["origin"] if copy == 1 else f"{record['origin']}#{copy}",
+        conversations=json.loads(record["conversations"]),
+        probes=json.loads(record["probes"]),
+        caption=record["caption"],
+        duration_s=record["duration_s"],
+        num_frames=record["num_frames"],
+        frames=raw.read_frames,
+        extra=json.loads(record["extra"]),
+    )
+
+
+def _text_samples(text: TextSource, seed: int) -> Iterator[ShardSample]:
+    """Chats of the text source. Raises UserError if the files have too few."""
+    if not text.files:
+        for split, number, turn in text_chats(seed, text.train, text.val):
+            yield ShardSample(text.name, "text", split, f"{split}-{number}", [[turn]], [None])
+        return
+    wanted = text.train + text.val
+    chats = list(islice((chat for path in text.files for chat in read_chats(path)), wanted))
+    by_hash = sorted({sha256(json.dumps(chat).encode()).hexdigest(): chat for chat in chats}.items())
+    if len(by_hash) < wanted:
+        raise UserError(
+            f"{len(by_hash)} different usable chats, {wanted} wanted",
+            where=", ".join(map(str, text.files)),
+            fix="lower text.train or add files",
+        )
+    for number, (origin, chat) in enumerate(by_hash):
+        yield ShardSample(text.name, "text", "val" if number < text.val else "train", origin, [chat], [None])
+
+
+def _tokenizer(job: ShardJob, samples: list[ShardSample]) -> PreTrainedTokenizerBase:
+    if job.tokenizer is not None:
+        return load_tokenizer(job.tokenizer)
+    assert job.vocab_size is not None
+    chats = (render_chat(turns) for sample in samples if sample.split == "train" for turns in sample.conversations)
+    return train_tokenizer(islice(chats, TOKENIZER_CHATS), job.vocab_size)
+
+
+if __name__ == "__main__":
+    run_job(ShardJob, make_shards)
