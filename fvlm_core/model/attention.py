@@ -52,6 +52,13 @@ class PackedCache:
         for sample, length in zip(layout.cache_rows, layout.lengths, strict=True):
             self.lengths[sample] += length
 
+    def grow(self, capacity: int) -> None:
+        """Give the only sample of this cache room for `capacity` tokens."""
+        self.starts = [0, capacity]
+        for layer, buffers in self.layers.items():
+            keys, values = (torch.cat([part, part.new_zeros(capacity - len(part), *part.shape[1:])]) for part in buffers)
+            self.layers[layer] = (keys, values)
+
     @property
     def bytes(self) -> int:
         """Memory of all buffers."""

@@ -1,0 +1,1 @@
+"""Using a model: streams of frames, questions at any time."""

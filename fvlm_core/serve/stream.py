@@ -1,0 +1,124 @@
+"""A video as a stream: frames come one at a time, each leaves one token behind, questions can be asked at any time.
+
+This is the autoregressive mode without an end. A frame's encoder features are dropped as soon as it was queried; what grows
+is the language model's KV cache, by `tokens_per_frame` a frame. When the context is full, older frames go: `slide` forgets
+the older half, `thin` keeps every second frame, so that the whole past stays, ever coarser. Both read the tokens that stay
+once more (a token per frame: cheap), so positions start at zero again.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fvlm_core.data.batch import ChatFormat
+from fvlm_core.model.attention import PackedCache, PackedLayout
+from fvlm_core.model.foveated import FoveatedVLM
+from fvlm_core.model.inference import continue_greedily
+
+WhenFull = Literal["error", "slide", "thin"]
+FIRST_CAPACITY = 256
+"""Tokens that a new stream's KV cache has room for; doubled whenever it is outgrown."""
+
+
+class ContextFullError(RuntimeError):
+    """The stream has reached the language model's context and was told to keep everything."""
+
+
+class FrameStream:
+    """Frames in, answers out."""
+
+    def __init__(
+        self,
+        model: FoveatedVLM,
+        chat: ChatFormat,
+        *,
+        task_ids: Sequence[int] = (),
+        context: int | None = None,
+        reserve: int = 256,
+        when_full: WhenFull = "slide",
+    ) -> None:
+        """`task_ids`: a question known before the first frame, which then directs the gaze; `context`: most tokens (the
+        language model's own by default), of which `reserve` are kept free for a question and its answer.
+
+        Raises ValueError for a model that does not gaze, or a context without room for two frames.
+        """
+        if "autoregressive" not in model.modes:
+            raise ValueError(f"a model with query {model.settings.query!r} cannot stream")
+        self.model, self.chat, self.when_full = model, chat, when_full
+        self.k = model.settings.tokens_per_frame
+        self.head = [*chat.system, *chat.user_open, *task_ids]
+        self.has_task = bool(task_ids)
+        self.limit = (context or model.llm.config.max_position_embeddings) - reserve
+        if self.limit < len(self.head) + 2 * self.k:
+            raise ValueError(f"a context of {context} tokens with {reserve} reserved has no room for two frames")
+        self.device = model.connector.visual_proj.weight.device
+        self.seen = 0
+        """Frames pushed so far."""
+        self.tokens: list[Tensor] = []
+        """Visual tokens [k, llm width] of the frames still in context."""
+        self._reread()
+
+    @property
+    def length(self) -> int:
+        """Tokens in context."""
+        return self.cache.lengths[0]
+
+    @torch.no_grad()
+    def push(self, frame: np.ndarray | Tensor) -> None:
+        """Look at the next frame, uint8 [H, W, 3]. Raises ContextFullError with `when_full="error"`."""
+        if self.length + self.k > self.limit:
+            self._make_room()
+        features = self.model.encode(torch.as_tensor(frame)[None].to(self.device))
+        queries = self._queries()
+        token = self.model.read(features, queries[None]).tokens[0]
+        self.hidden = self._run(token)
+        self.tokens.append(token)
+        self.seen += 1
+
+    @torch.no_grad()
+    def ask(self, question_ids: Sequence[int], *, max_new_tokens: int = 64) -> list[int]:
+        """Answer a question about what was seen; the stream goes on afterwards as if it had not been asked."""
+        tail = [*question_ids, *self.chat.user_close, *self.chat.assistant_open]
+        before = self.length
+        self._reserve(before + len(tail) + max_new_tokens)
+        hidden = self._run(self.model.embed(torch.tensor(tail, device=self.device)))
+        (answer,) = continue_greedily(
+            self.model, self.cache, hidden[-1:], max_new_tokens=max_new_tokens, stop_ids=self.chat.assistant_close[:1]
+        )
+        self.cache.lengths[0] = before
+        return answer
+
+    def _queries(self) -> Tensor:
+        """[k, D] for the next frame."""
+        connector = self.model.connector
+        if self.model.settings.query == "random":
+            return connector.random_queries[self.length % len(connector.random_queries)]
+        if self.tokens:
+            return connector.next_queries(self.hidden[-self.k :])
+        return connector.next_queries(self.hidden[-1:].expand(self.k, -1)) if self.has_task else connector.q_init
+
+    def _run(self, embeddings: Tensor) -> Tensor:
+        """Hidden states [n, llm width] of the next tokens' embeddings [n, llm width]."""
+        self._reserve(self.length + len(embeddings))
+        positions = torch.arange(self.length, self.length + len(embeddings), device=self.device)
+        return self.model.contextualise(embeddings, positions, PackedLayout([len(embeddings)], self.cache))
+
+    def _reserve(self, tokens: int) -> None:
+        if tokens > self.cache.starts[-1]:
+            self.cache.grow(max(tokens, 2 * self.cache.starts[-1]))
+
+    def _make_room(self) -> None:
+        if self.when_full == "error":
+            raise ContextFullError(f"{len(self.tokens)} frames fill the context of {self.limit} tokens; use when_full='slide' or 'thin'")
+        self.tokens = self.tokens[len(self.tokens) // 2 :] if self.when_full == "slide" else self.tokens[::2]
+        self._reread()
+
+    @torch.no_grad()
+    def _reread(self) -> None:
+        """Start the cache anew with the head and the tokens that are kept."""
+        self.cache = PackedCache([FIRST_CAPACITY])
+        head = self.model.embed(torch.tensor(self.head, device=self.device))
+        self.hidden = self._run(torch.cat([head, *self.tokens]) if self.tokens else head)
