@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `step-00000100`: the tensors (`torch.distributed.checkpoint`, each rank writes its part) and, written
 last, a manifest with every file's sha256 and the run's small state. It is made under a temporary name and renamed, so a kill
-leaves the old ones or the new one, never a part. The last two and the best are kept.
+leaves the old ones or the new one, never a part. Kept are the best, the last two, and the newest that is old enough to go
+back to when training diverges.
 """
 
 import os
@@ -22,12 +23,12 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from fvlm_core.errors import UserError
 from fvlm_core.manifest import FILE_NAME as MANIFEST
 from fvlm_core.manifest import FileEntry, Manifest, file_entries
 from fvlm_core.train.distributed import World
+from fvlm_core.train.divergence import MARGIN_STEPS
 
-KEEP_LAST = 2
-"""Besides the best. Two, so that a damaged newest one costs little."""
 _TEMPORARY = ".making"
 
 
@@ -132,12 +133,20 @@ class Checkpoints:
         return manifest
 
     def _prune(self) -> None:
+        """Keep the best, and all since the newest that is old enough to go back to; these are the last two or more."""
         steps = self._steps()
-        scores = {step: CheckpointManifest.read(self._path(step)).score for step in steps if (self._path(step) / MANIFEST).is_file()}
-        scored = {step: score for step, score in scores.items() if score is not None}
-        kept = {*steps[-KEEP_LAST:], *([min(scored, key=lambda step: (scored[step], step))] if scored else [])}
-        for step in set(steps) - kept:
-            shutil.rmtree(self._path(step))
+        since = max((step for step in steps if step <= steps[-1] - MARGIN_STEPS), default=0)
+        scores = {step: score for step in steps if (score := self._score(step)) is not None}
+        best = min(scores, key=lambda step: (scores[step], step), default=None)
+        for step in steps:
+            if step < since and step != best:
+                shutil.rmtree(self._path(step))
+
+    def _score(self, step: int) -> float | None:
+        try:
+            return CheckpointManifest.read(self._path(step)).score
+        except UserError:  # damaged: it is not the best
+            return None
 
 
 def rng_tensors(device: torch.device) -> dict[str, Tensor]:

@@ -15,8 +15,8 @@ from fvlm_core.model.foveated import FoveatedVLM
 
 FREEZES = ("vision", "llm_lower")
 """What is frozen, in order."""
-MARGIN_STEPS = 5
-"""A checkpoint is a good place to go back to when this many healthy steps followed it: what breaks a model comes before its signs."""
+MARGIN_STEPS = 2
+"""A checkpoint is a good place to go back to when this many healthy steps followed it: what breaks a model shows a step later."""
 HISTORY_STEPS = 20
 """Healthy steps before spikes are judged."""
 MEMORY = 0.98

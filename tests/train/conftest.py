@@ -10,7 +10,6 @@ import torch
 from fvlm_core.config import Recipe
 from tests.tiny import tiny_shards
 
-
 # torch logs every tensor it saves, and pytest would keep it all
 logging.getLogger("c10d-NullHandler-dcp_logger").disabled = True
 

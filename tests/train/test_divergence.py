@@ -52,7 +52,7 @@ def test_goes_back_to_a_checkpoint_not_to_the_start(tmp_path: Path, shards: Path
     manifest = trainer.run()
     (divergence,) = manifest.divergences
     assert divergence.froze == "vision"
-    assert 2 <= divergence.back_to <= 12  # checkpoints of every second step, the last two kept, and the best
+    assert divergence.back_to == 10  # of every second step; 12 is too near
     assert manifest.steps == 20
     assert math.isfinite(manifest.final_loss)
 
@@ -71,7 +71,7 @@ def test_start_from_broken_weights_gives_up(tmp_path: Path, shards: Path) -> Non
     broken = load_file(weights) | {"encoder.norm.weight": torch.full((16,), math.nan)}
     save_file(broken, weights)
     recipe = tiny_recipe(tmp_path / "run", shards).model_copy(update={"init_from": first.output})
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="diverges at step 1"):
         train(recipe)
 
 

@@ -37,7 +37,9 @@ def reference(recipe: Recipe, steps: int) -> tuple[list[float], dict[str, Tensor
     """The same run in the plainest way: one batch a step, torch's AdamW, one group per parameter."""
     shards = ShardSet(recipe.shards)
     model = build_model(recipe.model, vocab_size=shards.manifest.vocab_size, seed=recipe.run.seed)
-    groups = [{"params": [p], "role": model.role(n), "weight_decay": 0.0 if model.no_decay(n) else 0.01} for n, p in model.named_parameters()]
+    groups = [
+        {"params": [p], "role": model.role(n), "weight_decay": 0.0 if model.no_decay(n) else 0.01} for n, p in model.named_parameters()
+    ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), foreach=False, fused=False)
     means = []
     for step, batches in enumerate(train_steps(shards, recipe.data, recipe.run, tokens_per_frame=1, rank=0, world_size=1)):

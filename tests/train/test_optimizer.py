@@ -36,7 +36,9 @@ def test_groups_cover_each_trained_parameter_once(variant: dict, freezes: list[s
         assert {model.role(name) for name in group["param_names"]} == {group["role"]}
         assert {model.no_decay(name) for name in group["param_names"]} == {group["weight_decay"] == 0}
     decayed = {name for group in optimizer.param_groups if group["weight_decay"] for name in group["param_names"]}
-    assert not [name for name in decayed if "norm" in name or name.endswith((".bias", "cls_token", "position_embeddings", "q_static", "q_init"))]
+    assert not [
+        name for name in decayed if "norm" in name or name.endswith((".bias", "cls_token", "position_embeddings", "q_static", "q_init"))
+    ]
     assert all(parameter.requires_grad == (name not in frozen) for name, parameter in model.named_parameters())
 
 
