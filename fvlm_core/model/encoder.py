@@ -9,7 +9,7 @@ DINOv2: Oquab et al. 2023, https://arxiv.org/abs/2304.07193.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -132,8 +132,14 @@ class Encoder(nn.Module):
     def from_dinov2(cls, dinov2: Dinov2Model) -> Self:
         """Take over the weights of a `Dinov2Model`."""
         encoder = cls(dinov2.config)
+        encoder.load_state_dict(cls.from_dinov2_state(dinov2.state_dict()))
+        return encoder
+
+    @staticmethod
+    def from_dinov2_state(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Our state dict from one of a `Dinov2Model` of any transformers release."""
         state: dict[str, Tensor] = {}
-        for name, tensor in dinov2.state_dict().items():
+        for name, tensor in theirs.items():
             for pattern, ours in _NAMES:
                 name = re.sub(pattern, ours, name)
             state[name] = tensor
@@ -141,8 +147,7 @@ class Encoder(nn.Module):
         for name in [name for name in state if ".qkv.q." in name]:
             parts = [state.pop(name.replace(".q.", f".{part}.")) for part in "qkv"]
             state[name.replace(".q.", ".")] = torch.cat(parts)
-        encoder.load_state_dict(state)
-        return encoder
+        return state
 
     def to_dinov2(self) -> Dinov2Model:
         """The same weights as a transformers `Dinov2Model` (its unused mask token is zero)."""
