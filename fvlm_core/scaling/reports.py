@@ -61,7 +61,7 @@ class AblationRow(Settings):
     control: bool = False
     other_validation: bool = False
     """The change alters the validation set too (mixture, question order, labels), so the delta compares different questions."""
-    also_changed: list[str] = []
+    also_changed: list[str] = Field(default_factory=list)
     """Other settings that differ from the baseline's, such as those that the change implies."""
     divergences: int = 0
 

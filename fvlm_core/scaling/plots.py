@@ -1,0 +1,255 @@
+"""The pictures of comparisons and of the scaling study. Equal inputs give equal files; losses are in nats per labelled token."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fvlm_core.scaling.fits import Allocation, DataLaw, Law, NotIdentifiableError, Parabola
+from fvlm_core.scaling.reports import VARIANTS, AblationRow, GridPoint, Variant
+
+COLOURS = ("#2f6fde", "#e07b39", "#2a9d6f", "#b0479a", "#8a6d3b", "#5b6770")
+BETTER, WORSE, NEUTRAL = "#2a9d6f", "#d1495b", "#8d99a6"
+LINES: dict[Variant, str] = {"foveated": "-", "baseline": "--"}
+MARKERS: dict[Variant, str] = {"foveated": "o", "baseline": "s"}
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",  # matplotlib's own: the same everywhere
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e9ed",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+}
+DPI = 130
+Item = TypeVar("Item")
+LOSS = "validation loss (nats/token)"
+
+
+def plot_deltas(path: Path, rows: Sequence[AblationRow], baseline: AblationRow) -> None:
+    """Deltas against the baseline, best first; worse ones stay."""
+    ordered = sorted((row for row in rows if row.name != baseline.name), key=lambda row: row.delta, reverse=True)
+    with _figure(path, (7.5, 1.2 + 0.36 * len(ordered))) as axes:
+        deltas = [row.delta for row in ordered]
+        colours = [NEUTRAL if not row.can_win else BETTER if row.delta < 0 else WORSE for row in ordered]
+        axes.barh(range(len(ordered)), deltas, color=colours, height=0.66)
+        marks = [row.name + ("*" if row.control else "") + ("†" if row.other_validation else "") for row in ordered]
+        axes.set_yticks(range(len(ordered)), marks)
+        axes.axvline(0, color="#30363d", linewidth=1)
+        reach = max(map(abs, deltas), default=0) or 1.0
+        for place, delta in enumerate(deltas):
+            beside = delta + np.copysign(0.015 * reach, delta)
+            axes.text(beside, place, f"{delta:+.4f}", va="center", ha="left" if delta >= 0 else "right", fontsize=9)
+        low, high = min(0.0, *deltas), max(0.0, *deltas)
+        axes.set_xlim(low - (0.3 * reach if low < 0 else 0.05 * reach), high + (0.3 * reach if high > 0 else 0.05 * reach))
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel(f"difference in validation loss to {baseline.name} ({baseline.loss:.4f} nats/token); left is better")
+        if any(not row.can_win for row in ordered):
+            axes.set_title("grey: control (*) or another validation set (†)", fontsize=9, loc="right", color="#5b6770")
+
+
+def plot_iso_flop(path: Path, points: Sequence[GridPoint], parabolas: dict[Variant, list[Parabola]]) -> None:
+    """Loss over size, a curve per budget; a star where a budget's best size lies inside the grid."""
+    with _panels(path) as panels:
+        for axes, variant in zip(panels, VARIANTS, strict=True):
+            budgets = sorted({point.budget_flops for point in points if point.variant == variant})
+            curves = {parabola.budget: parabola for parabola in parabolas.get(variant, [])}
+            for colour, budget in _coloured(budgets):
+                here = sorted(_of(points, variant, budget=budget), key=lambda point: point.params)
+                sizes = np.array([point.params for point in here])
+                axes.plot(sizes, [point.loss for point in here], MARKERS[variant], color=colour, label=f"{budget:.1e} FLOPs")
+                if (curve := curves.get(budget)) is not None:
+                    dense = np.geomspace(sizes.min(), sizes.max(), 100)
+                    axes.plot(dense, curve.loss(dense), color=colour, linewidth=1.2)
+                    _star(axes, curve, colour)
+                else:
+                    axes.plot(sizes, [point.loss for point in here], color=colour, linewidth=1, alpha=0.6)
+            _finish(axes, variant, "parameters", LOSS)
+            ticks = sorted({point.params for point in _of(points, variant)})
+            axes.set_xticks(ticks, [_short(n) for n in ticks])
+            axes.minorticks_off()
+
+
+def plot_crossover(path: Path, points: Sequence[GridPoint], best: dict[Variant, dict[float, float]], crossing: float | None) -> None:
+    """Left: the best loss of every budget. Right: foveated minus baseline, per size and for the best."""
+    with _panels(path) as (left, right):
+        for colour, variant in zip(COLOURS, VARIANTS, strict=False):
+            if variant not in best:
+                continue
+            budgets = sorted(best[variant])
+            losses = [best[variant][budget] for budget in budgets]
+            left.plot(budgets, losses, LINES[variant] + MARKERS[variant], color=colour, label=f"{variant}, best size")
+        sizes = _sizes(points)
+        for colour, size in _coloured(sizes):
+            if not (pairs := _pairs(points, size)):
+                continue
+            right.plot([p[0] for p in pairs], [p[1] for p in pairs], "o-", color=colour, linewidth=1, alpha=0.75, label=size)
+        ours, theirs = (best.get(variant, {}) for variant in VARIANTS)
+        shared = sorted(ours.keys() & theirs.keys())
+        if shared:
+            right.plot(shared, [ours[c] - theirs[c] for c in shared], "k-", linewidth=2.2, label="best of each")
+            right.axhline(0, color="#30363d", linewidth=1)
+        for axes in (left, right):
+            if crossing is not None:
+                axes.axvline(crossing, color=WORSE, linestyle=":", label=f"crossover {crossing:.1e}")
+        _finish(left, "best loss per budget", "training FLOPs", LOSS)
+        _finish(right, "foveated minus baseline (below 0: foveated better)", "training FLOPs", "difference (nats/token)")
+
+
+def plot_token_efficiency(path: Path, points: Sequence[GridPoint], frontiers: dict[Variant, list[GridPoint]]) -> None:
+    """Loss over the visual tokens that the language model read in training, with the frontier of each variant."""
+    with _figure(path, (7.5, 4.6)) as axes:
+        for colour, variant in zip(COLOURS, VARIANTS, strict=False):
+            here = _of(points, variant)
+            if not here:
+                continue
+            tokens = sorted({point.tokens_per_frame for point in here})
+            label = f"{variant}, {'/'.join(map(str, tokens))} token{'s' if tokens != [1] else ''} per frame"
+            axes.plot([p.visual_tokens for p in here], [p.loss for p in here], MARKERS[variant], color=colour, alpha=0.45, label=label)
+            front = frontiers.get(variant, [])
+            axes.plot([p.visual_tokens for p in front], [p.loss for p in front], LINES[variant], color=colour, linewidth=2)
+        _finish(axes, "token-efficiency frontier", "visual tokens read in training", LOSS)
+
+
+def plot_data_scaling(path: Path, points: Sequence[GridPoint], laws: dict[Variant, DataLaw | None]) -> None:
+    """Loss over data, a curve per size, fitted where it could be."""
+    with _panels(path) as panels:
+        for axes, variant in zip(panels, VARIANTS, strict=True):
+            for colour, size in _coloured(_sizes(points)):
+                here = sorted((point for point in _of(points, variant) if point.size == size), key=lambda point: point.tokens)
+                if not here:
+                    continue
+                tokens = np.array([point.tokens for point in here])
+                axes.plot(tokens, [point.loss for point in here], MARKERS[variant], color=colour, label=size)
+                if (law := laws.get(variant)) is not None:
+                    dense = np.geomspace(tokens.min(), tokens.max(), 100)
+                    axes.plot(dense, law.loss(np.full(100, float(here[0].params)), dense), color=colour, linewidth=1.2)
+                else:
+                    axes.plot(tokens, [point.loss for point in here], color=colour, linewidth=1, alpha=0.6)
+            _finish(axes, variant, "labelled tokens", LOSS)
+
+
+def plot_allocation(
+    path: Path,
+    points: Sequence[GridPoint],
+    *,
+    allocations: dict[Variant, Allocation | None],
+    laws: dict[Variant, Law | None],
+    parabolas: dict[Variant, list[Parabola]],
+    costs: dict[Variant, np.ndarray],
+) -> None:
+    """Best size over budget: measured (lowest loss), by parabola, and by the joint law where there is one.
+
+    `costs`: per variant, coefficients of log(FLOPs per labelled token) over log N, for the law.
+    """
+    with _panels(path) as panels:
+        for axes, variant in zip(panels, VARIANTS, strict=True):
+            here = _of(points, variant)
+            if not here:
+                _finish(axes, variant, "training FLOPs", "parameters")
+                continue
+            budgets = sorted({point.budget_flops for point in here})
+            measured = [min(_of(here, variant, budget=budget), key=lambda point: point.loss).params for budget in budgets]
+            axes.step(budgets, measured, "o-", where="mid", color=NEUTRAL, label="lowest measured loss")
+            stars = [(parabola.budget, optimum) for parabola in parabolas[variant] if (optimum := _optimum(parabola)) is not None]
+            if stars:
+                axes.plot(*zip(*stars, strict=True), "*", color=COLOURS[1], markersize=13, label="parabola's vertex")
+            dense = np.geomspace(budgets[0], budgets[-1], 60)
+            if (allocation := allocations[variant]) is not None:
+                line = allocation.factor * dense**allocation.exponent
+                axes.plot(dense, line, color=COLOURS[1], label=f"$N^* \\propto C^{{{allocation.exponent:.2f}}}$")
+            if (law := laws[variant]) is not None:
+                sizes = np.geomspace(min(p.params for p in here), max(p.params for p in here), 400)
+                per_token = np.exp(np.polyval(costs[variant], np.log(sizes)))
+                best = [sizes[np.argmin(law.loss(sizes, budget / per_token))] for budget in dense]
+                axes.plot(dense, best, "--", color=COLOURS[0], label="joint law")
+            axes.set_yscale("log")
+            ticks = sorted({point.params for point in points})
+            axes.set_yticks(ticks, [_short(n) for n in ticks])
+            axes.minorticks_off()
+            _finish(axes, variant, "training FLOPs", "parameters")
+
+
+@contextmanager
+def _figure(path: Path, size: tuple[float, float]) -> Iterator[Axes]:
+    with _canvas(path, size) as figure:
+        yield figure.add_subplot()
+
+
+@contextmanager
+def _panels(path: Path) -> Iterator[tuple[Axes, Axes]]:
+    with _canvas(path, (11, 4.3)) as figure:
+        left, right = figure.subplots(1, 2)
+        yield left, right
+
+
+@contextmanager
+def _canvas(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+        yield figure
+        figure.savefig(path, metadata={"Software": None})  # no version in the file
+
+
+def _finish(axes: Axes, title: str, x: str, y: str) -> None:
+    """Titles, a logarithmic x axis, a legend; or the word that there is nothing."""
+    axes.set_title(title)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    if not axes.has_data():
+        axes.text(0.5, 0.5, "no runs", transform=axes.transAxes, ha="center", va="center", color="#5b6770")
+        return
+    axes.set_xscale("log")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+
+
+def _star(axes: Axes, curve: Parabola, colour: str) -> None:
+    if (best := _optimum(curve)) is not None:
+        axes.plot([best], curve.loss(np.array([best])), "*", color=colour, markersize=14, markeredgecolor="white")
+
+
+def _optimum(curve: Parabola) -> float | None:
+    try:
+        return curve.optimum()
+    except NotIdentifiableError:
+        return None
+
+
+def _of(points: Sequence[GridPoint], variant: Variant, *, budget: float | None = None) -> list[GridPoint]:
+    return [point for point in points if point.variant == variant and budget in (None, point.budget_flops)]
+
+
+def _sizes(points: Sequence[GridPoint]) -> list[str]:
+    """Names of the sizes, smallest first."""
+    return list(dict.fromkeys(point.size for point in sorted(points, key=lambda point: point.params)))
+
+
+def _pairs(points: Sequence[GridPoint], size: str) -> list[tuple[float, float]]:
+    """(budget, foveated minus baseline) of a size."""
+    losses = {(point.variant, point.budget_flops): point.loss for point in points if point.size == size}
+    budgets = sorted({budget for _, budget in losses})
+    found = [(budget, losses.get(("foveated", budget)), losses.get(("baseline", budget))) for budget in budgets]
+    return [(budget, ours - theirs) for budget, ours, theirs in found if ours is not None and theirs is not None]
+
+
+def _coloured(items: Sequence[Item]) -> Iterator[tuple[str, Item]]:
+    for number, item in enumerate(items):
+        yield COLOURS[number % len(COLOURS)], item
+
+
+def _short(count: float) -> str:
+    """E.g. 1.4M."""
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g}{unit}"
+    return f"{count:.0f}"

@@ -1,0 +1,78 @@
+"""Finished training runs, as comparisons read them."""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from fvlm_core.config import Recipe
+from fvlm_core.errors import UserError
+from fvlm_core.train.manifest import METRICS_FILE, RECIPE_FILE, RunManifest
+
+VALIDATION_SETTINGS = ("data.mixture", "data.question_first", "data.loss_on", "data.image_repeats", "run.eval_samples")
+"""Settings that decide what the validation loss is measured on."""
+NOT_SCIENCE = ("name", "phase", "output", "shards", "init_from")
+"""Recipe keys that say where a run is, not what it does."""
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run's manifest and recipe."""
+
+    folder: Path
+    manifest: RunManifest
+    recipe: Recipe
+
+    @classmethod
+    def read(cls, folder: Path) -> "FinishedRun":
+        """Raises UserError where the run has not finished."""
+        return cls(folder, RunManifest.read(folder), Recipe.from_yaml(folder / RECIPE_FILE))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the run does, flat: dotted path -> value."""
+        return flatten(self.recipe.model_dump(mode="json", exclude=set(NOT_SCIENCE)))
+
+    def frames_per_s(self) -> float | None:
+        """Median over the evaluation points of `metrics.csv`; None where it has none."""
+        values = [float(row["frames_per_s"]) for row in metrics_rows(self.folder) if row.get("frames_per_s")]
+        return median(values) if values else None
+
+
+def metrics_rows(folder: Path) -> list[dict[str, str]]:
+    """Rows of a run's `metrics.csv`, empty where there is none."""
+    path = folder / METRICS_FILE
+    if not path.is_file():
+        return []
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def differences(run: FinishedRun, baseline: FinishedRun) -> list[str]:
+    """Dotted paths of the settings in which two runs differ."""
+    ours, theirs = run.settings, baseline.settings
+    missing = object()
+    return sorted(path for path in ours.keys() | theirs.keys() if ours.get(path, missing) != theirs.get(path, missing))
+
+
+def same_shards(runs: dict[str, FinishedRun]) -> None:
+    """Raises UserError where runs were validated on different shards: their losses cannot be compared."""
+    digests = {name: run.manifest.inputs.get("shards") for name, run in runs.items()}
+    if len(set(digests.values())) > 1:
+        first, *rest = digests
+        other = next(name for name in rest if digests[name] != digests[first])
+        raise UserError(
+            f"runs {first!r} and {other!r} used different shards, so their losses cannot be compared",
+            where=str(runs[other].folder),
+            fix="train all runs of a comparison on the same shards",
+        )
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted keys; lists are values."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        flat |= flatten(value, f"{path}.") if isinstance(value, dict) else {path: value}
+    return flat

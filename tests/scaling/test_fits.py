@@ -1,0 +1,190 @@
+"""Fits against laws whose exponents are known, and against grids that determine nothing."""
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from fvlm_core.scaling.fits import (
+    DataLaw,
+    Grid,
+    Law,
+    NotIdentifiableError,
+    crossover,
+    fit_allocation,
+    fit_data_law,
+    fit_law,
+    fit_law_huber,
+    fit_parabola,
+    quantities,
+)
+
+CHINCHILLA = Law(E=1.69, A=406.4, alpha=0.34, B=410.7, beta=0.28)
+SIZES, BUDGETS = np.geomspace(5e7, 5e9, 5), np.geomspace(1e19, 1e22, 5)
+
+
+def grid_of(law: Law, sizes=SIZES, budgets=BUDGETS, *, noise: float = 0.0, seed: int = 0) -> Grid:
+    """Runs of C = 6 N D that obey a law, with relative noise."""
+    params, budget = (part.ravel() for part in np.meshgrid(sizes, budgets, indexing="ij"))
+    tokens = budget / (6 * params)
+    rng = np.random.default_rng(seed)
+    return Grid(params, tokens, law.loss(params, tokens) * np.exp(rng.normal(0, noise, len(params))), budget)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(0.15, 1.2), st.floats(0.15, 1.2), st.floats(0.3, 3.0), st.floats(0.2, 3.0), st.floats(0.2, 3.0))
+def test_noiseless_exponents_are_recovered(alpha, beta, e, a_term, b_term):
+    """Over one decade of sizes and budgets; the terms are given by their size in the middle, so that both of them matter."""
+    sizes, budgets = np.geomspace(5e7, 5e8, 5), np.geomspace(1e20, 1e21, 5)
+    middle_n = np.exp(np.log(sizes).mean())
+    middle_d = np.exp(np.log(budgets).mean()) / (6 * middle_n)
+    law = Law(e, a_term * middle_n**alpha, alpha, b_term * middle_d**beta, beta)
+    found = fit_law(grid_of(law, sizes, budgets))
+    assert found.alpha == pytest.approx(alpha, abs=1e-6)
+    assert found.beta == pytest.approx(beta, abs=1e-6)
+    np.testing.assert_allclose(found.E, e, atol=1e-5)
+
+
+def test_the_cross_check_agrees():
+    grid = grid_of(CHINCHILLA)
+    for found in (fit_law(grid), fit_law_huber(grid)):
+        assert found.alpha == pytest.approx(0.34, abs=1e-6)
+        assert found.beta == pytest.approx(0.28, abs=1e-6)
+        np.testing.assert_allclose(found.A, 406.4, rtol=1e-4)
+    noisy = grid_of(CHINCHILLA, noise=0.002)
+    assert fit_law(noisy).alpha == pytest.approx(fit_law_huber(noisy).alpha, abs=0.02)
+
+
+def test_an_outlier_moves_the_huber_fit_less():
+    grid = grid_of(CHINCHILLA)
+    loss = grid.loss.copy()
+    loss[7] *= 1.2
+    spoilt = Grid(grid.params, grid.tokens, loss, grid.budget)
+    assert abs(fit_law_huber(spoilt).beta - 0.28) < 0.1 * abs(fit_law(spoilt).beta - 0.28)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0.15, 1.5), st.lists(st.floats(0.5, 3.0), min_size=1, max_size=4, unique=True))
+def test_data_exponent_is_recovered_with_any_number_of_sizes(beta, floors):
+    sizes = np.geomspace(1e5, 1e6, len(floors))
+    params, budget = (part.ravel() for part in np.meshgrid(sizes, np.geomspace(1e12, 1e14, 4), indexing="ij"))
+    tokens = budget / (6 * params)
+    factor = np.full(len(floors), np.exp(np.log(tokens).mean()) ** beta)
+    law = DataLaw(beta, sizes, np.array(floors), factor)
+    found = fit_data_law(Grid(params, tokens, law.loss(params, tokens), budget))
+    assert found.beta == pytest.approx(beta, abs=1e-6)
+    np.testing.assert_allclose(found.E, floors, atol=1e-5)
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say():
+    """95 % nominal over 20 noisy grids of 20 runs each: the exponent of the data term."""
+    covered = 0
+    for seed in range(20):
+        grid = grid_of(CHINCHILLA, SIZES[:5], BUDGETS[:4], noise=0.003, seed=seed)
+        _, found = quantities(grid, fit_law, resamples=40, seed=seed)
+        low, high = found["beta"].low, found["beta"].high
+        assert low is not None
+        assert high is not None
+        assert low <= found["beta"].value <= high
+        covered += low <= 0.28 <= high
+    assert covered >= 16
+
+
+def test_the_smallest_grid_gets_its_interval_from_residuals():
+    grid = grid_of(CHINCHILLA, SIZES[:3], BUDGETS[:4], noise=0.002)
+    _, found = quantities(grid, fit_data_law, resamples=50, seed=0)
+    assert found["beta"].low is not None
+    assert "residuals" in found["beta"].reason
+
+
+def test_intervals_depend_on_the_seed_alone():
+    grid = grid_of(CHINCHILLA, noise=0.01)
+    first, again, other = (quantities(grid, fit_law, resamples=20, seed=seed)[1] for seed in (3, 3, 4))
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize(
+    ("grid", "why"),
+    [
+        (grid_of(CHINCHILLA, SIZES[:3]), "3 model sizes, at least 4 are needed"),
+        (grid_of(CHINCHILLA, budgets=BUDGETS[:3]), "3 budgets, at least 4 are needed"),
+        (grid_of(Law(1.0, 0.0, 0.3, 410.7, 0.28)), "hit|hardly depend"),
+        (grid_of(Law(1.69, 1e-3, 0.34, 410.7, 0.28)), "hardly depend on model size"),
+        (grid_of(Law(0.0, 406.4, 0.34, 410.7, 0.28)), "E hit its bound 0"),
+        (grid_of(Law(1.0, 406.4 * 5e8**6, 6.0, 410.7, 0.28)), "alpha hit the bound"),
+    ],
+)
+def test_what_is_not_identifiable_is_refused(grid, why):
+    with pytest.raises(NotIdentifiableError, match=why):
+        fit_law(grid)
+
+
+def test_pure_noise_gives_no_exponent_with_a_narrow_interval():
+    """Losses without any trend: refused, or an interval that says nothing."""
+    grid = grid_of(Law(2.0, 0.0, 0.3, 0.0, 0.3), noise=0.01, seed=1)
+    try:
+        _, found = quantities(grid, fit_law, resamples=50, seed=0)
+    except NotIdentifiableError:
+        return
+    alpha = found["alpha"]
+    assert alpha.low is None or (alpha.high is not None and alpha.high - alpha.low > 0.5)
+
+
+@given(st.floats(-1.5, 1.5), st.floats(0.01, 1.0))
+def test_parabola_finds_its_vertex(offset, bend):
+    """Loss is a parabola in log N around `best`; three sizes determine it."""
+    sizes = np.array([1e6, 3e6, 1e7])
+    best = np.exp(np.log(3e6) + offset)
+    loss = 2 + bend * np.log(sizes / best) ** 2
+    parabola = fit_parabola(Grid(sizes, sizes, loss, np.ones(3)), 1.0)
+    np.testing.assert_allclose(parabola.loss(sizes), loss, atol=1e-9)
+    if sizes.min() * 1.0001 < best < sizes.max() * 0.9999:
+        assert parabola.optimum() == pytest.approx(best, rel=1e-6)
+    elif not sizes.min() <= best <= sizes.max():
+        with pytest.raises(NotIdentifiableError, match="outside the grid"):
+            parabola.optimum()
+
+
+def test_a_parabola_that_bends_down_has_no_best_size():
+    sizes = np.array([1e6, 3e6, 1e7])
+    parabola = fit_parabola(Grid(sizes, sizes, 2 - np.log(sizes / 3e6) ** 2, np.ones(3)), 1.0)
+    with pytest.raises(NotIdentifiableError, match="bend upwards"):
+        parabola.optimum()
+
+
+def test_allocation_exponent_of_known_best_sizes():
+    budgets = np.geomspace(1e18, 1e20, 4)
+    params, budget = (part.ravel() for part in np.meshgrid(np.geomspace(1e7, 1e10, 5), budgets, indexing="ij"))
+    loss = 2 + 0.1 * np.log(params / (1e-2 * budget**0.5)) ** 2
+    found = fit_allocation(Grid(params, budget / params, loss, budget))
+    assert found.exponent == pytest.approx(0.5, abs=1e-9)
+    assert found.factor == pytest.approx(1e-2, rel=1e-6)
+
+
+@given(st.lists(st.floats(-1, 1).filter(lambda x: abs(x) > 1e-3), min_size=2, max_size=6))
+def test_crossover_lies_between_the_budgets_whose_signs_differ(difference):
+    budgets = [10.0 ** (15 + i) for i in range(len(difference))]
+    signs = np.sign(difference)
+    changes = np.flatnonzero(signs[1:] != signs[:-1])
+    if len(changes) != 1:
+        with pytest.raises(NotIdentifiableError, match="no crossover" if not len(changes) else "changes .* times"):
+            crossover(budgets, difference)
+        return
+    found = crossover(budgets, difference)
+    assert budgets[changes[0]] <= found <= budgets[changes[0] + 1]
+
+
+def test_crossover_is_interpolated_in_log_budget():
+    assert crossover([1e16, 1e18], [0.1, -0.1]) == pytest.approx(1e17)
+    with pytest.raises(NotIdentifiableError, match="fewer than two"):
+        crossover([1e16], [0.1])
+
+
+@given(st.floats(0.2, 0.8))
+@settings(max_examples=10, deadline=None)
+def test_fits_do_not_depend_on_the_order_of_runs(alpha):
+    assume(abs(alpha - 0.28) > 0.01)
+    grid = grid_of(Law(1.69, 1e3 * 5e8 ** (alpha - 0.34), alpha, 410.7, 0.28), noise=0.002)
+    shuffled = grid.take(np.random.default_rng(0).permutation(len(grid)))
+    assert fit_law(shuffled).alpha == pytest.approx(fit_law(grid).alpha, rel=1e-6)
