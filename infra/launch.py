@@ -4,6 +4,7 @@ The job's output goes to `log.txt` in its folder; its last lines come back in th
 launched it (`guard.py`), and leftovers of an earlier launch of the same folder are ended first.
 """
 
+import itertools
 import os
 import re
 import shutil
@@ -147,15 +148,14 @@ def _failure(command: list[str], status: int, log: Path, start: int) -> JobError
 
 
 def _reason(lines: list[str]) -> str:
-    """The job's own message: from its line `error: ...` through the indented lines that follow."""
-    for index, line in enumerate(lines):
+    """The job's own message: from its line `error: ...` to the line that says what to do, or to the end of what it indented."""
+    for start, line in enumerate(lines):
         if line.startswith("error: "):
-            more = []
-            for following in lines[index + 1 :]:
-                if not following.startswith("  "):
-                    break
-                more.append(following)
-            return "\n".join([line.removeprefix("error: "), *more])
+            message = lines[start:]
+            fix = next((number for number, text in enumerate(message) if text.startswith("  fix: ")), None)
+            if fix is None:
+                fix = sum(1 for _ in itertools.takewhile(lambda text: text.startswith("  "), message[1:]))
+            return "\n".join(message[: fix + 1]).removeprefix("error: ")
     return "\n".join(lines[-TAIL_LINES:])
 
 

