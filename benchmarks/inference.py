@@ -1,22 +1,32 @@
-"""Inference at DINOv2-small + SmolLM2-135M: 64 frames and a question of 32 tokens, in two modes, against the bare encoder.
+"""Inference at DINOv2-small + SmolLM2-135M: 64 frames and a question of 32 tokens, in two modes, against the bare encoder;
+and a stream of an hour (3,600 frames at 1 FPS).
 
-Floor: a plain `Dinov2Model` forward over the same frames, which any model that looks at them all has to pay.
+Floor: a plain `Dinov2Model` forward over the same frames, which any model that looks at them all has to pay; for the stream,
+the keys and values of one token a frame.
 """
 
+import gc
+import statistics
+import time
+
+import numpy as np
 import torch
 from transformers import Dinov2Model
 
-from benchmarks.report import Measurement, arguments, show, side_by_side
-from benchmarks.shapes import VOCABULARY, model_settings, video_question
+from benchmarks.report import Measurement, arguments, resident_gb, show, side_by_side
+from benchmarks.shapes import FRAME_PX, NO_TEMPLATE, VOCABULARY, model_settings, video_question
 from fvlm_core.model.flop_counter import count_flops
-from fvlm_core.model.foveated import build_model
+from fvlm_core.model.foveated import FoveatedVLM, build_model
 from fvlm_core.model.inference import read_batch
+from fvlm_core.serve.stream import FrameStream
 
 ORIGINAL_GFLOP = 942.2
 
 
 def main() -> None:
-    options = arguments(__doc__ or "", rounds={"type": int, "default": 3}, frames={"type": int, "default": 64})
+    options = arguments(
+        __doc__ or "", rounds={"type": int, "default": 3}, frames={"type": int, "default": 64}, stream={"type": int, "default": 3600}
+    )
     model = build_model(model_settings(), vocab_size=VOCABULARY).eval().requires_grad_(False)
     batch = video_question(options.frames)
     plain = Dinov2Model(model.encoder.config).eval()
@@ -39,7 +49,32 @@ def main() -> None:
     for mode in ("coarse_fine", "autoregressive"):
         ratio = seconds[mode] / seconds["encode"]
         measurements.append(Measurement("inference", f"{mode}_vs_encode", ratio, "x", "Dinov2Model forward", ratio))
+    measurements += stream_growth(model, options.stream) if options.stream else []
     show(measurements, as_json=options.json)
+
+
+@torch.no_grad()
+def stream_growth(model: FoveatedVLM, frames: int, early: int = 60) -> list[Measurement]:
+    """Resident memory and time per frame of a stream's last frames against its 60th, and the keys and values in between."""
+    stream = FrameStream(model, NO_TEMPLATE, task_ids=[1], context=frames + 512)
+    stream.cache.grow(frames + 512)  # all of it at once, so that growing is not mistaken for a leak
+    picture = np.random.default_rng(0).integers(0, 256, (FRAME_PX, FRAME_PX, 3), dtype=np.uint8)
+    seconds: list[float] = []
+    resident: list[float] = []
+    for _ in range(frames):
+        started = time.perf_counter()
+        stream.push(picture)
+        seconds.append(time.perf_counter() - started)
+        if stream.seen in (early, frames):
+            gc.collect()
+            resident.append(resident_gb())
+    growth = (resident[1] - resident[0]) * 1000
+    floor = stream.cache.bytes / stream.cache.starts[-1] * (frames - early) / 1e6
+    late, first = statistics.median(seconds[-30:]), statistics.median(seconds[early - 30 : early])
+    return [
+        Measurement("inference", "stream_memory_growth_mb", growth, "MB", f"keys and values of {frames - early} tokens", growth / floor),
+        Measurement("inference", "stream_latency_growth", late / first, "x", f"time per frame at frame {early}", late / first),
+    ]
 
 
 if __name__ == "__main__":

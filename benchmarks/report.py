@@ -79,6 +79,11 @@ def peak_memory_gb(function: Callable[[], Any]) -> float:
     return (_status_kb("VmHWM") - before) * 1024 / 1e9
 
 
+def resident_gb() -> float:
+    """Memory of this process that is in RAM, GB = 1e9 bytes."""
+    return _status_kb("VmRSS") * 1024 / 1e9
+
+
 def _status_kb(key: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):

@@ -20,7 +20,7 @@ NO_TEMPLATE = ChatFormat(system=[], user_open=[], user_close=[], assistant_open=
 def model_settings(size: str = "135M", **changes) -> ModelSettings:
     """DINOv2-small + SmolLM2 of a size; one fine iteration, as the original."""
     vision = VisionSettings(shape=DINOV2_SMALL, frame_px=FRAME_PX)
-    return ModelSettings(vision=vision, llm=LLMSettings(shape=SMOLLM2[size]), **({"fine_iterations": 1} | changes))
+    return ModelSettings.model_validate({"vision": vision, "llm": LLMSettings(shape=SMOLLM2[size]), "fine_iterations": 1} | changes)
 
 
 def text_sample(rng: np.random.Generator, *, frames: int, shown: list[int], text: int, labels: int) -> Sample:

@@ -1,0 +1,86 @@
+"""Against SmolVLM2-256M and -500M (their shapes, random weights, transformers' own implementation), side by side.
+
+Time to the first answer token, peak memory above the loaded model, and FLOPs, for one video and a question of 32 tokens.
+SmolVLM2 sees 512 px frames as 64 tokens each, fVLM-135M 224 px frames as one.
+"""
+
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+
+import torch
+from transformers import Idefics3VisionConfig, LlamaConfig, SmolVLMConfig, SmolVLMForConditionalGeneration
+
+from benchmarks.report import Measurement, arguments, peak_memory_gb, show, side_by_side
+from benchmarks.shapes import SMOLLM2, VOCABULARY, model_settings, video_question
+from fvlm_core.model.flop_counter import count_flops
+from fvlm_core.model.foveated import build_model
+from fvlm_core.model.inference import read_batch
+
+QUESTION = 32
+VOCAB_SMOLVLM2 = 49_280
+TOKENS_PER_FRAME = 64
+FRAME_PX = 512
+RIVALS = {"SmolVLM2-256M": SMOLLM2["135M"], "SmolVLM2-500M": SMOLLM2["360M"]}
+"""Their language models have SmolLM2's shapes."""
+OURS = "fVLM-135M"
+
+
+def main() -> None:
+    options = arguments(
+        __doc__ or "",
+        frames={"type": int, "nargs": "+", "default": [4, 16, 64]},
+        rounds={"type": int, "default": 3},
+        rival={"choices": [*RIVALS, "both"], "default": "SmolVLM2-256M"},
+        peak_of={"help": "internal: print the peak memory of one model in this process"},
+    )
+    if options.peak_of:
+        print(json.dumps(peak_memory_gb(first_token(options.peak_of, options.frames[0]))))
+        return
+    rivals = list(RIVALS) if options.rival == "both" else [options.rival]
+    measurements = []
+    for rival in rivals:
+        for frames in options.frames:
+            runs = {OURS: first_token(OURS, frames), rival: first_token(rival, frames)}
+            flops = {name: count_flops(run) / 1e9 for name, run in runs.items()}
+            seconds = side_by_side(runs, rounds=options.rounds if frames < max(options.frames) else 1)
+            peaks = {name: _peak_gb(name, frames, options.threads) for name in runs}
+            against = f"{rival}, {frames} frames"
+            for metric, unit, values in (("ttft_ratio", "s", seconds), ("peak_memory_ratio", "GB", peaks), ("flops_ratio", "GFLOP", flops)):
+                ratio = values[OURS] / values[rival]
+                measurements.append(Measurement("smolvlm2", metric, values[OURS], unit, f"{against}: {values[rival]:,.2f} {unit}", ratio))
+            del runs
+            gc.collect()
+    show(measurements, as_json=options.json)
+
+
+def first_token(name: str, frames: int) -> Callable[[], object]:
+    """A model of that name and a function that answers a video and a question with its first token."""
+    if name == OURS:
+        model = build_model(model_settings(), vocab_size=VOCABULARY).eval().requires_grad_(False)
+        batch = video_question(frames, QUESTION)
+        return lambda: model.llm.lm_head(read_batch(model, batch, "coarse_fine", room=1).hidden[-1:]).argmax(-1)
+    config = SmolVLMConfig(
+        text_config=LlamaConfig(vocab_size=VOCAB_SMOLVLM2, **RIVALS[name]).to_dict(),
+        vision_config=Idefics3VisionConfig(
+            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=FRAME_PX, patch_size=16
+        ).to_dict(),
+        scale_factor=4,
+        image_token_id=VOCAB_SMOLVLM2 - 1,
+    )
+    model = SmolVLMForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval().requires_grad_(False)
+    visual = torch.full((1, frames * TOKENS_PER_FRAME), VOCAB_SMOLVLM2 - 1)
+    ids = torch.cat([visual, torch.randint(10, 1000, (1, QUESTION))], dim=1)
+    pixels = torch.randn(1, frames, 3, FRAME_PX, FRAME_PX)
+    return lambda: model(input_ids=ids, pixel_values=pixels, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+
+
+def _peak_gb(name: str, frames: int, threads: int) -> float:
+    command = [sys.executable, "-m", "benchmarks.smolvlm2", "--peak-of", name, "--frames", str(frames), "--threads", str(threads)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+if __name__ == "__main__":
+    main()
