@@ -80,13 +80,13 @@ class Trainer:
         """Every step that is left, with its evaluation, checkpoint or way back."""
         self.checkpoints.clean()
         found = self.checkpoints.newest()
-        self._return_to(found, RunState() if found is None else RunState.model_validate(found.state))
+        self.go_to(found, RunState() if found is None else RunState.model_validate(found.state))
         if found is not None:
             self.state.resumed_from.append(found.step)
             self._say(f"resumed from step {found.step}")
         progress = Progress(self.recipe.output, self.steps, first_step=self.state.step)
         while self.state.step < self.steps:
-            loss, trouble = self._step()
+            loss, trouble = self.step()
             step, last = self.state.step, self.state.step == self.steps
             if trouble is None and (last or step % self.run_settings.eval_every == 0):
                 trouble = self._evaluate()
@@ -99,7 +99,7 @@ class Trainer:
 
     # a step
 
-    def _step(self) -> tuple[float, str | None]:
+    def step(self) -> tuple[float, str | None]:
         """One optimizer step: the loss, and why training has diverged, if it has."""
         started = time.perf_counter()
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed when it starts; a resumed run must not differ by that
@@ -234,7 +234,7 @@ class Trainer:
             state.best_step, state.best_loss = state.step, score
         self.checkpoints.save(state.step, self._tensors(), score=score, state=state.model_dump(mode="json"))
 
-    def _return_to(self, found: CheckpointManifest | None, state: RunState) -> None:
+    def go_to(self, found: CheckpointManifest | None, state: RunState) -> None:
         """Go on from `state`, with the tensors of a checkpoint where one was found; later checkpoints and rows are dropped."""
         self.state, self.clock = state, Clock()
         self._spread()
@@ -275,7 +275,7 @@ class Trainer:
             state = RunState.model_validate(found.state)
         state.resumed_from = self.state.resumed_from
         state.divergences = [*self.state.divergences, Divergence(step=at, reason=reason, back_to=state.step, froze=froze)]
-        self._return_to(found, state)
+        self.go_to(found, state)
         self._say(f"diverged at step {at} ({reason}): back to step {state.step}, {froze} frozen")
 
     def _stop(self) -> None:

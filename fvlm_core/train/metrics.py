@@ -39,11 +39,10 @@ class MetricsFile:
         """Keep the rows up to `step`, drop what a later or killed attempt wrote; makes the file where there is none."""
         kept = []
         if self.path.is_file():
-            with self.path.open(newline="") as stream:
-                rows = csv.DictReader(stream)
-                if rows.fieldnames == self.names:
-                    # a kill in the middle of a write leaves a row without its last columns
-                    kept = [row for row in rows if None not in row.values() and row["step"].isdigit() and int(row["step"]) <= step]
+            whole_lines = self.path.read_bytes().decode().splitlines(keepends=True)
+            if whole_lines and not whole_lines[-1].endswith("\n"):  # a kill in the middle of a write
+                whole_lines.pop()
+            kept = [row for row in csv.DictReader(whole_lines) if int(row["step"]) <= step]
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, self.names)
         writer.writeheader()
@@ -115,8 +114,16 @@ def peak_flops(device: torch.device) -> float | None:
     return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), None)
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory_gb` start anew. On a CPU only Linux can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set size
+
+
 def peak_memory_gb(device: torch.device) -> float:
-    """Highest memory use so far: allocated on the GPU, or of the process."""
+    """Highest memory use since the start or `reset_peak_memory`: allocated on the GPU, or resident in the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

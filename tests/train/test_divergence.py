@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from fvlm_core.errors import UserError
 from fvlm_core.train.__main__ import train
+from fvlm_core.train.distributed import World
 from fvlm_core.train.divergence import HISTORY_STEPS, NONFINITE_STEPS, SPIKE_STEPS, Watch
+from fvlm_core.train.loop import Trainer
 from tests.train.conftest import tiny_recipe
 
 
@@ -34,12 +36,9 @@ def test_exploding_vision_is_frozen(tmp_path: Path, shards: Path) -> None:
 
 def test_goes_back_to_a_checkpoint_not_to_the_start(tmp_path: Path, shards: Path) -> None:
     """A healthy run whose weights are damaged on the way: its checkpoints from before are good."""
-    from fvlm_core.train.distributed import World
-    from fvlm_core.train.loop import Trainer
-
     recipe = tiny_recipe(tmp_path / "run", shards, run__steps=20)
     trainer = Trainer(recipe, World(0, 1, torch.device("cpu")), "test", {}, has_wandb_key=False)
-    take_step, damaged = trainer._step, []
+    take_step, damaged = trainer.step, []
 
     def step_that_damages_once() -> tuple[float, str | None]:
         if trainer.state.step == 13 and not damaged:
@@ -48,7 +47,7 @@ def test_goes_back_to_a_checkpoint_not_to_the_start(tmp_path: Path, shards: Path
                 trainer.model.encoder.norm.weight.fill_(math.nan)
         return take_step()
 
-    trainer._step = step_that_damages_once
+    trainer.step = step_that_damages_once
     manifest = trainer.run()
     (divergence,) = manifest.divergences
     assert divergence.froze == "vision"

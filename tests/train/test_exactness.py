@@ -17,7 +17,8 @@ from fvlm_core.data.loader import ShardSet, train_steps, val_batches
 from fvlm_core.model.foveated import build_model
 from fvlm_core.train.__main__ import train
 from fvlm_core.train.distributed import World
-from fvlm_core.train.loop import Trainer
+from fvlm_core.train.loop import STOPPED, Trainer
+from fvlm_core.train.manifest import RunManifest, input_digests
 from fvlm_core.train.schedules import learning_rates
 from tests.train.conftest import tiny_recipe
 
@@ -27,6 +28,19 @@ def torchrun(recipe: Recipe, ranks: int) -> None:
     recipe.to_yaml(path)
     launcher = Path(sys.executable).with_name("torchrun")
     subprocess.run([launcher, "--standalone", "--nproc-per-node", str(ranks), "-m", "fvlm_core.train", path], check=True, timeout=120)
+
+
+def one_rank_then_stop(recipe: Recipe, steps: int) -> None:
+    """The first steps of a run that a SIGTERM ends."""
+    inputs = input_digests(recipe)
+    trainer = Trainer(recipe, World(0, 1, torch.device("cpu")), recipe.identity(inputs), inputs, has_wandb_key=False)
+    trainer.go_to(None, trainer.state)
+    for _ in range(steps):
+        trainer.step()
+        trainer._evaluate()
+    trainer.stop_requested = True
+    with pytest.raises(SystemExit, match=str(STOPPED)):
+        trainer.step()
 
 
 def losses(recipe: Recipe) -> pd.DataFrame:
@@ -86,18 +100,22 @@ def test_ranks_and_accumulation_change_nothing(tmp_path: Path, shards: Path) -> 
     }
     assert any(not kind[-1] for kind in kinds), "no rank synchronises after a micro-batch of text only"
     assert any(True in kind and False in kind for kind in kinds)
+    one_rank_then_stop(ranked, steps=2)
+    torchrun(ranked, ranks=2)  # goes on from the one rank's checkpoint
     expected = train(whole)
+    assert train(accumulated).counts == expected.counts
+    manifest = RunManifest.read(ranked.output)
+    assert manifest.counts == expected.counts
+    assert manifest.resumed_from == [2]
     for recipe in (accumulated, ranked):
-        manifest = train(recipe) if recipe is accumulated else torchrun(recipe, ranks=2)
         pd.testing.assert_frame_equal(losses(recipe), losses(whole), atol=1e-5, rtol=1e-4)
-        assert manifest is None or manifest.counts == expected.counts
 
 
 def test_micro_batch_without_labels(tmp_path: Path, shards: Path) -> None:
     """Adds nothing to the loss and nothing to the gradient."""
     recipe = tiny_recipe(tmp_path / "run", shards)
     trainer = Trainer(recipe, World(0, 1, torch.device("cpu")), "test", {}, has_wandb_key=False)
-    trainer._return_to(None, trainer.state)
+    trainer.go_to(None, trainer.state)
     (batch,) = next(trainer.batches)
     rows = trainer.shards.rows("train", "gaze_cell").index[:2]
     unlabelled = [trainer.shards.read(int(row), image_repeats=2) for row in rows]
@@ -118,11 +136,11 @@ def test_micro_batch_without_labels(tmp_path: Path, shards: Path) -> None:
 
 def test_step_without_any_label_is_no_nan(tmp_path: Path, shards: Path) -> None:
     trainer = Trainer(tiny_recipe(tmp_path / "run", shards), World(0, 1, torch.device("cpu")), "test", {}, has_wandb_key=False)
-    trainer._return_to(None, trainer.state)
+    trainer.go_to(None, trainer.state)
     sample = trainer.shards.read(int(trainer.shards.rows("train", "text").index[0]), image_repeats=1)
     silent = Sample(sample.key, sample.source, sample.frames, sample.media, [Turn(sample.turns[0].question_ids, [])])
     trainer.batches = iter([[pack([silent], trainer.shards.chat)]])
-    loss, trouble = trainer._step()
+    loss, trouble = trainer.step()
     assert (loss, trouble) == (0.0, None)
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 

@@ -1,0 +1,104 @@
+"""The speed phase's settings and report. No torch here: flows and reports read them too."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from fvlm_core.config import Positive, Recipe
+from fvlm_core.manifest import Manifest
+from fvlm_core.settings import Settings
+
+TABLE_FILE, PLOT_FILE, CHOSEN_FILE = "speed.csv", "speed.png", "chosen.yaml"
+SWEPT = {
+    "micro_batch_samples": "run.micro_batch_samples",
+    "threads": "run.threads",
+    "precision": "run.precision",
+    "compile": "run.compile",
+    "workers": "data.workers",
+    "gradient_checkpointing": "run.gradient_checkpointing",
+}
+"""What a sweep may turn, in the order it is tuned, and the recipe's path of each. None of it changes the samples of a step."""
+NAIVE: dict[str, Any] = {
+    "run.micro_batch_samples": 1,
+    "run.threads": 0,
+    "run.precision": "fp32",
+    "run.compile": False,
+    "data.workers": 0,
+    "run.gradient_checkpointing": False,
+}
+"""What a plain first implementation does."""
+
+
+class Sweep(Settings):
+    """The values to try of each setting; left out, they are chosen for the device."""
+
+    micro_batch_samples: list[Positive] | None = None
+    """Default: the batch, its half and its quarter."""
+    threads: list[Annotated[int, Field(ge=0)]] | None = None
+    """Default: 1, and on a CPU all cores."""
+    precision: list[Literal["fp32", "bf16"]] | None = None
+    """Default: bf16 on a GPU, fp32 on a CPU."""
+    compile: list[bool] | None = None
+    """Default: both on a GPU, off on a CPU, where compiling takes longer than it saves."""
+    workers: list[Annotated[int, Field(ge=0)]] | None = None
+    """Default: 0 (a thread reads ahead), and on a GPU 4."""
+    gradient_checkpointing: list[bool] | None = None
+    """Default: off; what does not fit into a GPU's memory is tried with it."""
+
+
+class SpeedJob(Settings):
+    """How fast the recipe trains as a plain implementation would run it, and tuned."""
+
+    output: Path
+    recipe: Recipe
+    """What to measure; its output folder is not touched."""
+    sweep: Sweep = Sweep()
+    warmup_steps: Positive = 2
+    steps: Positive = 6
+    """Measured steps per variant; medians are reported."""
+    max_variant_s: Annotated[float, Field(gt=0)] = 30.0
+    """A variant's measuring stops after this time, with at least two steps."""
+    min_gain: Annotated[float, Field(ge=0)] = 0.03
+    """A setting replaces the best so far when it is faster by this share; below it, timings are noise."""
+
+
+class SpeedRow(Settings):
+    """One variant, measured."""
+
+    variant: str
+    settings: dict[str, Any]
+    """Recipe paths and values."""
+    steps: int
+    """Steps measured; 0 where it failed."""
+    step_s: float | None = None
+    """Median."""
+    samples_per_s: float | None = None
+    frames_per_s: float | None = None
+    tokens_per_s: float | None = None
+    gflops_per_s: float | None = None
+    """Training GFLOP (from the configuration) per second."""
+    share_of_matmul: float | None = None
+    """Of a plain large torch.mm's GFLOP/s on the same threads or GPU, in fp32 or bf16 as the variant."""
+    mfu: float | None = None
+    """Of the GPU's data-sheet peak."""
+    gpu_busy: float | None = None
+    """Share of the time that a kernel runs."""
+    peak_memory_gb: float | None = None
+    data_wait_share: float | None = None
+    load_average: float = 0.0
+    """Of the machine, when the variant was measured."""
+    failure: str = ""
+
+
+class SpeedReport(Manifest):
+    """`speed.csv`, `speed.png` (timings: not part of its identity) and `chosen.yaml`."""
+
+    device: str
+    rows: list[SpeedRow]
+    """`naive` first, `tuned` last: both measured once more, side by side."""
+    naive_samples_per_s: float
+    tuned_samples_per_s: float
+    speedup: float
+    chosen: dict[str, Any]
+    """Recipe paths and values to train with, e.g. `{"run.micro_batch_samples": 32}`; the samples of a step stay the same."""

@@ -1,0 +1,48 @@
+"""`metrics.csv` holds each step once whatever happened before; wandb writes its files without a key, and no key anywhere."""
+
+import csv
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fvlm_core.train.__main__ import train
+from fvlm_core.train.metrics import MetricsFile, columns
+from tests.train.conftest import tiny_recipe
+
+
+@given(written=st.integers(0, 8), resumed=st.integers(0, 10), cut=st.integers(0, 30))
+def test_truncation(tmp_path_factory: pytest.TempPathFactory, written: int, resumed: int, cut: int) -> None:
+    """Rows after the resume step and a row cut short by a kill are gone, all others stay."""
+    path = tmp_path_factory.mktemp("metrics") / "metrics.csv"
+    names = columns(["coarse"])
+    first = MetricsFile(path, names)
+    first.truncate(0)
+    for step in range(1, written + 1):
+        first.append({"step": step, "val_loss": 0.5, "peak_memory_gb": 1.25})
+    content = path.read_bytes()
+    header = content.index(b"\n") + 1
+    path.write_bytes(content[: max(header, len(content) - cut)])
+    whole = path.read_bytes().count(b"\n") - 1
+    again = MetricsFile(path, names)
+    again.truncate(resumed)
+    again.append({"step": 99})
+    rows = list(csv.DictReader(path.open(newline="")))
+    assert [int(row["step"]) for row in rows] == [*range(1, min(whole, resumed) + 1), 99]
+    assert {row["peak_memory_gb"] for row in rows[:-1]} <= {"1.25"}
+
+
+def test_unknown_column_is_an_error(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.csv", columns(["coarse"]))
+    metrics.truncate(0)
+    with pytest.raises(ValueError, match="loss_val"):
+        metrics.append({"step": 1, "loss_val": 0.5})
+
+
+def test_wandb_offline_without_a_key(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    recipe = tiny_recipe(tmp_path / "run", shards, run__steps=2, run__wandb="auto", phase="speed")
+    train(recipe)
+    (log,) = (recipe.output / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"foveated-vlm-speed" in log.read_bytes()

@@ -1,0 +1,42 @@
+"""The speed phase on real steps: an honest table, and a choice that leaves the samples of a step alone."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from fvlm_core.config import Recipe
+from fvlm_core.data.loader import ShardSet, train_steps
+from fvlm_core.errors import UserError
+from fvlm_core.train.speed import candidates, run
+from fvlm_core.train.speed_job import SWEPT, SpeedJob, SpeedReport, Sweep
+from tests.train.conftest import tiny_recipe
+
+
+def keys(recipe: Recipe) -> list[list[str]]:
+    """The samples of every step."""
+    steps = train_steps(ShardSet(recipe.shards), recipe.data, recipe.run, tokens_per_frame=1, rank=0, world_size=1)
+    return [sorted(key for batch in batches for key in batch.keys) for batches in steps]
+
+
+def test_report(tmp_path: Path, shards: Path) -> None:
+    recipe = tiny_recipe(tmp_path / "untouched", shards)
+    job = SpeedJob(output=tmp_path / "speed", recipe=recipe, sweep=Sweep(threads=[1]), warmup_steps=1, steps=3)
+    report = run(job)
+    assert SpeedReport.read_whole(job.output) == report
+    table = pd.read_csv(job.output / "speed.csv")
+    assert [table["variant"].iloc[0], table["variant"].iloc[-1]] == ["naive", "tuned"]
+    assert (table[["step_s", "samples_per_s", "frames_per_s", "gflops_per_s", "peak_memory_gb"]] > 0).all(axis=None)
+    assert (table["samples_per_s"] * table["step_s"]).tolist() == pytest.approx([8.0] * len(table))
+    assert report.chosen.keys() == set(SWEPT.values())
+    assert report.speedup == report.tuned_samples_per_s / report.naive_samples_per_s
+    assert report.chosen["run.micro_batch_samples"] > 1  # eight batches of one sample are never the fastest
+    assert keys(recipe.with_changes(report.chosen)) == keys(recipe)
+    assert not recipe.output.exists()
+
+
+def test_candidates_never_split_a_sample() -> None:
+    assert candidates(Sweep(), 12, "cpu")["run.micro_batch_samples"] == [12, 6, 3]
+    assert candidates(Sweep(), 7, "cpu")["run.micro_batch_samples"] == [7]
+    with pytest.raises(UserError, match="5 does not divide the batch of 12"):
+        candidates(Sweep(micro_batch_samples=[5]), 12, "cpu")
