@@ -212,8 +212,8 @@ class _Read:
     batches: list[PackedBatch]
     corrupt: dict[int, str]
     """Row and reason."""
-    error: UserError | None = None
-    """Travels as a value: torch cannot raise it again out of a loader process."""
+    error: tuple[str, str, str] | None = None
+    """What, where and fix of a UserError: torch cannot raise one again out of a loader process."""
 
 
 class _Reader:
@@ -285,7 +285,7 @@ class _Steps(Dataset[_Read]):
         try:
             return self.reader.pack(self.plan(index))
         except UserError as error:
-            return _Read([], {}, error)
+            return _Read([], {}, (error.what, error.where, error.fix))
 
     def plan(self, step: int) -> list[list[_Slot]]:
         """This rank's micro-batches of a step. The global batch is a function of seed and step; only the dealing knows of ranks."""
@@ -358,7 +358,8 @@ def _without_corrupt(reads: Iterable[_Read], limit: int, folder: Path) -> Iterat
     seen: set[int] = set()
     for read in reads:
         if read.error:
-            raise read.error
+            what, where, fix = read.error
+            raise UserError(what, where=where, fix=fix)
         for row, reason in read.corrupt.items():
             if row not in seen:
                 seen.add(row)

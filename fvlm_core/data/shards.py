@@ -149,20 +149,18 @@ def _with_splits(raws: list[RawSample], val_share: float) -> Iterator[tuple[RawS
 
 def _without_leaks(raws: Iterator[tuple[RawSample, Split]]) -> tuple[list[ShardSample], list[BadClip]]:
     """Samples, without training samples whose frames are in validation too."""
-    hashed = [(raw, split, raw.frames_hash()) for raw, split in raws]
+    hashed: list[tuple[RawSample, Split, str]] = [(raw, split, raw.frames_hash()) for raw, split in raws]
     held_out = {frames for _, split, frames in hashed if split == "val"}
-    leaks = [
-        BadClip(url=raw.record["origin"], reason="its frames are in validation")
-        for raw, split, frames in hashed
-        if split == "train" and frames in held_out
-    ]
-    kept = [(raw, split) for raw, split, frames in hashed if split == "val" or frames not in held_out]
+    samples: list[ShardSample] = []
+    leaks: list[BadClip] = []
     seen: dict[tuple[str, str], int] = {}
-    samples = []
-    for raw, split in kept:
-        identity = (raw.record["source"], raw.record["origin"])
-        seen[identity] = seen.get(identity, 0) + 1
-        samples.append(_video_sample(raw, split, copy=seen[identity]))
+    for raw, split, frames in hashed:
+        source, origin = raw.record["source"], raw.record["origin"]
+        if split == "train" and frames in held_out:
+            leaks.append(BadClip(url=origin, reason="its frames are in validation"))
+            continue
+        seen[source, origin] = seen.get((source, origin), 0) + 1
+        samples.append(_video_sample(raw, split, copy=seen[source, origin]))
     return samples, leaks
 
 
