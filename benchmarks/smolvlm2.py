@@ -62,8 +62,17 @@ def first_token(name: str, frames: int) -> Callable[[], object]:
         model = build_model(model_settings(), vocab_size=VOCABULARY).eval().requires_grad_(False)
         batch = video_question(frames, QUESTION)
         return lambda: model.llm.lm_head(read_batch(model, batch, "coarse_fine", room=1).hidden[-1:]).argmax(-1)
+    shape = RIVALS[name]
+    text_config = LlamaConfig(
+        vocab_size=VOCAB_SMOLVLM2,
+        hidden_size=shape.width,
+        intermediate_size=shape.mlp_width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+    )
     config = SmolVLMConfig(
-        text_config=LlamaConfig(vocab_size=VOCAB_SMOLVLM2, **RIVALS[name]).to_dict(),
+        text_config=text_config.to_dict(),
         vision_config=Idefics3VisionConfig(
             hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=FRAME_PX, patch_size=16
         ).to_dict(),
