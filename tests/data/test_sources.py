@@ -107,5 +107,5 @@ def test_smoltalk_chats(tmp_path):
 def test_bad_chats(tmp_path, name, content):
     if content is not None:
         (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match="not a file of chats|does not exist"):
+    with pytest.raises(UserError, match=r"not a file of chats|does not exist"):
         list(smoltalk.read_chats(tmp_path / name))
