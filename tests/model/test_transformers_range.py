@@ -1,0 +1,26 @@
+"""The model on the oldest transformers that pyproject.toml allows; every other test runs on the newest, from the lock."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+OLDEST = ["transformers==5.0.0", "tokenizers==0.22.2", "huggingface-hub==1.5.0"]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.e2e
+def test_the_oldest_transformers_gives_the_same_numbers(tmp_path):
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path), *OLDEST]
+    subprocess.run(pip, check=True)
+    tests = ["tests/model/test_encoder.py", "tests/model/test_inference.py", "tests/model/test_convert.py", "tests/serve"]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *tests],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
