@@ -1,22 +1,31 @@
-"""Phase 1 provisional."""
+"""Phase 1: how fast training runs, naive and tuned, and the settings to go on with."""
 
 from prefect import flow
 
+from fvlm_core.train.speed_job import SpeedReport
+from tasks import jobs
 from tasks.config import PipelineConfig
 from tasks.phase_run import PhaseRun
-from tasks.steps import Step
+from tasks.recipes import base_recipe
 
 
 @flow(name="speed", flow_run_name="{config.name} · speed")
 def speed(config: PipelineConfig, volume: str) -> None:
-    """Provisional."""
+    """Measure the base recipe naive and tuned, one setting after the other, and choose the fastest.
+
+    Args:
+        config: What every phase does.
+        volume: Folder that holds all results (an absolute path).
+    """
     with PhaseRun("speed", config, volume, steps=1) as run:
-        run.make(
-            Step(
-                name="speed-report",
-                module="tests.jobs.count",
-                settings={"value": 3, "reads": ["input:shards"]},
-                inputs={"shards": run.input("precompute", "shards")},
-            )
+        shards = run.input("precompute", "shards")
+        measured = run.make(jobs.speed_report(config, base_recipe(config, "base", "speed", {}), shards))
+        report = SpeedReport.read(run.volume / measured.folder)
+        chosen = ", ".join(f"`{path}` = `{value}`" for path, value in report.chosen.items())
+        columns = {"variant", "steps", "step_s", "samples_per_s", "gflops_per_s", "mfu", "gpu_busy", "peak_memory_gb", "data_wait_share"}
+        run.finish(
+            [row.model_dump(mode="json", include=columns) for row in report.rows],
+            text=f"Tuned training is **{report.speedup:.2f}x** as fast as naive on {report.device}. Chosen: {chosen}.",
+            chosen=report.chosen,
+            pictures=jobs.pictures(run.volume, measured),
         )
-        run.finish([{"a": 1, "b": 0.33333333}], text="hello")

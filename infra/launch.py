@@ -34,7 +34,8 @@ class JobError(RuntimeError):
     """A job ended badly. `status` is its exit status, `tail` the last lines of its log."""
 
     def __init__(self, command: str, status: int, tail: str, log: Path) -> None:
-        super().__init__(f"{command} ended with status {status}; its log ends with:\n{tail}\n(whole log: {log})")
+        last = next((line for line in reversed(tail.splitlines()) if line.strip()), "it printed nothing")
+        super().__init__(f"{command} ended with status {status}: {last}\nwhole log: {log}\nits end:\n{tail}")
         self.command, self.status, self.tail, self.log = command, status, tail, log
 
 

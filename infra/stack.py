@@ -85,7 +85,7 @@ class Stack:
         self.lock = try_lock(self.home / "stack.lock")
         if self.lock is None:
             raise StackError(f"another fvlm command is running on {self.volume}; wait for it, or give another --volume")
-        kept = self._kept()
+        kept = self.kept()
         if kept and port in (None, _port_of(kept.api_url)):
             self.state, self.fresh = kept, False
             return kept.ui_url
@@ -102,7 +102,7 @@ class Stack:
         return url
 
     def environment(self) -> dict[str, str]:
-        """The environment of every process of the stack, and of a client that talks to it."""
+        """The environment of every process of the stack."""
         state = self._running_state()
         outside = {} if state.owns_server else {name: value for name, value in self.given.items() if name.startswith("PREFECT_")}
         kept = {name: value for name, value in self.given.items() if not name.startswith("PREFECT_")}
@@ -127,6 +127,10 @@ class Stack:
                 "PYTHONUNBUFFERED": "1",
             }
         )
+
+    def client_environment(self) -> dict[str, str]:
+        """What a program outside the stack needs to talk to its server."""
+        return {name: value for name, value in self.environment().items() if name.startswith("PREFECT_")}
 
     def wait_for_server(self) -> None:
         """Return when the API answers. Raises StackError when the server died or says nothing for three minutes."""
@@ -191,7 +195,7 @@ class Stack:
         self.children[name] = child
         self._running_state().processes[name] = child.pid
 
-    def _kept(self) -> StackState | None:
+    def kept(self) -> StackState | None:
         """The stack that an earlier command left running, if all of it still runs."""
         try:
             state = StackState(**json.loads(self._state_file().read_text()))

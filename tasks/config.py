@@ -17,6 +17,7 @@ from fvlm_core.data.shards import ShardJob
 from fvlm_core.eval.job import EvalJob
 from fvlm_core.release.job import ReleaseJob
 from fvlm_core.settings import Settings
+from fvlm_core.train.speed_job import SpeedJob
 from infra.stack import REPOSITORY
 from tasks.changes import fitted, laid_over, paths
 from tasks.steps import Verify
@@ -122,8 +123,8 @@ class Shards(settings_of(ShardJob, without={"output", "downloads"})):
     """What goes into the shards."""
 
 
-class Speed(Settings):
-    """Provisional."""
+class Speed(settings_of(SpeedJob, without={"output", "recipe"})):
+    """What is tried to make training faster."""
 
 
 class Release(settings_of(ReleaseJob, without={"output", "run", "evaluation", "shards", "reports", "profile"})):

@@ -1,6 +1,7 @@
 """The steps of every phase: which job, with which settings, from which inputs. One short function each."""
 
 import importlib.util
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,17 @@ def shards(config: PipelineConfig, downloads: Sequence[Made]) -> Step:
         module="fvlm_core.data.shards",
         settings=config.precompute.shards.model_dump(mode="json") | {"downloads": [f"{INPUT}{one.name}" for one in downloads]},
         inputs={one.name: one for one in downloads},
+    )
+
+
+def speed_report(config: PipelineConfig, recipe: Recipe, made_shards: Made) -> Step:
+    """Measures the recipe as a plain implementation would run it, and tuned."""
+    return Step(
+        name="speed-report",
+        module="fvlm_core.train.speed",
+        settings=config.speed.model_dump(mode="json") | {"recipe": recipe.model_dump(mode="json")},
+        inputs={"shards": made_shards},
+        threads=os.cpu_count() or 1,
     )
 
 

@@ -1,0 +1,114 @@
+"""The terminal's view of a pipeline run: a line per phase, and the running steps beneath; plain lines where there is no terminal."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from fvlm_core.eval.results import Results
+from fvlm_core.progress import ProgressReport
+from tasks.phases import PHASES
+from tasks.status import PhaseStatus
+
+COLOURS = {"Running": "cyan", "Completed": "green", "Cached": "green", "Failed": "red", "Crashed": "red", "Cancelled": "yellow"}
+WAITING = "waiting"
+PLAIN_INTERVAL_S = 15.0
+"""Between lines of a running phase where there is no terminal."""
+
+
+@dataclass
+class PhaseView:
+    """What is known of a phase."""
+
+    state: str = WAITING
+    status: PhaseStatus | None = None
+    started: float | None = None
+    ended: float | None = None
+
+    def seconds(self) -> float | None:
+        """Time that it has run for."""
+        return None if self.started is None else (self.ended or time.monotonic()) - self.started
+
+
+@dataclass
+class Display:
+    """Use as a context manager around the run; call `show` with every new look at it."""
+
+    console: Console
+    phases: dict[str, PhaseView] = field(default_factory=lambda: {name: PhaseView() for name in PHASES})
+
+    def __enter__(self) -> Self:
+        self.live = Live(console=self.console, refresh_per_second=4, get_renderable=self._table) if self.console.is_terminal else None
+        self.printed = time.monotonic()
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def show(self, phase: str, state: str, status: PhaseStatus | None) -> None:
+        """The phase is in `state`."""
+        view = self.phases[phase]
+        running, was_running = state == "Running", view.state == "Running"
+        if running and not was_running:
+            view.started, view.ended = time.monotonic(), None
+        if was_running and not running:
+            view.ended = time.monotonic()
+        changed, view.state, view.status = state != view.state, state, status if running else None
+        due = running and time.monotonic() - self.printed > PLAIN_INTERVAL_S
+        if self.live is None and (changed or due):
+            self.printed = time.monotonic()
+            seconds = view.seconds()
+            took = f" ({seconds:.0f} s)" if seconds is not None and not running else ""
+            self.console.print(
+                f"{phase:<12} {state}{took}{f'  {status.text()}' if running and status else ''}", highlight=False, markup=False
+            )
+
+    def _table(self) -> RenderableType:
+        table = Table("phase", "state", "step", "loss", "time", "left", box=None, pad_edge=False, header_style="bold")
+        for name, view in self.phases.items():
+            seconds = view.seconds()
+            done = f"{view.status.done} of {view.status.total} steps" if view.status else ""
+            table.add_row(name, f"[{COLOURS.get(view.state, 'dim')}]{view.state}[/]", done, "", _duration(seconds), "")
+            for step, report in (view.status.running if view.status else {}).items():
+                table.add_row(f"  {step}", "", *_cells(report))
+        return table
+
+
+def _cells(report: ProgressReport | None) -> tuple[str, str, str, str]:
+    """step, loss, time, left of a running step."""
+    if report is None:
+        return "starting", "", "", ""
+    step = f"{report.step}/{report.total} {report.note}".strip()
+    loss = "" if report.loss is None else f"{report.loss:.3f}"
+    return escape(step), loss, _duration(report.elapsed_s), _duration(report.remaining_s)
+
+
+def _duration(seconds: float | None) -> str:
+    return "" if seconds is None else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def result_tables(results: Results, headline: list[dict]) -> RenderableType:
+    """The final model: its modes side by side, and the order of question and frames against the mode."""
+    modes = Table(title="The final model in its modes", title_justify="left")
+    names = list(headline[0]) if headline else []
+    for name in names:
+        modes.add_column(name.replace("_", " "), justify="left" if name == "mode" else "right")
+    for row in headline:
+        modes.add_row(
+            *("-" if row[name] is None else f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name]) for name in names)
+        )
+    orders = Table(title="Accuracy by order of question and frames", title_justify="left")
+    columns = list(dict.fromkeys(cell.mode for cell in results.question_order))
+    for name in ("order", *columns):
+        orders.add_column(name.replace("_", " "), justify="left" if name == "order" else "right")
+    for order in dict.fromkeys(cell.order for cell in results.question_order):
+        cells = {cell.mode: f"{cell.accuracy.value:.3f}" for cell in results.question_order if cell.order == order}
+        orders.add_row(order.replace("_", " "), *(cells.get(mode, "-") for mode in columns))
+    return Group(modes, orders) if results.question_order else modes

@@ -1,0 +1,102 @@
+"""`fvlm speedrun`: checks, starts the local stack, runs the pipeline through it, shows its progress, and ends with its results."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from uuid import UUID
+
+from rich.console import Console
+
+from deployments.checks import check_port, check_programs, check_videos, check_volume, load_profile
+from infra.stack import Stack
+from tasks.config import PipelineConfig
+
+POLL_S = 0.5
+CANCEL_TIMEOUT_S = 20.0
+"""How long a cancelled run may take to end by itself."""
+FAILED, INTERRUPTED = 1, 130
+CAPTION_SOURCES = ("gaze_caption", "natural")
+"""Sources whose share of every mixture goes to the user's own videos."""
+
+
+def speedrun(profile: str, videos: Path | None, volume: Path, *, keep_server: bool, port: int | None, console: Console) -> int:
+    """Run the whole pipeline; returns the exit status. Raises UserError before anything is started, StackError while it runs."""
+    config, volume = load_profile(profile), volume.resolve()
+    if videos is not None:
+        config = with_videos(config, videos.resolve())
+    check_volume(volume, config)
+    check_programs(config)
+    if config.precompute.videos is not None:
+        check_videos(config.precompute.videos, config.precompute.download.model_dump()["max_bad_share"])
+    stack = Stack(volume, environment=os.environ)
+    if not stack.kept():
+        check_port(port)
+    with _terminated_as_interrupted():
+        try:
+            console.print(f"Prefect UI: {stack.start_server(port)}", highlight=False)
+            return _run(stack, config, volume, console)
+        except KeyboardInterrupt:
+            console.print("interrupted: cancelled the run")
+            return INTERRUPTED
+        finally:
+            if keep_server and sys.exc_info()[0] is None:
+                stack.leave_running()
+                console.print(f"Server and workers go on; stop them with: fvlm stop --volume {volume}", highlight=False)
+            else:
+                stack.stop()
+
+
+def with_videos(config: PipelineConfig, videos: Path) -> PipelineConfig:
+    """The profile with the user's own videos in place of the default clips that are captioned."""
+    values = config.model_dump(mode="json")
+    values["precompute"] |= {"videos": str(videos), "natural": False}
+    for part in (values["base"], *values["stages"].values()):
+        mixture = part["data"]["mixture"]
+        share = sum(one["share"] for one in mixture if one["source"] in CAPTION_SOURCES)
+        kept = [one for one in mixture if one["source"] not in CAPTION_SOURCES]
+        part["data"]["mixture"] = kept + ([{"source": "videos", "share": share}] if share else [])
+    return PipelineConfig.from_values(values, where=f"the profile {config.name} with {videos}")
+
+
+def _run(stack: Stack, config: PipelineConfig, volume: Path, console: Console) -> int:
+    """Register, trigger, watch, and print the results."""
+    os.environ.update(stack.client_environment())
+    from deployments import register, watch  # Prefect reads the environment when it is imported
+
+    stack.wait_for_server()
+    types = asyncio.run(register.register(config, volume))
+    if stack.fresh:
+        asyncio.run(register.crash_stale_runs(volume))
+    stack.start_workers(types)
+    run: UUID = watch.trigger(config)
+    try:
+        state = watch.follow(run, config, volume, stack, console)
+    except KeyboardInterrupt:
+        watch.cancel(run, timeout_s=CANCEL_TIMEOUT_S)
+        raise
+    if not state.is_completed():
+        console.print(f"[red]The pipeline ended {state.name}.[/red]\n{state.message or ''}", highlight=False)
+        console.print("Run the same command again: finished steps are kept, training goes on from its checkpoint.")
+        return FAILED
+    watch.print_results(config, volume, console)
+    return 0
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM and a closed terminal end the run as Ctrl-C does."""
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

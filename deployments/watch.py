@@ -1,0 +1,85 @@
+"""A pipeline run seen from outside: trigger it, follow it, cancel it, print what came of it."""
+
+import time
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterParentFlowRunId,
+)
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.states import Cancelled, Cancelling
+from rich.console import Console
+
+from deployments.display import WAITING, Display, result_tables
+from fvlm_core.eval.results import Results
+from infra.stack import Stack
+from tasks.config import PipelineConfig
+from tasks.phases import PHASES, PhaseManifest, phase_folder
+from tasks.status import PhaseStatus
+
+POLL_S = 0.5
+TASK_RUNS = 200
+"""Read at a time; a pipeline run has two per phase."""
+
+
+def trigger(config: PipelineConfig) -> UUID:
+    """Create a run of the pipeline's deployment; returns its id."""
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment_by_name(f"pipeline/{config.name}")
+        return client.create_flow_run_from_deployment(deployment.id, name=f"{config.name} · pipeline").id
+
+
+def follow(run: UUID, config: PipelineConfig, volume: Path, stack: Stack, console: Console) -> State[Any]:
+    """Show the run until it ends; returns its last state. Raises StackError when the stack dies."""
+    with get_client(sync_client=True) as client, Display(console) as display:
+        while True:
+            stack.check()
+            try:
+                flow_run = client.read_flow_run(run)
+                states = _phase_states(client, run)
+            except httpx.HTTPError:  # the next check says whether the server has died
+                time.sleep(POLL_S)
+                continue
+            for phase in PHASES:
+                display.show(phase, states.get(phase, WAITING), PhaseStatus.read(phase_folder(phase, config, volume)))
+            if flow_run.state is not None and flow_run.state.is_final():
+                return flow_run.state
+            time.sleep(POLL_S)
+
+
+def cancel(run: UUID, *, timeout_s: float) -> None:
+    """Cancel the run and its phases, and wait until they have ended; what has not by then is marked Cancelled."""
+    with get_client(sync_client=True) as client:
+        deadline = time.monotonic() + timeout_s
+        for one in _unfinished(client, run):
+            client.set_flow_run_state(one.id, Cancelling(message="interrupted"))
+        while (left := _unfinished(client, run)) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        for one in left:
+            client.set_flow_run_state(one.id, Cancelled(message="interrupted"), force=True)
+
+
+def print_results(config: PipelineConfig, volume: Path, console: Console) -> None:
+    """The result table, and where the report and the model are."""
+    evaluated = PhaseManifest.read(phase_folder("evaluate", config, volume))
+    console.print(result_tables(Results.read(volume / evaluated.steps["evaluation"].folder), evaluated.rows))
+    for row in PhaseManifest.read(phase_folder("release", config, volume)).rows:
+        console.print(f"{row['what']:<7} {row['path']}", highlight=False, soft_wrap=True)
+
+
+def _phase_states(client: SyncPrefectClient, run: UUID) -> dict[str, str]:
+    """State of each phase's task in the pipeline run."""
+    tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run])), limit=TASK_RUNS)
+    return {task.name: task.state.name or "" for task in tasks if task.name in PHASES and task.state}
+
+
+def _unfinished(client: SyncPrefectClient, run: UUID) -> list[FlowRun]:
+    """The pipeline run and its phases' runs, as far as they have not ended."""
+    children = client.read_flow_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[run])))
+    return [one for one in (client.read_flow_run(run), *children) if not (one.state and one.state.is_final())]
