@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import count, islice
 from math import ceil
+from multiprocessing import get_context
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -158,7 +160,7 @@ def train_steps(
             sampler=numbers,
             num_workers=data.workers,
             prefetch_factor=PREFETCH_STEPS,
-            multiprocessing_context="forkserver",  # a fork of a process with CUDA or gloo threads can hang
+            multiprocessing_context=_clean_processes(),
             pin_memory=torch.cuda.is_available(),
             collate_fn=_as_it_is,
         )
@@ -381,6 +383,13 @@ def _ahead(function: Callable[[int], Item], numbers: Iterable[int], depth: int) 
                 yield result
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _clean_processes() -> BaseContext:
+    """Starts loader processes off a server that has this module and no threads: a fork of a process with CUDA or gloo can hang."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def _as_it_is(item: Item) -> Item:

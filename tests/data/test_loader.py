@@ -207,8 +207,7 @@ def damaged(tmp_path):
     return shards, damage
 
 
-@pytest.mark.parametrize("part", ["frame", "json"])
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("part", "workers"), [("frame", 0), ("json", 0), ("frame", 1)])
 def test_damaged_samples_are_replaced_and_counted(damaged, caplog, part, workers):
     shards, damage = damaged
     only, length = data({"gaze_caption": 0.5, "gaze_cell": 0.5}, workers=workers), run(steps=6)
