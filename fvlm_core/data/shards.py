@@ -10,62 +10,24 @@ import time
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b, sha256
 from itertools import islice
-from pathlib import Path
-from typing import Annotated, Self, cast
+from typing import cast
 
-from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from fvlm_core.cli import run_job
-from fvlm_core.config import Positive, Share
-from fvlm_core.data.download import RAW, DownloadManifest
+from fvlm_core.data.download import RAW
+from fvlm_core.data.jobs import BadClip, DownloadManifest, Kind, ShardJob, ShardManifest, Split, TextSource
 from fvlm_core.data.raw_shards import RawSample, read_samples
-from fvlm_core.data.shard_files import INDEX, TOKENIZER, BadClip, Kind, ShardManifest, ShardSample, Split, write_shards
+from fvlm_core.data.shard_files import INDEX, TOKENIZER, ShardSample, write_shards
 from fvlm_core.data.sources.smoltalk import read_chats
 from fvlm_core.data.text import text_chats
-from fvlm_core.data.tokenizer import SMALLEST_VOCABULARY, load_tokenizer, render_chat, train_tokenizer
+from fvlm_core.data.tokenizer import load_tokenizer, render_chat, train_tokenizer
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import file_entries
 from fvlm_core.progress import Progress
-from fvlm_core.settings import Settings
 
 TOKENIZER_CHATS = 100_000
 """Conversations that a tokenizer is trained on, at most."""
-
-
-class TextSource(Settings):
-    """The text-only source: chats out of files, or generated exercises."""
-
-    name: str = "text"
-    train: Annotated[int, Field(ge=0)]
-    val: Annotated[int, Field(ge=0)]
-    files: list[Path] = Field(default_factory=list)
-    """SmolTalk-like parquet or jsonl; none: generated."""
-
-
-class ShardJob(Settings):
-    """What goes into the shards."""
-
-    output: Path
-    downloads: list[Path]
-    """Folders of DownloadManifests."""
-    text: TextSource | None = None
-    tokenizer: str | None = None
-    """Hub name or folder; or give vocab_size."""
-    vocab_size: Annotated[int, Field(ge=SMALLEST_VOCABULARY)] | None = None
-    """Train a tokenizer of at most so many tokens on the training texts."""
-    samples_per_shard: Positive = 1000
-    max_text_tokens: Positive = 2048
-    """Conversations of more text tokens are left out and counted, never cut."""
-    val_share: Share = 0.05
-    """Share of validation samples among videos whose table does not say; by a hash of the url, at least one per source."""
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _one_tokenizer(self) -> Self:
-        if (self.tokenizer is None) == (self.vocab_size is None):
-            raise ValueError("give exactly one of tokenizer and vocab_size")
-        return self
 
 
 def make_shards(job: ShardJob) -> ShardManifest:

@@ -11,13 +11,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fvlm_core.data.batch import ChatFormat
+from fvlm_core.data.jobs import SMALLEST_VOCABULARY
 from fvlm_core.errors import UserError
 
 SYSTEM_PROMPT = "You answer questions about videos and images."
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
-SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
-"""All bytes and the special tokens."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"

@@ -1,0 +1,236 @@
+"""Rendered clips through real HTTP and real video2dataset to shards and batches."""
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+
+from fvlm_core.config import DataSettings, RunSettings
+from fvlm_core.data import gaze
+from fvlm_core.data.clips import ClipJob, ClipManifest, make_clips
+from fvlm_core.data.download import DownloadJob, DownloadManifest, download
+from fvlm_core.data.loader import ShardSet, train_steps, val_batches
+from fvlm_core.data.shards import ShardJob, make_shards
+from fvlm_core.errors import UserError
+
+PYTHON = Path(__file__).parents[2] / ".venv-video2dataset/bin/python"
+needs_video2dataset = pytest.mark.skipif(not PYTHON.exists(), reason="needs ./infra/video2dataset_env.sh")
+SOURCES = {
+    "gaze_caption": {"task": "caption", "train": 6, "val": 2},
+    "gaze_cell": {"task": "cell", "train": 6, "val": 2, "max_frames": 5},
+    "gaze_image": {"task": "image", "train": 3, "val": 1, "min_frames": 1, "max_frames": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    make_clips(ClipJob.model_validate({"output": folder, "sources": SOURCES}))
+    return folder
+
+
+def job(output, table, **changes):
+    return DownloadJob.model_validate(
+        {"output": output, "table": table, "video2dataset_python": PYTHON, "frame_px": gaze.FRAME_PX, "timeout_s": 10, **changes}
+    )
+
+
+class WebSite:
+    """An HTTP server of clips, with a page that is not there, one that answers with a page, and a gate that holds clips back."""
+
+    def __init__(self, folder: Path) -> None:
+        self.gate, self.held = threading.Event(), ()
+        self.gate.set()
+        site = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                path = folder / self.path.split("?")[0].lstrip("/")
+                if path.name in site.held:
+                    site.gate.wait()
+                found = path.is_file()
+                content = path.read_bytes() if found else b"<html>no such page</html>"
+                self.send_response(200 if found or "soft" in self.path else 404)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def site(clips):
+    site = WebSite(clips)
+    yield site
+    site.gate.set()
+    site.server.shutdown()
+    site.server.server_close()
+
+
+def table_of(clips, path, *, site=None, broken=True):
+    """The clips' table with every second one on the site; five rows that cannot work, for four reasons."""
+    frame = pd.read_parquet(clips / "clips.parquet")
+    if site:
+        frame.loc[::2, "url"] = site.url + "/" + frame.loc[::2, "url"]
+    if broken:
+        (clips / "clips" / "noise.mp4").write_bytes(os.urandom(4000))
+        whole = (clips / frame["url"][1]).read_bytes()
+        (clips / "clips" / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+        web = site.url if site else "http://127.0.0.1:1"
+        urls = [
+            "http://127.0.0.1:1/dead.mp4",
+            f"{web}/missing.mp4",
+            f"{web}/soft.mp4",
+            "clips/noise.mp4",
+            "clips/cut.mp4",
+            "clips/gone.mp4",
+        ]
+        frame = pd.concat([frame, frame.iloc[:6].assign(url=urls)], ignore_index=True)
+    frame.to_parquet(path)
+    return path
+
+
+def test_clips_are_the_same_every_time(clips, tmp_path):
+    again = make_clips(ClipJob.model_validate({"output": tmp_path, "sources": SOURCES}))
+    first = ClipManifest.read(clips)
+    assert again.digest == first.digest
+    assert first.sources == {"gaze_caption": 8, "gaze_cell": 8, "gaze_image": 4}
+
+
+def test_natural_clips_need_a_caption(tmp_path):
+    (tmp_path / "holiday.mp4").write_bytes(b"x")
+    for name, message in (("holiday.mp4", "no caption is known"), ("bikes.mp4", "missing")):
+        with pytest.raises(UserError, match=message):
+            make_clips(ClipJob(output=tmp_path / "out", natural=[tmp_path / name]))
+
+
+@needs_video2dataset
+def test_from_clips_to_batches(clips, site, tmp_path):
+    table = table_of(clips, tmp_path / "videos.parquet", site=site)
+    manifest = download(job(tmp_path / "download", table, serve=clips, max_bad_share=0.25, processes=2))
+    assert manifest.counts["videos"] == 26
+    assert manifest.counts["good"] == 20
+    assert {clip.url.rsplit("/", 1)[1]: re.split(r"[:(]", clip.reason)[0] for clip in manifest.bad} == {
+        "dead.mp4": "ConnectionError",
+        "missing.mp4": "HTTP 404 Not Found",
+        "soft.mp4": "a web page, not a video",
+        "noise.mp4": "not a readable video",
+        "cut.mp4": "not a readable video",
+        "gone.mp4": "HTTP 404 file not found",
+    }
+    with (tmp_path / "download" / "bad.csv").open() as stream:
+        listed = list(csv.DictReader(stream))
+    assert [(row["url"], row["reason"]) for row in listed] == [(clip.url, clip.reason) for clip in manifest.bad]
+    assert [row["row"] for row in listed] == [str(number) for number in range(21, 27)]
+
+    made = make_shards(
+        ShardJob.model_validate(
+            {"output": tmp_path / "shards", "downloads": [tmp_path / "download"], "vocab_size": 320, "text": {"train": 8, "val": 4}}
+        )
+    )
+    counted = {(source.name, source.split): (source.samples, source.frames) for source in made.sources}
+    assert counted["gaze_caption", "train"] == (6, 18)
+    assert counted["gaze_image", "val"] == (1, 1)
+    assert counted["text", "val"] == (4, 0)
+    assert made.bad == manifest.bad
+
+    shards = ShardSet(tmp_path / "shards")
+    shares = {"gaze_cell": 0.5, "gaze_caption": 0.2, "gaze_image": 0.1, "text": 0.2}
+    data = DataSettings.model_validate({"mixture": [{"source": source, "share": share} for source, share in shares.items()]})
+    run = RunSettings(steps=3, batch_samples=10, micro_batch_samples=5)
+    steps = list(train_steps(shards, data, run, tokens_per_frame=1, rank=0, world_size=1))
+    assert [sum(batch.n_samples for batch in step) for step in steps] == [10, 10, 10]
+    [batch] = val_batches(shards, 10, data, tokens_per_frame=1, batch_samples=10)
+    assert batch.n_labels > 0
+
+    rendered = {row["url"].rsplit("/", 1)[1]: row for row in pd.read_parquet(clips / "clips.parquet").to_dict("records")}
+    for row in shards.rows("train", "gaze_cell").index:
+        record, sample = shards.record(row), shards.read(row, image_repeats=8)
+        original = rendered[record["origin"].rsplit("/", 1)[1]]
+        assert record["caption"] == original["caption"]
+        assert sample.frames.shape[0] == record["num_frames"] == record["duration_s"] == len(record["digits"])
+        centres = sample.frames[:, 21 - 6 : 21 + 6, 21 - 6 : 21 + 6].max((1, 2, 3))
+        assert (centres > 150).all()  # a digit is there, bright, in every frame
+
+
+@needs_video2dataset
+def test_killed_download_goes_on_where_it_was(clips, site, tmp_path):
+    table = table_of(clips, tmp_path / "videos.parquet", broken=False)
+    frame = pd.read_parquet(table)
+    frame["url"] = site.url + "/" + frame["url"]
+    frame.to_parquet(table)
+    whole = download(job(tmp_path / "whole", table))
+    settings = job(tmp_path / "killed", table)
+    settings.to_yaml(tmp_path / "job.yaml")
+    site.held = tuple(Path(url).name for url in frame["url"][12:])
+    site.gate.clear()
+    process = subprocess.Popen([sys.executable, "-m", "fvlm_core.data.download", str(tmp_path / "job.yaml")])
+    raw = tmp_path / "killed" / "raw"
+    _wait(lambda: len(list(raw.glob("*_stats.json"))) >= 2)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    _wait(lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children))
+    assert not (tmp_path / "killed" / "manifest.json").exists()
+    done = {path: path.stat().st_mtime_ns for stats in raw.glob("*_stats.json") for path in raw.glob(stats.name.split("_")[0] + "*")}
+    (raw / "00003_stats.json").write_text('{"count": ')  # cut short by the kill
+    site.gate.set()
+    subprocess.run([sys.executable, "-m", "fvlm_core.data.download", str(tmp_path / "job.yaml")], check=True)
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    resumed = DownloadManifest.read(tmp_path / "killed")
+    assert resumed.digest == whole.digest
+    assert resumed.counts["good"] == 20
+
+
+@needs_video2dataset
+def test_too_many_bad_videos(clips, tmp_path):
+    table = table_of(clips, tmp_path / "videos.parquet")
+    with pytest.raises(UserError, match=r"6 of 26 videos failed; 10% may:(.|\n)*dead\.mp4: ConnectionError(.|\n)*bad\.csv"):
+        download(job(tmp_path / "download", table, serve=clips))
+    assert len((tmp_path / "download" / "bad.csv").read_text().splitlines()) == 7
+    assert not (tmp_path / "download" / "manifest.json").exists()
+    (tmp_path / "dead.csv").write_text("url,caption\nhttp://127.0.0.1:1/a.mp4,a\nnothing/b.mp4,b\n,c\nd.mp4,\n")
+    with pytest.raises(UserError, match=r"none of the videos could be used:(.|\n)*a\.mp4(.|\n)*HTTP 404(.|\n)*no url(.|\n)*no caption"):
+        download(job(tmp_path / "dead", tmp_path / "dead.csv", max_bad_share=1))
+
+
+def test_environment_is_checked_first(clips, tmp_path):
+    table = table_of(clips, tmp_path / "videos.parquet", broken=False)
+    with pytest.raises(UserError, match=r"environment is missing(.|\n)*video2dataset_env\.sh"):
+        download(job(tmp_path / "out", table, video2dataset_python=tmp_path / "python"))
+    with pytest.raises(UserError, match=r"environment does not work: ModuleNotFoundError(.|\n)*video2dataset_env\.sh"):
+        download(job(tmp_path / "out", table, video2dataset_python=sys.executable))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_table_ends_the_command_without_a_traceback(tmp_path):
+    (tmp_path / "videos.csv").write_text("link,caption\na,b\n")
+    job(tmp_path / "out", tmp_path / "videos.csv").to_yaml(tmp_path / "job.yaml")
+    result = subprocess.run([sys.executable, "-m", "fvlm_core.data.download", str(tmp_path / "job.yaml")], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "lacks the column url" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def _wait(condition, *, limit_s=60):
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
