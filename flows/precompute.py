@@ -2,7 +2,7 @@
 
 from prefect import flow
 
-from fvlm_core.data.shard_files import ShardManifest
+from fvlm_core.data.jobs import ShardManifest
 from tasks import jobs
 from tasks.config import PipelineConfig
 from tasks.phase_run import PhaseRun

@@ -11,9 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, create_model, model_validator
 
 from fvlm_core.config import DataSettings, LLMSettings, LossSettings, ModelSettings, OptimizerSettings, Positive, Recipe, RunSettings
-from fvlm_core.data.clips import ClipJob
-from fvlm_core.data.download import DownloadJob
-from fvlm_core.data.shards import ShardJob
+from fvlm_core.data.jobs import ClipJob, DownloadJob, ShardJob
 from fvlm_core.eval.job import EvalJob
 from fvlm_core.release.job import ReleaseJob
 from fvlm_core.settings import Settings

@@ -6,7 +6,8 @@ import numpy as np
 import simplejpeg
 
 from fvlm_core.data import gaze
-from fvlm_core.data.shard_files import SPLITS, ShardManifest, ShardSample, Split, write_shards
+from fvlm_core.data.jobs import SPLITS, ShardManifest, Split
+from fvlm_core.data.shard_files import ShardSample, write_shards
 from fvlm_core.data.text import text_chats
 from fvlm_core.data.tokenizer import render_chat, train_tokenizer
 from fvlm_core.manifest import file_entries

@@ -30,8 +30,9 @@ from transformers import PreTrainedTokenizerBase
 
 from fvlm_core.config import DataSettings, RunSettings
 from fvlm_core.data.batch import ChatFormat, PackedBatch, Sample, Turn, pack
+from fvlm_core.data.jobs import ShardManifest, Split
 from fvlm_core.data.mixture import Mixture, apportion, coin, deal
-from fvlm_core.data.shard_files import INDEX, TOKENIZER, ShardManifest, Split
+from fvlm_core.data.shard_files import INDEX, TOKENIZER
 from fvlm_core.data.tokenizer import chat_format, load_tokenizer
 from fvlm_core.errors import UserError
 

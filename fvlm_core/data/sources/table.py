@@ -19,7 +19,8 @@ import pandas as pd
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from fvlm_core.data.shard_files import SOURCE_NAME, SPLITS
+from fvlm_core.data.jobs import SPLITS
+from fvlm_core.data.shard_files import SOURCE_NAME
 from fvlm_core.data.sources import caption_prompt
 from fvlm_core.errors import UserError
 
