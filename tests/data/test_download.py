@@ -17,10 +17,11 @@ import pytest
 
 from fvlm_core.config import DataSettings, RunSettings
 from fvlm_core.data import gaze
-from fvlm_core.data.clips import ClipJob, ClipManifest, make_clips
-from fvlm_core.data.download import DownloadJob, DownloadManifest, download
+from fvlm_core.data.clips import make_clips
+from fvlm_core.data.download import download
+from fvlm_core.data.jobs import ClipJob, ClipManifest, DownloadJob, DownloadManifest, ShardJob
 from fvlm_core.data.loader import ShardSet, train_steps, val_batches
-from fvlm_core.data.shards import ShardJob, make_shards
+from fvlm_core.data.shards import make_shards
 from fvlm_core.errors import UserError
 
 PYTHON = Path(__file__).parents[2] / ".venv-video2dataset/bin/python"
