@@ -94,6 +94,16 @@ class ModelSettings(Settings):
             raise ValueError("fine_iterations is 0 with query 'pooled', and only there")
         return self
 
+    def portable(self) -> Self:
+        """The same with local checkpoint folders by name only, so that it says the same wherever they are."""
+        backbones = {"vision": self.vision, "llm": self.llm}
+        named = {
+            role: backbone.model_copy(update={"checkpoint": Path(backbone.checkpoint).name})
+            for role, backbone in backbones.items()
+            if backbone.checkpoint is not None and Path(backbone.checkpoint).exists()
+        }
+        return self.model_copy(update=named)
+
 
 class SourceShare(Settings):
     """One source of the mixture."""
@@ -224,4 +234,5 @@ class Recipe(Settings):
 
     def identity(self, inputs: dict[str, str]) -> str:
         """Hash of the settings without paths, plus the digests of the inputs the paths point at."""
-        return hash_json([self.hash(exclude={"output", "shards", "init_from"}), inputs])
+        portable = self.model_copy(update={"model": self.model.portable()})
+        return hash_json([portable.hash(exclude={"output", "shards", "init_from"}), inputs])

@@ -200,10 +200,12 @@ class FoveatedVLM(nn.Module):
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute activations layer by layer in the backward pass."""
         self.encoder.gradient_checkpointing = enabled
+        renamed = hasattr(self.llm, "activation_checkpointing_enable")  # transformers 5.23 deprecates the old name
+        kind = "activation" if renamed else "gradient"
         if enabled:
-            self.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            getattr(self.llm, f"{kind}_checkpointing_enable")({"use_reentrant": False})
         else:
-            self.llm.gradient_checkpointing_disable()
+            getattr(self.llm, f"{kind}_checkpointing_disable")()
 
     # parameters
 
@@ -220,7 +222,7 @@ class FoveatedVLM(nn.Module):
         """Write `settings.yaml` and `model.safetensors` (tied weights once)."""
         folder.mkdir(parents=True, exist_ok=True)
         saved = SavedModel(
-            model=self.settings,
+            model=self.settings.portable(),
             vocab_size=self.llm.config.vocab_size,
             vision_config=_plain(self.encoder.config.to_diff_dict()),
             llm_config=_plain(self.llm.config.to_diff_dict()),
@@ -318,7 +320,7 @@ def _build_encoder(settings: VisionSettings) -> Encoder:
         patch_size=shape.patch_px,
         image_size=settings.frame_px,
         layerscale_value=shape.layerscale,
-        initializer_range=_init_std(shape.width),
+        initializer_range=init_std(shape.width),
     )
     return Encoder.from_dinov2(Dinov2Model(config))
 
@@ -346,12 +348,12 @@ def _build_llm(settings: LLMSettings, vocab_size: int) -> LlamaForCausalLM:
         max_position_embeddings=shape.context,
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
         tie_word_embeddings=True,
-        initializer_range=_init_std(shape.width),
+        initializer_range=init_std(shape.width),
     )
     return LlamaForCausalLM._from_config(config, attn_implementation=attention.NAME)
 
 
-def _init_std(width: int) -> float:
+def init_std(width: int) -> float:
     """Keeps a product with a unit-variance input at unit variance: the fixed 0.02 that large models use leaves attention
     flat and gradients tiny at the small widths that shapes are for."""
     return width**-0.5

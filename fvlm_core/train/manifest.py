@@ -7,7 +7,7 @@ from pydantic import ConfigDict, Field
 
 from fvlm_core.config import Recipe
 from fvlm_core.errors import UserError
-from fvlm_core.manifest import Manifest, write_atomically
+from fvlm_core.manifest import FILE_NAME, Manifest, write_atomically
 from fvlm_core.settings import Settings, read_yaml
 
 IDENTITY_FILE = "identity.yaml"
@@ -63,6 +63,9 @@ class AnyManifest(Manifest):
 def input_digests(recipe: Recipe) -> dict[str, str]:
     """Digests of what the recipe's paths point at. Raises UserError where a manifest is missing."""
     folders = {"shards": recipe.shards} | ({"init_from": recipe.init_from} if recipe.init_from else {})
+    backbones = {"vision": recipe.model.vision.checkpoint, "llm": recipe.model.llm.checkpoint}
+    # a checkpoint of someone else has no manifest: its name has to do
+    folders |= {role: Path(name) for role, name in backbones.items() if name and (Path(name) / FILE_NAME).is_file()}
     return {name: AnyManifest.read(folder).digest for name, folder in folders.items()}
 
 

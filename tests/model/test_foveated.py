@@ -235,3 +235,16 @@ def test_every_parameter_gets_a_gradient_whatever_the_batch_lacks(frames, answer
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     if not answer:
         assert all(not p.grad.any() for p in model.parameters())
+
+
+def test_a_saved_model_does_not_say_where_its_backbones_were(tmp_path):
+    digests = []
+    for place in ("here", "there"):
+        folder = tmp_path / place / "dinov2"
+        tiny_model().float().encoder.to_dinov2().save_pretrained(folder)
+        vision = VisionSettings(checkpoint=str(folder), frame_px=42)
+        build_model(tiny_settings().model_copy(update={"vision": vision}), vocab_size=VOCAB).save(tmp_path / place)
+        digests.append((tmp_path / place / "settings.yaml").read_bytes())
+    assert digests[0] == digests[1]
+    assert b"dinov2" in digests[0]
+    assert str(tmp_path).encode() not in digests[0]

@@ -1,0 +1,17 @@
+"""The stand-in vision encoder: learns, loads like any DINOv2 checkpoint, and is the same every time."""
+
+from transformers import Dinov2Model
+
+from fvlm_core.config import OptimizerSettings, VisionShape
+from fvlm_core.train.vision import train_vision
+from fvlm_core.train.vision_job import VisionJob
+
+
+def test_it_learns_digits_and_loads_in_transformers(tmp_path):
+    shape = VisionShape(width=32, layers=2, heads=2)
+    optimizer = OptimizerSettings(lr_vision=4e-3, warmup_steps=10)
+    jobs = [VisionJob(output=tmp_path / name, shape=shape, steps=60, batch_frames=48, optimizer=optimizer) for name in "ab"]
+    first, second = (train_vision(job) for job in jobs)
+    assert first.digest == second.digest
+    assert first.counts["own_per_mille"] > 500  # chance is 100
+    assert Dinov2Model.from_pretrained(tmp_path / "a").config.hidden_size == 32
