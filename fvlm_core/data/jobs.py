@@ -12,6 +12,9 @@ from fvlm_core.settings import Settings
 Kind = Literal["video", "image", "text"]
 Split = Literal["train", "val"]
 
+SOURCE_PATTERN = r"^[a-z0-9_]+$"
+SourceName = Annotated[str, Field(pattern=SOURCE_PATTERN)]
+"""Part of file names and keys; webdataset splits a key at its first dot."""
 SPLITS: tuple[Split, ...] = ("train", "val")
 SMALLEST_VOCABULARY = 259
 """All bytes and the chat format's three special tokens."""
@@ -47,7 +50,7 @@ class ClipJob(Settings):
 
     output: Path
     seed: int = 0
-    sources: dict[str, GazeSource] = Field(default_factory=dict)
+    sources: dict[SourceName, GazeSource] = Field(default_factory=dict)
     """Rendered sources by name."""
     scale: Positive = 3
     """Clips are drawn at `scale` times 42 px."""
@@ -79,7 +82,7 @@ class DownloadJob(Settings):
     """csv or parquet of videos; see `fvlm_core.data.sources.table`."""
     format: Literal["table", "webvid"] = "table"
     """table: columns url and caption; webvid: contentUrl and name."""
-    source: str = "videos"
+    source: SourceName = "videos"
     """Name of the source, for rows that do not say."""
     serve: Path | None = None
     """Folder that relative paths in `url` start from; by default the table's own."""
@@ -111,7 +114,7 @@ class DownloadManifest(Manifest):
 class TextSource(Settings):
     """The text-only source: chats out of files, or generated exercises."""
 
-    name: str = "text"
+    name: SourceName = "text"
     train: Annotated[int, Field(ge=0)]
     val: Annotated[int, Field(ge=0)]
     files: list[Path] = Field(default_factory=list)

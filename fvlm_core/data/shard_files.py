@@ -7,7 +7,6 @@ wherever they are made of the same samples.
 
 import io
 import json
-import re
 import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Sequence
@@ -27,8 +26,6 @@ from fvlm_core.data.tokenizer import chat_format, encode
 
 INDEX = "index.parquet"
 TOKENIZER = "tokenizer"
-SOURCE_NAME = re.compile(r"[a-z0-9_]+")
-"""Source names are parts of file names and keys; webdataset splits a key at its first dot."""
 FRAME_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 """Upper edges of the frame counts that are kept together in a shard."""
 TAR_BLOCK_BYTES = 512

@@ -79,7 +79,7 @@ class Reader:
 class FrameSubsampler:
     """Replaces a video by its JPEG frames, `000.jpg`, `001.jpg`, ..."""
 
-    encode_formats = {"video": "mp4"}  # noqa: RUF012 -- video2dataset's interface
+    encode_formats = {"video": "mp4"}
 
     def __init__(self, **rule: Any) -> None:
         self.rule = FrameRule(**rule)

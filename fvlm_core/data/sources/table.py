@@ -11,6 +11,7 @@
 """
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,7 @@ import pandas as pd
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from fvlm_core.data.jobs import SPLITS
-from fvlm_core.data.shard_files import SOURCE_NAME
+from fvlm_core.data.jobs import SOURCE_PATTERN, SPLITS
 from fvlm_core.data.sources import caption_prompt
 from fvlm_core.errors import UserError
 
@@ -81,7 +81,7 @@ def with_defaults(frame: pd.DataFrame, path: Path, *, source: str) -> list[Row]:
     defaults = {"source": source, "kind": "video"}
     columns = [_texts(frame, name, defaults.get(name, "")) for name in COLUMNS]
     rows: list[Row] = [dict(zip(COLUMNS, values, strict=True)) for values in zip(*columns, strict=True)]
-    _require(rows, "source", lambda name: bool(SOURCE_NAME.fullmatch(name)), path, "lower-case letters, digits and _")
+    _require(rows, "source", lambda name: bool(re.fullmatch(SOURCE_PATTERN, name)), path, "lower-case letters, digits and _")
     _require(rows, "kind", {"video", "image"}.__contains__, path, "video or image")
     _require(rows, "split", {"", *SPLITS}.__contains__, path, "train, val or empty")
     return [_checked(row, path, number) for number, row in enumerate(rows)]
