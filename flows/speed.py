@@ -18,8 +18,8 @@ def speed(config: PipelineConfig, volume: str) -> None:
         volume: Folder that holds all results (an absolute path).
     """
     with PhaseRun("speed", config, volume, steps=1) as run:
-        shards = run.input("precompute", "shards")
-        measured = run.make(jobs.speed_report(config, base_recipe(config, "base", "speed", {}), shards))
+        inputs = jobs.training_inputs(run.upstream["precompute"])
+        measured = run.make(jobs.speed_report(config, base_recipe(config, "base", "speed", run.chosen()), inputs))
         report = SpeedReport.read(run.volume / measured.folder)
         chosen = ", ".join(f"`{path}` = `{value}`" for path, value in report.chosen.items())
         columns = {"variant", "steps", "step_s", "samples_per_s", "gflops_per_s", "mfu", "gpu_busy", "peak_memory_gb", "data_wait_share"}

@@ -20,12 +20,12 @@ def train(config: PipelineConfig, volume: str) -> None:
     """
     stages = list(Stages.model_fields)
     with PhaseRun("train", config, volume, steps=len(stages)) as run:
-        shards = run.input("precompute", "shards")
+        inputs = jobs.training_inputs(run.upstream["precompute"])
         before: Made | None = None
         rows = []
         for name in stages:
             recipe = stage_recipe(config, name, changes=run.chosen(), start=before is not None)
-            before = run.make(jobs.training(recipe, config, shards, before))
+            before = run.make(jobs.training(recipe, config, inputs, before))
             result = RunManifest.read(run.volume / before.folder)
             rows.append({"stage": name, "steps": result.steps, "samples": result.samples_seen, "loss": result.final_loss, **result.losses})
         run.finish(rows, text="Validation losses of each stage's last model, by pass.")

@@ -16,6 +16,7 @@ from fvlm_core.eval.job import EvalJob
 from fvlm_core.release.job import ReleaseJob
 from fvlm_core.settings import Settings
 from fvlm_core.train.speed_job import SpeedJob
+from fvlm_core.train.vision_job import VisionJob
 from infra.stack import REPOSITORY
 from tasks.changes import fitted, laid_over, paths
 from tasks.steps import Verify
@@ -129,6 +130,10 @@ class Release(settings_of(ReleaseJob, without={"output", "run", "evaluation", "s
     """How the release is named and described."""
 
 
+class Vision(settings_of(VisionJob, without={"output", "shape"})):
+    """How the stand-in for DINOv2 is trained."""
+
+
 class Precompute(Settings):
     """Videos to shards, on CPU."""
 
@@ -140,6 +145,8 @@ class Precompute(Settings):
     """The user's own videos: a csv or parquet file with the columns url and caption. They are the source `videos`."""
     download: Download
     shards: Shards
+    vision: Vision | None = None
+    """Train a vision encoder of `model.vision.shape` on rendered digits, as a stand-in for DINOv2 where no hub is reached."""
 
 
 class PipelineConfig(Settings):
@@ -166,6 +173,12 @@ class PipelineConfig(Settings):
         ):
             if twice := {name for name in names if names.count(name) > 1}:
                 raise ValueError(f"{what}: the name {', '.join(sorted(twice))} appears twice")
+        return self
+
+    @model_validator(mode="after")
+    def _vision_shape(self) -> Self:
+        if self.precompute.vision and not self.model.vision.shape:
+            raise ValueError("precompute.vision trains an encoder of model.vision.shape: give that, not a checkpoint")
         return self
 
     @model_validator(mode="after")

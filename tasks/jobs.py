@@ -11,6 +11,7 @@ from fvlm_core.errors import UserError
 from fvlm_core.manifest import sha256_file
 from fvlm_core.scaling.reports import Variant
 from tasks.config import Ablation, PipelineConfig, Size
+from tasks.phases import PhaseManifest
 from tasks.recipes import settings
 from tasks.steps import INPUT, Made, Step
 from tasks.videos import table_digest
@@ -20,6 +21,7 @@ CLIPS_TABLE = "clips.parquet"
 NATURAL = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
 """The natural clips that have captions."""
 
+SHARDS, VISION = "shards", "vision"
 BASELINE = "baseline"
 """Name of the ablation table's first run: the base recipe itself."""
 
@@ -62,31 +64,47 @@ def download(config: PipelineConfig, made_clips: Made | None) -> Step:
 def shards(config: PipelineConfig, downloads: Sequence[Made]) -> Step:
     """Makes the shards that training reads."""
     return Step(
-        name="shards",
+        name=SHARDS,
         module="fvlm_core.data.shards",
         settings=config.precompute.shards.model_dump(mode="json") | {"downloads": [f"{INPUT}{one.name}" for one in downloads]},
         inputs={one.name: one for one in downloads},
     )
 
 
-def speed_report(config: PipelineConfig, recipe: Recipe, made_shards: Made) -> Step:
+def vision(config: PipelineConfig) -> Step:
+    """Trains the stand-in for DINOv2."""
+    if config.precompute.vision is None or config.model.vision.shape is None:
+        raise ValueError("the profile trains no vision encoder")
+    return Step(
+        name=VISION,
+        module="fvlm_core.train.vision",
+        settings=config.precompute.vision.model_dump(mode="json") | {"shape": config.model.vision.shape.model_dump(mode="json")},
+    )
+
+
+def training_inputs(precompute: PhaseManifest) -> dict[str, Made]:
+    """What every training job reads: the shards, and the vision encoder where one was trained."""
+    return {name: made for name, made in precompute.steps.items() if name in (SHARDS, VISION)}
+
+
+def speed_report(config: PipelineConfig, recipe: Recipe, inputs: Mapping[str, Made]) -> Step:
     """Measures the recipe as a plain implementation would run it, and tuned."""
     return Step(
         name="speed-report",
         module="fvlm_core.train.speed",
         settings=config.speed.model_dump(mode="json") | {"recipe": recipe.model_dump(mode="json")},
-        inputs={"shards": made_shards},
+        inputs=dict(inputs),
         threads=os.cpu_count() or 1,
     )
 
 
-def training(recipe: Recipe, config: PipelineConfig, shards: Made, start: Made | None = None) -> Step:
-    """The torchrun job of a recipe; `start` is the run whose model it begins with."""
+def training(recipe: Recipe, config: PipelineConfig, inputs: Mapping[str, Made], start: Made | None = None) -> Step:
+    """The torchrun job of a recipe; `inputs` as of `training_inputs`, `start` the run whose model it begins with."""
     return Step(
         name=recipe.name,
         module="fvlm_core.train",
         settings=settings(recipe),
-        inputs={"shards": shards} | ({"start": start} if start else {}),
+        inputs=dict(inputs) | ({"start": start} if start else {}),
         ranks=config.machine.ranks,
         threads=recipe.run.threads,
     )

@@ -40,7 +40,7 @@ class Phase(NamedTuple):
 PHASES = {
     phase.name: phase
     for phase in (
-        Phase("precompute", CPU_POOL.name, (), ("precompute", "model.vision.frame_px")),
+        Phase("precompute", CPU_POOL.name, (), ("precompute", "model.vision")),
         Phase("speed", GPU_POOL.name, ("precompute",), ("model", "base", "speed")),
         Phase("ablations", GPU_POOL.name, ("precompute", "speed"), ("model", "base", "ablations")),
         Phase("scaling", GPU_POOL.name, ("precompute", "speed", "ablations"), ("model", "base", "scaling")),

@@ -78,14 +78,15 @@ def _continued(recipe: Recipe) -> FoveatedVLM:
     """The model of the run at `init_from`, with the recipe's settings where they only change how it is used."""
     assert recipe.init_from is not None
     model = load_model(recipe.init_from / MODEL_FOLDER)
-    if model.settings == recipe.model:
+    wanted = recipe.model.portable()  # as the earlier run's settings were saved
+    if model.settings == wanted:
         return model
     misfit = UserError(
         "the earlier run has another model",
         where=f"init_from {recipe.init_from}, model",
         fix="give the recipe the earlier run's vision, llm, query, tokens_per_frame and film_head_width",
     )
-    if (model.settings.vision, model.settings.llm) != (recipe.model.vision, recipe.model.llm):
+    if (model.settings.vision, model.settings.llm) != (wanted.vision, wanted.llm):
         raise misfit
     changed = FoveatedVLM(recipe.model, model.encoder, model.llm)
     try:
