@@ -69,5 +69,5 @@ class ReleaseManifest(Manifest):
     """Per mode, the number of logits that a clean process computed and found equal, bit for bit."""
     pushed_to: str | None = None
     """URL of the hub repository; None where nothing was sent."""
-    missing: list[str] = []
+    missing: list[str] = Field(default_factory=list)
     """Optional parts that the report lacks."""

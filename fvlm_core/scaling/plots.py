@@ -180,19 +180,20 @@ def plot_allocation(
 
 @contextmanager
 def _figure(path: Path, size: tuple[float, float]) -> Iterator[Axes]:
-    with _canvas(path, size) as figure:
+    with canvas(path, size) as figure:
         yield figure.add_subplot()
 
 
 @contextmanager
 def _panels(path: Path) -> Iterator[tuple[Axes, Axes]]:
-    with _canvas(path, (11, 4.3)) as figure:
+    with canvas(path, (11, 4.3)) as figure:
         left, right = figure.subplots(1, 2)
         yield left, right
 
 
 @contextmanager
-def _canvas(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
+def canvas(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
+    """A figure of `size` inches in the common style, written to `path` at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, dpi=DPI, layout="constrained")

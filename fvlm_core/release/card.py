@@ -1,0 +1,102 @@
+"""The model card, `README.md` of the released folder: metadata that the hub reads, numbers from `results.json` only."""
+
+import re
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from fvlm_core.eval.tables import markdown_table, number
+from fvlm_core.release.evidence import Evidence
+from fvlm_core.release.report import TEMPLATES
+from fvlm_core.release.sections import limitations
+
+HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+TAGS = ["fvlm", "foveated", "video", "vision-language-model", "dinov2", "smollm2", "custom_code"]
+
+
+def card(evidence: Evidence, verdict: str, *, picture: str | None) -> str:
+    """The card's text. `picture`: where the model looks, a file of the folder."""
+    job, results = evidence.job, evidence.results
+    environment = Environment(loader=PackageLoader("fvlm_core.release", TEMPLATES), undefined=StrictUndefined, trim_blocks=True)
+    body = environment.get_template("card.md.j2").render(
+        name=job.name,
+        repository=job.push_to or f"path/to/{job.name}",
+        verdict=verdict,
+        summary=job.summary,
+        picture=picture,
+        params=evidence.run.manifest.params,
+        tokens_per_frame=results.tokens_per_frame,
+        frame_px=results.frame_px,
+        base_models=base_models(evidence),
+        looks=len(results.modes) > 1,
+        mode=evidence.best_mode,
+        modes=_modes_table(evidence),
+        mixture=evidence.recipe.data.mixture,
+        sources=[source for source in evidence.shards.sources if source.split == "train"],
+        limitations=limitations(evidence),
+        versions=evidence.run.manifest.versions,
+        checkpoint=results.checkpoint,
+        licence=job.license,
+    )
+    return str(ModelCard(f"---\n{_metadata(evidence).to_yaml()}\n---\n\n{body}"))
+
+
+def base_models(evidence: Evidence) -> list[str]:
+    """The hub names of the checkpoints that the model was built from; local folders have none."""
+    parts = (evidence.recipe.model.llm.checkpoint, evidence.recipe.model.vision.checkpoint)
+    return [name for name in parts if name is not None and HUB_NAME.match(name)]
+
+
+def _metadata(evidence: Evidence) -> ModelCardData:
+    job = evidence.job
+    return ModelCardData(
+        license=job.license,
+        language=job.language,
+        library_name="transformers",
+        pipeline_tag="video-text-to-text",
+        base_model=base_models(evidence) or None,
+        tags=TAGS,
+        model_name=job.name,
+        eval_results=_eval_results(evidence),
+    )
+
+
+def _eval_results(evidence: Evidence) -> list[EvalResult]:
+    """Every headline number of every mode, for the card's model-index."""
+    found = []
+    for mode, one in evidence.results.modes.items():
+        values = {"loss": ("Cross-entropy (nats per token)", one.loss.value)}
+        if one.captions is not None:
+            values |= {"cider": ("CIDEr-D", one.captions.cider_d.value), "bleu": ("BLEU-4", one.captions.bleu_4.value)}
+        if one.multiple_choice is not None:
+            values |= {"accuracy": ("Multiple-choice accuracy", one.multiple_choice.accuracy.value)}
+        found += [
+            EvalResult(
+                task_type="video-text-to-text",
+                task_name=f"Video question answering and captioning, {mode}",
+                dataset_type="fvlm-validation",
+                dataset_name="fVLM validation split",
+                dataset_config=mode,  # the hub merges results of equal dataset, configuration and split
+                dataset_split="validation",
+                dataset_args={"shards": evidence.results.shards},
+                metric_type=metric,
+                metric_name=f"{name} ({mode})",
+                metric_value=value,
+            )
+            for metric, (name, value) in values.items()
+        ]
+    return found
+
+
+def _modes_table(evidence: Evidence) -> str:
+    rows = [
+        [
+            f"`{mode}`",
+            number(one.loss),
+            number(one.captions.cider_d if one.captions else None),
+            number(one.captions.bleu_4 if one.captions else None),
+            number(one.multiple_choice.accuracy if one.multiple_choice else None),
+        ]
+        for mode, one in evidence.results.modes.items()
+    ]
+    return markdown_table(["mode", "loss (nats/token)", "CIDEr-D", "BLEU-4", "multiple choice"], rows)

@@ -1,0 +1,47 @@
+"""Loads a released folder as a stranger would and compares its logits with given ones, bit for bit.
+
+`python -I clean_check.py FOLDER EXPECTED` in a process of its own: it refuses to import this project, so nothing can work
+only because the project is there. EXPECTED holds safetensors files: inputs, and logits by mode. Prints JSON: per mode the
+number of logits compared, and the problems.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+
+def main(folder: str, expected: str) -> dict[str, object]:
+    """Compare everything."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    again = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    # by name: each load runs the folder's code anew
+    same = type(again).__name__ == type(model).__name__ and model.state_dict().keys() == again.state_dict().keys()
+    problems = [] if same else [f"AutoModelForImageTextToText gives another model, a {type(again).__name__}"]
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    equal: dict[str, int] = {}
+    for path in sorted(Path(expected).glob("*.safetensors")):
+        tensors = load_file(path)
+        logits = {name.removeprefix("logits."): tensors.pop(name) for name in list(tensors) if name.startswith("logits.")}
+        inputs = {name.removeprefix("inputs."): tensor for name, tensor in tensors.items() if name.startswith("inputs.")}
+        for mode, wanted in logits.items():
+            with torch.no_grad():
+                found = model(**inputs, mode=mode).logits
+            if torch.equal(found, wanted):
+                equal[mode] = equal.get(mode, 0) + wanted.numel()
+            else:
+                problems.append(f"{mode}: logits differ by up to {float((found - wanted).abs().max()):.3g} in {path.stem}")
+    for asked in json.loads((Path(expected) / "questions.json").read_text()):
+        tensors = load_file(Path(expected) / asked["file"])
+        made = processor(text=asked["question"], videos=tensors.pop("video").numpy(), question_first=asked["question_first"])
+        if set(made) != set(tensors) or any(not torch.equal(made[name], tensor) for name, tensor in tensors.items()):
+            problems.append(f"the processor makes other inputs of {asked['file']}")
+    return {"equal": equal, "problems": problems, "project_imported": "fvlm_core" in sys.modules and sys.modules["fvlm_core"] is not None}
+
+
+if __name__ == "__main__":
+    sys.modules["fvlm_core"] = None  # type: ignore[assignment] -- an import of the project now fails
+    print(json.dumps(main(sys.argv[1], sys.argv[2])))

@@ -1,0 +1,1 @@
+"""What a released folder adds to the model's own modules: configuration, model and processor as transformers expects them."""

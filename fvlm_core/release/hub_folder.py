@@ -1,0 +1,68 @@
+"""The released folder: code, configuration, weights, tokenizer and processor, as transformers and the hub expect them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import save_torch_state_dict
+from transformers import AutoTokenizer
+
+from fvlm_core import __version__
+from fvlm_core.config import Recipe
+from fvlm_core.data.jobs import ShardManifest
+from fvlm_core.data.tokenizer import TURN_END
+from fvlm_core.manifest import write_atomically
+from fvlm_core.model.foveated import FoveatedVLM
+from fvlm_core.release.hub.configuration_fvlm import FVLMConfig
+from fvlm_core.release.hub.processing_fvlm import FVLMProcessor
+from fvlm_core.release.standalone import export
+
+MODEL_CLASS = "modeling_fvlm.FVLMModel"
+AUTO_MAP = {"AutoConfig": "configuration_fvlm.FVLMConfig", "AutoModel": MODEL_CLASS, "AutoModelForImageTextToText": MODEL_CLASS}
+PROCESSOR_MAP = {"AutoProcessor": "processing_fvlm.FVLMProcessor"}
+MAX_SHARD = "5GB"
+"""Of a weights file."""
+
+
+def write_hub_folder(folder: Path, model: FoveatedVLM, tokenizer: Path, recipe: Recipe, shards: ShardManifest) -> None:
+    """Write everything but the card into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    export(folder, __version__)
+    weights = {f"model.{name}": tensor for name, tensor in model.weights().items()}
+    save_torch_state_dict(weights, str(folder), max_shard_size=MAX_SHARD)
+    tokens = AutoTokenizer.from_pretrained(str(tokenizer))
+    FVLMProcessor(
+        tokens,
+        frame_px=shards.frame_px,
+        fps=shards.fps,
+        image_repeats=recipe.data.image_repeats,
+        tokens_per_frame=model.settings.tokens_per_frame,
+    ).save_pretrained(folder)
+    _add(folder / "processor_config.json", {"auto_map": PROCESSOR_MAP})
+    config = configuration(model, recipe)
+    config.eos_token_id = tokens.convert_tokens_to_ids(TURN_END)
+    config.save_pretrained(folder)
+    _add(folder / "config.json", {"architectures": [MODEL_CLASS.rsplit(".", 1)[1]], "auto_map": AUTO_MAP})
+
+
+def configuration(model: FoveatedVLM, recipe: Recipe) -> FVLMConfig:
+    """The model's configuration, complete: its code on the hub knows nothing of our settings."""
+    settings = model.settings
+    return FVLMConfig(
+        vision_config=model.encoder.config.to_diff_dict(),
+        text_config=model.llm.config.to_diff_dict(),
+        query=settings.query,
+        tokens_per_frame=settings.tokens_per_frame,
+        fine_iterations=settings.fine_iterations,
+        query_temperature=settings.temperature,
+        visual_scale=settings.visual_scale,
+        film_head_width=settings.film_head_width,
+        loss_weights=[recipe.loss.coarse, *recipe.loss.fine],
+        default_mode="coarse_fine" if "coarse_fine" in model.modes else "coarse_only",
+        dtype="float32",
+    )
+
+
+def _add(path: Path, values: dict[str, Any]) -> None:
+    """Add keys to a JSON file."""
+    write_atomically(path, (json.dumps(json.loads(path.read_text()) | values, indent=2, sort_keys=True) + "\n").encode())

@@ -1,0 +1,73 @@
+"""The release: package, prove, describe, and push where a token is given."""
+
+import shutil
+import time
+
+from fvlm_core.data.loader import ShardSet
+from fvlm_core.eval.results import GAZE_PICTURE
+from fvlm_core.manifest import file_entries, write_atomically
+from fvlm_core.model.foveated import load_model
+from fvlm_core.progress import Progress
+from fvlm_core.release.card import card
+from fvlm_core.release.evidence import Evidence
+from fvlm_core.release.figures import FIGURES, copy_figures
+from fvlm_core.release.hub_folder import write_hub_folder
+from fvlm_core.release.job import CARD_FILE, HUB_FOLDER, REPORT_HTML, REPORT_JSON, REPORT_TEXT, ReleaseJob, ReleaseManifest
+from fvlm_core.release.push import push
+from fvlm_core.release.report import html, markdown
+from fvlm_core.release.sections import build
+from fvlm_core.release.verify import verify
+from fvlm_core.train.manifest import MODEL_FOLDER
+
+STEPS = 4
+
+
+def release(job: ReleaseJob, *, token: str | None = None, endpoint: str | None = None) -> ReleaseManifest:
+    """Make the release. Pushes only where the job names a repository and `token` is given.
+
+    Raises UserError where something is missing or damaged, the evaluation is of another checkpoint, or the released folder
+    does not give our logits in a clean process; then `model/` is removed again.
+    """
+    started = time.monotonic()
+    evidence = Evidence.read(job)
+    progress = Progress(job.output, STEPS)
+    folder, shards = job.output / HUB_FOLDER, ShardSet(job.shards)
+    model = load_model(job.run / MODEL_FOLDER).eval()
+    shutil.rmtree(folder, ignore_errors=True)
+    write_hub_folder(folder, model, job.run / MODEL_FOLDER, evidence.recipe, evidence.shards)
+    progress.update(1, note="packaged")
+    try:
+        verified = verify(folder, model, shards, evidence.recipe, job.verify_samples)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    progress.update(2, note="proved in a clean process")
+    report = build(evidence, copy_figures(evidence, job.output))
+    write_atomically(job.output / REPORT_JSON, report.model_dump_json(indent=2).encode())
+    write_atomically(job.output / REPORT_TEXT, markdown(report).encode())
+    write_atomically(job.output / REPORT_HTML, html(report, job.output).encode())
+    looks = job.evaluation / GAZE_PICTURE
+    if looks.is_file():
+        shutil.copyfile(looks, folder / GAZE_PICTURE)
+    text = card(evidence, report.verdict, picture=GAZE_PICTURE if looks.is_file() else None)
+    write_atomically(job.output / CARD_FILE, text.encode())
+    progress.update(3, note="described")
+    pushed_to = None
+    if job.push_to is not None and token:
+        pushed_to = push(
+            folder, job.push_to, token=token, endpoint=endpoint, message=f"{job.name}, weights {evidence.results.checkpoint[:12]}"
+        )
+    progress.update(STEPS, note=f"pushed to {pushed_to}" if pushed_to else "done")
+    reports = [REPORT_JSON, REPORT_TEXT, REPORT_HTML, f"{FIGURES}/*.png"]
+    return ReleaseManifest(
+        name="release",
+        settings_hash=job.hash(exclude={"output"}),
+        inputs=evidence.inputs,
+        counts={"verified_logits": sum(verified.values())},
+        files=file_entries(job.output, [f"{HUB_FOLDER}/*"]) + file_entries(job.output, reports, identity=False),
+        seconds=time.monotonic() - started,
+        verdict=report.verdict,
+        verified=verified,
+        pushed_to=pushed_to,
+        missing=evidence.missing,
+    ).write(job.output)

@@ -1,0 +1,210 @@
+"""Copies modules of this project into one flat folder where they work without the project: one source of truth.
+
+transformers loads a repository's code from a flat folder of files that import each other relatively. So every module that
+the hub's wrapper reaches is copied with its `fvlm_core` imports made relative, and cut down to the definitions that are
+reached: what builds, saves and validates models here (and needs pydantic) stays here. Settings become plain classes
+of the same names.
+"""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+PACKAGE = "fvlm_core"
+HUB = f"{PACKAGE}.release.hub"
+ROOTS = (f"{HUB}.configuration_fvlm", f"{HUB}.modeling_fvlm", f"{HUB}.processing_fvlm")
+"""Copied whole."""
+CONFIGURATION = f"{HUB}.configuration_fvlm"
+REPLACED = {
+    (f"{PACKAGE}.config", "ModelSettings"): (CONFIGURATION, "ModelSettings"),
+    (f"{PACKAGE}.config", "LossSettings"): (CONFIGURATION, "LossSettings"),
+}
+"""What has another form on the hub: (module, name) here -> there."""
+LEFT_OUT = {f"{PACKAGE}.model.foveated": {"FoveatedVLM": {"save"}}}
+"""Methods that mean nothing there: transformers saves models its own way."""
+NOTE = "# Made from {origin} of fVLM {version} when the model was released; change it there.\n"
+
+Name = tuple[str, str]
+"""A module and a name in it."""
+
+
+@dataclass
+class Definition:
+    """A top-level statement, with the comments above and the docstring below it."""
+
+    names: list[str]
+    nodes: list[ast.stmt]
+    first_line: int
+    last_line: int
+
+
+@dataclass
+class Module:
+    """A parsed module of the project."""
+
+    name: str
+    lines: list[str]
+    docstring_end: int
+    definitions: list[Definition] = field(default_factory=list)
+    imports: dict[str, tuple[ast.Import | ast.ImportFrom, ast.alias]] = field(default_factory=dict)
+    reached: set[int] = field(default_factory=set)
+    """Indexes of definitions."""
+    used: set[str] = field(default_factory=set)
+    """Names of imports."""
+
+    @property
+    def file_name(self) -> str:
+        """Its file in the flat folder."""
+        last = self.name.rsplit(".", 1)[1]
+        return f"{last}.py" if self.name in ROOTS else f"fvlm_{last}.py"
+
+    @classmethod
+    def parse(cls, name: str) -> "Module":
+        spec = find_spec(name)
+        assert spec is not None
+        assert spec.origin is not None
+        source = Path(spec.origin).read_text()
+        lines, body = source.splitlines(), ast.parse(source).body
+        module = cls(name, lines, body[0].end_lineno or 0)
+        for node in body[1:]:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                module.imports |= {alias.asname or alias.name.split(".")[0]: (node, alias) for alias in node.names}
+            elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):  # the docstring of the assignment above
+                module.definitions[-1].last_line = node.end_lineno or 0
+            else:
+                module.definitions.append(_definition(node, lines))
+        return module
+
+
+def export(folder: Path, version: str) -> list[str]:
+    """Write the hub's modules and all they reach into `folder`; returns the file names. Raises ValueError for what cannot be flat."""
+    modules: dict[str, Module] = {}
+    waiting: list[Name] = [(root, "*") for root in ROOTS]
+    while waiting:
+        where, name = waiting.pop()
+        if where not in modules:
+            modules[where] = Module.parse(where)
+        waiting.extend(_reach(modules[where], name))
+    names = [module.file_name for module in modules.values()]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two modules have the same file name: {sorted(names)}")
+    for module in modules.values():
+        (folder / module.file_name).write_text(_text(module, version))
+    return sorted(names)
+
+
+def _definition(node: ast.stmt, lines: list[str]) -> Definition:
+    decorators = getattr(node, "decorator_list", [])
+    first = min([node.lineno, *(decorator.lineno for decorator in decorators)])
+    while first > 1 and lines[first - 2].startswith("#"):
+        first -= 1
+    names: list[str] = []
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        names = [node.name]
+    elif isinstance(node, ast.Assign | ast.AnnAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        names = [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
+    return Definition(names, [node], first, node.end_lineno or 0)
+
+
+def _reach(module: Module, name: str) -> Iterator[Name]:
+    """Mark a name (`*`: all) as reached; yields what it reaches in other modules."""
+    for index, definition in enumerate(module.definitions):
+        # statements without a name are there for their effect, such as a registration
+        if index in module.reached or not (name == "*" or name in definition.names or not definition.names):
+            continue
+        module.reached.add(index)
+        for used in _names_in(module, definition):
+            yield from _follow(module, used)
+    if name in module.imports:
+        yield from _follow(module, name)
+
+
+def _follow(module: Module, name: str) -> Iterator[Name]:
+    if name in module.imports:
+        module.used.add(name)
+        node, alias = module.imports[name]
+        origin = node.module if isinstance(node, ast.ImportFrom) else None
+        if origin is None or origin.split(".")[0] != PACKAGE:
+            return
+        target = REPLACED.get((origin, alias.name), (origin, alias.name))
+        spec = find_spec(f"{origin}.{alias.name}") if origin == PACKAGE or _is_package(origin) else None
+        if spec is not None:
+            raise ValueError(f"{module.name} reaches the module {origin}.{alias.name} by its name: import names from it")
+        yield target
+    elif any(name in definition.names for definition in module.definitions):
+        yield module.name, name
+
+
+def _is_package(name: str) -> bool:
+    spec = find_spec(name)
+    return spec is not None and spec.submodule_search_locations is not None
+
+
+def _names_in(module: Module, definition: Definition) -> set[str]:
+    """Names a definition uses, annotations in quotes too."""
+    names: set[str] = set()
+    for node in definition.nodes:
+        for part in _kept(module, node):
+            if isinstance(part, ast.Name):
+                names.add(part.id)
+            elif isinstance(part, ast.Constant) and isinstance(part.value, str) and part.value.isidentifier():
+                names.add(part.value)
+    return names
+
+
+def _kept(module: Module, node: ast.AST) -> Iterator[ast.AST]:
+    """The node and all below it, without methods that are left out."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(node, ast.ClassDef) and child in _left_out(module, node)):
+            yield from _kept(module, child)
+
+
+def _left_out(module: Module, node: ast.ClassDef) -> list[ast.AST]:
+    names = LEFT_OUT.get(module.name, {}).get(node.name, set())
+    return [child for child in node.body if isinstance(child, ast.FunctionDef) and child.name in names]
+
+
+def _text(module: Module, version: str) -> str:
+    """The module's file."""
+    origin = module.name.replace(".", "/") + ".py"
+    parts = ["\n".join([NOTE.format(origin=origin, version=version), *module.lines[: module.docstring_end]]), _imports(module)]
+    for index, definition in enumerate(module.definitions):
+        if index in module.reached:
+            dropped = {
+                line
+                for node in definition.nodes
+                if isinstance(node, ast.ClassDef)
+                for child in _left_out(module, node)
+                for line in _lines_of(child)
+            }
+            lines = range(definition.first_line, definition.last_line + 1)
+            parts.append("\n".join(module.lines[line - 1] for line in lines if line not in dropped))
+    return "\n\n\n".join(part for part in parts if part) + "\n"
+
+
+def _lines_of(node: ast.AST) -> range:
+    """A method's lines and the blank one after it."""
+    assert isinstance(node, ast.FunctionDef)
+    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    return range(first, (node.end_lineno or 0) + 2)
+
+
+def _imports(module: Module) -> str:
+    """The used imports: of packages as they are, of the project relative."""
+    packages: dict[str, list[str]] = {}
+    for name in sorted(module.used):
+        node, alias = module.imports[name]
+        if isinstance(node, ast.Import):
+            packages.setdefault(f"import {alias.name}" + (f" as {alias.asname}" if alias.asname else ""), [])
+            continue
+        origin, original = node.module or "", alias.name
+        if origin.split(".")[0] == PACKAGE:
+            origin, original = REPLACED.get((origin, original), (origin, original))
+            last = origin.rsplit(".", 1)[1]
+            origin = f".{last}" if origin in ROOTS else f".fvlm_{last}"
+        packages.setdefault(f"from {origin} import ", []).append(original if original == name else f"{original} as {name}")
+    return "\n".join(head + ", ".join(names) for head, names in sorted(packages.items(), key=lambda item: (" ." in item[0], item[0])))

@@ -1,0 +1,94 @@
+"""Proof that a released folder works without this project: a clean process must compute our logits, bit for bit."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from safetensors.torch import save_file
+
+from fvlm_core.config import Recipe
+from fvlm_core.data.batch import PackedBatch, Sample, Turn, pack
+from fvlm_core.data.loader import ShardSet, val_batches
+from fvlm_core.errors import UserError
+from fvlm_core.model.foveated import FoveatedVLM
+from fvlm_core.model.inference import logits
+from fvlm_core.release import clean_check
+
+INPUTS = ("frames", "input_ids", "position_ids", "cu_seqlens", "shown_frames", "visual_positions", "query_sources")
+"""What the released processor makes and the released model takes."""
+BATCH_SAMPLES = 4
+QUESTIONS = 2
+"""Clips that the released processor must turn into our inputs."""
+TIMEOUT_S = 900
+
+
+def verify(folder: Path, model: FoveatedVLM, shards: ShardSet, recipe: Recipe, samples: int) -> dict[str, int]:
+    """Logits found equal, per mode. Raises UserError where any differ or the folder does not load."""
+    with TemporaryDirectory(prefix="fvlm-verify-") as temporary:
+        expected = Path(temporary) / "expected"
+        expected.mkdir()
+        _write_logits(expected, model, shards, recipe, samples)
+        _write_questions(expected, model, shards)
+        report = _in_clean_process(folder, expected, Path(temporary))
+    problems = report["problems"] + (["the project was imported"] if report["project_imported"] else [])
+    problems += [f"{mode}: nothing was compared" for mode in model.modes if not report["equal"].get(mode)]
+    if problems:
+        raise UserError(
+            f"the released model is not ours in a clean process: {'; '.join(problems)}",
+            where=str(folder),
+            fix="report this with the versions of torch and transformers; nothing was released",
+        )
+    return report["equal"]
+
+
+def _write_logits(folder: Path, model: FoveatedVLM, shards: ShardSet, recipe: Recipe, samples: int) -> None:
+    """Inputs and logits of real validation samples."""
+    k = model.settings.tokens_per_frame
+    batches = val_batches(shards, samples, recipe.data, tokens_per_frame=k, batch_samples=BATCH_SAMPLES)
+    for number, batch in enumerate(batches):
+        tensors = {f"inputs.{name}": tensor for name, tensor in _inputs(batch).items()}
+        tensors |= {f"logits.{mode}": logits(model, batch, mode) for mode in model.modes}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"batch-{number:03d}.safetensors")
+
+
+def _write_questions(folder: Path, model: FoveatedVLM, shards: ShardSet) -> None:
+    """Questions and clips as a user has them, and the inputs they must become."""
+    asked = []
+    rows = shards.rows("val")
+    videos = rows.index[(rows["kind"] == "video").to_numpy()]
+    for number, row in enumerate(videos[:QUESTIONS]):
+        conversation = rows["conversation"].to_numpy()[rows.index.get_loc(row)]
+        text = shards.record(row)["conversations"][conversation][0]["question"]
+        sample = shards.read(row, image_repeats=1, question_first=bool(number % 2))
+        open_ended: Sample = replace(sample, turns=[Turn(sample.turns[0].question_ids, [])])
+        batch = pack([open_ended], shards.chat, tokens_per_frame=model.settings.tokens_per_frame)
+        name = f"question-{number}.tensors"
+        save_file(_inputs(batch) | {"video": torch.from_numpy(sample.frames)}, folder / name)
+        asked.append({"file": name, "question": text, "question_first": sample.question_first})
+    (folder / "questions.json").write_text(json.dumps(asked))
+
+
+def _inputs(batch: PackedBatch) -> dict[str, torch.Tensor]:
+    return {name: getattr(batch, name) for name in INPUTS}
+
+
+def _in_clean_process(folder: Path, expected: Path, temporary: Path) -> dict:
+    """What `clean_check` reports from an isolated interpreter with caches of its own, offline, elsewhere."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_", "TRANSFORMERS_"))}
+    caches = {"HF_HOME": str(temporary / "hub"), "HF_MODULES_CACHE": str(temporary / "modules"), "HF_HUB_OFFLINE": "1"}
+    threads = str(torch.get_num_threads())  # another split of a sum over threads would give other bits
+    command = [sys.executable, "-I", str(Path(clean_check.__file__).resolve()), str(folder.resolve()), str(expected)]
+    environment = kept | caches | {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, cwd=temporary, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    if done.returncode:
+        raise UserError(
+            f"the released folder does not load in a clean process:\n{done.stderr.strip()[-2000:]}",
+            where=str(folder),
+            fix="report this with the versions of torch and transformers; nothing was released",
+        )
+    return json.loads(done.stdout.strip().splitlines()[-1])

@@ -1,0 +1,165 @@
+"""The released wrapper in this process: its batches, answers, gaze and training equal the project's own."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from fvlm_core.config import Recipe
+from fvlm_core.data.batch import PackedBatch, Turn, pack
+from fvlm_core.data.clips import encode_mp4
+from fvlm_core.data.loader import ShardSet, val_batches
+from fvlm_core.data.tokenizer import chat_format
+from fvlm_core.model.foveated import load_model
+from fvlm_core.model.inference import gaze, generate
+from fvlm_core.release.hub.modeling_fvlm import FVLMModel, packed_batch
+from fvlm_core.release.hub.processing_fvlm import FVLMProcessor
+from fvlm_core.release.hub_folder import configuration
+from fvlm_core.release.verify import INPUTS
+from tests.release.build import run, shards
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("hub")
+    shards(root / "shards")
+    run(root / "run", root / "shards")
+    return root
+
+
+@pytest.fixture(scope="module")
+def ours(folder):
+    return load_model(folder / "run" / "model").eval()
+
+
+@pytest.fixture(scope="module")
+def wrapped(folder, ours) -> FVLMModel:
+    recipe = Recipe.from_yaml(folder / "run" / "recipe.yaml")
+    config = configuration(ours, recipe)
+    config.eos_token_id = 2
+    model = FVLMModel(config).eval()
+    model.model.load_state_dict(ours.state_dict())
+    return model
+
+
+@pytest.fixture(scope="module")
+def processor(folder) -> FVLMProcessor:
+    tokenizer = AutoTokenizer.from_pretrained(str(folder / "run" / "model"))
+    return FVLMProcessor(tokenizer, frame_px=42, max_frames=4, image_repeats=3)
+
+
+@pytest.fixture(scope="module")
+def batches(folder) -> list[PackedBatch]:
+    recipe = Recipe.from_yaml(folder / "run" / "recipe.yaml")
+    return list(val_batches(ShardSet(folder / "shards"), 9, recipe.data, tokens_per_frame=1, batch_samples=4))
+
+
+def test_batches_are_rebuilt_from_their_tensors(batches):
+    assert any(len(group.shown[0]) > 1 for batch in batches for group in batch.showings)  # images shown often
+    assert any(0 in batch.shown_counts for batch in batches)  # text only
+    for batch in batches:
+        rebuilt = packed_batch(**{name: getattr(batch, name) for name in INPUTS}, labels=batch.labels)
+        for one in fields(PackedBatch):
+            if one.name in ("keys", "sources"):
+                continue
+            found, wanted = getattr(rebuilt, one.name), getattr(batch, one.name)
+            if isinstance(wanted, Tensor):
+                assert torch.equal(found, wanted), one.name
+            elif one.name == "showings":
+                assert [(g.frames.tolist(), g.shown.tolist()) for g in found] == [(g.frames.tolist(), g.shown.tolist()) for g in wanted]
+            else:
+                assert found == wanted, one.name
+
+
+def test_training_loss_is_the_trainers(batches, wrapped, ours, folder):
+    recipe = Recipe.from_yaml(folder / "run" / "recipe.yaml")
+    batch = batches[0]
+    inputs = {name: getattr(batch, name) for name in INPUTS}
+    try:
+        loss = wrapped.train()(**inputs, labels=batch.labels).loss
+    finally:
+        wrapped.eval()
+    torch.testing.assert_close(loss, ours.train()(batch, recipe.loss).objective / batch.n_labels)
+    ours.eval()
+    loss.backward()
+    assert wrapped.model.connector.q_static.grad is not None
+    assert wrapped(**inputs, labels=batch.labels, mode="coarse_fine").loss > 0
+
+
+def test_answers_equal_our_generation(wrapped, ours, processor):
+    rng = np.random.default_rng(0)
+    videos = [rng.integers(0, 256, (frames, 42, 42, 3), dtype=np.uint8) for frames in (3, 2)]
+    questions = ["Which digits?", " Describe the centre of the video. "]
+    inputs = processor(text=questions, videos=videos)
+    for mode in wrapped.modes:
+        tokens = wrapped.generate(**inputs, mode=mode, max_new_tokens=5)
+        expected = generate(ours, packed_batch(**inputs), mode, max_new_tokens=5, stop_ids=[2])
+        assert [row[: len(answer)].tolist() for row, answer in zip(tokens, expected, strict=True)] == expected
+        assert tokens.shape == (2, max(map(len, expected)))
+    wrapped.processor = processor  # as loaded from the folder
+    assert (
+        wrapped.answer(videos[0], questions[0], max_new_tokens=5)
+        == processor.decode(
+            wrapped.generate(**processor(text=questions[0], videos=videos[0]), max_new_tokens=5)[0], skip_special_tokens=True
+        ).strip()
+    )
+    maps = wrapped.gaze(videos[0], questions[0])
+    torch.testing.assert_close(maps, gaze(ours, packed_batch(**processor(text=questions[0], videos=videos[0])), "coarse_fine"))
+
+
+def test_inputs_are_the_loaders(folder, processor):
+    """A question and a clip from the shards become what the loader makes of them, in both orders, with and without an answer."""
+    loader = ShardSet(folder / "shards")
+    row = int(loader.rows("val", "gaze_cell").index[0])
+    turn = loader.record(row)["conversations"][0][0]
+    for question_first in (True, False):
+        sample = loader.read(row, image_repeats=1, question_first=question_first)
+        made = processor(text=turn["question"], videos=sample.frames, answers=turn["answer"], question_first=question_first)
+        wanted = pack([sample], chat_format(processor.tokenizer))
+        for name in (*INPUTS, "labels"):
+            assert torch.equal(made[name], getattr(wanted, name)), name
+        sample.turns[0] = Turn(sample.turns[0].question_ids, [])
+        made = processor(text=turn["question"], videos=sample.frames, question_first=question_first)
+        assert "labels" not in made
+        assert torch.equal(made["input_ids"], pack([sample], chat_format(processor.tokenizer)).input_ids)
+
+
+def test_every_kind_of_video(processor, tmp_path):
+    frames = np.repeat(np.arange(6, dtype=np.uint8)[:, None, None, None] * 40, 48, axis=1).repeat(64, axis=2).repeat(3, axis=3)
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(encode_mp4(frames))
+    with av.open(str(path)) as container:
+        assert container.duration == 6_000_000
+    arrays, pictures, file = (processor.frames(video) for video in (frames, [Image.fromarray(frame) for frame in frames], path))
+    assert arrays.shape == file.shape == (4, 42, 42, 3)  # at most four frames, evenly spaced
+    np.testing.assert_array_equal(arrays, pictures)
+    assert arrays[:, 0, 0, 0].tolist() == [0, 80, 120, 200]
+    assert np.abs(processor.frames(str(path))[0].astype(int) - arrays[0]).max() < 6
+
+
+def test_images_and_text(processor):
+    picture = np.full((42, 42, 3), 7, np.uint8)
+    inputs = processor(text="What is it?", images=picture)
+    assert inputs["frames"].shape == (1, 42, 42, 3)
+    assert inputs["shown_frames"].tolist() == [0, 0, 0]
+    alone = processor(text="What is 2 plus 3?")
+    assert len(alone["shown_frames"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"text": ""}, "give a question"),
+        ({"text": ["a", "b"], "videos": [np.zeros((1, 42, 42, 3), np.uint8)]}, "2 questions, but 1 videos"),
+        ({"text": ["a"], "answers": ["b", "c"]}, "1 questions, but 2 answers"),
+    ],
+)
+def test_unusable_inputs_are_named(processor, arguments, why):
+    with pytest.raises(ValueError, match=why):
+        processor(**arguments)

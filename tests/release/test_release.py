@@ -1,0 +1,175 @@
+"""A whole release, made once: the folder works in a clean process, and card and reports say what was measured."""
+
+import json
+import re
+import runpy
+import subprocess
+import sys
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from fvlm_core.errors import UserError
+from fvlm_core.eval.results import Results
+from fvlm_core.release import verify as verify_module
+from fvlm_core.release.job import CARD_FILE, HUB_FOLDER, REPORT_HTML, REPORT_JSON, REPORT_TEXT, PhaseFolders, ReleaseJob, ReleaseManifest
+from fvlm_core.release.release import release
+from tests.release.build import POOLED, evaluation, full_job, run
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> ReleaseJob:
+    return full_job(tmp_path_factory.mktemp("release"))
+
+
+@pytest.fixture(scope="module")
+def manifest(job) -> ReleaseManifest:
+    return release(job)
+
+
+def test_a_clean_process_computed_the_same_logits(manifest, job):
+    assert set(manifest.verified) == {"coarse_only", "coarse_fine", "autoregressive"}
+    assert all(count > 10_000 for count in manifest.verified.values())
+    assert ReleaseManifest.read(job.output).problems(job.output) == []
+    assert manifest.pushed_to is None
+
+
+def test_the_folder_stands_alone(manifest, job):
+    folder = job.output / HUB_FOLDER
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "modeling_fvlm.py", "README.md", "gaze.png"} <= names
+    for path in folder.glob("*.py"):
+        source = path.read_text()
+        assert not re.search(r"^\s*(from|import)\s+(fvlm_core|pydantic|yaml|simplejpeg|safetensors)", source, re.M), path.name
+        assert not re.search(r"^from \.+\w+\.", source, re.M), f"{path.name}: nested relative import"
+    checked = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F,E9", folder], check=False, capture_output=True
+    )
+    assert checked.returncode == 0, checked.stdout.decode()
+    config = json.loads((folder / "config.json").read_text())
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForImageTextToText"}
+
+
+def test_card_metadata(manifest, job):
+    card = ModelCard.load(job.output / CARD_FILE)
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "video-text-to-text"
+    assert card.data.license == "apache-2.0"
+    assert card.data.base_model is None
+    results = Results.read(job.evaluation)
+    found = {(one.dataset_config, one.metric_type): one.metric_value for one in card.data.eval_results}
+    assert found["coarse_fine", "loss"] == results.modes["coarse_fine"].loss.value
+    assert found["autoregressive", "accuracy"] == 0.654
+    assert len(found) == 12
+    assert "Said by the job." in card.text
+    assert 'AutoModel.from_pretrained("path/to/fVLM-tiny", trust_remote_code=True)' in card.text
+
+
+def test_html_is_one_file(manifest, job):
+    html = (job.output / REPORT_HTML).read_text()
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", html)
+    assert not re.search(r"@import|url\(\s*['\"]?http", html)
+    sources = re.findall(r'<img[^>]*src="([^"]{0,30})', html)
+    assert len(sources) == 8  # curves, ablations, five of scaling, a heat map
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "A &lt;b&gt;red&lt;/b&gt; 3." in html  # what a model says is text, not markup
+
+
+@pytest.mark.parametrize("form", [REPORT_HTML, REPORT_TEXT])
+def test_reports_hold_the_numbers(manifest, job, form):
+    text = (job.output / form).read_text()
+    results = Results.read(job.evaluation)
+    for mode in results.modes.values():
+        assert f"{mode.loss.value:.3f} [{mode.loss.low:.3f}, {mode.loss.high:.3f}]" in text
+    for value in ("3.210", "0.543", "0.654", "0.912", "0.233", "0.222", "0.876", "12.5", "+0.1357", results.checkpoint):
+        assert value in text, value
+    assert "Looking helps" in text
+    assert "Missing: no speed work was done." in text
+    assert "Not measured: meteor (no java)" in text
+    assert "3 model sizes, at least 4 are needed" in text
+    assert "optimizer.lr_vision = 0.0" in text
+    assert "Said by the job." in text
+    assert "./speedrun.sh" in text
+
+
+def test_markdown_links_pictures_that_exist(manifest, job):
+    text = (job.output / REPORT_TEXT).read_text()
+    linked = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
+    assert len(linked) == 8
+    assert all((job.output / path).is_file() for path in linked)
+
+
+def test_times_and_costs_add_up(manifest, job):
+    report = json.loads((job.output / REPORT_JSON).read_text())
+    section = next(section for section in report["sections"] if section["title"] == "Time and cost")
+    rows = {row[0]: row[1:] for row in section["blocks"][0]["rows"]}
+    assert rows["stage1"][0] == "1 min 15 s"
+    assert rows["ablations"][1] == "2 runs"
+    assert rows["scaling grid"][1] == "24 runs"
+    assert rows["precompute"][0] == "30.0 s"
+    usd = {name: float(row[2]) for name, row in rows.items()}
+    assert usd["all"] == pytest.approx(sum(value for name, value in usd.items() if name != "all"), abs=0.03)
+    assert "speed" in section["blocks"][1]["text"]
+
+
+def test_the_same_inputs_give_the_same_digest(manifest, job, monkeypatch):
+    """Only the packaged model is the identity; nothing in it depends on when or where it was made."""
+    monkeypatch.setattr("fvlm_core.release.release.verify", lambda *_: dict(manifest.verified))
+    again = release(job.model_copy(update={"output": job.output.with_name("again")}))
+    assert {entry.path: entry.sha256 for entry in again.files if entry.identity} == {
+        entry.path: entry.sha256 for entry in manifest.files if entry.identity
+    }
+    assert again.digest == manifest.digest
+
+
+def test_other_logits_release_nothing(job, monkeypatch):
+    """The clean process is the judge: with other expected logits it refuses, and no model folder is left."""
+    honest = verify_module.logits
+    monkeypatch.setattr(verify_module, "logits", lambda *arguments: honest(*arguments) + 1e-6)
+    broken = job.model_copy(update={"output": job.output.with_name("broken"), "verify_samples": 1})
+    with pytest.raises(UserError, match=r"not ours in a clean process: .*logits differ"):
+        release(broken)
+    assert not (broken.output / HUB_FOLDER).exists()
+    assert not (broken.output / "manifest.json").exists()
+
+
+def test_a_pooled_baseline_with_nothing_else(job, tmp_path):
+    """Only what is required: the rest is named as missing, the one mode there is works."""
+    folder = run(tmp_path / "pooled", job.shards, **POOLED)
+    small = ReleaseJob(
+        output=tmp_path / "out",
+        name="pooled",
+        run=folder,
+        evaluation=evaluation(tmp_path / "evaluation", folder, modes=("coarse_only",)),
+        shards=job.shards,
+        verify_samples=2,
+    )
+    manifest = release(small)
+    assert set(manifest.verified) == {"coarse_only"}
+    assert manifest.missing == list(PhaseFolders.model_fields)
+    text = (small.output / REPORT_TEXT).read_text()
+    assert "does not look anywhere" in text
+    for what in ("no ablations were run", "no scaling grid was run", "Missing: stage1, stage2, stage3"):
+        assert what in text
+
+
+def test_an_evaluation_of_another_checkpoint_is_refused(job, tmp_path):
+    other = run(tmp_path / "other", job.shards, **{"model.temperature": 0.5, "run.seed": 1})
+    (other / "model" / "model.safetensors").write_bytes(b"other")
+    manifest = json.loads((other / "manifest.json").read_text())
+    for entry in manifest["files"]:
+        entry["sha256"] = "0" * 64 if entry["path"].endswith("safetensors") else entry["sha256"]
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="another checkpoint"):
+        release(job.model_copy(update={"run": other}))
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    """A bad setting is a few lines on stderr and status 2."""
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump({"output": "o", "name": "bad name"}))
+    monkeypatch.setattr(sys, "argv", ["release", str(tmp_path / "job.yaml")])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("fvlm_core.release", run_name="__main__")
+    assert stopped.value.code == 2
+    assert "name: String should match pattern" in capsys.readouterr().err
