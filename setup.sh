@@ -13,7 +13,7 @@ fi
 
 # The environment is whole when its stamp equals the lock it was made from; the stamp is written last.
 stamp=.venv/.fvlm-lock
-wanted=$(cat requirements.lock pyproject.toml | sha256sum)
+wanted=$(cat requirements.lock requirements-data.lock pyproject.toml | sha256sum)
 if [ "$(cat $stamp 2>/dev/null)" != "$wanted" ]; then
     echo "setting up .venv (a few minutes the first time)"
     [ -x .venv/bin/python ] || "$python" -m venv .venv || {
@@ -22,7 +22,7 @@ if [ "$(cat $stamp 2>/dev/null)" != "$wanted" ]; then
         exit 2
     }
     .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
-    .venv/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
+    .venv/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements-data.lock -e .
     echo "$wanted" >$stamp
 fi
 ./infra/video2dataset_env.sh

@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 ./setup.sh
+.venv/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements-test-data.lock
 ./infra/chromium.sh # the browser test drives a real one
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE=
 

