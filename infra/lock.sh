@@ -9,5 +9,5 @@ python3 -m venv "$folder/venv"
 {
     echo "# Exact versions of everything: made by ./infra/lock.sh from pyproject.toml; install with ./setup.sh"
     # a CPU build of torch calls itself 2.13.0+cpu; which build pip takes is the machine's business
-    "$folder/venv/bin/pip" freeze --exclude fvlm | sed -E 's/\+(cpu|cu[0-9]+)$//'
+    "$folder/venv/bin/pip" freeze --all --exclude fvlm --exclude pip | sed -E 's/\+(cpu|cu[0-9]+)$//'
 } >requirements.lock
