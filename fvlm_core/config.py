@@ -147,6 +147,16 @@ class LossSettings(Settings):
     """One weight per fine iteration; the last must be above 0."""
 
 
+class BestSettings(Settings):
+    """Which checkpoint is the best: the one of the lowest score, made of validation losses."""
+
+    passes: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """Weight of each pass's loss by its name (`coarse`, `fine1`, ...), normalised to add up to 1; empty: the last pass alone."""
+    drift: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the gap between the last pass and the one before it. Their queries come from hidden states of different kinds, as
+    those of training and of autoregressive inference do; a model for which that matters drifts over a long video."""
+
+
 class OptimizerSettings(Settings):
     """AdamW with a learning rate per role, and their schedule."""
 
@@ -217,6 +227,7 @@ class Recipe(Settings):
     model: ModelSettings
     data: DataSettings
     loss: LossSettings = LossSettings()
+    best: BestSettings = BestSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     run: RunSettings
 
@@ -228,9 +239,22 @@ class Recipe(Settings):
             )
         if sum([self.loss.coarse, *self.loss.fine][-1:]) <= 0:
             raise ValueError("the last pass must have a loss weight above 0")
+        evaluated = self.passes
+        if unknown := sorted(self.best.passes.keys() - set(evaluated)):
+            raise ValueError(f"best.passes names {', '.join(unknown)}; passes with a loss weight: {', '.join(evaluated)}")
+        if self.best.passes and not any(self.best.passes.values()):
+            raise ValueError("best.passes needs a weight above 0")
+        if self.best.drift and len(evaluated) < 2:
+            raise ValueError("best.drift needs two passes with a loss weight")
         if self.run.batch_samples % self.run.micro_batch_samples:
             raise ValueError("run.batch_samples must be a multiple of run.micro_batch_samples")
         return self
+
+    @property
+    def passes(self) -> list[str]:
+        """The passes with a loss weight, in order: `coarse`, `fine1`, ..."""
+        weights = {"coarse": self.loss.coarse} | {f"fine{number}": weight for number, weight in enumerate(self.loss.fine, 1)}
+        return [name for name, weight in weights.items() if weight]
 
     def identity(self, inputs: dict[str, str]) -> str:
         """Hash of the settings without paths, plus the digests of the inputs the paths point at."""

@@ -40,7 +40,7 @@ class CheckpointManifest(Manifest):
     ranks: int
     """Ranks that wrote it; any number may read it."""
     score: float | None
-    """Validation loss of the last pass at this step, or None where it was not evaluated."""
+    """What the recipe's `best` makes of the validation losses at this step, or None where it was not evaluated."""
     state: dict[str, Any]
     """The run's small state (`fvlm_core.train.loop.RunState`)."""
 

@@ -33,7 +33,7 @@ from fvlm_core.train.result import write_result
 from fvlm_core.train.schedules import learning_rates
 from fvlm_core.train.start import compile_parts, initial_model, prepare
 from fvlm_core.train.state import Clock, RunState, StepResult, Window
-from fvlm_core.train.validation import validation_losses
+from fvlm_core.train.validation import score, validation_losses
 
 STOPPED = 75
 """Exit status after a SIGTERM: the run is whole up to its last step and goes on when started again (EX_TEMPFAIL)."""
@@ -54,8 +54,7 @@ class Trainer:
         self.cost = Cost(self.model, recipe.loss)
         self.steps = self.cost.steps_for(self.shards, recipe.data, recipe.run)
         self.run_settings = recipe.run.with_changes({"steps": self.steps, "budget_flops": None})
-        weights = [recipe.loss.coarse, *recipe.loss.fine]
-        self.passes = [name for name, weight in zip(self.model.pass_names, weights, strict=True) if weight]
+        self.passes = recipe.passes
         self.checkpoints = Checkpoints(recipe.output / CHECKPOINTS_FOLDER, world, identity)
         self.metrics = MetricsFile(recipe.output / METRICS_FILE, columns(self.passes))
         self.tracker = Tracker(recipe, identity, has_key=has_wandb_key)
@@ -229,10 +228,10 @@ class Trainer:
     def _save(self) -> None:
         """A checkpoint of the present step."""
         state = self.state
-        score = state.val_losses[self.passes[-1]] if state.evaluated == state.step > 0 else None
-        if score is not None and score < state.best_loss:
-            state.best_step, state.best_loss = state.step, score
-        self.checkpoints.save(state.step, self._tensors(), score=score, state=state.model_dump(mode="json"))
+        reached = score(state.val_losses, self.recipe.best) if state.evaluated == state.step > 0 else None
+        if reached is not None and reached < state.best_loss:
+            state.best_step, state.best_loss = state.step, reached
+        self.checkpoints.save(state.step, self._tensors(), score=reached, state=state.model_dump(mode="json"))
 
     def go_to(self, found: CheckpointManifest | None, state: RunState) -> None:
         """Go on from `state`, with the tensors of a checkpoint where one was found; later checkpoints and rows are dropped."""

@@ -38,8 +38,9 @@ class RunManifest(Manifest):
     losses: dict[str, float]
     """Validation loss of each pass that has a weight."""
     best_step: int
-    """Step of the kept checkpoint with the lowest validation loss of the last pass."""
+    """Step of the kept checkpoint with the lowest score (the recipe's `best`)."""
     best_loss: float
+    """Its score; by default its validation loss of the last pass."""
     samples_seen: int
     frames_seen: int
     """Shown frames."""

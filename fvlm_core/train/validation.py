@@ -2,11 +2,19 @@
 
 import torch
 
-from fvlm_core.config import Recipe
+from fvlm_core.config import BestSettings, Recipe
 from fvlm_core.data.loader import ShardSet, val_batches
 from fvlm_core.errors import UserError
 from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.train.distributed import World
+
+
+def score(losses: dict[str, float], best: BestSettings) -> float:
+    """What the best checkpoint has the lowest of; `losses` by pass, in their order."""
+    weights = best.passes or {list(losses)[-1]: 1.0}
+    mean = sum(losses[name] * weight for name, weight in weights.items()) / sum(weights.values())
+    *_, before, last = (0.0, *losses.values())
+    return mean + best.drift * abs(last - before) if best.drift else mean
 
 
 @torch.no_grad()
