@@ -92,6 +92,23 @@ def test_training_loss_is_the_trainers(batches, wrapped, ours, folder):
     assert wrapped(**inputs, labels=batch.labels, mode="coarse_fine").loss > 0
 
 
+def test_saved_and_loaded_again(wrapped, batches, tmp_path):
+    """Same logits, and weights aligned wherever they lay in the file."""
+    wrapped.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    content = weights.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    padding = (24 - 8 - size) % 64 or 64  # tensors now start 24 bytes past a cache line
+    weights.write_bytes((size + padding).to_bytes(8, "little") + content[8 : 8 + size] + b" " * padding + content[8 + size :])
+    again = FVLMModel.from_pretrained(tmp_path)
+    assert all(parameter.data_ptr() % 64 == 0 for parameter in again.parameters())
+    assert again.model.llm.lm_head.weight is again.model.llm.model.embed_tokens.weight
+    inputs = {name: getattr(batches[0], name) for name in INPUTS}
+    with torch.no_grad():
+        for mode in wrapped.modes:
+            assert torch.equal(again(**inputs, mode=mode).logits, wrapped(**inputs, mode=mode).logits)
+
+
 def test_answers_equal_our_generation(wrapped, ours, processor):
     rng = np.random.default_rng(0)
     videos = [rng.integers(0, 256, (frames, 42, 42, 3), dtype=np.uint8) for frames in (3, 2)]

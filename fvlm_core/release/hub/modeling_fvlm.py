@@ -29,6 +29,8 @@ from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.model.inference import gaze, generate, read_batch
 from fvlm_core.release.hub.configuration_fvlm import FVLMConfig
 
+CACHE_LINE_BYTES = 64
+
 
 @dataclass
 class FVLMOutput(ModelOutput):
@@ -57,6 +59,20 @@ class FVLMModel(PreTrainedModel):
         settings: Any = config.model_settings
         self.model = FoveatedVLM(settings, Encoder(config.vision_config), llm)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`; weights that lie in the file's own memory are copied to where kernels like them.
+
+        A file's tensors may start at any address, and CPU kernels add up in another order where that is not a multiple of a
+        cache line: the last bits of the logits would depend on the length of the file's header.
+        """
+        loaded = super().from_pretrained(*arguments, **options)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.data_ptr() % CACHE_LINE_BYTES:
+                tensor.data = tensor.data.clone()
+        return loaded
 
     @property
     def modes(self) -> tuple[str, ...]:
