@@ -19,8 +19,9 @@ def ablations(config: PipelineConfig, volume: str) -> None:
     """
     with PhaseRun("ablations", config, volume, steps=len(config.ablations) + 2) as run:
         inputs = jobs.training_inputs(run.upstream["precompute"])
-        baseline = jobs.training(base_recipe(config, "ablation-baseline", "ablations", run.chosen()), config, inputs)
-        steps = {one.name: jobs.training(ablation_recipe(config, one, run.chosen()), config, inputs) for one in config.ablations}
+        ranks = config.machine.shared_ranks
+        baseline = jobs.training(base_recipe(config, "ablation-baseline", "ablations", run.chosen()), inputs, ranks=ranks)
+        steps = {one.name: jobs.training(ablation_recipe(config, one, run.chosen()), inputs, ranks=ranks) for one in config.ablations}
         made = run.make_all([baseline, *steps.values()])
         runs = {name: made[step.name] for name, step in steps.items()}
         compared = run.make(jobs.ablation_report(config.ablations, made[baseline.name], runs))

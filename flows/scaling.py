@@ -23,7 +23,7 @@ def scaling(config: PipelineConfig, volume: str) -> None:
     with PhaseRun("scaling", config, volume, steps=len(cells) + 1) as run:
         inputs = jobs.training_inputs(run.upstream["precompute"])
         recipes = [grid_recipe(config, size, budget, variant=variant, changes=run.chosen()) for size, budget, variant in cells]
-        made = run.make_all([jobs.training(recipe, config, inputs) for recipe in recipes])
+        made = run.make_all([jobs.training(recipe, inputs, ranks=config.machine.shared_ranks) for recipe in recipes])
         runs = {recipe.name: (*cell, made[recipe.name]) for recipe, cell in zip(recipes, cells, strict=True)}
         fitted = run.make(jobs.scaling_report(config, runs))
         report = ScalingReport.read(run.volume / fitted.folder)

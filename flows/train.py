@@ -25,7 +25,7 @@ def train(config: PipelineConfig, volume: str) -> None:
         rows = []
         for name in stages:
             recipe = stage_recipe(config, name, changes=run.chosen(), start=before is not None)
-            before = run.make(jobs.training(recipe, config, inputs, before))
+            before = run.make(jobs.training(recipe, inputs, ranks=config.machine.ranks, start=before))
             result = RunManifest.read(run.volume / before.folder)
             rows.append({"stage": name, "steps": result.steps, "samples": result.samples_seen, "loss": result.final_loss, **result.losses})
         run.finish(rows, text="Validation losses of each stage's last model, by pass.")

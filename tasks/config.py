@@ -98,16 +98,21 @@ class Evaluation(settings_of(EvalJob, without={"output", "run", "shards"})):
 class Machine(Settings):
     """How the machine is used; results do not depend on it."""
 
-    parallel_jobs: Positive = 1
-    """Ablation and grid runs at once."""
     ranks: Positive = 1
-    """Processes of one training job (GPUs of the machine)."""
+    """Processes of a stage's training (GPUs, or cores, of the machine)."""
+    parallel_jobs: Positive = 1
+    """Ablation and grid runs at once; they share the ranks. More than 1 is for machines without a GPU."""
     verify: Verify = "sha256"
     """How finished steps are checked before they are trusted: by content, or by file sizes only."""
     min_free_gb: Annotated[float, Field(ge=0)] = 2.0
     """Free space on the volume below which no job starts."""
     video2dataset_python: Path = REPOSITORY / ".venv-video2dataset" / "bin" / "python"
     """Interpreter of video2dataset's environment, made by `infra/video2dataset_env.sh`."""
+
+    @property
+    def shared_ranks(self) -> int:
+        """Processes of each of the runs that go on at once."""
+        return max(1, self.ranks // self.parallel_jobs)
 
 
 class Clips(settings_of(ClipJob, without={"output", "natural"})):

@@ -98,14 +98,14 @@ def speed_report(config: PipelineConfig, recipe: Recipe, inputs: Mapping[str, Ma
     )
 
 
-def training(recipe: Recipe, config: PipelineConfig, inputs: Mapping[str, Made], start: Made | None = None) -> Step:
+def training(recipe: Recipe, inputs: Mapping[str, Made], *, ranks: int, start: Made | None = None) -> Step:
     """The torchrun job of a recipe; `inputs` as of `training_inputs`, `start` the run whose model it begins with."""
     return Step(
         name=recipe.name,
         module="fvlm_core.train",
         settings=settings(recipe),
         inputs=dict(inputs) | ({"start": start} if start else {}),
-        ranks=config.machine.ranks,
+        ranks=ranks,
         threads=recipe.run.threads,
     )
 

@@ -1,0 +1,163 @@
+"""Profiles: what is shipped loads, and what is wrong is told by key, file and what is allowed."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deployments.checks import PROFILES, load_profile
+from deployments.speedrun import with_videos
+from fvlm_core.errors import UserError
+from tasks.changes import fitted, laid_over
+from tasks.config import PipelineConfig
+from tasks.phases import PHASES, phase_key
+from tasks.recipes import ablation_recipe, base_recipe, grid_recipe, stage_recipe
+
+CI: dict[str, Any] = yaml.safe_load((PROFILES / "ci.yaml").read_text())
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    values = deepcopy(CI)
+    *parents, last = path.split(".")
+    node: Any = values
+    for key in parents:
+        node = node[int(key)] if isinstance(node, list) else node[key]
+    node[int(last) if isinstance(node, list) else last] = value
+    return values
+
+
+def config(values: dict[str, Any] = CI) -> PipelineConfig:
+    return PipelineConfig.from_values(values, where="ci.yaml")
+
+
+def keys(values: dict[str, Any]) -> dict[str, str]:
+    return {phase: phase_key(phase, config(values)) for phase in PHASES}
+
+
+@pytest.mark.parametrize("profile", ["ci", "laptop", "runpod"])
+def test_shipped_profiles_load_and_all_their_recipes_are_valid(profile: str) -> None:
+    loaded = load_profile(profile)
+    assert loaded.name == profile
+    base_recipe(loaded, "base", "speed", {})
+    for ablation in loaded.ablations:
+        ablation_recipe(loaded, ablation, {})
+    for size in loaded.scaling.sizes:
+        for budget in loaded.scaling.budgets_flops:
+            pooled = grid_recipe(loaded, size, budget, variant="baseline", changes={})
+            assert (pooled.model.query, pooled.model.fine_iterations, pooled.run.steps) == ("pooled", 0, None)
+            assert grid_recipe(loaded, size, budget, variant="foveated", changes={}).model.query != "pooled"
+    for stage in ("stage1", "stage2", "stage3"):
+        stage_recipe(loaded, stage, changes={}, start=stage != "stage1")
+
+
+def test_laptop_and_runpod_have_the_grid_and_the_ablations_that_are_promised() -> None:
+    for profile in ("laptop", "runpod"):
+        loaded = load_profile(profile)
+        assert len(loaded.scaling.sizes) * len(loaded.scaling.budgets_flops) * 2 == 24
+        assert len(loaded.ablations) >= 6
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        ("stages.stage2.run.step", 3, ["stages.stage2.run.step", "allowed here", "steps"]),
+        ("base.optimizer.schedule", "sinus", ["base.optimizer.schedule", "'cosine'", "'constant'"]),
+        ("base.run.steps", "many", ["base.run.steps", "integer", "'many'"]),
+        ("scaling.sizes", [], ["scaling.sizes", "at least 1"]),
+        ("stages.stage1.data.mixture.0.share", 0.5, ["stages.stage1.data", "add up to 1"]),
+        ("ablations.0.path", "optimizer.lr_conector", ["'optimizer.lr_conector'", "optimizer.lr_connector"]),
+        ("ablations.0", {"name": "same", "path": "optimizer.warmup_steps", "value": 4}, ["same", "already"]),
+        ("ablations.0", {"name": "bad", "path": "model.query", "value": "sideways"}, ["model.query", "'deep'"]),
+        ("ablations.1.name", CI["ablations"][0]["name"], ["ablations", CI["ablations"][0]["name"], "twice"]),
+        ("name", "Mein Profil", ["name", "pattern"]),
+        ("evaluation.mcq_sample", 5, ["evaluation.mcq_sample", "mcq_samples"]),
+    ],
+)
+def test_what_is_wrong_is_told_by_key_file_and_what_is_allowed(tmp_path: Path, path: str, value: Any, told: list[str]) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(changed(path, value)))
+    with pytest.raises(UserError) as caught:
+        load_profile(str(file))
+    text = str(caught.value)
+    for part in [*told, str(file)]:
+        assert part in text
+
+
+def test_an_unknown_profile_is_told_with_those_there_are() -> None:
+    with pytest.raises(UserError, match="use one of ci, laptop, runpod"):
+        load_profile("desktop")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "rerun"),
+    [
+        ("stages.stage2.run.steps", 41, {"train", "evaluate", "release"}),
+        ("evaluation.mcq_samples", 25, {"evaluate", "release"}),
+        ("release.name", "fVLM-other", {"release"}),
+        ("ablations.0.value", 0.5, {"ablations", "scaling", "train", "evaluate", "release"}),
+        ("precompute.shards.seed", 1, set(PHASES)),
+        ("model.temperature", 0.5, set(PHASES) - {"precompute"}),
+        ("machine.parallel_jobs", 1, set()),
+        ("name", "other", set()),
+    ],
+)
+def test_a_change_reaches_its_phase_and_those_after_it_and_no_other(path: str, value: Any, rerun: set[str]) -> None:
+    before, after = keys(CI), keys(changed(path, value))
+    assert {phase for phase in PHASES if before[phase] != after[phase]} == rerun
+
+
+def test_every_ablation_differs_from_the_base_in_its_one_setting_and_what_follows_from_it() -> None:
+    loaded = load_profile("laptop")
+    follows = {"model.fine_iterations": {"loss.fine"}, "model.query": {"model.fine_iterations", "loss.fine"}}
+    base = flat(base_recipe(loaded, "x", "ablations", {}).model_dump(mode="json"))
+    for ablation in loaded.ablations:
+        recipe = flat(ablation_recipe(loaded, ablation, {}).model_dump(mode="json") | {"name": "x"})
+        differing = {path for path in base if base[path] != recipe[path]}
+        assert ablation.path in differing
+        assert differing - {ablation.path} <= follows.get(ablation.path, set()), ablation.name
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for name, value in values.items():
+        leaves |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return leaves
+
+
+def test_what_earlier_phases_decided_reaches_the_stages_but_not_their_data() -> None:
+    size = config().scaling.sizes[0]
+    decided = {
+        "run.micro_batch_samples": 8,
+        "model.temperature": 0.5,
+        "data.mixture": [{"source": "text", "share": 1.0}],
+        "model.llm": size.llm.model_dump(mode="json"),
+    }
+    recipe = stage_recipe(config(), "stage2", changes=decided, start=True)
+    assert (recipe.run.micro_batch_samples, recipe.model.temperature, recipe.model.llm) == (8, 0.5, size.llm)
+    assert recipe.data == config().stages.stage2.data
+    assert str(recipe.init_from) == "input:start"
+
+
+def test_settings_that_follow_from_others_are_fitted() -> None:
+    values = {
+        "model": {"query": "deep", "fine_iterations": 2},
+        "loss": {"coarse": 0.0, "fine": [1.0, 2.0]},
+        "run": {"batch_samples": 12, "micro_batch_samples": 12},
+    }
+    assert fitted(laid_over(values, {"model.fine_iterations": 3}))["loss"]["fine"] == [1.0, 2.0, 2.0]
+    pooled = fitted(laid_over(values, {"model.query": "pooled"}))
+    assert (pooled["model"]["fine_iterations"], pooled["loss"]) == (0, {"coarse": 1.0, "fine": []})
+    assert fitted(laid_over(values, {"run.micro_batch_samples": 5}))["run"]["micro_batch_samples"] == 4
+    with pytest.raises(KeyError, match=r"model\.depth"):
+        laid_over(values, {"model.depth": 1})
+
+
+def test_own_videos_take_the_place_of_the_captioned_default_clips(tmp_path: Path) -> None:
+    mine = with_videos(config(), tmp_path / "clips.csv")
+    shares = {one.source: one.share for one in mine.stages.stage1.data.mixture}
+    before = {one.source: one.share for one in config().stages.stage1.data.mixture}
+    assert shares["videos"] == pytest.approx(sum(before.get(name, 0) for name in ("gaze_caption", "natural")))
+    assert not {"natural", "gaze_caption"} & set(shares)
+    assert keys(CI)["precompute"] != phase_key("precompute", mine)
