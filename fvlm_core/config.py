@@ -177,6 +177,10 @@ class OptimizerSettings(Settings):
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
 
 
+CompiledPart = Literal["encoder", "queries", "llm"]
+COMPILED_PARTS: tuple[CompiledPart, ...] = ("encoder", "queries", "llm")
+
+
 class RunSettings(Settings):
     """How the run goes: length, batch, evaluation, checkpoints, machine."""
 
@@ -199,10 +203,19 @@ class RunSettings(Settings):
     """torch CPU threads per rank; 0 leaves torch's default."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast over fp32 master weights."""
-    compile: bool = False
+    compile: bool | list[CompiledPart] = False
+    """`torch.compile`: nothing, everything (true), or some parts; encoder: its layers; queries: their way through those layers;
+    llm: MLPs and norms."""
     gradient_checkpointing: bool = False
     wandb: Literal["auto", "offline", "disabled"] = "auto"
     """auto: online where WANDB_API_KEY is set, else offline."""
+
+    @property
+    def compiled_parts(self) -> tuple[CompiledPart, ...]:
+        """What `compile` comes to."""
+        if isinstance(self.compile, bool):
+            return COMPILED_PARTS if self.compile else ()
+        return tuple(self.compile)
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

@@ -49,8 +49,7 @@ class Trainer:
         self.model = initial_model(recipe, self.shards).to(world.device)
         if recipe.run.gradient_checkpointing:
             self.model.set_gradient_checkpointing(True)
-        if recipe.run.compile:
-            compile_parts(self.model)
+        compile_parts(self.model, recipe.run.compiled_parts)
         self.cost = Cost(self.model, recipe.loss)
         self.steps = self.cost.steps_for(self.shards, recipe.data, recipe.run)
         self.run_settings = recipe.run.with_changes({"steps": self.steps, "budget_flops": None})

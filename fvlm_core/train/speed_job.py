@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from fvlm_core.config import Positive, Recipe
+from fvlm_core.config import CompiledPart, Positive, Recipe
 from fvlm_core.manifest import Manifest
 from fvlm_core.settings import Settings
 
@@ -39,8 +39,8 @@ class Sweep(Settings):
     """Default: 1, and on a CPU all cores."""
     precision: list[Literal["fp32", "bf16"]] | None = None
     """Default: bf16 on a GPU, fp32 on a CPU."""
-    compile: list[bool] | None = None
-    """Default: both on a GPU, off on a CPU, where compiling takes longer than it saves."""
+    compile: list[bool | list[CompiledPart]] | None = None
+    """Parts to compile, or all (true). Default: all and none on a GPU, off on a CPU, where compiling takes longer than it saves."""
     workers: list[Annotated[int, Field(ge=0)]] | None = None
     """Default: 0 (a thread reads ahead), and on a GPU 4."""
     gradient_checkpointing: list[bool] | None = None

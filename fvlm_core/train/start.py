@@ -1,12 +1,13 @@
 """Where a run starts: the machine's settings, and the model it begins with."""
 
 import random
+from collections.abc import Collection
 
 import numpy as np
 import torch
 from torch.utils import deterministic
 
-from fvlm_core.config import Recipe, RunSettings
+from fvlm_core.config import CompiledPart, Recipe, RunSettings
 from fvlm_core.data.loader import ShardSet
 from fvlm_core.errors import UserError
 from fvlm_core.model.foveated import FoveatedVLM, build_model, load_model
@@ -61,15 +62,17 @@ def initial_model(recipe: Recipe, shards: ShardSet) -> FoveatedVLM:
     return model
 
 
-def compile_parts(model: FoveatedVLM) -> None:
+def compile_parts(model: FoveatedVLM, parts: Collection[CompiledPart]) -> None:
     """`torch.compile` what is made of dense tensors: the encoder's layers, the queries' way through them, the LLM's MLPs and norms.
 
     Shapes are dynamic, because every batch has another number of frames and tokens.
     """
     for layer in model.encoder.layers:
-        layer.compile(dynamic=True)
-        object.__setattr__(layer, "query", torch.compile(layer.query, dynamic=True))
-    for layer in model.llm.model.layers:
+        if "encoder" in parts:
+            layer.compile(dynamic=True)
+        if "queries" in parts:
+            object.__setattr__(layer, "query", torch.compile(layer.query, dynamic=True))
+    for layer in model.llm.model.layers if "llm" in parts else ():
         for part in ("mlp", "input_layernorm", "post_attention_layernorm"):
             layer.get_submodule(part).compile(dynamic=True)
 

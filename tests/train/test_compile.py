@@ -1,0 +1,40 @@
+"""Compiling any part leaves the numbers as they are."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fvlm_core.config import COMPILED_PARTS, RunSettings
+from fvlm_core.train.distributed import World
+from fvlm_core.train.loop import Trainer
+from tests.train.conftest import tiny_recipe
+
+
+def test_setting() -> None:
+    assert RunSettings(steps=1).compiled_parts == ()
+    assert RunSettings(steps=1, compile=True).compiled_parts == COMPILED_PARTS
+    assert RunSettings(steps=1, compile=["llm"]).compiled_parts == ("llm",)
+
+
+@pytest.mark.parametrize("parts", [["encoder"], ["queries"], ["llm"], True], ids=str)
+def test_same_numbers(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, parts: Any) -> None:
+    """With a backend that only traces: what is wrong with the graphs shows, and no compiler is needed."""
+    compiled: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> Any:
+        compiled.append(str(graph.graph))
+        return graph.forward
+
+    plain_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: plain_compile(model, backend=backend, **options))
+    losses = []
+    for chosen in (False, parts):
+        torch.compiler.reset()
+        recipe = tiny_recipe(tmp_path / str(chosen), shards, run__compile=chosen)
+        trainer = Trainer(recipe, World(0, 1, torch.device("cpu")), "test", {}, has_wandb_key=False)
+        trainer.go_to(None, trainer.state)
+        losses.append([trainer.step()[0] for _ in range(3)])
+        assert bool(compiled) == bool(chosen)
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
