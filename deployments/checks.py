@@ -14,7 +14,7 @@ from fvlm_core.errors import UserError
 from infra.stack import REPOSITORY, port_is_free
 from tasks.config import PipelineConfig
 from tasks.jobs import natural_clips
-from tasks.videos import local_path, read_urls
+from tasks.outside import local_path, read_urls
 
 PROFILES = REPOSITORY / "deployments" / "profiles"
 GB = 10**9

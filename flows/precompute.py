@@ -17,10 +17,12 @@ def precompute(config: PipelineConfig, volume: str) -> None:
         config: What every phase does.
         volume: Folder that holds all results (an absolute path).
     """
-    own, vision = config.precompute.videos is not None, config.precompute.vision is not None
-    with PhaseRun("precompute", config, volume, steps=3 + own + vision) as run:
+    settings = config.precompute
+    own, rendered, vision = settings.videos is not None, settings.renders_clips, settings.vision is not None
+    with PhaseRun("precompute", config, volume, steps=1 + own + 2 * rendered + vision) as run:
         made = [run.make(jobs.download(config, None))] if own else []
-        made.append(run.make(jobs.download(config, run.make(jobs.clips(config)))))
+        if rendered:
+            made.append(run.make(jobs.download(config, run.make(jobs.clips(config)))))
         if vision:
             run.make(jobs.vision(config))
         done = run.make(jobs.shards(config, made))

@@ -153,6 +153,17 @@ class Precompute(Settings):
     vision: Vision | None = None
     """Train a vision encoder of `model.vision.shape` on rendered digits, as a stand-in for DINOv2 where no hub is reached."""
 
+    @property
+    def renders_clips(self) -> bool:
+        """Whether there are clips beside the user's own videos."""
+        return self.natural or bool(self.clips.model_dump()["sources"])
+
+    @model_validator(mode="after")
+    def _some_videos(self) -> Self:
+        if self.videos is None and not self.renders_clips:
+            raise ValueError("give clips.sources, natural or videos: there is nothing to train on")
+        return self
+
 
 class PipelineConfig(Settings):
     """Everything the pipeline does."""

@@ -11,10 +11,10 @@ from fvlm_core.errors import UserError
 from fvlm_core.manifest import sha256_file
 from fvlm_core.scaling.reports import Variant
 from tasks.config import Ablation, PipelineConfig, Size
+from tasks.outside import TEXT, VIDEOS, external_inputs
 from tasks.phases import PhaseManifest
 from tasks.recipes import settings
 from tasks.steps import INPUT, Made, Step
-from tasks.videos import table_digest
 
 CLIPS_TABLE = "clips.parquet"
 """In the folder of the rendered clips."""
@@ -49,25 +49,27 @@ def natural_clips() -> list[Path]:
 def download(config: PipelineConfig, made_clips: Made | None) -> Step:
     """Fetches the rendered clips, or the user's own videos where `made_clips` is None."""
     videos = config.precompute.videos
-    table = f"{INPUT}clips/{CLIPS_TABLE}" if made_clips else f"{INPUT}videos"
+    table = f"{INPUT}clips/{CLIPS_TABLE}" if made_clips else f"{INPUT}{VIDEOS}"
     return Step(
         name="download-clips" if made_clips else "download-videos",
         module="fvlm_core.data.download",
         settings=config.precompute.download.model_dump(mode="json")
         | {"table": table, "frame_px": config.model.vision.frame_px, "video2dataset_python": f"{INPUT}video2dataset"},
         inputs={"clips": made_clips} if made_clips else {},
-        external={"videos": table_digest(videos)} if videos and not made_clips else {},
-        places={"video2dataset": str(config.machine.video2dataset_python)} | ({"videos": str(videos)} if videos else {}),
+        external={} if made_clips else {VIDEOS: external_inputs(config)[VIDEOS]},
+        places={"video2dataset": str(config.machine.video2dataset_python)} | ({VIDEOS: str(videos)} if videos else {}),
     )
 
 
 def shards(config: PipelineConfig, downloads: Sequence[Made]) -> Step:
     """Makes the shards that training reads."""
+    outside = external_inputs(config)
     return Step(
         name=SHARDS,
         module="fvlm_core.data.shards",
         settings=config.precompute.shards.model_dump(mode="json") | {"downloads": [f"{INPUT}{one.name}" for one in downloads]},
         inputs={one.name: one for one in downloads},
+        external={name: digest for name, digest in outside.items() if name == TEXT},
     )
 
 

@@ -16,8 +16,8 @@ from fvlm_core.manifest import Manifest
 from fvlm_core.settings import hash_json
 from infra.stack import CPU_POOL, GPU_POOL
 from tasks.config import PipelineConfig
+from tasks.outside import external_inputs
 from tasks.steps import KEY_LENGTH, Made, Verify
-from tasks.videos import table_digest
 
 PHASES_FOLDER = "phases"
 """Folder of the volume that holds a folder per phase."""
@@ -85,12 +85,6 @@ def phase_folder(phase: str, config: PipelineConfig, volume: Path) -> Path:
     return volume / PHASES_FOLDER / f"{phase}-{phase_key(phase, config)}"
 
 
-def external_inputs(phase: str, config: PipelineConfig) -> dict[str, str]:
-    """Digests of what the phase reads from outside the volume."""
-    videos = config.precompute.videos
-    return {"videos": table_digest(videos)} if phase == "precompute" and videos else {}
-
-
 def current(phase: str, config: PipelineConfig, volume: Path, *, upstream: Mapping[str, PhaseManifest]) -> PhaseManifest | None:
     """The phase's result if it is there, whole, and was made from what `upstream` and the outside hold now."""
     try:
@@ -104,7 +98,8 @@ def current(phase: str, config: PipelineConfig, volume: Path, *, upstream: Mappi
 
 def inputs_of(phase: str, config: PipelineConfig, upstream: Mapping[str, PhaseManifest]) -> dict[str, str]:
     """What a manifest of the phase made now has as `inputs`."""
-    return {name: upstream[name].digest for name in PHASES[phase].upstream} | external_inputs(phase, config)
+    outside = {} if PHASES[phase].upstream else external_inputs(config)
+    return {name: upstream[name].digest for name in PHASES[phase].upstream} | outside
 
 
 def require_upstream(phase: str, config: PipelineConfig, volume: Path) -> dict[str, PhaseManifest]:

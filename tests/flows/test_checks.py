@@ -9,7 +9,7 @@ import pytest
 from deployments import checks
 from deployments.checks import check_port, check_programs, check_videos, check_volume, load_profile
 from fvlm_core.errors import UserError
-from tasks.videos import table_digest
+from tasks.outside import table_digest
 
 CI = load_profile("ci")
 
