@@ -16,7 +16,6 @@ from deployments.checks import check_port, check_programs, check_videos, check_v
 from infra.stack import Stack
 from tasks.config import PipelineConfig
 
-POLL_S = 0.5
 CANCEL_TIMEOUT_S = 20.0
 """How long a cancelled run may take to end by itself."""
 FAILED, INTERRUPTED = 1, 130
@@ -37,14 +36,18 @@ def speedrun(profile: str, videos: Path | None, volume: Path, *, keep_server: bo
     if not stack.kept():
         check_port(port)
     with _terminated_as_interrupted():
+        keep = False
         try:
             console.print(f"Prefect UI: {stack.start_server(port)}", highlight=False)
-            return _run(stack, config, volume, console)
+            status = _run(stack, config, volume, console)
+            keep = keep_server or not stack.fresh
+            return status
         except KeyboardInterrupt:
-            console.print("interrupted: cancelled the run")
+            console.print("interrupted: the run is cancelled; the same command goes on from here")
+            keep = not stack.fresh
             return INTERRUPTED
         finally:
-            if keep_server and sys.exc_info()[0] is None:
+            if keep:
                 stack.leave_running()
                 console.print(f"Server and workers go on; stop them with: fvlm stop --volume {volume}", highlight=False)
             else:

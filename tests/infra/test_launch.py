@@ -117,7 +117,8 @@ def test_killing_the_main_process_takes_its_children_along(tmp_path: Path) -> No
 
 
 def test_a_job_does_not_outlive_its_launcher(tmp_path: Path) -> None:
-    code = f"from pathlib import Path; from infra.launch import launch; launch({python(FAMILY, tmp_path)!r}, Path({str(tmp_path)!r}), grace_s=2)"
+    arguments = f"{python(FAMILY, tmp_path)!r}, Path({str(tmp_path)!r}), grace_s=2"
+    code = f"from pathlib import Path; from infra.launch import launch; launch({arguments})"
     launcher = subprocess.Popen([sys.executable, "-c", code])
     pids = [int(pid) for pid in wait_for(tmp_path / "pids").split()]
     launcher.kill()
