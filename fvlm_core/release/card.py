@@ -27,7 +27,7 @@ def card(evidence: Evidence, verdict: str, *, picture: str | None) -> str:
         params=evidence.run.manifest.params,
         tokens_per_frame=results.tokens_per_frame,
         frame_px=results.frame_px,
-        base_models=base_models(evidence),
+        origins=_origins(evidence),
         looks=len(results.modes) > 1,
         mode=evidence.best_mode,
         modes=_modes_table(evidence),
@@ -39,6 +39,20 @@ def card(evidence: Evidence, verdict: str, *, picture: str | None) -> str:
         licence=job.license,
     )
     return str(ModelCard(f"---\n{_metadata(evidence).to_yaml()}\n---\n\n{body}"))
+
+
+def _origins(evidence: Evidence) -> list[str]:
+    """A sentence per backbone: what it started from, and whether it was trained."""
+    model, optimizer = evidence.recipe.model, evidence.recipe.optimizer
+    sentences = []
+    parts = (
+        ("language model", model.llm.checkpoint, optimizer.lr_llm),
+        ("vision encoder", model.vision.checkpoint, optimizer.lr_vision),
+    )
+    for name, checkpoint, rate in parts:
+        start = "random weights" if checkpoint is None else checkpoint if HUB_NAME.match(checkpoint) else "a local checkpoint"
+        sentences.append(f"The {name} started from {start} and was {'trained' if rate else 'frozen'} in the last stage.")
+    return sentences
 
 
 def base_models(evidence: Evidence) -> list[str]:

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from fvlm_core.release.evidence import Evidence
-from fvlm_core.scaling.plots import COLOURS, canvas
+from fvlm_core.scaling.plots import COLOURS, WIDTH, canvas
 from fvlm_core.scaling.reports import ABLATIONS_PLOT, PLOTS
 from fvlm_core.scaling.runs import FinishedRun, metrics_rows
 from fvlm_core.train.speed_job import PLOT_FILE as SPEED_PLOT
@@ -58,7 +58,7 @@ def plot_curves(stages: dict[str, FinishedRun], path: Path) -> bool:
     drawn = {panel: lines for panel, lines in series.items() if lines}
     if not drawn:
         return False
-    with canvas(path, (11, 2.9 * ((len(drawn) + 1) // 2))) as figure:
+    with canvas(path, (WIDTH, 2.9 * ((len(drawn) + 1) // 2))) as figure:
         grid = figure.subplots((len(drawn) + 1) // 2, 2, squeeze=False).ravel()
         for axes, (panel, lines) in zip(grid, drawn.items(), strict=False):
             names = list(dict.fromkeys(column for column, _, _ in lines))

@@ -12,6 +12,10 @@ from pydantic import Field
 from fvlm_core.settings import Settings
 
 TEMPLATES = "templates"
+INTERVAL = re.compile(r"^([+-]?[\d.]+) (\[[^\]]+\])$")
+"""A number and its interval, as `fvlm_core.eval.tables.number` writes them."""
+NUMBER = re.compile(r"^[+-]?[\d.,]+")
+LONGEST_NUMBER = 40
 Tone = Literal["good", "neutral", "bad"]
 """How the verdict is shown."""
 
@@ -39,6 +43,12 @@ class Table(Settings):
     marked: list[int] = Field(default_factory=list)
     """Rows to stress, such as a winner."""
     note: str = ""
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Per column, whether its cells are set as numbers."""
+        columns = list(zip(*self.rows, strict=True))
+        return [bool(number) and any(cells) and all(_is_numeric(cell) for cell in cells if cell) for number, cells in enumerate(columns)]
 
 
 class Picture(Settings):
@@ -117,7 +127,6 @@ def html(report: Report, folder: Path) -> str:
     )
     environment.filters["inline"] = _inline
     environment.filters["embedded"] = lambda file: f"data:image/png;base64,{base64.b64encode((folder / file).read_bytes()).decode()}"
-    environment.filters["numeric"] = _is_numeric
     return environment.get_template("report.html.j2").render(report=report)
 
 
@@ -142,11 +151,12 @@ def _markdown_table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _inline(text: str) -> Markup:
-    """Escaped text with `code` and **bold**."""
+    """Escaped text with `code` and **bold**; an interval after a number is set small, and may go to its own line."""
     marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))
-    return Markup(re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", marked))
+    marked = re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", marked)
+    return Markup(INTERVAL.sub(r'<span class="value">\1</span> <span class="interval">\2</span>', marked))
 
 
 def _is_numeric(cell: str) -> bool:
-    """Whether a cell is set like a number: right-aligned."""
-    return bool(re.match(r"^[+\-−]?[$]?[\d.,]+", cell)) and len(cell) < 40
+    """Whether a cell is a number, with or without an interval or a unit."""
+    return bool(NUMBER.match(cell)) and len(cell) < LONGEST_NUMBER

@@ -95,7 +95,7 @@ def _verdict(evidence: Evidence) -> tuple[str, Tone, str]:
         return "This model pools its frames and does not look anywhere.", "neutral", "There is no finer pass to compare with."
     difference = gain.difference
     by = f"{abs(difference.value):.3f} nats per token"
-    interval = f"95 % interval {difference.low:+.3f} to {difference.high:+.3f} over {difference.n} clips and texts"
+    interval = f"95 % interval {difference.low:+.4f} to {difference.high:+.4f} over {difference.n} clips and texts"
     tone: Tone = "neutral"
     verdict = "No difference between looking and not looking can be shown."
     if difference.low > 0:
@@ -104,8 +104,9 @@ def _verdict(evidence: Evidence) -> tuple[str, Tone, str]:
         verdict, tone = f"Looking hurts: coarse→fine is worse than coarse-only by {by}.", "bad"
     note = f"Loss of coarse-only minus coarse→fine: {interval}."
     if gap is not None:
-        inside = gap.difference.low <= 0 <= gap.difference.high
-        note += f" Autoregressive inference minus coarse→fine: {gap.difference.value:+.3f}{' (within noise)' if inside else ''}."
+        noise = " (within noise)" if gap.difference.low <= 0 <= gap.difference.high else ""
+        value = round(gap.difference.value, 4) + 0.0  # no minus before zero
+        note += f" Autoregressive inference minus coarse→fine: {value:+.4f}{noise}."
     return verdict, tone, note
 
 
@@ -276,7 +277,11 @@ def _scaling(evidence: Evidence, figures: dict[str, str]) -> list[Block]:
         for variant, size, params in dict.fromkeys((point.variant, point.size, point.params) for point in report.points)
     ]
     found = [(name, quantity) for name, quantity in fit_rows(fits) if quantity.value is not None]
-    refused = [f"{name}: {quantity.reason}" for name, quantity in fit_rows(fits) if quantity.value is None]
+    reasons: dict[str, list[str]] = {}
+    for name, quantity in fit_rows(fits):
+        if quantity.value is None:
+            reasons.setdefault(quantity.reason, []).append(name)
+    refused = [f"{'; '.join(names)}: **{reason}**" for reason, names in reasons.items()]
     blocks: list[Block] = [Text(text=f"Chosen size: **{report.chosen}**, by the {report.chosen_reason}.")]
     blocks.append(Table(head=["loss", "parameters", *(f"{budget:.1e} FLOPs" for budget in budgets)], rows=rows))
     blocks += [Picture(file=figures[name], caption=caption) for name, caption in SCALING_CAPTIONS.items() if name in figures]

@@ -60,6 +60,11 @@ class Module:
         last = self.name.rsplit(".", 1)[1]
         return f"{last}.py" if self.name in ROOTS else f"fvlm_{last}.py"
 
+    @property
+    def any_name(self) -> str:
+        """A name that can be imported from its file."""
+        return next(name for index in sorted(self.reached) for name in self.definitions[index].names)
+
     @classmethod
     def parse(cls, name: str) -> "Module":
         spec = find_spec(name)
@@ -91,7 +96,7 @@ def export(folder: Path, version: str) -> list[str]:
     if len(set(names)) < len(names):
         raise ValueError(f"two modules have the same file name: {sorted(names)}")
     for module in modules.values():
-        (folder / module.file_name).write_text(_text(module, version))
+        (folder / module.file_name).write_text(_text(module, modules, version))
     return sorted(names)
 
 
@@ -168,10 +173,10 @@ def _left_out(module: Module, node: ast.ClassDef) -> list[ast.AST]:
     return [child for child in node.body if isinstance(child, ast.FunctionDef) and child.name in names]
 
 
-def _text(module: Module, version: str) -> str:
+def _text(module: Module, modules: dict[str, Module], version: str) -> str:
     """The module's file."""
     origin = module.name.replace(".", "/") + ".py"
-    parts = ["\n".join([NOTE.format(origin=origin, version=version), *module.lines[: module.docstring_end]]), _imports(module)]
+    parts = ["\n".join([NOTE.format(origin=origin, version=version), *module.lines[: module.docstring_end]]), _imports(module, modules)]
     for index, definition in enumerate(module.definitions):
         if index in module.reached:
             dropped = {
@@ -193,7 +198,7 @@ def _lines_of(node: ast.AST) -> range:
     return range(first, (node.end_lineno or 0) + 2)
 
 
-def _imports(module: Module) -> str:
+def _imports(module: Module, modules: dict[str, Module]) -> str:
     """The used imports: of packages as they are, of the project relative."""
     packages: dict[str, list[str]] = {}
     for name in sorted(module.used):
@@ -204,7 +209,31 @@ def _imports(module: Module) -> str:
         origin, original = node.module or "", alias.name
         if origin.split(".")[0] == PACKAGE:
             origin, original = REPLACED.get((origin, original), (origin, original))
-            last = origin.rsplit(".", 1)[1]
-            origin = f".{last}" if origin in ROOTS else f".fvlm_{last}"
+            origin = f".{modules[origin].file_name.removesuffix('.py')}"
         packages.setdefault(f"from {origin} import ", []).append(original if original == name else f"{original} as {name}")
-    return "\n".join(head + ", ".join(names) for head, names in sorted(packages.items(), key=lambda item: (" ." in item[0], item[0])))
+    lines = [head + ", ".join(names) for head, names in sorted(packages.items(), key=lambda item: (" ." in item[0], item[0]))]
+    if module.name in ROOTS and (hidden := _hidden(module, modules)):
+        lines.append("# transformers 5.0 copies only modules that this file imports itself")
+        lines += [f"from .{other.file_name.removesuffix('.py')} import {other.any_name}  # noqa: F401" for other in hidden]
+    return "\n".join(lines)
+
+
+def _hidden(module: Module, modules: dict[str, Module]) -> list[Module]:
+    """The modules that a root imports through others only."""
+    direct = _imported(module)
+    found, waiting = set(direct), list(direct)
+    while waiting:
+        new = _imported(modules[waiting.pop()]) - found
+        found |= new
+        waiting.extend(new)
+    return [modules[name] for name in sorted(found - direct - {module.name})]
+
+
+def _imported(module: Module) -> set[str]:
+    """The project's modules that a module imports."""
+    imports = [
+        (node.module or "", alias.name)
+        for node, alias in (module.imports[name] for name in module.used)
+        if isinstance(node, ast.ImportFrom)
+    ]
+    return {REPLACED.get(one, one)[0] for one in imports if one[0].split(".")[0] == PACKAGE}

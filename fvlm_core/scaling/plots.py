@@ -30,6 +30,8 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": 9,
 }
 DPI = 130
+WIDTH = 11
+"""Inches; the same for all, so that text is equally large side by side."""
 Item = TypeVar("Item")
 LOSS = "validation loss (nats/token)"
 
@@ -37,7 +39,7 @@ LOSS = "validation loss (nats/token)"
 def plot_deltas(path: Path, rows: Sequence[AblationRow], baseline: AblationRow) -> None:
     """Deltas against the baseline, best first; worse ones stay."""
     ordered = sorted((row for row in rows if row.name != baseline.name), key=lambda row: row.delta, reverse=True)
-    with _figure(path, (7.5, 1.2 + 0.36 * len(ordered))) as axes:
+    with _figure(path, (WIDTH, 1.2 + 0.36 * len(ordered))) as axes:
         deltas = [row.delta for row in ordered]
         colours = [NEUTRAL if not row.can_win else BETTER if row.delta < 0 else WORSE for row in ordered]
         axes.barh(range(len(ordered)), deltas, color=colours, height=0.66)
@@ -106,7 +108,7 @@ def plot_crossover(path: Path, points: Sequence[GridPoint], best: dict[Variant, 
 
 def plot_token_efficiency(path: Path, points: Sequence[GridPoint], frontiers: dict[Variant, list[GridPoint]]) -> None:
     """Loss over the visual tokens that the language model read in training, with the frontier of each variant."""
-    with _figure(path, (7.5, 4.6)) as axes:
+    with _figure(path, (WIDTH, 4.6)) as axes:
         for colour, variant in zip(COLOURS, VARIANTS, strict=False):
             here = _of(points, variant)
             if not here:
@@ -172,10 +174,11 @@ def plot_allocation(
                 best = [sizes[np.argmin(law.loss(sizes, budget / per_token))] for budget in dense]
                 axes.plot(dense, best, "--", color=COLOURS[0], label="joint law")
             axes.set_yscale("log")
-            ticks = sorted({point.params for point in points})
-            axes.set_yticks(ticks, [_short(n) for n in ticks])
-            axes.minorticks_off()
             _finish(axes, variant, "training FLOPs", "parameters")
+            ticks = sorted({point.params for point in here})
+            axes.set_yticks(ticks, [_short(n) for n in ticks])
+            axes.set_ylim(ticks[0] / 1.3, ticks[-1] * 1.3)
+            axes.yaxis.minorticks_off()
 
 
 @contextmanager
@@ -186,7 +189,7 @@ def _figure(path: Path, size: tuple[float, float]) -> Iterator[Axes]:
 
 @contextmanager
 def _panels(path: Path) -> Iterator[tuple[Axes, Axes]]:
-    with canvas(path, (11, 4.3)) as figure:
+    with canvas(path, (WIDTH, 4.3)) as figure:
         left, right = figure.subplots(1, 2)
         yield left, right
 

@@ -5,14 +5,18 @@ import re
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from fvlm_core.config import LLMSettings, VisionSettings
 from fvlm_core.errors import UserError
 from fvlm_core.eval.results import Results
 from fvlm_core.release import verify as verify_module
+from fvlm_core.release.card import base_models, card
+from fvlm_core.release.evidence import Evidence
 from fvlm_core.release.job import CARD_FILE, HUB_FOLDER, REPORT_HTML, REPORT_JSON, REPORT_TEXT, PhaseFolders, ReleaseJob, ReleaseManifest
 from fvlm_core.release.release import release
 from tests.release.build import POOLED, evaluation, full_job, run
@@ -52,18 +56,38 @@ def test_the_folder_stands_alone(manifest, job):
 
 
 def test_card_metadata(manifest, job):
-    card = ModelCard.load(job.output / CARD_FILE)
-    assert card.data.library_name == "transformers"
-    assert card.data.pipeline_tag == "video-text-to-text"
-    assert card.data.license == "apache-2.0"
-    assert card.data.base_model is None
+    found_card = ModelCard.load(job.output / CARD_FILE)
+    assert found_card.data.library_name == "transformers"
+    assert found_card.data.pipeline_tag == "video-text-to-text"
+    assert found_card.data.license == "apache-2.0"
+    assert found_card.data.base_model is None
     results = Results.read(job.evaluation)
-    found = {(one.dataset_config, one.metric_type): one.metric_value for one in card.data.eval_results}
+    found = {(one.dataset_config, one.metric_type): one.metric_value for one in found_card.data.eval_results}
     assert found["coarse_fine", "loss"] == results.modes["coarse_fine"].loss.value
     assert found["autoregressive", "accuracy"] == 0.654
     assert len(found) == 12
-    assert "Said by the job." in card.text
-    assert 'AutoModel.from_pretrained("path/to/fVLM-tiny", trust_remote_code=True)' in card.text
+    assert "Said by the job." in found_card.text
+    assert 'AutoModel.from_pretrained("path/to/fVLM-tiny", trust_remote_code=True)' in found_card.text
+
+
+def test_base_models_are_those_that_the_hub_knows(job):
+    """Local folders are no base models of a card."""
+    evidence = Evidence.read(job)
+    recipe = evidence.recipe.model_copy(
+        update={
+            "model": evidence.recipe.model.model_copy(
+                update={
+                    "llm": LLMSettings(checkpoint="HuggingFaceTB/SmolLM2-135M-Instruct"),
+                    "vision": VisionSettings(checkpoint="/volume/steps/vision"),
+                }
+            )
+        }
+    )
+    named = replace(evidence, run=replace(evidence.run, recipe=recipe))
+    assert base_models(named) == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
+    text = ModelCard(card(named, "Verdict.", picture=None))
+    assert text.data.base_model == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
+    assert "/volume" not in str(text)
 
 
 def test_html_is_one_file(manifest, job):
@@ -78,7 +102,7 @@ def test_html_is_one_file(manifest, job):
 
 @pytest.mark.parametrize("form", [REPORT_HTML, REPORT_TEXT])
 def test_reports_hold_the_numbers(manifest, job, form):
-    text = (job.output / form).read_text()
+    text = re.sub(r"<[^>]*>", "", (job.output / form).read_text())
     results = Results.read(job.evaluation)
     for mode in results.modes.values():
         assert f"{mode.loss.value:.3f} [{mode.loss.low:.3f}, {mode.loss.high:.3f}]" in text
