@@ -28,7 +28,7 @@ from fvlm_core.progress import Progress
 TABLE = "clips.parquet"
 COLUMNS = ("url", "caption", "source", "kind", "split", "conversations", "probes", "extra")
 """conversations, probes and extra (further fields of a sample) hold JSON."""
-GAZE_PROMPT = "Describe the centre of the video."
+GAZE_PROMPT = "Which digits are in the video, and where?"
 NATURAL_PROMPT = "What is in the video?"
 READING_PROMPT = "Which digits are in the image, row by row?"
 VIDEO_FPS = 2
@@ -120,7 +120,8 @@ def _render(job: ClipJob, name: str, source: GazeSource, split: Split, number: i
     """Draw and encode one clip; returns its row."""
     rng = np.random.default_rng([job.seed, crc32(name.encode()), crc32(split.encode()), number])
     frames = int(rng.integers(source.min_frames, source.max_frames + 1))
-    clutter = 1.0 if split == "val" else float(rng.uniform(source.min_clutter, source.max_clutter))
+    hard = split == "val" and source.task != "caption"
+    clutter = 1.0 if hard else float(rng.uniform(source.min_clutter, source.max_clutter))
     clip = gaze.render(rng, split, frames=frames, scale=job.scale, clutter=clutter, noise=job.noise)
     conversations, probes = ([], []) if source.task == "caption" else gaze.cell_questions(clip, rng)
     caption = gaze.reading(clip) if source.task == "image" else gaze.caption(clip)

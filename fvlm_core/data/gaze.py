@@ -92,14 +92,10 @@ def digits_of(split: Split, size_px: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def caption(clip: GazeClip) -> str:
-    """The centre digits in order, e.g. `a red 3, a blue 7 and a green 1 in the centre`; empty frames are named so."""
-    row, column = CENTRE
-    names = list(COLOURS)
-    seen = [
-        "nothing" if digit == EMPTY else f"a {names[colour]} {digit}"
-        for digit, colour in zip(clip.digits[:, row, column], clip.colours[:, row, column], strict=True)
-    ]
-    return f"{' and '.join([', '.join(seen[:-1]), seen[-1]] if len(seen) > 1 else seen)} in the centre"
+    """What a cell with a digit in every frame shows, e.g. `3, 7, 1 at the top left`: the centre where it has, else the first."""
+    full = (clip.digits != EMPTY).all(0)
+    row, column = CENTRE if full[CENTRE] else np.argwhere(full)[0].tolist()
+    return f"{', '.join(map(str, clip.digits[:, row, column]))} at the {cell_name(row, column)}"
 
 
 def reading(clip: GazeClip) -> str:

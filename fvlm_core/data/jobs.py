@@ -24,7 +24,7 @@ class GazeSource(Settings):
     """One source of rendered clips."""
 
     task: Literal["caption", "cell", "image"]
-    """caption: the centre digits; cell: a question per cell; image: a still, cells and reading of the whole grid."""
+    """caption: digits and their place; cell: a question per cell; image: a still, cells and reading of the whole grid."""
     train: Annotated[int, Field(ge=0)]
     """Clips in the training split."""
     val: Annotated[int, Field(ge=0)]
@@ -34,7 +34,8 @@ class GazeSource(Settings):
     """Seconds and frames of a clip, spread evenly from min to max."""
     min_clutter: Share = 1.0
     max_clutter: Share = 1.0
-    """Probability of a digit in each cell but the one asked for, spread evenly from min to max in training; 1 in validation."""
+    """Probability of a digit in each cell but the one asked for, spread evenly from min to max in training.
+    In validation it is 1 but for captions, which are of one cell."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

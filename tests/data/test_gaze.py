@@ -47,11 +47,15 @@ def test_validation_digits_are_never_drawn_in_training():
     assert not {image.tobytes() for image in train} & {image.tobytes() for image in val}
 
 
-def test_caption_names_the_centre_in_order():
-    clip = gaze.render(np.random.default_rng(5), "train", frames=3)
-    words = gaze.caption(clip).replace(",", "").split()
-    assert [int(word) for word in words if word.isdigit()] == clip.digits[:, 1, 1].tolist()
-    assert [word for word in words if word in gaze.COLOURS] == [list(gaze.COLOURS)[colour] for colour in clip.colours[:, 1, 1]]
+@pytest.mark.parametrize("clutter", [0.0, 1.0])
+def test_caption_names_digits_in_order_and_their_place(clutter):
+    for seed in range(8):
+        clip = gaze.render(np.random.default_rng(seed), "train", frames=3, clutter=clutter)
+        digits, place = gaze.caption(clip).split(" at the ")
+        names = {gaze.cell_name(row, column): (row, column) for row in range(3) for column in range(3)}
+        row, column = names[place]
+        assert [int(digit) for digit in digits.split(", ")] == clip.digits[:, row, column].tolist()
+        assert clutter == 0 or (row, column) == gaze.CENTRE
 
 
 def test_digits_stay_readable_through_h264_and_scaling():
