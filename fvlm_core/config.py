@@ -207,6 +207,9 @@ class RunSettings(Settings):
     """`torch.compile`: nothing, everything (true), or some parts; encoder: its layers; queries: their way through those layers;
     llm: MLPs and norms."""
     gradient_checkpointing: bool = False
+    sharding: Literal["ddp", "fsdp2"] = "ddp"
+    """What several ranks do with weights, gradients and AdamW's state. ddp: each holds them whole; fsdp2: each holds a part, and
+    the weights are whole only during a step."""
     wandb: Literal["auto", "offline", "disabled"] = "auto"
     """auto: online where WANDB_API_KEY is set, else offline."""
 
@@ -270,6 +273,9 @@ class Recipe(Settings):
         return [name for name, weight in weights.items() if weight]
 
     def identity(self, inputs: dict[str, str]) -> str:
-        """Hash of the settings without paths, plus the digests of the inputs the paths point at."""
-        portable = self.model_copy(update={"model": self.model.portable()})
+        """Hash of the settings without paths, plus the digests of the inputs the paths point at.
+
+        Like the number of ranks, the way a model is spread over them is no part of it: a run may go on with another.
+        """
+        portable = self.model_copy(update={"model": self.model.portable(), "run": self.run.model_copy(update={"sharding": "ddp"})})
         return hash_json([portable.hash(exclude={"output", "shards", "init_from"}), inputs])

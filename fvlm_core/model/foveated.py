@@ -6,6 +6,7 @@ frame t-1). Every pass can carry a loss; a pass runs only over the tokens that i
 Text-only samples are the same in all passes and run once.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -218,8 +219,11 @@ class FoveatedVLM(nn.Module):
         leaf = name.rsplit(".", 1)[-1]
         return self.get_parameter(name).ndim < 2 or leaf in _QUERY_PARAMETERS | _POSITION_PARAMETERS
 
-    def save(self, folder: Path) -> None:
-        """Write `settings.yaml` and `model.safetensors` (tied weights once)."""
+    def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write `settings.yaml` and `model.safetensors` (tied weights once).
+
+        `weights` are those of `weights()`, for a model that does not hold them itself (sharded over ranks).
+        """
         folder.mkdir(parents=True, exist_ok=True)
         saved = SavedModel(
             model=self.settings.portable(),
@@ -228,11 +232,14 @@ class FoveatedVLM(nn.Module):
             llm_config=_plain(self.llm.config.to_diff_dict()),
         )
         saved.to_yaml(folder / SETTINGS_FILE)
-        save_file(self.weights(), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_file(self.weights() if weights is None else weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
-    def weights(self) -> dict[str, Tensor]:
-        """The state dict on CPU, contiguous, without the output embedding where it is tied."""
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+    def weights(self, gather: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Tensor]:
+        """The state dict on CPU, contiguous, without the output embedding where it is tied.
+
+        `gather` makes whole tensors of those of the state dict, where ranks hold parts.
+        """
+        state = {name: gather(tensor).cpu().contiguous() for name, tensor in self.state_dict().items()}
         if self.llm.config.tie_word_embeddings:
             del state["llm.lm_head.weight"]
         return state

@@ -1,23 +1,13 @@
-"""The ranks of a run: who they are, what they exchange, and how a model is spread over them.
-
-One rank needs no process group. Several use gloo on CPU and NCCL on GPUs, with DistributedDataParallel; other ways of
-spreading a model belong into `Replicated`'s place, nothing else knows of it.
-"""
+"""The ranks of a run: who they are, and what they exchange. One needs no process group; several use gloo on CPU, NCCL on GPUs."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from fvlm_core.config import LossSettings
-from fvlm_core.data.batch import PackedBatch
 from fvlm_core.errors import UserError
-from fvlm_core.model.foveated import FoveatedVLM, PassLosses
 
 
 @dataclass(frozen=True)
@@ -75,22 +65,3 @@ class World:
         """End the process group."""
         if self.size > 1:
             dist.destroy_process_group()
-
-
-class Replicated:
-    """A model as every rank calls it: gradients are the mean over the ranks once a synchronised backward is done."""
-
-    def __init__(self, model: FoveatedVLM, world: World) -> None:
-        self.model = model
-        self.parallel = None
-        if world.size > 1:
-            self.parallel = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
-
-    def __call__(self, batch: PackedBatch, loss: LossSettings) -> PassLosses:
-        """The training forward."""
-        module: nn.Module = self.model if self.parallel is None else self.parallel
-        return module(batch, loss)
-
-    def accumulating(self, accumulate: bool) -> AbstractContextManager:
-        """Around a forward and backward: with `accumulate` the ranks keep their gradients to themselves for now."""
-        return self.parallel.no_sync() if self.parallel is not None and accumulate else nullcontext()

@@ -24,13 +24,14 @@ from fvlm_core.errors import UserError
 from fvlm_core.progress import Progress
 from fvlm_core.train.checkpoint import CheckpointManifest, Checkpoints, rng_tensors, set_rng
 from fvlm_core.train.cost import Cost
-from fvlm_core.train.distributed import Replicated, World
+from fvlm_core.train.distributed import World
 from fvlm_core.train.divergence import MARGIN_STEPS, frozen_parameters, next_freeze
 from fvlm_core.train.manifest import CHECKPOINTS_FOLDER, METRICS_FILE, Divergence, RunManifest
 from fvlm_core.train.metrics import MetricsFile, Tracker, columns, peak_flops, peak_memory_gb
 from fvlm_core.train.optimizer import build_optimizer, clip_gradients, gradient_norms, optimizer_tensors, set_learning_rates
 from fvlm_core.train.result import write_result
 from fvlm_core.train.schedules import learning_rates
+from fvlm_core.train.spread import spread
 from fvlm_core.train.start import compile_parts, initial_model, prepare
 from fvlm_core.train.state import Clock, RunState, StepResult, Window
 from fvlm_core.train.validation import score, validation_losses
@@ -50,6 +51,7 @@ class Trainer:
         if recipe.run.gradient_checkpointing:
             self.model.set_gradient_checkpointing(True)
         compile_parts(self.model, recipe.run.compiled_parts)
+        self.spread = spread(self.model, world, recipe.run)
         self.cost = Cost(self.model, recipe.loss)
         self.steps = self.cost.steps_for(self.shards, recipe.data, recipe.run)
         self.run_settings = recipe.run.with_changes({"steps": self.steps, "budget_flops": None})
@@ -69,8 +71,9 @@ class Trainer:
         finally:
             signal.signal(signal.SIGTERM, before)
         manifest = None
+        weights = self.spread.weights()
         if self.world.rank == 0:
-            manifest = write_result(self.recipe, self.model, self.state, self.checkpoints, self.identity, self.inputs)
+            manifest = write_result(self.recipe, self.model, weights, self.state, self.checkpoints, self.identity, self.inputs)
             self.tracker.finish()
         return self.world.share(manifest)
 
@@ -108,7 +111,8 @@ class Trainer:
         if stops:
             self._stop()
         labels, samples, frames, tokens = (int(size) for size in sizes)
-        sums = self._accumulate(micro_batches, labels)
+        with self.spread.step():
+            sums = self._accumulate(micro_batches, labels)
         norms = gradient_norms(self.optimizer)
         norm = torch.stack(list(norms.values())).norm()
         # one transfer from the device for everything that is logged or decided on
@@ -147,9 +151,9 @@ class Trainer:
         sums = torch.zeros(2 + len(self.passes), dtype=torch.float64, device=self.world.device)
         for number, micro_batch in enumerate(micro_batches):
             batch = micro_batch.to(self.world.device)
-            with self.replicated.accumulating(number < len(micro_batches) - 1):
+            with self.spread.accumulating(number < len(micro_batches) - 1):
                 with self._autocast():
-                    losses = self.replicated(batch, self.recipe.loss)
+                    losses = self.spread(batch, self.recipe.loss)
                 # the ranks' gradients are averaged, so each rank's share of the global mean is scaled up
                 (losses.objective * (self.world.size / max(1, labels))).backward()
             parts = [losses.objective.detach(), *(losses.sums[name] for name in self.passes), losses.entropy * len(batch.shown_frames)]
@@ -166,7 +170,7 @@ class Trainer:
     def _spread(self) -> None:
         """A new optimizer and the model on all ranks, with what the state says is frozen."""
         self.optimizer = build_optimizer(self.model, self.recipe.optimizer, frozen=frozen_parameters(self.model, self.state.frozen))
-        self.replicated = Replicated(self.model, self.world)
+        self.spread.begin()
 
     def _say(self, text: str) -> None:
         if self.world.rank == 0:
@@ -176,7 +180,7 @@ class Trainer:
 
     def _evaluate(self) -> str | None:
         """Validation losses and a row of `metrics.csv`. Returns why training has diverged, if it has."""
-        with self._autocast():
+        with self._autocast(), self.spread.evaluation():
             self.state.val_losses = validation_losses(self.model, self.shards, self.recipe, self.passes, self.world)
         final = self.state.val_losses[self.passes[-1]]
         if not math.isfinite(final):
@@ -267,7 +271,7 @@ class Trainer:
         found = self.checkpoints.newest(up_to=healthy_until - MARGIN_STEPS)
         if found is None:
             prepare(self.recipe.run, self.world.rank, self.world.device)
-            self.model.load_state_dict(initial_model(self.recipe, self.shards).state_dict())
+            self.spread.load(initial_model(self.recipe, self.shards).state_dict())
             state = RunState()
         else:
             state = RunState.model_validate(found.state)

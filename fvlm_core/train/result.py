@@ -3,6 +3,8 @@
 import shutil
 from pathlib import Path
 
+from torch import Tensor
+
 from fvlm_core.config import Recipe
 from fvlm_core.manifest import file_entries
 from fvlm_core.model.foveated import FoveatedVLM
@@ -15,10 +17,16 @@ TOKENIZER_FOLDER = "tokenizer"
 
 
 def write_result(
-    recipe: Recipe, model: FoveatedVLM, state: RunState, checkpoints: Checkpoints, identity: str, inputs: dict[str, str]
+    recipe: Recipe,
+    model: FoveatedVLM,
+    weights: dict[str, Tensor],
+    state: RunState,
+    checkpoints: Checkpoints,
+    identity: str,
+    inputs: dict[str, str],
 ) -> RunManifest:
-    """Write `model/` (weights, settings, tokenizer) and, last, the manifest. For rank 0."""
-    save_model(model, recipe.shards / TOKENIZER_FOLDER, recipe.output / MODEL_FOLDER)
+    """Write `model/` (weights, settings, tokenizer) and, last, the manifest. For rank 0; `weights` are the model's, whole."""
+    save_model(model, recipe.shards / TOKENIZER_FOLDER, recipe.output / MODEL_FOLDER, weights)
     files = file_entries(recipe.output, [f"{MODEL_FOLDER}/*"])
     # how the run went (rates, paths, storage layout) may differ where what it made does not
     files += file_entries(recipe.output, [METRICS_FILE, RECIPE_FILE, IDENTITY_FILE], identity=False)
@@ -53,11 +61,14 @@ def write_result(
     ).write(recipe.output)
 
 
-def save_model(model: FoveatedVLM, tokenizer: Path, folder: Path) -> None:
-    """Write a model and the tokenizer's files into one folder, which is there whole or not at all."""
+def save_model(model: FoveatedVLM, tokenizer: Path, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write a model and the tokenizer's files into one folder, which is there whole or not at all.
+
+    `weights` as in `FoveatedVLM.save`.
+    """
     temporary = folder.with_name(f".{folder.name}.making")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save(temporary)
+    model.save(temporary, weights)
     for path in sorted(tokenizer.iterdir()):
         shutil.copyfile(path, temporary / path.name)
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,13 +1,23 @@
 """Tiny shards for the room, and recipes that train a very small model on them in a second."""
 
 import logging
+import os
+import socket
+import subprocess
+import sys
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
 from fvlm_core.config import Recipe
+from fvlm_core.train.__main__ import train
+from fvlm_core.train.distributed import World
+from fvlm_core.train.loop import STOPPED, Trainer
+from fvlm_core.train.manifest import input_digests
 from tests.tiny import tiny_shards
 
 # torch logs every tensor it saves, and pytest would keep it all
@@ -54,3 +64,48 @@ def tiny_recipe(output: Path, shards: Path, **changes: Any) -> Recipe:
         where="tests",
     )
     return recipe.with_changes({key.replace("__", "."): value for key, value in changes.items()})
+
+
+def on_ranks(recipe: Recipe, ranks: int) -> None:
+    """Train on several ranks as torchrun would start them, off a process that has imported everything."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["fvlm_core.train.loop"])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [context.Process(target=_rank, args=(recipe, environment | {"RANK": str(r), "LOCAL_RANK": str(r)})) for r in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * ranks
+
+
+def _rank(recipe: Recipe, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    train(recipe)
+
+
+def torchrun(recipe: Recipe, ranks: int) -> None:
+    path = recipe.output.with_suffix(".yaml")
+    recipe.to_yaml(path)
+    launcher = Path(sys.executable).with_name("torchrun")
+    subprocess.run([launcher, "--standalone", "--nproc-per-node", str(ranks), "-m", "fvlm_core.train", path], check=True, timeout=120)
+
+
+def one_rank_then_stop(recipe: Recipe, steps: int) -> None:
+    """The first steps of a run that a SIGTERM ends."""
+    inputs = input_digests(recipe)
+    trainer = Trainer(recipe, World(0, 1, torch.device("cpu")), recipe.identity(inputs), inputs, has_wandb_key=False)
+    trainer.go_to(None, trainer.state)
+    for _ in range(steps):
+        trainer.step()
+        trainer._evaluate()
+    trainer.stop_requested = True
+    with pytest.raises(SystemExit, match=str(STOPPED)):
+        trainer.step()
+
+
+def losses(recipe: Recipe) -> pd.DataFrame:
+    return pd.read_csv(recipe.output / "metrics.csv", index_col="step").filter(regex="^(val_|train_|grad_norm_|label_tokens|entropy)")

@@ -1,8 +1,6 @@
 """The numbers of training: the loss is the mean over the global batch's labelled tokens, however the batch is split."""
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -17,34 +15,10 @@ from fvlm_core.data.loader import ShardSet, train_steps, val_batches
 from fvlm_core.model.foveated import build_model
 from fvlm_core.train.__main__ import train
 from fvlm_core.train.distributed import World
-from fvlm_core.train.loop import STOPPED, Trainer
-from fvlm_core.train.manifest import RunManifest, input_digests
+from fvlm_core.train.loop import Trainer
+from fvlm_core.train.manifest import RunManifest
 from fvlm_core.train.schedules import learning_rates
-from tests.train.conftest import tiny_recipe
-
-
-def torchrun(recipe: Recipe, ranks: int) -> None:
-    path = recipe.output.with_suffix(".yaml")
-    recipe.to_yaml(path)
-    launcher = Path(sys.executable).with_name("torchrun")
-    subprocess.run([launcher, "--standalone", "--nproc-per-node", str(ranks), "-m", "fvlm_core.train", path], check=True, timeout=120)
-
-
-def one_rank_then_stop(recipe: Recipe, steps: int) -> None:
-    """The first steps of a run that a SIGTERM ends."""
-    inputs = input_digests(recipe)
-    trainer = Trainer(recipe, World(0, 1, torch.device("cpu")), recipe.identity(inputs), inputs, has_wandb_key=False)
-    trainer.go_to(None, trainer.state)
-    for _ in range(steps):
-        trainer.step()
-        trainer._evaluate()
-    trainer.stop_requested = True
-    with pytest.raises(SystemExit, match=str(STOPPED)):
-        trainer.step()
-
-
-def losses(recipe: Recipe) -> pd.DataFrame:
-    return pd.read_csv(recipe.output / "metrics.csv", index_col="step").filter(regex="^(val_|train_|grad_norm_|label_tokens|entropy)")
+from tests.train.conftest import losses, one_rank_then_stop, tiny_recipe, torchrun
 
 
 def reference(recipe: Recipe, steps: int) -> tuple[list[float], dict[str, Tensor]]:
