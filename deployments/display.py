@@ -67,7 +67,10 @@ class Display:
             seconds = view.seconds()
             took = f" ({seconds:.0f} s)" if seconds is not None and not running else ""
             self.console.print(
-                f"{phase:<12} {state}{took}{f'  {status.text()}' if running and status else ''}", highlight=False, markup=False
+                f"{phase:<12} {state}{took}{f'  {status.text()}' if running and status else ''}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
             )
 
     def _table(self) -> RenderableType:

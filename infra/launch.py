@@ -16,13 +16,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from infra import guard
-from infra.processes import JOB_VARIABLE, end_marked, mark
+from infra.processes import JOB_VARIABLE, STACK_VARIABLE, end_marked, mark
 
 LOG_NAME = "log.txt"
 BAD_INPUT = 2
 """Exit status of a job that was stopped by bad input; running it again is of no use."""
 TAIL_LINES = 25
-KEPT_VARIABLES = ("PATH", "HOME", "USER", "LANG", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
+KEPT_VARIABLES = ("PATH", "HOME", "USER", "LANG", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV", STACK_VARIABLE)
 KEPT_PREFIXES = (
     *("LC_", "CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "HF_", "WANDB_", "XDG_", "SSL_", "TORCH", "TRITON_"),
     *("http", "no_proxy", "HTTP", "NO_PROXY"),

@@ -41,7 +41,7 @@ class PhaseStatus(Settings):
         """The status of the phase in `folder`, or None."""
         try:
             return cls.model_validate_json((folder / FILE_NAME).read_text())
-        except (FileNotFoundError, ValidationError):
+        except (OSError, ValidationError):
             return None
 
 
