@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Set-up, then the whole pipeline with the Prefect UI, ending at a report. Run it again to resume. Options: ./speedrun.sh --help
+# The whole road in one command: real videos in, an evaluated and packaged model out. Run it again to resume.
+#   ./speedrun.sh [--profile laptop|ci|FILE] [--videos CSV_OR_PARQUET] [--volume DIR] [--port N] [--keep-server]
 set -euo pipefail
-cd "$(dirname "$0")"
-./setup.sh
-exec .venv/bin/fvlm speedrun "$@"
+root=$(cd "$(dirname "$0")" && pwd)
+"$root/setup.sh"
+exec "$root/.venv/bin/fvlm" speedrun "$@"

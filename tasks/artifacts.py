@@ -27,7 +27,11 @@ def publish(phase: str, profile: str, rows: Sequence[dict[str, JsonValue]], text
     )
     for path in pictures:
         if path.stat().st_size <= PICTURE_BYTES:
-            create_image_artifact(data_url(path), key=f"{phase}-{_slug(path.stem)}", description=str(path))
+            create_image_artifact(
+                data_url(path),
+                key=_slug(path.stem) if path.stem.startswith(phase) else f"{phase}-{_slug(path.stem)}",
+                description=str(path),
+            )
 
 
 def markdown_table(rows: Sequence[dict[str, JsonValue]]) -> str:

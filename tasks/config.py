@@ -8,7 +8,7 @@ phases (chosen speed settings, winning ablation, chosen size) are laid over it a
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, create_model, model_validator
+from pydantic import Field, create_model, field_validator, model_validator
 
 from fvlm_core.config import DataSettings, LLMSettings, LossSettings, ModelSettings, OptimizerSettings, Positive, Recipe, RunSettings
 from fvlm_core.data.jobs import ClipJob, DownloadJob, ShardJob
@@ -23,6 +23,9 @@ from tasks.steps import Verify
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
 """Lower-case words joined by dashes: it becomes part of folder and run names."""
+
+
+Value = bool | int | float | str | list[float]
 
 
 def settings_of(job: type[Settings], *, without: set[str]) -> type[Settings]:
@@ -46,10 +49,18 @@ class Ablation(Settings):
     name: Name
     path: str
     """Dotted path of the setting in a recipe, e.g. `optimizer.lr_llm`."""
-    value: bool | int | float | str | list[float]
+    value: Value
     """Its value in this run."""
     control: bool = False
     """A control or baseline (random queries, several tokens per frame): compared, but never the winner."""
+
+    @field_validator("value")
+    @classmethod
+    def _one_way_to_write_it(cls, value: Value) -> Value:
+        """1.0 and 1 are the same setting; a form in a browser knows only the latter."""
+        if isinstance(value, list):
+            return [int(item) if item.is_integer() else item for item in value]
+        return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class Size(Settings):

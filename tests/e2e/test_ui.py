@@ -1,0 +1,67 @@
+"""A real browser on the real Prefect UI: the pipeline's form, a run started from it, its artifacts."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+
+from tests.e2e.conftest import Result, Road
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+CHROMIUM = "/usr/bin/chromium"
+RUN_NAME = "from the form"
+"""Until the run starts and gets its own."""
+SLOW_MS = 30_000
+RUN_MS = 180_000
+
+
+@pytest.fixture
+def page() -> Iterator[Page]:
+    with sync_playwright() as playwright:
+        options = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+        page = browser.new_page(viewport={"width": 1400, "height": 1100})
+        page.set_default_timeout(SLOW_MS)
+        yield page
+        browser.close()
+
+
+def test_a_run_is_started_from_its_form_and_completes_with_its_artifacts(road: Road, finished: Result, page: Page, tmp_path: Path) -> None:
+    address = road.run("--keep-server").output.splitlines()[0].removeprefix("Prefect UI: ").strip()
+    shutil.rmtree(road.step("release", "release"))  # so that the run has something to do
+
+    page.goto(f"{address}/deployments")
+    page.get_by_placeholder("Search deployments").fill("pipeline")
+    expect(page.get_by_text("1 Deployment", exact=True)).to_be_visible(timeout=SLOW_MS)
+    page.screenshot(path=tmp_path / "1-deployments.png")
+    page.get_by_role("link", name="ci", exact=True).first.click()
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.get_by_text("Custom run").click()
+
+    # a typed form: names, descriptions, values, and what is allowed
+    expect(page.get_by_text("The profile's name; appears in the names of runs.")).to_be_visible(timeout=SLOW_MS)
+    for label in ("Precompute", "Ablations", "Stage2", "Micro Batch Samples", "volume"):
+        assert page.get_by_text(label).count(), label
+    page.get_by_label("Run Name").fill(RUN_NAME)
+    page.screenshot(path=tmp_path / "2-form.png", full_page=True)
+    page.get_by_role("button", name="Submit").click()
+
+    page.get_by_role("link", name=RUN_NAME).click()
+    expect(page.get_by_text("Completed").first).to_be_visible(timeout=RUN_MS)
+    page.screenshot(path=tmp_path / "3-run.png")
+    page.get_by_role("tab", name="Artifacts").or_(page.get_by_text("Artifacts", exact=True)).last.click()
+    expect(page.get_by_text("pipeline-table")).to_be_visible(timeout=SLOW_MS)
+    page.screenshot(path=tmp_path / "4-artifacts-of-the-run.png")
+
+    page.goto(f"{address}/artifacts/key/release-summary")
+    expect(page.get_by_text("What release did with profile ci").first).to_be_visible(timeout=SLOW_MS)
+    page.goto(f"{address}/artifacts/key/evaluate-gaze")
+    page.locator("a[href*='/artifacts/artifact/']").first.click()
+    picture = page.locator("img[src^='data:image/png']").first
+    expect(picture).to_be_visible(timeout=SLOW_MS)
+    assert picture.evaluate("image => image.naturalWidth") > 0
+    page.screenshot(path=tmp_path / "5-picture.png")
+    assert road.step("release", "release").is_dir()
