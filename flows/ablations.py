@@ -24,7 +24,7 @@ def ablations(config: PipelineConfig, volume: str) -> None:
         steps = {one.name: jobs.training(ablation_recipe(config, one, run.chosen()), inputs, ranks=ranks) for one in config.ablations}
         made = run.make_all([baseline, *steps.values()])
         runs = {name: made[step.name] for name, step in steps.items()}
-        compared = run.make(jobs.ablation_report(config.ablations, made[baseline.name], runs))
+        compared = run.make(jobs.ablation_report(config.ablations, made[baseline.name], runs, config.ablation_min_gain))
         report = AblationReport.read(run.volume / compared.folder)
         change = f"`{report.winner_change}` = `{report.winner_value}`" if report.winner_change else "the base recipe as it is"
         run.finish(

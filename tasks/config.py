@@ -186,6 +186,8 @@ class PipelineConfig(Settings):
     base: Base
     speed: Speed
     ablations: Annotated[list[Ablation], Field(min_length=1)]
+    ablation_min_gain: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """An ablation wins only with a loss below the baseline's by more than this share: less is the noise of one seed."""
     scaling: Scaling
     stages: Stages
     evaluation: Evaluation

@@ -112,7 +112,7 @@ def training(recipe: Recipe, inputs: Mapping[str, Made], *, ranks: int, start: M
     )
 
 
-def ablation_report(ablations: Sequence[Ablation], baseline: Made, runs: Mapping[str, Made]) -> Step:
+def ablation_report(ablations: Sequence[Ablation], baseline: Made, runs: Mapping[str, Made], min_gain: float) -> Step:
     """Compares the runs (by ablation name) with the baseline."""
     values: list[dict[str, Any]] = [{"name": BASELINE, "run": f"{INPUT}{BASELINE}"}]
     values += [
@@ -121,7 +121,7 @@ def ablation_report(ablations: Sequence[Ablation], baseline: Made, runs: Mapping
     return Step(
         name="ablation-report",
         module="fvlm_core.scaling.ablations",
-        settings={"baseline": BASELINE, "runs": values},
+        settings={"baseline": BASELINE, "runs": values, "min_gain": min_gain},
         inputs={BASELINE: baseline, **runs},
     )
 

@@ -42,7 +42,7 @@ PHASES = {
     for phase in (
         Phase("precompute", CPU_POOL.name, (), ("precompute", "model.vision")),
         Phase("speed", GPU_POOL.name, ("precompute",), ("model", "base", "speed")),
-        Phase("ablations", GPU_POOL.name, ("precompute", "speed"), ("model", "base", "ablations")),
+        Phase("ablations", GPU_POOL.name, ("precompute", "speed"), ("model", "base", "ablations", "ablation_min_gain")),
         Phase("scaling", GPU_POOL.name, ("precompute", "speed", "ablations"), ("model", "base", "scaling")),
         Phase("train", GPU_POOL.name, ("precompute", "speed", "ablations", "scaling"), ("model", "base", "stages")),
         Phase("evaluate", GPU_POOL.name, ("precompute", "train"), ("evaluation",)),

@@ -92,10 +92,10 @@ def digits_of(split: Split, size_px: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def caption(clip: GazeClip) -> str:
-    """What a cell with a digit in every frame shows, e.g. `3, 7, 1 at the top left`: the centre where it has, else the first."""
+    """What a cell with a digit in every frame shows, e.g. `371 at the top left`: the centre where it has, else the first."""
     full = (clip.digits != EMPTY).all(0)
     row, column = CENTRE if full[CENTRE] else np.argwhere(full)[0].tolist()
-    return f"{', '.join(map(str, clip.digits[:, row, column]))} at the {cell_name(row, column)}"
+    return f"{''.join(map(str, clip.digits[:, row, column]))} at the {cell_name(row, column)}"
 
 
 def reading(clip: GazeClip) -> str:

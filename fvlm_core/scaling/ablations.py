@@ -1,7 +1,7 @@
 """The ablation table: every run against the baseline, one change each, nothing hidden.
 
 `python -m fvlm_core.scaling.ablations job.yaml` writes the table as CSV and markdown, a plot of the sorted deltas, and names
-the winner: the comparable run with the lowest validation loss, or the baseline. Runs that turned out worse stay in.
+the winner: the comparable run with the lowest validation loss, or the baseline where none is clearly better. Runs that turned out worse stay in.
 """
 
 import csv
@@ -38,7 +38,8 @@ def compare(job: AblationJob) -> AblationReport:
     same_shards(finished)
     rows = [_row(run, finished[run.name], finished[job.baseline]) for run in job.runs]
     baseline = next(row for row in rows if row.name == job.baseline)
-    winner = min((row for row in rows if row.can_win), key=lambda row: (row.loss, row.name != baseline.name))
+    better = [row for row in rows if row.can_win and row.loss < baseline.loss * (1 - job.min_gain)]
+    winner = min(better, key=lambda row: row.loss, default=baseline)
     write_atomically(job.output / ABLATIONS_TABLE, table_csv(rows).encode())
     write_atomically(job.output / ABLATIONS_TEXT, table_markdown(rows, baseline.name, winner.name).encode())
     plot_deltas(job.output / ABLATIONS_PLOT, rows, baseline)

@@ -37,6 +37,8 @@ class AblationJob(Settings):
     baseline: str
     """Name of the run that the others are compared with."""
     runs: Annotated[list[AblationRun], Field(min_length=2)]
+    min_gain: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """A run wins only with a loss below the baseline's by more than this share: less is the noise of one seed."""
 
 
 class AblationRow(Settings):

@@ -76,6 +76,12 @@ def test_an_equal_loss_does_not_replace_the_baseline(job, tmp_path):
     assert compare(job.model_copy(update={"runs": [equal, job.runs[0]]})).winner == "base"
 
 
+@pytest.mark.parametrize(("min_gain", "winner"), [(0.049, "cool"), (0.051, "base")])
+def test_a_gain_within_the_noise_of_a_seed_does_not_win(job, min_gain, winner):
+    """1.9 is 5 % below the baseline's 2.0."""
+    assert compare(job.model_copy(update={"min_gain": min_gain})).winner == winner
+
+
 def test_negative_results_are_in_every_form(job):
     compare(job)
     with (job.output / ABLATIONS_TABLE).open() as stream:
