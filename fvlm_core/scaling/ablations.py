@@ -1,7 +1,8 @@
 """The ablation table: every run against the baseline, one change each, nothing hidden.
 
 `python -m fvlm_core.scaling.ablations job.yaml` writes the table as CSV and markdown, a plot of the sorted deltas, and names
-the winner: the comparable run with the lowest validation loss, or the baseline where none is clearly better. Runs that turned out worse stay in.
+the winner: the comparable run with the lowest validation loss, or the baseline where none is clearly better. Runs that
+turned out worse stay in.
 """
 
 import csv
