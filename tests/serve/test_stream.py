@@ -78,9 +78,11 @@ def test_a_full_context_forgets_as_told_and_reads_on(when_full, kept):
 
 def test_keeping_everything_is_an_error_when_it_cannot_be_kept():
     stream = FrameStream(tiny_model(), CHAT, context=9, reserve=2, when_full="error")
+    *fitting, next_one = clip(4)
+    for frame in fitting:
+        stream.push(frame)
     with pytest.raises(ContextFullError, match="3 frames fill the context of 7 tokens"):
-        for frame in clip(9):
-            stream.push(frame)
+        stream.push(next_one)
     with pytest.raises(ValueError, match="no room for two frames"):
         FrameStream(tiny_model(), CHAT, context=9, reserve=5)
     with pytest.raises(ValueError, match="cannot stream"):
