@@ -120,8 +120,9 @@ class DataSettings(Settings):
     mixture: Annotated[list[SourceShare], Field(min_length=1)]
     question_first: Share = 0.5
     """Share of question-answer samples whose question comes before the frames."""
-    loss_on: Literal["all_text", "answers"] = "answers"
-    """all_text (captioning, stage 1): questions and answers; answers: answers only."""
+    loss_on: Literal["all_text", "answers", "preferences"] = "answers"
+    """all_text (captioning, stage 1): questions and answers; answers: answers only; preferences (with `dpo`): every sample comes
+    as a pair, with the answer that was chosen and with the one that was rejected."""
     image_repeats: Positive = 8
     """An image is shown as a still video of this many frames, encoded once."""
     workers: Annotated[int, Field(ge=0)] = 0
@@ -145,6 +146,16 @@ class LossSettings(Settings):
     coarse: Annotated[float, Field(ge=0)] = 1.0
     fine: list[Annotated[float, Field(ge=0)]] = Field(default_factory=lambda: [1.0, 1.0])
     """One weight per fine iteration; the last must be above 0."""
+
+
+class DpoSettings(Settings):
+    """Direct preference optimization (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290) from the model the run starts with.
+
+    Every pass with a loss weight has its own loss and its own reference, because each is a way to run the model.
+    """
+
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """How dear it is to leave the reference: the loss is -log sigmoid(beta * margin over the reference)."""
 
 
 class BestSettings(Settings):
@@ -243,6 +254,8 @@ class Recipe(Settings):
     model: ModelSettings
     data: DataSettings
     loss: LossSettings = LossSettings()
+    dpo: DpoSettings | None = None
+    """Train on preference pairs instead of labelled tokens; `run.batch_samples` and the like then count pairs."""
     best: BestSettings = BestSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     run: RunSettings
@@ -255,6 +268,8 @@ class Recipe(Settings):
             )
         if sum([self.loss.coarse, *self.loss.fine][-1:]) <= 0:
             raise ValueError("the last pass must have a loss weight above 0")
+        if (self.dpo is None) != (self.data.loss_on != "preferences"):
+            raise ValueError("dpo and data.loss_on 'preferences' go together")
         evaluated = self.passes
         if unknown := sorted(self.best.passes.keys() - set(evaluated)):
             raise ValueError(f"best.passes names {', '.join(unknown)}; passes with a loss weight: {', '.join(evaluated)}")

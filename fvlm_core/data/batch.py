@@ -7,7 +7,7 @@ times, and equal frames anywhere in the batch, are stored (and encoded) once.
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 
 import numpy as np
@@ -27,6 +27,8 @@ class Turn:
     question_ids: list[int]
     answer_ids: list[int]
     """Empty when the answer is to be generated."""
+    rejected_ids: list[int] | None = None
+    """The answer that `answer_ids` was preferred to, in the last turn of a preference."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,16 @@ class Sample:
     question_first: bool = False
     label_questions: bool = False
     """Labels on the questions' tokens too (captioning, stage 1), not only on answers."""
+
+    def pair(self) -> "tuple[Sample, Sample]":
+        """The sample with its chosen and with its rejected answer. Raises ValueError where it has none.
+
+        Labels of earlier turns are the same in both, so they cancel out.
+        """
+        *before, last = self.turns
+        if not last.rejected_ids:
+            raise ValueError("no rejected answer")
+        return self, replace(self, turns=[*before, Turn(last.question_ids, last.rejected_ids)])
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,10 @@ class ShardSet:
         for frame, offset, size in zip(frames, offsets - first, sizes, strict=True):
             _decode(content[offset : offset + size], frame)
         try:
-            turns = [Turn(turn["question_ids"], turn["answer_ids"]) for turn in record["conversations"][self._conversations[row]]]
+            turns = [
+                Turn(turn["question_ids"], turn["answer_ids"], turn.get("rejected_ids"))
+                for turn in record["conversations"][self._conversations[row]]
+            ]
             shown = [[index] * image_repeats for index in range(len(frames))] if record["kind"] == "image" else [list(range(len(frames)))]
             return Sample(
                 key=record["key"],
@@ -148,8 +151,8 @@ def train_steps(
 ) -> Iterator[list[PackedBatch]]:
     """This rank's micro-batches of every optimizer step from `first_step` to `run.steps` (without end where that is None).
 
-    Every rank gets the same number of micro-batches, none empty. Raises UserError if the mixture does not fit the shards, the
-    batch does not divide among the ranks, or too many samples are damaged.
+    Every rank gets the same number of micro-batches, none empty; preferences come as pairs, chosen and rejected in turn. Raises
+    UserError if the mixture does not fit the shards, the batch does not divide among the ranks, or too many samples are damaged.
     """
     steps = _Steps(shards, data, run, tokens_per_frame, rank, world_size)
     numbers = count(first_step) if run.steps is None else range(first_step, run.steps)
@@ -170,6 +173,26 @@ def train_steps(
     yield from _without_corrupt(reads, steps.max_corrupt, shards.folder)
 
 
+def distinct_batches(
+    shards: ShardSet, data: DataSettings, run: RunSettings, *, tokens_per_frame: int, wanted: Callable[[int], bool]
+) -> Iterator[tuple[int, PackedBatch]]:
+    """What `train_steps` goes through in all its steps, every sample once, in numbered batches of `run.micro_batch_samples`.
+
+    A sample shown in both question orders comes in both. Batches that are not `wanted` are not read. Raises UserError as
+    `train_steps` does.
+    """
+    assert run.steps is not None
+    steps = _Steps(shards, data, run, tokens_per_frame, rank=0, world_size=1)
+    reader = steps.reader
+    slots = {reader.content(slot): slot for step in range(run.steps) for slot in steps.samples(step)}
+    ordered = [slots[key] for key in sorted(slots)]
+    chunks = [ordered[start : start + run.micro_batch_samples] for start in range(0, len(ordered), run.micro_batch_samples)]
+    numbers = [number for number in range(len(chunks)) if wanted(number)]
+    reads = _ahead(lambda number: reader.pack([chunks[number]]), numbers, PREFETCH_STEPS)
+    for number, (batch,) in zip(numbers, _without_corrupt(reads, reader.max_corrupt, shards.folder), strict=True):
+        yield number, batch
+
+
 def val_batches(
     shards: ShardSet,
     n_samples: int,
@@ -182,7 +205,8 @@ def val_batches(
 ) -> Iterator[PackedBatch]:
     """`n_samples` validation samples mixed as `data` says (fewer where a source has fewer), every `world_size`th batch of them.
 
-    The samples and their order depend on nothing else. Raises UserError if a source of the mixture has no validation samples.
+    Preferences come as pairs, chosen and rejected in turn. The samples and their order depend on nothing else. Raises UserError if
+    a source of the mixture has no validation samples.
     """
     parts = [part for part in data.mixture if part.share > 0]
     rows = _source_rows(shards, "val", [part.source for part in parts])
@@ -230,15 +254,32 @@ class _Reader:
         """The row of a planned sample."""
         return int(self.rows[slot.source][self.mixture.row(slot.source, slot.position)])
 
+    def content(self, slot: _Slot) -> tuple[int, bool]:
+        """The row of a planned sample, and whether its question comes first: equal for equal samples."""
+        row = self.row(slot)
+        return row, slot.question_first and not self.shards.is_caption[row] and self.shards.n_frames[row] > 0
+
     def pack(self, micro_batches: list[list[_Slot]]) -> _Read:
         corrupt: dict[int, str] = {}
         batches = []
         for slots in micro_batches:
             samples = [sample for slot in slots if (sample := self._sample(slot, corrupt))]
+            if self.data.loss_on == "preferences":
+                samples = [one for sample in samples for one in self._pair(sample)]
             if len(corrupt) > self.max_corrupt:
                 return _Read([], corrupt)
             batches.append(pack(samples, self.shards.chat, tokens_per_frame=self.tokens_per_frame))
         return _Read(batches, corrupt)
+
+    def _pair(self, sample: Sample) -> tuple[Sample, Sample]:
+        try:
+            return sample.pair()
+        except ValueError as error:
+            raise UserError(
+                f"sample {sample.key} of {sample.source!r} has {error}",
+                where="data.mixture",
+                fix="with data.loss_on 'preferences' give sources whose every conversation has one",
+            ) from error
 
     def _sample(self, slot: _Slot, corrupt: dict[int, str]) -> Sample | None:
         """The slot's sample, or the next whole one of its source; None once there are too many damaged ones."""
@@ -290,13 +331,16 @@ class _Steps(Dataset[_Read]):
         except UserError as error:
             return _Read([], {}, (error.what, error.where, error.fix))
 
-    def plan(self, step: int) -> list[list[_Slot]]:
-        """This rank's micro-batches of a step. The global batch is a function of seed and step; only the dealing knows of ranks."""
+    def samples(self, step: int) -> Iterator[_Slot]:
+        """The global batch of a step: a function of seed and step."""
         mixture, run = self.reader.mixture, self.run
-        slots = []
         for number in range(step * run.batch_samples, (step + 1) * run.batch_samples):
             source, position = mixture.at(number)
-            slots.append(_Slot(source, position, coin(self.reader.data.question_first, run.seed, mixture.names[source], position)))
+            yield _Slot(source, position, coin(self.reader.data.question_first, run.seed, mixture.names[source], position))
+
+    def plan(self, step: int) -> list[list[_Slot]]:
+        """This rank's micro-batches of a step; only the dealing knows of ranks."""
+        run, slots = self.run, list(self.samples(step))
         rows = [self.reader.row(slot) for slot in slots]
         costs = [(int(self.reader.shards.n_frames[row]), int(self.reader.shards.n_tokens[row])) for row in rows]
         per_rank = ceil(run.batch_samples // self.world_size / run.micro_batch_samples)

@@ -29,6 +29,8 @@ TOKENIZER = "tokenizer"
 FRAME_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 """Upper edges of the frame counts that are kept together in a shard."""
 TAR_BLOCK_BYTES = 512
+PARTS = ("question", "answer", "rejected")
+"""Texts of a turn."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class ShardSample:
     origin: str
     """What it was made of (a URL, or the number of a generated sample): names the sample, with `source`."""
     conversations: list[list[dict[str, str]]]
-    """Per conversation its turns, `{"question", "answer"}`, all about the same frames."""
+    """Per conversation its turns, `{"question", "answer"}`, all about the same frames. The last turn of a preference also has a
+    `rejected` answer, worse than `answer`."""
     probes: list[dict[str, Any] | None]
     """Per conversation what an evaluation asks of it (task, choices, answer_index, cells), or None."""
     caption: str = ""
@@ -136,7 +139,7 @@ INDEX_SCHEMA = pa.schema(
     ]
 )
 """A row per (sample, conversation). Offsets are of the members' bytes in their tar. n_tokens: text with the chat format's;
-n_answer_tokens: answers with their end-of-turn tokens."""
+n_answer_tokens: answers with their end-of-turn tokens. Of two answers, the longer one counts."""
 
 
 class _TarWriter:
@@ -199,10 +202,10 @@ def _tokenise(
     conversations, probes, sizes = [], [], []
     for number, turns in enumerate(sample.conversations):
         tokenised = [
-            turn | {f"{part}_ids": encode(tokenizer, turn[part]) for part in ("question", "answer")}
-            for turn in ({part: turn[part].strip() for part in ("question", "answer")} for turn in turns)
+            turn | {f"{part}_ids": encode(tokenizer, text) for part, text in turn.items()}
+            for turn in ({part: turn[part].strip() for part in PARTS if part in turn} for turn in turns)
         ]
-        answers = sum(len(turn["answer_ids"]) for turn in tokenised)
+        answers = sum(max(len(turn["answer_ids"]), len(turn.get("rejected_ids", ()))) for turn in tokenised)
         n_tokens = len(chat.system) + answers + sum(len(turn["question_ids"]) + template for turn in tokenised)
         if n_tokens <= max_text_tokens:
             conversations.append(tokenised)

@@ -52,7 +52,8 @@ class PassLosses:
     objective: Tensor
     """Scalar: the passes' sums of cross-entropy, weighted (weights add up to 1). Divide by the labels of the global batch."""
     sums: dict[str, Tensor]
-    """Per pass (`coarse`, `fine1`, ...) the sum of cross-entropy over labelled positions, detached; weightless ones are left out."""
+    """Per pass (`coarse`, `fine1`, ...) the sum of cross-entropy over labelled positions, detached; weightless ones are left out.
+    By sample: one sum for each, [N], with its gradient."""
     entropy: Tensor
     """Mean entropy of the last pass's attention over a frame, in nats; 0 without frames."""
 
@@ -148,8 +149,15 @@ class FoveatedVLM(nn.Module):
 
     # training
 
-    def forward(self, batch: PackedBatch, loss: LossSettings) -> PassLosses:
-        """The training passes of one micro-batch; a micro-batch without frames or without labels is fine."""
+    def forward(self, batch: PackedBatch, loss: LossSettings, *, by_sample: bool = False) -> PassLosses:
+        """The training passes of one micro-batch; a micro-batch without frames or without labels is fine.
+
+        `by_sample` returns every sample's own sums, for losses that are not linear in them.
+        """
+        sample_of = None
+        if by_sample:
+            lengths = torch.tensor(batch.lengths, device=batch.input_ids.device)
+            sample_of = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
         weights = dict(zip(self.pass_names, [loss.coarse, *loss.fine], strict=True))
         total_weight = sum(weights.values())
         visual = [n for n, count in enumerate(batch.shown_counts) if count]
@@ -157,14 +165,14 @@ class FoveatedVLM(nn.Module):
         features = self.encode(batch.frames) if visual else None
         objective = text_embeddings.new_zeros((), dtype=torch.float32)
         sums: dict[str, Tensor] = {}
-        text_sum = objective.detach()
+        text_sum = objective.detach() if sample_of is None else objective.detach().expand(batch.n_samples)
         hidden, entropy = text_embeddings, objective.detach()
         text_only = [n for n, count in enumerate(batch.shown_counts) if not count and batch.label_prefix[n]]
         if text_only:
             kept = _Kept.of(batch, {n: batch.label_prefix[n] for n in text_only})
             states = self.contextualise(text_embeddings[kept.index], batch.position_ids[kept.index], kept.layout)
-            text_sum = self._cross_entropy(states, batch.labels[kept.index])
-            objective = objective + text_sum  # equal in every pass, and the weights add up to 1
+            text_sum = self._cross_entropy(states, batch.labels, kept.index, sample_of)
+            objective = objective + text_sum.sum()  # equal in every pass, and the weights add up to 1
         for number, (name, weight) in enumerate(weights.items()):
             last = number == len(weights) - 1
             # random queries depend on no pass before theirs
@@ -181,11 +189,13 @@ class FoveatedVLM(nn.Module):
             states = self.contextualise(embeddings, batch.position_ids[kept.index], kept.layout) if len(embeddings) else embeddings
             hidden = torch.zeros_like(text_embeddings, dtype=states.dtype).index_copy(0, kept.index, states)
             if weight:
-                sums[name] = self._cross_entropy(states, batch.labels[kept.index])
-                objective = objective + sums[name] * (weight / total_weight)
+                sums[name] = self._cross_entropy(states, batch.labels, kept.index, sample_of)
+                objective = objective + sums[name].sum() * (weight / total_weight)
             if read.weights is not None:
                 entropy = _entropy(read.weights)
-        reported = {name: (sums.get(name, 0.0) + text_sum).detach() for name, weight in weights.items() if weight}
+        reported = {name: sums.get(name, 0.0) + text_sum for name, weight in weights.items() if weight}
+        if not by_sample:
+            reported = {name: total.detach() for name, total in reported.items()}
         return PassLosses(self._touch(objective, batch), reported, entropy)
 
     @property
@@ -253,14 +263,24 @@ class FoveatedVLM(nn.Module):
         square = features.patches[:, 1:].transpose(1, 2).unflatten(2, features.grid)
         return F.adaptive_avg_pool2d(square, side).flatten(2).transpose(1, 2)
 
-    def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Sum of cross-entropy over the labelled positions of [S, D], without ever holding [S, vocabulary]."""
+    def _cross_entropy(self, hidden: Tensor, labels: Tensor, index: Tensor, sample_of: Tensor | None) -> Tensor:
+        """Sum of cross-entropy over the labelled positions of hidden states [s, D], without ever holding [s, vocabulary].
+
+        The states are those at positions `index` of the packed sequence, which `labels` and `sample_of` are of. With
+        `sample_of` it is a sum per sample, [N].
+        """
+        labels = labels[index]
         kept = (labels != IGNORE).nonzero().flatten()
         if not len(kept):
-            return hidden.sum() * 0.0
+            none = hidden.sum() * 0.0
+            return none if sample_of is None else none.expand(int(sample_of[-1]) + 1)
         weight = self.llm.lm_head.weight
         dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else weight.dtype
-        return F.linear_cross_entropy(hidden[kept].to(dtype), weight.to(dtype), labels[kept], reduction="sum").float()
+        cross_entropy = partial(F.linear_cross_entropy, hidden[kept].to(dtype), weight.to(dtype), labels[kept])
+        if sample_of is None:
+            return cross_entropy(reduction="sum").float()
+        sums = torch.zeros(int(sample_of[-1]) + 1, device=hidden.device)
+        return sums.index_add(0, sample_of[index][kept], cross_entropy(reduction="none").float())
 
     def _touch(self, objective: Tensor, batch: PackedBatch) -> Tensor:
         """Give parameters a batch does not use (no frames, no labels, no `q_init`) a zero gradient: DDP waits for them all."""

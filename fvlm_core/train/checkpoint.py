@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ConfigDict
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -34,6 +35,8 @@ _TEMPORARY = ".making"
 
 class CheckpointManifest(Manifest):
     """What a checkpoint folder holds."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")  # a state before the first evaluation has an infinite best loss
 
     step: int
     """Optimizer steps done; the loader's position is the same number."""

@@ -1,5 +1,6 @@
 """What batches cost in FLOPs, and how many steps a FLOP budget pays for."""
 
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -17,15 +18,20 @@ PROBED_ROWS = 32
 class Cost:
     """Training FLOPs of a model's samples."""
 
-    def __init__(self, model: FoveatedVLM, loss: LossSettings) -> None:
+    def __init__(self, model: FoveatedVLM, loss: LossSettings, *, pairs: bool = False) -> None:
+        """`pairs`: batches are of preferences, whose two samples show the same frames."""
+        self.pairs = pairs
         self.model: ModelSettings = model.settings
         self.loss = loss
         self.dims = ModelDims.from_configs(model.encoder.config.to_dict(), model.llm.config.to_dict(), self.model.vision.frame_px)
         self._of = lru_cache(maxsize=4096)(lambda shape: sample_flops(self.model, self.dims, shape, self.loss).train)
 
     def batch(self, batch: PackedBatch) -> float:
-        """FLOPs of training on a batch (on CPU); frames that samples have in common are counted for each."""
-        return sum(self._of(shape) for shape in sample_shapes(batch, self.model.tokens_per_frame))
+        """FLOPs of training on a batch (on CPU); frames that samples have in common are counted for each, those of a pair once."""
+        shapes = sample_shapes(batch, self.model.tokens_per_frame)
+        if self.pairs:
+            shapes = [replace(shape, frames=0) if number % 2 else shape for number, shape in enumerate(shapes)]
+        return sum(self._of(shape) for shape in shapes)
 
     def steps_for(self, shards: ShardSet, data: DataSettings, run: RunSettings) -> int:
         """The number of steps: the recipe's, or as many as its FLOP budget pays for."""
@@ -43,7 +49,8 @@ class Cost:
                 sample = shards.read(int(row), image_repeats=data.image_repeats, label_questions=data.loss_on == "all_text")
             except CorruptSampleError:  # the loader reports and counts those
                 continue
-            costs.append(self.batch(pack([sample], shards.chat, tokens_per_frame=self.model.tokens_per_frame)))
+            samples = sample.pair() if self.pairs else [sample]
+            costs.append(self.batch(pack(samples, shards.chat, tokens_per_frame=self.model.tokens_per_frame)))
         return float(np.mean(costs)) if costs else 0.0
 
 

@@ -1,7 +1,7 @@
 """The training loop: from a recipe to a RunManifest, exactly resumable at every step.
 
-The loss is the mean over all labelled tokens of the global batch: labels are counted over all ranks and micro-batches before
-the first forward, so neither the number of ranks nor accumulation changes it. Everything a step depends on is in the
+The loss is the mean over all labelled tokens (or preference pairs) of the global batch: they are counted over all ranks and
+micro-batches before the first forward, so neither the number of ranks nor accumulation changes it. Everything a step depends on is in the
 checkpoint (weights, optimizer, generators) or a pure function of the step (learning rates, data), so a run that was killed
 and started again goes through the same numbers as one that was not.
 """
@@ -28,7 +28,9 @@ from fvlm_core.train.distributed import World
 from fvlm_core.train.divergence import MARGIN_STEPS, frozen_parameters, next_freeze
 from fvlm_core.train.manifest import CHECKPOINTS_FOLDER, METRICS_FILE, Divergence, RunManifest
 from fvlm_core.train.metrics import MetricsFile, Tracker, columns, peak_flops, peak_memory_gb
+from fvlm_core.train.objective import Objective, PreferenceLoss, TokenLoss
 from fvlm_core.train.optimizer import build_optimizer, clip_gradients, gradient_norms, optimizer_tensors, set_learning_rates
+from fvlm_core.train.reference import make_reference
 from fvlm_core.train.result import write_result
 from fvlm_core.train.schedules import learning_rates
 from fvlm_core.train.spread import spread
@@ -51,17 +53,25 @@ class Trainer:
         if recipe.run.gradient_checkpointing:
             self.model.set_gradient_checkpointing(True)
         compile_parts(self.model, recipe.run.compiled_parts)
-        self.spread = spread(self.model, world, recipe.run)
-        self.cost = Cost(self.model, recipe.loss)
+        self.cost = Cost(self.model, recipe.loss, pairs=recipe.dpo is not None)
         self.steps = self.cost.steps_for(self.shards, recipe.data, recipe.run)
         self.run_settings = recipe.run.with_changes({"steps": self.steps, "budget_flops": None})
-        self.passes = recipe.passes
+        self.objective = self._objective()
+        self.spread = spread(self.model, world, recipe.run)
         self.checkpoints = Checkpoints(recipe.output / CHECKPOINTS_FOLDER, world, identity)
-        self.metrics = MetricsFile(recipe.output / METRICS_FILE, columns(self.passes))
+        self.metrics = MetricsFile(recipe.output / METRICS_FILE, columns(self.objective.names))
         self.tracker = Tracker(recipe, identity, has_key=has_wandb_key)
         self.state, self.clock = RunState(), Clock()
         self.stop_requested = False
         self.batches: Iterator[list[PackedBatch]] = iter(())
+
+    def _objective(self) -> Objective:
+        """What the recipe trains on; for preferences, with the reference that the model as it is now makes."""
+        recipe = self.recipe
+        if recipe.dpo is None:
+            return TokenLoss(recipe.loss, recipe.passes)
+        reference = make_reference(self.model, self.shards, recipe, self.run_settings, self.world, self.identity)
+        return PreferenceLoss(recipe.loss, recipe.passes, recipe.dpo.beta, reference)
 
     def run(self) -> RunManifest:
         """Train to the end (from the last checkpoint where there is one) and write the manifest. Exits with STOPPED on SIGTERM."""
@@ -110,22 +120,23 @@ class Trainer:
         *sizes, flops, stops = self.world.sum([*own, self.stop_requested])
         if stops:
             self._stop()
-        labels, samples, frames, tokens = (int(size) for size in sizes)
+        units, labels, samples, frames, tokens = (int(size) for size in sizes)
         with self.spread.step():
-            sums = self._accumulate(micro_batches, labels)
+            sums = self._accumulate(micro_batches, units)
         norms = gradient_norms(self.optimizer)
         norm = torch.stack(list(norms.values())).norm()
         # one transfer from the device for everything that is logged or decided on
         values = torch.cat([sums, torch.stack([*norms.values(), norm]).double()]).tolist()
         objective, *losses, entropy = self.world.sum(values[: len(sums)])
         result = StepResult(
+            units=units,
             labels=labels,
             samples=samples,
             frames=frames,
             tokens=tokens,
             flops=flops,
             objective=objective,
-            losses=dict(zip(self.passes, losses, strict=True)),
+            losses=dict(zip(self.objective.names, losses, strict=True)),
             norms=dict(zip(norms, values[len(sums) : -1], strict=True)),
             norm=values[-1],
             entropy=entropy,
@@ -143,26 +154,27 @@ class Trainer:
         self.clock.add(result, seconds=seconds, waited=waited)
         return result.loss, trouble
 
-    def _accumulate(self, micro_batches: list[PackedBatch], labels: int) -> Tensor:
-        """Forward and backward of this rank's micro-batches.
+    def _accumulate(self, micro_batches: list[PackedBatch], units: int) -> Tensor:
+        """Forward and backward of this rank's micro-batches; `units`: labelled tokens or pairs of the global batch.
 
-        Returns this rank's sums, float64: objective, cross-entropy of each pass, attention entropy over the shown frames.
+        Returns this rank's sums, float64: objective, what the objective names, attention entropy over the shown frames.
         """
-        sums = torch.zeros(2 + len(self.passes), dtype=torch.float64, device=self.world.device)
+        sums = torch.zeros(2 + len(self.objective.names), dtype=torch.float64, device=self.world.device)
         for number, micro_batch in enumerate(micro_batches):
             batch = micro_batch.to(self.world.device)
             with self.spread.accumulating(number < len(micro_batches) - 1):
                 with self._autocast():
-                    losses = self.spread(batch, self.recipe.loss)
+                    part = self.objective(self.spread, batch)
                 # the ranks' gradients are averaged, so each rank's share of the global mean is scaled up
-                (losses.objective * (self.world.size / max(1, labels))).backward()
-            parts = [losses.objective.detach(), *(losses.sums[name] for name in self.passes), losses.entropy * len(batch.shown_frames)]
-            sums += torch.stack([part.double() for part in parts])
+                (part.objective * (self.world.size / max(1, units))).backward()
+            named = [part.parts[name] for name in self.objective.names]
+            sums += torch.stack([value.double() for value in (part.objective.detach(), *named, part.entropy * len(batch.shown_frames))])
         return sums
 
     def _sizes(self, batch: PackedBatch) -> tuple[float, ...]:
-        """Labels, samples, shown frames, tokens, training FLOPs."""
-        return batch.n_labels, batch.n_samples, len(batch.shown_frames), len(batch.input_ids), self.cost.batch(batch)
+        """Units of the objective, labels, samples, shown frames, tokens, training FLOPs."""
+        held = batch.n_labels, batch.n_samples, len(batch.shown_frames), len(batch.input_ids)
+        return self.objective.units(batch), *held, self.cost.batch(batch)
 
     def _autocast(self) -> AbstractContextManager:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.recipe.run.precision == "bf16")
@@ -181,8 +193,8 @@ class Trainer:
     def _evaluate(self) -> str | None:
         """Validation losses and a row of `metrics.csv`. Returns why training has diverged, if it has."""
         with self._autocast(), self.spread.evaluation():
-            self.state.val_losses = validation_losses(self.model, self.shards, self.recipe, self.passes, self.world)
-        final = self.state.val_losses[self.passes[-1]]
+            self.state.val_losses = validation_losses(self.model, self.shards, self.recipe, self.objective, self.world)
+        final = self.state.val_losses[self.recipe.passes[-1]]
         if not math.isfinite(final):
             return f"validation loss {final}"
         self.state.evaluated = self.state.step
@@ -197,7 +209,7 @@ class Trainer:
 
     def _row(self, val_loss: float) -> dict[str, Any]:
         state, window = self.state, self.state.window
-        rates, labels = learning_rates(self.recipe.optimizer, state.step - 1, self.steps), max(1, window.labels)
+        rates, units = learning_rates(self.recipe.optimizer, state.step - 1, self.steps), max(1, window.units)
         peak = peak_flops(self.world.device)
         return {
             "step": state.step,
@@ -207,8 +219,8 @@ class Trainer:
             "flops": state.flops,
             "val_loss": val_loss,
             **{f"val_{name}": value for name, value in state.val_losses.items()},
-            "train_loss": window.objective / labels,
-            **{f"train_{name}": value / labels for name, value in window.losses.items()},
+            "train_loss": window.objective / units,
+            **{f"train_{name}": value / units for name, value in window.losses.items()},
             **{f"grad_norm_{role}": value / window.steps for role, value in window.norms.items()},
             **{f"lr_{role}": rate if role in window.norms else 0.0 for role, rate in rates.items()},
             "entropy": window.entropy / window.frames if window.frames else None,
@@ -231,7 +243,9 @@ class Trainer:
     def _save(self) -> None:
         """A checkpoint of the present step."""
         state = self.state
-        reached = score(state.val_losses, self.recipe.best) if state.evaluated == state.step > 0 else None
+        reached = None
+        if state.evaluated == state.step > 0:
+            reached = score({name: state.val_losses[name] for name in self.recipe.passes}, self.recipe.best)
         if reached is not None and reached < state.best_loss:
             state.best_step, state.best_loss = state.step, reached
         self.checkpoints.save(state.step, self._tensors(), score=reached, state=state.model_dump(mode="json"))

@@ -15,6 +15,7 @@ RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.csv"
 MODEL_FOLDER = "model"
 CHECKPOINTS_FOLDER = "checkpoints"
+REFERENCE_FOLDER = "reference"
 
 
 class Divergence(Settings):
@@ -36,7 +37,7 @@ class RunManifest(Manifest):
     final_loss: float
     """Validation loss of the last pass, of the model in `model/`."""
     losses: dict[str, float]
-    """Validation loss of each pass that has a weight."""
+    """Validation loss of each pass that has a weight: cross-entropy per labelled token, or the DPO loss per pair."""
     best_step: int
     """Step of the kept checkpoint with the lowest score (the recipe's `best`)."""
     best_loss: float

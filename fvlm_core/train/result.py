@@ -9,7 +9,15 @@ from fvlm_core.config import Recipe
 from fvlm_core.manifest import file_entries
 from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.train.checkpoint import Checkpoints
-from fvlm_core.train.manifest import CHECKPOINTS_FOLDER, IDENTITY_FILE, METRICS_FILE, MODEL_FOLDER, RECIPE_FILE, RunManifest
+from fvlm_core.train.manifest import (
+    CHECKPOINTS_FOLDER,
+    IDENTITY_FILE,
+    METRICS_FILE,
+    MODEL_FOLDER,
+    RECIPE_FILE,
+    REFERENCE_FOLDER,
+    RunManifest,
+)
 from fvlm_core.train.state import RunState
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -30,6 +38,7 @@ def write_result(
     files = file_entries(recipe.output, [f"{MODEL_FOLDER}/*"])
     # how the run went (rates, paths, storage layout) may differ where what it made does not
     files += file_entries(recipe.output, [METRICS_FILE, RECIPE_FILE, IDENTITY_FILE], identity=False)
+    files += file_entries(recipe.output, [f"{REFERENCE_FOLDER}/*"], identity=False)
     files += checkpoints.files(CHECKPOINTS_FOLDER)
     counts = {
         "steps": state.step,
@@ -46,8 +55,8 @@ def write_result(
         files=files,
         seconds=state.seconds,
         steps=state.step,
-        final_loss=list(state.val_losses.values())[-1],
-        losses=state.val_losses,
+        final_loss=state.val_losses[recipe.passes[-1]],
+        losses={name: state.val_losses[name] for name in recipe.passes},
         best_step=state.best_step,
         best_loss=state.best_loss,
         samples_seen=state.samples,

@@ -31,9 +31,9 @@ class Spread:
     def begin(self) -> None:
         """Call before training, and after parameters were frozen or given back their gradients."""
 
-    def __call__(self, batch: PackedBatch, loss: LossSettings) -> PassLosses:
+    def __call__(self, batch: PackedBatch, loss: LossSettings, *, by_sample: bool = False) -> PassLosses:
         """The training forward, within `step`."""
-        return self.model(batch, loss)
+        return self.model(batch, loss, by_sample=by_sample)
 
     def step(self) -> AbstractContextManager[None]:
         """Around the forwards and backwards of an optimizer step; on leaving it, gradients are the mean over the ranks."""
@@ -65,8 +65,8 @@ class Replicated(Spread):
     def begin(self) -> None:
         self.parallel = DistributedDataParallel(self.model, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
-    def __call__(self, batch: PackedBatch, loss: LossSettings) -> PassLosses:
-        return self.parallel(batch, loss)
+    def __call__(self, batch: PackedBatch, loss: LossSettings, *, by_sample: bool = False) -> PassLosses:
+        return self.parallel(batch, loss, by_sample=by_sample)
 
     def accumulating(self, accumulate: bool) -> AbstractContextManager[None]:
         return self.parallel.no_sync() if accumulate else nullcontext()
@@ -88,8 +88,8 @@ class Sharded(Spread):
         for part in self.parts:
             part.set_reshard_after_backward(False, recurse=False)
 
-    def __call__(self, batch: PackedBatch, loss: LossSettings) -> PassLosses:
-        return self.root(batch, loss)
+    def __call__(self, batch: PackedBatch, loss: LossSettings, *, by_sample: bool = False) -> PassLosses:
+        return self.root(batch, loss, by_sample=by_sample)
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -132,10 +132,10 @@ class _Root(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: PackedBatch | None, loss: LossSettings | None) -> PassLosses | Tensor:
+    def forward(self, batch: PackedBatch | None, loss: LossSettings | None, *, by_sample: bool = False) -> PassLosses | Tensor:
         if batch is None:
             return torch.stack([parameter.sum().float() for parameter in self.parameters() if parameter.requires_grad]).sum() * 0.0
-        return self.model(batch, loss)
+        return self.model(batch, loss, by_sample=by_sample)
 
 
 def spread(model: FoveatedVLM, world: World, run: RunSettings) -> Spread:

@@ -17,11 +17,12 @@ class Window(BaseModel):
 
     model_config = _JSON
 
-    labels: int = 0
+    units: int = 0
+    """Labelled tokens, or pairs."""
     steps: int = 0
     objective: float = 0.0
     losses: dict[str, float] = Field(default_factory=dict)
-    """Per pass, the sum of cross-entropy."""
+    """What the objective names, summed: per pass its cross-entropy, for one."""
     norms: dict[str, float] = Field(default_factory=dict)
     """Per role, the sum of gradient norms."""
     entropy: float = 0.0
@@ -63,13 +64,15 @@ class RunState(BaseModel):
 class StepResult:
     """What one optimizer step came to, over all ranks."""
 
+    units: int
+    """What the loss is the mean over: labelled tokens, or pairs."""
     labels: int
     samples: int
     frames: int
     tokens: int
     flops: float
     objective: float
-    """Sum over the labelled tokens of the weighted cross-entropy."""
+    """Sum over the units."""
     losses: dict[str, float]
     norms: dict[str, float]
     norm: float
@@ -78,8 +81,8 @@ class StepResult:
 
     @property
     def loss(self) -> float:
-        """Mean over the labelled tokens of the global batch; 0 where it has none."""
-        return self.objective / max(1, self.labels)
+        """Mean over the units of the global batch; 0 where it has none."""
+        return self.objective / max(1, self.units)
 
     @property
     def finite(self) -> bool:
@@ -94,7 +97,7 @@ class StepResult:
         state.flops += self.flops
         state.skipped_steps += not self.finite
         window = state.window
-        window.labels += self.labels
+        window.units += self.units
         window.steps += 1
         window.objective += self.objective
         window.entropy += self.entropy

@@ -1,4 +1,4 @@
-"""Validation: the mean loss per labelled token of each pass, over a fixed set, dealt out to the ranks."""
+"""Validation: the mean loss of each pass per labelled token or pair, over a fixed set, dealt out to the ranks."""
 
 import torch
 
@@ -7,6 +7,7 @@ from fvlm_core.data.loader import ShardSet, val_batches
 from fvlm_core.errors import UserError
 from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.train.distributed import World
+from fvlm_core.train.objective import Objective
 
 
 def score(losses: dict[str, float], best: BestSettings) -> float:
@@ -18,9 +19,9 @@ def score(losses: dict[str, float], best: BestSettings) -> float:
 
 
 @torch.no_grad()
-def validation_losses(model: FoveatedVLM, shards: ShardSet, recipe: Recipe, passes: list[str], world: World) -> dict[str, float]:
-    """Cross-entropy per labelled token of each of the `passes`. Raises UserError where the set has no labels."""
-    sums, labels = dict.fromkeys(passes, 0.0), 0
+def validation_losses(model: FoveatedVLM, shards: ShardSet, recipe: Recipe, objective: Objective, world: World) -> dict[str, float]:
+    """What the objective names (the passes' losses first), per unit. Raises UserError where the set has no units."""
+    sums, units = dict.fromkeys(objective.names, 0.0), 0
     batches = val_batches(
         shards,
         recipe.run.eval_samples,
@@ -32,12 +33,12 @@ def validation_losses(model: FoveatedVLM, shards: ShardSet, recipe: Recipe, pass
     )
     model.eval()
     for batch in batches:
-        losses = model(batch.to(world.device), recipe.loss)
-        labels += batch.n_labels
-        for name in passes:
-            sums[name] += float(losses.sums[name])
+        parts = objective(model, batch.to(world.device)).parts
+        units += objective.units(batch)
+        for name in objective.names:
+            sums[name] += float(parts[name])
     model.train()
-    *totals, count = world.sum([*sums.values(), labels])
+    *totals, count = world.sum([*sums.values(), units])
     if not count:
         raise UserError("the validation samples have no labels", where="run.eval_samples", fix="evaluate more samples")
-    return {name: total / count for name, total in zip(passes, totals, strict=True)}
+    return {name: total / count for name, total in zip(objective.names, totals, strict=True)}

@@ -19,7 +19,7 @@ from fvlm_core.manifest import sha256_file
 from fvlm_core.train.__main__ import train
 from fvlm_core.train.loop import STOPPED
 from fvlm_core.train.manifest import RunManifest
-from tests.train.conftest import tiny_recipe
+from tests.train.conftest import one_rank_then_stop, tiny_recipe
 
 TIMINGS = ["samples_per_s", "frames_per_s", "tokens_per_s", "mfu", "data_wait_share", "peak_memory_gb"]
 LONG = {"run__steps": 60, "run__eval_every": 3, "run__checkpoint_every": 4}
@@ -114,6 +114,15 @@ def test_half_made_checkpoint_is_cleaned_away(tmp_path: Path, shards: Path, unin
     train(recipe)
     same_end(recipe, uninterrupted)
     assert not list((recipe.output / "checkpoints").glob(".making*"))
+
+
+def test_goes_on_from_a_checkpoint_before_the_first_evaluation(tmp_path: Path, shards: Path) -> None:
+    late = {"run__steps": 6, "run__eval_every": 6, "run__checkpoint_every": 2}
+    whole, stopped = (tiny_recipe(tmp_path / name, shards, **late) for name in ("whole", "stopped"))
+    train(whole)
+    one_rank_then_stop(stopped, 3)
+    assert train(stopped).resumed_from == [2]
+    same_end(stopped, whole)
 
 
 def test_finished_run_returns_at_once(uninterrupted: Recipe) -> None:

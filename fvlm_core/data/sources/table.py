@@ -5,7 +5,8 @@
 | source | lower-case name of the source | the job's |
 | kind | video or image (a still) | video |
 | split | train, val, or empty: decided by a hash of the url | empty |
-| conversations | JSON: a list of conversations, each a list of {question, answer} | the source's prompt and the caption |
+| conversations | JSON: a list of conversations, each a list of {question, answer}; the last may have {rejected} too, an answer \
+that is worse | the source's prompt and the caption |
 | probes | JSON: per conversation null or {task, choices, answer_index, cells} | null |
 | extra | JSON: further fields of the sample | {} |
 """
@@ -31,11 +32,12 @@ EXAMPLES = 3
 
 
 class TurnText(BaseModel):
-    """A question and its answer."""
+    """A question and its answer, and perhaps one that is worse."""
 
     model_config = ConfigDict(extra="forbid")
     question: str
     answer: str
+    rejected: str = ""
 
 
 Row = dict[str, str]
