@@ -94,14 +94,15 @@ def torchrun(recipe: Recipe, ranks: int) -> None:
     subprocess.run([launcher, "--standalone", "--nproc-per-node", str(ranks), "-m", "fvlm_core.train", path], check=True, timeout=120)
 
 
-def one_rank_then_stop(recipe: Recipe, steps: int) -> None:
-    """The first steps of a run that a SIGTERM ends."""
+def one_rank_then_stop(recipe: Recipe, steps: int, *, evaluated: bool = True) -> None:
+    """The first steps of a run that a SIGTERM ends, each `evaluated` or none."""
     inputs = input_digests(recipe)
     trainer = Trainer(recipe, World(0, 1, torch.device("cpu")), recipe.identity(inputs), inputs, has_wandb_key=False)
     trainer.go_to(None, trainer.state)
     for _ in range(steps):
         trainer.step()
-        trainer._evaluate()
+        if evaluated:
+            trainer._evaluate()
     trainer.stop_requested = True
     with pytest.raises(SystemExit, match=str(STOPPED)):
         trainer.step()
