@@ -16,7 +16,7 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.states import Cancelled, Cancelling
 from rich.console import Console
 
-from deployments.display import WAITING, Display, result_tables
+from deployments.display import Display, result_tables
 from fvlm_core.eval.results import Results
 from infra.stack import Stack
 from tasks.config import PipelineConfig
@@ -37,6 +37,7 @@ def trigger(config: PipelineConfig) -> UUID:
 
 def follow(run: UUID, config: PipelineConfig, volume: Path, stack: Stack, console: Console) -> State[Any]:
     """Show the run until it ends; returns its last state. Raises StackError when the stack dies."""
+    began = time.time()
     with get_client(sync_client=True) as client, Display(console) as display:
         while True:
             stack.check()
@@ -47,7 +48,9 @@ def follow(run: UUID, config: PipelineConfig, volume: Path, stack: Stack, consol
                 time.sleep(POLL_S)
                 continue
             for phase in PHASES:
-                display.show(phase, states.get(phase, WAITING), PhaseStatus.read(phase_folder(phase, config, volume)))
+                # a task run has another name until it starts, so a state that was seen stays until there is a newer one
+                state = states.get(phase, display.phases[phase].state)
+                display.show(phase, state, PhaseStatus.read(phase_folder(phase, config, volume), since=began))
             if flow_run.state is not None and flow_run.state.is_final():
                 return flow_run.state
             time.sleep(POLL_S)

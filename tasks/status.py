@@ -37,10 +37,11 @@ class PhaseStatus(Settings):
         return "; ".join([f"{self.done} of {self.total} steps", *(describe(name, report) for name, report in self.running.items())])
 
     @classmethod
-    def read(cls, folder: Path) -> Self | None:
-        """The status of the phase in `folder`, or None."""
+    def read(cls, folder: Path, *, since: float = 0.0) -> Self | None:
+        """The status of the phase in `folder`, or None where there is none written after `since` (seconds since the epoch)."""
+        path = folder / FILE_NAME
         try:
-            return cls.model_validate_json((folder / FILE_NAME).read_text())
+            return cls.model_validate_json(path.read_text()) if path.stat().st_mtime >= since else None
         except (OSError, ValidationError):
             return None
 
