@@ -110,3 +110,10 @@ def one_rank_then_stop(recipe: Recipe, steps: int, *, evaluated: bool = True) ->
 
 def losses(recipe: Recipe) -> pd.DataFrame:
     return pd.read_csv(recipe.output / "metrics.csv", index_col="step").filter(regex="^(val_|train_|grad_norm_|label_tokens|entropy)")
+
+
+def same_losses(recipe: Recipe, other: Recipe) -> None:
+    """Equal to 1e-5 at every evaluation point, each pass, training and validation; gradient norms in relation to their size."""
+    mine, theirs = losses(recipe), losses(other)
+    pd.testing.assert_frame_equal(mine.filter(regex="^(val|train)_"), theirs.filter(regex="^(val|train)_"), atol=1e-5, rtol=0)
+    pd.testing.assert_frame_equal(mine, theirs, atol=1e-5, rtol=1e-4)
