@@ -159,7 +159,7 @@ class PhaseRun:
         """The task that makes `step`: its cached result is not trusted when the step's files are gone or damaged."""
         damaged = step.found(self.volume, self.config.machine.verify) is None
         return make_step.with_options(
-            task_run_name=f"{self.config.name} · {step.name}",
+            task_run_name=f"{self.config.name} · {self.phase} · {step.name}",
             refresh_cache=damaged,
             result_storage=result_storage(self.volume),
         )

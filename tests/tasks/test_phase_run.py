@@ -53,7 +53,7 @@ def run_phase(volume: Path, *steps: Step, **last: object) -> tuple[dict[str, str
     state: State[None] = phase(return_state=True)
     with get_client(sync_client=True) as client:
         tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[seen[0]])))
-    names = {task.name.removeprefix("ci · "): task for task in tasks}
+    names = {task.name.removeprefix("ci · precompute · "): task for task in tasks}
     if state.is_failed():
         state.result()
     return (
