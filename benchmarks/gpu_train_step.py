@@ -1,0 +1,169 @@
+"""The training step on a GPU at DINOv2-small + SmolLM2 135M, 360M and 1.7B: samples/s, MFU, peak memory, and how long it waits
+for data; eager and compiled, each with the batch that fills the card (found by doubling).
+
+It is the trainer itself, on shards written for it: videos of 4, 8, 8 and 16 frames of 224 px, texts of the lengths of
+`benchmarks.train_step`, in bf16 with fp32 masters, read and decoded by the loader's processes while it runs. Goals: MFU of 40 %
+at 135M and 50 % at 1.7B, and 2 % of the time waiting for data.
+"""
+
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simplejpeg
+import torch
+
+from benchmarks.report import Measurement, arguments, show
+from benchmarks.shapes import FRAME_PX, SMOLLM2, VOCABULARY, model_settings
+from fvlm_core.config import ModelSettings, Recipe
+from fvlm_core.data.jobs import SPLITS, ShardManifest
+from fvlm_core.data.shard_files import ShardSample, write_shards
+from fvlm_core.data.tokenizer import render_chat, train_tokenizer
+from fvlm_core.manifest import file_entries
+from fvlm_core.train.speed import Bench
+from fvlm_core.train.speed_job import SpeedJob, SpeedRow
+
+NO_GPU = 2
+"""Exit status on a machine without CUDA."""
+GOAL_MFU = {"135M": 0.40, "1.7B": 0.50}
+GOAL_WAIT = 0.02
+FRAMES, WORDS = (4, 8, 8, 16), (24, 48, 96, 200)
+"""Of each of four kinds of sample; half of the words are the answer."""
+VIDEOS = 64
+"""Of each kind, with frames of their own: no batch below 256 samples has equal frames to save work on."""
+SMALLEST_BATCH = 4
+DICTIONARY = 200
+"""Different words; each is a token of the shards' tokenizer."""
+
+
+@dataclass(frozen=True)
+class Filled:
+    """The largest batch of a model that fits, eager or compiled."""
+
+    size: str
+    kind: str
+    batch: int
+    row: SpeedRow
+
+
+def main() -> None:
+    options = arguments(
+        __doc__ or "",
+        sizes={"nargs": "+", "choices": list(SMOLLM2), "default": list(SMOLLM2)},
+        steps={"type": int, "default": 10},
+        workers={"type": int, "default": max(1, min(12, (os.cpu_count() or 1) - 1))},
+    )
+    if not torch.cuda.is_available():
+        print("this benchmark needs a CUDA GPU, and torch sees none here; `python -m benchmarks.train_step` runs on a CPU", file=sys.stderr)
+        sys.exit(NO_GPU)
+    with tempfile.TemporaryDirectory() as folder:
+        shards = write_videos(Path(folder) / "shards", frame_px=FRAME_PX, videos=VIDEOS, vocabulary=VOCABULARY)
+        for size in options.sizes:
+            job = speed_job(Path(folder) / size, shards, model_settings(size), steps=options.steps, workers=options.workers)
+            show([m for filled in fill(size, job) for m in measurements(filled)], as_json=options.json)
+
+
+def write_videos(folder: Path, *, frame_px: int, videos: int, vocabulary: int) -> Path:
+    """Shards of random videos and words; `vocabulary` is the size that the model's embedding is to have."""
+    rng = np.random.default_rng(0)
+    words = ["".join(letters) for letters in islice(product("abcdefghijklmnopqrstuvwxyz", repeat=2), DICTIONARY)]
+
+    def sample(split: Any, number: int) -> ShardSample:
+        frames, length = FRAMES[number % len(FRAMES)], WORDS[number % len(WORDS)]
+        coarse = rng.integers(0, 256, (frames, 16, 16, 3), dtype=np.uint8)
+        repeats = -(-frame_px // 16)  # blocks: a JPEG of plain noise would be larger and slower to read than any real one
+        pixels = np.ascontiguousarray(coarse.repeat(repeats, 1).repeat(repeats, 2)[:, :frame_px, :frame_px])
+        text = rng.choice(words, length)
+        turn = {"question": " ".join(text[: length // 2]), "answer": " ".join(text[length // 2 :])}
+        return ShardSample(
+            source="videos",
+            kind="video",
+            split=split,
+            origin=f"{split}-{number}",
+            conversations=[[turn]],
+            probes=[None],
+            duration_s=float(frames),
+            num_frames=frames,
+            frames=lambda: [simplejpeg.encode_jpeg(frame, quality=90, colorsubsampling="420") for frame in pixels],
+        )
+
+    counts = {"train": videos * len(FRAMES), "val": len(FRAMES)}
+    samples = [sample(split, number) for split in SPLITS for number in range(counts[split])]
+    tokenizer = train_tokenizer((render_chat(turns) for made in samples for turns in made.conversations), 1024)
+    sources, dropped = write_shards(folder, samples, tokenizer)
+    ShardManifest(
+        name="shards",
+        settings_hash="benchmark",
+        files=file_entries(folder, ["train/*.tar", "val/*.tar", "tokenizer/*", "index.parquet"]),
+        sources=sources,
+        frame_px=frame_px,
+        fps=1.0,
+        vocab_size=vocabulary,
+        bad=dropped,
+    ).write(folder)
+    return folder
+
+
+def speed_job(folder: Path, shards: Path, model: ModelSettings, *, steps: int, workers: int, **run: Any) -> SpeedJob:
+    """What is measured: the trainer with one fine pass, whose loss is the only one, as in `benchmarks.train_step`."""
+    recipe = Recipe.model_validate(
+        {
+            "name": "benchmark",
+            "output": folder / "run",
+            "shards": shards,
+            "model": model,
+            "data": {"mixture": [{"source": "videos", "share": 1.0}], "question_first": 0.0, "workers": workers},
+            "loss": {"coarse": 0.0, "fine": [1.0]},
+            "run": {"steps": 1, "precision": "bf16", "wandb": "disabled", **run},
+        }
+    )
+    return SpeedJob(output=folder, recipe=recipe, warmup_steps=3, steps=steps, max_variant_s=120.0)
+
+
+def fill(size: str, job: SpeedJob, *, largest: int = 4096, kinds: Sequence[str] = ("eager", "compiled")) -> list[Filled]:
+    """The batch doubled until it does not fit, eager; then compiled, which starts where eager ended."""
+    bench = Bench(job)
+
+    found: list[Filled] = []
+    for kind in kinds:
+        batch, best = found[-1].batch if found else SMALLEST_BATCH, None
+        while batch <= largest:
+            settings = {"run.batch_samples": batch, "run.micro_batch_samples": batch, "run.compile": kind == "compiled"}
+            row = bench.measure(f"{size} {kind} {batch}", settings, busy=True)
+            print(f"{row.variant}: {row.failure or f'{row.samples_per_s:.1f} samples/s'}", file=sys.stderr)
+            if row.failure:
+                break
+            best, batch = Filled(size, kind, batch, row), 2 * batch
+        found += [best] if best else []
+    return found
+
+
+def measurements(filled: Filled) -> Sequence[Measurement]:
+    """What was found, as the other benchmarks say it."""
+    row, name = filled.row, f"{filled.size} {filled.kind}"
+    goal = GOAL_MFU.get(filled.size)
+
+    def one(metric: str, value: float | None, unit: str, reference: str = "", against: float | None = None) -> list[Measurement]:
+        ratio = value / against if value is not None and against else None
+        return [] if value is None else [Measurement("gpu_train_step", f"{name} {metric}", value, unit, reference, ratio)]
+
+    return [
+        *one("batch", float(filled.batch), "samples"),
+        *one("speed", row.samples_per_s, "samples/s"),
+        *one("tokens", row.tokens_per_s, "tokens/s"),
+        *one("mfu", row.mfu, "of the data sheet's peak", f"goal {goal}" if goal else "", goal),
+        *one("share_of_matmul", row.share_of_matmul, "of torch.mm's FLOP/s"),
+        *one("gpu_busy", row.gpu_busy, "of the time"),
+        *one("peak_memory", row.peak_memory_gb, "GB"),
+        *one("data_wait", row.data_wait_share, "of the time", f"goal {GOAL_WAIT}", GOAL_WAIT),
+    ]
+
+
+if __name__ == "__main__":
+    main()
