@@ -23,7 +23,7 @@ from tasks.config import PipelineConfig
 from tasks.phases import PHASES, PhaseManifest, phase_folder
 from tasks.status import PhaseStatus
 
-POLL_S = 0.5
+POLL_S = 1.0
 TASK_RUNS = 200
 """Read at a time; a pipeline run has two per phase."""
 
