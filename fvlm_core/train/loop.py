@@ -24,6 +24,7 @@ from fvlm_core.errors import UserError
 from fvlm_core.progress import Progress
 from fvlm_core.train.checkpoint import CheckpointManifest, Checkpoints, rng_tensors, set_rng
 from fvlm_core.train.cost import Cost
+from fvlm_core.train.display import Display
 from fvlm_core.train.distributed import World
 from fvlm_core.train.divergence import MARGIN_STEPS, frozen_parameters, next_freeze
 from fvlm_core.train.manifest import CHECKPOINTS_FOLDER, METRICS_FILE, Divergence, RunManifest
@@ -61,6 +62,7 @@ class Trainer:
         self.checkpoints = Checkpoints(recipe.output / CHECKPOINTS_FOLDER, world, identity)
         self.metrics = MetricsFile(recipe.output / METRICS_FILE, columns(self.objective.names))
         self.tracker = Tracker(recipe, identity, has_key=has_wandb_key)
+        self.display = Display(recipe.name, self.steps, speaks=world.rank == 0, live=world.size == 1)
         self.state, self.clock = RunState(), Clock()
         self.stop_requested = False
         self.batches: Iterator[list[PackedBatch]] = iter(())
@@ -77,7 +79,8 @@ class Trainer:
         """Train to the end (from the last checkpoint where there is one) and write the manifest. Exits with STOPPED on SIGTERM."""
         before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_requested", True))
         try:
-            self._train()
+            with self.display:
+                self._train()
         finally:
             signal.signal(signal.SIGTERM, before)
         manifest = None
@@ -94,7 +97,7 @@ class Trainer:
         self.go_to(found, RunState() if found is None else RunState.model_validate(found.state))
         if found is not None:
             self.state.resumed_from.append(found.step)
-            self._say(f"resumed from step {found.step}")
+            self.display.say(f"resumed from step {found.step}")
         progress = Progress(self.recipe.output, self.steps, first_step=self.state.step)
         while self.state.step < self.steps:
             loss, trouble = self.step()
@@ -107,6 +110,7 @@ class Trainer:
                 self._save()
             if self.world.rank == 0:
                 progress.update(self.state.step, loss=loss if math.isfinite(loss) else None)
+                self.display.update(self.state.step, loss=loss, lr=max(group["lr"] for group in self.optimizer.param_groups))
 
     # a step
 
@@ -146,7 +150,7 @@ class Trainer:
             set_learning_rates(self.optimizer, learning_rates(self.recipe.optimizer, self.state.step, self.steps))
             self.optimizer.step()
         else:
-            self._say(f"step {self.state.step + 1}: loss {result.loss}, gradient norm {result.norm}: no update")
+            self.display.say(f"step {self.state.step + 1}: loss {result.loss}, gradient norm {result.norm}: no update")
         self.optimizer.zero_grad(set_to_none=True)
         trouble = result.count(self.state)
         seconds = time.perf_counter() - started
@@ -184,10 +188,6 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, self.recipe.optimizer, frozen=frozen_parameters(self.model, self.state.frozen))
         self.spread.begin()
 
-    def _say(self, text: str) -> None:
-        if self.world.rank == 0:
-            print(text, flush=True)
-
     # evaluation points
 
     def _evaluate(self) -> str | None:
@@ -203,7 +203,7 @@ class Trainer:
             self.metrics.append(row)
             self.tracker.log(row)
         rate, train_loss = row["samples_per_s"], row["train_loss"]
-        self._say(f"step {self.state.step}/{self.steps}  train {train_loss:.4f}  val {final:.4f}  {rate:.1f} samples/s")
+        self.display.say(f"step {self.state.step}/{self.steps}  train {train_loss:.4f}  val {final:.4f}  {rate:.1f} samples/s")
         self.state.window, self.clock = Window(), Clock()
         return None
 
@@ -292,12 +292,12 @@ class Trainer:
         state.resumed_from = self.state.resumed_from
         state.divergences = [*self.state.divergences, Divergence(step=at, reason=reason, back_to=state.step, froze=froze)]
         self.go_to(found, state)
-        self._say(f"diverged at step {at} ({reason}): back to step {state.step}, {froze} frozen")
+        self.display.say(f"diverged at step {at} ({reason}): back to step {state.step}, {froze} frozen")
 
     def _stop(self) -> None:
         """Save and leave, because of a SIGTERM."""
         self._save()
-        self._say(f"stopped by SIGTERM at step {self.state.step}; start it again to go on")
+        self.display.say(f"stopped by SIGTERM at step {self.state.step}; start it again to go on")
         self.tracker.finish()
         self.world.leave()
         sys.exit(STOPPED)

@@ -1,6 +1,13 @@
 """`metrics.csv` holds each step once whatever happened before; wandb writes its files without a key, and no key anywhere."""
 
+import contextlib
 import csv
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -50,3 +57,24 @@ def test_wandb_offline_without_a_key(tmp_path: Path, shards: Path, monkeypatch: 
     while b"foveated-vlm-speed" not in log.read_bytes() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert b"foveated-vlm-speed" in log.read_bytes()
+
+
+def test_a_terminal_shows_where_the_run_is(tmp_path: Path, shards: Path) -> None:
+    """A live line on a terminal, none in a file."""
+    recipe = tiny_recipe(tmp_path / "run", shards)
+    recipe.to_yaml(tmp_path / "run.yaml")
+    command = [sys.executable, "-m", "fvlm_core.train", str(tmp_path / "run.yaml")]
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(command, stdout=theirs, env=os.environ | {"TERM": "xterm", "COLUMNS": "120"})
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # the terminal is gone when the process is
+        while part := os.read(ours, 65536):
+            shown += part
+    assert process.wait(60) == 0
+    text = re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b"", shown).decode()
+    assert re.search(r"tiny .*6/6 +loss \d+\.\d{4} +lr \d\.\d+e-\d+ +0:00:00", text)
+    assert "step 6/6  train" in text
+    shutil.rmtree(recipe.output)
+    plain = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert [line.split("/")[0] for line in plain.stdout.splitlines()] == [f"step {number}" for number in range(1, 7)]
