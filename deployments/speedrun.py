@@ -48,7 +48,7 @@ def speedrun(profile: str, videos: Path | None, volume: Path, *, keep_server: bo
         finally:
             if keep:
                 stack.leave_running()
-                console.print(f"Server and workers go on; stop them with: fvlm stop --volume {volume}", highlight=False)
+                console.print(f"Server and workers go on; stop them with: fvlm stop --volume {volume}", highlight=False, soft_wrap=True)
             else:
                 stack.stop()
 
@@ -69,6 +69,7 @@ def _run(stack: Stack, config: PipelineConfig, volume: Path, console: Console) -
     """Register, trigger, watch, and print the results."""
     os.environ.update(stack.client_environment())
     from deployments import register, watch  # Prefect reads the environment when it is imported
+    from tasks.run_phase import told
 
     stack.wait_for_server()
     types = asyncio.run(register.register(config, volume))
@@ -82,8 +83,9 @@ def _run(stack: Stack, config: PipelineConfig, volume: Path, console: Console) -
         watch.cancel(run, timeout_s=CANCEL_TIMEOUT_S)
         raise
     if not state.is_completed():
-        console.print(f"[red]The pipeline ended {state.name}.[/red]\n{state.message or ''}", highlight=False)
-        console.print("Run the same command again: finished steps are kept, training goes on from its checkpoint.")
+        console.print(f"[red]The pipeline ended {state.name}.[/red]")
+        console.print(told(state), highlight=False, markup=False, soft_wrap=True)
+        console.print("Run the same command again: finished steps are kept, training goes on from its checkpoint.", soft_wrap=True)
         return FAILED
     watch.print_results(config, volume, console)
     return 0

@@ -3,11 +3,11 @@
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from prefect import get_run_logger, task
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import deployment
@@ -51,7 +51,7 @@ def run_phase(phase: str, config: PipelineConfig, volume: str, cache_key: str) -
             time.sleep(POLL_S)
             child = client.read_flow_run(child.id)
     if not child.state.is_completed():
-        raise PhaseFailedError(f"{phase} ended {child.state.name}: {child.state.message or 'no message'}\nIts run: {run_url(child)}")
+        raise PhaseFailedError(f"{phase} ended {child.state.name}: {told(child.state)}\nIts run: {run_url(child)}")
     return PhaseManifest.read(phase_folder(phase, config, Path(volume))).digest
 
 
@@ -67,6 +67,11 @@ def phase_result(phase: str, config: PipelineConfig, volume: str, upstream: Mapp
     )
     chosen(phase, config, volume, cache_key)
     return PhaseManifest.read(phase_folder(phase, config, root))
+
+
+def told(state: State[Any]) -> str:
+    """What a flow run's last state says, without Prefect's own words before it."""
+    return (state.message or "it says nothing").removeprefix("Flow run encountered an exception: ").removeprefix("PhaseFailedError: ")
 
 
 def run_url(run: FlowRun) -> str:

@@ -60,7 +60,13 @@ class Road:
         command = [str(Path(sys.executable).with_name("fvlm")), "speedrun", "--profile", str(self.profile), "--volume", str(self.volume)]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
         return subprocess.Popen(
-            [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=self.volume.parent
+            [*command, *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            cwd=self.volume.parent,
+            preexec_fn=heed_interrupts,
         )
 
     def run(self, *options: str) -> Result:
@@ -112,6 +118,11 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Road]:
 def finished(road: Road) -> Result:
     """The whole pipeline, run once on an empty volume."""
     return road.run()
+
+
+def heed_interrupts() -> None:
+    """A shell's background job ignores Ctrl-C, and so would what it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def interrupt(process: subprocess.Popen[str]) -> None:

@@ -45,12 +45,16 @@ def test_a_run_is_started_from_its_form_and_completes_with_its_artifacts(road: R
     expect(page.get_by_text("The profile's name; appears in the names of runs.")).to_be_visible(timeout=SLOW_MS)
     for label in ("Precompute", "Ablations", "Stage2", "Micro Batch Samples", "volume"):
         assert page.get_by_text(label).count(), label
-    page.get_by_label("Run Name").fill(RUN_NAME)
+    page.get_by_text("Run Name", exact=True).locator("xpath=following::input[1]").fill(RUN_NAME)
     page.screenshot(path=tmp_path / "2-form.png", full_page=True)
-    page.get_by_role("button", name="Submit").click()
+    with page.expect_response(lambda response: response.url.endswith("/create_flow_run")) as answer:
+        page.get_by_role("button", name="Submit").click()
+    run = answer.value.json()
+    assert run["name"] == RUN_NAME
 
-    page.get_by_role("link", name=RUN_NAME).click()
-    expect(page.get_by_text("Completed").first).to_be_visible(timeout=RUN_MS)
+    page.goto(f"{address}/runs/flow-run/{run['id']}")
+    header = page.locator("header.page-heading-flow-run")
+    expect(header.get_by_text("Completed")).to_be_visible(timeout=RUN_MS)
     page.screenshot(path=tmp_path / "3-run.png")
     page.get_by_role("tab", name="Artifacts").or_(page.get_by_text("Artifacts", exact=True)).last.click()
     expect(page.get_by_text("pipeline-table")).to_be_visible(timeout=SLOW_MS)
