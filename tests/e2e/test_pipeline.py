@@ -23,7 +23,7 @@ from tests.e2e.conftest import Result, Road, ended, interrupt, of_job, wait_unti
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
 CACHED_RERUN_S = 60
-STAGE2_STEPS = 240
+STAGE2_STEPS = 400
 """Long enough to be stopped in the middle, four times."""
 
 
@@ -161,8 +161,14 @@ def stage2_folders(road: Road) -> list[Path]:
 
 
 def reach(folder: Path, step: int) -> None:
-    """Wait until the run in `folder` has a checkpoint at or after `step`."""
-    wait_until(lambda: (report := ProgressReport.read(folder)) and report.step >= step, f"step {step}")
+    """Wait until the run in `folder` is past `step`, and has made steps since this was called."""
+    now = time.time()
+
+    def reached() -> bool:
+        report = ProgressReport.read(folder)
+        return report is not None and report.step >= step and (folder / "progress.json").stat().st_mtime > now
+
+    wait_until(reached, f"step {step}")
 
 
 def state_of(client: httpx.Client, run: str) -> str:
