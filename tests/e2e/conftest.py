@@ -33,9 +33,9 @@ class Result:
     seconds: float
 
     def states(self) -> dict[str, str]:
-        """The last state that was printed of each phase."""
+        """The last state that was printed of each phase; states begin with a capital, sentences about a phase go on without."""
         lines = [line.split() for line in self.output.splitlines()]
-        return {words[0]: words[1] for words in lines if len(words) > 1 and words[0] in PHASES}
+        return {words[0]: words[1] for words in lines if len(words) > 1 and words[0] in PHASES and words[1].istitle()}
 
 
 @dataclass
