@@ -316,7 +316,7 @@ def build_model(settings: ModelSettings, *, vocab_size: int, seed: int = 0) -> F
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return FoveatedVLM(settings, _build_encoder(settings.vision), _build_llm(settings.llm, vocab_size))
+        return FoveatedVLM(settings, build_encoder(settings.vision), _build_llm(settings.llm, vocab_size))
 
 
 def load_model(folder: Path) -> FoveatedVLM:
@@ -335,7 +335,8 @@ def load_model(folder: Path) -> FoveatedVLM:
     return model
 
 
-def _build_encoder(settings: VisionSettings) -> Encoder:
+def build_encoder(settings: VisionSettings) -> Encoder:
+    """The vision encoder from its checkpoint or shape. Raises UserError where a checkpoint cannot be loaded."""
     if settings.checkpoint is not None:
         return Encoder.from_dinov2(_from_checkpoint(Dinov2Model, settings.checkpoint))
     shape = settings.shape

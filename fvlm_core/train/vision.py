@@ -12,13 +12,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Dinov2Config, Dinov2Model
 
 from fvlm_core.cli import run_job
+from fvlm_core.config import VisionSettings
 from fvlm_core.data import gaze
 from fvlm_core.manifest import Manifest, file_entries
 from fvlm_core.model.encoder import Encoder
-from fvlm_core.model.foveated import init_std
+from fvlm_core.model.foveated import build_encoder
 from fvlm_core.progress import Progress
 from fvlm_core.train.schedules import learning_rates
 from fvlm_core.train.vision_job import VisionJob
@@ -34,18 +34,8 @@ def train_vision(job: VisionJob) -> Manifest:
     torch.set_num_threads(job.threads)
     torch.manual_seed(job.seed)
     rng = np.random.default_rng(job.seed)
-    shape = job.shape
-    config = Dinov2Config(
-        hidden_size=shape.width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        patch_size=shape.patch_px,
-        image_size=gaze.FRAME_PX,
-        layerscale_value=shape.layerscale,
-        initializer_range=init_std(shape.width),
-    )
-    encoder = Encoder.from_dinov2(Dinov2Model(config))
-    head = nn.Linear(shape.width, TARGETS * 10)
+    encoder = build_encoder(VisionSettings(shape=job.shape, frame_px=gaze.FRAME_PX))
+    head = nn.Linear(job.shape.width, TARGETS * 10)
     optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=job.optimizer.lr_vision, fused=True)
     progress = Progress(job.output, job.steps)
     for step in range(job.steps):
@@ -60,7 +50,6 @@ def train_vision(job: VisionJob) -> Manifest:
     with torch.no_grad():
         frames, targets = _batch(rng, "val", 256)
         right = _logits(encoder, head, frames).argmax(1) == targets
-    # the last product for own digits and neighbours: [frames x patches, targets]
     accuracy = {
         f"{name}_per_mille": int(1000 * right[:, n][targets[:, n] != IGNORE].float().mean())
         for n, name in enumerate(("own", "right", "below"))
