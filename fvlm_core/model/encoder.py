@@ -9,7 +9,7 @@ DINOv2: Oquab et al. 2023, https://arxiv.org/abs/2304.07193.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -19,9 +19,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Dinov2Config, Dinov2Model
 
+from fvlm_core.model.linear import Linear, linear
+
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 """ImageNet's, as DINOv2 was trained with."""
+FRAMES_IN_CACHE = 8
+"""Frames that a CPU encodes at a time without gradients: what a layer holds of them stays in the processor's cache."""
 
 _NAMES = [
     (r"^embeddings\.patch_embeddings\.projection\.", "patches."),
@@ -57,6 +61,26 @@ class FrameFeatures:
         pick = [part.index_select(0, frames) for part in self.keys], [part.index_select(0, frames) for part in self.values]
         return FrameFeatures(*pick, None if self.patches is None else self.patches.index_select(0, frames), self.grid)
 
+    @classmethod
+    def joined(cls, parts: "Iterable[FrameFeatures]", n_frames: int) -> "FrameFeatures":
+        """Consecutive parts of `n_frames` frames as one; every part is let go as soon as it is copied."""
+        whole, done = None, 0
+        for part in parts:
+            if whole is None:
+                empty = [tensor.new_empty(n_frames, *tensor.shape[1:]) for tensor in part._tensors]
+                layers = len(part.keys)
+                whole = cls(empty[:layers], empty[layers : 2 * layers], empty[-1] if part.patches is not None else None, part.grid)
+            n_new = len(part.keys[0])
+            for to, tensor in zip(whole._tensors, part._tensors, strict=True):
+                to[done : done + n_new] = tensor
+            done += n_new
+        assert whole is not None
+        return whole
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        return [*self.keys, *self.values, *([] if self.patches is None else [self.patches])]
+
 
 class EncoderLayer(nn.Module):
     """One DINOv2 block, whose keys and values are handed out."""
@@ -67,11 +91,11 @@ class EncoderLayer(nn.Module):
         self.heads = config.num_attention_heads
         self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
-        self.out = nn.Linear(width, width)
+        self.out = Linear(width, width)
         self.scale1 = nn.Parameter(torch.ones(width))
         self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
         self.scale2 = nn.Parameter(torch.ones(width))
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +122,7 @@ class EncoderLayer(nn.Module):
     def _project(self, x: Tensor, part: slice) -> tuple[Tensor, ...]:
         """Rows `part` of the fused projection, as tensors [F, heads, N, head_dim]."""
         bias = None if self.qkv.bias is None else self.qkv.bias[part]
-        projected = F.linear(x, self.qkv.weight[part], bias)
+        projected = linear(x, self.qkv.weight[part], bias)
         return tuple(p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in projected.split(x.shape[-1], dim=-1))
 
     def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
@@ -174,21 +198,10 @@ class Encoder(nn.Module):
         side = self.patch_px
         if height % side or width % side:
             raise ValueError(f"frames of {height}x{width} px are not a multiple of the patch size {side}")
-        grid = (height // side, width // side)
-        pixels = (frames.permute(0, 3, 1, 2).to(self.patches.weight.dtype) - self.pixel_mean) / self.pixel_std
-        x = self.patches(pixels).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + self.positions(grid).to(x.dtype)
-        keys, values = [], []
-        for number, layer in enumerate(self.layers):
-            if number == len(self.layers) - 1 and not patches:
-                key, value = layer.keys_values(x)
-            elif self.gradient_checkpointing and torch.is_grad_enabled():
-                x, key, value = checkpoint(layer, x, use_reentrant=False)
-            else:
-                x, key, value = layer(x)
-            keys.append(key)
-            values.append(value)
-        return FrameFeatures(keys, values, self.norm(x) if patches else None, grid)
+        if frames.is_cuda or torch.is_grad_enabled() or len(frames) <= FRAMES_IN_CACHE:
+            return self._encode(frames, patches)
+        parts = (self._encode(part, patches) for part in frames.split(FRAMES_IN_CACHE))
+        return FrameFeatures.joined(parts, len(frames))
 
     def query(self, features: FrameFeatures, q: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Read the frames with queries [F, Q, D].
@@ -215,6 +228,23 @@ class Encoder(nn.Module):
         square = table[:, 1:].unflatten(1, (own, own)).permute(0, 3, 1, 2).float()
         resampled = F.interpolate(square, size=grid, mode="bicubic", align_corners=False)
         return torch.cat([table[:, :1], resampled.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
+
+    def _encode(self, frames: Tensor, patches: bool) -> FrameFeatures:
+        grid = (frames.shape[1] // self.patch_px, frames.shape[2] // self.patch_px)
+        pixels = (frames.permute(0, 3, 1, 2).to(self.patches.weight.dtype) - self.pixel_mean) / self.pixel_std
+        x = self.patches(pixels).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + self.positions(grid).to(x.dtype)
+        keys, values = [], []
+        for number, layer in enumerate(self.layers):
+            if number == len(self.layers) - 1 and not patches:
+                key, value = layer.keys_values(x)
+            elif self.gradient_checkpointing and torch.is_grad_enabled():
+                x, key, value = checkpoint(layer, x, use_reentrant=False)
+            else:
+                x, key, value = layer(x)
+            keys.append(key)
+            values.append(value)
+        return FrameFeatures(keys, values, self.norm(x) if patches else None, grid)
 
 
 def _side(px: object) -> int:

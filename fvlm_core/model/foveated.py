@@ -25,6 +25,7 @@ from fvlm_core.model import attention
 from fvlm_core.model.attention import PackedLayout
 from fvlm_core.model.connector import RANDOM_QUERIES, Connector
 from fvlm_core.model.encoder import Encoder, FrameFeatures
+from fvlm_core.model.linear import speed_up_few_rows
 from fvlm_core.settings import Settings
 
 Mode = Literal["coarse_only", "coarse_fine", "autoregressive"]
@@ -76,6 +77,7 @@ class FoveatedVLM(nn.Module):
         self.settings = settings
         self.encoder = encoder
         self.llm = llm
+        speed_up_few_rows(llm)
         self.connector = Connector(settings, encoder.config.hidden_size, encoder.config.num_attention_heads, llm.config.hidden_size)
 
     # the parts that the three modes share

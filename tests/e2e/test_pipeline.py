@@ -6,10 +6,13 @@ import sys
 import time
 from pathlib import Path
 
-import httpx
 import pandas as pd
 import pytest
 import yaml
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.states import AwaitingRetry
 
 from fvlm_core.eval.results import EvalReport
 from fvlm_core.progress import ProgressReport
@@ -119,25 +122,22 @@ def test_a_failed_run_is_retried_from_the_ui_and_a_phase_runs_by_itself(road: Ro
     assert "Run the same command again" in failed.output
     in_the_way.rmdir()
     api = f"{failed.output.splitlines()[0].removeprefix('Prefect UI: ').strip()}/api"
-    with httpx.Client(base_url=api, timeout=30) as client:
-        (run,) = client.post(
-            "/flow_runs/filter", json={"flows": {"name": {"any_": ["pipeline"]}}, "sort": "START_TIME_DESC", "limit": 1}
-        ).json()
-        assert run["state_name"] == "Failed"
-        client.post(f"/flow_runs/{run['id']}/set_state", json={"state": {"type": "SCHEDULED", "name": "AwaitingRetry"}}).raise_for_status()
-        wait_until(lambda: state_of(client, run["id"]) == "Completed", "the retried run")
+    with SyncPrefectClient(api) as client:  # asks again when SQLite is busy, as every client of a Prefect server has to
+        pipeline = FlowFilter(name=FlowFilterName(any_=["pipeline"]))
+        (run,) = client.read_flow_runs(flow_filter=pipeline, sort=FlowRunSort.START_TIME_DESC, limit=1)
+        assert run.state_name == "Failed"
+        client.set_flow_run_state(run.id, AwaitingRetry())
+        wait_until(lambda: client.read_flow_run(run.id).state_name == "Completed", "the retried run")
 
         videos = road.volume.parent / "own.csv"
         clips = sorted((road.step("precompute", "clips") / "clips").glob("gaze_caption-*.mp4"))[:6]
         pd.DataFrame({"url": [*map(str, clips), "gone.mp4"], "caption": ["a clip"] * 7}).to_csv(videos, index=False)
         values = road.config.model_dump(mode="json")
         values["precompute"] |= {"videos": str(videos), "download": values["precompute"]["download"] | {"max_bad_share": 0.2}}
-        deployment = client.get("/deployments/name/precompute/ci").json()
-        body = {"parameters": {"config": values, "volume": str(road.volume)}, "state": {"type": "SCHEDULED"}}
-        alone = client.post(f"/deployments/{deployment['id']}/create_flow_run", json=body).raise_for_status().json()
-        wait_until(lambda: state_of(client, alone["id"]) == "Completed", "precompute by itself")
-        schedules = deployment["schedules"]
-    assert [schedule["active"] for schedule in schedules] == [False]
+        deployment = client.read_deployment_by_name("precompute/ci")
+        alone = client.create_flow_run_from_deployment(deployment.id, parameters={"config": values, "volume": str(road.volume)})
+        wait_until(lambda: client.read_flow_run(alone.id).state_name == "Completed", "precompute by itself")
+    assert [schedule.active for schedule in deployment.schedules] == [False]
     (shards,) = [folder for folder in road.volume.glob("steps/shards-*") if "gone.mp4" in (folder / "manifest.json").read_text()]
     extra = AnyManifest.read(shards).model_extra or {}
     assert "gone.mp4" in [clip["url"] for clip in extra["bad"]]
@@ -169,10 +169,6 @@ def reach(folder: Path, step: int) -> None:
         return report is not None and report.step >= step and (folder / "progress.json").stat().st_mtime > now
 
     wait_until(reached, f"step {step}")
-
-
-def state_of(client: httpx.Client, run: str) -> str:
-    return client.get(f"/flow_runs/{run}").json()["state_name"]
 
 
 def uninterrupted(folder: Path, output: Path) -> RunManifest:

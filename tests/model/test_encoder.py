@@ -4,19 +4,20 @@ import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model
 
-from fvlm_core.model.encoder import PIXEL_MEAN, PIXEL_STD, Encoder
+from fvlm_core.model.encoder import FRAMES_IN_CACHE, PIXEL_MEAN, PIXEL_STD, Encoder
 
 
-@pytest.fixture(params=[(42, 42), (56, 42), (70, 42)], ids=lambda p: f"frames{p[0]}-table{p[1]}")
+@pytest.fixture(params=[(42, 42, 5), (56, 42, 2 * FRAMES_IN_CACHE + 3), (70, 42, 5)], ids=lambda p: f"frames{p[0]}x{p[2]}-table{p[1]}")
 def pair(request):
-    """A Dinov2Model with random weights, our encoder of it, and frames [F, H, W, 3] (of a size the table is resampled for)."""
-    frame_px, image_px = request.param
+    """A Dinov2Model with random weights, our encoder of it, and frames [F, H, W, 3] (of sizes the table is resampled for,
+    and more than are encoded at a time)."""
+    frame_px, image_px, n_frames = request.param
     torch.manual_seed(0)
     config = Dinov2Config(hidden_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=image_px, patch_size=14, mlp_ratio=3)
     dinov2 = Dinov2Model(config).eval()
     for parameter in dinov2.parameters():
         parameter.data += torch.randn_like(parameter) * 0.1
-    return dinov2, Encoder.from_dinov2(dinov2).eval(), torch.randint(0, 256, (5, frame_px, frame_px, 3), dtype=torch.uint8)
+    return dinov2, Encoder.from_dinov2(dinov2).eval(), torch.randint(0, 256, (n_frames, frame_px, frame_px, 3), dtype=torch.uint8)
 
 
 def pixels(frames: torch.Tensor) -> torch.Tensor:
@@ -74,13 +75,13 @@ def test_attention_weights_make_what_is_read(pair):
     _, encoder, frames = pair
     with torch.no_grad():
         features = encoder.encode(frames)
-        _, entering = encoder.query(features, torch.randn(5, 2, 48))
+        _, entering = encoder.query(features, torch.randn(len(frames), 2, 48))
         weights = encoder.attention(features, entering)
         last = encoder.layers[-1]
         attended = (weights @ features.values[-1]).transpose(1, 2).flatten(2)
         by_hand = last._finish(entering, attended.unflatten(2, (4, 12)).transpose(1, 2))
         by_layer = last.query(entering, features.keys[-1], features.values[-1], 1.0)
-    torch.testing.assert_close(weights.sum(-1), torch.ones(5, 4, 2))
+    torch.testing.assert_close(weights.sum(-1), torch.ones(len(frames), 4, 2))
     torch.testing.assert_close(by_hand, by_layer, atol=1e-5, rtol=1e-5)
 
 
