@@ -178,13 +178,16 @@ def distinct_batches(
 ) -> Iterator[tuple[int, PackedBatch]]:
     """What `train_steps` goes through in all its steps, every sample once, in numbered batches of `run.micro_batch_samples`.
 
-    A sample shown in both question orders comes in both. Batches that are not `wanted` are not read. Raises UserError as
-    `train_steps` does.
+    A sample shown in both question orders comes in both, and those that would take the place of damaged ones come too. Batches
+    that are not `wanted` are not read. Raises UserError as `train_steps` does.
     """
     assert run.steps is not None
     steps = _Steps(shards, data, run, tokens_per_frame, rank=0, world_size=1)
     reader = steps.reader
-    slots = {reader.content(slot): slot for step in range(run.steps) for slot in steps.samples(step)}
+    planned = [slot for step in range(run.steps) for slot in steps.samples(step)]
+    last = {slot.source: slot.position for slot in planned}
+    spare = [reader.slot(source, position + 1 + n) for source, position in last.items() for n in range(reader.max_corrupt)]
+    slots = {reader.content(slot): slot for slot in [*planned, *spare]}
     ordered = [slots[key] for key in sorted(slots)]
     chunks = [ordered[start : start + run.micro_batch_samples] for start in range(0, len(ordered), run.micro_batch_samples)]
     numbers = [number for number in range(len(chunks)) if wanted(number)]
@@ -211,11 +214,11 @@ def val_batches(
     parts = [part for part in data.mixture if part.share > 0]
     rows = _source_rows(shards, "val", [part.source for part in parts])
     mixture = Mixture([part.source for part in parts], [part.share for part in parts], [len(numbers) for numbers in rows], VAL_SEED)
+    reader = _Reader(shards, data, mixture, rows, tokens_per_frame)
     slots = []
     for source, wanted in enumerate(apportion([part.share for part in parts], n_samples)):
         for position in range(min(wanted, len(rows[source]))):
-            slots.append(_Slot(source, position, coin(data.question_first, VAL_SEED, parts[source].source, position)))
-    reader = _Reader(shards, data, mixture, rows, tokens_per_frame)
+            slots.append(reader.slot(source, position))
     batches = [slots[start : start + batch_samples] for start in range(0, len(slots), batch_samples)][rank::world_size]
     reads = _ahead(lambda number: reader.pack([batches[number]]), range(len(batches)), PREFETCH_STEPS)
     for batch in _without_corrupt(reads, reader.max_corrupt, shards.folder):
@@ -250,6 +253,10 @@ class _Reader:
         self.shards, self.data, self.mixture, self.rows, self.tokens_per_frame = shards, data, mixture, rows, tokens_per_frame
         self.max_corrupt = max(1, int(MAX_CORRUPT_SHARE * sum(map(len, rows))))
 
+    def slot(self, source: int, position: int) -> _Slot:
+        """What stands at a position of a source's endless sequence."""
+        return _Slot(source, position, coin(self.data.question_first, self.mixture.seed, self.mixture.names[source], position))
+
     def row(self, slot: _Slot) -> int:
         """The row of a planned sample."""
         return int(self.rows[slot.source][self.mixture.row(slot.source, slot.position)])
@@ -283,9 +290,9 @@ class _Reader:
 
     def _sample(self, slot: _Slot, corrupt: dict[int, str]) -> Sample | None:
         """The slot's sample, or the next whole one of its source; None once there are too many damaged ones."""
-        position = slot.position
+        tries = 0
         while len(corrupt) <= self.max_corrupt:
-            row = self.row(_Slot(slot.source, position, slot.question_first))
+            row = self.row(slot)
             try:
                 return self.shards.read(
                     row,
@@ -295,13 +302,14 @@ class _Reader:
                 )
             except CorruptSampleError as error:
                 corrupt[row] = str(error)
-                position += 1
-                if position - slot.position >= len(self.rows[slot.source]):
+                tries += 1
+                if tries == len(self.rows[slot.source]):
                     raise UserError(
                         f"every sample of {self.mixture.names[slot.source]!r} is damaged",
                         where=str(self.shards.folder),
                         fix="make the shards again",
                     ) from error
+                slot = self.slot(slot.source, slot.position + 1)
         return None
 
 
@@ -336,7 +344,7 @@ class _Steps(Dataset[_Read]):
         mixture, run = self.reader.mixture, self.run
         for number in range(step * run.batch_samples, (step + 1) * run.batch_samples):
             source, position = mixture.at(number)
-            yield _Slot(source, position, coin(self.reader.data.question_first, run.seed, mixture.names[source], position))
+            yield self.reader.slot(source, position)
 
     def plan(self, step: int) -> list[list[_Slot]]:
         """This rank's micro-batches of a step; only the dealing knows of ranks."""

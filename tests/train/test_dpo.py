@@ -200,6 +200,25 @@ def test_resumes_bit_for_bit(tmp_path: Path, trained: Recipe) -> None:
         assert Manifest.read(recipe.output / "reference").digest == reference
 
 
+def test_damaged_sample_is_replaced_by_one_with_a_reference(tmp_path: Path, pairs: Path) -> None:
+    """Whichever clip it is: another takes its place in each of several epochs, in an order of question and frames of its own."""
+    whole = ShardSet(pairs)
+    cells = {whole.record(int(row))["key"] for row in whole.rows("train", "cells").index}
+    assert len(cells) == CLIPS
+    for key in sorted(cells):
+        copy = tmp_path / key
+        shutil.copytree(pairs, copy)
+        shards = ShardSet(copy)
+        (row,) = [int(row) for row in shards.rows("train", "cells").index if shards.record(int(row))["key"] == key]
+        entry = shards._table.slice(row, 1).to_pylist()[0]
+        with (copy / entry["shard"]).open("r+b") as stream:
+            stream.seek(entry["frame_offsets"][0])
+            stream.write(b"\0" * 40)
+        recipe = dpo_recipe(tmp_path / f"run-{key}", copy, run__steps=3)
+        train(recipe)
+        assert RunManifest.read(recipe.output).samples_seen == 3 * 8 * 2
+
+
 def test_what_is_no_preference(tmp_path: Path, shards: Path, pairs: Path) -> None:
     with pytest.raises(UserError, match="has no rejected answer"):
         train(dpo_recipe(tmp_path / "run", shards, data__mixture=[{"source": "gaze_cell", "share": 1.0}]))
