@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice, product
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +64,12 @@ def main() -> None:
         sys.exit(NO_GPU)
     with tempfile.TemporaryDirectory() as folder:
         shards = write_videos(Path(folder) / "shards", frame_px=FRAME_PX, videos=VIDEOS, vocabulary=VOCABULARY)
-        for size in options.sizes:
-            job = speed_job(Path(folder) / size, shards, model_settings(size), steps=options.steps, workers=options.workers)
-            show([m for filled in fill(size, job) for m in measurements(filled)], as_json=options.json)
+        jobs = {
+            size: speed_job(Path(folder) / size, shards, model_settings(size), steps=options.steps, workers=options.workers)
+            for size in options.sizes
+        }
+        found = (filled for size, job in jobs.items() for filled in fill(size, job))
+        show(chain.from_iterable(map(measurements, found)), as_json=options.json)
 
 
 def write_videos(folder: Path, *, frame_px: int, videos: int, vocabulary: int) -> Path:

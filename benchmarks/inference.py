@@ -8,6 +8,7 @@ the keys and values of one token a frame.
 import gc
 import statistics
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -27,30 +28,35 @@ def main() -> None:
     options = arguments(
         __doc__ or "", rounds={"type": int, "default": 3}, frames={"type": int, "default": 64}, stream={"type": int, "default": 3600}
     )
+    show(measure(options.frames, options.rounds, options.stream), as_json=options.json)
+
+
+def measure(frames: int, rounds: int, stream: int) -> Iterator[Measurement]:
+    """The modes over `frames` frames, then a stream of `stream` frames, unless that is 0."""
     model = build_model(model_settings(), vocab_size=VOCABULARY).eval().requires_grad_(False)
-    batch = video_question(options.frames)
+    batch = video_question(frames)
     plain = Dinov2Model(model.encoder.config).eval()
-    pixels = torch.randn(options.frames, 3, 224, 224)
+    pixels = torch.randn(frames, 3, 224, 224)
 
     @torch.no_grad()
     def encode() -> None:
         plain(pixels)
 
     gflop = count_flops(lambda: read_batch(model, batch, "coarse_fine")) / 1e9
+    yield Measurement("inference", "coarse_fine_gflop", gflop, "GFLOP", "the original implementation", gflop / ORIGINAL_GFLOP)
     seconds = side_by_side(
         {
             "encode": encode,
             "coarse_fine": lambda: read_batch(model, batch, "coarse_fine"),
             "autoregressive": lambda: read_batch(model, batch, "autoregressive"),
         },
-        rounds=options.rounds,
+        rounds=rounds,
     )
-    measurements = [Measurement("inference", "coarse_fine_gflop", gflop, "GFLOP", "the original implementation", gflop / ORIGINAL_GFLOP)]
     for mode in ("coarse_fine", "autoregressive"):
         ratio = seconds[mode] / seconds["encode"]
-        measurements.append(Measurement("inference", f"{mode}_vs_encode", ratio, "x", "Dinov2Model forward", ratio))
-    measurements += stream_growth(model, options.stream) if options.stream else []
-    show(measurements, as_json=options.json)
+        yield Measurement("inference", f"{mode}_vs_encode", ratio, "x", "Dinov2Model forward", ratio)
+    if stream:
+        yield from stream_growth(model, stream)
 
 
 @torch.no_grad()

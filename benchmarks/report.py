@@ -6,13 +6,13 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 
 
@@ -44,17 +44,17 @@ def arguments(doc: str, **options: dict[str, Any]) -> argparse.Namespace:
     return parsed
 
 
-def show(measurements: Sequence[Measurement], *, as_json: bool) -> None:
-    """Print them as JSON lines or as a table."""
+def show(measurements: Iterable[Measurement], *, as_json: bool) -> None:
+    """Print them one by one, as they are taken: as JSON lines or as a table that grows."""
     if as_json:
         for measurement in measurements:
             print(json.dumps(asdict(measurement)), flush=True)
         return
     table = Table("metric", "value", "unit", "ratio", "against", "threads", "load")
-    for m in measurements:
-        ratio = "" if m.ratio is None else f"{m.ratio:.3f}"
-        table.add_row(m.metric, f"{m.value:,.3f}", m.unit, ratio, m.reference, str(m.threads), f"{m.load:.1f}")
-    Console().print(table)
+    with Live(table):
+        for m in measurements:
+            ratio = "" if m.ratio is None else f"{m.ratio:.3f}"
+            table.add_row(m.metric, f"{m.value:,.3f}", m.unit, ratio, m.reference, str(m.threads), f"{m.load:.1f}")
 
 
 def side_by_side(functions: dict[str, Callable[[], Any]], *, rounds: int = 5) -> dict[str, float]:

@@ -8,7 +8,8 @@ import gc
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 
 import torch
 from transformers import Idefics3VisionConfig, LlamaConfig, SmolVLMConfig, SmolVLMForConditionalGeneration
@@ -40,20 +41,18 @@ def main() -> None:
         print(json.dumps(peak_memory_gb(first_token(options.peak_of, options.frames[0]))))
         return
     rivals = list(RIVALS) if options.rival == "both" else [options.rival]
-    measurements = []
-    for rival in rivals:
-        for frames in options.frames:
-            runs = {OURS: first_token(OURS, frames), rival: first_token(rival, frames)}
-            flops = {name: count_flops(run) / 1e9 for name, run in runs.items()}
-            seconds = side_by_side(runs, rounds=options.rounds if frames < max(options.frames) else 1)
-            peaks = {name: _peak_gb(name, frames, options.threads) for name in runs}
-            against = f"{rival}, {frames} frames"
-            for metric, unit, values in (("ttft_ratio", "s", seconds), ("peak_memory_ratio", "GB", peaks), ("flops_ratio", "GFLOP", flops)):
-                ratio = values[OURS] / values[rival]
-                measurements.append(Measurement("smolvlm2", metric, values[OURS], unit, f"{against}: {values[rival]:,.2f} {unit}", ratio))
-            del runs
-            gc.collect()
-    show(measurements, as_json=options.json)
+    show(measure(rivals, options.frames, options.rounds, options.threads), as_json=options.json)
+
+
+def measure(rivals: Sequence[str], frame_counts: Sequence[int], rounds: int, threads: int) -> Iterator[Measurement]:
+    """Time, memory and FLOPs of each pair at each number of frames; the longest videos are timed once."""
+    for rival, frames in product(rivals, frame_counts):
+        runs = {OURS: first_token(OURS, frames), rival: first_token(rival, frames)}
+        yield _compared("flops_ratio", "GFLOP", frames, {name: count_flops(run) / 1e9 for name, run in runs.items()})
+        yield _compared("ttft_ratio", "s", frames, side_by_side(runs, rounds=rounds if frames < max(frame_counts) else 1))
+        del runs
+        gc.collect()
+        yield _compared("peak_memory_ratio", "GB", frames, {name: _peak_gb(name, frames, threads) for name in (OURS, rival)})
 
 
 def first_token(name: str, frames: int) -> Callable[[], object]:
@@ -84,6 +83,12 @@ def first_token(name: str, frames: int) -> Callable[[], object]:
     ids = torch.cat([visual, torch.randint(10, 1000, (1, QUESTION))], dim=1)
     pixels = torch.randn(1, frames, 3, FRAME_PX, FRAME_PX)
     return lambda: model(input_ids=ids, pixel_values=pixels, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+
+
+def _compared(metric: str, unit: str, frames: int, values: dict[str, float]) -> Measurement:
+    """Our value beside the rival's, which comes second."""
+    ours, (rival, theirs) = values[OURS], list(values.items())[1]
+    return Measurement("smolvlm2", metric, ours, unit, f"{rival}, {frames} frames: {theirs:,.2f} {unit}", ours / theirs)
 
 
 def _peak_gb(name: str, frames: int, threads: int) -> float:

@@ -6,6 +6,7 @@ Floor: the FLOPs that the loss needs at all, 1,560.5 G for the video batch and 9
 
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -28,23 +29,26 @@ def main() -> None:
     if options.peak:
         print(_peak_gb(checkpointed=options.peak == "checkpointed"))
         return
+    show(measure(options.rounds, options.threads), as_json=options.json)
+
+
+def measure(rounds: int, threads: int) -> Iterator[Measurement]:
+    """FLOPs of both batches, then speed and memory of the video batch."""
     model = build_model(model_settings(), vocab_size=VOCABULARY).train()
     video, images = train_batch(), image_batch()
-    measurements = []
     gflop = {}
     for name, batch in (("train_step_gflop", video), ("image_batch_gflop", images)):
         gflop[name] = count_flops(lambda batch=batch: _backward(model, batch)) / 1e9
         ratio = gflop[name] / ORIGINAL_GFLOP[name]
-        measurements.append(Measurement("train_step", name, gflop[name], "GFLOP", "the original implementation", ratio))
+        yield Measurement("train_step", name, gflop[name], "GFLOP", "the original implementation", ratio)
     left, right = torch.randn(MATMUL, MATMUL), torch.randn(MATMUL, MATMUL)
-    seconds = side_by_side({"step": lambda: _backward(model, video), "matmul": lambda: left @ right}, rounds=options.rounds)
+    seconds = side_by_side({"step": lambda: _backward(model, video), "matmul": lambda: left @ right}, rounds=rounds)
     speed, plain = gflop["train_step_gflop"] / seconds["step"], 2 * MATMUL**3 / 1e9 / seconds["matmul"]
-    measurements.append(Measurement("train_step", "train_step_vs_matmul", speed, "GFLOP/s", "torch.mm", speed / plain))
+    yield Measurement("train_step", "train_step_vs_matmul", speed, "GFLOP/s", "torch.mm", speed / plain)
     for name, kind in (("train_step_peak_gb", "plain"), ("train_step_peak_checkpointed_gb", "checkpointed")):
-        command = [sys.executable, "-m", "benchmarks.train_step", "--peak", kind, "--threads", str(options.threads)]
+        command = [sys.executable, "-m", "benchmarks.train_step", "--peak", kind, "--threads", str(threads)]
         peak = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        measurements.append(Measurement("train_step", name, peak, "GB", "the original implementation", peak / ORIGINAL_PEAK_GB))
-    show(measurements, as_json=options.json)
+        yield Measurement("train_step", name, peak, "GB", "the original implementation", peak / ORIGINAL_PEAK_GB)
 
 
 def _backward(model: FoveatedVLM, batch: PackedBatch) -> None:

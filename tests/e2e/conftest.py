@@ -54,6 +54,11 @@ class Road:
     def mark(self) -> str:
         return mark(self.volume)
 
+    @property
+    def api(self) -> str:
+        """Address of the running server's API."""
+        return self.processes("worker", "fvlm-gpu")[0].environ()["PREFECT_API_URL"]
+
     def start(self, *options: str) -> subprocess.Popen[str]:
         """`fvlm speedrun` in a process of its own."""
         self.profile.write_text(yaml.safe_dump(self.values))

@@ -11,8 +11,9 @@ import pytest
 import yaml
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
-from prefect.states import AwaitingRetry
+from prefect.states import AwaitingRetry, Cancelling
 
 from fvlm_core.eval.results import EvalReport
 from fvlm_core.progress import ProgressReport
@@ -27,7 +28,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
 CACHED_RERUN_S = 60
 STAGE2_STEPS = 400
-"""Long enough to be stopped in the middle, four times."""
+"""Long enough to be stopped in the middle, five times."""
 
 
 def test_one_command_leads_from_videos_to_a_released_model(road: Road, finished: Result) -> None:
@@ -66,14 +67,14 @@ def test_damage_is_noticed_and_only_what_was_damaged_is_made_again(road: Road, f
 
 
 def test_stopped_in_the_middle_of_a_stage_it_goes_on_from_its_checkpoint(road: Road, finished: Result) -> None:
-    """Only stage 2 and what follows runs after a change of stage 2; killed four ways, it ends as if it had never been."""
+    """Only stage 2 and what follows runs after a change of stage 2; stopped five ways, it ends as if it had never been."""
     before = made_at(road)
     road.values["stages"]["stage2"]["run"] |= {"steps": STAGE2_STEPS, "eval_every": STAGE2_STEPS // 4}
     known = set(stage2_folders(road))
     process, started = road.start(), time.monotonic()
     wait_until(lambda: set(stage2_folders(road)) - known, "stage 2")
     (folder,) = set(stage2_folders(road)) - known
-    stops = [STAGE2_STEPS * part // 5 for part in (1, 2, 3, 4)]
+    stops = [STAGE2_STEPS * part // 6 for part in (1, 2, 3, 4, 5)]
 
     reach(folder, stops[0])
     (torchrun,) = [process for process in of_job(folder) if process.cmdline()[1].endswith("/torchrun")]
@@ -85,8 +86,17 @@ def test_stopped_in_the_middle_of_a_stage_it_goes_on_from_its_checkpoint(road: R
     assert result.status == 130
     assert not list(marked(STACK_VARIABLE, road.mark))
 
+    process, started = road.start(), time.monotonic()
+    reach(folder, stops[2])
+    with SyncPrefectClient(road.api) as client:  # as the UI's button does
+        client.set_flow_run_state(newest_pipeline_run(client).id, Cancelling())
+    result = ended(process, started)
+    assert result.status == 1
+    assert "The pipeline ended Cancelled" in result.output
+    assert not of_job(folder)
+
     for stop, (what, words) in zip(
-        stops[2:], {"worker of fvlm-gpu": ("worker", "fvlm-gpu"), "Prefect server": ("server", "start")}.items(), strict=True
+        stops[3:], {"worker of fvlm-gpu": ("worker", "fvlm-gpu"), "Prefect server": ("server", "start")}.items(), strict=True
     ):
         process, started = road.start(), time.monotonic()
         reach(folder, stop)
@@ -105,7 +115,7 @@ def test_stopped_in_the_middle_of_a_stage_it_goes_on_from_its_checkpoint(road: R
     assert {name for name in before if after[name] != before[name]} == {"stage2", "stage3", "evaluation", "release"}
 
     resumed = RunManifest.read(folder)
-    assert len(resumed.resumed_from) == 4
+    assert len(resumed.resumed_from) == 5
     assert all(step > 0 for step in resumed.resumed_from)
     alone = uninterrupted(folder, road.volume.parent / "alone")
     assert resumed.losses == alone.losses
@@ -121,10 +131,8 @@ def test_a_failed_run_is_retried_from_the_ui_and_a_phase_runs_by_itself(road: Ro
     assert failed.states()["evaluate"] == "Failed"
     assert "Run the same command again" in failed.output
     in_the_way.rmdir()
-    api = f"{failed.output.splitlines()[0].removeprefix('Prefect UI: ').strip()}/api"
-    with SyncPrefectClient(api) as client:  # asks again when SQLite is busy, as every client of a Prefect server has to
-        pipeline = FlowFilter(name=FlowFilterName(any_=["pipeline"]))
-        (run,) = client.read_flow_runs(flow_filter=pipeline, sort=FlowRunSort.START_TIME_DESC, limit=1)
+    with SyncPrefectClient(road.api) as client:  # asks again when SQLite is busy, as every client of a Prefect server has to
+        run = newest_pipeline_run(client)
         assert run.state_name == "Failed"
         client.set_flow_run_state(run.id, AwaitingRetry())
         wait_until(lambda: client.read_flow_run(run.id).state_name == "Completed", "the retried run")
@@ -169,6 +177,12 @@ def reach(folder: Path, step: int) -> None:
         return report is not None and report.step >= step and (folder / "progress.json").stat().st_mtime > now
 
     wait_until(reached, f"step {step}")
+
+
+def newest_pipeline_run(client: SyncPrefectClient) -> FlowRun:
+    pipeline = FlowFilter(name=FlowFilterName(any_=["pipeline"]))
+    (run,) = client.read_flow_runs(flow_filter=pipeline, sort=FlowRunSort.START_TIME_DESC, limit=1)
+    return run
 
 
 def uninterrupted(folder: Path, output: Path) -> RunManifest:
