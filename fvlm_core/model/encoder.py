@@ -62,7 +62,7 @@ class FrameFeatures:
         return FrameFeatures(*pick, None if self.patches is None else self.patches.index_select(0, frames), self.grid)
 
     @classmethod
-    def joined(cls, parts: "Iterable[FrameFeatures]", n_frames: int) -> "FrameFeatures":
+    def joined(cls, parts: Iterable["FrameFeatures"], n_frames: int) -> "FrameFeatures":
         """Consecutive parts of `n_frames` frames as one; every part is let go as soon as it is copied."""
         whole, done = None, 0
         for part in parts:
