@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 from uuid import UUID
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from rich.console import Console
 from deployments.checks import check_port, check_programs, check_videos, check_volume, load_profile
 from infra.stack import Stack
 from tasks.config import PipelineConfig
+from tasks.recipes import OWN_DATA
 
 CANCEL_TIMEOUT_S = 20.0
 """How long a cancelled run may take to end by itself."""
@@ -58,11 +60,20 @@ def with_videos(config: PipelineConfig, videos: Path) -> PipelineConfig:
     values = config.model_dump(mode="json")
     values["precompute"] |= {"videos": str(videos), "natural": False}
     for part in (values["base"], *values["stages"].values()):
-        mixture = part["data"]["mixture"]
-        share = sum(one["share"] for one in mixture if one["source"] in CAPTION_SOURCES)
-        kept = [one for one in mixture if one["source"] not in CAPTION_SOURCES]
-        part["data"]["mixture"] = kept + ([{"source": "videos", "share": share}] if share else [])
+        for data in (part["data"], part["data"]["validation"]):
+            if data:
+                data["mixture"] = _with_videos(data["mixture"])
+    for ablation in values["ablations"]:
+        if ablation["path"] == OWN_DATA:
+            ablation["value"] = _with_videos(ablation["value"])
     return PipelineConfig.from_values(values, where=f"the profile {config.name} with {videos}")
+
+
+def _with_videos(mixture: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The user's videos in place of the default captioned clips, with their share."""
+    share = sum(one["share"] for one in mixture if one["source"] in CAPTION_SOURCES)
+    kept = [one for one in mixture if one["source"] not in CAPTION_SOURCES]
+    return kept + ([{"source": "videos", "share": share}] if share else [])
 
 
 def _run(stack: Stack, config: PipelineConfig, volume: Path, console: Console) -> int:

@@ -8,7 +8,7 @@ out of `Recipe.identity`, so a run keeps its identity when the volume moves.
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from fvlm_core.settings import Settings, hash_json
 
@@ -114,10 +114,29 @@ class SourceShare(Settings):
     """Share of samples; the shares of a mixture add up to 1."""
 
 
+def _whole(mixture: list[SourceShare]) -> list[SourceShare]:
+    if abs(sum(part.share for part in mixture) - 1) > 1e-6:
+        raise ValueError("the shares of the mixture must add up to 1")
+    if len({part.source for part in mixture}) < len(mixture):
+        raise ValueError("a source appears twice in the mixture")
+    return mixture
+
+
+SourceShares = Annotated[list[SourceShare], Field(min_length=1), AfterValidator(_whole)]
+
+
+class ValidationSettings(Settings):
+    """What the validation loss is measured on, where that is not what the run trains on."""
+
+    mixture: SourceShares
+    question_first: Share = 0.5
+    loss_on: Literal["all_text", "answers"] = "answers"
+
+
 class DataSettings(Settings):
     """What a batch is made of."""
 
-    mixture: Annotated[list[SourceShare], Field(min_length=1)]
+    mixture: SourceShares
     question_first: Share = 0.5
     """Share of question-answer samples whose question comes before the frames."""
     loss_on: Literal["all_text", "answers", "preferences"] = "answers"
@@ -128,12 +147,20 @@ class DataSettings(Settings):
     workers: Annotated[int, Field(ge=0)] = 0
     """Loader processes per rank; 0 reads in the training process."""
 
+    validation: ValidationSettings | None = None
+    """None: validated on what is trained on. Runs that train on different data are comparable only on a set of their own."""
+
+    @property
+    def held_out(self) -> Self:
+        """What validation batches are made of."""
+        if self.validation is None:
+            return self
+        return self.model_copy(update={**dict(self.validation), "validation": None})
+
     @model_validator(mode="after")
-    def _whole(self) -> Self:
-        if abs(sum(part.share for part in self.mixture) - 1) > 1e-6:
-            raise ValueError("the shares of the mixture must add up to 1")
-        if len({part.source for part in self.mixture}) < len(self.mixture):
-            raise ValueError("a source appears twice in the mixture")
+    def _of_one_kind(self) -> Self:
+        if self.loss_on == "preferences" and self.validation is not None:
+            raise ValueError("preferences are validated on preferences: leave validation out")
         return self
 
 

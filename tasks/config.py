@@ -6,11 +6,21 @@ phases (chosen speed settings, winning ablation, chosen size) are laid over it a
 """
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, create_model, field_validator, model_validator
 
-from fvlm_core.config import DataSettings, LLMSettings, LossSettings, ModelSettings, OptimizerSettings, Positive, Recipe, RunSettings
+from fvlm_core.config import (
+    DataSettings,
+    LLMSettings,
+    LossSettings,
+    ModelSettings,
+    OptimizerSettings,
+    Positive,
+    Recipe,
+    RunSettings,
+    SourceShares,
+)
 from fvlm_core.data.jobs import ClipJob, DownloadJob, ShardJob
 from fvlm_core.eval.job import EvalJob
 from fvlm_core.release.job import ReleaseJob
@@ -25,7 +35,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
 """Lower-case words joined by dashes: it becomes part of folder and run names."""
 
 
-Value = bool | int | float | str | list[float]
+Value = bool | int | float | str | list[float] | SourceShares
 
 
 def settings_of(job: type[Settings], *, without: set[str]) -> type[Settings]:
@@ -58,9 +68,12 @@ class Ablation(Settings):
     @classmethod
     def _one_way_to_write_it(cls, value: Value) -> Value:
         """1.0 and 1 are the same setting; a form in a browser knows only the latter."""
-        if isinstance(value, list):
-            return [int(item) if item.is_integer() else item for item in value]
         return int(value) if isinstance(value, float) and value.is_integer() else value
+
+    @property
+    def change(self) -> dict[str, Any]:
+        """Its one change as plain values, by dotted path."""
+        return {self.path: self.model_dump(mode="json")["value"]}
 
 
 class Size(Settings):
@@ -217,7 +230,7 @@ class PipelineConfig(Settings):
         for ablation in self.ablations:
             where = f"ablations: {ablation.name}"
             try:
-                changed = fitted(laid_over(recipe, {ablation.path: ablation.value}))
+                changed = fitted(laid_over(recipe, ablation.change))
             except KeyError as error:
                 known = ", ".join(paths(recipe))
                 raise ValueError(f"{where}: no setting {ablation.path!r}; there are: {known}") from error

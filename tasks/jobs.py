@@ -116,7 +116,8 @@ def ablation_report(ablations: Sequence[Ablation], baseline: Made, runs: Mapping
     """Compares the runs (by ablation name) with the baseline."""
     values: list[dict[str, Any]] = [{"name": BASELINE, "run": f"{INPUT}{BASELINE}"}]
     values += [
-        {"name": one.name, "change": one.path, "value": one.value, "control": one.control, "run": f"{INPUT}{one.name}"} for one in ablations
+        {"name": one.name, "change": one.path, "value": one.change[one.path], "control": one.control, "run": f"{INPUT}{one.name}"}
+        for one in ablations
     ]
     return Step(
         name="ablation-report",

@@ -23,7 +23,7 @@ def base_recipe(config: PipelineConfig, name: str, phase: str, changes: Mapping[
 
 def ablation_recipe(config: PipelineConfig, ablation: Ablation, changes: Mapping[str, Any]) -> Recipe:
     """The base recipe with `changes` and then the ablation's one change."""
-    return base_recipe(config, f"ablation-{ablation.name}", "ablations", {**changes, ablation.path: ablation.value})
+    return base_recipe(config, f"ablation-{ablation.name}", "ablations", {**changes, **ablation.change})
 
 
 def grid_recipe(config: PipelineConfig, size: Size, budget_flops: float, *, variant: Variant, changes: Mapping[str, Any]) -> Recipe:

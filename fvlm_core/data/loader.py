@@ -133,8 +133,8 @@ class ShardSet:
             raise CorruptSampleError(f"its JSON lacks {error}") from error
 
     def longest_sequence(self, data: DataSettings, *, tokens_per_frame: int) -> int:
-        """Tokens of the longest packed sample of the mixture, over both splits; to be held against a model's context."""
-        chosen = self._frame["source"].isin([part.source for part in data.mixture]).to_numpy()
+        """Tokens of the longest packed sample of what is trained and validated on; to be held against a model's context."""
+        chosen = self._frame["source"].isin([part.source for part in [*data.mixture, *data.held_out.mixture]]).to_numpy()
         repeats = np.where(self._frame["kind"] == "image", data.image_repeats, 1)
         return int((self.n_tokens + self.n_frames * repeats * tokens_per_frame)[chosen].max(initial=0))
 
@@ -206,11 +206,12 @@ def val_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[PackedBatch]:
-    """`n_samples` validation samples mixed as `data` says (fewer where a source has fewer), every `world_size`th batch of them.
+    """`n_samples` validation samples mixed as `data.held_out` says (fewer where a source has fewer), every `world_size`th batch of them.
 
     Preferences come as pairs, chosen and rejected in turn. The samples and their order depend on nothing else. Raises UserError if
     a source of the mixture has no validation samples.
     """
+    data = data.held_out
     parts = [part for part in data.mixture if part.share > 0]
     rows = _source_rows(shards, "val", [part.source for part in parts])
     mixture = Mixture([part.source for part in parts], [part.share for part in parts], [len(numbers) for numbers in rows], VAL_SEED)

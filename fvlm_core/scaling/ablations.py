@@ -10,15 +10,16 @@ import io
 import json
 import time
 
-from pydantic import JsonValue
+from pydantic import JsonValue, TypeAdapter
 
 from fvlm_core.cli import run_job
+from fvlm_core.config import SourceShares
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import file_entries, write_atomically
 from fvlm_core.progress import Progress
 from fvlm_core.scaling.plots import plot_deltas
 from fvlm_core.scaling.reports import ABLATIONS_PLOT, ABLATIONS_TABLE, ABLATIONS_TEXT, AblationJob, AblationReport, AblationRow, AblationRun
-from fvlm_core.scaling.runs import VALIDATION_SETTINGS, FinishedRun, differences, same_shards
+from fvlm_core.scaling.runs import FinishedRun, differences, same_shards
 
 
 def compare(job: AblationJob) -> AblationReport:
@@ -105,7 +106,10 @@ def change_text(row: AblationRow, baseline: str) -> str:
 
 
 def show_value(value: JsonValue) -> str:
-    """A setting's value as a person would write it."""
+    """A setting's value as a person would write it; a mixture as its shares."""
+    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+        shares = TypeAdapter(SourceShares).validate_python(value)
+        return ", ".join(f"{part.source} {part.share:.0%}" for part in shares)
     return value if isinstance(value, str) else "" if value is None else json.dumps(value)
 
 
@@ -125,7 +129,7 @@ def _row(run: AblationRun, finished: FinishedRun, baseline: FinishedRun) -> Abla
         frames_per_s=finished.frames_per_s(),
         seconds=manifest.seconds,
         control=run.control,
-        other_validation=any(path in VALIDATION_SETTINGS for path in changed),
+        other_validation=finished.validated_on != baseline.validated_on,
         also_changed=[path for path in changed if path != run.change and not path.startswith(f"{run.change}.")] if run.change else changed,
         divergences=len(manifest.divergences),
     )

@@ -10,8 +10,6 @@ from fvlm_core.config import Recipe
 from fvlm_core.errors import UserError
 from fvlm_core.train.manifest import METRICS_FILE, RECIPE_FILE, RunManifest
 
-VALIDATION_SETTINGS = ("data.mixture", "data.question_first", "data.loss_on", "data.image_repeats", "run.eval_samples")
-"""Settings that decide what the validation loss is measured on."""
 NOT_SCIENCE = ("name", "phase", "output", "shards", "init_from")
 """Recipe keys that say where a run is, not what it does."""
 
@@ -33,6 +31,12 @@ class FinishedRun:
     def settings(self) -> dict[str, Any]:
         """What the run does, flat: dotted path -> value."""
         return flatten(self.recipe.model_dump(mode="json", exclude=set(NOT_SCIENCE)))
+
+    @property
+    def validated_on(self) -> dict[str, Any]:
+        """What its validation losses are of, on equal shards."""
+        samples = self.recipe.data.held_out.model_dump(include={"mixture", "question_first", "loss_on", "image_repeats"})
+        return samples | {"eval_samples": self.recipe.run.eval_samples}
 
     def frames_per_s(self) -> float | None:
         """Median over the evaluation points of `metrics.csv`; None where it has none."""

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fvlm_core.config import DataSettings, RunSettings
+from fvlm_core.config import DataSettings, RunSettings, SourceShare, ValidationSettings
 from fvlm_core.data import gaze
 from fvlm_core.data.batch import IGNORE
 from fvlm_core.data.loader import CorruptSampleError, ShardSet, train_steps, val_batches
@@ -135,6 +135,22 @@ def test_n_tokens_is_the_packed_length_without_frames(shards):
     for step in train_steps(shards, data(), run(steps=120), tokens_per_frame=2, rank=0, world_size=1):
         everything.extend(step)
     assert shards.longest_sequence(data(), tokens_per_frame=2) == max(int(batch.cu_seqlens.diff().max()) for batch in everything)
+
+
+def test_validation_of_its_own(shards):
+    """Runs that train on different data are validated on the same samples, in the same orders, with the same labels."""
+    own = ValidationSettings(mixture=[SourceShare(source="gaze_cell", share=0.5), SourceShare(source="gaze_caption", share=0.5)])
+    plain = data({"gaze_cell": 0.5, "gaze_caption": 0.5})
+    others = [data({"text": 1.0}), data({"gaze_cell": 1.0}, question_first=1.0), data({"gaze_cell": 1.0}, loss_on="all_text")]
+    held = [
+        [item for batch in val_batches(shards, 40, one, tokens_per_frame=1, batch_samples=8) for item in contents(batch)]
+        for one in [plain, *(other.model_copy(update={"validation": own}) for other in others)]
+    ]
+    assert all(one == held[0] for one in held)
+    trained = steps(shards, others[0].model_copy(update={"validation": own}), run(steps=2))
+    assert {source for step in trained for batch in step for source in batch.sources} == {"text"}
+    with pytest.raises(ValueError, match="preferences are validated on preferences"):
+        DataSettings(mixture=plain.mixture, loss_on="preferences", validation=own)
 
 
 def test_images_are_shown_often_and_stored_once(shards):

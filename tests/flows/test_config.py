@@ -67,6 +67,8 @@ def test_laptop_and_runpod_have_the_grid_and_the_ablations_that_are_promised() -
         ("base.run.steps", "many", ["base.run.steps", "integer", "'many'"]),
         ("scaling.sizes", [], ["scaling.sizes", "at least 1"]),
         ("stages.stage1.data.mixture.0.share", 0.5, ["stages.stage1.data", "add up to 1"]),
+        ("base.data.validation.mixture.0.share", 0.9, ["base.data.validation", "add up to 1"]),
+        ("ablations.2.value.0.share", 0.5, ["ablations.2.value", "add up to 1"]),
         ("ablations.0.path", "optimizer.lr_conector", ["'optimizer.lr_conector'", "optimizer.lr_connector"]),
         ("ablations.0", {"name": "same", "path": "optimizer.warmup_steps", "value": 4}, ["same", "already"]),
         ("ablations.0", {"name": "bad", "path": "model.query", "value": "sideways"}, ["model.query", "'deep'"]),
@@ -159,5 +161,9 @@ def test_own_videos_take_the_place_of_the_captioned_default_clips(tmp_path: Path
     shares = {one.source: one.share for one in mine.stages.stage1.data.mixture}
     before = {one.source: one.share for one in config().stages.stage1.data.mixture}
     assert shares["videos"] == pytest.approx(sum(before.get(name, 0) for name in ("gaze_caption", "natural")))
-    assert not {"natural", "gaze_caption"} & set(shares)
+    stages = (mine.stages.stage1, mine.stages.stage2, mine.stages.stage3)
+    parts = [mine.base.data, mine.base.data.validation, *(stage.data for stage in stages)]
+    named = {one.source for part in parts if part for one in part.mixture}
+    named |= {one["source"] for ablation in mine.ablations for one in ablation.change.get("data.mixture", [])}
+    assert not {"natural", "gaze_caption"} & named
     assert keys(CI)["precompute"] != phase_key("precompute", mine)

@@ -6,7 +6,7 @@ import pytest
 
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import Manifest
-from fvlm_core.scaling.ablations import compare
+from fvlm_core.scaling.ablations import compare, show_value
 from fvlm_core.scaling.reports import ABLATIONS_PLOT, ABLATIONS_TABLE, ABLATIONS_TEXT, AblationJob, AblationReport, AblationRun
 from tests.scaling.build import finished
 
@@ -48,6 +48,29 @@ def job(tmp_path) -> AblationJob:
         ),
     ]
     return AblationJob(output=tmp_path / "out", baseline="base", runs=runs)
+
+
+def test_change_of_the_data_wins_where_validation_is_given(tmp_path):
+    given = {"data.validation": {"mixture": [{"source": "gaze_cell", "share": 1.0}]}}
+    change = {"data.question_first": 1.0}
+    runs = [
+        AblationRun(name="base", run=finished(tmp_path / "base", 2.0, changes=given)),
+        AblationRun(name="order", change="data.question_first", value=1.0, run=finished(tmp_path / "order", 1.0, changes=given | change)),
+    ]
+    report = compare(AblationJob(output=tmp_path / "out", baseline="base", runs=runs))
+    assert not report.rows[1].other_validation
+    assert (report.winner, report.winner_change) == ("order", "data.question_first")
+
+
+def test_values_read_as_a_person_would_write_them():
+    mixture = [{"source": "clips", "share": 0.86}, {"source": "text", "share": 0.14}]
+    assert [show_value(value) for value in (mixture, [1.0, 2.0], "deep", 0.5, None)] == [
+        "clips 86%, text 14%",
+        "[1.0, 2.0]",
+        "deep",
+        "0.5",
+        "",
+    ]
 
 
 def test_winner_is_the_lowest_comparable_loss(job):
