@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fvlm_core.errors import UserError
-from infra.stack import REPOSITORY, port_is_free
+from infra.stack import REPOSITORY
 from tasks.config import PipelineConfig
 from tasks.jobs import natural_clips
 from tasks.outside import local_path, read_urls
@@ -47,12 +47,6 @@ def check_volume(volume: Path, config: PipelineConfig) -> None:
             where=str(volume),
             fix="free some space, or give another --volume",
         )
-
-
-def check_port(port: int | None) -> None:
-    """The port that was asked for is free."""
-    if port is not None and not port_is_free(port):
-        raise UserError(f"port {port} is taken by another program", where="--port", fix="give another --port, or none to take a free one")
 
 
 def check_programs(config: PipelineConfig) -> None:
@@ -92,6 +86,8 @@ def check_videos(table: Path, max_bad_share: float) -> None:
             where=str(table),
             fix="correct the addresses, or check the network",
         )
+    if len(set(urls)) < 2:
+        raise UserError("there is only one video", where=str(table), fix="add another one: one of them is held out for validation")
 
 
 def _dead(url: str) -> str | None:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from fvlm_core.cli import USER_ERROR
 from fvlm_core.errors import UserError
-from infra.stack import Stack, StackError
+from infra.stack import PortTakenError, Stack, StackError
 
 app = App(name="fvlm", help="A video language model that reads each frame as one token, and the whole road to releasing it.")
 DEFAULT_VOLUME = Path("volume")
@@ -88,7 +88,7 @@ def main() -> None:
         sys.exit(app())
     except (UserError, StackError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR if isinstance(error, UserError) else 1)
+        sys.exit(USER_ERROR if isinstance(error, UserError | PortTakenError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
 

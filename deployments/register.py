@@ -54,7 +54,7 @@ async def register(config: PipelineConfig, volume: Path) -> dict[str, str]:
         # one after the other: SQLite lets one writer in at a time, and those who wait back off for seconds
         types = dict([await _pool(client, pool) for pool in POOLS])
         for name in FLOWS:
-            await _deploy(name, config, volume, types)
+            await _deploy(client, name, config, volume, types)
     return types
 
 
@@ -85,10 +85,16 @@ async def _pool(client: PrefectClient, pool: Pool) -> tuple[str, str]:
         return pool.name, (await client.create_work_pool(new)).type
 
 
-async def _deploy(name: str, config: PipelineConfig, volume: Path, types: Mapping[str, str]) -> None:
+async def _deploy(client: PrefectClient, name: str, config: PipelineConfig, volume: Path, types: Mapping[str, str]) -> None:
     pool = PHASES[name].pool if name in PHASES else CPU_POOL.name
     # A process pool would resolve a workspace for every run; flows are importable here, so that second is saved.
     local = {"command": f"{sys.executable} -m prefect.engine", "working_dir": str(REPOSITORY)} if types[pool] == PROCESS_POOL else {}
+    schedules = [DeploymentScheduleCreate(schedule=CronSchedule(cron=PRECOMPUTE_CRON), active=False)] if name == "precompute" else None
+    try:
+        await client.read_deployment_by_name(f"{FLOWS[name].name}/{config.name}")
+        schedules = None  # those there are stay as they are: somebody may have changed or started them
+    except ObjectNotFound:
+        pass
     deployment = await FLOWS[name].ato_deployment(
         config.name,
         parameters={"config": config.model_dump(mode="json"), "volume": str(volume)},
@@ -97,6 +103,6 @@ async def _deploy(name: str, config: PipelineConfig, volume: Path, types: Mappin
         work_pool_name=pool,
         job_variables=local,
         entrypoint_type=EntrypointType.MODULE_PATH,
-        schedules=[DeploymentScheduleCreate(schedule=CronSchedule(cron=PRECOMPUTE_CRON), active=False)] if name == "precompute" else None,
+        schedules=schedules,
     )
     await deployment.aapply()

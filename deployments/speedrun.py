@@ -12,9 +12,12 @@ from uuid import UUID
 
 from rich.console import Console
 
-from deployments.checks import check_port, check_programs, check_videos, check_volume, load_profile
+from deployments.checks import check_programs, check_videos, check_volume, load_profile
+from fvlm_core.errors import UserError
 from infra.stack import Stack
 from tasks.config import PipelineConfig
+from tasks.mixtures import check_names, made_sources, mixtures
+from tasks.outside import VIDEOS, read_sources
 from tasks.recipes import OWN_DATA
 
 CANCEL_TIMEOUT_S = 20.0
@@ -31,11 +34,11 @@ def speedrun(profile: str, videos: Path | None, volume: Path, *, keep_server: bo
         config = with_videos(config, videos.resolve())
     check_volume(volume, config)
     check_programs(config)
-    if config.precompute.videos is not None:
-        check_videos(config.precompute.videos, config.precompute.download.model_dump()["max_bad_share"])
+    own = config.precompute.videos
+    if own is not None:
+        check_videos(own, config.precompute.download.model_dump()["max_bad_share"])
+    check_names(config, made_sources(config) | (read_sources(own) if own else set()))
     stack = Stack(volume, environment=os.environ)
-    if not stack.kept():
-        check_port(port)
     with _terminated_as_interrupted():
         keep = False
         try:
@@ -48,7 +51,9 @@ def speedrun(profile: str, videos: Path | None, volume: Path, *, keep_server: bo
             keep = not stack.fresh
             return INTERRUPTED
         finally:
-            if keep:
+            if stack.state is None:
+                pass  # nothing was started: what runs on the volume is another command's
+            elif keep:
                 stack.leave_running()
                 console.print(f"Server and workers go on; stop them with: fvlm stop --volume {volume}", highlight=False, soft_wrap=True)
             else:
@@ -66,14 +71,21 @@ def with_videos(config: PipelineConfig, videos: Path) -> PipelineConfig:
     for ablation in values["ablations"]:
         if ablation["path"] == OWN_DATA:
             ablation["value"] = _with_videos(ablation["value"])
-    return PipelineConfig.from_values(values, where=f"the profile {config.name} with {videos}")
+    mine = PipelineConfig.from_values(values, where=f"the profile {config.name} with {videos}")
+    if not any(part.source == VIDEOS for _, _, mixture in mixtures(mine) for part in mixture):
+        raise UserError(
+            f"no mixture of the profile {config.name} has a share for them",
+            where="--videos",
+            fix=f"name the source {VIDEOS!r} in a mixture of the profile, or one of {', '.join(CAPTION_SOURCES)}, whose place they take",
+        )
+    return mine
 
 
 def _with_videos(mixture: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The user's videos in place of the default captioned clips, with their share."""
     share = sum(one["share"] for one in mixture if one["source"] in CAPTION_SOURCES)
     kept = [one for one in mixture if one["source"] not in CAPTION_SOURCES]
-    return kept + ([{"source": "videos", "share": share}] if share else [])
+    return kept + ([{"source": VIDEOS, "share": share}] if share else [])
 
 
 def _run(stack: Stack, config: PipelineConfig, volume: Path, console: Console) -> int:

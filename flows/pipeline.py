@@ -1,5 +1,7 @@
 """The whole road, phase by phase. Each phase is a deployment of its own and runs on the work pool that suits it."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -13,6 +15,9 @@ from tasks import artifacts
 from tasks.config import PipelineConfig
 from tasks.phases import PHASES, PhaseManifest
 from tasks.run_phase import phase_result
+
+LINKED = {"precompute": "shards", "release": "release"}
+"""Steps of phases whose newest folder has a name of its own on the volume: `shards`, `release`."""
 
 
 def cancel_phases(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
@@ -36,4 +41,14 @@ def pipeline(config: PipelineConfig, volume: str) -> None:
     done: dict[str, PhaseManifest] = {}
     for phase in PHASES:
         done[phase] = phase_result(phase, config, volume, done)
-    artifacts.publish("pipeline", config.name, done["evaluate"].rows, "The final model, in its modes.", [])
+        if name := LINKED.get(phase):
+            point(Path(volume) / name, done[phase].steps[name].folder)
+    paths = "\n".join(f"* {row['what']}: `{row['path']}`" for row in done["release"].rows)
+    artifacts.publish("pipeline", config.name, done["evaluate"].rows, f"The final model, in its modes.\n\n{paths}", [])
+
+
+def point(link: Path, folder: str) -> None:
+    """Make `link` a symbolic link to `folder`, which is relative to where the link is, in one step."""
+    new = link.with_name(f".{link.name}.{os.getpid()}")
+    new.symlink_to(folder)
+    new.replace(link)

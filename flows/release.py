@@ -32,5 +32,4 @@ def release(config: PipelineConfig, volume: str) -> None:
         run.finish(
             [{"what": "model", "path": str(folder / HUB_FOLDER)}, {"what": "report", "path": str(folder / REPORT_HTML)}],
             text=report.verdict,
-            pictures=[],
         )

@@ -2,7 +2,8 @@
 
 from prefect import flow
 
-from fvlm_core.train.manifest import RunManifest
+from fvlm_core.scaling.curves import CURVES, plot_curves
+from fvlm_core.scaling.runs import FinishedRun
 from tasks import jobs
 from tasks.config import PipelineConfig, Stages
 from tasks.phase_run import PhaseRun
@@ -22,10 +23,13 @@ def train(config: PipelineConfig, volume: str) -> None:
     with PhaseRun("train", config, volume, steps=len(stages)) as run:
         inputs = jobs.training_inputs(run.upstream["precompute"])
         before: Made | None = None
-        rows = []
+        rows, finished = [], {}
         for name in stages:
             recipe = stage_recipe(config, name, changes=run.chosen(), start=before is not None)
             before = run.make(jobs.training(recipe, inputs, ranks=config.machine.ranks, start=before))
-            result = RunManifest.read(run.volume / before.folder)
+            finished[name] = FinishedRun.read(run.volume / before.folder)
+            result = finished[name].manifest
             rows.append({"stage": name, "steps": result.steps, "samples": result.samples_seen, "loss": result.final_loss, **result.losses})
-        run.finish(rows, text="Validation losses of each stage's last model, by pass.")
+        curves = run.folder / CURVES
+        drawn = plot_curves(finished, curves)
+        run.finish(rows, text="Validation losses of each stage's last model, by pass.", pictures=[curves] if drawn else [])

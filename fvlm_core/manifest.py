@@ -72,7 +72,7 @@ class Manifest(Settings):
         """Read `folder/manifest.json`. Raises UserError if there is none or it does not fit this class."""
         path = folder / FILE_NAME
         try:
-            return cls.model_validate_json(path.read_text())
+            return cls.model_validate_json(path.read_bytes())
         except FileNotFoundError as error:
             raise UserError("no manifest: the step that makes it has not finished", where=str(path), fix="run that step first") from error
         except ValidationError as error:

@@ -91,7 +91,9 @@ def _allowed_keys(cls: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]
     schema = cls.model_json_schema()
     definitions, node = schema.get("$defs", {}), schema
     for part in loc:
-        node = _resolve(node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {}), definitions)
+        named = node.get("properties", {}).get(part) or next(iter(node.get("patternProperties", {}).values()), None)
+        inside = node.get("items") if isinstance(part, int) else named or node.get("additionalProperties")
+        node = _resolve(inside if isinstance(inside, dict) else {}, definitions)
     return sorted(_resolve(node, definitions).get("properties", {}))
 
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import psutil
 
 from infra.locks import try_lock
-from infra.processes import STACK_VARIABLE, end_marked, mark
+from infra.processes import STACK_VARIABLE, end_marked, mark, marked
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FIRST_PORT = 4200
@@ -30,6 +30,8 @@ FIRST_PORT = 4200
 PORTS_TRIED = 50
 HEALTH_TIMEOUT_S = 180.0
 """A first start makes the database: 8 s on two idle cores, much more on loaded ones."""
+FOREIGN_HEALTH_TIMEOUT_S = 10.0
+"""A server that `PREFECT_API_URL` names is there already."""
 END_GRACE_S = 5.0
 PROCESS_POOL = "process"
 
@@ -50,6 +52,10 @@ POOLS = (CPU_POOL, GPU_POOL)
 
 class StackError(RuntimeError):
     """The stack cannot start, or a part of it died; the message says what to do."""
+
+
+class PortTakenError(StackError):
+    """The port that was asked for is another program's; nothing was started."""
 
 
 @dataclass(frozen=True)
@@ -86,16 +92,17 @@ class Stack:
         if self.lock is None:
             raise StackError(f"another fvlm command is running on {self.volume}; wait for it, or give another --volume")
         kept = self.kept()
-        if kept and port in (None, _port_of(kept.api_url)):
+        if kept and (port is None or not kept.owns_server or port == _port_of(kept.api_url)):
             self.state, self.fresh = kept, False
             return kept.ui_url
+        if port is not None and not port_is_free(port) and not self._holds(port):
+            self._unlock()
+            raise PortTakenError(f"port {port} is taken by another program; give another --port, or none to take a free one")
         end_marked(STACK_VARIABLE, self.mark, grace_s=END_GRACE_S)
         if given := self.given.get("PREFECT_API_URL"):
             self.state = StackState(given, self.given.get("PREFECT_UI_URL", given.removesuffix("/api")), False, {})
             return self.state.ui_url
         port = free_port() if port is None else port
-        if not port_is_free(port):
-            raise StackError(f"port {port} is taken by another program; give another --port, or none to take a free one")
         url = f"http://127.0.0.1:{port}"
         self.state = StackState(f"{url}/api", url, True, {})
         self._spawn("server", ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)])
@@ -133,9 +140,9 @@ class Stack:
         return {name: value for name, value in self.environment().items() if name.startswith("PREFECT_")}
 
     def wait_for_server(self) -> None:
-        """Return when the API answers. Raises StackError when the server died or says nothing for three minutes."""
+        """Return when the API answers. Raises StackError when our server died, or where there is no answer in time."""
         state = self._running_state()
-        deadline = time.monotonic() + HEALTH_TIMEOUT_S
+        deadline = time.monotonic() + (HEALTH_TIMEOUT_S if state.owns_server else FOREIGN_HEALTH_TIMEOUT_S)
         while not healthy(state.api_url):
             self.check()
             if time.monotonic() > deadline:
@@ -203,6 +210,11 @@ class Stack:
             return None
         alive = all(_carries(pid, self.mark) for pid in state.processes.values())
         return state if alive and state.processes and healthy(state.api_url) else None
+
+    def _holds(self, port: int) -> bool:
+        """Whether a process that an earlier command left behind listens there."""
+        listening = (one for process in marked(STACK_VARIABLE, self.mark) for one in process.net_connections("tcp"))
+        return any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in listening)
 
     def _state_file(self) -> Path:
         return self.home / "stack.json"

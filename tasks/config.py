@@ -8,7 +8,7 @@ phases (chosen speed settings, winning ablation, chosen size) are laid over it a
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, create_model, field_validator, model_validator
+from pydantic import Field, ValidationError, create_model, field_validator, model_validator
 
 from fvlm_core.config import (
     DataSettings,
@@ -24,7 +24,7 @@ from fvlm_core.config import (
 from fvlm_core.data.jobs import ClipJob, DownloadJob, ShardJob
 from fvlm_core.eval.job import EvalJob
 from fvlm_core.release.job import ReleaseJob
-from fvlm_core.settings import Settings
+from fvlm_core.settings import Settings, explain
 from fvlm_core.train.speed_job import SpeedJob
 from fvlm_core.train.vision_job import VisionJob
 from infra.stack import REPOSITORY
@@ -236,5 +236,8 @@ class PipelineConfig(Settings):
                 raise ValueError(f"{where}: no setting {ablation.path!r}; there are: {known}") from error
             if changed == fitted(recipe):
                 raise ValueError(f"{where}: {ablation.path} is {ablation.value!r} in the base already")
-            Recipe.model_validate({"name": ablation.name, "output": "output", "shards": "shards"} | changed)
+            try:
+                Recipe.model_validate({"name": ablation.name, "output": "output", "shards": "shards"} | changed)
+            except ValidationError as error:
+                raise ValueError(f"{where}: {explain(error, Recipe)}") from error
         return self

@@ -25,6 +25,13 @@ def read_urls(table: Path) -> list[str]:
     return [row["url"] for row in read_videos(table, source=VIDEOS)]
 
 
+def read_sources(table: Path) -> set[str]:
+    """The sources that the table's videos are of. Raises UserError as `read_urls`."""
+    from fvlm_core.data.sources.table import read_videos
+
+    return {row["source"] for row in read_videos(table, source=VIDEOS)}
+
+
 def table_digest(table: Path) -> str:
     """Identity of the table and of the local files it names (by size and time of change: they may be many and large)."""
     local = [path for url in read_urls(table) if (path := local_path(url, table)) is not None]

@@ -13,11 +13,13 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task, exponential_backoff
 from pydantic import JsonValue
 
+from fvlm_core.data.jobs import ShardManifest
 from fvlm_core.errors import UserError
 from fvlm_core.progress import ProgressReport
 from infra.launch import JobStoppedError
 from tasks import artifacts
 from tasks.config import PipelineConfig
+from tasks.mixtures import check_shards
 from tasks.phases import PHASES, PhaseManifest, inputs_of, phase_folder, phase_key, require_upstream
 from tasks.status import StatusBoard
 from tasks.steps import Made, Reporter, Step, make
@@ -86,12 +88,15 @@ class PhaseRun:
     """Use as `with PhaseRun(...) as run:` in the phase's flow; `run.make` its steps, then `run.finish`."""
 
     def __init__(self, phase: str, config: PipelineConfig, volume: str, *, steps: int) -> None:
-        """`steps`: how many the phase has. Raises UserError where an earlier phase's results are missing, damaged or stale."""
+        """`steps`: how many the phase has. Raises UserError where an earlier phase's results are missing, damaged or stale, or lack
+        a source that the profile trains or validates on."""
         self.phase, self.config, self.volume, self.started = phase, config, Path(volume), time.monotonic()
         if not self.volume.is_absolute():
             raise UserError("the volume must be an absolute path", where=volume, fix="a worker may run in any folder; give the whole path")
         self.folder = phase_folder(phase, config, self.volume)
         self.upstream = require_upstream(phase, config, self.volume)
+        if "precompute" in self.upstream:
+            check_shards(config, ShardManifest.read(self.volume / self.input("precompute", "shards").folder))
         self.stop = threading.Event()
         self.board = StatusBoard(phase, self.folder, steps)
         self.made: dict[str, Made] = {}
@@ -140,7 +145,6 @@ class PhaseRun:
         pictures: Iterable[Path] = (),
     ) -> PhaseManifest:
         """Write the phase's manifest and publish its table and pictures. `text`: what the table shows and what was decided, in markdown."""
-        pictures = list(pictures)
         manifest = PhaseManifest(
             name=self.phase,
             settings_hash=phase_key(self.phase, self.config),
@@ -148,7 +152,6 @@ class PhaseRun:
             steps=self.made,
             chosen=chosen or {},
             rows=list(rows),
-            pictures=[path.relative_to(self.volume).as_posix() for path in pictures],
             seconds=time.monotonic() - self.started,
         ).write(self.folder)
         artifacts.publish(self.phase, self.config.name, rows, text, pictures)

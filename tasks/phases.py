@@ -59,8 +59,6 @@ class PhaseManifest(Manifest):
     """Changes that the phase decided on, by dotted path of a recipe; later phases lay them over their own."""
     rows: list[dict[str, JsonValue]] = Field(default_factory=list)
     """The phase's table, a dict per row."""
-    pictures: list[str] = Field(default_factory=list)
-    """Paths on the volume."""
 
     @property
     def digest(self) -> str:
@@ -117,7 +115,7 @@ def require_upstream(phase: str, config: PipelineConfig, volume: Path) -> dict[s
             raise UserError(f"{phase} needs the results of {name}, which are not there", where=str(folder), fix=fix) from error
         if problems := manifest.step_problems(volume, config.machine.verify):
             raise UserError(f"the results of {name} are damaged: {'; '.join(problems[:5])}", where=str(folder), fix=fix)
-        if any(manifest.inputs[above] != found[above].digest for above in PHASES[name].upstream):
+        if manifest.inputs != inputs_of(name, config, found):
             raise UserError(f"the results of {name} are older than what they were made from", where=str(folder), fix=fix)
         found[name] = manifest
     return found

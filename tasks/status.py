@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self, cast
 from uuid import UUID
@@ -41,7 +42,7 @@ class PhaseStatus(Settings):
         """The status of the phase in `folder`, or None where there is none written after `since` (seconds since the epoch)."""
         path = folder / FILE_NAME
         try:
-            return cls.model_validate_json(path.read_text()) if path.stat().st_mtime >= since else None
+            return cls.model_validate_json(path.read_bytes()) if path.stat().st_mtime >= since else None
         except (OSError, ValidationError):
             return None
 
@@ -70,20 +71,24 @@ class StatusBoard:
 
     def running(self, step: str, report: ProgressReport | None) -> None:
         """`step` runs and has got this far."""
-        self._change(running=self.status.running | {step: report})
+        self._change(lambda status: {"running": status.running | {step: report}})
 
     def ended(self, step: str, *, well: bool) -> None:
         """`step` runs no longer; `well` if it has its result."""
-        running = {name: report for name, report in self.status.running.items() if name != step}
-        self._change(running=running, done=self.status.done + well)
+
+        def change(status: PhaseStatus) -> dict[str, object]:
+            return {"running": {name: report for name, report in status.running.items() if name != step}, "done": status.done + well}
+
+        self._change(change)
 
     def finish(self) -> None:
         """The phase is done."""
-        self._change(done=self.status.total, running={}, now=True)
+        self._change(lambda status: {"done": status.total, "running": {}}, now=True)
 
-    def _change(self, *, now: bool = False, **changes: object) -> None:
+    def _change(self, change: Callable[[PhaseStatus], dict[str, object]], *, now: bool = False) -> None:
+        """`change` says what becomes of the status there is then: other threads change it too."""
         with self.lock:
-            self.status = self.status.model_copy(update=changes)
+            self.status = self.status.model_copy(update=change(self.status))
             write_atomically(self.folder / FILE_NAME, self.status.model_dump_json().encode())
             if now or time.monotonic() - self.sent > self.ARTIFACT_INTERVAL_S:
                 self.sent = time.monotonic()

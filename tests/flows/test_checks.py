@@ -1,14 +1,21 @@
 """What is refused before anything starts, and with which words."""
 
-import socket
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from deployments import checks
-from deployments.checks import check_port, check_programs, check_videos, check_volume, load_profile
+from deployments.checks import check_programs, check_videos, check_volume, load_profile
+from deployments.speedrun import speedrun
 from fvlm_core.errors import UserError
+from infra.processes import STACK_VARIABLE, mark, marked
+from infra.stack import Stack, StackError
 from tasks.outside import table_digest
 
 CI = load_profile("ci")
@@ -34,6 +41,7 @@ def test_a_good_table_passes(tmp_path: Path, name: str) -> None:
         ({"url": [], "caption": []}, "no rows"),
         ({"url": ["a.mp4", "b.mp4"], "caption": ["x", "y"]}, "2 of 2 videos are missing"),
         ({"url": ["http://127.0.0.1:9/a.mp4"], "caption": ["x"]}, "no video can be reached"),
+        ({"url": [__file__, __file__], "caption": ["x", "y"]}, "only one video"),
     ],
 )
 def test_a_bad_table_is_refused(tmp_path: Path, columns: dict[str, list[str]], told: str) -> None:
@@ -77,15 +85,6 @@ def test_a_volume_that_cannot_be_written_or_is_nearly_full_is_refused(tmp_path: 
     check_volume(tmp_path / "volume", CI)
 
 
-def test_a_taken_port_is_refused() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        with pytest.raises(UserError, match="is taken"):
-            check_port(taken.getsockname()[1])
-    check_port(None)
-
-
 def test_a_missing_environment_and_a_missing_ffmpeg_are_told_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     absent = CI.with_changes({"machine.video2dataset_python": str(tmp_path / "python")})
     with pytest.raises(UserError, match="environment is missing") as caught:
@@ -94,3 +93,17 @@ def test_a_missing_environment_and_a_missing_ffmpeg_are_told_with_the_command(tm
     monkeypatch.setattr(checks, "CODECS", "import av_that_is_not_there")
     with pytest.raises(UserError, match="ffmpeg"):
         check_programs(CI)
+
+
+def test_a_second_command_on_a_volume_leaves_the_first_alone(tmp_path: Path) -> None:
+    first = Stack(tmp_path, environment={"PREFECT_API_URL": "http://elsewhere:4200/api"})
+    first.start_server()
+    environment = {**os.environ, STACK_VARIABLE: mark(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, env=environment) as worker:
+        while not list(marked(STACK_VARIABLE, mark(tmp_path))):
+            time.sleep(0.02)
+        with pytest.raises(StackError, match="another fvlm command"):
+            speedrun("ci", None, tmp_path, keep_server=False, port=None, console=Console())
+        assert worker.poll() is None
+        worker.kill()
+    first.stop()

@@ -1,5 +1,6 @@
 """Profiles: what is shipped loads, and what is wrong is told by key, file and what is allowed."""
 
+import re
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ import yaml
 
 from deployments.checks import PROFILES, load_profile
 from deployments.speedrun import with_videos
+from fvlm_core.data.jobs import SPLITS, ShardManifest, SourceCounts
 from fvlm_core.errors import UserError
 from tasks.changes import fitted, laid_over
 from tasks.config import PipelineConfig
+from tasks.mixtures import check_names, check_shards, made_sources
 from tasks.phases import PHASES, phase_key
 from tasks.recipes import ablation_recipe, base_recipe, grid_recipe, stage_recipe
 
@@ -73,6 +76,8 @@ def test_laptop_and_runpod_have_the_grid_and_the_ablations_that_are_promised() -
         ("ablations.0", {"name": "same", "path": "optimizer.warmup_steps", "value": 4}, ["same", "already"]),
         ("ablations.0", {"name": "bad", "path": "model.query", "value": "sideways"}, ["model.query", "'deep'"]),
         ("ablations.1.name", CI["ablations"][0]["name"], ["ablations", CI["ablations"][0]["name"], "twice"]),
+        ("precompute.clips.sources.gaze_cell.trian", 3, ["precompute.clips.sources.gaze_cell.trian", "allowed here", "train"]),
+        ("ablations.0", {"name": "warm", "path": "model.temperature", "value": -1}, ["ablations: warm", "model.temperature"]),
         ("name", "Mein Profil", ["name", "pattern"]),
         ("evaluation.mcq_sample", 5, ["evaluation.mcq_sample", "mcq_samples"]),
     ],
@@ -154,6 +159,50 @@ def test_settings_that_follow_from_others_are_fitted() -> None:
     assert fitted(laid_over(values, {"run.micro_batch_samples": 5}))["run"]["micro_batch_samples"] == 4
     with pytest.raises(KeyError, match=r"model\.depth"):
         laid_over(values, {"model.depth": 1})
+
+
+@pytest.mark.parametrize("profile", ["ci", "laptop"])
+def test_shipped_mixtures_name_sources_that_precompute_makes(profile: str) -> None:
+    loaded = load_profile(profile)
+    check_names(loaded, made_sources(loaded))
+
+
+@pytest.mark.parametrize(
+    ("path", "where"),
+    [
+        ("base.data.mixture.0.source", r"base\.data\.mixture"),
+        ("base.data.validation.mixture.0.source", r"base\.data\.validation\.mixture"),
+        ("stages.stage3.data.mixture.0.source", r"stages\.stage3\.data\.mixture"),
+        ("ablations.2.value.0.source", "ablations, captions-only"),
+    ],
+)
+def test_a_source_that_nothing_makes_is_told_before_anything_starts(path: str, where: str) -> None:
+    wrong = config(changed(path, "gaze_cel"))
+    with pytest.raises(UserError, match="'gaze_cel'") as caught:
+        check_names(wrong, made_sources(wrong))
+    assert re.search(where, caught.value.where)
+    assert "gaze_cell" in caught.value.fix
+
+
+def test_a_source_without_samples_to_validate_on_is_told() -> None:
+    counts = [
+        SourceCounts(name=name, kind="video", split=split, samples=1, conversations=1, frames=1, tokens=1)
+        for name in made_sources(config())
+        for split in SPLITS
+        if (name, split) != ("gaze_cell", "val")
+    ]
+    shards = ShardManifest(name="shards", settings_hash="", sources=counts, frame_px=42, fps=1, vocab_size=512)
+    with pytest.raises(UserError, match="no val samples of 'gaze_cell'"):
+        check_shards(config(), shards)
+    shards.sources.append(counts[0].model_copy(update={"name": "gaze_cell", "split": "val"}))
+    check_shards(config(), shards)
+
+
+def test_own_videos_without_a_share_are_refused(tmp_path: Path) -> None:
+    values = changed("ablations", [one for one in CI["ablations"] if one["name"] != "captions-only"])
+    without = yaml.safe_load(yaml.safe_dump(values).replace("gaze_caption", "gaze_cell2").replace("natural", "gaze_cell3"))
+    with pytest.raises(UserError, match="no mixture of the profile ci has a share"):
+        with_videos(config(without | {"precompute": CI["precompute"]}), tmp_path / "clips.csv")
 
 
 def test_own_videos_take_the_place_of_the_captioned_default_clips(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from infra.processes import STACK_VARIABLE, end_marked, mark, marked
-from infra.stack import Stack, StackError, StackState, free_port, port_is_free
+from infra.stack import PortTakenError, Stack, StackError, StackState, free_port, port_is_free
 
 OUTSIDE = {"PATH": os.environ["PATH"], "PREFECT_API_URL": "http://elsewhere:4200/api", "PREFECT_API_KEY": "key"}
 INSIDE = {"PATH": os.environ["PATH"], "PREFECT_PROFILE": "mine", "PREFECT_HOME": "/home/me/.prefect"}
@@ -82,9 +82,27 @@ def test_a_taken_port_is_refused_and_another_one_is_found(tmp_path: Path) -> Non
         taken.listen()
         port = taken.getsockname()[1]
         assert not port_is_free(port)
-        with pytest.raises(StackError, match=f"port {port} is taken"):
-            Stack(tmp_path, environment=INSIDE).start_server(port)
+        stack = Stack(tmp_path, environment=INSIDE)
+        with pytest.raises(PortTakenError, match=f"port {port} is taken"):
+            stack.start_server(port)
+        assert stack.state is None
+        with pytest.raises(PortTakenError):
+            Stack(tmp_path, environment=INSIDE).start_server(port)  # and not: another command is running
     assert port_is_free(free_port())
+
+
+def test_a_port_that_an_earlier_command_s_leftover_holds_is_ours(tmp_path: Path) -> None:
+    code = "import socket, time; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True); time.sleep(60)"
+    environment = {**os.environ, STACK_VARIABLE: mark(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) as leftover:
+        assert leftover.stdout is not None
+        port = int(leftover.stdout.readline())
+        stack = Stack(tmp_path, environment=INSIDE)
+        try:
+            assert stack.start_server(port) == f"http://127.0.0.1:{port}"
+            assert leftover.wait(10) is not None
+        finally:
+            stack.stop()
 
 
 def test_a_part_that_died_is_noticed_with_its_log_and_what_to_do(tmp_path: Path) -> None:

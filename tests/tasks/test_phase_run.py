@@ -1,6 +1,7 @@
 """A phase inside a real Prefect flow: cached steps, damage, retries, parallel runs, artifacts."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from deployments.checks import load_profile
 from fvlm_core.errors import UserError
 from tasks.phase_run import PhaseRun
 from tasks.phases import PhaseManifest, current, phase_folder, require_upstream
-from tasks.status import PhaseStatus
+from tasks.status import PhaseStatus, StatusBoard
 from tasks.steps import Made, Step
 
 CI = load_profile("ci")
@@ -140,6 +141,29 @@ def test_a_phase_by_itself_says_which_deployment_to_run_first(tmp_path: Path) ->
     with pytest.raises(UserError, match="older than what they were made from"):
         require_upstream("ablations", CI, tmp_path)
 
+    done = PhaseManifest.read(phase_folder("precompute", CI, tmp_path))
+    done.model_copy(update={"inputs": {"videos": "a table that was changed since"}}).write(phase_folder("precompute", CI, tmp_path))
+    with pytest.raises(UserError, match="older than what they were made from"):
+        require_upstream("speed", CI, tmp_path)
+    done.write(phase_folder("precompute", CI, tmp_path))
+
     (tmp_path / counting("one").folder / "value.txt").unlink()
     with pytest.raises(UserError, match="damaged"):
         require_upstream("speed", CI, tmp_path)
+
+
+def test_steps_that_report_and_end_at_once_are_all_counted(tmp_path: Path) -> None:
+    @flow
+    def phase() -> None:
+        board = StatusBoard("precompute", tmp_path, 64)
+
+        def step(number: int) -> None:
+            for _ in range(5):
+                board.running(f"step{number}", None)
+            board.ended(f"step{number}", well=True)
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(step, range(64)))
+
+    phase()
+    assert PhaseStatus.read(tmp_path) == PhaseStatus(phase="precompute", total=64, done=64)

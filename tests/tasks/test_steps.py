@@ -74,15 +74,17 @@ def test_key_follows_settings_and_input_digests_and_nothing_else(one: str, other
     assert keyed(one, value) != keyed(one, value, version=2)
 
 
-@pytest.mark.parametrize("damage", ["delete", "same size", "truncate", "manifest"])
+@pytest.mark.parametrize("damage", ["delete", "same size", "truncate", "manifest", "no text"])
 def test_damage_is_noticed_and_made_good(tmp_path: Path, damage: str) -> None:
     made = make(step(value=7), tmp_path)
-    target = tmp_path / made.folder / ("manifest.json" if damage == "manifest" else "value.txt")
+    target = tmp_path / made.folder / ("manifest.json" if damage in ("manifest", "no text") else "value.txt")
     match damage:
         case "delete":
             target.unlink()
         case "same size":
             target.write_text("8")
+        case "no text":
+            target.write_bytes(b"\xff\xfe" + bytes(range(256)))
         case _:
             target.write_text(target.read_text()[:-1])
     assert made.problems(tmp_path, "sha256")
