@@ -130,19 +130,20 @@ def speed_job(folder: Path, shards: Path, model: ModelSettings, *, steps: int, w
 
 
 def fill(size: str, job: SpeedJob, *, largest: int = 4096, kinds: Sequence[str] = ("eager", "compiled")) -> list[Filled]:
-    """The batch doubled until it does not fit, eager; then compiled, which starts where eager ended."""
+    """The batch doubled until it does not fit, eager; then compiled, from where eager ended, up or down."""
     bench = Bench(job)
 
     found: list[Filled] = []
     for kind in kinds:
-        batch, best = found[-1].batch if found else SMALLEST_BATCH, None
-        while batch <= largest:
+        batch, best, too_much = found[-1].batch if found else SMALLEST_BATCH, None, largest + 1
+        while SMALLEST_BATCH <= batch < too_much:
             settings = {"run.batch_samples": batch, "run.micro_batch_samples": batch, "run.compile": kind == "compiled"}
             row = bench.measure(f"{size} {kind} {batch}", settings, busy=True)
             print(f"{row.variant}: {row.failure or f'{row.samples_per_s:.1f} samples/s'}", file=sys.stderr)
-            if row.failure:
-                break
-            best, batch = Filled(size, kind, batch, row), 2 * batch
+            if not row.failure:
+                best = Filled(size, kind, batch, row)
+            too_much = batch if row.failure else too_much
+            batch = batch // 2 if best is None else 2 * batch
         found += [best] if best else []
     return found
 

@@ -10,7 +10,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import count, islice
 from math import ceil
@@ -157,6 +157,7 @@ def train_steps(
     steps = _Steps(shards, data, run, tokens_per_frame, rank, world_size)
     numbers = count(first_step) if run.steps is None else range(first_step, run.steps)
     reads: Iterable[_Read]
+    pinned = torch.cuda.is_available()
     if data.workers:
         reads = DataLoader(
             steps,
@@ -165,11 +166,11 @@ def train_steps(
             num_workers=data.workers,
             prefetch_factor=PREFETCH_STEPS,
             multiprocessing_context=_clean_processes(),
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=pinned,
             collate_fn=_as_it_is,
         )
     else:
-        reads = _ahead(steps.__getitem__, numbers, PREFETCH_STEPS)
+        reads = _ahead((lambda number: steps[number].pin_memory()) if pinned else steps.__getitem__, numbers, PREFETCH_STEPS)
     yield from _without_corrupt(reads, steps.max_corrupt, shards.folder)
 
 
@@ -245,6 +246,10 @@ class _Read:
     """Row and reason."""
     error: tuple[str, str, str] | None = None
     """What, where and fix of a UserError: torch cannot raise one again out of a loader process."""
+
+    def pin_memory(self) -> "_Read":
+        """With its batches in page-locked memory, from where they travel to a GPU while it computes (DataLoader calls this)."""
+        return replace(self, batches=[batch.pin_memory() for batch in self.batches])
 
 
 class _Reader:

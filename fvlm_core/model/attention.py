@@ -1,13 +1,13 @@
 """Causal attention over packed sequences, with or without a KV cache, plugged into transformers' Llama by name.
 
 The samples of a batch stand one after another in a single sequence; each attends only to itself. On CUDA this is torch's
-`varlen_attn`; on CPU, which has no such kernel, SDPA runs per sample (or once, where all are equally long).
+`varlen_attn` (bf16, Ampere or newer); on CPU, which has no such kernel, SDPA runs per sample (or once, where all are equally long).
 The `PackedCache` keeps every sample's keys and values in one buffer with room to grow, so that appending copies nothing
 that is already there.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -74,11 +74,18 @@ class PackedLayout:
     cache: PackedCache | None = None
     rows: list[int] | None = None
     """Which samples of the cache these are; all, in order, by default."""
+    _cu_seqlens: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def offsets(self) -> list[int]:
         """[N + 1] starts of the samples."""
         return [0, *accumulate(self.lengths)]
+
+    def cu_seqlens(self, device: torch.device) -> Tensor:
+        """`offsets` as int32 [N + 1] on a device; made once for all layers, without waiting for the device."""
+        if device not in self._cu_seqlens:
+            self._cu_seqlens[device] = torch.tensor(self.offsets, dtype=torch.int32).to(device, non_blocking=True)
+        return self._cu_seqlens[device]
 
     @property
     def cache_rows(self) -> list[int]:
@@ -97,10 +104,11 @@ def packed_attention(
     **_unused: object,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, H, S, D], key and value [1, Hkv, S, D] -> [1, S, H, D]."""
-    query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))  # [S, heads, D]
+    # rotary embeddings lift queries and keys to fp32 under autocast; values have kept the precision that was asked for
+    query, key, value = (part[0].transpose(0, 1).to(value.dtype) for part in (query, key, value))  # [S, heads, D]
     if packed.cache is None:
-        if query.is_cuda and query.dtype != torch.float32:
-            starts = torch.tensor(packed.offsets, dtype=torch.int32, device=query.device)
+        if _has_packed_kernel(query):
+            starts = packed.cu_seqlens(query.device)
             longest = max(packed.lengths)
             out = varlen_attn(query, key, value, starts, starts, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=True)
             return out[None], None  # pyright: ignore[reportOptionalSubscript, reportCallIssue, reportArgumentType]
@@ -112,6 +120,11 @@ def packed_attention(
         stop = start + packed.cache.lengths[row] + end - begin
         outputs.append(_attend(query[begin:end], keys[start:stop], values[start:stop], scaling))
     return torch.cat(outputs)[None], None
+
+
+def _has_packed_kernel(query: Tensor) -> bool:
+    """Whether `varlen_attn`, which is flash attention, takes such queries."""
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _attend_each(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scaling: float) -> Tensor:

@@ -110,7 +110,7 @@ class FoveatedVLM(nn.Module):
         for group in batch.showings:
             times = group.shown.shape[1]
             picked = queries[group.shown.flatten()].unflatten(0, (-1, times)).flatten(1, 2)  # [f, m * k, D]
-            part = features if len(batch.showings) == 1 else features.select(group.frames)
+            part = features if len(group.frames) == len(features.keys[0]) else features.select(group.frames)
             read = self.read(part, picked, weights=weights)
             tokens.append(read.tokens.unflatten(1, (times, k)).flatten(0, 1))
             if read.weights is not None:

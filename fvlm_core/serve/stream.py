@@ -51,7 +51,8 @@ class FrameStream:
         self.k = model.settings.tokens_per_frame
         self.head = [*chat.system, *chat.user_open, *task_ids]
         self.has_task = bool(task_ids)
-        self.limit = (context or model.llm.config.max_position_embeddings) - reserve
+        self.context = context or model.llm.config.max_position_embeddings
+        self.limit = self.context - reserve
         if self.limit < len(self.head) + 2 * self.k:
             raise ValueError(f"a context of {context} tokens with {reserve} reserved has no room for two frames")
         self.device = model.connector.visual_proj.weight.device
@@ -80,9 +81,17 @@ class FrameStream:
 
     @torch.no_grad()
     def ask(self, question_ids: Sequence[int], *, max_new_tokens: int = 64) -> list[int]:
-        """Answer a question about what was seen; the stream goes on afterwards as if it had not been asked."""
+        """Answer a question about what was seen; the stream goes on afterwards as if it had not been asked.
+
+        Raises ValueError where question and answer do not fit into the context.
+        """
         tail = [*question_ids, *self.chat.user_close, *self.chat.assistant_open]
         before = self.length
+        if before + len(tail) + max_new_tokens > self.context:
+            raise ValueError(
+                f"question and answer come to {len(tail) + max_new_tokens} tokens, and {before} of the context's {self.context} are taken: "
+                "make the stream with a larger reserve, or ask for fewer new tokens"
+            )
         self._reserve(before + len(tail) + max_new_tokens)
         hidden = self._run(self.model.embed(torch.tensor(tail, device=self.device)))
         (answer,) = continue_greedily(

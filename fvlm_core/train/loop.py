@@ -3,7 +3,8 @@
 The loss is the mean over all labelled tokens (or preference pairs) of the global batch: they are counted over all ranks and
 micro-batches before the first forward, so neither the number of ranks nor accumulation changes it. Everything a step depends on is in the
 checkpoint (weights, optimizer, generators) or a pure function of the step (learning rates, data), so a run that was killed
-and started again goes through the same numbers as one that was not.
+and started again goes through the same numbers as one that was not: bit for bit on a CPU, and to rounding on a GPU, where flash
+attention's backward adds up in no fixed order.
 """
 
 import math

@@ -13,6 +13,9 @@ from fvlm_core.errors import UserError
 from fvlm_core.model.foveated import FoveatedVLM, build_model, load_model
 from fvlm_core.train.manifest import MODEL_FOLDER
 
+RECOMPILE_LIMIT = 64
+"""Beyond it a part runs uncompiled; torch's own 8 is just about what the model's variants need."""
+
 
 def prepare(run: RunSettings, rank: int, device: torch.device) -> None:
     """Threads, seeds, and determinism where it costs little."""
@@ -26,8 +29,8 @@ def prepare(run: RunSettings, rank: int, device: torch.device) -> None:
         # On CUDA it would exchange the fast attention and scatter kernels for slow ones.
         torch.use_deterministic_algorithms(True)
         deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]  # finds bugs, costs a write
-    elif run.precision == "bf16":
-        torch.set_float32_matmul_precision("high")  # what autocast leaves in fp32 may use TF32
+    else:  # what autocast leaves in fp32 may use TF32; set either way, since one process measures several precisions
+        torch.set_float32_matmul_precision("high" if run.precision == "bf16" else "highest")
 
 
 def initial_model(recipe: Recipe, shards: ShardSet) -> FoveatedVLM:
@@ -67,6 +70,9 @@ def compile_parts(model: FoveatedVLM, parts: Collection[CompiledPart]) -> None:
 
     Shapes are dynamic, because every batch has another number of frames and tokens.
     """
+    if parts:
+        # modules of a class share one cache, and each sees several dtypes, numbers of queries, training and validation
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     for layer in model.encoder.layers:
         if "encoder" in parts:
             layer.compile(dynamic=True)

@@ -1,5 +1,7 @@
 """The model's training passes: packing changes nothing, gradients are right, queries matter."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -248,3 +250,13 @@ def test_a_saved_model_does_not_say_where_its_backbones_were(tmp_path):
     assert digests[0] == digests[1]
     assert b"dinov2" in digests[0]
     assert str(tmp_path).encode() not in digests[0]
+
+
+@pytest.mark.parametrize("shown", [[[0, 2]], [[2]], [[0, 2, 0], [2, 2]]])
+def test_a_frame_that_is_never_shown_changes_nothing(shown):
+    model = tiny_model()
+    whole = sample(np.random.default_rng(5), frames=3, shown=shown, question_first=True)
+    used = sorted({index for one in shown for index in one})
+    without = replace(whole, frames=whole.frames[used], media=[[used.index(index) for index in one] for one in shown])
+    losses = [model(pack([one], CHAT), LossSettings()).objective for one in (whole, without)]
+    torch.testing.assert_close(*losses)

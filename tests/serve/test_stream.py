@@ -46,6 +46,15 @@ def test_a_question_leaves_no_trace():
     assert torch.equal(torch.stack(asked.tokens), torch.stack(silent.tokens))
 
 
+def test_a_question_that_the_context_cannot_hold_is_refused():
+    stream = FrameStream(tiny_model(), CHAT, context=40, reserve=20)
+    for frame in clip(30):
+        stream.push(frame)
+    with pytest.raises(ValueError, match="larger reserve"):
+        stream.ask([40] * 10, max_new_tokens=20)
+    assert isinstance(stream.ask([40], max_new_tokens=2), list)
+
+
 def test_the_cache_grows_with_the_frames_and_nothing_else_does():
     model = tiny_model()
     stream = FrameStream(model, CHAT, context=2000, reserve=10)
