@@ -2,13 +2,17 @@
 
 Multiplications and additions of matrix products and attention, counted as `torch.utils.flop_counter` counts them: a
 product of [m, k] and [k, n] is 2mkn, attention counts its whole square. Norms, activations and softmax are left out, as
-there. Backward is twice forward for products (once where the input needs no gradient: the patches' own), 2.5 times for
+there. Backward is twice forward for products (once where the input or the weights need no gradient), 2.5 times for
 attention, which recomputes its weights (Dao 2023, https://arxiv.org/abs/2307.08691, section 3.1).
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Literal
 
 from fvlm_core.config import LossSettings, ModelSettings
+
+Backbone = Literal["vision", "llm"]
 
 
 @dataclass(frozen=True)
@@ -68,31 +72,45 @@ class Flops:
     """A cost in parts whose backward differs."""
 
     products: float = 0.0
-    first_product: float = 0.0
-    """The patch embedding: pixels need no gradient."""
+    half_backward: float = 0.0
+    """Products with one gradient only: the patch embedding's (pixels need none), those with frozen weights."""
     attention: float = 0.0
     forward_only: float = 0.0
 
     @property
     def forward(self) -> float:
-        return self.products + self.first_product + self.attention + self.forward_only
+        return self.products + self.half_backward + self.attention + self.forward_only
 
     @property
     def train(self) -> float:
-        """Forward and backward, everything trained."""
-        return 3 * self.products + 2 * self.first_product + 3.5 * self.attention + self.forward_only
+        """Forward and backward."""
+        return 3 * self.products + 2 * self.half_backward + 3.5 * self.attention + self.forward_only
+
+    def frozen(self, *, reached: bool) -> "Flops":
+        """The same with weights that are not trained. `reached`: a gradient still passes through to what is before them."""
+        if not reached:
+            return Flops(forward_only=self.forward)
+        return Flops(half_backward=self.products + self.half_backward, attention=self.attention, forward_only=self.forward_only)
+
+    def add(self, other: "Flops") -> None:
+        self.products += other.products
+        self.half_backward += other.half_backward
+        self.attention += other.attention
+        self.forward_only += other.forward_only
 
 
-def sample_flops(model: ModelSettings, dims: ModelDims, shape: SampleShape, loss: LossSettings) -> Flops:
-    """Cost of one sample in a training step (`.train`) or of its forward (`.forward`)."""
+def sample_flops(
+    model: ModelSettings, dims: ModelDims, shape: SampleShape, loss: LossSettings, *, frozen: Collection[Backbone] = ()
+) -> Flops:
+    """Cost of one sample in a training step (`.train`, with these backbones frozen) or of its forward (`.forward`)."""
     cost = Flops()
     k = model.tokens_per_frame
-    _encode(cost, model, dims, shape.frames)
+    _encode(cost, model, dims, shape.frames, frozen="vision" in frozen)
     length = shape.text_tokens + k * shape.shown
     weights = [loss.coarse, *loss.fine]
     if not shape.shown:
-        _llm(cost, dims, length)
-        cost.products += 2 * shape.labels * dims.llm_width * dims.vocab_size
+        text = _llm(dims, length, shape.labels)
+        cost.add(text.frozen(reached=False) if "llm" in frozen else text)
         return cost
     for number, weight in enumerate(weights):
         last = number == len(weights) - 1
@@ -101,10 +119,9 @@ def sample_flops(model: ModelSettings, dims: ModelDims, shape: SampleShape, loss
         queries = k * (shape.shown if number else shape.frames)
         if number and model.query != "random":
             cost.products += 2 * queries * dims.llm_width * dims.vision_width
-        _query(cost, model, dims, queries, watched=last)
-        _llm(cost, dims, max(0 if last else shape.query_prefix, length if weight else 0))
-        if weight:
-            cost.products += 2 * shape.labels * dims.llm_width * dims.vocab_size
+        _query(cost, model, dims, queries, watched=last, frozen="vision" in frozen)
+        read = _llm(dims, max(0 if last else shape.query_prefix, length if weight else 0), shape.labels if weight else 0)
+        cost.add(read.frozen(reached=True) if "llm" in frozen else read)
     return cost
 
 
@@ -113,20 +130,24 @@ def samples_for(budget_flops: float, flops_per_sample: float) -> int:
     return max(1, round(budget_flops / flops_per_sample))
 
 
-def _encode(cost: Flops, model: ModelSettings, dims: ModelDims, frames: int) -> None:
+def _encode(cost: Flops, model: ModelSettings, dims: ModelDims, frames: int, *, frozen: bool) -> None:
+    encode = Flops()
     width, tokens = dims.vision_width, dims.patches + 1
     needs_patches = model.query in ("pooled", "shallow")
     full_layers = dims.vision_layers - (0 if needs_patches else 1)
-    cost.first_product += frames * 2 * dims.patches * 3 * dims.patch_px**2 * width
-    cost.products += frames * full_layers * 2 * tokens * width * (4 * width + 2 * dims.vision_mlp)
-    cost.attention += frames * full_layers * 4 * tokens**2 * width
-    if not needs_patches or model.query == "shallow":
-        # the last layer's keys and values, or the shallow query's own
-        cost.products += frames * 2 * tokens * width * 2 * width
+    encode.half_backward += frames * 2 * dims.patches * 3 * dims.patch_px**2 * width
+    encode.products += frames * full_layers * 2 * tokens * width * (4 * width + 2 * dims.vision_mlp)
+    encode.attention += frames * full_layers * 4 * tokens**2 * width
+    keys_values = frames * 2 * tokens * width * 2 * width
+    if not needs_patches:
+        encode.products += keys_values
+    cost.add(encode.frozen(reached=False) if frozen else encode)
+    if model.query == "shallow":  # its own keys and values
+        cost.add(Flops(half_backward=keys_values) if frozen else Flops(products=keys_values))
 
 
-def _query(cost: Flops, model: ModelSettings, dims: ModelDims, queries: int, *, watched: bool) -> None:
-    """`watched`: the attention weights are computed once more, for their entropy."""
+def _query(cost: Flops, model: ModelSettings, dims: ModelDims, queries: int, *, watched: bool, frozen: bool) -> None:
+    """`watched`: the attention weights are computed once more, for their entropy. `frozen`: the encoder is."""
     width, tokens = dims.vision_width, dims.patches + 1
     cost.products += queries * 2 * width * dims.llm_width
     if model.film_head_width:
@@ -139,14 +160,20 @@ def _query(cost: Flops, model: ModelSettings, dims: ModelDims, queries: int, *, 
         cost.attention += queries * 4 * tokens * width
         cost.forward_only += queries * 2 * tokens * width if watched else 0
         return
-    cost.products += queries * dims.vision_layers * 2 * width * (2 * width + 2 * dims.vision_mlp)
-    cost.attention += queries * dims.vision_layers * 4 * tokens * width
+    through = Flops(
+        products=queries * dims.vision_layers * 2 * width * (2 * width + 2 * dims.vision_mlp),
+        attention=queries * dims.vision_layers * 4 * tokens * width,
+    )
+    cost.add(through.frozen(reached=True) if frozen else through)
     if watched:
         cost.forward_only += queries * 2 * width * (width + tokens)
 
 
-def _llm(cost: Flops, dims: ModelDims, length: int) -> None:
+def _llm(dims: ModelDims, length: int, labels: int) -> Flops:
+    """The language model over `length` tokens, and the logits of `labels` of them."""
     width = dims.llm_width
     per_token = 2 * width * (2 * width + 2 * dims.llm_kv_width + 3 * dims.llm_mlp)
-    cost.products += dims.llm_layers * length * per_token
-    cost.attention += dims.llm_layers * 4 * length**2 * width
+    return Flops(
+        products=dims.llm_layers * length * per_token + 2 * labels * width * dims.vocab_size,
+        attention=dims.llm_layers * 4 * length**2 * width,
+    )

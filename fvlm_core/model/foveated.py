@@ -266,7 +266,7 @@ class FoveatedVLM(nn.Module):
         return F.adaptive_avg_pool2d(square, side).flatten(2).transpose(1, 2)
 
     def _cross_entropy(self, hidden: Tensor, labels: Tensor, index: Tensor, sample_of: Tensor | None) -> Tensor:
-        """Sum of cross-entropy over the labelled positions of hidden states [s, D], without ever holding [s, vocabulary].
+        """Sum of cross-entropy over the labelled positions of hidden states [s, D]: logits of the others are not made.
 
         The states are those at positions `index` of the packed sequence, which `labels` and `sample_of` are of. With
         `sample_of` it is a sum per sample, [N].

@@ -4,11 +4,12 @@ from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
+from torch import nn
 
 from fvlm_core.config import DataSettings, LossSettings, ModelSettings, RunSettings
 from fvlm_core.data.batch import IGNORE, PackedBatch, pack
 from fvlm_core.data.loader import CorruptSampleError, ShardSet
-from fvlm_core.model.flops import ModelDims, SampleShape, sample_flops, samples_for
+from fvlm_core.model.flops import Backbone, ModelDims, SampleShape, sample_flops, samples_for
 from fvlm_core.model.foveated import FoveatedVLM
 
 PROBED_ROWS = 32
@@ -24,14 +25,16 @@ class Cost:
         self.model: ModelSettings = model.settings
         self.loss = loss
         self.dims = ModelDims.from_configs(model.encoder.config.to_dict(), model.llm.config.to_dict(), self.model.vision.frame_px)
-        self._of = lru_cache(maxsize=4096)(lambda shape: sample_flops(self.model, self.dims, shape, self.loss).train)
+        self._backbones: dict[Backbone, nn.Module] = {"vision": model.encoder, "llm": model.llm}
+        self._of = lru_cache(maxsize=4096)(lambda shape, frozen: sample_flops(self.model, self.dims, shape, self.loss, frozen=frozen).train)
 
     def batch(self, batch: PackedBatch) -> float:
         """FLOPs of training on a batch (on CPU); frames that samples have in common are counted for each, those of a pair once."""
         shapes = sample_shapes(batch, self.model.tokens_per_frame)
         if self.pairs:
             shapes = [replace(shape, frames=0) if number % 2 else shape for number, shape in enumerate(shapes)]
-        return sum(self._of(shape) for shape in shapes)
+        frozen = tuple(name for name, part in self._backbones.items() if not any(p.requires_grad for p in part.parameters()))
+        return sum(self._of(shape, frozen) for shape in shapes)
 
     def steps_for(self, shards: ShardSet, data: DataSettings, run: RunSettings) -> int:
         """The number of steps: the recipe's, or as many as its FLOP budget pays for."""

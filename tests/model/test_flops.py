@@ -11,17 +11,20 @@ from tests.model.build import CHAT, FRAME_PX, tiny_model
 from tests.model.test_foveated import VARIANTS, mixed
 
 
+@pytest.mark.parametrize("frozen", [(), ("vision",), ("llm",), ("vision", "llm")], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("coarse", [0.0, 1.0])
-def test_configuration_says_what_a_step_costs(variant, coarse):
+def test_configuration_says_what_a_step_costs(variant, coarse, frozen):
     model = tiny_model(**variant).float().train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(model.role(name) not in frozen)
     loss = LossSettings(coarse=coarse or float(variant["query"] == "pooled"), fine=[coarse, 1.0][: model.settings.fine_iterations])
     samples, k = mixed(np.random.default_rng(1)), model.settings.tokens_per_frame
     batch = pack(samples, CHAT, tokens_per_frame=k)
     dims = ModelDims.from_configs(model.encoder.config.to_dict(), model.llm.config.to_dict(), FRAME_PX)
     labels = [int((part != IGNORE).sum()) for part in batch.labels.split(batch.lengths)]
     costs = [
-        sample_flops(model.settings, dims, SampleShape(len(s.frames), shown, length - k * shown, n_labels, prefix), loss)
+        sample_flops(model.settings, dims, SampleShape(len(s.frames), shown, length - k * shown, n_labels, prefix), loss, frozen=frozen)
         for s, shown, length, n_labels, prefix in zip(
             samples, batch.shown_counts, batch.label_prefix, labels, batch.query_prefix, strict=True
         )
