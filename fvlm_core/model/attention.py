@@ -123,8 +123,10 @@ def packed_attention(
 
 
 def _has_packed_kernel(query: Tensor) -> bool:
-    """Whether `varlen_attn`, which is flash attention, takes such queries."""
-    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    """Whether `varlen_attn`, which is flash attention, takes such queries [S, heads, D]."""
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or query.shape[-1] % 8:
+        return False
+    return torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _attend_each(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scaling: float) -> Tensor:
