@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fvlm_core.data.batch import ChatFormat, pack
+from fvlm_core.config import LossSettings
+from fvlm_core.data.batch import IGNORE, ChatFormat, pack
 from fvlm_core.errors import UserError
 from fvlm_core.model.convert import VISUAL_SCALE, load_original, to_original
 from fvlm_core.model.encoder import PIXEL_MEAN, PIXEL_STD
@@ -60,7 +61,7 @@ def original_layer(weights: dict[str, torch.Tensor], q: torch.Tensor, x: torch.T
 
 @torch.no_grad()
 def test_original_weights_have_the_original_function():
-    """Coarse pass, queries from its hidden states, fine tokens and logits."""
+    """Coarse pass, queries from its hidden states, fine tokens, logits and loss."""
     state = original_state()
     model = build_model(tiny_settings(fine_iterations=1), vocab_size=VOCAB).eval()
     load_original(model, state)
@@ -77,6 +78,9 @@ def test_original_weights_have_the_original_function():
     expected = model.llm(inputs_embeds=torch.cat([fine, text])[None]).logits[0]
     model.llm.set_attn_implementation("fvlm_packed")
     torch.testing.assert_close(logits(model, batch, "coarse_fine"), expected, atol=1e-4, rtol=1e-4)
+    kept = batch.labels != IGNORE
+    loss = model(batch, LossSettings(coarse=0.0, fine=[1.0])).objective / batch.n_labels
+    torch.testing.assert_close(loss, F.cross_entropy(expected[kept], batch.labels[kept]), atol=1e-5, rtol=1e-5)
 
 
 def test_there_and_back_is_the_same_function():
