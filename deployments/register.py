@@ -89,12 +89,6 @@ async def _deploy(client: PrefectClient, name: str, config: PipelineConfig, volu
     pool = PHASES[name].pool if name in PHASES else CPU_POOL.name
     # A process pool would resolve a workspace for every run; flows are importable here, so that second is saved.
     local = {"command": f"{sys.executable} -m prefect.engine", "working_dir": str(REPOSITORY)} if types[pool] == PROCESS_POOL else {}
-    schedules = [DeploymentScheduleCreate(schedule=CronSchedule(cron=PRECOMPUTE_CRON), active=False)] if name == "precompute" else None
-    try:
-        await client.read_deployment_by_name(f"{FLOWS[name].name}/{config.name}")
-        schedules = None  # those there are stay as they are: somebody may have changed or started them
-    except ObjectNotFound:
-        pass
     deployment = await FLOWS[name].ato_deployment(
         config.name,
         parameters={"config": config.model_dump(mode="json"), "volume": str(volume)},
@@ -103,6 +97,17 @@ async def _deploy(client: PrefectClient, name: str, config: PipelineConfig, volu
         work_pool_name=pool,
         job_variables=local,
         entrypoint_type=EntrypointType.MODULE_PATH,
-        schedules=schedules,
+        schedules=await _schedules(client, name, config.name),
     )
     await deployment.aapply()
+
+
+async def _schedules(client: PrefectClient, name: str, profile: str) -> list[DeploymentScheduleCreate]:
+    """Those the deployment has, as users have set them; for a new one of precompute the nightly one, paused."""
+    try:
+        known = (await client.read_deployment_by_name(f"{FLOWS[name].name}/{profile}")).schedules
+    except ObjectNotFound:
+        nightly = DeploymentScheduleCreate(schedule=CronSchedule(cron=PRECOMPUTE_CRON), active=False)
+        return [nightly] if name == "precompute" else []
+    kept = set(DeploymentScheduleCreate.model_fields)
+    return [DeploymentScheduleCreate.model_validate(one.model_dump(include=kept)) for one in known]
