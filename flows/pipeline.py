@@ -48,7 +48,10 @@ def pipeline(config: PipelineConfig, volume: str) -> None:
 
 
 def point(link: Path, folder: str) -> None:
-    """Make `link` a symbolic link to `folder`, which is relative to where the link is, in one step."""
+    """Make `link` a symbolic link to `folder`, which is relative to where the link is, in one step; something else of that name stays."""
+    if link.exists() and not link.is_symlink():
+        return
     new = link.with_name(f".{link.name}.{os.getpid()}")
+    new.unlink(missing_ok=True)
     new.symlink_to(folder)
     new.replace(link)

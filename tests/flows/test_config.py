@@ -10,6 +10,7 @@ import yaml
 
 from deployments.checks import PROFILES, load_profile
 from deployments.speedrun import with_videos
+from flows.pipeline import point
 from fvlm_core.data.jobs import SPLITS, ShardManifest, SourceCounts
 from fvlm_core.errors import UserError
 from tasks.changes import fitted, laid_over
@@ -216,3 +217,14 @@ def test_own_videos_take_the_place_of_the_captioned_default_clips(tmp_path: Path
     named |= {one["source"] for ablation in mine.ablations for one in ablation.change.get("data.mixture", [])}
     assert not {"natural", "gaze_caption"} & named
     assert keys(CI)["precompute"] != phase_key("precompute", mine)
+
+
+def test_the_newest_step_s_link_is_renewed_and_takes_nobody_s_place(tmp_path: Path) -> None:
+    for folder in ("steps/shards-1", "steps/shards-2"):
+        (tmp_path / folder).mkdir(parents=True)
+        point(tmp_path / "shards", folder)
+        assert (tmp_path / "shards").resolve() == tmp_path / folder
+    (tmp_path / "release").mkdir()
+    point(tmp_path / "release", "steps/shards-1")
+    assert not (tmp_path / "release").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["release", "shards", "steps"]
