@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fvlm_core.config import Recipe
-from fvlm_core.data.loader import ShardSet
+from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.errors import UserError
 from fvlm_core.eval import latency, places
 from fvlm_core.eval.captions import bleu_from_sums, caption_stats, meteor, meteor_absence

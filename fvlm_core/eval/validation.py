@@ -9,7 +9,8 @@ import numpy as np
 
 from fvlm_core.config import DataSettings, SourceShare
 from fvlm_core.data.batch import PackedBatch, Sample
-from fvlm_core.data.loader import CorruptSampleError, ShardSet, val_batches
+from fvlm_core.data.loader import val_batches
+from fvlm_core.data.shard_set import CorruptSampleError, ShardSet
 from fvlm_core.errors import UserError
 from fvlm_core.eval.items import ClipQuestion, Item, Media
 

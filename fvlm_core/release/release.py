@@ -3,7 +3,7 @@
 import shutil
 import time
 
-from fvlm_core.data.loader import ShardSet
+from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.eval.results import GAZE_PICTURE
 from fvlm_core.manifest import file_entries, write_atomically
 from fvlm_core.model.foveated import load_model

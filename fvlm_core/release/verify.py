@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from fvlm_core.config import Recipe
 from fvlm_core.data.batch import PackedBatch, Sample, Turn, pack
-from fvlm_core.data.loader import ShardSet, val_batches
+from fvlm_core.data.loader import val_batches
+from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.errors import UserError
 from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.model.inference import logits

@@ -8,7 +8,7 @@ from torch import nn
 
 from fvlm_core.config import DataSettings, LossSettings, ModelSettings, RunSettings
 from fvlm_core.data.batch import IGNORE, PackedBatch, pack
-from fvlm_core.data.loader import CorruptSampleError, ShardSet
+from fvlm_core.data.shard_set import CorruptSampleError, ShardSet
 from fvlm_core.model.flops import Backbone, ModelDims, SampleShape, sample_flops, samples_for
 from fvlm_core.model.foveated import FoveatedVLM
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fvlm_core.config import Recipe
 from fvlm_core.data.batch import PackedBatch
-from fvlm_core.data.loader import ShardSet, train_steps
+from fvlm_core.data.loader import train_steps
+from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.errors import UserError
 from fvlm_core.progress import Progress
 from fvlm_core.train.checkpoint import CheckpointManifest, Checkpoints, rng_tensors, set_rng

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fvlm_core.config import Recipe, RunSettings
 from fvlm_core.data.batch import PackedBatch
-from fvlm_core.data.loader import ShardSet, distinct_batches, val_batches
+from fvlm_core.data.loader import distinct_batches, val_batches
+from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import Manifest, file_entries, write_atomically
 from fvlm_core.model.foveated import FoveatedVLM

@@ -8,7 +8,7 @@ import torch
 from torch.utils import deterministic
 
 from fvlm_core.config import CompiledPart, Recipe, RunSettings
-from fvlm_core.data.loader import ShardSet
+from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.errors import UserError
 from fvlm_core.model.foveated import FoveatedVLM, build_model, load_model
 from fvlm_core.train.manifest import MODEL_FOLDER

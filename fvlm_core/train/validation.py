@@ -3,7 +3,8 @@
 import torch
 
 from fvlm_core.config import BestSettings, Recipe
-from fvlm_core.data.loader import ShardSet, val_batches
+from fvlm_core.data.loader import val_batches
+from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.errors import UserError
 from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.train.distributed import World

@@ -20,7 +20,8 @@ from fvlm_core.data import gaze
 from fvlm_core.data.clips import make_clips
 from fvlm_core.data.download import download
 from fvlm_core.data.jobs import ClipJob, ClipManifest, DownloadJob, DownloadManifest, ShardJob
-from fvlm_core.data.loader import ShardSet, train_steps, val_batches
+from fvlm_core.data.loader import train_steps, val_batches
+from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.data.shards import make_shards
 from fvlm_core.errors import UserError
 

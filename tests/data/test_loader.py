@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from fvlm_core.config import DataSettings, RunSettings, SourceShare, ValidationSettings
 from fvlm_core.data import gaze
 from fvlm_core.data.batch import IGNORE
-from fvlm_core.data.loader import CorruptSampleError, ShardSet, train_steps, val_batches
+from fvlm_core.data.loader import train_steps, val_batches
+from fvlm_core.data.shard_set import CorruptSampleError, ShardSet
 from fvlm_core.errors import UserError
 from tests.tiny import tiny_shards
 

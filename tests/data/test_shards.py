@@ -15,8 +15,8 @@ from PIL import Image
 from fvlm_core.data import gaze
 from fvlm_core.data.frames import encode_jpeg
 from fvlm_core.data.jobs import DownloadManifest, ShardJob, ShardManifest
-from fvlm_core.data.loader import ShardSet
 from fvlm_core.data.shard_files import INDEX, ShardSample, write_shards
+from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.data.shards import choose_split, make_shards
 from fvlm_core.data.text import split_of, text_chats
 from fvlm_core.data.tokenizer import train_tokenizer

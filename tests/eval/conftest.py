@@ -17,7 +17,7 @@ from fvlm_core.config import (
     VisionSettings,
     VisionShape,
 )
-from fvlm_core.data.loader import ShardSet
+from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.eval.evaluate import load_subject
 from fvlm_core.eval.job import EvalJob
 from fvlm_core.eval.subject import Subject

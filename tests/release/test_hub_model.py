@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 from fvlm_core.config import Recipe
 from fvlm_core.data.batch import PackedBatch, Turn, pack
 from fvlm_core.data.clips import encode_mp4
-from fvlm_core.data.loader import ShardSet, val_batches
+from fvlm_core.data.loader import val_batches
+from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.data.tokenizer import chat_format
 from fvlm_core.model.foveated import load_model
 from fvlm_core.model.inference import gaze, generate

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from fvlm_core.config import Recipe
-from fvlm_core.data.loader import ShardSet, train_steps
+from fvlm_core.data.loader import train_steps
+from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.model import attention
 from fvlm_core.train.__main__ import train
 from fvlm_core.train.manifest import RunManifest

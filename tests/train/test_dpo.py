@@ -15,8 +15,8 @@ from torch import Tensor
 from fvlm_core.config import LossSettings, Recipe
 from fvlm_core.data.batch import Sample, Turn, pack
 from fvlm_core.data.jobs import SPLITS, ShardManifest
-from fvlm_core.data.loader import ShardSet
 from fvlm_core.data.shard_files import ShardSample, write_shards
+from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.data.text import text_chats
 from fvlm_core.data.tokenizer import render_chat, train_tokenizer
 from fvlm_core.errors import UserError

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fvlm_core.config import LossSettings, Recipe
 from fvlm_core.data.batch import Sample, Turn, pack
-from fvlm_core.data.loader import ShardSet, train_steps, val_batches
+from fvlm_core.data.loader import train_steps, val_batches
+from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.model.foveated import build_model
 from fvlm_core.train.__main__ import train
 from fvlm_core.train.distributed import World

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.gpu_train_step import NO_GPU, fill, measurements, speed_job, write_videos
 from fvlm_core.config import ModelSettings
-from fvlm_core.data.loader import ShardSet
+from fvlm_core.data.shard_set import ShardSet
 
 
 def test_on_a_cpu(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 
 from fvlm_core.config import Recipe
-from fvlm_core.data.loader import ShardSet, train_steps
+from fvlm_core.data.loader import train_steps
+from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.errors import UserError
 from fvlm_core.train.speed import candidates, run
 from fvlm_core.train.speed_job import SWEPT, SpeedJob, SpeedReport, Sweep
