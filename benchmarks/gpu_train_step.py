@@ -26,8 +26,8 @@ from fvlm_core.data.jobs import SPLITS, ShardManifest
 from fvlm_core.data.shard_files import ShardSample, write_shards
 from fvlm_core.data.tokenizer import render_chat, train_tokenizer
 from fvlm_core.manifest import file_entries
+from fvlm_core.train.jobs import SpeedJob, SpeedRow
 from fvlm_core.train.speed import Bench
-from fvlm_core.train.speed_job import SpeedJob, SpeedRow
 
 NO_GPU = 2
 """Exit status on a machine without CUDA."""

@@ -36,7 +36,7 @@ def speedrun(profile: str, videos: Path | None, volume: Path, *, keep_server: bo
     check_programs(config)
     own = config.precompute.videos
     if own is not None:
-        check_videos(own, config.precompute.download.model_dump()["max_bad_share"])
+        check_videos(own, config.precompute.download.max_bad_share)
     check_names(config, made_sources(config) | (read_sources(own) if own else set()))
     stack = Stack(volume, environment=os.environ)
     with _terminated_as_interrupted():

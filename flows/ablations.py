@@ -2,7 +2,7 @@
 
 from prefect import flow
 
-from fvlm_core.scaling.reports import AblationReport
+from fvlm_core.scaling.jobs import AblationReport
 from tasks import jobs
 from tasks.config import PipelineConfig
 from tasks.phase_run import PhaseRun

@@ -2,7 +2,7 @@
 
 from prefect import flow
 
-from fvlm_core.release.job import HUB_FOLDER, REPORT_HTML, ReleaseManifest
+from fvlm_core.release.jobs import HUB_FOLDER, REPORT_HTML, ReleaseManifest
 from tasks import jobs
 from tasks.config import PipelineConfig, Stages
 from tasks.phase_run import PhaseRun

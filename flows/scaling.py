@@ -2,7 +2,7 @@
 
 from prefect import flow
 
-from fvlm_core.scaling.reports import VARIANTS, ScalingReport, Variant
+from fvlm_core.scaling.jobs import VARIANTS, ScalingReport, Variant
 from tasks import jobs
 from tasks.config import PipelineConfig, Size
 from tasks.phase_run import PhaseRun

@@ -2,7 +2,7 @@
 
 from prefect import flow
 
-from fvlm_core.train.speed_job import SpeedReport
+from fvlm_core.train.jobs import SpeedReport
 from tasks import jobs
 from tasks.config import PipelineConfig
 from tasks.phase_run import PhaseRun

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Self
 
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from fvlm_core import __version__
 from fvlm_core.errors import UserError
@@ -86,6 +86,12 @@ class Manifest(Settings):
         except UserError:
             return None
         return None if manifest.problems(folder) else manifest
+
+
+class AnyManifest(Manifest):
+    """A manifest of whatever kind: the common fields typed, the step's own in `model_extra`."""
+
+    model_config = ConfigDict(extra="allow")
 
 
 def file_entries(folder: Path, patterns: Iterable[str], *, identity: bool = True) -> list[FileEntry]:

@@ -8,7 +8,16 @@ from typing import Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from fvlm_core import dotted
 from fvlm_core.errors import UserError
+
+
+class _Execution:
+    """Marks a setting that says how a job is done, not what it makes; see `EXECUTION`."""
+
+
+EXECUTION = _Execution()
+"""In `Annotated[int, EXECUTION]`: the setting is no part of the settings' identity, so changing it makes nothing again."""
 
 
 class Settings(BaseModel):
@@ -17,8 +26,17 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
 
     def hash(self, *, exclude: set[str] | None = None) -> str:
-        """sha256 of the canonical JSON of the values, without the top-level fields in `exclude`."""
-        return hash_json(self.model_dump(mode="json", exclude=exclude))
+        """sha256 of the canonical JSON of the settings' identity, without the top-level fields in `exclude`."""
+        return hash_json({name: value for name, value in self.identity_values().items() if name not in (exclude or ())})
+
+    def identity_values(self) -> dict[str, Any]:
+        """The values, as JSON holds them, without what only says how a job is done (`EXECUTION`), at any depth."""
+        values = self.model_dump(mode="json")
+        return {
+            name: _identity(getattr(self, name), values[name])
+            for name, field in type(self).model_fields.items()
+            if EXECUTION not in field.metadata
+        }
 
     @classmethod
     def from_yaml(cls, path: Path) -> Self:
@@ -38,25 +56,29 @@ class Settings(BaseModel):
 
         An index reaches into a list: `"loss.fine.0"`. Raises UserError for a path that does not exist.
         """
-        values = self.model_dump(mode="json")
-        for path, value in changes.items():
-            *parents, last = path.split(".")
-            node: Any = values
-            try:
-                for key in parents:
-                    node = node[int(key)] if isinstance(node, list) else node[key]
-                slot: Any = int(last) if isinstance(node, list) else last
-                node[slot]  # only existing settings can be changed
-                node[slot] = value
-            except (KeyError, IndexError, TypeError, ValueError) as error:
-                allowed = ", ".join(node) if isinstance(node, dict) else "no deeper key"
-                raise UserError(f"no setting {path!r}", where=where, fix=f"at that level there is: {allowed}") from error
+        try:
+            values = dotted.with_changes(self.model_dump(mode="json"), changes)
+        except dotted.UnknownPathError as error:
+            raise UserError(
+                f"no setting {error.path!r}", where=where, fix=f"at that level there is: {', '.join(error.known) or 'no deeper key'}"
+            ) from error
         return type(self).from_values(values, where=f"{where} ({', '.join(changes)})")
 
     def to_yaml(self, path: Path) -> None:
         """Write the values as YAML."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+
+def _identity(value: Any, dumped: Any) -> Any:
+    """`dumped` (the JSON of `value`) without settings of execution in it."""
+    if isinstance(value, Settings):
+        return value.identity_values()
+    if isinstance(value, dict):
+        return {key: _identity(part, one) for part, (key, one) in zip(value.values(), dumped.items(), strict=True)}
+    if isinstance(value, list | tuple):
+        return [_identity(part, one) for part, one in zip(value, dumped, strict=True)]
+    return dumped
 
 
 def hash_json(value: Any) -> str:

@@ -1,30 +1,9 @@
-"""Changes of settings by dotted path: how ablations, chosen speed settings and a chosen size reach a recipe.
+"""Settings of a recipe that follow from others: the loss weights of the fine passes from their number, the micro-batch from the batch."""
 
-Two settings follow from others and are fitted after a change: the loss weights of the fine passes from their number, and the
-micro-batch from the batch.
-"""
-
-from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
 Values = dict[str, Any]
-
-
-def laid_over(values: Values, changes: Mapping[str, Any]) -> Values:
-    """A copy of `values` with dotted paths replaced. Raises KeyError for a path that is not there."""
-    values = deepcopy(values)
-    for path, value in changes.items():
-        *parents, last = path.split(".")
-        node = values
-        for key in parents:
-            if not isinstance(node, dict) or key not in node:
-                raise KeyError(path)
-            node = node[key]
-        if not isinstance(node, dict) or last not in node:
-            raise KeyError(path)
-        node[last] = deepcopy(value)
-    return values
 
 
 def fitted(values: Values) -> Values:
@@ -44,11 +23,3 @@ def fitted(values: Values) -> Values:
     batch = run["batch_samples"]
     run["micro_batch_samples"] = max(size for size in range(1, batch + 1) if batch % size == 0 and size <= run["micro_batch_samples"])
     return values
-
-
-def paths(values: Values, prefix: str = "") -> list[str]:
-    """The dotted paths of all settings in `values`, lists whole."""
-    found = []
-    for name, value in values.items():
-        found += paths(value, f"{prefix}{name}.") if isinstance(value, dict) else [f"{prefix}{name}"]
-    return found

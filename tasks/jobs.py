@@ -9,7 +9,7 @@ from typing import Any
 from fvlm_core.config import Recipe
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import sha256_file
-from fvlm_core.scaling.reports import Variant
+from fvlm_core.scaling.jobs import Variant
 from tasks.config import Ablation, PipelineConfig, Size
 from tasks.outside import TEXT, VIDEOS, external_inputs
 from tasks.phases import PhaseManifest

@@ -13,8 +13,8 @@ NATURAL = "natural"
 
 def made_sources(config: PipelineConfig) -> set[str]:
     """The sources that precompute makes beside the user's own videos."""
-    text = config.precompute.shards.model_dump()["text"]
-    names = set(config.precompute.clips.model_dump()["sources"]) | ({text["name"]} if text else set())
+    text = config.precompute.shards.text
+    names = set(config.precompute.clips.sources) | ({text.name} if text else set())
     return names | ({NATURAL} if config.precompute.natural else set())
 
 

@@ -13,8 +13,8 @@ VIDEOS, TEXT = "videos", "text"
 
 def external_inputs(config: PipelineConfig) -> dict[str, str]:
     """Digests of what precompute reads from outside the volume."""
-    videos, text = config.precompute.videos, config.precompute.shards.model_dump()["text"]
-    files = [Path(path) for path in text["files"]] if text else []
+    videos, text = config.precompute.videos, config.precompute.shards.text
+    files = text.files if text else []
     return ({VIDEOS: table_digest(videos)} if videos else {}) | ({TEXT: files_digest(files)} if files else {})
 
 

@@ -7,10 +7,11 @@ Nothing in this file knows Prefect.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pydantic import Field, JsonValue
 
+from fvlm_core.dotted import value_at
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import Manifest
 from fvlm_core.settings import hash_json
@@ -74,7 +75,7 @@ def phase_key(phase: str, config: PipelineConfig) -> str:
     """Identity of the phase's configuration and of all before it."""
     spec = PHASES[phase]
     values = config.model_dump(mode="json")
-    parts = {path: _at(values, path) for path in spec.parts}
+    parts = {path: value_at(values, path) for path in spec.parts}
     return hash_json([phase, spec.version, parts, [phase_key(name, config) for name in spec.upstream]])[:KEY_LENGTH]
 
 
@@ -124,9 +125,3 @@ def require_upstream(phase: str, config: PipelineConfig, volume: Path) -> dict[s
 def ancestors(phase: str) -> set[str]:
     """Every phase that `phase` rests on, directly or not."""
     return {above for name in PHASES[phase].upstream for above in {name} | ancestors(name)}
-
-
-def _at(values: Any, path: str) -> Any:
-    for name in path.split("."):
-        values = values[name]
-    return values

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from fvlm_core.config import LossSettings, ModelSettings, Recipe
-from fvlm_core.scaling.reports import Variant
+from fvlm_core.dotted import with_changes
+from fvlm_core.scaling.jobs import Variant
 from fvlm_core.settings import Settings
-from tasks.changes import Values, fitted, laid_over
+from tasks.changes import Values, fitted
 from tasks.config import Ablation, Base, PipelineConfig, Size, Stage
 
 SHARDS = "input:shards"
@@ -59,7 +60,7 @@ def _recipe(name: str, phase: str, model: ModelSettings, part: Base | Stage, los
         "optimizer": _dump(part.optimizer),
         "run": _dump(part.run),
     }
-    return Recipe.from_values(fitted(laid_over(values, changes)), where=f"the recipe of {name}")
+    return Recipe.from_values(fitted(with_changes(values, changes)), where=f"the recipe of {name}")
 
 
 def _dump(part: Settings) -> Values:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from fvlm_core.errors import UserError
-from fvlm_core.manifest import FILE_NAME, Manifest
+from fvlm_core.manifest import FILE_NAME, AnyManifest, Manifest
 from fvlm_core.progress import ProgressReport
 from fvlm_core.settings import Settings, hash_json
 from infra.launch import DiskFullError, JobRefusedError, launch, python_job, torchrun_job
@@ -27,12 +27,6 @@ KEY_LENGTH = 12
 """Hex digits of a key in folder names: 48 bits, no collision in any number of steps a volume will hold."""
 
 Verify = Literal["sha256", "sizes"]
-
-
-class AnyManifest(Manifest):
-    """A manifest of whatever kind: the common fields typed, the step's own fields in `model_extra`."""
-
-    model_config = ConfigDict(extra="allow")
 
 
 class Made(Settings):

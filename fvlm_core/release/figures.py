@@ -5,8 +5,8 @@ from pathlib import Path
 
 from fvlm_core.release.evidence import Evidence
 from fvlm_core.scaling.curves import CURVES, plot_curves
-from fvlm_core.scaling.reports import ABLATIONS_PLOT, PLOTS
-from fvlm_core.train.speed_job import PLOT_FILE as SPEED_PLOT
+from fvlm_core.scaling.jobs import ABLATIONS_PLOT, PLOTS
+from fvlm_core.train.jobs import PLOT_FILE as SPEED_PLOT
 
 FIGURES = "figures"
 

@@ -12,12 +12,12 @@ from fvlm_core.release.card import card
 from fvlm_core.release.evidence import Evidence
 from fvlm_core.release.figures import FIGURES, copy_figures
 from fvlm_core.release.hub_folder import write_hub_folder
-from fvlm_core.release.job import CARD_FILE, HUB_FOLDER, REPORT_HTML, REPORT_JSON, REPORT_TEXT, ReleaseJob, ReleaseManifest
+from fvlm_core.release.jobs import CARD_FILE, HUB_FOLDER, REPORT_HTML, REPORT_JSON, REPORT_TEXT, ReleaseJob, ReleaseManifest
 from fvlm_core.release.push import push
 from fvlm_core.release.report import html, markdown
 from fvlm_core.release.sections import build
 from fvlm_core.release.verify import verify
-from fvlm_core.train.manifest import MODEL_FOLDER
+from fvlm_core.train.jobs import MODEL_FOLDER
 
 STEPS = 4
 

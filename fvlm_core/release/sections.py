@@ -11,7 +11,7 @@ from fvlm_core.release.evidence import STAGES, Evidence
 from fvlm_core.release.report import Block, Code, Items, Picture, Report, Section, Table, Text, Tile, Tone
 from fvlm_core.scaling.ablations import change_text
 from fvlm_core.scaling.grid import fit_rows, show, show_interval
-from fvlm_core.train.manifest import MODEL_FOLDER
+from fvlm_core.train.jobs import MODEL_FOLDER
 
 TOY_PARAMS = 20_000_000
 """Below the size of any pretrained backbone we use: a demonstration of the pipeline."""

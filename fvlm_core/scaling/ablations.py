@@ -17,8 +17,8 @@ from fvlm_core.config import SourceShares
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import file_entries, write_atomically
 from fvlm_core.progress import Progress
+from fvlm_core.scaling.jobs import ABLATIONS_PLOT, ABLATIONS_TABLE, ABLATIONS_TEXT, AblationJob, AblationReport, AblationRow, AblationRun
 from fvlm_core.scaling.plots import plot_deltas
-from fvlm_core.scaling.reports import ABLATIONS_PLOT, ABLATIONS_TABLE, ABLATIONS_TEXT, AblationJob, AblationReport, AblationRow, AblationRun
 from fvlm_core.scaling.runs import FinishedRun, differences, same_shards
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from scipy.optimize import least_squares, minimize, nnls
 from scipy.special import logsumexp
 
-from fvlm_core.scaling.reports import Quantity
+from fvlm_core.scaling.jobs import Quantity
 
 EXPONENT_BOUNDS = (0.02, 3.0)
 """Searched range of exponents; an optimum at its edge is no finding."""

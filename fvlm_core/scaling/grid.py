@@ -32,7 +32,7 @@ from fvlm_core.scaling.fits import (
     fit_parabola,
     quantities,
 )
-from fvlm_core.scaling.reports import (
+from fvlm_core.scaling.jobs import (
     FITS_FILE,
     PLOTS,
     POINTS_FILE,

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fvlm_core.scaling.fits import Allocation, DataLaw, Law, NotIdentifiableError, Parabola
-from fvlm_core.scaling.reports import VARIANTS, AblationRow, GridPoint, Variant
+from fvlm_core.scaling.jobs import VARIANTS, AblationRow, GridPoint, Variant
 
 COLOURS = ("#2f6fde", "#e07b39", "#2a9d6f", "#b0479a", "#8a6d3b", "#5b6770")
 BETTER, WORSE, NEUTRAL = "#2a9d6f", "#d1495b", "#8d99a6"

@@ -7,8 +7,9 @@ from statistics import median
 from typing import Any
 
 from fvlm_core.config import Recipe
+from fvlm_core.dotted import flatten
 from fvlm_core.errors import UserError
-from fvlm_core.train.manifest import METRICS_FILE, RECIPE_FILE, RunManifest
+from fvlm_core.train.jobs import METRICS_FILE, RECIPE_FILE, RunManifest
 
 NOT_SCIENCE = ("name", "phase", "output", "shards", "init_from")
 """Recipe keys that say where a run is, not what it does."""
@@ -71,12 +72,3 @@ def same_shards(runs: dict[str, FinishedRun]) -> None:
             where=str(runs[other].folder),
             fix="train all runs of a comparison on the same shards",
         )
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict with dotted keys; lists are values."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        path = f"{prefix}{key}"
-        flat |= flatten(value, f"{path}.") if isinstance(value, dict) else {path: value}
-    return flat

@@ -8,7 +8,8 @@ import os
 
 from fvlm_core.cli import run_job
 from fvlm_core.config import Recipe
-from fvlm_core.train.manifest import RunManifest, check_folder, claim_folder, input_digests, whole_manifest
+from fvlm_core.train.folder import check_folder, claim_folder, input_digests, whole_manifest
+from fvlm_core.train.jobs import RunManifest
 
 
 def train(recipe: Recipe) -> RunManifest:

@@ -29,7 +29,7 @@ from fvlm_core.train.cost import Cost
 from fvlm_core.train.display import Display
 from fvlm_core.train.distributed import World
 from fvlm_core.train.divergence import MARGIN_STEPS, frozen_parameters, next_freeze
-from fvlm_core.train.manifest import CHECKPOINTS_FOLDER, METRICS_FILE, Divergence, RunManifest
+from fvlm_core.train.jobs import CHECKPOINTS_FOLDER, METRICS_FILE, Divergence, RunManifest
 from fvlm_core.train.metrics import MetricsFile, Tracker, columns, peak_flops, peak_memory_gb
 from fvlm_core.train.objective import Objective, PreferenceLoss, TokenLoss
 from fvlm_core.train.optimizer import build_optimizer, clip_gradients, gradient_norms, optimizer_tensors, set_learning_rates

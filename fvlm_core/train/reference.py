@@ -25,7 +25,7 @@ from fvlm_core.manifest import Manifest, file_entries, write_atomically
 from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.progress import Progress
 from fvlm_core.train.distributed import World
-from fvlm_core.train.manifest import REFERENCE_FOLDER
+from fvlm_core.train.jobs import REFERENCE_FOLDER
 
 
 class Reference:

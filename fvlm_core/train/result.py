@@ -9,15 +9,7 @@ from fvlm_core.config import Recipe
 from fvlm_core.manifest import file_entries
 from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.train.checkpoint import Checkpoints
-from fvlm_core.train.manifest import (
-    CHECKPOINTS_FOLDER,
-    IDENTITY_FILE,
-    METRICS_FILE,
-    MODEL_FOLDER,
-    RECIPE_FILE,
-    REFERENCE_FOLDER,
-    RunManifest,
-)
+from fvlm_core.train.jobs import CHECKPOINTS_FOLDER, IDENTITY_FILE, METRICS_FILE, MODEL_FOLDER, RECIPE_FILE, REFERENCE_FOLDER, RunManifest
 from fvlm_core.train.state import RunState
 
 TOKENIZER_FOLDER = "tokenizer"

@@ -23,10 +23,10 @@ from fvlm_core.errors import UserError
 from fvlm_core.manifest import file_entries, write_atomically
 from fvlm_core.progress import Progress
 from fvlm_core.train.distributed import World
+from fvlm_core.train.folder import input_digests
+from fvlm_core.train.jobs import CHOSEN_FILE, NAIVE, PLOT_FILE, SWEPT, TABLE_FILE, SpeedJob, SpeedReport, SpeedRow, Sweep
 from fvlm_core.train.loop import Trainer
-from fvlm_core.train.manifest import input_digests
 from fvlm_core.train.metrics import peak_flops, peak_memory_gb, reset_peak_memory
-from fvlm_core.train.speed_job import CHOSEN_FILE, NAIVE, PLOT_FILE, SWEPT, TABLE_FILE, SpeedJob, SpeedReport, SpeedRow, Sweep
 
 MATMUL_SIDE = {"cpu": 1024, "cuda": 8192}
 """Large enough to be compute-bound, small enough to take no time."""

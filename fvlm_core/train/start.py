@@ -11,7 +11,7 @@ from fvlm_core.config import CompiledPart, Recipe, RunSettings
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.errors import UserError
 from fvlm_core.model.foveated import FoveatedVLM, build_model, load_model
-from fvlm_core.train.manifest import MODEL_FOLDER
+from fvlm_core.train.jobs import MODEL_FOLDER
 
 RECOMPILE_LIMIT = 64
 """Beyond it a part runs uncompiled; torch's own 8 is just about what the model's variants need."""

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from fvlm_core.train.divergence import Watch
-from fvlm_core.train.manifest import Divergence
+from fvlm_core.train.jobs import Divergence
 
 _JSON = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 

@@ -20,8 +20,8 @@ from fvlm_core.manifest import Manifest, file_entries
 from fvlm_core.model.encoder import Encoder
 from fvlm_core.model.foveated import build_encoder
 from fvlm_core.progress import Progress
+from fvlm_core.train.jobs import VisionJob
 from fvlm_core.train.schedules import learning_rates
-from fvlm_core.train.vision_job import VisionJob
 
 TARGETS = 3
 """Predictions per patch: its own digit, its right neighbour's, its lower neighbour's."""

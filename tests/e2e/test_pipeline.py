@@ -16,12 +16,12 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.states import AwaitingRetry, Cancelling
 
 from fvlm_core.eval.results import EvalReport
+from fvlm_core.manifest import AnyManifest
 from fvlm_core.progress import ProgressReport
-from fvlm_core.train.manifest import RunManifest
+from fvlm_core.train.jobs import RunManifest
 from infra.launch import job_environment
 from infra.processes import STACK_VARIABLE, marked
 from tasks.phases import PHASES, phase_folder
-from tasks.steps import AnyManifest
 from tests.e2e.conftest import Result, Road, ended, interrupt, of_job, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]

@@ -19,7 +19,7 @@ from fvlm_core.config import (
 )
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.eval.evaluate import load_subject
-from fvlm_core.eval.job import EvalJob
+from fvlm_core.eval.jobs import EvalJob
 from fvlm_core.eval.subject import Subject
 from fvlm_core.eval.validation import ValidationSplit
 from fvlm_core.manifest import Manifest, file_entries

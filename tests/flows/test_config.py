@@ -12,8 +12,9 @@ from deployments.checks import PROFILES, load_profile
 from deployments.speedrun import with_videos
 from flows.pipeline import point
 from fvlm_core.data.jobs import SPLITS, ShardManifest, SourceCounts
+from fvlm_core.dotted import with_changes
 from fvlm_core.errors import UserError
-from tasks.changes import fitted, laid_over
+from tasks.changes import fitted
 from tasks.config import PipelineConfig
 from tasks.mixtures import check_names, check_shards, made_sources
 from tasks.phases import PHASES, phase_key
@@ -154,12 +155,12 @@ def test_settings_that_follow_from_others_are_fitted() -> None:
         "loss": {"coarse": 0.0, "fine": [1.0, 2.0]},
         "run": {"batch_samples": 12, "micro_batch_samples": 12},
     }
-    assert fitted(laid_over(values, {"model.fine_iterations": 3}))["loss"]["fine"] == [1.0, 2.0, 2.0]
-    pooled = fitted(laid_over(values, {"model.query": "pooled"}))
+    assert fitted(with_changes(values, {"model.fine_iterations": 3}))["loss"]["fine"] == [1.0, 2.0, 2.0]
+    pooled = fitted(with_changes(values, {"model.query": "pooled"}))
     assert (pooled["model"]["fine_iterations"], pooled["loss"]) == (0, {"coarse": 1.0, "fine": []})
-    assert fitted(laid_over(values, {"run.micro_batch_samples": 5}))["run"]["micro_batch_samples"] == 4
+    assert fitted(with_changes(values, {"run.micro_batch_samples": 5}))["run"]["micro_batch_samples"] == 4
     with pytest.raises(KeyError, match=r"model\.depth"):
-        laid_over(values, {"model.depth": 1})
+        with_changes(values, {"model.depth": 1})
 
 
 @pytest.mark.parametrize("profile", ["ci", "laptop"])

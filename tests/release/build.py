@@ -25,11 +25,11 @@ from fvlm_core.eval.results import (
 )
 from fvlm_core.manifest import Manifest, file_entries, sha256_file
 from fvlm_core.model.foveated import build_model
-from fvlm_core.release.job import PhaseFolders, ReleaseJob
+from fvlm_core.release.jobs import PhaseFolders, ReleaseJob
 from fvlm_core.scaling.ablations import compare
 from fvlm_core.scaling.grid import study
-from fvlm_core.scaling.reports import AblationJob, AblationRun
-from fvlm_core.train.manifest import METRICS_FILE, RECIPE_FILE, RunManifest
+from fvlm_core.scaling.jobs import AblationJob, AblationRun
+from fvlm_core.train.jobs import METRICS_FILE, RECIPE_FILE, RunManifest
 from fvlm_core.train.result import save_model
 from tests.scaling.build import finished, recipe
 from tests.scaling.test_grid import SIZES, grid_job

@@ -17,7 +17,7 @@ from fvlm_core.eval.results import Results
 from fvlm_core.release import verify as verify_module
 from fvlm_core.release.card import base_models, card
 from fvlm_core.release.evidence import Evidence
-from fvlm_core.release.job import CARD_FILE, HUB_FOLDER, REPORT_HTML, REPORT_JSON, REPORT_TEXT, PhaseFolders, ReleaseJob, ReleaseManifest
+from fvlm_core.release.jobs import CARD_FILE, HUB_FOLDER, REPORT_HTML, REPORT_JSON, REPORT_TEXT, PhaseFolders, ReleaseJob, ReleaseManifest
 from fvlm_core.release.release import release
 from tests.release.build import POOLED, evaluation, full_job, run
 

@@ -16,7 +16,7 @@ from fvlm_core.config import (
     VisionShape,
 )
 from fvlm_core.manifest import file_entries
-from fvlm_core.train.manifest import METRICS_FILE, RECIPE_FILE, RunManifest
+from fvlm_core.train.jobs import METRICS_FILE, RECIPE_FILE, RunManifest
 
 
 def recipe(**changes: Any) -> Recipe:

@@ -7,7 +7,7 @@ import pytest
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import Manifest
 from fvlm_core.scaling.ablations import compare, show_value
-from fvlm_core.scaling.reports import ABLATIONS_PLOT, ABLATIONS_TABLE, ABLATIONS_TEXT, AblationJob, AblationReport, AblationRun
+from fvlm_core.scaling.jobs import ABLATIONS_PLOT, ABLATIONS_TABLE, ABLATIONS_TEXT, AblationJob, AblationReport, AblationRun
 from tests.scaling.build import finished
 
 

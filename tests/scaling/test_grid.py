@@ -10,7 +10,7 @@ import pytest
 from fvlm_core.errors import UserError
 from fvlm_core.scaling.fits import Law
 from fvlm_core.scaling.grid import Study, choose, study
-from fvlm_core.scaling.reports import FITS_FILE, PLOTS, POINTS_FILE, SCALING_TEXT, GridJob, GridPoint, GridRun, ScalingReport
+from fvlm_core.scaling.jobs import FITS_FILE, PLOTS, POINTS_FILE, SCALING_TEXT, GridJob, GridPoint, GridRun, ScalingReport
 from tests.scaling.build import finished
 
 LAW = Law(E=1.2, A=60.0, alpha=0.35, B=90.0, beta=0.3)

@@ -16,8 +16,8 @@ import torch
 from fvlm_core.config import Recipe
 from fvlm_core.train.__main__ import train
 from fvlm_core.train.distributed import World
+from fvlm_core.train.folder import input_digests
 from fvlm_core.train.loop import STOPPED, Trainer
-from fvlm_core.train.manifest import input_digests
 from tests.tiny import tiny_shards
 
 # torch logs every tensor it saves, and pytest would keep it all

@@ -13,7 +13,7 @@ from fvlm_core.data.loader import train_steps
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.model import attention
 from fvlm_core.train.__main__ import train
-from fvlm_core.train.manifest import RunManifest
+from fvlm_core.train.jobs import RunManifest
 from fvlm_core.train.start import initial_model
 from tests.train.conftest import losses, tiny_recipe
 

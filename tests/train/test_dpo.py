@@ -24,7 +24,7 @@ from fvlm_core.manifest import Manifest, file_entries
 from fvlm_core.model.foveated import FoveatedVLM, build_model
 from fvlm_core.model.inference import token_losses
 from fvlm_core.train.__main__ import train
-from fvlm_core.train.manifest import RunManifest
+from fvlm_core.train.jobs import RunManifest
 from fvlm_core.train.objective import PreferenceLoss
 from fvlm_core.train.reference import Reference, sample_ids
 from tests.tiny import gaze_sample

@@ -16,8 +16,8 @@ from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.model.foveated import build_model
 from fvlm_core.train.__main__ import train
 from fvlm_core.train.distributed import World
+from fvlm_core.train.jobs import RunManifest
 from fvlm_core.train.loop import Trainer
-from fvlm_core.train.manifest import RunManifest
 from fvlm_core.train.schedules import learning_rates
 from tests.train.conftest import losses, one_rank_then_stop, same_losses, tiny_recipe, torchrun
 

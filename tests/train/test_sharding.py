@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from fvlm_core.config import Recipe
 from fvlm_core.train.__main__ import train
-from fvlm_core.train.manifest import RunManifest
+from fvlm_core.train.jobs import RunManifest
 from tests.train.conftest import losses, on_ranks, one_rank_then_stop, same_losses, tiny_recipe
 
 

@@ -9,8 +9,8 @@ from fvlm_core.config import Recipe
 from fvlm_core.data.loader import train_steps
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.errors import UserError
+from fvlm_core.train.jobs import SWEPT, SpeedJob, SpeedReport, Sweep
 from fvlm_core.train.speed import candidates, run
-from fvlm_core.train.speed_job import SWEPT, SpeedJob, SpeedReport, Sweep
 from tests.train.conftest import tiny_recipe
 
 

@@ -3,8 +3,8 @@
 from transformers import Dinov2Model
 
 from fvlm_core.config import OptimizerSettings, VisionShape
+from fvlm_core.train.jobs import VisionJob
 from fvlm_core.train.vision import train_vision
-from fvlm_core.train.vision_job import VisionJob
 
 
 def test_it_learns_digits_and_loads_in_transformers(tmp_path):

@@ -1,13 +1,23 @@
-"""The speed phase's settings and report. No torch here: flows and reports read them too."""
+"""Settings and manifests of the training jobs: a run, the speed measurement, the stand-in vision encoder.
+
+No torch here: flows, launchers and reports read them too.
+"""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from fvlm_core.config import CompiledPart, Positive, Recipe
+from fvlm_core.config import CompiledPart, OptimizerSettings, Positive, Recipe, VisionShape
 from fvlm_core.manifest import Manifest
 from fvlm_core.settings import Settings
+
+IDENTITY_FILE = "identity.yaml"
+RECIPE_FILE = "recipe.yaml"
+METRICS_FILE = "metrics.csv"
+MODEL_FOLDER = "model"
+CHECKPOINTS_FOLDER = "checkpoints"
+REFERENCE_FOLDER = "reference"
 
 TABLE_FILE, PLOT_FILE, CHOSEN_FILE = "speed.csv", "speed.png", "chosen.yaml"
 SWEPT = {
@@ -30,6 +40,44 @@ NAIVE: dict[str, Any] = {
 """What a plain first implementation does."""
 
 
+class Divergence(Settings):
+    """One time that training diverged, and what was done."""
+
+    step: int
+    """Optimizer steps done when it was noticed."""
+    reason: str
+    back_to: int
+    """Step of the checkpoint that training went back to; 0 is the start."""
+    froze: str
+    """What is frozen from then on: `vision`, then `llm_lower` (the lower half of the language model's layers)."""
+
+
+class RunManifest(Manifest):
+    """A finished training run."""
+
+    steps: int
+    final_loss: float
+    """Validation loss of the last pass, of the model in `model/`."""
+    losses: dict[str, float]
+    """Validation loss of each pass that has a weight: cross-entropy per labelled token, or the DPO loss per pair."""
+    best_step: int
+    """Step of the kept checkpoint with the lowest score (the recipe's `best`)."""
+    best_loss: float
+    """Its score; by default its validation loss of the last pass."""
+    samples_seen: int
+    frames_seen: int
+    """Shown frames."""
+    label_tokens_seen: int
+    flops: float
+    """Of all training steps, from the configuration."""
+    params: int
+    resumed_from: list[int] = Field(default_factory=list)
+    """The steps of the checkpoints that the run was continued from."""
+    skipped_steps: int = 0
+    """Steps without an update because the loss or a gradient was not finite."""
+    divergences: list[Divergence] = Field(default_factory=list)
+
+
 class Sweep(Settings):
     """The values to try of each setting; left out, they are chosen for the device."""
 
@@ -47,12 +95,9 @@ class Sweep(Settings):
     """Default: off; what does not fit into a GPU's memory is tried with it."""
 
 
-class SpeedJob(Settings):
-    """How fast the recipe trains as a plain implementation would run it, and tuned."""
+class SpeedSettings(Settings):
+    """What is tried to make training faster."""
 
-    output: Path
-    recipe: Recipe
-    """What to measure; its output folder is not touched."""
     sweep: Sweep = Sweep()
     warmup_steps: Positive = 2
     steps: Positive = 6
@@ -61,6 +106,14 @@ class SpeedJob(Settings):
     """A variant's measuring stops after this time, with at least two steps."""
     min_gain: Annotated[float, Field(ge=0)] = 0.03
     """A setting replaces the best so far when it is faster by this share; below it, timings are noise."""
+
+
+class SpeedJob(SpeedSettings):
+    """How fast the recipe trains as a plain implementation would run it, and tuned."""
+
+    output: Path
+    recipe: Recipe
+    """What to measure; its output folder is not touched."""
 
 
 class SpeedRow(Settings):
@@ -102,3 +155,21 @@ class SpeedReport(Manifest):
     speedup: float
     chosen: dict[str, Any]
     """Recipe paths and values to train with, e.g. `{"run.micro_batch_samples": 32}`; the samples of a step stay the same."""
+
+
+class VisionTrainingSettings(Settings):
+    """How the stand-in for DINOv2 is trained (see `fvlm_core.train.vision`)."""
+
+    steps: Positive = 600
+    batch_frames: Positive = 96
+    optimizer: OptimizerSettings = OptimizerSettings(lr_vision=2e-3, warmup_steps=40)
+    seed: int = 0
+    threads: Positive = 1
+
+
+class VisionJob(VisionTrainingSettings):
+    """Train an encoder of a shape."""
+
+    output: Path
+    shape: VisionShape
+    """Its patches must be as large as a cell of the rendered grid (14 px)."""

@@ -27,22 +27,11 @@ class PhaseFolders(Settings):
     stage3: Path | None = None
 
 
-class ReleaseJob(Settings):
-    """Package one trained and evaluated run."""
+class ReleaseSettings(Settings):
+    """How the release is named and described."""
 
-    output: Path
-    """Gets `model/` (ready to push), `report.html`, `report.md`, `report.json`, `manifest.json`."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """The model's name, e.g. `fVLM-135M`."""
-    run: Path
-    """Folder of the finished training run."""
-    evaluation: Path
-    """Folder of its EvalReport."""
-    shards: Path
-    """Folder of the ShardManifest it was trained on."""
-    reports: PhaseFolders = PhaseFolders()
-    profile: str = ""
-    """Name of the pipeline's profile, for the report."""
     license: str = "apache-2.0"
     """Identifier that the hub knows."""
     language: list[str] = Field(default_factory=lambda: ["en"])
@@ -58,6 +47,22 @@ class ReleaseJob(Settings):
     """Validation samples whose logits must be equal in a clean process before anything is released."""
     push_to: str | None = None
     """`owner/name` on the hub; pushed as a private repository, and only where a token is given."""
+
+
+class ReleaseJob(ReleaseSettings):
+    """Package one trained and evaluated run."""
+
+    output: Path
+    """Gets `model/` (ready to push), `report.html`, `report.md`, `report.json`, `manifest.json`."""
+    run: Path
+    """Folder of the finished training run."""
+    evaluation: Path
+    """Folder of its EvalReport."""
+    shards: Path
+    """Folder of the ShardManifest it was trained on."""
+    reports: PhaseFolders = PhaseFolders()
+    profile: str = ""
+    """Name of the pipeline's profile, for the report."""
 
 
 class ReleaseManifest(Manifest):

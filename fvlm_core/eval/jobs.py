@@ -12,15 +12,9 @@ from fvlm_core.settings import Settings
 Count = Annotated[int, Field(ge=0)]
 
 
-class EvalJob(Settings):
-    """One evaluation of one trained run on the fixed validation split."""
+class EvalSettings(Settings):
+    """What a model is evaluated on."""
 
-    output: Path
-    """Folder of the report: `results.json`, `latency.json`, `tables.md`, pictures, `manifest.json`."""
-    run: Path
-    """Folder of a finished training run; its `model/` is evaluated."""
-    shards: Path
-    """Folder of a ShardManifest."""
     modes: list[Mode] | None = None
     """Modes to evaluate; None is every mode the model has."""
     loss_samples: Positive = 256
@@ -45,3 +39,14 @@ class EvalJob(Settings):
     threads: Count = 1
     """torch CPU threads; 0 leaves torch's default."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class EvalJob(EvalSettings):
+    """One evaluation of one trained run on the fixed validation split."""
+
+    output: Path
+    """Folder of the report: `results.json`, `latency.json`, `tables.md`, pictures, `manifest.json`."""
+    run: Path
+    """Folder of a finished training run; its `model/` is evaluated."""
+    shards: Path
+    """Folder of a ShardManifest."""

@@ -1,0 +1,64 @@
+"""Settings by dotted path, e.g. `optimizer.lr_llm` or `loss.fine.0`: the one place that reads, changes and lists them.
+
+Values are what JSON holds: nested dicts and lists. A number in a path is an index into a list.
+"""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+
+class UnknownPathError(KeyError):
+    """There is no value at `path`; `known` are the keys at the level where it goes astray."""
+
+    def __init__(self, path: str, known: list[str]) -> None:
+        super().__init__(path)
+        self.path, self.known = path, known
+
+    def __str__(self) -> str:
+        return f"no setting {self.path!r}; at that level there is: {', '.join(self.known) or 'no deeper key'}"
+
+
+def value_at(values: Any, path: str) -> Any:
+    """The value at `path`. Raises UnknownPathError."""
+    node = values
+    for key in path.split("."):
+        node = node[_slot(node, key, path)]
+    return node
+
+
+def with_changes(values: Any, changes: Mapping[str, Any]) -> Any:
+    """A copy of `values` with the value at each path replaced. Raises UnknownPathError for a path that is not there."""
+    values = deepcopy(values)
+    for path, value in changes.items():
+        above, _, last = path.rpartition(".")
+        node = value_at(values, above) if above else values
+        node[_slot(node, last, path)] = deepcopy(value)
+    return values
+
+
+def flatten(values: Any, *, lists: bool = False, prefix: str = "") -> dict[str, Any]:
+    """The innermost values by their paths. A list is one value, or (`lists`) a level of its own; what is empty is a value."""
+    items = values.items() if isinstance(values, dict) else enumerate(values) if lists and isinstance(values, list) else ()
+    found: dict[str, Any] = {}
+    for key, value in items:
+        found |= flatten(value, lists=lists, prefix=f"{prefix}.{key}" if prefix else str(key))
+    return found or ({prefix: values} if prefix else {})
+
+
+def differences(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
+    """What differs, by path: the value before and after, None where there is none. Lists are compared item by item."""
+    old, new = flatten(before, lists=True), flatten(after, lists=True)
+    missing = object()
+    paths = sorted(path for path in old.keys() | new.keys() if old.get(path, missing) != new.get(path, missing))
+    return {path: (old.get(path), new.get(path)) for path in paths}
+
+
+def _slot(node: Any, key: str, path: str) -> Any:
+    """The key or index that `key` means in `node`."""
+    if isinstance(node, dict) and key in node:
+        return key
+    if isinstance(node, list) and key.isdecimal() and int(key) < len(node):
+        return int(key)
+    known = list(node) if isinstance(node, dict) else [str(index) for index in range(len(node))] if isinstance(node, list) else []
+    raise UnknownPathError(path, known)

@@ -1,0 +1,89 @@
+"""A table as data: built once, then shown on a terminal, in markdown, in HTML, or as an artifact of the UI."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from pydantic import Field, JsonValue
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+from fvlm_core.settings import Settings
+
+SIGNIFICANT_DIGITS = 4
+"""Of numbers that a table rounds by itself."""
+LONGEST_NUMBER = 40
+"""Characters of a number with its interval and unit; what is longer is a sentence that begins with a number."""
+
+
+class Table(Settings):
+    """Rows of cells that are ready to be read; the first column names the row."""
+
+    title: str = ""
+    head: list[str]
+    rows: list[list[str]]
+    marked: list[int] = Field(default_factory=list)
+    """Rows to stress, such as a winner."""
+    note: str = ""
+    """What the numbers are, in one or two sentences of markdown."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, JsonValue]], *, title: str = "", note: str = "") -> "Table":
+        """A table of records: a column per key in order of appearance, numbers rounded, what a record lacks left empty."""
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        return cls(
+            title=title, head=[words(name) for name in names], rows=[[text(row.get(name)) for name in names] for row in rows], note=note
+        )
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Per column, whether all its cells are numbers (with or without an interval or unit): set flush right."""
+        columns = [[row[place] for row in self.rows if row[place]] for place in range(len(self.head))]
+        return [place > 0 and bool(cells) and all(_is_number(cell) for cell in cells) for place, cells in enumerate(columns)]
+
+    def markdown(self) -> str:
+        """The table in markdown, with its note; without its title, which is the caller's heading."""
+        stressed = [[f"**{cell}**" if cell and number in self.marked else cell for cell in row] for number, row in enumerate(self.rows)]
+        rule = ["---:" if numeric else "---" for numeric in self.numeric]
+        lines = [[_cell(cell) for cell in self.head], rule, *([_cell(cell) for cell in row] for row in stressed)]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return f"{table}\n\n{self.note}" if self.note else table
+
+    def terminal(self) -> RichTable:
+        """The table for a rich console."""
+        shown = RichTable(title=self.title or None, title_justify="left", caption=escape(self.note) or None, caption_justify="left")
+        for name, numeric in zip(self.head, self.numeric, strict=True):
+            shown.add_column(escape(name), justify="right" if numeric else "left")
+        for number, row in enumerate(self.rows):
+            shown.add_row(*map(escape, row), style="bold" if number in self.marked else None)
+        return shown
+
+    def records(self) -> list[dict[str, str]]:
+        """A dict per row, as Prefect's table artifacts want them."""
+        return [dict(zip(self.head, row, strict=True)) for row in self.rows]
+
+
+def words(name: str) -> str:
+    """A field's name for a person: `loss_fine1` -> `loss fine1`."""
+    return name.replace("_", " ")
+
+
+def text(value: JsonValue) -> str:
+    """A value for a person: numbers with four significant digits, nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.{SIGNIFICANT_DIGITS}g}" if math.isfinite(value) else str(value)
+    return value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def printable(value: str) -> str:
+    """Text on one line, with control characters shown as a dot: an untrained model says anything."""
+    return "".join(character if character.isprintable() else "·" for character in value)
+
+
+def _cell(value: str) -> str:
+    return printable(value).replace("|", "\\|")
+
+
+def _is_number(cell: str) -> bool:
+    return cell.lstrip("+-−$~")[:1].isdigit() and len(cell) <= LONGEST_NUMBER
