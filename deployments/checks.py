@@ -13,8 +13,7 @@ from pathlib import Path
 from fvlm_core.errors import UserError
 from infra.stack import REPOSITORY
 from tasks.config import PipelineConfig
-from tasks.jobs import natural_clips
-from tasks.outside import local_path, read_urls
+from tasks.outside import local_path, natural_clips, read_urls
 
 PROFILES = REPOSITORY / "deployments" / "profiles"
 GB = 10**9
@@ -30,6 +29,14 @@ def load_profile(profile: str) -> PipelineConfig:
         known = ", ".join(sorted(file.stem for file in PROFILES.glob("*.yaml")))
         raise UserError(f"there is no profile {profile!r}", where=str(path), fix=f"use one of {known}, or give a YAML file")
     return PipelineConfig.from_yaml(path)
+
+
+def check_phase(name: str) -> None:
+    """There is a phase of that name."""
+    from flows.registry import PHASES  # imports Prefect: a second that only this needs
+
+    if name not in PHASES:
+        raise UserError(f"there is no phase {name!r}", where="fvlm run", fix=f"use one of {', '.join(PHASES)}")
 
 
 def check_volume(volume: Path, config: PipelineConfig) -> None:

@@ -14,6 +14,8 @@ from infra.stack import PortTakenError, Stack, StackError
 
 app = App(name="fvlm", help="A video language model that reads each frame as one token, and the whole road to releasing it.")
 DEFAULT_VOLUME = Path("volume")
+Changes = Annotated[tuple[str, ...], Parameter(name="--set", negative="")]
+"""`PATH=VALUE`, any number of times."""
 
 
 @app.command
@@ -24,6 +26,7 @@ def speedrun(
     volume: Path = DEFAULT_VOLUME,
     keep_server: Annotated[bool, Parameter(negative="")] = False,
     port: int | None = None,
+    changes: Changes = (),
 ) -> int:
     """Run the whole pipeline: from videos to an evaluated and packaged model. Run it again to resume.
 
@@ -39,10 +42,157 @@ def speedrun(
         Leave the Prefect server and its workers running at the end.
     port
         Port of the Prefect server and its UI; by default 4200 or the next free one.
+    changes
+        Settings of the profile to change, e.g. `--set stages.stage2.run.steps=10`; may be given several times.
     """
     from deployments.speedrun import speedrun as run
 
-    return run(profile, videos, volume, keep_server=keep_server, port=port, console=Console())
+    return run(profile, videos, volume, changes=changes, keep_server=keep_server, port=port, console=Console())
+
+
+@app.command(name="run")
+def run_phase(
+    phase: str,
+    /,
+    *,
+    profile: str = "laptop",
+    videos: Path | None = None,
+    volume: Path = DEFAULT_VOLUME,
+    keep_server: Annotated[bool, Parameter(negative="")] = False,
+    port: int | None = None,
+    changes: Changes = (),
+) -> int:
+    """Run one phase by itself; those before it must be done.
+
+    Parameters
+    ----------
+    phase
+        Its name, e.g. `evaluate`.
+    profile, videos, volume, keep_server, port, changes
+        As of `speedrun`.
+    """
+    from deployments.speedrun import speedrun as run
+
+    return run(profile, videos, volume, changes=changes, keep_server=keep_server, port=port, console=Console(), phase=phase)
+
+
+@app.command
+def plan(
+    *,
+    profile: str = "laptop",
+    videos: Path | None = None,
+    volume: Path = DEFAULT_VOLUME,
+    changes: Changes = (),
+) -> int:
+    """Show what a run would do, and because of what, before it does anything.
+
+    Parameters
+    ----------
+    profile, videos, volume, changes
+        As of `speedrun`.
+    """
+    from deployments.profile import chosen_profile
+    from flows.registry import PHASES
+    from tasks.plan import plan as planned
+
+    config = chosen_profile(profile, videos=videos, changes=changes)
+    Console().print(planned(list(PHASES.values()), config, volume.resolve()).table().terminal())
+    return 0
+
+
+@app.command
+def status(*, profile: str = "laptop", videos: Path | None = None, volume: Path = DEFAULT_VOLUME, changes: Changes = ()) -> int:
+    """Show how far the phases are on a volume; needs no server.
+
+    Parameters
+    ----------
+    profile, videos, volume, changes
+        As of `speedrun`.
+    """
+    from deployments.profile import chosen_profile
+    from deployments.status import status_table
+    from flows.registry import PHASES
+
+    config = chosen_profile(profile, videos=videos, changes=changes)
+    Console().print(status_table(list(PHASES.values()), config, volume.resolve()).terminal())
+    return 0
+
+
+@app.command
+def adopt(
+    step: str,
+    folder: Path,
+    /,
+    *,
+    profile: str = "laptop",
+    videos: Path | None = None,
+    volume: Path = DEFAULT_VOLUME,
+    changes: Changes = (),
+) -> int:
+    """Take a finished result from elsewhere as the result of a step, after checking that it is what the step would make.
+
+    Parameters
+    ----------
+    step
+        Name of the step, e.g. `stage1`; `fvlm plan` lists them.
+    folder
+        The finished result, with its manifest.json.
+    profile, videos, volume, changes
+        As of `speedrun`.
+    """
+    from deployments.profile import chosen_profile
+    from flows.registry import PHASES
+    from tasks.adopt import adopt as adopted
+    from tasks.plan import look
+
+    config = chosen_profile(profile, videos=videos, changes=changes)
+    steps = {one.step.name: one.step for one in look(list(PHASES.values()), config, volume.resolve())}
+    if step not in steps:
+        raise UserError(f"there is no step {step!r}", where=f"the profile {config.name}", fix=f"use one of {', '.join(steps)}")
+    made = adopted(steps[step], folder.resolve(), volume.resolve())
+    Console().print(f"{step}: adopted as {made.folder}", highlight=False)
+    return 0
+
+
+@app.command
+def recipe(
+    stage: str,
+    /,
+    *,
+    output: Path,
+    shards: Path,
+    init_from: Path | None = None,
+    profile: str = "laptop",
+    changes: Changes = (),
+) -> int:
+    """Print the recipe of a stage, to train it by itself: torchrun -m fvlm_core.train RECIPE.yaml
+
+    Parameters
+    ----------
+    stage
+        Name of the stage in the profile, e.g. `stage1`.
+    output
+        Folder of the run.
+    shards
+        Folder of the shards; `VOLUME/shards` is the newest that a pipeline run made.
+    init_from
+        Folder of the run whose model it starts from.
+    profile, changes
+        As of `speedrun`.
+    """
+    import yaml
+
+    from deployments.profile import chosen_profile
+    from tasks.recipes import stage_recipe
+
+    config = chosen_profile(profile, changes=changes)
+    if stage not in config.stages.present:
+        known = ", ".join(config.stages.present)
+        raise UserError(f"there is no stage {stage!r}", where=f"the profile {config.name}", fix=f"use one of {known}")
+    places = {"output": str(output), "shards": str(shards), "init_from": str(init_from) if init_from else None}
+    made = stage_recipe(config, stage, changes={}, start=False).with_changes(places)
+    print(yaml.safe_dump(made.model_dump(mode="json"), sort_keys=False), end="")
+    return 0
 
 
 @app.command
@@ -61,11 +211,11 @@ def deploy(*, profile: str = "laptop", volume: Path = DEFAULT_VOLUME) -> int:
     import asyncio
 
     from deployments.checks import load_profile
-    from deployments.register import FLOWS, register
+    from deployments.register import ALL_FLOWS, register
 
     config = load_profile(profile)
     asyncio.run(register(config, volume.absolute()))
-    Console().print("\n".join(f"{name}/{config.name}" for name in FLOWS), highlight=False)
+    Console().print("\n".join(f"{name}/{config.name}" for name in ALL_FLOWS), highlight=False)
     return 0
 
 

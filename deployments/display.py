@@ -4,14 +4,13 @@ import time
 from dataclasses import dataclass, field
 from typing import Self
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from fvlm_core.eval.results import Results
+from flows.registry import PHASES
 from fvlm_core.progress import ProgressReport
-from tasks.phases import PHASES
 from tasks.status import PhaseStatus
 
 COLOURS = {"Running": "cyan", "Completed": "green", "Cached": "green", "Failed": "red", "Crashed": "red", "Cancelled": "yellow"}
@@ -95,23 +94,3 @@ def _cells(report: ProgressReport | None) -> tuple[str, str, str, str]:
 
 def _duration(seconds: float | None) -> str:
     return "" if seconds is None else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def result_tables(results: Results, headline: list[dict]) -> RenderableType:
-    """The final model: its modes side by side, and the order of question and frames against the mode."""
-    modes = Table(title="The final model in its modes", title_justify="left")
-    names = list(headline[0]) if headline else []
-    for name in names:
-        modes.add_column(name.replace("_", " "), justify="left" if name == "mode" else "right")
-    for row in headline:
-        modes.add_row(
-            *("-" if row[name] is None else f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name]) for name in names)
-        )
-    orders = Table(title="Accuracy by order of question and frames", title_justify="left")
-    columns = list(dict.fromkeys(cell.mode for cell in results.question_order))
-    for name in ("order", *columns):
-        orders.add_column(name.replace("_", " "), justify="left" if name == "order" else "right")
-    for order in dict.fromkeys(cell.order for cell in results.question_order):
-        cells = {cell.mode: f"{cell.accuracy.value:.3f}" for cell in results.question_order if cell.order == order}
-        orders.add_row(order.replace("_", " "), *(cells.get(mode, "-") for mode in columns))
-    return Group(modes, orders) if results.question_order else modes

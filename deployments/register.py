@@ -15,31 +15,13 @@ from prefect.flows import Flow
 from prefect.states import Crashed
 from prefect.types.entrypoint import EntrypointType
 
-from flows.ablations import ablations
-from flows.evaluate import evaluate
 from flows.pipeline import pipeline
-from flows.precompute import precompute
-from flows.release import release
-from flows.scaling import scaling
-from flows.speed import speed
-from flows.train import train
+from flows.registry import FLOWS, PHASES
 from infra.processes import mark
-from infra.stack import CPU_POOL, POOLS, PROCESS_POOL, REPOSITORY, Pool
-from tasks.config import PipelineConfig
-from tasks.phases import PHASES
+from infra.stack import PROCESS_POOL, REPOSITORY
+from tasks.config import PipelineConfig, Pool
 
-FLOWS: dict[str, Flow[..., None]] = {
-    "pipeline": pipeline,
-    "precompute": precompute,
-    "speed": speed,
-    "ablations": ablations,
-    "scaling": scaling,
-    "train": train,
-    "evaluate": evaluate,
-    "release": release,
-}
-PRECOMPUTE_CRON = "0 3 * * *"
-"""Every night; the schedule is made paused."""
+ALL_FLOWS: dict[str, Flow[..., None]] = {"pipeline": pipeline, **FLOWS}
 UNFINISHED = [StateType.RUNNING, StateType.PENDING, StateType.SCHEDULED, StateType.CANCELLING, StateType.PAUSED]
 
 
@@ -52,8 +34,8 @@ async def register(config: PipelineConfig, volume: Path) -> dict[str, str]:
     """Make the work pools that are missing and all deployments of the profile; returns the type of each pool by name."""
     async with get_client() as client:
         # one after the other: SQLite lets one writer in at a time, and those who wait back off for seconds
-        types = dict([await _pool(client, pool) for pool in POOLS])
-        for name in FLOWS:
+        types = dict([await _pool(client, pool) for pool in config.machine.pools.by_role.values()])
+        for name in ALL_FLOWS:
             await _deploy(client, name, config, volume, types)
     return types
 
@@ -77,25 +59,25 @@ async def crash_stale_runs(volume: Path) -> int:
 
 
 async def _pool(client: PrefectClient, pool: Pool) -> tuple[str, str]:
-    """Name and type of the pool; it is made, of local processes, where there is none of that name."""
+    """Name and type of the pool; it is made where there is none of that name, and used as it is where there is."""
     try:
         return pool.name, (await client.read_work_pool(pool.name)).type
     except ObjectNotFound:
-        new = WorkPoolCreate(name=pool.name, type=PROCESS_POOL, description=pool.description, concurrency_limit=pool.limit)
+        new = WorkPoolCreate(name=pool.name, type=pool.type, description=pool.description, concurrency_limit=pool.limit)
         return pool.name, (await client.create_work_pool(new)).type
 
 
 async def _deploy(client: PrefectClient, name: str, config: PipelineConfig, volume: Path, types: Mapping[str, str]) -> None:
-    pool = PHASES[name].pool if name in PHASES else CPU_POOL.name
+    pool = config.machine.pools.by_role[PHASES[name].pool if name in PHASES else "cpu"]
     # A process pool would resolve a workspace for every run; flows are importable here, so that second is saved.
-    local = {"command": f"{sys.executable} -m prefect.engine", "working_dir": str(REPOSITORY)} if types[pool] == PROCESS_POOL else {}
-    deployment = await FLOWS[name].ato_deployment(
+    local = {"command": f"{sys.executable} -m prefect.engine", "working_dir": str(REPOSITORY)} if types[pool.name] == PROCESS_POOL else {}
+    deployment = await ALL_FLOWS[name].ato_deployment(
         config.name,
         parameters={"config": config.model_dump(mode="json"), "volume": str(volume)},
-        description=FLOWS[name].description,
+        description=ALL_FLOWS[name].description,
         tags=["fvlm", volume_tag(volume)],
-        work_pool_name=pool,
-        job_variables=local,
+        work_pool_name=pool.name,
+        job_variables=local | pool.job_variables,
         entrypoint_type=EntrypointType.MODULE_PATH,
         schedules=await _schedules(client, name, config.name),
     )
@@ -103,11 +85,11 @@ async def _deploy(client: PrefectClient, name: str, config: PipelineConfig, volu
 
 
 async def _schedules(client: PrefectClient, name: str, profile: str) -> list[DeploymentScheduleCreate]:
-    """Those the deployment has, as users have set them; for a new one of precompute the nightly one, paused."""
+    """Those the deployment has, as users have set them; for a new one the phase's own, paused."""
     try:
-        known = (await client.read_deployment_by_name(f"{FLOWS[name].name}/{profile}")).schedules
+        known = (await client.read_deployment_by_name(f"{ALL_FLOWS[name].name}/{profile}")).schedules
     except ObjectNotFound:
-        nightly = DeploymentScheduleCreate(schedule=CronSchedule(cron=PRECOMPUTE_CRON), active=False)
-        return [nightly] if name == "precompute" else []
+        cron = PHASES[name].schedule if name in PHASES else None
+        return [DeploymentScheduleCreate(schedule=CronSchedule(cron=cron), active=False)] if cron else []
     kept = set(DeploymentScheduleCreate.model_fields)
     return [DeploymentScheduleCreate.model_validate(one.model_dump(include=kept)) for one in known]

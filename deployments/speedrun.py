@@ -3,35 +3,44 @@
 import asyncio
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 from uuid import UUID
 
 from rich.console import Console
 
-from deployments.checks import check_programs, check_videos, check_volume, load_profile
-from fvlm_core.errors import UserError
+from deployments.checks import check_phase, check_programs, check_videos, check_volume
+from deployments.profile import chosen_profile
 from infra.stack import Stack
 from tasks.config import PipelineConfig
-from tasks.mixtures import check_names, made_sources, mixtures
-from tasks.outside import VIDEOS, read_sources
-from tasks.recipes import OWN_DATA
+from tasks.mixtures import check_names, made_sources
+from tasks.outside import read_sources
 
 CANCEL_TIMEOUT_S = 20.0
 """How long a cancelled run may take to end by itself."""
 FAILED, INTERRUPTED = 1, 130
-CAPTION_SOURCES = ("gaze_caption", "natural")
-"""Sources whose share of every mixture goes to the user's own videos."""
 
 
-def speedrun(profile: str, videos: Path | None, volume: Path, *, keep_server: bool, port: int | None, console: Console) -> int:
-    """Run the whole pipeline; returns the exit status. Raises UserError before anything is started, StackError while it runs."""
-    config, volume = load_profile(profile), volume.resolve()
-    if videos is not None:
-        config = with_videos(config, videos.resolve())
+def speedrun(
+    profile: str,
+    videos: Path | None,
+    volume: Path,
+    *,
+    keep_server: bool,
+    port: int | None,
+    console: Console,
+    changes: Sequence[str] = (),
+    phase: str | None = None,
+) -> int:
+    """Run the whole pipeline, or one phase; returns the exit status.
+
+    Raises UserError before anything is started, StackError while it runs.
+    """
+    config, volume = chosen_profile(profile, videos=videos, changes=changes), volume.resolve()
+    if phase is not None:
+        check_phase(phase)
     check_volume(volume, config)
     check_programs(config)
     own = config.precompute.videos
@@ -43,7 +52,7 @@ def speedrun(profile: str, videos: Path | None, volume: Path, *, keep_server: bo
         keep = False
         try:
             console.print(f"Prefect UI: {stack.start_server(port)}", highlight=False)
-            status = _run(stack, config, volume, console)
+            status = _run(stack, config, volume, console, phase)
             keep = keep_server or not stack.fresh
             return status
         except KeyboardInterrupt:
@@ -60,54 +69,32 @@ def speedrun(profile: str, videos: Path | None, volume: Path, *, keep_server: bo
                 stack.stop()
 
 
-def with_videos(config: PipelineConfig, videos: Path) -> PipelineConfig:
-    """The profile with the user's own videos in place of the default clips that are captioned."""
-    values = config.model_dump(mode="json")
-    values["precompute"] |= {"videos": str(videos), "natural": False}
-    for part in (values["base"], *values["stages"].values()):
-        for data in (part["data"], part["data"]["validation"]):
-            if data:
-                data["mixture"] = _with_videos(data["mixture"])
-    for ablation in values["ablations"]:
-        if ablation["path"] == OWN_DATA:
-            ablation["value"] = _with_videos(ablation["value"])
-    mine = PipelineConfig.from_values(values, where=f"the profile {config.name} with {videos}")
-    if not any(part.source == VIDEOS for _, _, mixture in mixtures(mine) for part in mixture):
-        raise UserError(
-            f"no mixture of the profile {config.name} has a share for them",
-            where="--videos",
-            fix=f"name the source {VIDEOS!r} in a mixture of the profile, or one of {', '.join(CAPTION_SOURCES)}, whose place they take",
-        )
-    return mine
-
-
-def _with_videos(mixture: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The user's videos in place of the default captioned clips, with their share."""
-    share = sum(one["share"] for one in mixture if one["source"] in CAPTION_SOURCES)
-    kept = [one for one in mixture if one["source"] not in CAPTION_SOURCES]
-    return kept + ([{"source": VIDEOS, "share": share}] if share else [])
-
-
-def _run(stack: Stack, config: PipelineConfig, volume: Path, console: Console) -> int:
-    """Register, trigger, watch, and print the results."""
+def _run(stack: Stack, config: PipelineConfig, volume: Path, console: Console, phase: str | None) -> int:
+    """Show the plan, register, trigger, watch, and print the results."""
     os.environ.update(stack.client_environment())
-    from deployments import register, watch  # Prefect reads the environment when it is imported
-    from tasks.run_phase import told
+    from prefect.context import refresh_global_settings_context
 
+    refresh_global_settings_context()  # Prefect reads the environment when it is imported
+    from deployments import register, watch
+    from flows.registry import PHASES
+    from tasks.pipeline_flow import message
+    from tasks.plan import plan
+
+    console.print(plan(list(PHASES.values()), config, volume).summary().terminal())
     stack.wait_for_server()
     types = asyncio.run(register.register(config, volume))
     if stack.fresh:
         asyncio.run(register.crash_stale_runs(volume))
     stack.start_workers(types)
-    run: UUID = watch.trigger(config)
+    run: UUID = watch.trigger(config, phase or "pipeline")
     try:
-        state = watch.follow(run, config, volume, stack, console)
+        state = watch.follow(run, config, volume, stack, console, phase)
     except KeyboardInterrupt:
         watch.cancel(run, timeout_s=CANCEL_TIMEOUT_S)
         raise
     if not state.is_completed():
         console.print(f"[red]The pipeline ended {state.name}.[/red]")
-        console.print(told(state), highlight=False, markup=False, soft_wrap=True)
+        console.print(message(state), highlight=False, markup=False, soft_wrap=True)
         console.print("Run the same command again: finished steps are kept, training goes on from its checkpoint.", soft_wrap=True)
         return FAILED
     watch.print_results(config, volume, console)

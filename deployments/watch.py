@@ -16,11 +16,12 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.states import Cancelled, Cancelling
 from rich.console import Console
 
-from deployments.display import Display, result_tables
-from fvlm_core.eval.results import Results
+from deployments.display import Display
+from flows.registry import PHASES
+from fvlm_core.manifest import FILE_NAME
 from infra.stack import Stack
 from tasks.config import PipelineConfig
-from tasks.phases import PHASES, PhaseManifest, phase_folder
+from tasks.phase import PhaseManifest
 from tasks.status import PhaseStatus
 
 POLL_S = 1.0
@@ -28,29 +29,30 @@ TASK_RUNS = 200
 """Read at a time; a pipeline run has two per phase."""
 
 
-def trigger(config: PipelineConfig) -> UUID:
-    """Create a run of the pipeline's deployment; returns its id."""
+def trigger(config: PipelineConfig, flow: str) -> UUID:
+    """Create a run of the deployment of the pipeline or of a phase; returns its id."""
     with get_client(sync_client=True) as client:
-        deployment = client.read_deployment_by_name(f"pipeline/{config.name}")
-        return client.create_flow_run_from_deployment(deployment.id, name=f"{config.name} · pipeline").id
+        deployment = client.read_deployment_by_name(f"{flow}/{config.name}")
+        return client.create_flow_run_from_deployment(deployment.id, name=f"{config.name} · {flow}").id
 
 
-def follow(run: UUID, config: PipelineConfig, volume: Path, stack: Stack, console: Console) -> State[Any]:
-    """Show the run until it ends; returns its last state. Raises StackError when the stack dies."""
+def follow(run: UUID, config: PipelineConfig, volume: Path, stack: Stack, console: Console, only: str | None) -> State[Any]:
+    """Show the run (of one phase, where `only` names it) until it ends; returns its last state. Raises StackError when the stack dies."""
     began = time.time()
     with get_client(sync_client=True) as client, Display(console) as display:
         while True:
             stack.check()
             try:
                 flow_run = client.read_flow_run(run)
-                states = _phase_states(client, run)
+                name = flow_run.state.name if flow_run.state else None
+                states = {only: name or ""} if only else _phase_states(client, run)
             except httpx.HTTPError:  # the next check says whether the server has died
                 time.sleep(POLL_S)
                 continue
-            for phase in PHASES:
+            for name, phase in PHASES.items():
                 # a task run has another name until it starts, so a state that was seen stays until there is a newer one
-                state = states.get(phase, display.phases[phase].state)
-                display.show(phase, state, PhaseStatus.read(phase_folder(phase, config, volume), since=began))
+                state = states.get(name, display.phases[name].state)
+                display.show(name, state, PhaseStatus.read(phase.folder(config, volume), since=began))
             if flow_run.state is not None and flow_run.state.is_final():
                 return flow_run.state
             time.sleep(POLL_S)
@@ -69,11 +71,13 @@ def cancel(run: UUID, *, timeout_s: float) -> None:
 
 
 def print_results(config: PipelineConfig, volume: Path, console: Console) -> None:
-    """The result table, and where the report and the model are."""
-    evaluated = PhaseManifest.read(phase_folder("evaluate", config, volume))
-    console.print(result_tables(Results.read(volume / evaluated.steps["evaluation"].folder), evaluated.rows))
-    for row in PhaseManifest.read(phase_folder("release", config, volume)).rows:
-        console.print(f"{row['what']:<7} {row['path']}", highlight=False, soft_wrap=True)
+    """The tables and the files that the phases have for the end."""
+    folders = [phase.folder(config, volume) for phase in PHASES.values()]
+    manifests = [PhaseManifest.read(folder) for folder in folders if (folder / FILE_NAME).is_file()]
+    for table in (table for manifest in manifests for table in manifest.shown.closing):
+        console.print(table.terminal())
+    for name, path in ((name, path) for manifest in manifests for name, path in manifest.shown.outputs.items()):
+        console.print(f"{name:<7} {volume / path}", highlight=False, soft_wrap=True)
 
 
 def _phase_states(client: SyncPrefectClient, run: UUID) -> dict[str, str]:

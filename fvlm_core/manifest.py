@@ -7,18 +7,16 @@ checks that they still are.
 
 import hashlib
 import os
-import platform
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Self
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from fvlm_core import __version__
+from fvlm_core import provenance
 from fvlm_core.errors import UserError
 from fvlm_core.settings import Settings, hash_json
 
@@ -47,7 +45,12 @@ class Manifest(Settings):
     """Digest of each input manifest, by name."""
     counts: dict[str, int] = Field(default_factory=dict)
     files: list[FileEntry] = Field(default_factory=list)
-    versions: dict[str, str] = Field(default_factory=lambda: software_versions())
+    commit: str = Field(default_factory=provenance.commit)
+    """The checkout's commit when it was made."""
+    code: dict[str, str] = Field(default_factory=provenance.running)
+    """The repository's files that its job reaches, and their digests."""
+    versions: dict[str, str] = Field(default_factory=provenance.versions)
+    """Of Python and of the libraries that a result can depend on."""
     created_at: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     seconds: float = 0.0
     """Wall-clock time the step took."""
@@ -56,6 +59,11 @@ class Manifest(Settings):
     def digest(self) -> str:
         """Identity of the content: equal files and counts give equal digests, whenever and wherever they were made."""
         return hash_json([self.name, self.counts, sorted((f.path, f.sha256) for f in self.files if f.identity)])
+
+    @property
+    def other_code(self) -> list[str]:
+        """How the code and libraries of now differ from those that made it, a clause each."""
+        return provenance.changes(self.code, self.versions)
 
     def problems(self, folder: Path) -> list[str]:
         """What is missing or damaged in `folder`, a line each; empty when everything is whole."""
@@ -128,12 +136,6 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
-
-
-def software_versions() -> dict[str, str]:
-    """Versions of what a result can depend on."""
-    packages = ("torch", "transformers", "webdataset", "av", "numpy")
-    return {"fvlm": __version__, "python": platform.python_version()} | {name: metadata.version(name) for name in packages}
 
 
 def _problem(folder: Path, entry: FileEntry) -> str | None:

@@ -17,7 +17,6 @@ import urllib.request
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import psutil
 
@@ -34,20 +33,6 @@ FOREIGN_HEALTH_TIMEOUT_S = 10.0
 """A server that `PREFECT_API_URL` names is there already."""
 END_GRACE_S = 5.0
 PROCESS_POOL = "process"
-
-
-class Pool(NamedTuple):
-    """A work pool and what it is for."""
-
-    name: str
-    description: str
-    limit: int | None
-    """Flow runs at once."""
-
-
-CPU_POOL = Pool("fvlm-cpu", "Precompute, reports, and the pipeline itself", None)
-GPU_POOL = Pool("fvlm-gpu", "Everything that trains or evaluates", 1)
-POOLS = (CPU_POOL, GPU_POOL)
 
 
 class StackError(RuntimeError):
@@ -150,14 +135,13 @@ class Stack:
             time.sleep(0.1)
 
     def start_workers(self, pool_types: Mapping[str, str]) -> None:
-        """Start a worker on each of our pools that is of local processes (`pool_types`: type by pool name)."""
+        """Start a worker on each pool that is of local processes (`pool_types`: type by pool name)."""
         if not self.fresh:
             return
-        for pool in POOLS:
-            if pool_types[pool.name] == PROCESS_POOL:
-                name = f"{pool.name}-{self.mark[:6]}"
-                arguments = ["-m", "prefect", "worker", "start", "--pool", pool.name, "--type", PROCESS_POOL, "--name", name]
-                self._spawn(pool.name, arguments)
+        for pool, kind in pool_types.items():
+            if kind == PROCESS_POOL:
+                name = f"{pool}-{self.mark[:6]}"
+                self._spawn(pool, ["-m", "prefect", "worker", "start", "--pool", pool, "--type", PROCESS_POOL, "--name", name])
 
     def check(self) -> None:
         """Raise StackError when the server or a worker has ended."""

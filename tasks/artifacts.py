@@ -1,51 +1,34 @@
 """What a phase shows in the Prefect UI: its table, its text, its pictures."""
 
 import base64
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
-from pydantic import JsonValue
+
+from tasks.phase import Shown
 
 PICTURE_BYTES = 400_000
 """Larger pictures are named by their path only: artifacts live in the server's database."""
-DIGITS = 4
 
 
-def publish(phase: str, profile: str, rows: Sequence[dict[str, JsonValue]], text: str, pictures: Iterable[Path]) -> None:
+def publish(phase: str, profile: str, shown: Shown, volume: Path) -> None:
     """Publish the phase's artifacts: `PHASE-table`, `PHASE-summary` and a picture each."""
-    pictures = list(pictures)
-    if rows:
-        create_table_artifact(
-            [{name: rounded(value) for name, value in row.items()} for row in rows], key=f"{phase}-table", description=text
-        )
-    paths = "\n".join(f"* `{path}`" for path in pictures)
+    parts = [f"## {phase} · {profile}", shown.text]
+    if shown.table:
+        create_table_artifact(shown.table.records(), key=f"{phase}-table", description=shown.text)
+        parts.append(shown.table.markdown())
+    listed = {name: volume / path for name, path in shown.outputs.items()}
+    listed |= {picture.caption or Path(picture.path).stem: volume / picture.path for picture in shown.pictures}
+    parts.append("\n".join(f"* {name}: `{path}`" for name, path in listed.items()))
     create_markdown_artifact(
-        "\n\n".join([f"## {phase} · {profile}", text, markdown_table(rows), f"### Pictures\n\n{paths}" if paths else ""]),
-        key=f"{phase}-summary",
-        description=f"What {phase} did with profile {profile}",
+        "\n\n".join(part for part in parts if part), key=f"{phase}-summary", description=f"What {phase} did with profile {profile}"
     )
-    for path in pictures:
+    for picture in shown.pictures:
+        path = volume / picture.path
         if path.stat().st_size <= PICTURE_BYTES:
-            create_image_artifact(
-                data_url(path),
-                key=_slug(path.stem) if path.stem.startswith(phase) else f"{phase}-{_slug(path.stem)}",
-                description=str(path),
-            )
-
-
-def markdown_table(rows: Sequence[dict[str, JsonValue]]) -> str:
-    """Rows with equal keys as a markdown table; numbers are rounded."""
-    if not rows:
-        return ""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [names, ["---"] * len(names), *([str(rounded(row.get(name, ""))) for name in names] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def rounded(value: JsonValue) -> JsonValue:
-    """Floats with four significant digits, everything else as it is."""
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+            stem = _slug(path.stem)
+            key = stem if stem.startswith(phase) else f"{phase}-{stem}"
+            create_image_artifact(data_url(path), key=key, description=picture.caption or str(path))
 
 
 def data_url(picture: Path) -> str:

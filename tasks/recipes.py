@@ -1,25 +1,23 @@
-"""Recipes of the training phases: parts of the profile, with what earlier phases decided laid over them."""
+"""Recipes of the training phases: parts of the profile, with what earlier phases decided applied to them."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from fvlm_core.config import LossSettings, ModelSettings, Recipe
+from fvlm_core.config import Recipe
 from fvlm_core.dotted import with_changes
 from fvlm_core.scaling.jobs import Variant
 from fvlm_core.settings import Settings
-from tasks.changes import Values, fitted
-from tasks.config import Ablation, Base, PipelineConfig, Size, Stage
+from tasks.config import Ablation, Base, PipelineConfig, Size, Stage, Values, fitted
 
-SHARDS = "input:shards"
-START = "input:start"
-"""The run whose model a recipe starts from."""
+AN_INPUT = "input"
+"""Stands for the path of an input, which is known when the job starts."""
 OWN_DATA = "data.mixture"
-"""A stage's data is its own: a task ablation that wins does not replace it."""
+"""A stage's data is its own: an ablation of the data that wins does not replace it."""
 
 
 def base_recipe(config: PipelineConfig, name: str, phase: str, changes: Mapping[str, Any]) -> Recipe:
-    """The base recipe with `changes` laid over it."""
-    return _recipe(name, phase, config.model, config.base, config.base.loss, changes)
+    """The base recipe with `changes`."""
+    return _recipe(name, phase, config, config.base, changes)
 
 
 def ablation_recipe(config: PipelineConfig, ablation: Ablation, changes: Mapping[str, Any]) -> Recipe:
@@ -38,25 +36,22 @@ def grid_recipe(config: PipelineConfig, size: Size, budget_flops: float, *, vari
 def stage_recipe(config: PipelineConfig, name: str, *, changes: Mapping[str, Any], start: bool) -> Recipe:
     """A stage of the final training, from the model's own start or (`start`) from the stage before."""
     kept = {path: value for path, value in changes.items() if path != OWN_DATA}
-    stage: Stage = getattr(config.stages, name)
-    recipe = _recipe(name, "train", config.model, stage, config.base.loss, kept)
-    return recipe.with_changes({"init_from": START}) if start else recipe
+    stage = config.stages.present[name]
+    recipe = _recipe(name, "dpo" if stage.dpo else "train", config, stage, kept)
+    return recipe.with_changes({"init_from": AN_INPUT}) if start else recipe
 
 
-def settings(recipe: Recipe) -> Values:
-    """The recipe as a step's settings: without `output`, which the step gives."""
-    return recipe.model_dump(mode="json", exclude={"output"})
-
-
-def _recipe(name: str, phase: str, model: ModelSettings, part: Base | Stage, loss: LossSettings, changes: Mapping[str, Any]) -> Recipe:
+def _recipe(name: str, phase: str, config: PipelineConfig, part: Base | Stage, changes: Mapping[str, Any]) -> Recipe:
     values: Values = {
         "name": name,
         "phase": phase,
         "output": "output",
-        "shards": SHARDS,
-        "model": _dump(model),
+        "shards": AN_INPUT,
+        "model": _dump(config.model),
         "data": _dump(part.data),
-        "loss": _dump(loss),
+        "loss": _dump(part.loss or config.base.loss),
+        "dpo": _dump(part.dpo) if isinstance(part, Stage) and part.dpo else None,
+        "best": _dump(part.best),
         "optimizer": _dump(part.optimizer),
         "run": _dump(part.run),
     }

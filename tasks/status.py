@@ -73,11 +73,11 @@ class StatusBoard:
         """`step` runs and has got this far."""
         self._change(lambda status: {"running": status.running | {step: report}})
 
-    def ended(self, step: str, *, well: bool) -> None:
-        """`step` runs no longer; `well` if it has its result."""
+    def ended(self, step: str, *, succeeded: bool) -> None:
+        """`step` runs no longer; `succeeded` if it has its result."""
 
         def change(status: PhaseStatus) -> dict[str, object]:
-            return {"running": {name: report for name, report in status.running.items() if name != step}, "done": status.done + well}
+            return {"running": {name: report for name, report in status.running.items() if name != step}, "done": status.done + succeeded}
 
         self._change(change)
 

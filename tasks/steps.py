@@ -1,32 +1,34 @@
-"""Steps: one job of fvlm_core, its inputs, and the folder on the volume that its result has.
+"""What a step is: one job of fvlm_core, its settings, its inputs, and the folder on the volume that its result gets.
 
-A step's folder is named by a key: the hash of the step's own settings and the digests of its inputs. So a change of one setting gives a
-new folder for that step and for all that depend on it, and for nothing else. Settings hold no paths: `input:NAME` stands for
-the folder of an input until the job is about to start, so a volume can be moved. Nothing in this file knows Prefect.
+**A step is done when its folder holds a manifest whose files are intact.** Nothing else decides that; Prefect's cache is the record of
+it in the UI. The folder's name ends in a key: the hash of the step's settings and of its inputs' digests. So a changed setting gives
+a new folder for that step and for all that depend on it, and for nothing else. Settings hold no paths: the folder of an input is put in
+its place when the job starts, so a volume can be moved. Nothing in this file knows Prefect.
 """
 
-import shutil
-import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-import yaml
-from pydantic import Field
+from pydantic import ValidationError
 
+from fvlm_core import dotted
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import FILE_NAME, AnyManifest, Manifest
-from fvlm_core.progress import ProgressReport
 from fvlm_core.settings import Settings, hash_json
-from infra.launch import DiskFullError, JobRefusedError, launch, python_job, torchrun_job
-from infra.locks import locked
 
 STEPS = "steps"
 """Folder of the volume that holds a folder per step."""
-INPUT = "input:"
+RECORD = "step.json"
+"""In a step's folder: what the step was made of, for whoever asks why another one is made."""
 KEY_LENGTH = 12
 """Hex digits of a key in folder names: 48 bits, no collision in any number of steps a volume will hold."""
+KEY_FORMAT = 1
+"""Raised when keys are made in another way, so that no old folder is mistaken for a new one."""
 
 Verify = Literal["sha256", "sizes"]
+OnCodeChange = Literal["warn", "rerun", "ignore"]
 
 
 class Made(Settings):
@@ -42,7 +44,7 @@ class Made(Settings):
         return AnyManifest.read(volume / self.folder)
 
     def problems(self, volume: Path, verify: Verify) -> list[str]:
-        """What is missing or damaged, or differs from what was made; empty when the step is whole."""
+        """What is missing or damaged, or differs from what was made; empty when the result is intact."""
         folder = volume / self.folder
         try:
             manifest = AnyManifest.read(folder)
@@ -52,8 +54,50 @@ class Made(Settings):
             return [f"{self.folder}: made again since, with another result"]
         return [f"{self.folder}/{problem}" for problem in manifest_problems(manifest, folder, verify)]
 
+    def file(self, path: str) -> "File":
+        """A file in its folder, as an input."""
+        return File(self, path)
 
-class Step(Settings):
+
+@dataclass(frozen=True)
+class Outside:
+    """A file or folder outside the volume."""
+
+    path: Path
+    digest: str
+    """What is there; empty where a result does not depend on it, as on a program's place."""
+
+
+@dataclass(frozen=True)
+class File:
+    """A file in the folder of another step's result."""
+
+    of: "Step | Made"
+    path: str
+
+
+class Finding(NamedTuple):
+    """What is in a step's folder."""
+
+    made: Made | None
+    """The result, where there is an intact one."""
+    reason: str = ""
+    """Why it has to be made, where it has."""
+    other_code: tuple[str, ...] = ()
+    """How the code that made it differs from that of now."""
+
+
+class StepRecord(Settings):
+    """`step.json`."""
+
+    settings: dict[str, Any]
+    """Without what only says how the job is done."""
+    inputs: dict[str, str]
+    """Digest of each input by the setting it fills."""
+
+
+@dataclass(frozen=True)
+class Step:
     """One job to run."""
 
     name: str
@@ -61,137 +105,146 @@ class Step(Settings):
     module: str
     """Run as `python -m MODULE job.yaml`, or under torchrun."""
     settings: dict[str, Any]
-    """The job's settings, without `output`; `input:NAME` or `input:NAME/path` stands for the folder of an input."""
-    inputs: dict[str, Made] = Field(default_factory=dict)
-    external: dict[str, str] = Field(default_factory=dict)
-    """Digests of inputs from outside the volume, by name."""
-    places: dict[str, str] = Field(default_factory=dict)
-    """Paths outside the volume that `input:NAME` may mean too. Not part of the key: what is there is (`external`)."""
+    """The job's settings, without `output`; those that are inputs hold anything."""
+    inputs: Mapping[str, "Given"] = field(default_factory=dict)
+    """What fills a setting, by its dotted path: a result's folder, a file in it, something outside the volume, or a list of these."""
+    identity: dict[str, Any] | None = None
+    """The settings that the result depends on, where not all of them."""
     ranks: int = 0
-    """Processes of a torchrun job; 0 is a plain process. Not part of the key: results do not depend on it."""
+    """Processes of a torchrun job; 0 is a plain process. Results do not depend on it, so it is no part of the key, as what follows."""
     threads: int = 1
-    """OMP_NUM_THREADS of the job. Not part of the key."""
-    version: int = 1
-    """Raised when the job's code changes what it makes from equal settings."""
+    """OMP_NUM_THREADS of the job."""
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        module: str,
+        part: Settings,
+        *,
+        inputs: "Mapping[str, Given] | None" = None,
+        threads: int = 1,
+        **more: Any,
+    ) -> "Step":
+        """The step of a job whose settings are a part of the profile and `more`."""
+        settings = part.model_dump(mode="json") | more
+        return cls(name, module, settings, inputs or {}, identity=part.identity_values() | more, threads=threads)
 
     @property
     def key(self) -> str:
-        """Identity of the result, before it is made."""
-        digests = {name: made.digest for name, made in self.inputs.items()}
-        return hash_json([self.name, self.module, self.version, self.settings, digests, self.external])[:KEY_LENGTH]
+        """Identity of the result, before it is made. Every input must have been made."""
+        given = self.identity if self.identity is not None else self.settings
+        kept = {name: value for name, value in given.items() if name not in self.inputs}
+        outside = {path: one.digest for path, one in self._flat_inputs() if isinstance(one, Outside) and one.digest}
+        made = {path: digest for path, digest in self.input_digests().items() if path not in outside}
+        return hash_json([self.name, self.module, KEY_FORMAT, kept, made, outside])[:KEY_LENGTH]
 
     @property
     def folder(self) -> str:
         """Folder of the result, relative to the volume."""
         return f"{STEPS}/{self.name}-{self.key}"
 
+    @property
+    def record(self) -> StepRecord:
+        """What it is made of."""
+        given = self.identity if self.identity is not None else self.settings
+        return StepRecord(settings={name: value for name, value in given.items() if name not in self.inputs}, inputs=self.input_digests())
+
+    @property
+    def needs(self) -> "list[Step]":
+        """The steps among its inputs: those that are not made yet."""
+        return [one for _, given in self._flat_inputs() if isinstance(one := given.of if isinstance(given, File) else given, Step)]
+
+    def bound(self, made: Mapping[str, Made]) -> "Step":
+        """The step with results, by step name, in place of the steps among its inputs; those that are not there stay."""
+
+        def bind(one: "Input") -> "Input":
+            if isinstance(one, File):
+                return File(made.get(one.of.name, one.of), one.path)
+            return made.get(one.name, one) if isinstance(one, Step) else one
+
+        inputs = {path: [bind(one) for one in given] if isinstance(given, Sequence) else bind(given) for path, given in self.inputs.items()}
+        return replace(self, inputs=inputs)
+
+    def file(self, path: str) -> File:
+        """A file in its folder, as an input."""
+        return File(self, path)
+
+    def input_digests(self) -> dict[str, str]:
+        """Digest of each input, with the path in it where it is a file, by the setting it fills."""
+        digests = {}
+        for path, given in self._flat_inputs():
+            source = given.of if isinstance(given, File) else given
+            if isinstance(source, Step):
+                raise RuntimeError(f"{self.name} needs {source.name}, which has not been made")
+            if source.digest:
+                digests[path] = f"{source.digest}/{given.path}" if isinstance(given, File) else source.digest
+        return digests
+
     def job_settings(self, volume: Path) -> dict[str, Any]:
-        """The settings with `output` and every `input:` reference as absolute paths."""
-        return {"output": str(volume / self.folder)} | self._resolved(self.settings, volume)
+        """The settings with `output` and every input as absolute paths."""
+        paths = {
+            path: [_place(one, volume) for one in given] if isinstance(given, Sequence) else _place(given, volume)
+            for path, given in self.inputs.items()
+        }
+        top = {path: value for path, value in paths.items() if "." not in path}
+        deep = {path: value for path, value in paths.items() if "." in path}
+        return {"output": str(volume / self.folder)} | dotted.with_changes(self.settings, deep) | top
 
-    def _resolved(self, value: Any, volume: Path) -> Any:
-        if isinstance(value, dict):
-            return {key: self._resolved(item, volume) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self._resolved(item, volume) for item in value]
-        if isinstance(value, str) and value.startswith(INPUT):
-            name, _, rest = value.removeprefix(INPUT).partition("/")
-            place = Path(self.places[name]) if name in self.places else volume / self.inputs[name].folder
-            return str(place / rest)
-        return value
-
-    def found(self, volume: Path, verify: Verify) -> Made | None:
-        """The result, if it is on the volume and whole."""
+    def find(self, volume: Path, verify: Verify, on_code_change: OnCodeChange = "warn") -> Finding:
+        """What is in the step's folder."""
         folder = volume / self.folder
         if not (folder / FILE_NAME).is_file():
-            return None
-        made = self._made(volume)
-        return None if made is None or made.problems(volume, verify) else made
+            return Finding(None, "not made yet" if not folder.exists() else "begun, not finished")
+        made = self.result(volume)
+        if made is None:
+            return Finding(None, "damaged: its manifest cannot be read")
+        if problems := made.problems(volume, verify):
+            return Finding(None, f"damaged: {'; '.join(problems[:3])}")
+        other = () if on_code_change == "ignore" else tuple(made.manifest(volume).other_code)
+        if other and on_code_change == "rerun":
+            return Finding(None, f"made by other code: {'; '.join(other[:3])}")
+        return Finding(made, other_code=other)
 
-    def _made(self, volume: Path) -> Made | None:
+    def result(self, volume: Path) -> Made | None:
+        """What the folder's manifest says was made, unchecked; None where it cannot be read."""
         try:
             return Made(name=self.name, folder=self.folder, digest=AnyManifest.read(volume / self.folder).digest)
         except UserError:
             return None
 
-
-class Reporter:
-    """Where a step's life is reported; the base class reports nothing."""
-
-    def log(self, message: str) -> None:
-        """Something a reader of the run's log wants to know."""
-
-    def progress(self, step: str, report: ProgressReport) -> None:
-        """The job of `step` has got this far."""
+    def _flat_inputs(self) -> "Iterator[tuple[str, Input]]":
+        for path, given in self.inputs.items():
+            if isinstance(given, Sequence):
+                yield from ((f"{path}.{number}", one) for number, one in enumerate(given))
+            else:
+                yield path, given
 
 
-def make(
-    step: Step,
-    volume: Path,
-    *,
-    verify: Verify = "sha256",
-    min_free_bytes: int = 0,
-    stop: threading.Event | None = None,
-    reporter: Reporter | None = None,
-) -> Made:
-    """The step's result: found whole on the volume, or made by its job.
-
-    Only one process makes a step at a time. A folder left half-done by a killed process is handed to the job as it is, to go on from; a
-    finished one that was damaged is made again from nothing.
-
-    Raises UserError (the job refuses its input, the disk is full), infra.launch.JobError or JobStoppedError.
-    """
-    reporter = reporter or Reporter()
-    folder = volume / step.folder
-
-    def waiting() -> None:
-        reporter.log(f"{step.name}: another process is making it; waiting for it to finish or end")
-        if stop is not None and stop.wait(1.0):
-            raise InterruptedError(f"{step.name} was cancelled while it waited for another process")
-
-    with locked(volume / STEPS / ".locks" / folder.name, waiting=waiting):
-        if found := step.found(volume, verify):
-            reporter.log(f"{step.name}: found whole in {step.folder}")
-            return found
-        if (folder / FILE_NAME).exists():
-            made = step._made(volume)
-            problems = made.problems(volume, verify) if made else ["manifest.json: damaged"]
-            reporter.log(f"{step.name}: damaged since it was made, so it is made again: {'; '.join(problems[:5])}")
-            shutil.rmtree(folder)
-        _run(step, volume, min_free_bytes=min_free_bytes, stop=stop, reporter=reporter)
-        made = step._made(volume)
-        if made is None or (problems := made.problems(volume, verify)):
-            faults = "; ".join(problems[:5]) if made else "it wrote no manifest.json"
-            raise RuntimeError(f"{step.name}: the job ended well but its result is not whole: {faults}")
-        return made
+Input = Step | Made | Outside | File
+Given = Input | Sequence[Input]
+"""What fills a setting."""
 
 
-def _run(step: Step, volume: Path, *, min_free_bytes: int, stop: threading.Event | None, reporter: Reporter) -> None:
-    """Run the step's job in its folder."""
-    folder = volume / step.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = folder / ("recipe.yaml" if step.ranks else "job.yaml")
-    settings.write_text(yaml.safe_dump(step.job_settings(volume), sort_keys=False))
-    command = torchrun_job(step.module, settings, processes=step.ranks) if step.ranks else python_job(step.module, settings)
+def in_waves(steps: list[Step]) -> Iterator[list[Step]]:
+    """The steps in groups: those of a group need only results of the groups before. Raises ValueError for steps that need each other."""
+    left, names = list(steps), {step.name for step in steps}
+    done: set[str] = set()
+    while left:
+        ready = [step for step in left if all(need.name in done or need.name not in names for need in step.needs)]
+        if not ready:
+            raise ValueError(f"these steps wait for each other: {', '.join(step.name for step in left)}")
+        yield ready
+        done |= {step.name for step in ready}
+        left = [step for step in left if step.name not in done]
 
-    def watch() -> None:
-        if report := ProgressReport.read(folder):
-            reporter.progress(step.name, report)
 
-    reporter.log(f"{step.name}: {' '.join(command)}")
+def read_record(folder: Path) -> StepRecord | None:
+    """What the step in `folder` was made of, or None where that is not known."""
     try:
-        launch(command, folder, threads=step.threads, min_free_bytes=min_free_bytes, stop=stop, watch=watch)
-    except JobRefusedError as error:
-        raise _user_error(error) from error
-    except DiskFullError as error:
-        raise UserError(str(error), where=str(volume), fix="free some space, or give another volume") from error
-
-
-def _user_error(error: JobRefusedError) -> UserError:
-    """The UserError that the job printed, with its parts told apart again."""
-    what, _, rest = error.reason.partition("\n  where: ")
-    where, _, fix = rest.partition("\n  fix:   ")
-    return UserError(what, where=where or str(error.log), fix=fix or f"see {error.log}")
+        return StepRecord.model_validate_json((folder / RECORD).read_bytes())
+    except (OSError, ValidationError):
+        return None
 
 
 def manifest_problems(manifest: Manifest, folder: Path, verify: Verify) -> list[str]:
@@ -205,3 +258,12 @@ def manifest_problems(manifest: Manifest, folder: Path, verify: Verify) -> list[
         if size != entry.bytes:
             problems.append(f"{entry.path}: {'missing' if size is None else f'{size} bytes, expected {entry.bytes}'}")
     return problems
+
+
+def _place(given: Input, volume: Path) -> str:
+    """The absolute path of an input."""
+    if isinstance(given, Outside):
+        return str(given.path)
+    if isinstance(given, File):
+        return f"{_place(given.of, volume)}/{given.path}"
+    return str(volume / given.folder)

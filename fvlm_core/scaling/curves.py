@@ -1,7 +1,13 @@
-"""Training curves: the metrics of one run, or of several that go on from each other."""
+"""Training curves: the metrics of one run, or of several that go on from each other.
+
+`python -m fvlm_core.scaling.curves job.yaml` draws those of a phase's runs.
+"""
 
 from pathlib import Path
 
+from fvlm_core.cli import run_job
+from fvlm_core.manifest import Manifest, file_entries
+from fvlm_core.scaling.jobs import CurvesJob
 from fvlm_core.scaling.plots import COLOURS, WIDTH, canvas
 from fvlm_core.scaling.runs import FinishedRun, metrics_rows
 
@@ -53,3 +59,20 @@ def plot_curves(stages: dict[str, FinishedRun], path: Path) -> bool:
         for axes in grid[len(drawn) :]:
             axes.set_axis_off()
     return True
+
+
+def draw(job: CurvesJob) -> Manifest:
+    """Draw the runs' curves one after another."""
+    runs = {name: FinishedRun.read(folder) for name, folder in job.runs.items()}
+    plot_curves(runs, job.output / CURVES)
+    return Manifest(
+        name="curves",
+        settings_hash=job.hash(exclude={"output", "runs"}),
+        inputs={name: run.manifest.digest for name, run in runs.items()},
+        counts={"runs": len(runs)},
+        files=file_entries(job.output, [CURVES], identity=False),  # speeds and times are among them
+    ).write(job.output)
+
+
+if __name__ == "__main__":
+    run_job(CurvesJob, draw)

@@ -159,3 +159,11 @@ class ScalingReport(Manifest):
     chosen_reason: str
     run_seconds: float
     """Sum over the runs."""
+
+
+class CurvesJob(Settings):
+    """Draw the training curves of runs that go on from each other."""
+
+    output: Path
+    runs: dict[str, Path]
+    """Folders of finished runs by name, in order."""

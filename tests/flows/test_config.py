@@ -10,14 +10,13 @@ import yaml
 
 from deployments.checks import PROFILES, load_profile
 from deployments.speedrun import with_videos
-from flows.pipeline import point
+from flows.registry import PHASES
 from fvlm_core.data.jobs import SPLITS, ShardManifest, SourceCounts
 from fvlm_core.dotted import with_changes
 from fvlm_core.errors import UserError
-from tasks.changes import fitted
-from tasks.config import PipelineConfig
+from tasks.config import PipelineConfig, fitted
 from tasks.mixtures import check_names, check_shards, made_sources
-from tasks.phases import PHASES, phase_key
+from tasks.pipeline_flow import point
 from tasks.recipes import ablation_recipe, base_recipe, grid_recipe, stage_recipe
 
 CI: dict[str, Any] = yaml.safe_load((PROFILES / "ci.yaml").read_text())
@@ -38,7 +37,7 @@ def config(values: dict[str, Any] = CI) -> PipelineConfig:
 
 
 def keys(values: dict[str, Any]) -> dict[str, str]:
-    return {phase: phase_key(phase, config(values)) for phase in PHASES}
+    return {name: phase.key(config(values)) for name, phase in PHASES.items()}
 
 
 @pytest.mark.parametrize("profile", ["ci", "laptop", "runpod"])
@@ -217,7 +216,7 @@ def test_own_videos_take_the_place_of_the_captioned_default_clips(tmp_path: Path
     named = {one.source for part in parts if part for one in part.mixture}
     named |= {one["source"] for ablation in mine.ablations for one in ablation.change.get("data.mixture", [])}
     assert not {"natural", "gaze_caption"} & named
-    assert keys(CI)["precompute"] != phase_key("precompute", mine)
+    assert keys(CI)["precompute"] != PHASES["precompute"].key(mine)
 
 
 def test_the_newest_step_s_link_is_renewed_and_takes_nobody_s_place(tmp_path: Path) -> None:

@@ -1,20 +1,30 @@
-"""The example recipes are valid, and a stage goes on from the model of the one before it."""
+"""The example recipe is valid, and so are those that `fvlm recipe` prints of every profile's stages."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fvlm_core.config import Recipe
 from fvlm_core.train.schedules import learning_rates
 
-FOLDER = Path(__file__).parents[2] / "deployments" / "recipes"
+EXAMPLE = Path(__file__).parents[2] / "deployments" / "recipes" / "tiny.yaml"
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
-def test_example_recipe(path: Path) -> None:
-    recipe = Recipe.from_yaml(path)
+def test_the_example_recipe() -> None:
+    recipe = Recipe.from_yaml(EXAMPLE)
     assert recipe.run.steps
     assert learning_rates(recipe.optimizer, 0, recipe.run.steps)["connector"] > 0
-    if recipe.init_from:
-        before = Recipe.from_yaml(FOLDER / f"{recipe.init_from.name}.yaml")
-        assert (before.output, before.model) == (recipe.init_from, recipe.model)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage3"])
+def test_a_stages_recipe_is_printed(stage: str) -> None:
+    fvlm = Path(sys.executable).with_name("fvlm")
+    places = ["--output", "runs/x", "--shards", "volume/shards", "--init-from", "runs/before"]
+    command = [fvlm, "recipe", stage, "--profile", "runpod", *places, "--set", f"stages.{stage}.run.steps=7"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    recipe = Recipe.model_validate(yaml.safe_load(printed))
+    assert (recipe.name, recipe.run.steps, recipe.output, recipe.init_from) == (stage, 7, Path("runs/x"), Path("runs/before"))
+    assert recipe.run.compile is True

@@ -1,0 +1,66 @@
+"""The profile of a command: by name or file, with the user's own videos and changed settings."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deployments.checks import load_profile
+from fvlm_core.errors import UserError
+from tasks.config import PipelineConfig
+from tasks.mixtures import mixtures
+from tasks.outside import VIDEOS
+from tasks.recipes import OWN_DATA
+
+CAPTION_SOURCES = ("gaze_caption", "natural")
+"""Sources whose share of every mixture goes to the user's own videos."""
+
+
+def chosen_profile(profile: str, *, videos: Path | None = None, changes: Sequence[str] = ()) -> PipelineConfig:
+    """The profile with the user's videos and `PATH=VALUE` changes.
+
+    Raises UserError for a setting that does not exist or a value it cannot have.
+    """
+    config = load_profile(profile)
+    config = with_videos(config, videos.resolve()) if videos else config
+    return config.with_changes(dict(map(parse_change, changes)), where="--set") if changes else config
+
+
+def parse_change(text: str) -> tuple[str, Any]:
+    """`stages.stage2.run.steps=10` as a path and a value; values are YAML, so `[1, 2]` and `{a: b}` are lists and dicts."""
+    path, separator, value = text.partition("=")
+    if not separator or not path.strip():
+        raise UserError(f"not a change: {text!r}", where="--set", fix="write PATH=VALUE, e.g. --set stages.stage2.run.steps=10")
+    try:
+        return path.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"the value of {path} is not YAML: {value!r}", where="--set", fix="quote it, e.g. --set 'name=\"a: b\"'") from error
+
+
+def with_videos(config: PipelineConfig, videos: Path) -> PipelineConfig:
+    """The profile with the user's own videos in place of the default clips that are captioned."""
+    values = config.model_dump(mode="json")
+    values["precompute"] |= {"videos": str(videos), "natural": False}
+    for part in (values["base"], *values["stages"].values()):
+        for data in (part["data"], part["data"]["validation"]):
+            if data:
+                data["mixture"] = _with_videos(data["mixture"])
+    for ablation in values["ablations"]:
+        if ablation["path"] == OWN_DATA:
+            ablation["value"] = _with_videos(ablation["value"])
+    mine = PipelineConfig.from_values(values, where=f"the profile {config.name} with {videos}")
+    if not any(part.source == VIDEOS for _, _, mixture in mixtures(mine) for part in mixture):
+        raise UserError(
+            f"no mixture of the profile {config.name} has a share for them",
+            where="--videos",
+            fix=f"name the source {VIDEOS!r} in a mixture of the profile, or one of {', '.join(CAPTION_SOURCES)}, whose place they take",
+        )
+    return mine
+
+
+def _with_videos(mixture: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The user's videos in place of the default captioned clips, with their share."""
+    share = sum(one["share"] for one in mixture if one["source"] in CAPTION_SOURCES)
+    kept = [one for one in mixture if one["source"] not in CAPTION_SOURCES]
+    return kept + ([{"source": VIDEOS, "share": share}] if share else [])

@@ -1,0 +1,100 @@
+"""Which code a result was made by: the repository's files that a job reaches through its imports, and the versions of its libraries.
+
+A manifest records both. Code is no part of a step's key (a changed comment would make everything again): a result made by other
+code is reported, or made again where the profile says so.
+"""
+
+import ast
+import hashlib
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+PACKAGE = "fvlm_core"
+ROOT = Path(__file__).resolve().parents[1]
+"""The folder that paths of code are relative to: the checkout, or where the package is installed."""
+LIBRARIES = ("torch", "transformers", "webdataset", "av", "numpy")
+"""Libraries whose version a result can depend on."""
+DIGEST_LENGTH = 16
+"""Hex digits kept of a file's sha256: enough to see a change."""
+
+
+def running() -> dict[str, str]:
+    """Path and digest of every file of the repository that the running job's module reaches; empty outside a job."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    name = spec.name.removesuffix(".__main__") if spec else ""
+    return {path: digest(path) for path in reached(name)} if name.split(".")[0] == PACKAGE else {}
+
+
+@cache
+def reached(module: str) -> tuple[str, ...]:
+    """Paths, relative to `ROOT`, of the repository's files that importing and running `module` can reach; functions' imports too."""
+    found: dict[str, Path] = {}
+    waiting = [module, f"{module}.__main__"]
+    while waiting:
+        name = waiting.pop()
+        path = _file_of(name)
+        if path is None or name in found:
+            continue
+        found[name] = path
+        waiting += _imports(name, path)
+        waiting += [name.rpartition(".")[0]] if "." in name else []  # a package's __init__ runs first
+    return tuple(sorted(path.relative_to(ROOT).as_posix() for path in found.values()))
+
+
+@cache
+def digest(path: str) -> str:
+    """Digest of a file of the repository as it is now, by its path relative to `ROOT`; empty where there is none."""
+    try:
+        return hashlib.sha256((ROOT / path).read_bytes()).hexdigest()[:DIGEST_LENGTH]
+    except OSError:
+        return ""
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of Python and of `LIBRARIES`."""
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES}
+
+
+@cache
+def commit() -> str:
+    """The checkout's commit, with `+changes` where files differ from it; empty where this is no checkout of git."""
+    try:
+        described = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+        return subprocess.run(described, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def changes(code: Mapping[str, str], made_with: Mapping[str, str]) -> list[str]:
+    """How the code and the libraries of now differ from those that a result was made by, a clause each; empty where they do not."""
+    lines = [f"{path} has {'changed' if digest(path) else 'gone'}" for path, before in code.items() if digest(path) != before]
+    now = versions()
+    return lines + [f"{name} was {before} and is {now[name]}" for name, before in made_with.items() if now.get(name, before) != before]
+
+
+def _imports(name: str, path: Path) -> Iterator[str]:
+    """Names of the package's modules that a file imports, anywhere in it."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (above, node.module) if part)
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)  # each may be a module or something in one
+
+
+def _file_of(module: str) -> Path | None:
+    """The file of a module of the package; None for other packages' and for names that are no modules."""
+    parts = module.split(".")
+    if parts[0] != PACKAGE:
+        return None
+    place = ROOT.joinpath(*parts)
+    return next((path for path in (place / "__init__.py", place.with_suffix(".py")) if path.is_file()), None)

@@ -1,0 +1,64 @@
+"""Takes a finished result from elsewhere as the result of a step, after checking that it is what the step would make."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fvlm_core.dotted import differences
+from fvlm_core.errors import UserError
+from fvlm_core.manifest import AnyManifest, write_atomically
+from fvlm_core.settings import read_yaml
+from tasks.steps import RECORD, STEPS, Made, Step, StepRecord, read_record
+
+SETTINGS_FILES = ("recipe.yaml", "job.yaml")
+"""Where a job's own folder says its settings, where it has no record of a step."""
+SHOWN = 5
+
+
+def adopt(step: Step, folder: Path, volume: Path) -> Made:
+    """Copy the result in `folder` to where the step's result belongs; `step` has all its inputs.
+
+    Raises UserError where it is damaged, was made with other settings or of other inputs, or the step is done already.
+    """
+    if step.needs:
+        names = ", ".join(need.name for need in step.needs)
+        raise UserError(f"{step.name} reads {names}, which is not there yet", where=str(volume), fix=f"make or adopt {names} first")
+    target = volume / step.folder
+    if step.find(volume, "sha256").made:
+        raise UserError(
+            f"{step.name} is done already", where=str(target), fix="nothing has to be adopted; delete that folder to replace it"
+        )
+    manifest = AnyManifest.read(folder)
+    if problems := manifest.problems(folder):
+        raise UserError(f"the result is damaged: {'; '.join(problems[:SHOWN])}", where=str(folder), fix="copy it again")
+    wanted, theirs = step.record, _record(folder, manifest)
+    settings = {name: value for name, value in theirs.settings.items() if name in wanted.settings}
+    odd = [f"{path} is {now!r}, not {want!r}" for path, (want, now) in differences(wanted.settings, settings).items()]
+    odd += [f"it was made of another {name}" for name, digest in theirs.inputs.items() if wanted.inputs.get(name, digest) != digest]
+    if odd:
+        raise UserError(
+            f"that is no result of {step.name}: {'; '.join(odd[:SHOWN])}",
+            where=str(folder),
+            fix="change the profile to what it was made with, or adopt another result",
+        )
+    arriving = volume / STEPS / f".arriving-{target.name}"
+    shutil.rmtree(arriving, ignore_errors=True)
+    shutil.copytree(folder, arriving)
+    write_atomically(arriving / RECORD, wanted.model_dump_json(indent=2).encode())
+    shutil.rmtree(target, ignore_errors=True)
+    arriving.rename(target)
+    return Made(name=step.name, folder=step.folder, digest=manifest.digest)
+
+
+def _record(folder: Path, manifest: AnyManifest) -> StepRecord:
+    """What the result was made of: its step's record, else its settings file and the inputs that its manifest names."""
+    if record := read_record(folder):
+        return record
+    files = [folder / name for name in SETTINGS_FILES if (folder / name).is_file()]
+    if not files:
+        raise UserError("the result does not say what it was made with", where=str(folder), fix=f"it needs a {' or '.join(SETTINGS_FILES)}")
+    settings: Any = read_yaml(files[0])
+    if not isinstance(settings, Mapping):
+        raise UserError("the settings are not a list of keys", where=str(files[0]), fix="copy the result again")
+    return StepRecord(settings=dict(settings), inputs=manifest.inputs)

@@ -1,0 +1,100 @@
+"""Makes a step: its result is found on the volume, or its job runs as a subprocess. Nothing in this file knows Prefect."""
+
+import shutil
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from fvlm_core.errors import UserError
+from fvlm_core.manifest import FILE_NAME, write_atomically
+from fvlm_core.progress import ProgressReport
+from infra.launch import DiskFullError, JobRefusedError, launch, python_job, torchrun_job
+from infra.locks import locked
+from tasks.steps import RECORD, STEPS, Made, OnCodeChange, Step, Verify
+
+PROBLEMS_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class How:
+    """How steps are made; results do not depend on it."""
+
+    verify: Verify = "sha256"
+    on_code_change: OnCodeChange = "warn"
+    min_free_bytes: int = 0
+    """Free space on the volume below which no job starts."""
+
+
+class Reporter:
+    """Where a step's life is reported; the base class reports nothing."""
+
+    def log(self, message: str) -> None:
+        """Something a reader of the run's log wants to know."""
+
+    def progress(self, step: str, report: ProgressReport) -> None:
+        """The job of `step` has got this far."""
+
+
+def make(
+    step: Step, volume: Path, *, how: How | None = None, stop: threading.Event | None = None, reporter: Reporter | None = None
+) -> Made:
+    """The step's result: found intact on the volume, or made by its job.
+
+    Only one process makes a step at a time. A folder left half-done by a killed process is handed to the job as it is, to go on from; a
+    finished one that was damaged is made again from nothing.
+
+    Raises UserError (the job refuses its input, the disk is full), infra.launch.JobError or JobStoppedError.
+    """
+    how, reporter = how or How(), reporter or Reporter()
+    folder = volume / step.folder
+
+    def waiting() -> None:
+        reporter.log(f"{step.name}: another process is making it; waiting for it to finish or end")
+        if stop is not None and stop.wait(1.0):
+            raise InterruptedError(f"{step.name} was cancelled while it waited for another process")
+
+    with locked(volume / STEPS / ".locks" / folder.name, waiting=waiting):
+        found = step.find(volume, how.verify, how.on_code_change)
+        if found.made:
+            reporter.log(f"{step.name}: found in {step.folder}")
+            return found.made
+        if (folder / FILE_NAME).exists():
+            reporter.log(f"{step.name}: made again from nothing; {found.reason}")
+            shutil.rmtree(folder)
+        _run(step, volume, how.min_free_bytes, stop, reporter)
+        made = step.result(volume)
+        if made is None or (problems := made.problems(volume, "sizes")):
+            faults = "; ".join(problems[:PROBLEMS_SHOWN]) if made else "it wrote no manifest.json"
+            raise RuntimeError(f"{step.name}: the job succeeded but its result is not complete: {faults}")
+        return made
+
+
+def _run(step: Step, volume: Path, min_free_bytes: int, stop: threading.Event | None, reporter: Reporter) -> None:
+    """Run the step's job in its folder."""
+    folder = volume / step.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / RECORD, step.record.model_dump_json(indent=2).encode())
+    settings = folder / "job.yaml"
+    settings.write_text(yaml.safe_dump(step.job_settings(volume), sort_keys=False))
+    command = torchrun_job(step.module, settings, processes=step.ranks) if step.ranks else python_job(step.module, settings)
+
+    def watch() -> None:
+        if report := ProgressReport.read(folder):
+            reporter.progress(step.name, report)
+
+    reporter.log(f"{step.name}: {' '.join(command)}")
+    try:
+        launch(command, folder, threads=step.threads, min_free_bytes=min_free_bytes, stop=stop, watch=watch)
+    except JobRefusedError as error:
+        raise _user_error(error) from error
+    except DiskFullError as error:
+        raise UserError(str(error), where=str(volume), fix="free some space, or give another volume") from error
+
+
+def _user_error(error: JobRefusedError) -> UserError:
+    """The UserError that the job printed, with its parts told apart again."""
+    what, _, rest = error.reason.partition("\n  where: ")
+    where, _, fix = rest.partition("\n  fix:   ")
+    return UserError(what, where=where or str(error.log), fix=fix or f"see {error.log}")

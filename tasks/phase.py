@@ -1,0 +1,190 @@
+"""What a phase is: the part of the profile it reads, its steps, what it decides for later phases, what it shows; and what it leaves.
+
+A phase's folder is named by a key made of the profile alone, so that a phase that runs by itself finds the results of those before
+it; its manifest records the digests of what it was made from, so that outdated results are noticed. Nothing in this file knows Prefect.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, JsonValue
+
+from fvlm_core.dotted import value_at
+from fvlm_core.errors import UserError
+from fvlm_core.manifest import Manifest
+from fvlm_core.settings import Settings, hash_json
+from fvlm_core.tables import Table
+from tasks.config import PipelineConfig
+from tasks.steps import KEY_LENGTH, Input, Made, Step, Verify
+
+PHASES_FOLDER = "phases"
+"""Folder of the volume that holds a folder per phase."""
+
+PoolRole = Literal["cpu", "gpu"]
+Changes = Mapping[str, JsonValue]
+"""Settings of a recipe by dotted path."""
+
+
+class Picture(Settings):
+    """A picture to show."""
+
+    path: str
+    """Relative to the volume."""
+    caption: str
+
+
+class Shown(Settings):
+    """What a phase shows of its results."""
+
+    table: Table | None = None
+    text: str = ""
+    """What was decided, and what the table shows, in markdown."""
+    pictures: list[Picture] = Field(default_factory=list)
+    closing: list[Table] = Field(default_factory=list)
+    """Tables that the command prints at its end."""
+    outputs: dict[str, str] = Field(default_factory=dict)
+    """Files and folders for the user, relative to the volume, by what they are."""
+
+
+class Before:
+    """What the phases before one have left: their steps as inputs, and what they decided."""
+
+    def __init__(self, steps: Mapping[str, Mapping[str, Made | Step]], decided: Mapping[str, Changes]) -> None:
+        """`steps` by phase and name (a Step where it is not made yet), `decided` by phase; both in the order of the phases."""
+        self._steps, self._decided = steps, decided
+
+    def step(self, phase: str, name: str) -> Input:
+        """A step of an earlier phase."""
+        return self._steps[phase][name]
+
+    def steps(self, phase: str) -> Mapping[str, Input]:
+        """All steps of an earlier phase by name."""
+        return self._steps.get(phase, {})
+
+    @property
+    def changes(self) -> dict[str, JsonValue]:
+        """What all earlier phases decided, the later ones' word last."""
+        return {path: value for decided in self._decided.values() for path, value in decided.items()}
+
+
+@dataclass(frozen=True)
+class Results:
+    """The finished steps of a phase."""
+
+    volume: Path
+    made: Mapping[str, Made]
+
+    def folder(self, step: str) -> Path:
+        """Where a step's result is."""
+        return self.volume / self.made[step].folder
+
+    def pictures(self, step: str, captions: Mapping[str, str] | None = None) -> list[Picture]:
+        """The pictures among a step's files, with their captions by file name."""
+        made = self.made[step]
+        paths = [entry.path for entry in made.manifest(self.volume).files if entry.path.endswith(".png")]
+        return [Picture(path=f"{made.folder}/{path}", caption=(captions or {}).get(Path(path).name, "")) for path in paths]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase of the pipeline."""
+
+    name: str
+    purpose: str
+    """What it does, in a sentence; the description of its flow."""
+    pool: PoolRole
+    """Kind of machine that it runs on."""
+    reads: tuple[str, ...]
+    """Dotted paths of the profile that its results depend on."""
+    steps: Callable[[PipelineConfig, Before], list[Step]]
+    """Its steps; they may hold steps that are not made yet as inputs."""
+    show: Callable[[PipelineConfig, Results], Shown]
+    after: "tuple[Phase, ...]" = ()
+    """Phases whose results it uses."""
+    decide: Callable[[PipelineConfig, Results], Changes] = lambda config, results: {}
+    """Changes that later phases apply to their recipes."""
+    outside: Callable[[PipelineConfig], Mapping[str, str]] = lambda config: {}
+    """Digests of what it reads from outside the volume, by name."""
+    links: Mapping[str, str] = field(default_factory=dict)
+    """Names on the volume that lead to the newest result of a step."""
+    schedule: str | None = None
+    """Cron line of its deployment's schedule, which is made paused."""
+
+    @property
+    def ancestors(self) -> "list[Phase]":
+        """Every phase that it rests on, directly or not, each once, in an order in which they can run."""
+        found: dict[str, Phase] = {}
+        for phase in self.after:
+            found |= {one.name: one for one in (*phase.ancestors, phase)}
+        return list(found.values())
+
+    def key(self, config: PipelineConfig) -> str:
+        """Identity of its part of the profile and of the parts of all before it."""
+        values = config.identity_values()
+        parts = {path: value_at(values, path) for path in self.reads}
+        return hash_json([self.name, parts, [phase.key(config) for phase in self.after]])[:KEY_LENGTH]
+
+    def folder(self, config: PipelineConfig, volume: Path) -> Path:
+        """Where its manifest and its progress are."""
+        return volume / PHASES_FOLDER / f"{self.name}-{self.key(config)}"
+
+    def inputs(self, config: PipelineConfig, done: "Mapping[str, PhaseManifest]") -> dict[str, str]:
+        """What a manifest made now has as `inputs`, given those of the phases before."""
+        return {phase.name: done[phase.name].digest for phase in self.after} | dict(self.outside(config))
+
+
+class PhaseManifest(Manifest):
+    """A finished phase: its steps, what later phases take from it, what it shows. `inputs`: digests of the phases it used."""
+
+    steps: dict[str, Made]
+    decided: dict[str, JsonValue] = Field(default_factory=dict)
+    """Changes that later phases apply to their recipes, by dotted path."""
+    shown: Shown = Shown()
+
+    @property
+    def digest(self) -> str:
+        """Identity of what the phase decided and made."""
+        return hash_json([self.name, {name: made.digest for name, made in self.steps.items()}, self.decided])
+
+    def step_problems(self, volume: Path, verify: Verify) -> list[str]:
+        """What is missing or damaged in the phase's steps."""
+        return [problem for made in self.steps.values() for problem in made.problems(volume, verify)]
+
+    def other_code(self, volume: Path) -> dict[str, list[str]]:
+        """How the code of now differs from that which made each step, where it does."""
+        found = {name: made.manifest(volume).other_code for name, made in self.steps.items()}
+        return {name: changes for name, changes in found.items() if changes}
+
+
+def current(phase: Phase, config: PipelineConfig, volume: Path, *, done: Mapping[str, PhaseManifest]) -> PhaseManifest | None:
+    """The phase's result if it is there, intact, and was made from what `done` (the phases before) and the outside hold now."""
+    try:
+        manifest = PhaseManifest.read(phase.folder(config, volume))
+    except UserError:
+        return None
+    if manifest.inputs != phase.inputs(config, done) or manifest.step_problems(volume, config.machine.verify):
+        return None
+    return None if config.machine.on_code_change == "rerun" and manifest.other_code(volume) else manifest
+
+
+def require(phases: Sequence[Phase], config: PipelineConfig, volume: Path, *, by: str, verify: Verify) -> dict[str, PhaseManifest]:
+    """Results of `phases`, which are in an order in which they can run, for the phase called `by`.
+
+    Raises UserError that names the deployment to run first, where one is missing, damaged or outdated.
+    """
+    found: dict[str, PhaseManifest] = {}
+    for phase in phases:
+        folder = phase.folder(config, volume)
+        fix = f"run the deployment {phase.name}/{config.name} first, or the whole pipeline/{config.name}"
+        try:
+            manifest = PhaseManifest.read(folder)
+        except UserError as error:
+            raise UserError(f"{by} needs the results of {phase.name}, which are not there", where=str(folder), fix=fix) from error
+        if problems := manifest.step_problems(volume, verify):
+            raise UserError(f"the results of {phase.name} are damaged: {'; '.join(problems[:5])}", where=str(folder), fix=fix)
+        if manifest.inputs != phase.inputs(config, found):
+            raise UserError(f"the results of {phase.name} are older than what they were made from", where=str(folder), fix=fix)
+        found[phase.name] = manifest
+    return found

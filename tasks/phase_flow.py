@@ -1,0 +1,206 @@
+"""Runs a phase as a Prefect flow: its steps as cached, retried tasks, then its manifest and its artifacts."""
+
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger, task
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.flows import Flow
+from prefect.runtime import flow_run
+from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.tasks import Task, exponential_backoff
+from pydantic import JsonValue
+
+from fvlm_core.data.jobs import ShardManifest
+from fvlm_core.errors import UserError
+from fvlm_core.progress import ProgressReport
+from infra.launch import JobStoppedError
+from tasks import artifacts
+from tasks.config import PipelineConfig
+from tasks.make import How, Reporter, make
+from tasks.mixtures import check_shards
+from tasks.phase import Before, Phase, PhaseManifest, Results, require
+from tasks.status import StatusBoard
+from tasks.steps import Finding, Made, Step, in_waves
+
+RESULTS = "prefect/results"
+"""Folder of the volume where Prefect keeps results of tasks and their cache keys: one for all workers."""
+RETRIES = 2
+FIRST_RETRY_S = 5
+GB = 10**9
+
+
+def phase_flow(phase: Phase, module: str) -> Flow[..., None]:
+    """The phase's flow, to be a variable of `module` with the phase's name: that is where a worker looks for it."""
+
+    def run(config: PipelineConfig, volume: str, changes: dict[str, JsonValue] | None = None) -> None:
+        """
+        Args:
+            config: What every phase does.
+            volume: Folder that holds all results (an absolute path).
+            changes: Settings to change in `config`, by dotted path: {"stages.stage2.run.steps": 10}.
+        """
+        run_phase(phase, changed(config, changes), volume)
+
+    run.__name__ = run.__qualname__ = phase.name
+    run.__module__ = module
+    run.__doc__ = f"{phase.purpose}\n{run.__doc__}"
+    return flow(name=phase.name, description=phase.purpose, flow_run_name=f"{{config.name}} · {phase.name}")(run)
+
+
+def changed(config: PipelineConfig, changes: dict[str, JsonValue] | None) -> PipelineConfig:
+    """The profile with some settings changed. Raises UserError for a setting that does not exist or a value it cannot have."""
+    return config.with_changes(changes, where="changes") if changes else config
+
+
+def run_phase(phase: Phase, config: PipelineConfig, volume: str) -> PhaseManifest:
+    """Make every step that is not there already, then write the phase's manifest and publish what it shows.
+
+    Raises UserError where an earlier phase's results are missing, damaged or outdated, or lack a source that the phase needs.
+    """
+    started, root = time.monotonic(), Path(volume)
+    if not root.is_absolute():
+        raise UserError("the volume must be an absolute path", where=volume, fix="a worker may run in any folder; give the whole path")
+    # a pipeline run has looked into every file of the phases before; a phase that runs by itself has to
+    verify = "sizes" if flow_run.parent_flow_run_id else config.machine.verify
+    done = require(phase.ancestors, config, root, by=phase.name, verify=verify)
+    if "precompute" in done:
+        check_shards(config, ShardManifest.read(root / done["precompute"].steps["shards"].folder))
+    before = Before({name: one.steps for name, one in done.items()}, {name: one.decided for name, one in done.items()})
+    steps = phase.steps(config, before)
+    folder = phase.folder(config, root)
+    with StepRunner(config, root, StatusBoard(phase.name, folder, len(steps)), phase.name) as runner:
+        for wave in in_waves(steps):
+            runner.make([step.bound(runner.made) for step in wave])
+    results = Results(root, runner.made)
+    manifest = PhaseManifest(
+        name=phase.name,
+        settings_hash=phase.key(config),
+        inputs=phase.inputs(config, done),
+        steps=runner.made,
+        decided=dict(phase.decide(config, results)),
+        shown=phase.show(config, results),
+        seconds=time.monotonic() - started,
+    ).write(folder)
+    artifacts.publish(phase.name, config.name, manifest.shown, root)
+    runner.board.finish()
+    return manifest
+
+
+def worth_retrying(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+    """Whether a failed step may succeed when it is run again: not when its input is bad, nor when it was cancelled."""
+    error = state.result(raise_on_failure=False)
+    return not isinstance(error, UserError | JobStoppedError | InterruptedError)
+
+
+def result_storage(volume: Path) -> Path:
+    """Where tasks that work on `volume` keep their results."""
+    return volume / RESULTS
+
+
+class RunReporter(Reporter):
+    """Reports a step to the flow run's log and the phase's status."""
+
+    def __init__(self, board: StatusBoard) -> None:
+        self.board = board
+
+    def log(self, message: str) -> None:
+        get_run_logger().info(message)
+
+    def progress(self, step: str, report: ProgressReport) -> None:
+        self.board.running(step, report)
+
+
+@task(
+    name="step",
+    persist_result=True,
+    result_serializer="json",
+    cache_key_fn=lambda _context, parameters: parameters["cache_key"],
+    retries=RETRIES,
+    retry_delay_seconds=exponential_backoff(FIRST_RETRY_S),
+    retry_jitter_factor=0.2,
+    retry_condition_fn=worth_retrying,
+)
+def make_step(step: Step, runner: "StepRunner", cache_key: str) -> Made:
+    """The step's result, found on the volume or made by its job. Cached by `cache_key`."""
+    runner.board.running(step.name, None)
+    succeeded = False
+    try:
+        made = make(step, runner.volume, how=runner.how, stop=runner.stop, reporter=RunReporter(runner.board))
+        succeeded = True
+        return made
+    finally:
+        runner.board.ended(step.name, succeeded=succeeded)
+
+
+class StepRunner:
+    """Makes steps as tasks of the running flow; use as a context manager: no job outlives it."""
+
+    def __init__(self, config: PipelineConfig, volume: Path, board: StatusBoard, phase: str) -> None:
+        machine = config.machine
+        self.config, self.volume, self.board, self.phase = config, volume, board, phase
+        self.how = How(verify=machine.verify, on_code_change=machine.on_code_change, min_free_bytes=int(machine.min_free_gb * GB))
+        self.stop = threading.Event()
+        self.made: dict[str, Made] = {}
+
+    def __enter__(self) -> "StepRunner":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.stop.set()  # whatever ended the flow, no job goes on
+
+    def make(self, steps: Sequence[Step]) -> None:
+        """Make independent steps, at most `machine.parallel_jobs` at a time, into `made`.
+
+        A step that fails does not stop the others; the first failure is raised when all have ended.
+        """
+        missing = self._submit(steps)
+        # a retried flow run hands the results of its completed tasks back unchecked: what is still damaged runs as a new task
+        if left := [step for step in missing if self._find(step).made is None]:
+            self._submit(left)
+        for step in steps:
+            found = step.find(self.volume, "sizes")
+            if found.made is None:
+                raise RuntimeError(f"{step.name}: {found.reason}")
+            self.made[step.name] = found.made
+
+    def _submit(self, steps: Sequence[Step]) -> list[Step]:
+        """Run the steps' tasks; returns the steps that had no intact result before."""
+        found = {step.name: self._find(step) for step in steps}
+        tasks = [(self._task(step, found[step.name]), step, self, step_cache_key(step)) for step in steps]
+        if len(tasks) == 1:
+            ((run, *parameters),) = tasks
+            run(*parameters)
+        else:
+            with ThreadPoolTaskRunner(max_workers=self.config.machine.parallel_jobs) as pool:
+                try:
+                    futures = [pool.submit(run, {"step": step, "runner": self, "cache_key": key}) for run, step, _, key in tasks]
+                    for future in futures:
+                        future.wait()
+                except BaseException:
+                    self.stop.set()
+                    raise
+            for future in futures:
+                future.result()
+        return [step for step in steps if found[step.name].made is None]
+
+    def _find(self, step: Step) -> Finding:
+        return step.find(self.volume, self.how.verify, self.how.on_code_change)
+
+    def _task(self, step: Step, found: Finding) -> Task[..., Made]:
+        """The task that makes `step`: its cached result is not trusted when the step's files are gone or damaged."""
+        if found.other_code:
+            get_run_logger().warning("%s was made by other code: %s", step.name, "; ".join(found.other_code))
+        return make_step.with_options(
+            task_run_name=f"{self.config.name} · {self.phase} · {step.name}",
+            refresh_cache=found.made is None,
+            result_storage=result_storage(self.volume),
+        )
+
+
+def step_cache_key(step: Step) -> str:
+    """Key of the task's cached result."""
+    return step.folder.rpartition("/")[2]

@@ -1,0 +1,148 @@
+"""Runs the pipeline as a Prefect flow: one task per phase, which starts the phase's own deployment and waits for it."""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from prefect import flow, get_run_logger, task
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
+from prefect.flows import Flow
+from prefect.runtime import deployment
+from prefect.settings import PREFECT_UI_URL
+from prefect.states import Cancelling
+from pydantic import JsonValue
+
+from fvlm_core.errors import UserError
+from fvlm_core.settings import hash_json
+from fvlm_core.tables import Table
+from tasks import artifacts
+from tasks.config import PipelineConfig
+from tasks.phase import Phase, PhaseManifest, Shown, current
+from tasks.phase_flow import changed, result_storage
+
+POLL_S = 0.5
+"""Between looks at the state of the phase's flow run."""
+
+
+class PhaseFailedError(RuntimeError):
+    """The phase's own flow run did not complete; the message is its own."""
+
+
+def pipeline_flow(phases: Sequence[Phase], module: str) -> Flow[..., None]:
+    """The pipeline's flow, to be the variable `pipeline` of `module`: that is where a worker looks for it."""
+
+    @flow(
+        name="pipeline",
+        description="From videos to a released model: every phase that is not already done with these settings, in order.",
+        flow_run_name="{config.name} · pipeline",
+        on_cancellation=[cancel_phases],
+        on_crashed=[cancel_phases],
+    )
+    def pipeline(config: PipelineConfig, volume: str, changes: dict[str, JsonValue] | None = None) -> None:
+        """From videos to a released model: every phase that is not already done with these settings, in order.
+
+        Args:
+            config: What every phase does.
+            volume: Folder that holds all results (an absolute path).
+            changes: Settings to change in `config`, by dotted path: {"stages.stage2.run.steps": 10}.
+        """
+        run_pipeline(phases, changed(config, changes), volume)
+
+    pipeline.fn.__module__ = pipeline.__module__ = module
+    pipeline.fn.__qualname__ = "pipeline"
+    return pipeline
+
+
+def run_pipeline(phases: Sequence[Phase], config: PipelineConfig, volume: str) -> None:
+    """Every phase in order; then the artifact that says what each decided."""
+    root, done = Path(volume), {}
+    for phase in phases:
+        done[phase.name] = phase_result(phase, config, root, done)
+        for link, step in phase.links.items():
+            point(root / link, done[phase.name].steps[step].folder)
+    outputs = {name: path for manifest in done.values() for name, path in manifest.shown.outputs.items()}
+    table = Table.of([{"phase": name, "what it found": manifest.shown.text} for name, manifest in done.items()])
+    artifacts.publish("pipeline", config.name, Shown(table=table, text="What every phase found.", outputs=outputs), root)
+
+
+def phase_result(phase: Phase, config: PipelineConfig, volume: Path, done: Mapping[str, PhaseManifest]) -> PhaseManifest:
+    """The phase's manifest: cached while configuration, inputs and files are unchanged, else made by its deployment."""
+    cache_key = f"{phase.name}-{phase.key(config)}-{hash_json(phase.inputs(config, done))[:12]}"
+    found = current(phase, config, volume, done=done)
+    for step, differences in (found.other_code(volume) if found and config.machine.on_code_change == "warn" else {}).items():
+        get_run_logger().warning("%s was made by other code: %s", step, "; ".join(differences))
+    started_anew = run_phase.with_options(task_run_name=phase.name, refresh_cache=found is None, result_storage=result_storage(volume))
+    started_anew(phase.name, config, str(volume), cache_key)
+    made = found or current(phase, config, volume, done=done)
+    if made is None:
+        # a retried flow run hands the results of its completed tasks back unchecked: the phase runs as a new task
+        started_anew(phase.name, config, str(volume), cache_key)
+        made = current(phase, config, volume, done=done)
+    if made is None:
+        raise PhaseFailedError(f"{phase.name} ended, but its results are not complete: {phase.folder(config, volume)}")
+    return made
+
+
+@task(
+    name="phase",
+    persist_result=True,
+    result_serializer="json",
+    cache_key_fn=lambda _context, parameters: parameters["cache_key"],
+)
+def run_phase(phase: str, config: PipelineConfig, volume: str, cache_key: str) -> str:
+    """Run the phase's deployment to its end; returns its run's name. Cached by `cache_key`.
+
+    Raises PhaseFailedError with the flow run's own message, UserError when the deployment is not registered.
+    """
+    name = f"{phase}/{deployment.name or config.name}"
+    parameters = {"config": config.model_dump(mode="json"), "volume": volume}
+    try:
+        # not waited for there: it looks every five seconds at best
+        child = cast(FlowRun, run_deployment(name, parameters=parameters, flow_run_name=f"{config.name} · {phase}", timeout=0))
+    except ObjectNotFound as error:
+        raise UserError(f"the deployment {name} is not registered", where="the Prefect server", fix="run `fvlm deploy`") from error
+    get_run_logger().info("%s runs as %s", phase, run_url(child))
+    with get_client(sync_client=True) as client:
+        while child.state is None or not child.state.is_final():
+            time.sleep(POLL_S)
+            child = client.read_flow_run(child.id)
+    if not child.state.is_completed():
+        raise PhaseFailedError(f"{phase} ended {child.state.name}: {message(child.state)}\nIts run: {run_url(child)}")
+    return child.name
+
+
+def cancel_phases(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """Cancel the phase runs of a pipeline run that was cancelled or crashed: nobody waits for them any more."""
+    with get_client(sync_client=True) as client:
+        for child in client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[flow_run.id]))
+        ):
+            if child.state and not child.state.is_final():
+                client.set_flow_run_state(child.id, Cancelling(message="its pipeline run ended"))
+
+
+def point(link: Path, folder: str) -> None:
+    """Make `link` a symbolic link to `folder`, which is relative to where the link is, in one step; something else of that name stays."""
+    if link.exists() and not link.is_symlink():
+        return
+    new = link.with_name(f".{link.name}.{os.getpid()}")
+    new.unlink(missing_ok=True)
+    new.symlink_to(folder)
+    new.replace(link)
+
+
+def message(state: State[Any]) -> str:
+    """What a flow run's last state says, without Prefect's own words before it."""
+    return (state.message or "it says nothing").removeprefix("Flow run encountered an exception: ").removeprefix("PhaseFailedError: ")
+
+
+def run_url(run: FlowRun) -> str:
+    """The run's page in the UI, or its name where no UI is known."""
+    base = PREFECT_UI_URL.value()
+    return f"{base}/runs/flow-run/{run.id}" if base else run.name

@@ -1,0 +1,227 @@
+"""What a run would do, before it does anything: which steps are done, which will run and because of what, and what they cost.
+
+Nothing in this file knows Prefect.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+from typing import Literal, NamedTuple
+
+from pydantic import Field, ValidationError
+
+from fvlm_core.config import Recipe
+from fvlm_core.dotted import differences, with_changes
+from fvlm_core.errors import UserError
+from fvlm_core.manifest import AnyManifest
+from fvlm_core.settings import Settings
+from fvlm_core.tables import Table
+from fvlm_core.train.expected import ExpectedCost, expected_cost
+from fvlm_core.train.jobs import RunManifest
+from tasks.config import PipelineConfig
+from tasks.phase import Before, Changes, Phase, PhaseManifest, Results
+from tasks.steps import STEPS, Finding, Made, Step, in_waves, read_record
+
+TRAINING = "fvlm_core.train"
+REASONS_SHOWN = 3
+HEAD = ["phase", "step", "state", "because", "samples", "FLOPs", "time"]
+
+
+class StepPlan(Settings):
+    """What would happen to a step."""
+
+    phase: str
+    step: str
+    state: Literal["cached", "runs"]
+    because: str = ""
+    """Why it runs, or on what condition it does not."""
+    samples: int | None = None
+    flops: float | None = None
+    seconds: float | None = None
+    """Expected on this machine, from what was measured on this volume; None where nothing was."""
+
+
+class Plan(Settings):
+    """All steps of all phases, in order."""
+
+    steps: list[StepPlan]
+    warnings: list[str] = Field(default_factory=list)
+    """Results that other code made."""
+
+    def table(self) -> Table:
+        """A line per step that runs, and one per phase for what is cached."""
+        rows = []
+        for phase, mine in self._by_phase():
+            cached = [one for one in mine if one.state == "cached"]
+            if cached:
+                conditions = "; ".join(dict.fromkeys(one.because for one in cached if one.because))
+                rows.append([phase, f"{len(cached)} of {len(mine)} steps", "cached", conditions, "", "", ""])
+            rows += [[phase, one.step, "will run", one.because, *_costs([one])] for one in mine if one.state == "runs"]
+        return Table(title="Plan", head=HEAD, rows=rows, note=self._note())
+
+    def summary(self) -> Table:
+        """A line per phase."""
+        rows = []
+        for phase, mine in self._by_phase():
+            running = [one for one in mine if one.state == "runs"]
+            conditions = [one.because for one in (running or mine) if one.because]
+            because = "; ".join(list(dict.fromkeys(conditions))[:2])
+            rows.append([phase, f"{len(running)} of {len(mine)} steps", "will run" if running else "cached", because, *_costs(running)])
+        return Table(title="Plan", head=HEAD, rows=rows, note=self._note())
+
+    def _by_phase(self) -> Iterator[tuple[str, list[StepPlan]]]:
+        for phase in dict.fromkeys(one.phase for one in self.steps):
+            yield phase, [one for one in self.steps if one.phase == phase]
+
+    def _note(self) -> str:
+        running = [one for one in self.steps if one.state == "runs"]
+        lines = ["Nothing to do: every step is done."]
+        if running:
+            known = [one.seconds for one in running if one.seconds is not None]
+            time = (
+                f"about {duration(sum(known))} one after the other, as measured on this volume"
+                if known
+                else "no time was measured here yet"
+            )
+            unknown = f"; the time of {len(running) - len(known)} steps is not known" if 0 < len(known) < len(running) else ""
+            lines = [f"{len(running)} of {len(self.steps)} steps run: {time}{unknown}."]
+        return "\n".join([*lines, *self.warnings])
+
+
+class Look(NamedTuple):
+    """A step, and what is there of it."""
+
+    phase: str
+    step: Step
+    """With the results among its inputs that are there; it still holds the steps whose results are not."""
+    found: Finding
+    undecided: tuple[str, ...]
+    """Phases before it that will run and may decide something else than they did, which its settings follow."""
+
+
+def look(phases: Sequence[Phase], config: PipelineConfig, volume: Path) -> Iterator[Look]:
+    """Every step of the phases, in order, without reading the contents of large files."""
+    known: dict[str, dict[str, Made | Step]] = {}
+    decided: dict[str, Changes] = {}
+    undecided: list[str] = []
+    for phase in phases:
+        steps = phase.steps(config, Before(known, decided))
+        made: dict[str, Made] = {}
+        for step in (step for wave in in_waves(steps) for step in wave):
+            bound = step.bound(made)
+            waits = [need.name for need in bound.needs]
+            found = Finding(None, _waits(waits)) if waits else bound.find(volume, "sizes", config.machine.on_code_change)
+            if found.made:
+                made[step.name] = found.made
+            yield Look(phase.name, bound, found, tuple(undecided))
+        known[phase.name] = {step.name: made.get(step.name, step) for step in steps}
+        done = len(made) == len(steps)
+        undecided += [] if done else [phase.name]
+        decided[phase.name] = phase.decide(config, Results(volume, made)) if done else _last_decision(phase, volume)
+
+
+def plan(phases: Sequence[Phase], config: PipelineConfig, volume: Path) -> Plan:
+    """What a run of the phases would do now."""
+    plans: list[StepPlan] = []
+    warnings: list[str] = []
+    speeds = Speeds(volume)
+    for phase, step, found, undecided in look(phases, config, volume):
+        if found.made:
+            condition = f"unless {' or '.join(undecided)} decides otherwise" if undecided else ""
+            plans.append(StepPlan(phase=phase, step=step.name, state="cached", because=condition))
+            warnings += [f"{step.name} was made by other code: {'; '.join(found.other_code)}"] if found.other_code else []
+            continue
+        cost = _cost(step, volume)
+        because = found.reason if step.needs else _explain(step, found, volume)
+        seconds = speeds.seconds(step, cost.flops)
+        plans.append(
+            StepPlan(phase=phase, step=step.name, state="runs", because=because, samples=cost.samples, flops=cost.flops, seconds=seconds)
+        )
+    return Plan(steps=plans, warnings=warnings)
+
+
+class Speeds:
+    """How long jobs took on this volume."""
+
+    def __init__(self, volume: Path) -> None:
+        self.volume = volume
+        self.rates: list[float] = []
+        for folder in _newest(volume, "*"):
+            with suppress(UserError):
+                run = RunManifest.read(folder)
+                self.rates += [run.flops / run.seconds] if run.seconds else []
+
+    def seconds(self, step: Step, flops: float | None) -> float | None:
+        """Expected seconds of a step: as long as the last one of its name, in proportion to its FLOPs where it trains."""
+        for folder in _newest(self.volume, step.name):
+            with suppress(UserError):
+                last = AnyManifest.read(folder)
+                before = (last.model_extra or {}).get("flops")
+                if last.seconds:
+                    return last.seconds * (flops / before if flops and before else 1.0)
+        return flops / median(self.rates) if flops and self.rates and step.module == TRAINING else None
+
+
+def _cost(step: Step, volume: Path) -> ExpectedCost:
+    """What a training step costs; nothing is known of others."""
+    if step.module != TRAINING:
+        return ExpectedCost(None, None)
+    places = {path: str(volume / given.folder) for path, given in step.inputs.items() if isinstance(given, Made)}
+    try:
+        recipe = Recipe.model_validate(with_changes(step.settings, places) | {"output": "output"})
+    except ValidationError:
+        return ExpectedCost(None, None)
+    return expected_cost(recipe, recipe.shards if "shards" in places else None)
+
+
+def _explain(step: Step, found: Finding, volume: Path) -> str:
+    """Why a step runs: what differs from the last one of its name, or what is wrong with its result."""
+    if (volume / step.folder).exists():
+        return found.reason
+    last = next((record for folder in _newest(volume, step.name) if (record := read_record(folder))), None)
+    if last is None:
+        return found.reason
+    now = step.record
+    changed = [f"{path}: {_value(before)} -> {_value(after)}" for path, (before, after) in differences(last.settings, now.settings).items()]
+    changed += [f"{path} has changed" for path in differences(last.inputs, now.inputs)]
+    more = f" and {len(changed) - REASONS_SHOWN} more" if len(changed) > REASONS_SHOWN else ""
+    return "; ".join(changed[:REASONS_SHOWN]) + more if changed else found.reason
+
+
+def _newest(volume: Path, name: str) -> Iterable[Path]:
+    """Folders of steps of a name, the newest first."""
+    folders = [folder for folder in (volume / STEPS).glob(f"{name}-*") if name == "*" or folder.name.rpartition("-")[0] == name]
+    return sorted(folders, key=lambda folder: folder.stat().st_mtime, reverse=True)
+
+
+def _last_decision(phase: Phase, volume: Path) -> Changes:
+    """What the phase decided when it was last done, whatever the profile was then."""
+    folders = sorted((volume / "phases").glob(f"{phase.name}-*/manifest.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in folders:
+        with suppress(UserError):
+            return PhaseManifest.read(path.parent).decided
+    return {}
+
+
+def _waits(names: list[str]) -> str:
+    return f"it reads {', '.join(names) if len(names) <= REASONS_SHOWN else f'{len(names)} steps'} that will run"
+
+
+def _costs(steps: Sequence[StepPlan]) -> list[str]:
+    """Samples, FLOPs and time of steps together, as far as they are known."""
+    samples = sum(one.samples or 0 for one in steps)
+    flops = sum(one.flops or 0.0 for one in steps)
+    seconds = sum(one.seconds or 0.0 for one in steps)
+    return [f"{samples:,}" if samples else "", f"{flops:.2e}" if flops else "", duration(seconds) if seconds else ""]
+
+
+def duration(seconds: float) -> str:
+    """Seconds for a person."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _value(value: object) -> str:
+    return "nothing" if value is None else f"{value!r:.40}"

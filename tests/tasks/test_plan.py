@@ -1,0 +1,152 @@
+"""The plan says what would run and because of what, and running does just that."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments.checks import load_profile
+from fvlm_core.errors import UserError
+from fvlm_core.manifest import AnyManifest
+from tasks.adopt import adopt
+from tasks.make import make
+from tasks.phase import Phase, Shown
+from tasks.plan import Plan, look, plan
+from tasks.steps import Made, Step, in_waves
+
+CI = load_profile("ci")
+MODULE = "tests.jobs.count"
+
+
+def phases(**values: Any) -> list[Phase]:
+    """Two phases: `one` and `two`; then `three`, which reads both and follows what the first phase decides."""
+    settings = {name: {"value": 1} | values.get(name, {}) for name in ("one", "two", "three")}
+    one = Step("one", MODULE, settings["one"])
+    first = Phase(
+        name="first",
+        purpose="Count.",
+        pool="cpu",
+        reads=("precompute",),
+        steps=lambda config, before: [one, Step("two", MODULE, settings["two"], inputs={"reads": [one]})],
+        decide=lambda config, results: {"value": int((results.folder("one") / "value.txt").read_text())},
+        show=lambda config, results: Shown(),
+    )
+    second = Phase(
+        name="second",
+        purpose="Count on.",
+        pool="cpu",
+        after=(first,),
+        reads=("precompute",),
+        steps=lambda config, before: [
+            Step("three", MODULE, settings["three"] | before.changes, inputs={"reads": [before.step("first", "two")]})
+        ],
+        show=lambda config, results: Shown(),
+    )
+    return [first, second]
+
+
+def run(volume: Path, phases: list[Phase]) -> None:
+    """Make every step that the plan says would run, the way a flow does."""
+    from tasks.phase import Before, Results
+
+    known: dict[str, dict[str, Made | Step]] = {}
+    decided = {}
+    for phase in phases:
+        made: dict[str, Made] = {}
+        for wave in in_waves(phase.steps(CI, Before(known, decided))):
+            made |= {step.name: make(step.bound(made), volume) for step in wave}
+        known[phase.name] = dict(made)
+        decided[phase.name] = phase.decide(CI, Results(volume, made))
+
+
+def reasons(planned: Plan) -> dict[str, str]:
+    return {one.step: one.because if one.state == "runs" else "cached" for one in planned.steps}
+
+
+def test_an_empty_volume(tmp_path: Path) -> None:
+    planned = plan(phases(), CI, tmp_path)
+    assert reasons(planned) == {"one": "not made yet", "two": "it reads one that will run", "three": "it reads two that will run"}
+    assert planned.summary().rows[0][:3] == ["first", "2 of 2 steps", "will run"]
+
+
+def test_everything_done(tmp_path: Path) -> None:
+    run(tmp_path, phases())
+    planned = plan(phases(), CI, tmp_path)
+    assert set(reasons(planned).values()) == {"cached"}
+    assert "Nothing to do" in planned.table().note
+
+
+def test_a_changed_setting_is_named_with_its_values(tmp_path: Path) -> None:
+    run(tmp_path, phases())
+    planned = plan(phases(two={"value": 5}), CI, tmp_path)
+    assert reasons(planned) == {"one": "cached", "two": "value: 1 -> 5", "three": "it reads two that will run"}
+    run(tmp_path, phases(two={"value": 5}))
+    assert set(reasons(plan(phases(two={"value": 5}), CI, tmp_path)).values()) == {"cached"}
+
+
+def test_a_changed_input_is_named(tmp_path: Path) -> None:
+    run(tmp_path, phases())
+    make(Step("one", MODULE, {"value": 7}), tmp_path)
+    planned = plan(phases(one={"value": 7}), CI, tmp_path)
+    assert reasons(planned) == {"one": "cached", "two": "reads.0 has changed", "three": "it reads two that will run"}
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    run(tmp_path, phases())
+    (tmp_path / phases()[0].steps(CI, None)[0].folder / "value.txt").unlink()  # type: ignore[arg-type]
+    assert reasons(plan(phases(), CI, tmp_path))["one"].startswith("damaged: ")
+
+
+def test_a_decision_that_is_open_is_a_condition(tmp_path: Path) -> None:
+    run(tmp_path, phases())
+    first, second = phases()
+    again = Step("again", MODULE, {"value": 3})
+    more = Phase(
+        name="first",
+        purpose="Count.",
+        pool="cpu",
+        reads=("precompute",),
+        steps=lambda config, before: [*first.steps(config, before), again],
+        decide=first.decide,
+        show=first.show,
+    )
+    steps = {one.step: one for one in plan([more, second], CI, tmp_path).steps}
+    assert (steps["again"].state, steps["three"].state) == ("runs", "runs"), "what was decided is not on record in this test"
+
+
+def test_a_result_from_elsewhere_is_adopted_where_it_fits(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    run(there, phases())
+    theirs = {one.step.name: there / one.step.folder for one in look(phases(), CI, there)}
+
+    def wanted(**values: Any) -> dict[str, Step]:
+        return {one.step.name: one.step for one in look(phases(**values), CI, here)}
+
+    with pytest.raises(UserError, match="two reads one, which is not there yet"):
+        adopt(wanted()["two"], theirs["two"], here)
+    with pytest.raises(UserError, match="value is 1, not 2"):
+        adopt(wanted(one={"value": 2})["one"], theirs["one"], here)
+    made = adopt(wanted()["one"], theirs["one"], here)
+    assert not made.problems(here, "sha256")
+    assert reasons(plan(phases(), CI, here)) == {"one": "cached", "two": "not made yet", "three": "it reads two that will run"}
+    with pytest.raises(UserError, match="one is done already"):
+        adopt(wanted()["one"], theirs["one"], here)
+
+    (theirs["two"] / "value.txt").write_text("damage")
+    with pytest.raises(UserError, match="the result is damaged"):
+        adopt(wanted()["two"], theirs["two"], here)
+    run(there, phases())
+    adopt(wanted()["two"], theirs["two"], here)
+    assert AnyManifest.read(here / wanted()["two"].folder).digest == AnyManifest.read(theirs["two"]).digest
+
+
+def test_the_shipped_profiles_can_be_planned_before_anything_is_there(tmp_path: Path) -> None:
+    from flows.registry import PHASES
+
+    for profile in ("ci", "laptop"):
+        config = load_profile(profile)
+        planned = plan(list(PHASES.values()), config, tmp_path)
+        steps = {one.step: one for one in planned.steps}
+        stage = config.stages.stage2.run
+        assert steps["stage2"].samples == (stage.steps or 0) * stage.batch_samples
+        assert sum(one.phase == "scaling" for one in planned.steps) == 2 * len(config.scaling.sizes) * len(config.scaling.budgets_flops) + 1
