@@ -9,10 +9,11 @@ from deployments.checks import load_profile
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import AnyManifest
 from tasks.adopt import adopt
+from tasks.direct import run_directly
 from tasks.make import make
 from tasks.phase import Phase, Shown
 from tasks.plan import Plan, look, plan
-from tasks.steps import Made, Step, in_waves
+from tasks.steps import Step
 
 CI = load_profile("ci")
 MODULE = "tests.jobs.count"
@@ -46,17 +47,7 @@ def phases(**values: Any) -> list[Phase]:
 
 
 def run(volume: Path, phases: list[Phase]) -> None:
-    """Make every step that the plan says would run, the way a flow does."""
-    from tasks.phase import Before, Results
-
-    known: dict[str, dict[str, Made | Step]] = {}
-    decided = {}
-    for phase in phases:
-        made: dict[str, Made] = {}
-        for wave in in_waves(phase.steps(CI, Before(known, decided))):
-            made |= {step.name: make(step.bound(made), volume) for step in wave}
-        known[phase.name] = dict(made)
-        decided[phase.name] = phase.decide(CI, Results(volume, made))
+    run_directly(phases, CI, volume)
 
 
 def reasons(planned: Plan) -> dict[str, str]:
