@@ -73,7 +73,7 @@ def print_results(config: PipelineConfig, volume: Path, console: Console) -> Non
     evaluated = PhaseManifest.read(phase_folder("evaluate", config, volume))
     console.print(result_tables(Results.read(volume / evaluated.steps["evaluation"].folder), evaluated.rows))
     for row in PhaseManifest.read(phase_folder("release", config, volume)).rows:
-        console.print(f"{row['what']:<7} {row['path']}", highlight=False, soft_wrap=True)
+        console.print(f"{row['what']:<7} {volume / str(row['path'])}", highlight=False, soft_wrap=True)
 
 
 def _phase_states(client: SyncPrefectClient, run: UUID) -> dict[str, str]:

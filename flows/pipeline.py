@@ -43,7 +43,7 @@ def pipeline(config: PipelineConfig, volume: str) -> None:
         done[phase] = phase_result(phase, config, volume, done)
         if name := LINKED.get(phase):
             point(Path(volume) / name, done[phase].steps[name].folder)
-    paths = "\n".join(f"* {row['what']}: `{row['path']}`" for row in done["release"].rows)
+    paths = "\n".join(f"* {row['what']}: `{Path(volume) / str(row['path'])}`" for row in done["release"].rows)
     artifacts.publish("pipeline", config.name, done["evaluate"].rows, f"The final model, in its modes.\n\n{paths}", [])
 
 

@@ -1,10 +1,10 @@
-"""Phase 6: the model's folder, its card and the report of the whole road."""
+"""Phase 6: the model's folder, its card and the report of the pipeline."""
 
 from prefect import flow
 
-from fvlm_core.release.jobs import HUB_FOLDER, REPORT_HTML, ReleaseManifest
+from fvlm_core.release.jobs import ReleaseManifest
 from tasks import jobs
-from tasks.config import PipelineConfig, Stages
+from tasks.config import PipelineConfig
 from tasks.phase_run import PhaseRun
 
 
@@ -17,19 +17,11 @@ def release(config: PipelineConfig, volume: str) -> None:
         volume: Folder that holds all results (an absolute path).
     """
     with PhaseRun("release", config, volume, steps=1) as run:
-        shards = run.input("precompute", "shards")
-        stages = {name: run.input("train", name) for name in Stages.model_fields}
-        reports = {
-            "precompute": [made for name, made in run.upstream["precompute"].steps.items() if made != shards],
-            "speed": run.input("speed", "speed-report"),
-            "ablations": run.input("ablations", "ablation-report"),
-            "scaling": run.input("scaling", "scaling-report"),
-            **stages,
-        }
-        packed = run.make(jobs.release(config, stages["stage3"], run.input("evaluate", "evaluation"), shards, reports))
+        steps = {name: made for phase in run.upstream.values() for name, made in phase.steps.items()}
+        phases = {name: run.record(name) for name in run.upstream}
+        packed = run.make(jobs.release(config, steps, phases))
         report = ReleaseManifest.read(run.volume / packed.folder)
-        folder = run.volume / packed.folder
         run.finish(
-            [{"what": "model", "path": str(folder / HUB_FOLDER)}, {"what": "report", "path": str(folder / REPORT_HTML)}],
+            [{"what": what, "path": f"{packed.folder}/{path}"} for what, path in report.outputs.items()],
             text=report.verdict,
         )

@@ -13,6 +13,8 @@ from fvlm_core.settings import Settings
 
 SIGNIFICANT_DIGITS = 4
 """Of numbers that a table rounds by itself."""
+DIFFERENCE_DECIMALS, MOST_DECIMALS = 4, 7
+"""Of a difference of losses."""
 _NUMBER = r"[+\-−~$]*\d[\d.,]*(e[+-]?\d+)?%?"
 _UNIT = r"(ms|s|min|h|kB|MB|GB|FLOPs|samples/s|frames/s|nats|USD)"
 NUMBER = re.compile(rf"{_NUMBER}( ?{_UNIT}( {_NUMBER} {_UNIT})?)?( \[{_NUMBER}, {_NUMBER}\]| at {_NUMBER})?[*†]*")
@@ -79,6 +81,19 @@ def text(value: JsonValue) -> str:
     if isinstance(value, float):
         return f"{value:.{SIGNIFICANT_DIGITS}g}" if math.isfinite(value) else str(value)
     return value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def signed(difference: float) -> str:
+    """A difference with its sign and four decimals, or as many as two digits of it take: only 0 reads as 0."""
+    if difference == 0:
+        return "0"
+    decimals = decimals_for(difference)
+    return f"{difference:+.{decimals}f}" if decimals <= MOST_DECIMALS else f"{difference:+.1e}"
+
+
+def decimals_for(value: float, least: int = DIFFERENCE_DECIMALS) -> int:
+    """Decimals that show two digits of a number other than 0, but no fewer than `least`."""
+    return max(least, 1 - math.floor(math.log10(abs(value))))
 
 
 def _is_number(cell: str) -> bool:

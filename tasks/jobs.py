@@ -10,7 +10,7 @@ from fvlm_core.config import Recipe
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import sha256_file
 from fvlm_core.scaling.jobs import Variant
-from tasks.config import Ablation, PipelineConfig, Size
+from tasks.config import Ablation, PipelineConfig, Size, Stages
 from tasks.outside import TEXT, VIDEOS, external_inputs
 from tasks.phases import PhaseManifest
 from tasks.recipes import settings
@@ -153,22 +153,21 @@ def evaluation(config: PipelineConfig, run: Made, shards: Made) -> Step:
     )
 
 
-def release(config: PipelineConfig, run: Made, evaluated: Made, shards: Made, reports: Mapping[str, Made | Sequence[Made]]) -> Step:
-    """Packages the run; `reports` are the phases' results that the report tells of, by the names of `PhaseFolders`."""
-    inputs = {"run": run, "evaluation": evaluated, "shards": shards}
-    folders: dict[str, Any] = {}
-    for name, made in reports.items():
-        several = [made] if isinstance(made, Made) else list(made)
-        inputs |= {one.name: one for one in several}
-        references = [f"{INPUT}{one.name}" for one in several]
-        folders[name] = references[0] if isinstance(made, Made) else references
+def release(config: PipelineConfig, steps: Mapping[str, Made], phases: Mapping[str, Made]) -> Step:
+    """Packages the final model and reports on `steps`, those of all phases by name; `phases` are the phases' own manifests."""
+    stages = list(Stages.model_fields)
+    inputs = {"run": steps[stages[-1]], "evaluation": steps["evaluation"], "shards": steps[SHARDS]}
+    others = [name for name in steps if name not in (*inputs, *stages)]
     return Step(
         name="release",
         module="fvlm_core.release",
         settings=config.release.model_dump(mode="json")
-        | {"profile": config.name, "reports": folders}
-        | {name: f"{INPUT}{name}" for name in ("run", "evaluation", "shards")},
-        inputs=inputs,
+        | {"profile": config.name}
+        | {name: f"{INPUT}{name}" for name in inputs}
+        | {"stages": {name: f"{INPUT}{name}" for name in stages}}
+        | {"reports": {name: f"{INPUT}{name}" for name in others}}
+        | {"phases": {name: f"{INPUT}{phases[name].name}" for name in phases}},
+        inputs={**steps, **inputs, **{made.name: made for made in phases.values()}},
     )
 
 

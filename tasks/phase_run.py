@@ -15,6 +15,7 @@ from pydantic import JsonValue
 
 from fvlm_core.data.jobs import ShardManifest
 from fvlm_core.errors import UserError
+from fvlm_core.manifest import AnyManifest
 from fvlm_core.progress import ProgressReport
 from infra.launch import JobStoppedError
 from tasks import artifacts
@@ -110,6 +111,11 @@ class PhaseRun:
     def input(self, phase: str, step: str) -> Made:
         """A step of an earlier phase."""
         return self.upstream[phase].steps[step]
+
+    def record(self, phase: str) -> Made:
+        """The manifest of an earlier phase itself, for what it says of times. Its time is no part of what it made, so of no digest."""
+        folder = phase_folder(phase, self.config, self.volume)
+        return Made(name=f"phase-{phase}", folder=str(folder.relative_to(self.volume)), digest=AnyManifest.read(folder).digest)
 
     def chosen(self) -> dict[str, JsonValue]:
         """What the earlier phases decided, as changes of a recipe."""
