@@ -48,7 +48,7 @@ def show(config: PipelineConfig, results: Results) -> Shown:
     return Shown(
         table=table.model_copy(update={"marked": winner}),
         text=f"Every run differs from the baseline in one setting. Winner: **{report.winner}** ({change}).",
-        pictures=results.pictures(REPORT, {"ablations.png": "Validation loss of every run minus the baseline's: left is better."}),
+        figures=results.figures(REPORT, AblationReport),
     )
 
 

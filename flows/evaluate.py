@@ -26,7 +26,7 @@ def show(config: PipelineConfig, results: Results) -> Shown:
     return Shown(
         table=table,
         text=f"All numbers with their intervals: `{results.made[EVALUATION].folder}`.",
-        pictures=results.pictures(EVALUATION),
+        figures=results.figures(EVALUATION, EvalReport),
         closing=[table.model_copy(update={"title": "The final model in its modes"}), *_by_order(results)],
     )
 

@@ -51,7 +51,7 @@ PRECOMPUTE = Phase(
     steps=steps,
     decide=decide,
     show=show,
-    outside=external_inputs,
+    outside=lambda config, volume: external_inputs(config),
     links={"shards": SHARDS},
     schedule="0 3 * * *",
 )

@@ -1,46 +1,41 @@
 """Phase 6: the model's folder, its card and the report of the whole pipeline."""
 
-from typing import Any
-
 from flows.ablations import ABLATIONS
-from flows.ablations import REPORT as ABLATION_REPORT
 from flows.evaluate import EVALUATE, EVALUATION
 from flows.precompute import PRECOMPUTE, SHARDS
-from flows.scaling import REPORT as SCALING_REPORT
 from flows.scaling import SCALING
-from flows.speed import REPORT as SPEED_REPORT
 from flows.speed import SPEED
 from flows.train import TRAIN, last_stage
-from fvlm_core.release.jobs import HUB_FOLDER, REPORT_HTML, ReleaseManifest
+from fvlm_core.release.jobs import ReleaseManifest
 from tasks.config import PipelineConfig
 from tasks.phase import Before, Phase, Results, Shown
 from tasks.phase_flow import phase_flow
-from tasks.steps import Given, Step
+from tasks.steps import Given, Outside, Step
 
 RELEASE_STEP = "release"
 
 
 def steps(config: PipelineConfig, before: Before) -> list[Step]:
+    phases = [phase.name for phase in RELEASE.after]
     stages = list(config.stages.present)
-    prepared = [made for name, made in before.steps(PRECOMPUTE.name).items() if name != SHARDS]
     inputs: dict[str, Given] = {
         "run": before.step(TRAIN.name, last_stage(config)),
         "evaluation": before.step(EVALUATE.name, EVALUATION),
         "shards": before.step(PRECOMPUTE.name, SHARDS),
-        "reports.precompute": prepared,
-        "reports.speed": before.step(SPEED.name, SPEED_REPORT),
-        "reports.ablations": before.step(ABLATIONS.name, ABLATION_REPORT),
-        "reports.scaling": before.step(SCALING.name, SCALING_REPORT),
     }
-    inputs |= {f"reports.{stage}": before.step(TRAIN.name, stage) for stage in stages}
-    reports: dict[str, Any] = dict.fromkeys(("precompute", "speed", "ablations", "scaling", *stages))
-    return [Step.of(RELEASE_STEP, "fvlm_core.release", config.release, inputs=inputs, profile=config.name, reports=reports)]
+    others = {name: made for phase in phases for name, made in before.steps(phase).items() if name not in (SHARDS, EVALUATION, *stages)}
+    inputs |= {f"stages.{name}": before.step(TRAIN.name, name) for name in stages}
+    inputs |= {f"reports.{name}": made for name, made in others.items()}
+    # the report shows the phases' times, which are no part of what was made
+    inputs |= {f"phases.{name}": Outside(before.folders[name], "") for name in phases}
+    places = {"stages": dict.fromkeys(stages), "reports": dict.fromkeys(others), "phases": dict.fromkeys(phases)}
+    return [Step.of(RELEASE_STEP, "fvlm_core.release", config.release, inputs=inputs, profile=config.name, **places)]
 
 
 def show(config: PipelineConfig, results: Results) -> Shown:
-    folder = results.made[RELEASE_STEP].folder
     report = ReleaseManifest.read(results.folder(RELEASE_STEP))
-    return Shown(text=report.verdict, outputs={"model": f"{folder}/{HUB_FOLDER}", "report": f"{folder}/{REPORT_HTML}"})
+    folder = results.made[RELEASE_STEP].folder
+    return Shown(text=report.verdict, outputs={what: f"{folder}/{path}" for what, path in report.outputs.items()})
 
 
 RELEASE = Phase(

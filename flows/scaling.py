@@ -14,13 +14,6 @@ from tasks.steps import Step
 
 REPORT = "scaling-report"
 COLUMNS = {"size", "variant", "budget_flops", "params", "samples", "loss"}
-CAPTIONS = {
-    "iso_flop.png": "Loss over model size, a curve per FLOP budget; stars are the best sizes.",
-    "crossover.png": "Foveated against the baseline with pooled tokens, per budget.",
-    "token_efficiency.png": "Loss against the visual tokens that the language model read in training.",
-    "data_scaling.png": "Loss over labelled tokens, a curve per size.",
-    "allocation.png": "Best size over the training budget.",
-}
 
 
 def steps(config: PipelineConfig, before: Before) -> list[Step]:
@@ -51,7 +44,7 @@ def show(config: PipelineConfig, results: Results) -> Shown:
     return Shown(
         table=Table.of([point.model_dump(mode="json", include=COLUMNS) for point in report.points]),
         text=f"Chosen size: **{report.chosen}**. {report.chosen_reason}",
-        pictures=results.pictures(REPORT, CAPTIONS),
+        figures=results.figures(REPORT, ScalingReport),
     )
 
 

@@ -33,7 +33,7 @@ def show(config: PipelineConfig, results: Results) -> Shown:
     return Shown(
         table=Table.of([row.model_dump(mode="json", include=COLUMNS) for row in report.rows]),
         text=f"Tuned training is **{report.speedup:.2f}x** as fast as naive on {report.device}. Chosen: {chosen}.",
-        pictures=results.pictures(REPORT, {"speed.png": "Samples per second of every variant that was measured."}),
+        figures=results.figures(REPORT, SpeedReport),
     )
 
 

@@ -5,6 +5,7 @@ from flows.precompute import PRECOMPUTE, training_inputs
 from flows.scaling import SCALING
 from flows.speed import SPEED
 from flows.training import training
+from fvlm_core.scaling.jobs import CurvesManifest
 from fvlm_core.tables import Table
 from fvlm_core.train.jobs import RunManifest
 from tasks.config import PipelineConfig
@@ -40,7 +41,7 @@ def show(config: PipelineConfig, results: Results) -> Shown:
     return Shown(
         table=Table.of(rows),
         text="Validation losses of each stage's model, by pass.",
-        pictures=results.pictures(CURVES, {"curves.png": "The stages one after another: losses, gradient norms, learning rates, speed."}),
+        figures=results.figures(CURVES, CurvesManifest),
     )
 
 

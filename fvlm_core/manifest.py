@@ -12,12 +12,13 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 from pydantic import ConfigDict, Field, ValidationError
 
 from fvlm_core import provenance
 from fvlm_core.errors import UserError
+from fvlm_core.figures import Figure
 from fvlm_core.settings import Settings, hash_json
 
 FILE_NAME = "manifest.json"
@@ -36,6 +37,9 @@ class FileEntry(Settings):
 
 class Manifest(Settings):
     """What a step made. Subclasses add the step's own results."""
+
+    figures: ClassVar[tuple[Figure, ...]] = ()
+    """The step's pictures, in the order to show them; one that was not drawn has no file."""
 
     name: str
     """The step, e.g. `train-stage2`."""

@@ -1,22 +1,28 @@
 """A table as data: built once, then shown on a terminal, in markdown, in HTML, or as an artifact of the UI."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 from pydantic import Field, JsonValue
-from rich.markup import escape
+from rich import markup
 from rich.table import Table as RichTable
 
+from fvlm_core.markdown import escape
 from fvlm_core.settings import Settings
 
 SIGNIFICANT_DIGITS = 4
 """Of numbers that a table rounds by itself."""
-LONGEST_NUMBER = 40
-"""Characters of a number with its interval and unit; what is longer is a sentence that begins with a number."""
+DIFFERENCE_DECIMALS, MOST_DECIMALS = 4, 7
+"""Of a difference of losses."""
+_NUMBER = r"[+\-−~$]*\d[\d.,]*(e[+-]?\d+)?%?"
+_UNIT = r"(ms|s|min|h|kB|MB|GB|FLOPs|samples/s|frames/s|nats|USD)"
+NUMBER = re.compile(rf"{_NUMBER}( ?{_UNIT}( {_NUMBER} {_UNIT})?)?( \[{_NUMBER}, {_NUMBER}\]| at {_NUMBER})?[*†]*")
+"""A number, with or without a unit, an interval, a step or a mark; a sentence that begins with a digit is none."""
 
 
 class Table(Settings):
-    """Rows of cells that are ready to be read; the first column names the row."""
+    """Rows of cells that are ready to be read, in plain text; the first column names the row."""
 
     title: str = ""
     head: list[str]
@@ -42,19 +48,20 @@ class Table(Settings):
 
     def markdown(self) -> str:
         """The table in markdown, with its note; without its title, which is the caller's heading."""
-        stressed = [[f"**{cell}**" if cell and number in self.marked else cell for cell in row] for number, row in enumerate(self.rows)]
+        rows = [[escape(cell) for cell in row] for row in self.rows]
+        stressed = [[f"**{cell}**" if cell and number in self.marked else cell for cell in row] for number, row in enumerate(rows)]
         rule = ["---:" if numeric else "---" for numeric in self.numeric]
-        lines = [[_cell(cell) for cell in self.head], rule, *([_cell(cell) for cell in row] for row in stressed)]
+        lines = [[escape(cell) for cell in self.head], rule, *stressed]
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         return f"{table}\n\n{self.note}" if self.note else table
 
     def terminal(self) -> RichTable:
         """The table for a rich console."""
-        shown = RichTable(title=self.title or None, title_justify="left", caption=escape(self.note) or None, caption_justify="left")
+        shown = RichTable(title=self.title or None, title_justify="left", caption=markup.escape(self.note) or None, caption_justify="left")
         for name, numeric in zip(self.head, self.numeric, strict=True):
-            shown.add_column(escape(name), justify="right" if numeric else "left")
+            shown.add_column(markup.escape(name), justify="right" if numeric else "left")
         for number, row in enumerate(self.rows):
-            shown.add_row(*map(escape, row), style="bold" if number in self.marked else None)
+            shown.add_row(*map(markup.escape, row), style="bold" if number in self.marked else None)
         return shown
 
     def records(self) -> list[dict[str, str]]:
@@ -76,14 +83,18 @@ def text(value: JsonValue) -> str:
     return value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def printable(value: str) -> str:
-    """Text on one line, with control characters shown as a dot: an untrained model says anything."""
-    return "".join(character if character.isprintable() else "·" for character in value)
+def signed(difference: float) -> str:
+    """A difference with its sign and four decimals, or as many as two digits of it take: only 0 reads as 0."""
+    if difference == 0:
+        return "0"
+    decimals = decimals_for(difference)
+    return f"{difference:+.{decimals}f}" if decimals <= MOST_DECIMALS else f"{difference:+.1e}"
 
 
-def _cell(value: str) -> str:
-    return printable(value).replace("|", "\\|")
+def decimals_for(value: float, least: int = DIFFERENCE_DECIMALS) -> int:
+    """Decimals that show two digits of a number other than 0, but no fewer than `least`."""
+    return max(least, 1 - math.floor(math.log10(abs(value))))
 
 
 def _is_number(cell: str) -> bool:
-    return cell.lstrip("+-−$~")[:1].isdigit() and len(cell) <= LONGEST_NUMBER
+    return NUMBER.fullmatch(cell) is not None

@@ -18,17 +18,17 @@ def publish(phase: str, profile: str, shown: Shown, volume: Path) -> None:
         create_table_artifact(shown.table.records(), key=f"{phase}-table", description=shown.text)
         parts.append(shown.table.markdown())
     listed = {name: volume / path for name, path in shown.outputs.items()}
-    listed |= {picture.caption or Path(picture.path).stem: volume / picture.path for picture in shown.pictures}
+    listed |= {figure.caption: volume / figure.file for figure in shown.figures}
     parts.append("\n".join(f"* {name}: `{path}`" for name, path in listed.items()))
     create_markdown_artifact(
         "\n\n".join(part for part in parts if part), key=f"{phase}-summary", description=f"What {phase} did with profile {profile}"
     )
-    for picture in shown.pictures:
-        path = volume / picture.path
+    for figure in shown.figures:
+        path = volume / figure.file
         if path.stat().st_size <= PICTURE_BYTES:
             stem = _slug(path.stem)
             key = stem if stem.startswith(phase) else f"{phase}-{stem}"
-            create_image_artifact(data_url(path), key=key, description=picture.caption or str(path))
+            create_image_artifact(data_url(path), key=key, description=figure.caption)
 
 
 def data_url(picture: Path) -> str:

@@ -14,11 +14,12 @@ def run_directly(phases: Sequence[Phase], config: PipelineConfig, volume: Path) 
     """Make every step of the phases, in order; returns the results by phase and step."""
     done: dict[str, dict[str, Made]] = {}
     decided: dict[str, Changes] = {}
+    folders = {phase.name: phase.folder(config, volume) for phase in phases}
     how = How(verify=config.machine.verify, on_code_change=config.machine.on_code_change)
     with ThreadPoolExecutor(config.machine.parallel_jobs) as pool:
         for phase in phases:
             made: dict[str, Made] = {}
-            for wave in in_waves(phase.steps(config, Before(done, decided))):
+            for wave in in_waves(phase.steps(config, Before(volume, done, decided, folders))):
                 bound: list[Step] = [step.bound(made) for step in wave]
                 made |= dict(zip((step.name for step in bound), pool.map(lambda step: make(step, volume, how=how), bound), strict=True))
             done[phase.name] = made

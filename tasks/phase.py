@@ -13,6 +13,7 @@ from pydantic import Field, JsonValue
 
 from fvlm_core.dotted import value_at
 from fvlm_core.errors import UserError
+from fvlm_core.figures import Figure
 from fvlm_core.manifest import Manifest
 from fvlm_core.settings import Settings, hash_json
 from fvlm_core.tables import Table
@@ -27,21 +28,14 @@ Changes = Mapping[str, JsonValue]
 """Settings of a recipe by dotted path."""
 
 
-class Picture(Settings):
-    """A picture to show."""
-
-    path: str
-    """Relative to the volume."""
-    caption: str
-
-
 class Shown(Settings):
     """What a phase shows of its results."""
 
     table: Table | None = None
     text: str = ""
     """What was decided, and what the table shows, in markdown."""
-    pictures: list[Picture] = Field(default_factory=list)
+    figures: list[Figure] = Field(default_factory=list)
+    """With files relative to the volume."""
     closing: list[Table] = Field(default_factory=list)
     """Tables that the command prints at its end."""
     outputs: dict[str, str] = Field(default_factory=dict)
@@ -51,8 +45,11 @@ class Shown(Settings):
 class Before:
     """What the phases before one have left: their steps as inputs, and what they decided."""
 
-    def __init__(self, steps: Mapping[str, Mapping[str, Made | Step]], decided: Mapping[str, Changes]) -> None:
-        """`steps` by phase and name (a Step where it is not made yet), `decided` by phase; both in the order of the phases."""
+    def __init__(
+        self, volume: Path, steps: Mapping[str, Mapping[str, Made | Step]], decided: Mapping[str, Changes], folders: Mapping[str, Path]
+    ) -> None:
+        """By phase, in the order of the phases: steps by name (a Step where it is not made yet), decisions, folders of the manifests."""
+        self.volume, self.folders = volume, folders
         self._steps, self._decided = steps, decided
 
     def step(self, phase: str, name: str) -> Input:
@@ -80,11 +77,11 @@ class Results:
         """Where a step's result is."""
         return self.volume / self.made[step].folder
 
-    def pictures(self, step: str, captions: Mapping[str, str] | None = None) -> list[Picture]:
-        """The pictures among a step's files, with their captions by file name."""
-        made = self.made[step]
-        paths = [entry.path for entry in made.manifest(self.volume).files if entry.path.endswith(".png")]
-        return [Picture(path=f"{made.folder}/{path}", caption=(captions or {}).get(Path(path).name, "")) for path in paths]
+    def figures(self, step: str, kind: type[Manifest]) -> list[Figure]:
+        """The figures that a step of this kind drew."""
+        folder = self.made[step].folder
+        drawn = [figure for figure in kind.figures if (self.volume / folder / figure.file).is_file()]
+        return [figure.model_copy(update={"file": f"{folder}/{figure.file}"}) for figure in drawn]
 
 
 @dataclass(frozen=True)
@@ -105,7 +102,7 @@ class Phase:
     """Phases whose results it uses."""
     decide: Callable[[PipelineConfig, Results], Changes] = lambda config, results: {}
     """Changes that later phases apply to their recipes."""
-    outside: Callable[[PipelineConfig], Mapping[str, str]] = lambda config: {}
+    outside: Callable[[PipelineConfig, Path], Mapping[str, str]] = lambda config, volume: {}
     """Digests of what it reads from outside the volume, by name."""
     links: Mapping[str, str] = field(default_factory=dict)
     """Names on the volume that lead to the newest result of a step."""
@@ -130,9 +127,9 @@ class Phase:
         """Where its manifest and its progress are."""
         return volume / PHASES_FOLDER / f"{self.name}-{self.key(config)}"
 
-    def inputs(self, config: PipelineConfig, done: "Mapping[str, PhaseManifest]") -> dict[str, str]:
+    def inputs(self, config: PipelineConfig, volume: Path, done: "Mapping[str, PhaseManifest]") -> dict[str, str]:
         """What a manifest made now has as `inputs`, given those of the phases before."""
-        return {phase.name: done[phase.name].digest for phase in self.after} | dict(self.outside(config))
+        return {phase.name: done[phase.name].digest for phase in self.after} | dict(self.outside(config, volume))
 
 
 class PhaseManifest(Manifest):
@@ -164,7 +161,7 @@ def current(phase: Phase, config: PipelineConfig, volume: Path, *, done: Mapping
         manifest = PhaseManifest.read(phase.folder(config, volume))
     except UserError:
         return None
-    if manifest.inputs != phase.inputs(config, done) or manifest.step_problems(volume, config.machine.verify):
+    if manifest.inputs != phase.inputs(config, volume, done) or manifest.step_problems(volume, config.machine.verify):
         return None
     return None if config.machine.on_code_change == "rerun" and manifest.other_code(volume) else manifest
 
@@ -184,7 +181,7 @@ def require(phases: Sequence[Phase], config: PipelineConfig, volume: Path, *, by
             raise UserError(f"{by} needs the results of {phase.name}, which are not there", where=str(folder), fix=fix) from error
         if problems := manifest.step_problems(volume, verify):
             raise UserError(f"the results of {phase.name} are damaged: {'; '.join(problems[:5])}", where=str(folder), fix=fix)
-        if manifest.inputs != phase.inputs(config, found):
+        if manifest.inputs != phase.inputs(config, volume, found):
             raise UserError(f"the results of {phase.name} are older than what they were made from", where=str(folder), fix=fix)
         found[phase.name] = manifest
     return found

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,7 @@ def run_phase(phase: Phase, config: PipelineConfig, volume: str) -> PhaseManifes
     done = require(phase.ancestors, config, root, by=phase.name, verify=verify)
     if "precompute" in done:
         check_shards(config, ShardManifest.read(root / done["precompute"].steps["shards"].folder))
-    before = Before({name: one.steps for name, one in done.items()}, {name: one.decided for name, one in done.items()})
-    steps = phase.steps(config, before)
+    steps = phase.steps(config, before_of(phase, config, root, done))
     folder = phase.folder(config, root)
     with StepRunner(config, root, StatusBoard(phase.name, folder, len(steps)), phase.name) as runner:
         for wave in in_waves(steps):
@@ -79,7 +78,7 @@ def run_phase(phase: Phase, config: PipelineConfig, volume: str) -> PhaseManifes
     manifest = PhaseManifest(
         name=phase.name,
         settings_hash=phase.key(config),
-        inputs=phase.inputs(config, done),
+        inputs=phase.inputs(config, root, done),
         steps=runner.made,
         decided=dict(phase.decide(config, results)),
         shown=phase.show(config, results),
@@ -88,6 +87,16 @@ def run_phase(phase: Phase, config: PipelineConfig, volume: str) -> PhaseManifes
     artifacts.publish(phase.name, config.name, manifest.shown, root)
     runner.board.finish()
     return manifest
+
+
+def before_of(phase: Phase, config: PipelineConfig, volume: Path, done: Mapping[str, PhaseManifest]) -> Before:
+    """What the phases before `phase`, which are done, have left."""
+    return Before(
+        volume,
+        steps={name: one.steps for name, one in done.items()},
+        decided={name: one.decided for name, one in done.items()},
+        folders={one.name: one.folder(config, volume) for one in phase.ancestors},
+    )
 
 
 def worth_retrying(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:

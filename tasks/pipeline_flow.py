@@ -73,7 +73,7 @@ def run_pipeline(phases: Sequence[Phase], config: PipelineConfig, volume: str) -
 
 def phase_result(phase: Phase, config: PipelineConfig, volume: Path, done: Mapping[str, PhaseManifest]) -> PhaseManifest:
     """The phase's manifest: cached while configuration, inputs and files are unchanged, else made by its deployment."""
-    cache_key = f"{phase.name}-{phase.key(config)}-{hash_json(phase.inputs(config, done))[:12]}"
+    cache_key = f"{phase.name}-{phase.key(config)}-{hash_json(phase.inputs(config, volume, done))[:12]}"
     found = current(phase, config, volume, done=done)
     for step, differences in (found.other_code(volume) if found and config.machine.on_code_change == "warn" else {}).items():
         get_run_logger().warning("%s was made by other code: %s", step, "; ".join(differences))

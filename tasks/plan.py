@@ -104,9 +104,10 @@ def look(phases: Sequence[Phase], config: PipelineConfig, volume: Path) -> Itera
     """Every step of the phases, in order, without reading the contents of large files."""
     known: dict[str, dict[str, Made | Step]] = {}
     decided: dict[str, Changes] = {}
+    folders = {phase.name: phase.folder(config, volume) for phase in phases}
     undecided: list[str] = []
     for phase in phases:
-        steps = phase.steps(config, Before(known, decided))
+        steps = phase.steps(config, Before(volume, known, decided, folders))
         made: dict[str, Made] = {}
         for step in (step for wave in in_waves(steps) for step in wave):
             bound = step.bound(made)

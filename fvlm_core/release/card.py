@@ -5,16 +5,18 @@ import re
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fvlm_core.eval.tables import markdown_table, number
+from fvlm_core.figures import Figure
 from fvlm_core.release.evidence import Evidence
-from fvlm_core.release.report import TEMPLATES
-from fvlm_core.release.sections import limitations
+from fvlm_core.release.html import TEMPLATES
+from fvlm_core.release.sections.evaluation import modes_table
+from fvlm_core.release.sections.limitations import limitations
+from fvlm_core.tables import Table
 
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 TAGS = ["fvlm", "foveated", "video", "vision-language-model", "dinov2", "smollm2", "custom_code"]
 
 
-def card(evidence: Evidence, verdict: str, *, picture: str | None) -> str:
+def card(evidence: Evidence, verdict: str, *, picture: Figure | None) -> str:
     """The card's text. `picture`: where the model looks, a file of the folder."""
     job, results = evidence.job, evidence.results
     environment = Environment(loader=PackageLoader("fvlm_core.release", TEMPLATES), undefined=StrictUndefined, trim_blocks=True)
@@ -23,16 +25,15 @@ def card(evidence: Evidence, verdict: str, *, picture: str | None) -> str:
         repository=job.push_to or f"path/to/{job.name}",
         verdict=verdict,
         summary=job.summary,
-        picture=picture,
+        picture=picture.markdown() if picture else None,
         params=evidence.run.manifest.params,
         tokens_per_frame=results.tokens_per_frame,
         frame_px=results.frame_px,
         origins=_origins(evidence),
         looks=len(results.modes) > 1,
         mode=evidence.best_mode,
-        modes=_modes_table(evidence),
-        mixture=evidence.recipe.data.mixture,
-        sources=[source for source in evidence.shards.sources if source.split == "train"],
+        modes=modes_table(results, latency=None).markdown(),
+        sources=_sources_table(evidence).markdown(),
         limitations=limitations(evidence),
         versions=evidence.run.manifest.versions,
         checkpoint=results.checkpoint,
@@ -102,15 +103,11 @@ def _eval_results(evidence: Evidence) -> list[EvalResult]:
     return found
 
 
-def _modes_table(evidence: Evidence) -> str:
+def _sources_table(evidence: Evidence) -> Table:
+    shares = {part.source: f"{part.share:.0%}" for part in evidence.recipe.data.mixture}
     rows = [
-        [
-            f"`{mode}`",
-            number(one.loss),
-            number(one.captions.cider_d if one.captions else None),
-            number(one.captions.bleu_4 if one.captions else None),
-            number(one.multiple_choice.accuracy if one.multiple_choice else None),
-        ]
-        for mode, one in evidence.results.modes.items()
+        [source.name, source.kind, f"{source.samples:,}", shares.get(source.name, "")]
+        for source in evidence.shards.sources
+        if source.split == "train"
     ]
-    return markdown_table(["mode", "loss (nats/token)", "CIDEr-D", "BLEU-4", "multiple choice"], rows)
+    return Table(head=["source", "kind", "samples", "share in the last stage"], rows=rows)

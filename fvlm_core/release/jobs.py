@@ -7,24 +7,11 @@ from pydantic import Field
 
 from fvlm_core.config import Positive
 from fvlm_core.manifest import Manifest
-from fvlm_core.settings import Settings
+from fvlm_core.settings import EXECUTION, Settings
 
 HUB_FOLDER = "model"
 CARD_FILE = f"{HUB_FOLDER}/README.md"
 REPORT_JSON, REPORT_HTML, REPORT_TEXT = "report.json", "report.html", "report.md"
-
-
-class PhaseFolders(Settings):
-    """Folders of the phases' results; None for a phase that did not run, which the report then names as missing."""
-
-    precompute: list[Path] = Field(default_factory=list)
-    """Folders of all steps before the shards (clips, downloads), for their times."""
-    speed: Path | None = None
-    ablations: Path | None = None
-    scaling: Path | None = None
-    stage1: Path | None = None
-    stage2: Path | None = None
-    stage3: Path | None = None
 
 
 class ReleaseSettings(Settings):
@@ -39,8 +26,8 @@ class ReleaseSettings(Settings):
     """Sentences for the top of the card, after the generated ones."""
     limitations: list[str] = Field(default_factory=list)
     """Added to the generated ones."""
-    reproduce: list[str] = Field(default_factory=lambda: ["./speedrun.sh"])
-    """Commands that make this release again."""
+    reproduce: Annotated[list[str], EXECUTION] = Field(default_factory=list)
+    """Commands that make this release again; empty for the pipeline's own command with the profile that was used."""
     usd_per_hour: Annotated[float, Field(ge=0)] | None = None
     """Price of the machine, for the cost table; None says only times."""
     verify_samples: Positive = 8
@@ -60,7 +47,12 @@ class ReleaseJob(ReleaseSettings):
     """Folder of its EvalReport."""
     shards: Path
     """Folder of the ShardManifest it was trained on."""
-    reports: PhaseFolders = PhaseFolders()
+    stages: dict[str, Path] = Field(default_factory=dict)
+    """Folders of the training stages by name, in their order; the last is usually `run`."""
+    reports: dict[str, Path] = Field(default_factory=dict)
+    """Folders of all other steps that the report may show or counts the time of, by name. What a step is, its manifest says."""
+    phases: dict[str, Path] = Field(default_factory=dict)
+    """Folders of the phases' own manifests by name, in their order: the wall-clock time of each, and which steps it has."""
     profile: str = ""
     """Name of the pipeline's profile, for the report."""
 
@@ -70,9 +62,11 @@ class ReleaseManifest(Manifest):
 
     verdict: str
     """One line: does looking help?"""
+    outputs: dict[str, str]
+    """What a user looks for, `model` and `report`: paths relative to the manifest's folder."""
     verified: dict[str, int]
     """Per mode, the number of logits that a clean process computed and found equal, bit for bit."""
     pushed_to: str | None = None
     """URL of the hub repository; None where nothing was sent."""
     missing: list[str] = Field(default_factory=list)
-    """Optional parts that the report lacks."""
+    """Titles of the report's sections that have nothing to show."""

@@ -5,21 +5,24 @@ import time
 
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.eval.results import GAZE_PICTURE
+from fvlm_core.figures import Figure
 from fvlm_core.manifest import file_entries, write_atomically
 from fvlm_core.model.foveated import load_model
 from fvlm_core.progress import Progress
 from fvlm_core.release.card import card
 from fvlm_core.release.evidence import Evidence
-from fvlm_core.release.figures import FIGURES, copy_figures
+from fvlm_core.release.figures import FOLDER as FIGURES_FOLDER
+from fvlm_core.release.figures import Figures
+from fvlm_core.release.html import html
 from fvlm_core.release.hub_folder import write_hub_folder
 from fvlm_core.release.jobs import CARD_FILE, HUB_FOLDER, REPORT_HTML, REPORT_JSON, REPORT_TEXT, ReleaseJob, ReleaseManifest
 from fvlm_core.release.push import push
-from fvlm_core.release.report import html, markdown
 from fvlm_core.release.sections import build
 from fvlm_core.release.verify import verify
 from fvlm_core.train.jobs import MODEL_FOLDER
 
 STEPS = 4
+LOOKS = Figure(file=GAZE_PICTURE, caption="Where the model looks in a clip of the validation set.", chart=False)
 
 
 def release(job: ReleaseJob, *, token: str | None = None, endpoint: str | None = None) -> ReleaseManifest:
@@ -30,6 +33,7 @@ def release(job: ReleaseJob, *, token: str | None = None, endpoint: str | None =
     """
     started = time.monotonic()
     evidence = Evidence.read(job)
+    report = build(evidence, Figures(job.output))
     progress = Progress(job.output, STEPS)
     folder, shards = job.output / HUB_FOLDER, ShardSet(job.shards)
     model = load_model(job.run / MODEL_FOLDER).eval()
@@ -42,14 +46,13 @@ def release(job: ReleaseJob, *, token: str | None = None, endpoint: str | None =
         shutil.rmtree(folder, ignore_errors=True)
         raise
     progress.update(2, note="proved in a clean process")
-    report = build(evidence, copy_figures(evidence, job.output))
     write_atomically(job.output / REPORT_JSON, report.model_dump_json(indent=2).encode())
-    write_atomically(job.output / REPORT_TEXT, markdown(report).encode())
+    write_atomically(job.output / REPORT_TEXT, report.markdown().encode())
     write_atomically(job.output / REPORT_HTML, html(report, job.output).encode())
-    looks = job.evaluation / GAZE_PICTURE
+    looks = job.evaluation / LOOKS.file
     if looks.is_file():
-        shutil.copyfile(looks, folder / GAZE_PICTURE)
-    text = card(evidence, report.verdict, picture=GAZE_PICTURE if looks.is_file() else None)
+        shutil.copyfile(looks, folder / LOOKS.file)
+    text = card(evidence, report.verdict, picture=LOOKS if looks.is_file() else None)
     write_atomically(job.output / CARD_FILE, text.encode())
     progress.update(3, note="described")
     pushed_to = None
@@ -58,7 +61,7 @@ def release(job: ReleaseJob, *, token: str | None = None, endpoint: str | None =
             folder, job.push_to, token=token, endpoint=endpoint, message=f"{job.name}, weights {evidence.results.checkpoint[:12]}"
         )
     progress.update(STEPS, note=f"pushed to {pushed_to}" if pushed_to else "done")
-    reports = [REPORT_JSON, REPORT_TEXT, REPORT_HTML, f"{FIGURES}/*.png"]
+    reports = [REPORT_JSON, REPORT_TEXT, REPORT_HTML, f"{FIGURES_FOLDER}/*.png"]
     return ReleaseManifest(
         name="release",
         settings_hash=job.hash(exclude={"output"}),
@@ -67,7 +70,8 @@ def release(job: ReleaseJob, *, token: str | None = None, endpoint: str | None =
         files=file_entries(job.output, [f"{HUB_FOLDER}/*"]) + file_entries(job.output, reports, identity=False),
         seconds=time.monotonic() - started,
         verdict=report.verdict,
+        outputs={"model": HUB_FOLDER, "report": REPORT_HTML},
         verified=verified,
         pushed_to=pushed_to,
-        missing=evidence.missing,
+        missing=[section.title for section in report.sections if section.missing],
     ).write(job.output)

@@ -4,11 +4,12 @@
 """
 
 from pathlib import Path
+from typing import Any
 
 from fvlm_core.cli import run_job
-from fvlm_core.manifest import Manifest, file_entries
-from fvlm_core.scaling.jobs import CurvesJob
-from fvlm_core.scaling.plots import COLOURS, WIDTH, canvas
+from fvlm_core.manifest import file_entries
+from fvlm_core.scaling.canvas import COLOURS, WIDTH, canvas
+from fvlm_core.scaling.jobs import CurvesJob, CurvesManifest
 from fvlm_core.scaling.runs import FinishedRun, metrics_rows
 
 CURVES = "curves.png"
@@ -21,6 +22,13 @@ PANELS = {
     "validation loss by pass": ("val_coarse", "val_fine1", "val_fine2"),
 }
 """Columns of `metrics.csv` by panel."""
+LINES: tuple[dict[str, Any], ...] = (
+    {"color": COLOURS[0], "linestyle": "-", "linewidth": 5, "alpha": 0.4, "marker": "o", "markersize": 7},
+    {"color": COLOURS[1], "linestyle": "-", "linewidth": 2.2, "marker": "s", "markersize": 4},
+    {"color": "black", "linestyle": ":", "linewidth": 1.4, "marker": "x", "markersize": 5},
+)
+"""Of the columns of a panel: each narrower than the one below it, so that equal curves are all seen."""
+ALONE: dict[str, Any] = {"color": COLOURS[0], "marker": ".", "markersize": 5}
 
 
 def plot_curves(stages: dict[str, FinishedRun], path: Path) -> bool:
@@ -44,8 +52,9 @@ def plot_curves(stages: dict[str, FinishedRun], path: Path) -> bool:
         grid = figure.subplots((len(drawn) + 1) // 2, 2, squeeze=False).ravel()
         for axes, (panel, lines) in zip(grid, drawn.items(), strict=False):
             names = list(dict.fromkeys(column for column, _, _ in lines))
+            styles = dict(zip(names, LINES, strict=False)) if len(names) > 1 else {names[0]: ALONE}
             for column, steps, values in lines:
-                axes.plot(steps, values, color=COLOURS[names.index(column)], marker=".", markersize=4)
+                axes.plot(steps, values, **styles[column])
             for border in borders[:-1]:
                 axes.axvline(border, color="#b8bfc7", linewidth=1, linestyle=":")
             if panel == "learning rate" and all(value > 0 for _, _, values in lines for value in values):
@@ -54,18 +63,18 @@ def plot_curves(stages: dict[str, FinishedRun], path: Path) -> bool:
             axes.set_xlabel("step (dotted: end of a stage)" if len(stages) > 1 else "step")
             if len(names) > 1:
                 short = [name.removeprefix("grad_norm_").removeprefix("lr_").removeprefix("val_") for name in names]
-                handles = [axes.plot([], [], color=COLOURS[index])[0] for index in range(len(names))]
+                handles = [axes.plot([], [], **styles[name])[0] for name in names]
                 axes.legend(handles, short)
         for axes in grid[len(drawn) :]:
             axes.set_axis_off()
     return True
 
 
-def draw(job: CurvesJob) -> Manifest:
+def draw(job: CurvesJob) -> CurvesManifest:
     """Draw the runs' curves one after another."""
     runs = {name: FinishedRun.read(folder) for name, folder in job.runs.items()}
     plot_curves(runs, job.output / CURVES)
-    return Manifest(
+    return CurvesManifest(
         name="curves",
         settings_hash=job.hash(exclude={"output", "runs"}),
         inputs={name: run.manifest.digest for name, run in runs.items()},

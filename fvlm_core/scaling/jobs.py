@@ -1,10 +1,11 @@
 """Jobs and manifests of the comparisons of runs: light to import, so flows and the release read them without torch or SciPy."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, JsonValue
 
+from fvlm_core.figures import Figure
 from fvlm_core.manifest import Manifest
 from fvlm_core.settings import Settings
 
@@ -13,7 +14,14 @@ VARIANTS: tuple[Variant, ...] = ("foveated", "baseline")
 
 ABLATIONS_TABLE, ABLATIONS_TEXT, ABLATIONS_PLOT = "ablations.csv", "ablations.md", "ablations.png"
 POINTS_FILE, FITS_FILE, SCALING_TEXT = "points.csv", "fits.json", "scaling.md"
-PLOTS = ("iso_flop.png", "crossover.png", "token_efficiency.png", "data_scaling.png", "allocation.png")
+SCALING_FIGURES = (
+    Figure(file="iso_flop.png", caption="Loss over model size, a curve per FLOP budget; stars are the best sizes."),
+    Figure(file="crossover.png", caption="Foveated against the baseline with pooled tokens, per budget."),
+    Figure(file="token_efficiency.png", caption="Loss against the visual tokens that the language model read in training."),
+    Figure(file="data_scaling.png", caption="Loss over labelled tokens, a curve per size."),
+    Figure(file="allocation.png", caption="Best size over the training budget."),
+)
+PLOTS = tuple(figure.file for figure in SCALING_FIGURES)
 
 
 class AblationRun(Settings):
@@ -74,8 +82,9 @@ class AblationRow(Settings):
 
 
 class AblationReport(Manifest):
-    """`ablations.csv`, `ablations.png`, and `ablations.md` (which has timings, so is not part of its identity)."""
+    """`ablations.csv`, and for reading `ablations.md` and `ablations.png`, which are no part of its identity."""
 
+    figures: ClassVar[tuple[Figure, ...]] = (Figure(file=ABLATIONS_PLOT, caption="Difference in validation loss to the baseline."),)
     baseline: str
     rows: list[AblationRow]
     """In the order of the job."""
@@ -147,8 +156,9 @@ class Quantity(Settings):
 
 
 class ScalingReport(Manifest):
-    """`points.csv`, `fits.json`, five plots and `scaling.md`."""
+    """`points.csv`, `fits.json`, and for reading five plots and `scaling.md`, which are no part of its identity."""
 
+    figures: ClassVar[tuple[Figure, ...]] = SCALING_FIGURES
     points: list[GridPoint]
     exponents: dict[str, Quantity]
     """Headline exponents by `variant.name`, a copy of what `fits.json` holds."""
@@ -167,3 +177,9 @@ class CurvesJob(Settings):
     output: Path
     runs: dict[str, Path]
     """Folders of finished runs by name, in order."""
+
+
+class CurvesManifest(Manifest):
+    """`curves.png`."""
+
+    figures = (Figure(file="curves.png", caption="The stages one after another: losses, gradient norms, learning rates, entropy, speed."),)

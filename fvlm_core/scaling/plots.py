@@ -3,35 +3,20 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
+from fvlm_core.scaling.canvas import COLOURS, WIDTH, canvas
 from fvlm_core.scaling.fits import Allocation, DataLaw, Law, NotIdentifiableError, Parabola
 from fvlm_core.scaling.jobs import VARIANTS, AblationRow, GridPoint, Variant
+from fvlm_core.scaling.tables import marked_name
+from fvlm_core.tables import signed
 
-COLOURS = ("#2f6fde", "#e07b39", "#2a9d6f", "#b0479a", "#8a6d3b", "#5b6770")
 BETTER, WORSE, NEUTRAL = "#2a9d6f", "#d1495b", "#8d99a6"
 LINES: dict[Variant, str] = {"foveated": "-", "baseline": "--"}
 MARKERS: dict[Variant, str] = {"foveated": "o", "baseline": "s"}
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",  # matplotlib's own: the same everywhere
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e9ed",
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-}
-DPI = 130
-WIDTH = 11
-"""Inches; the same for all, so that text is equally large side by side."""
 Item = TypeVar("Item")
 LOSS = "validation loss (nats/token)"
 
@@ -43,13 +28,12 @@ def plot_deltas(path: Path, rows: Sequence[AblationRow], baseline: AblationRow) 
         deltas = [row.delta for row in ordered]
         colours = [NEUTRAL if not row.can_win else BETTER if row.delta < 0 else WORSE for row in ordered]
         axes.barh(range(len(ordered)), deltas, color=colours, height=0.66)
-        marks = [row.name + ("*" if row.control else "") + ("†" if row.other_validation else "") for row in ordered]
-        axes.set_yticks(range(len(ordered)), marks)
+        axes.set_yticks(range(len(ordered)), [marked_name(row) for row in ordered])
         axes.axvline(0, color="#30363d", linewidth=1)
         reach = max(map(abs, deltas), default=0) or 1.0
         for place, delta in enumerate(deltas):
             beside = delta + np.copysign(0.015 * reach, delta)
-            axes.text(beside, place, f"{delta:+.4f}", va="center", ha="left" if delta >= 0 else "right", fontsize=9)
+            axes.text(beside, place, signed(delta), va="center", ha="left" if delta >= 0 else "right", fontsize=9)
         low, high = min(0.0, *deltas), max(0.0, *deltas)
         axes.set_xlim(low - (0.3 * reach if low < 0 else 0.05 * reach), high + (0.3 * reach if high > 0 else 0.05 * reach))
         axes.grid(axis="y", visible=False)
@@ -89,16 +73,16 @@ def plot_crossover(path: Path, points: Sequence[GridPoint], best: dict[Variant, 
             budgets = sorted(best[variant])
             losses = [best[variant][budget] for budget in budgets]
             left.plot(budgets, losses, LINES[variant] + MARKERS[variant], color=colour, label=f"{variant}, best size")
+        ours, theirs = (best.get(variant, {}) for variant in VARIANTS)
+        shared = sorted(ours.keys() & theirs.keys())
+        if shared:  # broad and below: it is one of the sizes' lines where the same size is best in both
+            right.plot(shared, [ours[c] - theirs[c] for c in shared], color="black", linewidth=7, alpha=0.25, label="best of each")
+            right.axhline(0, color="#30363d", linewidth=1)
         sizes = _sizes(points)
         for colour, size in _coloured(sizes):
             if not (pairs := _pairs(points, size)):
                 continue
             right.plot([p[0] for p in pairs], [p[1] for p in pairs], "o-", color=colour, linewidth=1, alpha=0.75, label=size)
-        ours, theirs = (best.get(variant, {}) for variant in VARIANTS)
-        shared = sorted(ours.keys() & theirs.keys())
-        if shared:
-            right.plot(shared, [ours[c] - theirs[c] for c in shared], "k-", linewidth=2.2, label="best of each")
-            right.axhline(0, color="#30363d", linewidth=1)
         for axes in (left, right):
             if crossing is not None:
                 axes.axvline(crossing, color=WORSE, linestyle=":", label=f"crossover {crossing:.1e}")
@@ -192,16 +176,6 @@ def _panels(path: Path) -> Iterator[tuple[Axes, Axes]]:
     with canvas(path, (WIDTH, 4.3)) as figure:
         left, right = figure.subplots(1, 2)
         yield left, right
-
-
-@contextmanager
-def canvas(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
-    """A figure of `size` inches in the common style, written to `path` at the end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-        yield figure
-        figure.savefig(path, metadata={"Software": None})  # no version in the file
 
 
 def _finish(axes: Axes, title: str, x: str, y: str) -> None:

@@ -4,11 +4,12 @@ No torch here: flows, launchers and reports read them too.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from fvlm_core.config import CompiledPart, OptimizerSettings, Positive, Recipe, VisionShape
+from fvlm_core.figures import Figure
 from fvlm_core.manifest import Manifest
 from fvlm_core.settings import Settings
 
@@ -147,6 +148,7 @@ class SpeedRow(Settings):
 class SpeedReport(Manifest):
     """`speed.csv`, `speed.png` (timings: not part of its identity) and `chosen.yaml`."""
 
+    figures: ClassVar[tuple[Figure, ...]] = (Figure(file=PLOT_FILE, caption="Training samples per second of every variant."),)
     device: str
     rows: list[SpeedRow]
     """`naive` first, `tuned` last: both measured once more, side by side."""

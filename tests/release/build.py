@@ -25,7 +25,8 @@ from fvlm_core.eval.results import (
 )
 from fvlm_core.manifest import Manifest, file_entries, sha256_file
 from fvlm_core.model.foveated import build_model
-from fvlm_core.release.jobs import PhaseFolders, ReleaseJob
+from fvlm_core.release.evidence import PhaseRecord
+from fvlm_core.release.jobs import ReleaseJob
 from fvlm_core.scaling.ablations import compare
 from fvlm_core.scaling.grid import study
 from fvlm_core.scaling.jobs import AblationJob, AblationRun
@@ -184,13 +185,21 @@ def full_job(folder: Path, **fields) -> ReleaseJob:
     )
     compare(ablations)
     Manifest(name="clips", settings_hash="c", seconds=30).write(folder / "clips")
+    phases = {"precompute": (50.0, ["clips", "shards"]), "ablations": (70.0, ["ablation-report", "a0", "a1"]), "train": (300.0, [*stages])}
+    for name, (seconds, steps) in phases.items():
+        record = PhaseRecord(name=name, settings_hash=name, seconds=seconds, steps=dict.fromkeys(steps))
+        record.write(folder / "phases" / name)
+    reports = {"clips": folder / "clips", "a0": folder / "a0", "a1": folder / "a1"}
+    reports |= {"ablation-report": ablations.output, "scaling-report": grid.output}
     return ReleaseJob(
         output=folder / "release",
         name="fVLM-tiny",
         run=stages["stage3"],
         evaluation=evaluation(folder / "evaluation", stages["stage3"]),
         shards=folder / "shards",
-        reports=PhaseFolders(precompute=[folder / "clips"], ablations=ablations.output, scaling=grid.output, **stages),
+        stages=stages,
+        reports=reports,
+        phases={name: folder / "phases" / name for name in phases},
         profile="ci",
         usd_per_hour=1.0,
         limitations=["Said by the job."],

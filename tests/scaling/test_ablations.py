@@ -6,8 +6,9 @@ import pytest
 
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import Manifest
-from fvlm_core.scaling.ablations import compare, show_value
+from fvlm_core.scaling.ablations import compare
 from fvlm_core.scaling.jobs import ABLATIONS_PLOT, ABLATIONS_TABLE, ABLATIONS_TEXT, AblationJob, AblationReport, AblationRun
+from fvlm_core.scaling.tables import show_value
 from tests.scaling.build import finished
 
 
@@ -108,9 +109,10 @@ def test_negative_results_are_in_every_form(job):
     assert table["frozen"]["value"] == "0.0"
     assert table["pooled"]["loss_fine2"] == ""
     text = (job.output / ABLATIONS_TEXT).read_text()
-    assert "| +0.2500 |" in text
-    assert "| -0.5000* |" in text
-    assert "| -1.0000† |" in text
+    assert "| frozen | optimizer.lr_vision = 0.0 | 2.2500 | +0.2500 |" in text
+    assert r"| pooled\* | model.query = pooled | 1.5000 | -0.5000 |" in text
+    assert "| order† | data.question_first = 1.0 | 1.0000 | -1.0000 |" in text
+    assert "| **cool** |" in text
     assert text.index("order") < text.index("frozen")  # best first
     assert (job.output / ABLATIONS_PLOT).read_bytes().startswith(b"\x89PNG")
 

@@ -31,18 +31,33 @@ def grid_of(law: Law, sizes=SIZES, budgets=BUDGETS, *, noise: float = 0.0, seed:
     return Grid(params, tokens, law.loss(params, tokens) * np.exp(rng.normal(0, noise, len(params))), budget)
 
 
+DECADE = np.geomspace(5e7, 5e8, 5), np.geomspace(1e20, 1e21, 5)
+"""Sizes and budgets over a factor of ten each; tokens then span a factor of a hundred."""
+
+
+def spanning(alpha: float, beta: float, e: float, n_span: float, d_span: float) -> Law:
+    """The law whose terms vary by so many nats over the runs of `DECADE`."""
+    grid = grid_of(Law(e, 0.0, alpha, 0.0, beta), *DECADE)
+    return Law(e, n_span / np.ptp(grid.params**-alpha), alpha, d_span / np.ptp(grid.tokens**-beta), beta)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.floats(0.15, 1.2), st.floats(0.15, 1.2), st.floats(0.3, 3.0), st.floats(0.2, 3.0), st.floats(0.2, 3.0))
-def test_noiseless_exponents_are_recovered(alpha, beta, e, a_term, b_term):
-    """Over one decade of sizes and budgets; the terms are given by their size in the middle, so that both of them matter."""
-    sizes, budgets = np.geomspace(5e7, 5e8, 5), np.geomspace(1e20, 1e21, 5)
-    middle_n = np.exp(np.log(sizes).mean())
-    middle_d = np.exp(np.log(budgets).mean()) / (6 * middle_n)
-    law = Law(e, a_term * middle_n**alpha, alpha, b_term * middle_d**beta, beta)
-    found = fit_law(grid_of(law, sizes, budgets))
+def test_noiseless_exponents_are_recovered(alpha, beta, e, n_span, d_span):
+    """Each term spans at least 3 % of the losses, three times what the fit asks for."""
+    found = fit_law(grid_of(spanning(alpha, beta, e, n_span, d_span), *DECADE))
     assert found.alpha == pytest.approx(alpha, abs=1e-6)
     assert found.beta == pytest.approx(beta, abs=1e-6)
     np.testing.assert_allclose(found.E, e, atol=1e-5)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.floats(0.15, 1.2), st.floats(0.15, 1.2), st.floats(0.001, 0.009), st.booleans())
+def test_a_term_that_spans_under_one_percent_of_the_losses_has_no_exponent(alpha, beta, small, of_size):
+    """A term of 0.25 nats in the middle is one such beside the data term of a large exponent: its size there says little."""
+    law = spanning(alpha, beta, 1.0, small if of_size else 1.0, 1.0 if of_size else small)
+    with pytest.raises(NotIdentifiableError, match=f"hardly depend on {'model size' if of_size else 'data'}"):
+        fit_law(grid_of(law, *DECADE))
 
 
 def test_the_cross_check_agrees():

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from fvlm_core.errors import UserError
+from fvlm_core.scaling.choice import choose
 from fvlm_core.scaling.fits import Law
-from fvlm_core.scaling.grid import Study, choose, study
+from fvlm_core.scaling.grid import study
 from fvlm_core.scaling.jobs import FITS_FILE, PLOTS, POINTS_FILE, SCALING_TEXT, GridJob, GridPoint, GridRun, ScalingReport
+from fvlm_core.scaling.study import Study
 from tests.scaling.build import finished
 
 LAW = Law(E=1.2, A=60.0, alpha=0.35, B=90.0, beta=0.3)
@@ -104,7 +106,8 @@ def test_the_smallest_grid_says_what_it_cannot_know(tmp_path):
     assert "no law could be fitted" in report.chosen_reason
     text = (job.output / SCALING_TEXT).read_text()
     assert f"Chosen size: **{report.chosen}**" in text
-    assert "none: not identifiable" in text
+    assert "foveated: alpha of the joint law" in text
+    assert "not identifiable: 3 model sizes, at least 4 are needed" in text
 
 
 def test_crossover_between_budgets(tmp_path):
@@ -129,6 +132,7 @@ def test_the_same_runs_give_the_same_bytes(tmp_path):
     again = study(job.model_copy(update={"output": tmp_path / "again"}))
     assert [(entry.path, entry.sha256) for entry in first.files] == [(entry.path, entry.sha256) for entry in again.files]
     assert {"points.csv", "fits.json", *PLOTS} <= {entry.path for entry in first.files}
+    assert {entry.path for entry in first.files if entry.identity} == {POINTS_FILE, FITS_FILE}, "pictures and texts are renderings"
 
 
 def test_points_hold_what_the_fits_use(tmp_path):

@@ -1,0 +1,61 @@
+"""The report's sections, a file each: `section(evidence, figures)` gives its title and what it shows, or says what is missing.
+
+A new phase shows its report by a file here and a line in `SECTIONS`; it finds its step by the name of the step's manifest
+(`Evidence.report`).
+"""
+
+from collections.abc import Callable
+
+from fvlm_core.release import headline
+from fvlm_core.release.evidence import Evidence
+from fvlm_core.release.figures import Figures
+from fvlm_core.release.report import Report, Section
+from fvlm_core.release.sections import (
+    ablations,
+    cost,
+    curves,
+    data,
+    evaluation,
+    gaze,
+    limitations,
+    provenance,
+    published,
+    question_order,
+    reproduce,
+    scaling,
+    speed,
+)
+
+SECTIONS: tuple[Callable[[Evidence, Figures], Section], ...] = (
+    evaluation.section,
+    question_order.section,
+    gaze.section,
+    curves.section,
+    ablations.section,
+    scaling.section,
+    speed.section,
+    data.section,
+    cost.section,
+    limitations.section,
+    published.section,
+    provenance.section,
+    reproduce.section,
+)
+"""In the order of the report."""
+
+
+def build(evidence: Evidence, figures: Figures) -> Report:
+    """The complete report; its pictures are put into `figures`."""
+    verdict, tone, note = headline.verdict(evidence)
+    job, per_frame = evidence.job, evidence.results.tokens_per_frame
+    profile = f"profile {job.profile}, " if job.profile else ""
+    subtitle = f"Report of a release: {profile}{evidence.run.manifest.params:,} parameters, "
+    return Report(
+        name=job.name,
+        subtitle=subtitle + f"{per_frame} visual token{'s' if per_frame > 1 else ''} per frame",
+        verdict=verdict,
+        tone=tone,
+        verdict_note=note,
+        tiles=headline.tiles(evidence),
+        sections=[section(evidence, figures) for section in SECTIONS],
+    )

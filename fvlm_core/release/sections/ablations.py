@@ -1,0 +1,20 @@
+"""Runs that differ from the base recipe in one setting each; worse ones too."""
+
+from fvlm_core.release.evidence import Evidence
+from fvlm_core.release.figures import Figures
+from fvlm_core.release.report import Section
+from fvlm_core.scaling.jobs import AblationReport
+from fvlm_core.scaling.tables import ablations_table
+
+TITLE = "Ablations"
+
+
+def section(evidence: Evidence, figures: Figures) -> Section:
+    found = evidence.report("ablations", AblationReport)
+    if found is None:
+        return Section(title=TITLE, missing="no ablations were run")
+    report = found.manifest
+    pictures = figures.copy(found.folder, *report.figures)
+    return Section(
+        title=TITLE, blocks=[f"Winner: **{report.winner}**.", *pictures, ablations_table(report.rows, report.baseline, report.winner)]
+    )

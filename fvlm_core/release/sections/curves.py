@@ -1,0 +1,35 @@
+"""How training went, stage after stage."""
+
+from fvlm_core.figures import Figure
+from fvlm_core.release.evidence import Evidence
+from fvlm_core.release.figures import FOLDER, Figures
+from fvlm_core.release.report import Block, Section
+from fvlm_core.release.words import duration
+from fvlm_core.tables import Table
+
+FILE = "curves.png"
+CAPTION = "Training, stage after stage. Where curves are equal, the narrow one lies on the broad one."
+
+
+def section(evidence: Evidence, figures: Figures) -> Section:
+    from fvlm_core.scaling.curves import plot_curves  # here: nothing else in a report needs matplotlib
+
+    rows = [
+        [
+            name,
+            f"{run.manifest.steps:,}",
+            f"{run.manifest.samples_seen:,}",
+            f"{run.manifest.frames_seen:,}",
+            f"{run.manifest.flops:.2e}",
+            duration(run.manifest.seconds),
+            f"{run.manifest.final_loss:.4f}",
+            f"{run.manifest.best_loss:.4f} at {run.manifest.best_step:,}",
+            ", ".join(map(str, run.manifest.resumed_from)) or "no",
+        ]
+        for name, run in evidence.stages.items()
+    ]
+    blocks: list[Block] = []
+    if plot_curves(evidence.stages, figures.place(FILE)):
+        blocks.append(Figure(file=f"{FOLDER}/{FILE}", caption=CAPTION))
+    head = ["stage", "steps", "samples", "frames", "FLOPs", "machine time", "final loss", "best loss", "resumed at step"]
+    return Section(title="Training curves", blocks=[*blocks, Table(head=head, rows=rows)])

@@ -1,0 +1,49 @@
+"""What this release does not show, and what did not work."""
+
+from fvlm_core.markdown import escape
+from fvlm_core.release.evidence import Evidence
+from fvlm_core.release.figures import Figures
+from fvlm_core.release.report import Section
+from fvlm_core.release.words import difference, items
+from fvlm_core.scaling.jobs import AblationReport
+from fvlm_core.tables import signed
+
+TOY_PARAMS = 20_000_000
+"""Below the size of any pretrained backbone we use: a demonstration of the pipeline."""
+FULL_FRAME_PX = 224
+
+
+def section(evidence: Evidence, figures: Figures) -> Section:
+    return Section(title="Limitations and negative results", blocks=[items(limitations(evidence))])
+
+
+def limitations(evidence: Evidence) -> list[str]:
+    """A sentence of markdown each; the card lists them too."""
+    results, model = evidence.results, evidence.recipe.model
+    found = []
+    if evidence.run.manifest.params < TOY_PARAMS:
+        found.append(
+            "A toy-sized model: it shows that the pipeline and the mechanism work, not what the architecture reaches at full size."
+        )
+    random = [name for name, part in (("vision encoder", model.vision), ("language model", model.llm)) if part.checkpoint is None]
+    if random:
+        found.append(f"The {' and the '.join(random)} started from random weights, not from a pretrained checkpoint.")
+    if results.frame_px < FULL_FRAME_PX:
+        found.append(f"Frames are {results.frame_px} px wide; real runs use {FULL_FRAME_PX} px.")
+    sources = ", ".join(escape(name) for name in sorted(next(iter(results.modes.values())).loss_by_source))
+    found.append(f"Evaluated on held-out samples of the training sources ({sources}), not on public benchmarks.")
+    found.append("One training run with one seed: intervals are over validation clips, not over runs.")
+    gap = results.train_inference_gap
+    if gap is not None and gap.difference.low > 0:
+        found.append(f"Autoregressive inference is worse than coarse→fine by {difference(gap.difference)} nats per token.")
+    ablations = evidence.report("ablations", AblationReport)
+    if ablations is not None:
+        worse = sorted((row for row in ablations.manifest.rows if row.delta > 0), key=lambda row: row.delta)
+        if worse:
+            listed = ", ".join(f"{row.name} ({signed(row.delta)})" for row in worse)
+            found.append(f"Ablations that did not help, in validation loss: {listed}.")
+    divergences = sum(len(stage.manifest.divergences) for stage in evidence.stages.values())
+    if divergences:
+        found.append(f"Training diverged {divergences} time(s) and went back to an earlier checkpoint.")
+    found += [f"Not measured: {escape(what)} ({escape(why)})." for what, why in results.absent.items()]
+    return found + evidence.job.limitations

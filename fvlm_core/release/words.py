@@ -1,0 +1,34 @@
+"""How the report says modes, times, code and differences."""
+
+import re
+
+from fvlm_core.eval.results import Estimate, Mode
+from fvlm_core.eval.tables import number
+from fvlm_core.tables import MOST_DECIMALS, decimals_for
+
+MODES: dict[Mode, str] = {"coarse_only": "coarse-only", "coarse_fine": "coarse→fine", "autoregressive": "autoregressive"}
+
+
+def duration(seconds: float) -> str:
+    """E.g. `1 h 02 min`, `3 min 20 s`, `4.5 s`."""
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def difference(estimate: Estimate) -> str:
+    """A difference with its interval, with enough decimals to see that it is none of 0; `0 [0, 0]` where nothing differs at all."""
+    shown = estimate.value or max(abs(estimate.low), abs(estimate.high))
+    return number(estimate, min(MOST_DECIMALS, decimals_for(shown)) if shown else 0)
+
+
+def fenced(text: str, language: str = "") -> str:
+    """A block of code that no line of `text` can end."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def items(lines: list[str]) -> str:
+    """A list, of lines of markdown."""
+    return "\n".join(f"* {line}" for line in lines)
