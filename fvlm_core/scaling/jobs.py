@@ -182,4 +182,6 @@ class CurvesJob(Settings):
 class CurvesManifest(Manifest):
     """`curves.png`."""
 
-    figures = (Figure(file="curves.png", caption="The stages one after another: losses, gradient norms, learning rates, entropy, speed."),)
+    figures: ClassVar[tuple[Figure, ...]] = (
+        Figure(file="curves.png", caption="The stages one after another: losses, gradient norms, learning rates, entropy, speed."),
+    )
