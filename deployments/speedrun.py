@@ -12,12 +12,13 @@ from uuid import UUID
 
 from rich.console import Console
 
-from deployments.checks import check_programs, check_videos, check_volume, load_profile
+from deployments.checks import check_programs, check_sources, check_volume, load_profile
+from deployments.pretrained import check_pretrained
 from fvlm_core.errors import UserError
 from infra.stack import Stack
 from tasks.config import PipelineConfig
-from tasks.mixtures import check_names, made_sources, mixtures
-from tasks.outside import VIDEOS, read_sources
+from tasks.mixtures import check_names, known_sources, mixtures
+from tasks.outside import VIDEOS
 from tasks.recipes import OWN_DATA
 
 CANCEL_TIMEOUT_S = 20.0
@@ -34,10 +35,8 @@ def speedrun(profile: str, videos: Path | None, volume: Path, *, keep_server: bo
         config = with_videos(config, videos.resolve())
     check_volume(volume, config)
     check_programs(config)
-    own = config.precompute.videos
-    if own is not None:
-        check_videos(own, config.precompute.download.max_bad_share)
-    check_names(config, made_sources(config) | (read_sources(own) if own else set()))
+    check_pretrained(config)
+    check_names(config, known_sources(config, check_sources(config, volume)))
     stack = Stack(volume, environment=os.environ)
     with _terminated_as_interrupted():
         keep = False
@@ -61,9 +60,10 @@ def speedrun(profile: str, videos: Path | None, volume: Path, *, keep_server: bo
 
 
 def with_videos(config: PipelineConfig, videos: Path) -> PipelineConfig:
-    """The profile with the user's own videos in place of the default clips that are captioned."""
+    """The profile with the user's own videos, a source of the format `table`, in place of the default clips that are captioned."""
     values = config.model_dump(mode="json")
-    values["precompute"] |= {"videos": str(videos), "natural": False}
+    others = [source for source in values["precompute"]["sources"] if source["name"] != VIDEOS]
+    values["precompute"] |= {"sources": [*others, {"name": VIDEOS, "files": [str(videos)]}], "natural": False}
     for part in (values["base"], *values["stages"].values()):
         for data in (part["data"], part["data"]["validation"]):
             if data:

@@ -13,6 +13,7 @@ from prefect.states import Cancelling
 
 from tasks import artifacts
 from tasks.config import PipelineConfig
+from tasks.outside import record_sources
 from tasks.phases import PHASES, PhaseManifest
 from tasks.run_phase import phase_result
 
@@ -38,6 +39,7 @@ def pipeline(config: PipelineConfig, volume: str) -> None:
         config: What every phase does.
         volume: Folder that holds all results (an absolute path).
     """
+    record_sources(config, Path(volume))
     done: dict[str, PhaseManifest] = {}
     for phase in PHASES:
         done[phase] = phase_result(phase, config, volume, done)

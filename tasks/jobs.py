@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from fvlm_core.config import Recipe
+from fvlm_core.data.jobs import Source
+from fvlm_core.data.sources.record import record_folder
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import sha256_file
 from fvlm_core.scaling.jobs import Variant
-from tasks.config import Ablation, PipelineConfig, Size
-from tasks.outside import TEXT, VIDEOS, external_inputs
+from tasks.config import RENDERED, Ablation, PipelineConfig, Size
+from tasks.outside import external_inputs
 from tasks.phases import PhaseManifest
 from tasks.recipes import settings
 from tasks.steps import INPUT, Made, Step
@@ -46,30 +48,48 @@ def natural_clips() -> list[Path]:
     return [Path(found.origin).parent / "datasets" / "data" / name for name in NATURAL]
 
 
-def download(config: PipelineConfig, made_clips: Made | None) -> Step:
-    """Fetches the rendered clips, or the user's own videos where `made_clips` is None."""
-    videos = config.precompute.videos
-    table = f"{INPUT}clips/{CLIPS_TABLE}" if made_clips else f"{INPUT}{VIDEOS}"
+def download_clips(config: PipelineConfig, made_clips: Made) -> Step:
+    """Fetches the rendered clips, whose table is always of the format `table`."""
+    source = {"name": RENDERED, "files": [f"{INPUT}{RENDERED}/{CLIPS_TABLE}"]}
+    # the natural clips' pixels are taken as they are stored, as they always were: one of them is anamorphic
+    step = _download(config, RENDERED, {"source": source, "square_pixels": False})
+    return step.model_copy(update={"inputs": {RENDERED: made_clips}})
+
+
+def download_source(config: PipelineConfig, source: Source, volume: Path) -> Step:
+    """Fetches the videos of a source, by its record on the volume."""
+    step = _download(config, source.name, {"record": f"{INPUT}record"})
+    outside = {source.name: external_inputs(config, volume)[source.name]}
+    return step.model_copy(update={"external": outside, "places": step.places | {"record": str(record_folder(source, volume))}})
+
+
+def _download(config: PipelineConfig, name: str, origin: dict[str, Any]) -> Step:
     return Step(
-        name="download-clips" if made_clips else "download-videos",
+        name=f"download-{name}",
         module="fvlm_core.data.download",
         settings=config.precompute.download.model_dump(mode="json")
-        | {"table": table, "frame_px": config.model.vision.frame_px, "video2dataset_python": f"{INPUT}video2dataset"},
-        inputs={"clips": made_clips} if made_clips else {},
-        external={} if made_clips else {VIDEOS: external_inputs(config)[VIDEOS]},
-        places={"video2dataset": str(config.machine.video2dataset_python)} | ({VIDEOS: str(videos)} if videos else {}),
+        | {"frame_px": config.model.vision.frame_px, "video2dataset_python": f"{INPUT}video2dataset"}
+        | origin,
+        places={"video2dataset": str(config.machine.video2dataset_python)},
     )
 
 
-def shards(config: PipelineConfig, downloads: Sequence[Made]) -> Step:
-    """Makes the shards that training reads."""
-    outside = external_inputs(config)
+def shards(config: PipelineConfig, downloads: Sequence[Made], volume: Path) -> Step:
+    """Makes the shards that training reads, of downloads and of the records of chats."""
+    sources, texts = config.precompute.sources, config.precompute.text_sources
+    outside = external_inputs(config, volume)
     return Step(
         name=SHARDS,
         module="fvlm_core.data.shards",
-        settings=config.precompute.shards.model_dump(mode="json") | {"downloads": [f"{INPUT}{one.name}" for one in downloads]},
+        settings=config.precompute.shards.model_dump(mode="json")
+        | {
+            "downloads": [f"{INPUT}{one.name}" for one in downloads],
+            "texts": [f"{INPUT}record-{source.name}" for source in texts],
+            "val_shares": {source.name: source.val_share for source in sources if source.val_share is not None},
+        },
         inputs={one.name: one for one in downloads},
-        external={name: digest for name, digest in outside.items() if name == TEXT},
+        external={source.name: outside[source.name] for source in texts},
+        places={f"record-{source.name}": str(record_folder(source, volume)) for source in texts},
     )
 
 

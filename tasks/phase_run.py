@@ -148,7 +148,7 @@ class PhaseRun:
         manifest = PhaseManifest(
             name=self.phase,
             settings_hash=phase_key(self.phase, self.config),
-            inputs=inputs_of(self.phase, self.config, self.upstream),
+            inputs=inputs_of(self.phase, self.config, self.volume, self.upstream),
             steps=self.made,
             chosen=chosen or {},
             rows=list(rows),

@@ -90,14 +90,14 @@ def current(phase: str, config: PipelineConfig, volume: Path, *, upstream: Mappi
         manifest = PhaseManifest.read(phase_folder(phase, config, volume))
     except UserError:
         return None
-    if manifest.inputs != inputs_of(phase, config, upstream):
+    if manifest.inputs != inputs_of(phase, config, volume, upstream):
         return None
     return None if manifest.step_problems(volume, config.machine.verify) else manifest
 
 
-def inputs_of(phase: str, config: PipelineConfig, upstream: Mapping[str, PhaseManifest]) -> dict[str, str]:
+def inputs_of(phase: str, config: PipelineConfig, volume: Path, upstream: Mapping[str, PhaseManifest]) -> dict[str, str]:
     """What a manifest of the phase made now has as `inputs`."""
-    outside = {} if PHASES[phase].upstream else external_inputs(config)
+    outside = {} if PHASES[phase].upstream else external_inputs(config, volume)
     return {name: upstream[name].digest for name in PHASES[phase].upstream} | outside
 
 
@@ -116,7 +116,7 @@ def require_upstream(phase: str, config: PipelineConfig, volume: Path) -> dict[s
             raise UserError(f"{phase} needs the results of {name}, which are not there", where=str(folder), fix=fix) from error
         if problems := manifest.step_problems(volume, config.machine.verify):
             raise UserError(f"the results of {name} are damaged: {'; '.join(problems[:5])}", where=str(folder), fix=fix)
-        if manifest.inputs != inputs_of(name, config, found):
+        if manifest.inputs != inputs_of(name, config, volume, found):
             raise UserError(f"the results of {name} are older than what they were made from", where=str(folder), fix=fix)
         found[name] = manifest
     return found

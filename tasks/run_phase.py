@@ -58,7 +58,7 @@ def run_phase(phase: str, config: PipelineConfig, volume: str, cache_key: str) -
 def phase_result(phase: str, config: PipelineConfig, volume: str, upstream: Mapping[str, PhaseManifest]) -> PhaseManifest:
     """The phase's manifest: cached while configuration, inputs and files are unchanged, else made by its deployment."""
     root = Path(volume)
-    inputs = inputs_of(phase, config, upstream)
+    inputs = inputs_of(phase, config, root, upstream)
     cache_key = f"{phase}-{phase_key(phase, config)}-{hash_json(inputs)[:12]}"
     chosen = run_phase.with_options(
         task_run_name=phase,
