@@ -13,15 +13,14 @@ from fvlm_core.data.arrow import pc
 from fvlm_core.data.sources.adapter import Adapter, read_table, renamed
 
 COLUMNS = {"contentUrl": "url", "name": "caption"}
-DURATION = r"^PT(?P<h>\d+)H(?P<m>\d+)M(?P<s>\d+(\.\d+)?)S$"
+DURATION = r"^PT(?P<h>\d+)H(?P<m>\d+)M(?P<s>\d+(?:\.\d+)?)S$"
 
 
 def read(path: Path, columns: Collection[str]) -> Iterator[pa.RecordBatch]:
     """As `read_table`, with `duration` in seconds (null where it is not a duration)."""
     for batch in read_table(path, columns):
-        if "duration" in batch.schema.names and pa.types.is_string(batch.schema.field("duration").type):
-            place = batch.schema.get_field_index("duration")
-            batch = batch.set_column(place, "duration", _seconds(batch.column(place)))
+        if (place := batch.schema.get_field_index("duration")) >= 0:
+            batch = batch.set_column(place, "duration", _seconds(batch.column(place).cast(pa.string())))
         yield batch
 
 
