@@ -6,29 +6,31 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from fvlm_core.data.jobs import Source
+from fvlm_core.data.sources.record import Record
 from fvlm_core.errors import UserError
+from fvlm_core.settings import read_yaml
 from infra.stack import REPOSITORY
 from tasks.config import PipelineConfig
-from tasks.outside import local_path, natural_clips, read_urls
+from tasks.outside import natural_clips, record_sources
 
 PROFILES = REPOSITORY / "deployments" / "profiles"
 GB = 10**9
-PROBED_URLS = 16
+PROBES = 16
 PROBE_TIMEOUT_S = 10
 CODECS = "import av, sys; sys.exit(0 if {'libx264', 'h264'} <= av.codecs_available else 3)"
 
 
 def load_profile(profile: str) -> PipelineConfig:
-    """A profile by name (`ci`, `laptop`, `runpod`) or by the path of a YAML file. Raises UserError."""
+    """A profile by name (`ci`, `laptop`, `runpod`) or by the path of a YAML file, whose paths start at its folder. Raises UserError."""
     path = Path(profile) if Path(profile).suffix in (".yaml", ".yml") else PROFILES / f"{profile}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in PROFILES.glob("*.yaml")))
         raise UserError(f"there is no profile {profile!r}", where=str(path), fix=f"use one of {known}, or give a YAML file")
-    return PipelineConfig.from_yaml(path)
+    return PipelineConfig.from_values(read_yaml(path), where=str(path), folder=path.absolute().parent)
 
 
 def check_phase(name: str) -> None:
@@ -40,7 +42,7 @@ def check_phase(name: str) -> None:
 
 
 def check_volume(volume: Path, config: PipelineConfig) -> None:
-    """The volume can be made, written to, and has room."""
+    """The volume can be made, written to, and has free space."""
     try:
         volume.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=volume):
@@ -72,29 +74,35 @@ def check_programs(config: PipelineConfig) -> None:
         natural_clips()
 
 
-def check_videos(table: Path, max_bad_share: float) -> None:
-    """The table of videos is readable and not too much of it is dead: all local files, and a sample of the addresses."""
-    urls = read_urls(table)
-    local = [path for url in urls if (path := local_path(url, table)) is not None]
-    missing = [str(path) for path in local if not path.is_file()]
-    if len(missing) > max_bad_share * len(urls):
+def check_sources(config: PipelineConfig, volume: Path) -> dict[str, Record]:
+    """Every source can be read, and not too many of its videos are dead: all local files, and some of the addresses.
+
+    Returns the sources' records, by name.
+    """
+    records = record_sources(config, volume)
+    for source in config.precompute.video_sources:
+        _check_videos(source, records[source.name], config.precompute.download.max_bad_share)
+    return records
+
+
+def _check_videos(source: Source, record: Record, max_bad_share: float) -> None:
+    where = f"source {source.name}: {', '.join(map(str, source.files))}"
+    if record.missing > max_bad_share * record.rows:
         raise UserError(
-            f"{len(missing)} of {len(urls)} videos are missing, e.g. {missing[0]}",
-            where=str(table),
-            fix=f"correct the paths (relative ones start at the table's folder); up to {max_bad_share:.0%} may be missing",
+            f"{record.missing} of {record.rows} videos are missing, e.g. {record.missing_examples[0]}",
+            where=where,
+            fix=f"correct the paths (relative ones start at `media`, or at the table's folder); up to {max_bad_share:.0%} may be missing",
         )
-    remote = [url for url in urls if local_path(url, table) is None]
-    probed = _evenly(remote, PROBED_URLS)
-    with ThreadPoolExecutor(max_workers=PROBED_URLS) as pool:
-        reasons = list(pool.map(_dead, probed))
-    if probed and all(reasons) and not local:
+    with ThreadPoolExecutor(max_workers=PROBES) as pool:
+        reasons = list(pool.map(_dead, record.probe))
+    if reasons and all(reasons) and not record.local:
         raise UserError(
-            f"no video can be reached: {len(probed)} of {len(remote)} addresses were tried, e.g. {probed[0]}: {reasons[0]}",
-            where=str(table),
+            f"no video can be reached: {len(reasons)} of {record.remote} addresses were tried, e.g. {record.probe[0]}: {reasons[0]}",
+            where=where,
             fix="correct the addresses, or check the network",
         )
-    if len(set(urls)) < 2:
-        raise UserError("there is only one video", where=str(table), fix="add another one: one of them is held out for validation")
+    if record.distinct < 2:
+        raise UserError("there is only one video", where=where, fix="add another one: one of them is held out for validation")
 
 
 def _dead(url: str) -> str | None:
@@ -105,8 +113,3 @@ def _dead(url: str) -> str | None:
             return None
     except (urllib.error.URLError, OSError, ValueError) as error:
         return str(error)
-
-
-def _evenly(items: Sequence[str], count: int) -> list[str]:
-    """At most `count` of the items, evenly spread."""
-    return [items[index * len(items) // count] for index in range(count)] if len(items) > count else list(items)

@@ -39,10 +39,11 @@ def parse_change(text: str) -> tuple[str, Any]:
 
 
 def with_videos(config: PipelineConfig, videos: Path) -> PipelineConfig:
-    """The profile with the user's own videos in place of the default clips that are captioned."""
+    """The profile with the user's own videos, a source of the format `table`, in place of the default clips that are captioned."""
     values = config.model_dump(mode="json")
-    values["precompute"] |= {"videos": str(videos), "natural": False}
-    for part in (values["base"], *values["stages"].values()):
+    others = [source for source in values["precompute"]["sources"] if source["name"] != VIDEOS]
+    values["precompute"] |= {"sources": [*others, {"name": VIDEOS, "files": [str(videos)]}], "natural": False}
+    for part in (values["base"], *(stage for stage in values["stages"].values() if stage)):
         for data in (part["data"], part["data"]["validation"]):
             if data:
                 data["mixture"] = _with_videos(data["mixture"])

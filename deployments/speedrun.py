@@ -11,12 +11,12 @@ from uuid import UUID
 
 from rich.console import Console
 
-from deployments.checks import check_phase, check_programs, check_videos, check_volume
+from deployments.checks import check_phase, check_programs, check_sources, check_volume
+from deployments.pretrained import check_pretrained
 from deployments.profile import chosen_profile
 from infra.stack import Stack
 from tasks.config import PipelineConfig
-from tasks.mixtures import check_names, made_sources
-from tasks.outside import read_sources
+from tasks.mixtures import check_names, known_sources
 
 CANCEL_TIMEOUT_S = 20.0
 """How long a cancelled run may take to end by itself."""
@@ -43,10 +43,8 @@ def speedrun(
         check_phase(phase)
     check_volume(volume, config)
     check_programs(config)
-    own = config.precompute.videos
-    if own is not None:
-        check_videos(own, config.precompute.download.max_bad_share)
-    check_names(config, made_sources(config) | (read_sources(own) if own else set()))
+    check_pretrained(config)
+    check_names(config, known_sources(config, check_sources(config, volume)))
     stack = Stack(volume, environment=os.environ)
     with _terminated_as_interrupted():
         keep = False

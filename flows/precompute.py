@@ -1,32 +1,34 @@
 """Phase 0: videos to shards, on CPU."""
 
-from fvlm_core.data.jobs import ShardManifest
+from pathlib import Path
+from typing import Any
+
+from fvlm_core.data.jobs import ShardManifest, Source
+from fvlm_core.data.sources.record import record_folder, recorded
 from fvlm_core.manifest import sha256_file
 from fvlm_core.tables import Table
-from tasks.config import PipelineConfig
-from tasks.outside import TEXT, VIDEOS, external_inputs, natural_clips
+from tasks.config import RENDERED, PipelineConfig
+from tasks.outside import external_inputs, natural_clips, record_sources
 from tasks.phase import Before, Changes, Phase, Results, Shown
 from tasks.phase_flow import phase_flow
 from tasks.recipes import AN_INPUT
-from tasks.steps import Given, Input, Outside, Step
+from tasks.steps import Given, Outside, Step
 
-CLIPS, SHARDS, VISION = "clips", "shards", "vision"
+SHARDS, VISION = "shards", "vision"
 CLIPS_TABLE = "clips.parquet"
 """In the folder of the rendered clips."""
 
 
 def steps(config: PipelineConfig, before: Before) -> list[Step]:
-    settings = config.precompute
-    made, downloads = [], []
-    if settings.videos is not None:
-        table = Outside(settings.videos, external_inputs(config)[VIDEOS])
-        downloads.append(_download(config, "download-videos", table))
+    settings, volume = config.precompute, before.volume
+    made: list[Step] = []
+    downloads = [_download(config, source.name, {"record": _record(source, volume)}) for source in settings.video_sources]
     if settings.renders_clips:
         clips = _clips(config)
         made.append(clips)
-        downloads.append(_download(config, "download-clips", clips.file(CLIPS_TABLE)))
+        downloads.append(_download_clips(config, clips))
     made += [_vision(config)] if settings.vision else []
-    return [*made, *downloads, _shards(config, downloads)]
+    return [*made, *downloads, _shards(config, downloads, volume)]
 
 
 def decide(config: PipelineConfig, results: Results) -> Changes:
@@ -51,7 +53,8 @@ PRECOMPUTE = Phase(
     steps=steps,
     decide=decide,
     show=show,
-    outside=lambda config, volume: external_inputs(config),
+    prepare=record_sources,
+    outside=external_inputs,
     links={"shards": SHARDS},
     schedule="0 3 * * *",
 )
@@ -74,22 +77,35 @@ def training_inputs(before: Before, prefix: str = "") -> dict[str, Given]:
 def _clips(config: PipelineConfig) -> Step:
     natural = natural_clips() if config.precompute.natural else []
     inputs = {"natural": [Outside(path, sha256_file(path)) for path in natural]}
-    return Step.of(CLIPS, "fvlm_core.data.clips", config.precompute.clips, inputs=inputs)
+    return Step.of(RENDERED, "fvlm_core.data.clips", config.precompute.clips, inputs=inputs)
 
 
-def _download(config: PipelineConfig, name: str, table: Input) -> Step:
-    python = Outside(config.machine.video2dataset_python, "")
-    inputs = {"table": table, "video2dataset_python": python}
-    return Step.of(name, "fvlm_core.data.download", config.precompute.download, inputs=inputs, frame_px=config.model.vision.frame_px)
+def _download_clips(config: PipelineConfig, clips: Step) -> Step:
+    """Fetches the rendered clips, whose table is always of the format `table`."""
+    source = {"name": RENDERED, "files": [None]}
+    # the natural clips' pixels are taken as they are stored, as they always were: one of them is anamorphic
+    return _download(config, RENDERED, {"source.files.0": clips.file(CLIPS_TABLE)}, source=source, square_pixels=False)
 
 
-def _shards(config: PipelineConfig, downloads: list[Step]) -> Step:
-    inputs: dict[str, Given] = {"downloads": [*downloads]}
-    text = config.precompute.shards.text
-    if text and text.files:
-        digest = external_inputs(config)[TEXT]
-        inputs |= {f"text.files.{number}": Outside(path, digest) for number, path in enumerate(text.files)}
-    return Step.of(SHARDS, "fvlm_core.data.shards", config.precompute.shards, inputs=inputs)
+def _download(config: PipelineConfig, name: str, origin: dict[str, Given], **more: Any) -> Step:
+    """Fetches the videos of a source; `origin` is where its rows are."""
+    inputs = origin | {"video2dataset_python": Outside(config.machine.video2dataset_python, "")}
+    more |= {"frame_px": config.model.vision.frame_px}
+    return Step.of(f"download-{name}", "fvlm_core.data.download", config.precompute.download, inputs=inputs, **more)
+
+
+def _shards(config: PipelineConfig, downloads: list[Step], volume: Path) -> Step:
+    """Makes the shards, of downloads and of the records of chats."""
+    settings = config.precompute
+    texts = [_record(source, volume) for source in settings.text_sources]
+    val_shares = {source.name: source.val_share for source in settings.sources if source.val_share is not None}
+    inputs: dict[str, Given] = {"downloads": downloads, "texts": texts}
+    return Step.of(SHARDS, "fvlm_core.data.shards", settings.shards, inputs=inputs, val_shares=val_shares)
+
+
+def _record(source: Source, volume: Path) -> Outside:
+    """A source from outside, by its record on the volume."""
+    return Outside(record_folder(source, volume), recorded(source, volume).digest)
 
 
 def _vision(config: PipelineConfig) -> Step:

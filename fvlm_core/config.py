@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from fvlm_core.settings import Settings, hash_json
+from fvlm_core.settings import NameOrFolder, Settings, hash_json
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -43,23 +43,25 @@ class LLMShape(Settings):
 class VisionSettings(Settings):
     """The vision encoder: a checkpoint, or a shape with random weights; never silently the latter."""
 
-    checkpoint: str | None = None
+    checkpoint: NameOrFolder | None = None
     """Hub name or local folder of a DINOv2, e.g. `facebook/dinov2-small`."""
     shape: VisionShape | None = None
     frame_px: Positive = 224
-    """Side of the square frames it sees."""
+    """Side of the square frames it sees, a multiple of its patch."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         if (self.checkpoint is None) == (self.shape is None):
             raise ValueError("give exactly one of checkpoint and shape")
+        if self.shape is not None and self.frame_px % self.shape.patch_px:
+            raise ValueError(f"frame_px {self.frame_px} is not a multiple of shape.patch_px {self.shape.patch_px}")
         return self
 
 
 class LLMSettings(Settings):
     """The language model: a checkpoint, or a shape with random weights; never silently the latter."""
 
-    checkpoint: str | None = None
+    checkpoint: NameOrFolder | None = None
     """Hub name or local folder of a Llama, e.g. `HuggingFaceTB/SmolLM2-135M-Instruct`."""
     shape: LLMShape | None = None
 

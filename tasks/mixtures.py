@@ -1,21 +1,19 @@
-"""The sources that a profile's mixtures name, held against those there are: a wrong name is told before anything is trained."""
+"""The sources that a profile's mixtures name, checked against those there are: a wrong name is refused before anything is trained."""
 
 from collections.abc import Collection, Iterator, Mapping
 
 from fvlm_core.config import DataSettings, SourceShare
-from fvlm_core.data.jobs import SPLITS, ShardManifest, Split
+from fvlm_core.data.jobs import ShardManifest
+from fvlm_core.data.rows import SPLITS, Split
+from fvlm_core.data.sources.record import Record
 from fvlm_core.errors import UserError
 from tasks.config import PipelineConfig
 from tasks.recipes import OWN_DATA
 
-NATURAL = "natural"
 
-
-def made_sources(config: PipelineConfig) -> set[str]:
-    """The sources that precompute makes beside the user's own videos."""
-    text = config.precompute.shards.text
-    names = set(config.precompute.clips.sources) | ({text.name} if text else set())
-    return names | ({NATURAL} if config.precompute.natural else set())
+def known_sources(config: PipelineConfig, records: Mapping[str, Record]) -> set[str]:
+    """The sources that precompute makes, and those that the rows of its recorded sources are of."""
+    return config.precompute.made_names.union(*(record.sources for record in records.values()))
 
 
 def check_names(config: PipelineConfig, known: Collection[str]) -> None:

@@ -102,6 +102,8 @@ class Phase:
     """Phases whose results it uses."""
     decide: Callable[[PipelineConfig, Results], Changes] = lambda config, results: {}
     """Changes that later phases apply to their recipes."""
+    prepare: Callable[[PipelineConfig, Path], object] = lambda config, volume: None
+    """Looks at what is outside the volume, once before a run; `outside` and `steps` rely on what it noted on the volume."""
     outside: Callable[[PipelineConfig, Path], Mapping[str, str]] = lambda config, volume: {}
     """Digests of what it reads from outside the volume, by name."""
     links: Mapping[str, str] = field(default_factory=dict)

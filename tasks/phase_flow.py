@@ -65,7 +65,10 @@ def run_phase(phase: Phase, config: PipelineConfig, volume: str) -> PhaseManifes
     if not root.is_absolute():
         raise UserError("the volume must be an absolute path", where=volume, fix="a worker may run in any folder; give the whole path")
     # a pipeline run has looked into every file of the phases before; a phase that runs by itself has to
-    verify = "sizes" if flow_run.parent_flow_run_id else config.machine.verify
+    alone = flow_run.parent_flow_run_id is None
+    verify = config.machine.verify if alone else "sizes"
+    for one in (*phase.ancestors, phase) if alone else ():
+        one.prepare(config, root)
     done = require(phase.ancestors, config, root, by=phase.name, verify=verify)
     if "precompute" in done:
         check_shards(config, ShardManifest.read(root / done["precompute"].steps["shards"].folder))

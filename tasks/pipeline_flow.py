@@ -63,6 +63,8 @@ def run_pipeline(phases: Sequence[Phase], config: PipelineConfig, volume: str) -
     """Every phase in order; then the artifact that says what each decided."""
     root, done = Path(volume), {}
     for phase in phases:
+        phase.prepare(config, root)
+    for phase in phases:
         done[phase.name] = phase_result(phase, config, root, done)
         for link, step in phase.links.items():
             point(root / link, done[phase.name].steps[step].folder)

@@ -105,6 +105,8 @@ def look(phases: Sequence[Phase], config: PipelineConfig, volume: Path) -> Itera
     known: dict[str, dict[str, Made | Step]] = {}
     decided: dict[str, Changes] = {}
     folders = {phase.name: phase.folder(config, volume) for phase in phases}
+    for phase in phases:
+        phase.prepare(config, volume)
     undecided: list[str] = []
     for phase in phases:
         steps = phase.steps(config, Before(volume, known, decided, folders))

@@ -1,14 +1,16 @@
 """Settings: identity, and changes by dotted path."""
 
+from pathlib import Path
 from typing import Annotated
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fvlm_core.dotted import UnknownPathError, differences, flatten, value_at, with_changes
 from fvlm_core.errors import UserError
-from fvlm_core.settings import EXECUTION, Settings
+from fvlm_core.settings import EXECUTION, NameOrFolder, ProfilePath, Settings, read_yaml
 
 
 class Inner(Settings):
@@ -59,3 +61,36 @@ def test_a_change_changes_that_path_and_nothing_else(values: dict, new: int) -> 
         changed = with_changes(values, {path: new})
         assert value_at(changed, path) == new
         assert set(differences(values, changed)) == ({path} if value != new else set())
+
+
+class Paths(Settings):
+    file: ProfilePath
+    several: list[ProfilePath] = []
+    model: NameOrFolder = "owner/name"
+
+
+def test_paths_of_a_profile_start_at_its_file_wherever_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "profiles" / "owner" / "mine").mkdir(parents=True)
+    monkeypatch.setenv("HOME", "/home/someone")
+    values = {"file": "data/a.csv", "several": ["../b.csv", "/c.csv", "~/d.csv"]}
+
+    def loaded(model: str) -> Paths:
+        return Paths.from_values(values | {"model": model}, where="x", folder=tmp_path / "profiles")
+
+    first = loaded("owner/name")
+    assert first.file == tmp_path / "profiles/data/a.csv"
+    assert first.several == [tmp_path / "b.csv", Path("/c.csv"), Path("/home/someone/d.csv")]
+    assert first.model == "owner/name"
+    assert loaded("owner/mine").model == str(tmp_path / "profiles/owner/mine")
+    assert loaded("./gone").model == str(tmp_path / "profiles/gone")
+    assert loaded("../up").model == str(tmp_path / "up")
+    assert loaded("~/model").model == "/home/someone/model"
+    again = Paths.from_values(first.model_dump(mode="json"), where="a worker")
+    assert again == first
+
+
+def test_paths_outside_a_profile_stay_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump({"file": "data/a.csv", "model": "./here"}))
+    for loaded in (Paths.from_yaml(path), Paths.from_values(read_yaml(path), where="x")):
+        assert (loaded.file, loaded.model) == (Path("data/a.csv"), "./here")

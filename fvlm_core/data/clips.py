@@ -1,6 +1,6 @@
 """Renders the default training videos as mp4 files (H.264), with a table of captions and questions.
 
-`python -m fvlm_core.data.clips job.yaml` writes `clips/*.mp4` and `clips.parquet` (columns in `COLUMNS`), which is what a
+`python -m fvlm_core.data.clips job.yaml` writes `clips/*.mp4` and `clips.parquet` (columns of `rows.Row`), which is what a
 user's own table of videos looks like, so everything after this step treats both alike.
 """
 
@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -20,14 +21,13 @@ import pandas as pd
 
 from fvlm_core.cli import run_job
 from fvlm_core.data import gaze
-from fvlm_core.data.jobs import SPLITS, ClipJob, ClipManifest, GazeSource, Kind, Split
+from fvlm_core.data.jobs import ClipJob, ClipManifest, GazeSource
+from fvlm_core.data.rows import COLUMNS, SPLITS, Kind, Row, Split
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import file_entries
 from fvlm_core.progress import Progress
 
 TABLE = "clips.parquet"
-COLUMNS = ("url", "caption", "source", "kind", "split", "conversations", "probes", "extra")
-"""conversations, probes and extra (further fields of a sample) hold JSON."""
 GAZE_PROMPT = "Which digits are in the video, and where?"
 NATURAL_PROMPT = "What is in the video?"
 READING_PROMPT = "Which digits are in the image, row by row?"
@@ -57,17 +57,17 @@ def make_clips(job: ClipJob) -> ClipManifest:
     folder.mkdir(parents=True)
     plan = list(_plan(job))
     progress = Progress(job.output, len(plan) + len(job.natural))
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     with ThreadPoolExecutor(max_workers=PARALLEL) as pool:
         for row in pool.map(lambda item: _render(job, *item), plan):
             rows.append(row)
-            progress.update(len(rows), note=row["source"])
+            progress.update(len(rows), note=row.source)
     rows.extend(_natural(path, folder) for path in job.natural)
     progress.update(len(rows))
-    pd.DataFrame(rows, columns=list(COLUMNS)).to_parquet(job.output / TABLE, index=False)
+    pd.DataFrame([asdict(row) for row in rows], columns=list(COLUMNS)).to_parquet(job.output / TABLE, index=False)
     counts: dict[str, int] = {}
     for row in rows:
-        counts[row["source"]] = counts.get(row["source"], 0) + 1
+        counts[row.source] = counts.get(row.source, 0) + 1
     return ClipManifest(
         name="clips",
         settings_hash=job.hash(exclude={"output", "natural"}),
@@ -116,7 +116,7 @@ def _plan(job: ClipJob) -> Iterator[tuple[str, GazeSource, Split, int]]:
                 yield name, source, split, number
 
 
-def _render(job: ClipJob, name: str, source: GazeSource, split: Split, number: int) -> dict[str, Any]:
+def _render(job: ClipJob, name: str, source: GazeSource, split: Split, number: int) -> Row:
     """Draw and encode one clip; returns its row."""
     rng = np.random.default_rng([job.seed, crc32(name.encode()), crc32(split.encode()), number])
     frames = int(rng.integers(source.min_frames, source.max_frames + 1))
@@ -134,7 +134,7 @@ def _render(job: ClipJob, name: str, source: GazeSource, split: Split, number: i
     return _row(path, caption, name, "image" if source.task == "image" else "video", split, conversations, probes, extra)
 
 
-def _natural(path: Path, folder: Path) -> dict[str, Any]:
+def _natural(path: Path, folder: Path) -> Row:
     shutil.copyfile(path, folder / path.name)
     caption = NATURAL_CAPTIONS[path.name]
     split: Split = "val" if path.name in NATURAL_VAL else "train"
@@ -144,9 +144,8 @@ def _natural(path: Path, folder: Path) -> dict[str, Any]:
 
 def _row(
     url: str, caption: str, source: str, kind: Kind, split: Split, conversations: list[Any], probes: list[Any], extra: dict[str, Any]
-) -> dict[str, Any]:
-    values = (url, caption, source, kind, split, json.dumps(conversations), json.dumps(probes), json.dumps(extra))
-    return dict(zip(COLUMNS, values, strict=True))
+) -> Row:
+    return Row(url, caption, source, kind, split, json.dumps(conversations), json.dumps(probes), json.dumps(extra))
 
 
 if __name__ == "__main__":

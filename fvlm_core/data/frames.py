@@ -35,6 +35,8 @@ class FrameRule:
     frame_px: int
     fps: float = 1.0
     max_frames: int = 64
+    square_pixels: bool = True
+    """Correct for pixels that are not square, as anamorphic video has them."""
 
     def times_s(self, duration_s: float) -> list[float]:
         """When the chosen frames of a video of that length are shown, in seconds from its start."""
@@ -62,8 +64,8 @@ def extract_frames(content: bytes, rule: FrameRule) -> Frames:
     try:
         with av.open(io.BytesIO(content), "r") as container:
             stream = _video_stream(container)
-            duration_s = _duration_s(container, stream)
-            shown = [_square(frame, rule.frame_px) for frame in _frames_at(container, stream, rule.times_s(duration_s))]
+            duration_s, aspect = _duration_s(container, stream), _pixel_aspect(stream) if rule.square_pixels else 1.0
+            shown = [_square(frame, rule.frame_px, aspect) for frame in _frames_at(container, stream, rule.times_s(duration_s))]
             return Frames(np.stack(shown), duration_s)
     except av.error.FFmpegError as error:
         raise ClipError(f"not a readable video: {error.strerror}") from error
@@ -107,10 +109,10 @@ def _frames_at(container: InputContainer, stream: VideoStream, times_s: list[flo
         origin = frame.pts if origin is None else origin
         start_s = float((frame.pts - origin) * stream.time_base)
         while remaining and shown is not None and remaining[-1] < start_s - TIME_TOLERANCE_S:
-            yield _whole(shown, remaining.pop())
+            yield _intact(shown, remaining.pop())
         shown, end_s = frame, start_s + float((frame.duration or 0) * stream.time_base)
         while remaining and remaining[-1] < end_s - TIME_TOLERANCE_S:
-            yield _whole(shown, remaining.pop())
+            yield _intact(shown, remaining.pop())
         if not remaining:
             return
     if shown is None:
@@ -118,19 +120,26 @@ def _frames_at(container: InputContainer, stream: VideoStream, times_s: list[flo
     while remaining:
         if remaining[-1] > end_s + TIME_TOLERANCE_S:
             raise ClipError(f"the video breaks off at {end_s:.1f} s")
-        yield _whole(shown, remaining.pop())
+        yield _intact(shown, remaining.pop())
 
 
-def _whole(frame: VideoFrame, time_s: float) -> VideoFrame:
+def _intact(frame: VideoFrame, time_s: float) -> VideoFrame:
     if frame.is_corrupt:
         raise ClipError(f"the video is damaged at {time_s:.1f} s")
     return frame
 
 
-def _square(frame: VideoFrame, side: int) -> np.ndarray:
-    """Short side scaled to `side`, centre cut out, turned upright: uint8 [side, side, 3]."""
-    scale = side / min(frame.width, frame.height)
-    width, height = max(side, round(frame.width * scale)), max(side, round(frame.height * scale))
+def _pixel_aspect(stream: VideoStream) -> float:
+    """Width of a stored pixel over its height; 1 where the file does not say."""
+    aspect = stream.sample_aspect_ratio
+    return float(aspect) if aspect else 1.0
+
+
+def _square(frame: VideoFrame, side: int, aspect: float) -> np.ndarray:
+    """Short side scaled to `side`, centre cut out, turned upright: uint8 [side, side, 3]. `aspect`: of a stored pixel."""
+    shown_width = frame.width * aspect
+    scale = side / min(shown_width, frame.height)
+    width, height = max(side, round(shown_width * scale)), max(side, round(frame.height * scale))
     pixels = frame.reformat(width=width, height=height, format="rgb24", interpolation="AREA").to_ndarray()
     top, left = (height - side) // 2, (width - side) // 2
     return np.rot90(pixels[top : top + side, left : left + side], k=round(frame.rotation / 90))

@@ -3,21 +3,71 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from fvlm_core.config import Positive, Share
+from fvlm_core.data.rows import SOURCE_PATTERN, Kind, Split
+from fvlm_core.data.rows import SPLITS as SPLITS
+from fvlm_core.data.sources import ADAPTERS
 from fvlm_core.manifest import Manifest
-from fvlm_core.settings import Settings
+from fvlm_core.settings import EXECUTION, NameOrFolder, ProfilePath, Settings
 
-Kind = Literal["video", "image", "text"]
-Split = Literal["train", "val"]
-
-SOURCE_PATTERN = r"^[a-z0-9_]+$"
 SourceName = Annotated[str, Field(pattern=SOURCE_PATTERN)]
-"""Part of file names and keys; webdataset splits a key at its first dot."""
-SPLITS: tuple[Split, ...] = ("train", "val")
 SMALLEST_VOCABULARY = 259
 """All bytes and the chat format's three special tokens."""
+
+
+def _known_format(name: str) -> str:
+    if name not in ADAPTERS:
+        raise ValueError(f"no such format; there are: {', '.join(sorted(ADAPTERS))}")
+    return name
+
+
+class Condition(Settings):
+    """What rows of a source must be like in one of its published columns. A row whose value is missing is left out."""
+
+    column: str
+    """Name of the column as its dataset publishes it, e.g. `duration` or `aesthetic score`."""
+    min: float | None = None
+    """Least value, inclusive."""
+    max: float | None = None
+    """Largest value, inclusive."""
+    one_of: list[float | str] | None = None
+    """Allowed values: all numbers or all texts."""
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.min is None and self.max is None and self.one_of is None:
+            raise ValueError("give min, max or one_of")
+        if self.one_of is not None and len({isinstance(value, str) for value in self.one_of}) != 1:
+            raise ValueError("one_of needs values, all numbers or all texts")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError("min is above max")
+        return self
+
+
+class Source(Settings):
+    """A source of data: published files, and which of their rows are used."""
+
+    name: SourceName
+    """What mixtures call it. Rows of a table that name a source of their own are of that one."""
+    format: Annotated[str, AfterValidator(_known_format), Field(json_schema_extra={"enum": [*sorted(ADAPTERS)]})] = "table"
+    """How its files are read: an adapter of `fvlm_core.data.sources`."""
+    files: Annotated[list[ProfilePath], Field(min_length=1)]
+    """Its files, in order; `*` and `?` stand for several, sorted. In a profile, relative to the profile's file."""
+    media: ProfilePath | None = None
+    """Folder that relative addresses of videos start from; by default each file's own."""
+    limit: Positive | None = None
+    """Rows that are used at most, from the first; None is all."""
+    filter: list[Condition] = Field(default_factory=list)
+    """Conditions that a row must meet, all of them."""
+    val_share: Share | None = None
+    """Share of validation samples among rows that do not say; None is `shards.val_share`."""
+
+    @property
+    def kind(self) -> Kind:
+        """What its samples are."""
+        return ADAPTERS[self.format].kind
 
 
 class GazeSource(Settings):
@@ -83,34 +133,43 @@ class BadClip(Settings):
 class DownloadSettings(Settings):
     """How videos are fetched and cut into frames."""
 
-    format: Literal["table", "webvid"] = "table"
-    """table: columns url and caption; webvid: contentUrl and name."""
     fps: Annotated[float, Field(gt=0)] = 1.0
     max_frames: Positive = 64
     """Of a longer video, so many evenly spaced frames are kept."""
-    max_bad_share: Share = 0.1
-    """Share of videos that may fail."""
-    processes: Positive = 1
+    max_video_mb: Positive = 1000
+    """Size of a video file (10^6 bytes) above which it is left out: a file is held in memory, `threads` of them at a time."""
+    max_bad_share: Annotated[float, Field(ge=0, le=1), EXECUTION] = 0.1
+    """Share of videos that may fail. What was fetched is kept when more do: run again after raising it and nothing good is fetched
+    twice; run again as it is and those that failed are tried again."""
+    processes: Annotated[int, Field(ge=1), EXECUTION] = 1
     """Processes that decode; one per core."""
-    threads: Positive = 16
+    threads: Annotated[int, Field(ge=1), EXECUTION] = 16
     """Videos that each process fetches at a time."""
-    timeout_s: Positive = 60
+    timeout_s: Annotated[int, Field(ge=1), EXECUTION] = 60
     """Of one request."""
 
 
 class DownloadJob(DownloadSettings):
-    """What to fetch and what to keep of it."""
+    """What to fetch and what to keep of it: the videos of a recorded source, or of one that is recorded first."""
 
     output: Path
-    table: Path
-    """csv or parquet of videos; see `fvlm_core.data.sources.table`."""
-    source: SourceName = "videos"
-    """Name of the source, for rows that do not say."""
-    serve: Path | None = None
-    """Folder that relative paths in `url` start from; by default the table's own."""
-    video2dataset_python: Path = Path(".venv-video2dataset/bin/python")
+    record: Path | None = None
+    """Folder of a record; see `fvlm_core.data.sources.record`."""
+    source: Source | None = None
+    """Or the source itself; it is recorded in `output`."""
+    video2dataset_python: Annotated[Path, EXECUTION] = Path(".venv-video2dataset/bin/python")
     """Interpreter of video2dataset's environment."""
     frame_px: Positive = 224
+    square_pixels: bool = True
+    """Show anamorphic video in its true proportions. False takes the stored pixels as they are."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.record is None) == (self.source is None):
+            raise ValueError("give exactly one of record and source")
+        if self.source is not None and self.source.kind == "text":
+            raise ValueError(f"the format {self.source.format} has no videos")
+        return self
 
 
 class DownloadManifest(Manifest):
@@ -122,21 +181,21 @@ class DownloadManifest(Manifest):
     """Videos that were left out."""
 
 
-class TextSource(Settings):
-    """The text-only source: chats out of files, or generated exercises."""
+class TextExercises(Settings):
+    """Generated text-only chats: small exercises on digits and words (`fvlm_core.data.text`)."""
 
     name: SourceName = "text"
+    """Name of the source that they are."""
     train: Annotated[int, Field(ge=0)]
     val: Annotated[int, Field(ge=0)]
-    files: list[Path] = Field(default_factory=list)
-    """SmolTalk-like parquet or jsonl; none: generated."""
 
 
 class ShardSettings(Settings):
     """What goes into the shards."""
 
-    text: TextSource | None = None
-    tokenizer: str | None = None
+    exercises: TextExercises | None = None
+    """Generated text; real chats are a source of their own, of a format like `smoltalk`."""
+    tokenizer: NameOrFolder | None = None
     """Hub name or folder; or give vocab_size."""
     vocab_size: Annotated[int, Field(ge=SMALLEST_VOCABULARY)] | None = None
     """Train a tokenizer of at most so many tokens on the training texts."""
@@ -144,7 +203,8 @@ class ShardSettings(Settings):
     max_text_tokens: Positive = 2048
     """Conversations of more text tokens are left out and counted, never cut."""
     val_share: Share = 0.05
-    """Share of validation samples among videos whose table does not say; by a hash of the url, at least one per source."""
+    """Share of validation samples among rows whose source does not say; by a hash of the url (of a chat's text), at least one per
+    source."""
     seed: int = 0
 
     @model_validator(mode="after")
@@ -155,11 +215,15 @@ class ShardSettings(Settings):
 
 
 class ShardJob(ShardSettings):
-    """Shards of finished downloads."""
+    """Shards of finished downloads and of recorded chats."""
 
     output: Path
     downloads: list[Path]
     """Folders of DownloadManifests."""
+    texts: list[Path] = Field(default_factory=list)
+    """Folders of the records of text sources."""
+    val_shares: dict[SourceName, Share] = Field(default_factory=dict)
+    """Of sources that have a share of their own."""
 
 
 class SourceCounts(Settings):

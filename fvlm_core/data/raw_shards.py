@@ -8,10 +8,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import pyarrow.parquet as pq
+
+from fvlm_core.data.rows import IDENTITY_FIELDS
 
 SUCCESS = "success"
-IDENTITY_FIELDS = ("origin", "caption", "source", "kind", "split", "conversations", "probes", "extra", "num_frames", "duration_s")
 
 
 @dataclass
@@ -46,19 +47,23 @@ class RawSample:
 
 
 def read_samples(folder: Path) -> list[RawSample]:
-    """All good samples of a folder, by their row in the table."""
-    samples = [sample for tar in sorted(folder.glob("*.tar")) for sample in _samples_of(tar) if sample.record["status"] == SUCCESS]
+    """All good samples of a download's rounds, the folders in `folder`, by their row in the record."""
+    samples = [sample for tar in sorted(folder.glob("*/*.tar")) for sample in _samples_of(tar) if sample.record["status"] == SUCCESS]
     return sorted(samples, key=lambda sample: sample.record["row"])
 
 
-def read_failures(folder: Path) -> dict[int, str]:
-    """Row in the table and reason, of samples that failed."""
-    failures: dict[int, str] = {}
-    for table in sorted(folder.glob("*.parquet")):
-        frame = pd.read_parquet(table, columns=["row", "status", "error_message"])
-        failed = frame[frame["status"] != SUCCESS]
-        failures |= {int(row): str(reason) for row, reason in zip(failed["row"], failed["error_message"], strict=True)}
-    return failures
+def read_outcomes(folder: Path) -> tuple[set[int], dict[int, str]]:
+    """Of one round: the rows that were fetched, and the reason of each that failed."""
+    good: set[int] = set()
+    failed: dict[int, str] = {}
+    for path in sorted(folder.glob("*.parquet")):
+        table = pq.read_table(path, columns=["row", "status", "error_message"])
+        for row, status, reason in zip(*(column.to_pylist() for column in table.columns), strict=True):
+            if status == SUCCESS:
+                good.add(row)
+            else:
+                failed[row] = str(reason)
+    return good, failed
 
 
 def _samples_of(tar: Path) -> Iterator[RawSample]:

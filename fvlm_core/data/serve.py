@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -9,16 +10,16 @@ from typing import Any, Self
 
 
 class FileServer:
-    """Serves the given files and no other, on a free port of this machine, while its `with` block runs."""
+    """Serves the files that it is asked about and no other, on a free port of this machine, while its `with` block runs."""
 
-    def __init__(self, files: dict[str, Path]) -> None:
-        """`files` by their path in the URL, starting with a slash."""
+    def __init__(self, find: Callable[[str], Path | None]) -> None:
+        """`find`: the file behind the path of a URL, which starts with a slash; None where there is none."""
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"  # keeps connections open
 
             def do_GET(self) -> None:
-                path = files.get(self.path)
+                path = find(self.path)
                 if path is None or not path.is_file():
                     self.send_error(HTTPStatus.NOT_FOUND, "file not found")
                     return

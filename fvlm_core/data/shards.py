@@ -10,16 +10,18 @@ import time
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b, sha256
 from itertools import islice
+from pathlib import Path
 from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
 from fvlm_core.cli import run_job
-from fvlm_core.data.download import RAW
-from fvlm_core.data.jobs import BadClip, DownloadManifest, Kind, ShardJob, ShardManifest, Split, TextSource
+from fvlm_core.data.fetch import RAW
+from fvlm_core.data.jobs import BadClip, DownloadManifest, ShardJob, ShardManifest
 from fvlm_core.data.raw_shards import RawSample, read_samples
+from fvlm_core.data.rows import Kind, Split
 from fvlm_core.data.shard_files import INDEX, TOKENIZER, ShardSample, write_shards
-from fvlm_core.data.sources.smoltalk import read_chats
+from fvlm_core.data.sources.record import Record, read_rows
 from fvlm_core.data.text import text_chats
 from fvlm_core.data.tokenizer import load_tokenizer, render_chat, train_tokenizer
 from fvlm_core.errors import UserError
@@ -43,10 +45,14 @@ def make_shards(job: ShardJob) -> ShardManifest:
         )
     (frame_px, fps), *_ = sizes
     bad = [clip for _, manifest in downloads.values() for clip in manifest.bad]
-    samples, leaks = _without_leaks(
-        _with_splits([raw for folder, _ in downloads.values() for raw in read_samples(folder / RAW)], job.val_share)
-    )
-    samples.extend(_text_samples(job.text, job.seed) if job.text else ())
+    raws = [raw for folder, _ in downloads.values() for raw in read_samples(folder / RAW)]
+    samples, leaks = _without_leaks(_with_splits(raws, job))
+    if job.exercises:
+        for split, number, turn in text_chats(job.seed, job.exercises.train, job.exercises.val):
+            samples.append(ShardSample(job.exercises.name, "text", split, f"{split}-{number}", [[turn]], [None]))
+    texts = {f"text-{number}": (folder, Record.read_folder(folder)) for number, folder in enumerate(job.texts)}
+    for folder, _ in texts.values():
+        samples.extend(_text_samples(folder, job))
     if not samples:
         raise UserError("the downloads hold no samples", where=", ".join(map(str, job.downloads)), fix="look into their bad.csv")
     shutil.rmtree(job.output / TOKENIZER, ignore_errors=True)
@@ -62,8 +68,8 @@ def make_shards(job: ShardJob) -> ShardManifest:
     )
     return ShardManifest(
         name="shards",
-        settings_hash=job.hash(exclude={"output", "downloads"}),
-        inputs={name: manifest.digest for name, (_, manifest) in downloads.items()},
+        settings_hash=job.hash(exclude={"output", "downloads", "texts"}),
+        inputs={name: made.digest for name, (_, made) in (downloads | texts).items()},
         counts={
             "samples": sum(source.samples for source in counts),
             "frames": sum(source.frames for source in counts),
@@ -90,7 +96,7 @@ def choose_split(origins: Iterable[str], val_share: float) -> dict[str, Split]:
     return chosen
 
 
-def _with_splits(raws: list[RawSample], val_share: float) -> Iterator[tuple[RawSample, Split]]:
+def _with_splits(raws: list[RawSample], job: ShardJob) -> Iterator[tuple[RawSample, Split]]:
     """Every sample with its split: its table's, or by hash. Raises UserError if a source has one url in both."""
     given: dict[tuple[str, str], set[str]] = {}
     undecided: dict[str, set[str]] = {}
@@ -103,7 +109,7 @@ def _with_splits(raws: list[RawSample], val_share: float) -> Iterator[tuple[RawS
         raise UserError(
             f"{len(torn)} videos are in more than one split, e.g. {torn[0]}", where="the table of videos", fix="give a url one split"
         )
-    chosen = {source: choose_split(sorted(origins), val_share) for source, origins in undecided.items()}
+    chosen = {source: choose_split(sorted(origins), _val_share(job, source)) for source, origins in undecided.items()}
     for raw in raws:
         split: Split = raw.record["split"] or chosen[raw.record["source"]][raw.record["origin"]]
         yield raw, split
@@ -144,23 +150,24 @@ def _video_sample(raw: RawSample, split: Split, *, copy: int) -> ShardSample:
     )
 
 
-def _text_samples(text: TextSource, seed: int) -> Iterator[ShardSample]:
-    """Chats of the text source. Raises UserError if the files have too few."""
-    if not text.files:
-        for split, number, turn in text_chats(seed, text.train, text.val):
-            yield ShardSample(text.name, "text", split, f"{split}-{number}", [[turn]], [None])
-        return
-    wanted = text.train + text.val
-    chats = list(islice((chat for path in text.files for chat in read_chats(path)), wanted))
-    by_hash = sorted({sha256(json.dumps(chat).encode()).hexdigest(): chat for chat in chats}.items())
-    if len(by_hash) < wanted:
-        raise UserError(
-            f"{len(by_hash)} different usable chats, {wanted} wanted",
-            where=", ".join(map(str, text.files)),
-            fix="lower text.train or add files",
-        )
-    for number, (origin, chat) in enumerate(by_hash):
-        yield ShardSample(text.name, "text", "val" if number < text.val else "train", origin, [chat], [None])
+def _text_samples(folder: Path, job: ShardJob) -> Iterator[ShardSample]:
+    """The different chats of a text source's record, by the hash of their text."""
+    chats: dict[tuple[str, str], tuple[str, list[dict[str, str]]]] = {}
+    for batch in read_rows(folder, ["source", "split", "conversations"]):
+        columns = batch.to_pydict()
+        for source, split, conversations in zip(columns["source"], columns["split"], columns["conversations"], strict=True):
+            for chat in json.loads(conversations):
+                chats.setdefault((source, sha256(json.dumps(chat).encode()).hexdigest()), (split, chat))
+    origins: dict[str, list[str]] = {}
+    for source, origin in sorted(chats):
+        origins.setdefault(source, []).append(origin)
+    chosen = {source: choose_split(hashes, _val_share(job, source)) for source, hashes in origins.items()}
+    for (source, origin), (split, chat) in sorted(chats.items()):
+        yield ShardSample(source, "text", cast(Split, split or chosen[source][origin]), origin, [chat], [None])
+
+
+def _val_share(job: ShardJob, source: str) -> float:
+    return job.val_shares.get(source, job.val_share)
 
 
 def _tokenizer(job: ShardJob, samples: list[ShardSample]) -> PreTrainedTokenizerBase:

@@ -1,79 +1,138 @@
 """Runs video2dataset's download stage with our own reader and frame extraction. For video2dataset's environment only.
 
 Release 1.3.0 (2024) has faults in the two parts that are replaced here: its reader takes any HTTP answer for a video, whatever its
-status, and its subsamplers crash, re-encode twice and fail on portrait video. Sharding, threads, processes, incremental
-restart, statistics and yt-dlp stay video2dataset's own.
+status, and loses yt-dlp's reasons; its subsamplers crash, re-encode twice and fail on portrait video. Sharding, threads, processes,
+incremental restart and statistics stay video2dataset's own.
 
 `python -m fvlm_core.data.video2dataset_plugin settings.json`
 """
 
+import io
 import json
 import os
+import re
 import sys
+import tempfile
 import threading
 import time
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import requests
 import video2dataset  # pyright: ignore[reportMissingImports] -- as all of that environment
-from video2dataset.data_reader import YtDlpDownloader  # pyright: ignore[reportMissingImports]
+import yt_dlp.utils  # pyright: ignore[reportMissingModuleSource]
 from video2dataset.workers import download_worker  # pyright: ignore[reportMissingImports]
 
-from fvlm_core.data.frames import ClipError, FrameRule, encode_jpeg, extract_frames
+from fvlm_core.data.frames import HTML_MARKS, ClipError, FrameRule, encode_jpeg, extract_frames
+from fvlm_core.data.rows import CARRIED
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".avi", ".mkv", ".m4v")
-"""Of URLs that are fetched as they are; all others go to yt-dlp."""
+"""Of addresses that are files whatever they answer; behind others there may be a page that yt-dlp knows."""
+PAGE_TYPES = ("text/", "application/vnd.apple.mpegurl", "application/x-mpegurl", "application/dash+xml", "application/json")
+"""Content types of what is no video but may lead to one."""
+PAGE_MARKS = (*HTML_MARKS, b"#extm3u")
+REFUSED_TO_PROGRAMS = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS)
+"""Answers that sites give to programs, where yt-dlp may know better."""
+FORMAT = "wv*[height>=360][ext=mp4]/w[height>=360][ext=mp4]/bv/b[ext=mp4]"
+"""yt-dlp's: the smallest of at least 360 lines, without sound where possible."""
+BLOCK_BYTES = 1 << 18
 PARENT_CHECK_S = 0.5
 REASON_CHARACTERS = 200
 """Of an error of the network, which may quote a whole URL."""
-EXTRA_COLUMNS = ["row", "origin", "source", "kind", "split", "conversations", "probes", "extra"]
-"""Columns of the input that go into the samples' JSON, beside url and caption."""
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 _local = threading.local()
 
 
+class PageError(ClipError):
+    """What answers is no video, but yt-dlp may find one behind it."""
+
+
 class Reader:
-    """Fetches one video; an answer that is not a success is an error."""
+    """Fetches one video: whatever the address answers if that is a video, else what yt-dlp finds there."""
 
     served = ""
     """URLs that start so are files, whatever their names."""
+    max_bytes = 0
+    """Size above which a video is left out."""
 
     def __init__(self, encode_formats: dict[str, str], tmp_dir: str, reading_config: dict[str, Any]) -> None:
-        self.timeout_s, self.served = reading_config["timeout"], Reader.served
-        self.yt_dlp = YtDlpDownloader(reading_config["yt_args"], tmp_dir, encode_formats)
+        self.timeout_s, self.temporary = reading_config["timeout"], tmp_dir
+        self.served, self.max_bytes = Reader.served, Reader.max_bytes
 
     def __call__(self, row: tuple[int, str]) -> tuple[int, dict[str, bytes], dict[str, Any] | None, str | None]:
         """(number, url) -> number, streams, metadata, error."""
         number, url = row
         try:
-            if url.startswith(self.served) or urlsplit(url).path.lower().endswith(VIDEO_SUFFIXES):
-                return number, {"video": self._fetch(url)}, None, None
-            return number, {"video": self._extract(url)}, None, None
+            return number, {"video": self._read(url)}, None, None
         except ClipError as error:
-            return number, {}, None, str(error)
+            return number, {}, None, str(error)[:REASON_CHARACTERS]
         except (requests.RequestException, OSError, ValueError) as error:
             return number, {}, None, f"{type(error).__name__}: {error}"[:REASON_CHARACTERS]
 
+    def _read(self, url: str) -> bytes:
+        try:
+            return self._fetch(url)
+        except PageError as error:
+            if url.startswith(self.served) or urlsplit(url).path.lower().endswith(VIDEO_SUFFIXES):
+                raise
+            try:
+                return self._extract(url)
+            except ClipError as second:
+                raise ClipError(f"{error}; {second}") from second
+
     def _fetch(self, url: str) -> bytes:
+        """The answer's content. Raises PageError where that is no video."""
         if not hasattr(_local, "session"):
             _local.session = requests.Session()
-        answer = _local.session.get(url, timeout=self.timeout_s)
-        if not answer.ok:
-            raise ClipError(f"HTTP {answer.status_code} {answer.reason}")
-        return answer.content
+        with _local.session.get(url, timeout=self.timeout_s, stream=True) as answer:
+            if not answer.ok:
+                kind = PageError if answer.status_code in REFUSED_TO_PROGRAMS else ClipError
+                raise kind(f"HTTP {answer.status_code} {answer.reason}")
+            self._require_size(int(answer.headers.get("Content-Length", 0)))
+            content = io.BytesIO()
+            for block in answer.iter_content(BLOCK_BYTES):
+                if not content.tell() and _is_page(answer.headers.get("Content-Type", ""), block):
+                    raise PageError("a web page, not a video")
+                content.write(block)
+                self._require_size(content.tell())
+            return content.getvalue()
+
+    def _require_size(self, size: int) -> None:
+        if size > self.max_bytes:
+            raise ClipError(f"larger than {self.max_bytes // 10**6} MB (max_video_mb)")
 
     def _extract(self, url: str) -> bytes:
-        """The video behind a page that yt-dlp knows."""
-        paths, _, _ = self.yt_dlp(url)
-        if "video" not in paths:
-            raise ClipError("yt-dlp found no video there")
-        path = Path(paths["video"])
-        try:
-            return path.read_bytes()
-        finally:
-            path.unlink()
+        """The video that yt-dlp finds at an address. Raises ClipError with its reason."""
+        with tempfile.TemporaryDirectory(dir=self.temporary) as folder:
+            options: dict[str, Any] = {
+                "outtmpl": f"{folder}/video.%(ext)s",
+                "format": FORMAT,
+                "max_filesize": self.max_bytes,
+                "socket_timeout": self.timeout_s,
+                "cachedir": False,
+                "noplaylist": True,
+                "noprogress": True,
+                "quiet": True,
+                "no_warnings": True,
+                "color": "no_color",
+            }
+            try:
+                with yt_dlp.YoutubeDL(options) as downloader:  # pyright: ignore[reportArgumentType]
+                    downloader.download([url])
+            except yt_dlp.utils.YoutubeDLError as error:
+                raise ClipError(f"yt-dlp: {COLOURS.sub('', str(error)).removeprefix('ERROR: ')}") from error
+            found = [path for path in Path(folder).iterdir() if path.suffix != ".part"]
+            if not found:
+                raise ClipError(f"yt-dlp: no video there that is at most {self.max_bytes // 10**6} MB (max_video_mb)")
+            return found[0].read_bytes()
+
+
+def _is_page(content_type: str, start: bytes) -> bool:
+    """Whether an answer that begins so is a page (or a list of streams), not a video."""
+    return content_type.lower().startswith(PAGE_TYPES) or start[:256].lstrip().lower().startswith(PAGE_MARKS)
 
 
 class FrameSubsampler:
@@ -97,8 +156,8 @@ class FrameSubsampler:
 
 
 def main(settings: dict[str, Any]) -> None:
-    """Download `table` (parquet with url, caption and EXTRA_COLUMNS) into `output`, which holds nothing else."""
-    Reader.served = settings["served"]
+    """Download `table` (parquet of rows.DOWNLOAD_SCHEMA) into `output`, which holds nothing else."""
+    Reader.served, Reader.max_bytes = settings["served"], settings["max_bytes"]
     download_worker.VideoDataReader = Reader
     download_worker.FrameSubsampler = FrameSubsampler
     video2dataset.video2dataset(
@@ -107,7 +166,7 @@ def main(settings: dict[str, Any]) -> None:
         output_format="webdataset",
         input_format="parquet",
         caption_col="caption",
-        save_additional_columns=EXTRA_COLUMNS,
+        save_additional_columns=CARRIED,
         incremental_mode="incremental",
         tmp_dir=settings["temporary"],
         config={

@@ -1,4 +1,5 @@
 import io
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -71,6 +72,22 @@ def test_short_side_is_scaled_and_the_centre_kept(shape):
     assert shifted.mean() > 2 * difference.mean()
 
 
+@pytest.mark.parametrize("aspect", [Fraction(2), Fraction(1, 2), Fraction(4, 3)], ids=str)
+def test_anamorphic_video_is_shown_in_its_true_proportions(tmp_path, aspect):
+    """A video that is stored squeezed gives the frames of the same picture stored as it is to be seen."""
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(30, 220, (6, 10), dtype=np.uint8)).convert("RGB")
+    stored = 180, 120
+    picture = np.asarray(small.resize(stored, Image.Resampling.BICUBIC))
+    shown = np.asarray(Image.fromarray(picture).resize((round(stored[0] * aspect / 2) * 2, stored[1]), Image.Resampling.BICUBIC))
+    squeezed = encode(tmp_path / "squeezed.mp4", picture[None], 2, aspect=aspect)
+    plain = encode(tmp_path / "plain.mp4", shown[None], 2)
+    found, reference = (extract_frames(content, FrameRule(48)).pixels[0].astype(int) for content in (squeezed, plain))
+    ignored = extract_frames(squeezed, FrameRule(48, square_pixels=False)).pixels[0]
+    assert np.abs(found - reference).mean() < 4
+    assert np.abs(ignored - reference).mean() > 2 * np.abs(found - reference).mean()
+
+
 def test_clip_comes_back_as_it_was_drawn():
     clip = gaze.render(np.random.default_rng(0), "train", frames=4, scale=3, noise=0)
     found = extract_frames(encode_mp4(clip.frames), FrameRule(42))
@@ -79,11 +96,12 @@ def test_clip_comes_back_as_it_was_drawn():
     assert np.abs(found.pixels - drawn).mean() < 8
 
 
-def encode(path: Path, frames: np.ndarray, fps: int, **options: str) -> bytes:
-    """A video file of any container, a frame each 1/fps s."""
+def encode(path: Path, frames: np.ndarray, fps: int, *, aspect: Fraction = Fraction(1), **options: str) -> bytes:
+    """A video file of any container, a frame each 1/fps s; `aspect` of its pixels."""
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream("libx264", rate=fps)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        stream.codec_context.sample_aspect_ratio = aspect
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())

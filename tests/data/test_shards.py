@@ -14,10 +14,11 @@ from PIL import Image
 
 from fvlm_core.data import gaze
 from fvlm_core.data.frames import encode_jpeg
-from fvlm_core.data.jobs import DownloadManifest, ShardJob, ShardManifest
+from fvlm_core.data.jobs import DownloadManifest, ShardJob, ShardManifest, Source
 from fvlm_core.data.shard_files import INDEX, ShardSample, write_shards
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.data.shards import choose_split, make_shards
+from fvlm_core.data.sources.record import record, record_folder
 from fvlm_core.data.text import split_of, text_chats
 from fvlm_core.data.tokenizer import train_tokenizer
 from fvlm_core.errors import UserError
@@ -155,8 +156,8 @@ def test_generated_text_is_right(seed):
 
 def raw_download(folder: Path, rows: list[dict], *, frame_px=gaze.FRAME_PX) -> Path:
     """What a download leaves, written directly; a row's `grey` is the brightness of its one frame."""
-    (folder / "raw").mkdir(parents=True)
-    with tarfile.open(folder / "raw" / "00000.tar", "w") as archive:
+    (folder / "raw" / "0").mkdir(parents=True)
+    with tarfile.open(folder / "raw" / "0" / "00000.tar", "w") as archive:
         for number, row in enumerate(rows):
             grey = row.pop("grey", number)
             defaults = {
@@ -213,15 +214,24 @@ def test_one_video_with_two_captions_is_two_samples_of_one_split(tmp_path):
     assert {"one", "two"} <= {caption for _, caption in found}
 
 
-def test_text_from_files(tmp_path):
-    chats = [{"messages": [{"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": str(n)}]} for n in range(30)]
+def test_chats_of_a_record(tmp_path):
+    chats = [{"messages": [{"role": "user", "content": f"Say {n % 30}"}, {"role": "assistant", "content": "So."}]} for n in range(40)]
     path = tmp_path / "chats.jsonl"
     path.write_text("\n".join(map(json.dumps, chats)))
+    source = Source(name="talk", format="smoltalk", files=[path])
+    record(source, tmp_path)
     download = raw_download(tmp_path / "download", [{}, {}])
-    manifest = make_shards(job(tmp_path, download, text={"train": 20, "val": 5, "files": [path]}))
-    assert {(s.split, s.samples) for s in manifest.sources if s.name == "text"} == {("train", 20), ("val", 5)}
-    with pytest.raises(UserError, match="30 different usable chats, 40 wanted"):
-        make_shards(job(tmp_path, download, text={"train": 30, "val": 10, "files": [path]}))
+    settings = job(tmp_path, download, texts=[record_folder(source, tmp_path)], val_shares={"talk": 0.3})
+    manifest = make_shards(settings)
+    counted = {part.split: part.samples for part in manifest.sources if part.name == "talk"}
+    assert sum(counted.values()) == 30, "an equal chat counts once"
+    assert 3 <= counted["val"] <= 15
+    assert {part.kind for part in manifest.sources if part.name == "talk"} == {"text"}
+    shards = ShardSet(tmp_path / "shards")
+    [turn] = shards.record(int(shards.rows("val", "talk").index[0]))["conversations"][0]
+    assert turn["answer"] == "So."
+    with pytest.raises(UserError, match="no record of a source"):
+        make_shards(job(tmp_path, download, texts=[tmp_path / "nothing"]))
 
 
 def test_inputs_that_do_not_fit(tmp_path):

@@ -14,6 +14,7 @@ from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.states import AwaitingRetry, Cancelling
+from tasks.phases import PHASES, phase_folder
 
 from fvlm_core.eval.results import EvalReport
 from fvlm_core.manifest import AnyManifest
@@ -21,7 +22,6 @@ from fvlm_core.progress import ProgressReport
 from fvlm_core.train.jobs import RunManifest
 from infra.launch import job_environment
 from infra.processes import STACK_VARIABLE, marked
-from tasks.phases import PHASES, phase_folder
 from tests.e2e.conftest import Result, Road, ended, interrupt, of_job, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
@@ -141,7 +141,8 @@ def test_a_failed_run_is_retried_from_the_ui_and_a_phase_runs_by_itself(road: Ro
         clips = sorted((road.step("precompute", "clips") / "clips").glob("gaze_caption-*.mp4"))[:6]
         pd.DataFrame({"url": [*map(str, clips), "gone.mp4"], "caption": ["a clip"] * 7}).to_csv(videos, index=False)
         values = road.config.model_dump(mode="json")
-        values["precompute"] |= {"videos": str(videos), "download": values["precompute"]["download"] | {"max_bad_share": 0.2}}
+        own = {"name": "videos", "files": [str(videos)]}
+        values["precompute"] |= {"sources": [own], "download": values["precompute"]["download"] | {"max_bad_share": 0.2}}
         deployment = client.read_deployment_by_name("precompute/ci")
         alone = client.create_flow_run_from_deployment(deployment.id, parameters={"config": values, "volume": str(road.volume)})
         wait_until(lambda: client.read_flow_run(alone.id).state_name == "Completed", "precompute by itself")

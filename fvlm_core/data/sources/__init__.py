@@ -1,13 +1,17 @@
-"""One adapter per published dataset: from its own schema to our table of videos or to chats."""
+"""The datasets that can be read: a file each, and a line each here. A profile names them by their format (`precompute.sources`).
 
-PROMPTS = {
-    "webvid": "What would be the WebVid caption for this video?",
-    "openvid": "What would be the OpenVid caption for this video?",
-}
-"""What is asked for when a dataset's caption is the answer: captions in a dataset's own manner are not passed off as descriptions."""
-DEFAULT_PROMPT = "What is the caption of this video?"
+An adapter (`adapter.Adapter`) says how a dataset's published files become rows; what is common to all (defaults, filters, checks, the
+record on the volume) is in `normalise` and `record`.
+"""
 
+from types import ModuleType
 
-def caption_prompt(source: str) -> str:
-    """The honest question to a caption of that source."""
-    return PROMPTS.get(source, DEFAULT_PROMPT)
+from fvlm_core.data.sources import openvid as openvid
+from fvlm_core.data.sources import smoltalk as smoltalk
+from fvlm_core.data.sources import table as table
+from fvlm_core.data.sources import webvid as webvid
+from fvlm_core.data.sources.adapter import Adapter
+
+_MODULES = [value for value in list(globals().values()) if isinstance(value, ModuleType) and hasattr(value, "ADAPTER")]
+ADAPTERS: dict[str, Adapter] = {module.ADAPTER.name: module.ADAPTER for module in _MODULES}
+"""Every module that is imported above, by its format's name."""

@@ -4,49 +4,59 @@ A chat with a system message of its own is left out, since every sample has ours
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from fvlm_core.errors import UserError
+from fvlm_core.data.sources.adapter import KEEP, Adapter, read_table
 
-
-def read_chats(path: Path) -> Iterator[list[dict[str, str]]]:
-    """Chats as turns of {question, answer}, in file order. Raises UserError if the file is missing or has another schema."""
-    try:
-        for messages in _messages(path):
-            turns = _turns(messages)
-            if turns:
-                yield turns
-    except FileNotFoundError as error:
-        raise UserError("the file of chats does not exist", where=str(path), fix="check the path") from error
-    except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
-        raise UserError(
-            f"not a file of chats: {error}", where=str(path), fix="give a .parquet or .jsonl with `messages`, a list of {role, content}"
-        ) from error
+LINES = 4096
+"""Of a jsonl file, read at a time."""
 
 
-def _messages(path: Path) -> Iterator[list[dict[str, str]]]:
-    if path.suffix == ".parquet":
-        for batch in pq.ParquetFile(path).iter_batches(columns=["messages"]):
-            yield from batch.column(0).to_pylist()
-    elif path.suffix == ".jsonl":
+def read(path: Path, columns: Collection[str]) -> Iterator[pa.RecordBatch]:
+    """As `read_table`, of a parquet or jsonl file. Raises ValueError for another."""
+    if path.suffix == ".jsonl":
         with path.open() as lines:
-            for line in lines:
-                yield json.loads(line)["messages"]
+            while some := list(islice(lines, LINES)):
+                records = [json.loads(line) for line in some]
+                yield pa.RecordBatch.from_pydict({name: [record.get(name) for record in records] for name in columns})
+    elif path.suffix == ".parquet":
+        yield from read_table(path, columns)
     else:
-        raise ValueError(f"its suffix is {path.suffix!r}")
+        raise ValueError(f"its suffix is {path.suffix!r}, not .parquet or .jsonl")
+
+
+def rows(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """A row per chat; one that is not of turns of a user and an assistant is left out."""
+    chats = [_turns(messages) for messages in batch.column("messages").to_pylist()]
+    conversations = ["" if turns is None else json.dumps([turns]) for turns in chats]
+    return pa.RecordBatch.from_pydict({"conversations": conversations, KEEP: [turns is not None for turns in chats]})
 
 
 def _turns(messages: list[dict[str, Any]]) -> list[dict[str, str]] | None:
     """Question and answer pairs, or None unless users and assistants take turns and nobody is silent."""
     roles = [message["role"] for message in messages]
-    if roles != ["user", "assistant"] * (len(roles) // 2) or not all(message["content"].strip() for message in messages):
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2) or not all(message["content"].strip() for message in messages):
         return None
     return [
         {"question": user["content"].strip(), "answer": assistant["content"].strip()}
         for user, assistant in zip(messages[::2], messages[1::2], strict=True)
     ]
+
+
+ADAPTER = Adapter(
+    name="smoltalk",
+    title="SmolTalk",
+    kind="text",
+    prompt="",
+    homepage="https://huggingface.co/datasets/HuggingFaceTB/smoltalk",
+    licence="Apache-2.0",
+    citation="Allal et al. 2025, SmolLM2: When Smol Goes Big: Data-Centric Training of a Small Language Model, arXiv:2502.02737",
+    required=("messages",),
+    rows=rows,
+    read=read,
+)

@@ -1,0 +1,279 @@
+"""The record of a source: its files are read once, into complete rows and what is known about them; everything after reads the record.
+
+`record(source, volume)` looks at the source as it is now; `recorded(source, volume)` trusts the last look as long as the source's files are
+the same. A record is a folder `sources/NAME-KEY/` of `rows.parquet` and `record.json`, written last; KEY is made of the files' names, sizes
+and times of change, of the source's settings, and of the code that reads sources.
+"""
+
+import glob
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from fcntl import LOCK_EX, flock
+from functools import cache
+from pathlib import Path
+from stat import S_ISREG
+from typing import Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from fvlm_core.data.arrow import pc
+from fvlm_core.data.jobs import Source
+from fvlm_core.data.rows import REQUIRED, SCHEMA, Kind
+from fvlm_core.data.sources.reading import RowsDigest, read_source
+from fvlm_core.errors import UserError
+from fvlm_core.manifest import sha256_file, write_atomically
+from fvlm_core.settings import Settings, hash_json
+
+SOURCES = "sources"
+"""Folder of the volume that holds a folder per record."""
+ROWS, RECORD = "rows.parquet", "record.json"
+FILE, FILE_ROW, PATH = "file", "file_row", "path"
+RECORD_SCHEMA = pa.schema(
+    [*SCHEMA, (FILE, pa.dictionary(pa.int32(), pa.string())), (FILE_ROW, pa.int64()), (PATH, pa.string())],
+)
+"""The row; the file it comes from and its number there, from 1; the local file that its url means, null for an address of the web."""
+KEY_LENGTH = 12
+EXAMPLES = 3
+"""Missing files that are named."""
+PROBED = 16
+"""Addresses of the web that a record names for trying whether they answer."""
+STAT_BLOCK, STAT_THREADS = 1024, 16
+"""Files looked at by a thread at a time; on a network volume a look waits for the network."""
+
+
+class RowCount(Settings):
+    """Rows of a source in a split (empty: not decided yet)."""
+
+    source: str
+    split: str
+    rows: int
+
+
+class Record(Settings):
+    """What is known about a source without reading its rows: `record.json`."""
+
+    name: str
+    kind: Kind
+    read: int
+    """Rows of the files that were looked at."""
+    filtered: int
+    """Of these, left out by the source's filter."""
+    left_out: int
+    """Left out by its format, e.g. chats with a system message."""
+    rows: int
+    """Kept."""
+    counts: list[RowCount]
+    rows_digest: str
+    """Identity of the rows, whatever file format they came in."""
+    rows_bytes: int
+    """Size of `rows.parquet`."""
+    files_digest: str = ""
+    """Identity of the local files among the videos, by size and time of change."""
+    local: int = 0
+    """Videos that are local files."""
+    missing: int = 0
+    """Of these, not there."""
+    missing_examples: list[str] = Field(default_factory=list)
+    remote: int = 0
+    probe: list[str] = Field(default_factory=list)
+    """Some addresses of the web, evenly spread."""
+    distinct: int = 0
+    """Different addresses, counted up to two."""
+
+    @property
+    def digest(self) -> str:
+        """Identity of what the source holds."""
+        return hash_json([self.rows_digest, self.files_digest])
+
+    @property
+    def sources(self) -> set[str]:
+        """Names of the sources that its rows are of."""
+        return {count.source for count in self.counts}
+
+    @classmethod
+    def read_folder(cls, folder: Path) -> Self:
+        """Raises UserError where the folder holds no record, or a damaged one."""
+        if (found := cls._found(folder)) is None:
+            raise UserError("there is no record of a source", where=str(folder), fix="record the source again")
+        return found
+
+    @classmethod
+    def _found(cls, folder: Path) -> Self | None:
+        try:
+            found = cls.model_validate_json((folder / RECORD).read_bytes())
+            return found if (folder / ROWS).stat().st_size == found.rows_bytes else None
+        except (OSError, ValueError):
+            return None
+
+
+def record(source: Source, volume: Path) -> Record:
+    """The source's record, made if there is none; local videos are looked at anew.
+
+    Raises UserError for files that are missing or not of the source's format, and for rows that cannot be used; it names them.
+    """
+    files = source_files(source)
+    folder = _folder(source, files, volume)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        before = Record._found(folder)
+        looked = _look(before or _write_rows(source, files, folder), folder)
+        if looked != before:
+            write_atomically(folder / RECORD, looked.model_dump_json(indent=2).encode())
+    return looked
+
+
+def recorded(source: Source, volume: Path) -> Record:
+    """The source's record as it was last looked at, if its files are still the same; else as `record`."""
+    return Record._found(record_folder(source, volume)) or record(source, volume)
+
+
+def record_folder(source: Source, volume: Path) -> Path:
+    """Where the source's record is, or will be. Raises UserError for files that are missing."""
+    return _folder(source, source_files(source), volume)
+
+
+def read_rows(folder: Path, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """The rows of a record (RECORD_SCHEMA), or some of their columns."""
+    yield from pq.ParquetFile(folder / ROWS).iter_batches(columns=columns)
+
+
+def source_files(source: Source) -> list[Path]:
+    """The source's files, patterns resolved. Raises UserError for what is not there."""
+    files: list[Path] = []
+    for path in source.files:
+        found = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(str(path))) if Path(name).is_file()]
+        if not found:
+            what = "no file is called so" if glob.has_magic(str(path)) else "the file does not exist"
+            raise UserError(f"{what}: {path}", where=f"source {source.name}", fix=f"check the path (looked for {path.absolute()})")
+        files += found
+    return files
+
+
+def _folder(source: Source, files: Sequence[Path], volume: Path) -> Path:
+    stats = [(str(path.absolute()), path.stat()) for path in files]
+    identity = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    settings = source.model_dump(mode="json", exclude={"files", "val_share"})
+    return volume / SOURCES / f"{source.name}-{hash_json([settings, identity, _code()])[:KEY_LENGTH]}"
+
+
+@cache
+def _code() -> str:
+    """Identity of the code that turns files into rows: rows of an adapter that was corrected since are not used."""
+    folder = Path(__file__).parent
+    return hash_json(
+        [sha256_file(path) for path in sorted([*folder.glob("*.py"), folder.with_name("rows.py"), folder.with_name("addresses.py")])]
+    )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time makes a record; the lock ends with its process."""
+    with (folder / ".lock").open("w") as stream:
+        flock(stream, LOCK_EX)
+        yield
+
+
+def _write_rows(source: Source, files: Sequence[Path], folder: Path) -> Record:
+    """Read the files into `rows.parquet`."""
+    digest, counts = RowsDigest(), Counter[tuple[str, str]]()
+    read = filtered = left_out = rows = 0
+    temporary = folder / f".{ROWS}"
+    with pq.ParquetWriter(temporary, RECORD_SCHEMA, compression="zstd") as writer:
+        for part in read_source(source, files):
+            number = part.rows.num_rows
+            names = pa.DictionaryArray.from_arrays(pa.array(np.zeros(number, np.int32)), pa.array([str(part.file)]))
+            writer.write_batch(pa.RecordBatch.from_arrays([*part.rows.columns, names, part.numbers, part.paths], schema=RECORD_SCHEMA))
+            digest.update(part.rows)
+            counts.update(_pairs(part.rows))
+            read, filtered, left_out, rows = read + part.read, filtered + part.filtered, left_out + part.left_out, rows + number
+    if not rows:
+        why = f": the filter left out {filtered} of {read}, the format {left_out}" if read else ""
+        raise UserError(f"the source {source.name} has no rows{why}", where=", ".join(map(str, files)), fix="add rows, or widen the filter")
+    temporary.replace(folder / ROWS)
+    return Record(
+        name=source.name,
+        kind=source.kind,
+        read=read,
+        filtered=filtered,
+        left_out=left_out,
+        rows=rows,
+        counts=[RowCount(source=name, split=split, rows=number) for (name, split), number in sorted(counts.items())],
+        rows_digest=digest.hexdigest(),
+        rows_bytes=(folder / ROWS).stat().st_size,
+    )
+
+
+def _pairs(rows: pa.RecordBatch) -> dict[tuple[str, str], int]:
+    grouped = pa.Table.from_batches([rows]).group_by(["source", "split"]).aggregate([([], "count_all")])
+    names, splits, numbers = (grouped[column].to_pylist() for column in ("source", "split", "count_all"))
+    return {(name, split): number for name, split, number in zip(names, splits, numbers, strict=True)}
+
+
+def _look(known: Record, folder: Path) -> Record:
+    """The record with what the local files and the addresses are now."""
+    if known.kind == "text":
+        return known
+    digest = hashlib.sha256()
+    local = missing = remote = 0
+    examples: list[str] = []
+    probe: list[str] = []
+    distinct: set[str] = set()
+    every = max(1, -(-known.rows // PROBED))
+    with ThreadPoolExecutor(STAT_THREADS) as pool:
+        for batch in read_rows(folder, ["url", PATH]):
+            urls, paths = batch.column("url"), batch.column(PATH)
+            if len(distinct) < 2:
+                distinct.update(pc.unique(urls).slice(0, 2).to_pylist())
+            is_file = pc.is_valid(paths)
+            files, named = paths.drop_null(), urls.filter(is_file)
+            blocks = [files.slice(start, STAT_BLOCK).to_pylist() for start in range(0, len(files), STAT_BLOCK)]
+            for start, stats in zip(range(0, len(files), STAT_BLOCK), pool.map(_stat, blocks), strict=True):
+                gone = [number for number, stat in enumerate(stats) if stat is None]
+                digest.update(hash_json([named.slice(start, STAT_BLOCK).to_pylist(), stats]).encode())
+                missing += len(gone)
+                examples += [files[start + number].as_py() for number in gone[: EXAMPLES - len(examples)]]
+            local += len(files)
+            addresses = urls.filter(pc.and_(pc.invert(is_file), pc.not_equal(urls, "")))
+            probe += addresses.take(pa.array(np.arange(-remote % every, len(addresses), every))).to_pylist()
+            remote += len(addresses)
+    return known.model_copy(
+        update={
+            "files_digest": digest.hexdigest() if local else "",
+            "local": local,
+            "missing": missing,
+            "missing_examples": examples,
+            "remote": remote,
+            "probe": probe[:PROBED],
+            "distinct": min(len(distinct), 2),
+        }
+    )
+
+
+def _stat(paths: list[str]) -> list[list[int] | None]:
+    """Size and time of change of each file, None where there is none."""
+    found: list[list[int] | None] = []
+    for path in paths:
+        try:
+            status = os.stat(path)
+            found.append([status.st_size, status.st_mtime_ns] if S_ISREG(status.st_mode) else None)
+        except OSError:
+            found.append(None)
+    return found
+
+
+def incomplete(folder: Path) -> dict[int, str]:
+    """Rows of a record of videos that lack what a video cannot do without, with the reason."""
+    found: dict[int, str] = {}
+    first = 0
+    for batch in read_rows(folder, list(REQUIRED)):
+        for name in REQUIRED:
+            found |= {first + row: f"no {name}" for row in pc.indices_nonzero(pc.equal(batch.column(name), "")).to_pylist()}
+        first += batch.num_rows
+    return found
