@@ -1,5 +1,7 @@
 """Phase 6: the model's folder, its card and the report of the whole pipeline."""
 
+from typing import Any
+
 from flows.ablations import ABLATIONS
 from flows.evaluate import EVALUATE, EVALUATION
 from flows.precompute import PRECOMPUTE, SHARDS
@@ -28,7 +30,7 @@ def steps(config: PipelineConfig, before: Before) -> list[Step]:
     inputs |= {f"reports.{name}": made for name, made in others.items()}
     # the report shows the phases' times, which are no part of what was made
     inputs |= {f"phases.{name}": Outside(before.folders[name], "") for name in phases}
-    places = {"stages": dict.fromkeys(stages), "reports": dict.fromkeys(others), "phases": dict.fromkeys(phases)}
+    places: dict[str, Any] = {"stages": dict.fromkeys(stages), "reports": dict.fromkeys(others), "phases": dict.fromkeys(phases)}
     return [Step.of(RELEASE_STEP, "fvlm_core.release", config.release, inputs=inputs, profile=config.name, **places)]
 
 
