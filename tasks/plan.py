@@ -194,7 +194,8 @@ def _explain(step: Step, found: Finding, volume: Path) -> str:
 
 def _newest(volume: Path, name: str) -> Iterable[Path]:
     """Folders of steps of a name, the newest first."""
-    folders = [folder for folder in (volume / STEPS).glob(f"{name}-*") if name == "*" or folder.name.rpartition("-")[0] == name]
+    there = [folder for folder in (volume / STEPS).glob(f"{name}-*") if folder.is_dir()]
+    folders = [folder for folder in there if name == "*" or folder.name.rpartition("-")[0] == name]
     return sorted(folders, key=lambda folder: folder.stat().st_mtime, reverse=True)
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from deployments.checks import PROFILES, load_profile
-from deployments.speedrun import with_videos
+from deployments.profile import with_videos
 from flows.registry import PHASES
 from fvlm_core.data.jobs import SPLITS, ShardManifest, SourceCounts
 from fvlm_core.dotted import with_changes
