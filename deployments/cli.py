@@ -210,10 +210,10 @@ def deploy(*, profile: str = "laptop", volume: Path = DEFAULT_VOLUME) -> int:
         raise UserError("no Prefect server is named", where="PREFECT_API_URL", fix="set it, e.g. http://127.0.0.1:4200/api")
     import asyncio
 
-    from deployments.checks import load_profile
+    from deployments.profile import chosen_profile
     from deployments.register import ALL_FLOWS, register
 
-    config = load_profile(profile)
+    config = chosen_profile(profile)
     asyncio.run(register(config, volume.absolute()))
     Console().print("\n".join(f"{name}/{config.name}" for name in ALL_FLOWS), highlight=False)
     return 0

@@ -1,5 +1,6 @@
 """The profile of a command: by name or file, with the user's own videos and changed settings."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,17 @@ def chosen_profile(profile: str, *, videos: Path | None = None, changes: Sequenc
     """
     config = load_profile(profile)
     config = with_videos(config, videos.resolve()) if videos else config
-    return config.with_changes(dict(map(parse_change, changes)), where="--set") if changes else config
+    config = config.with_changes(dict(map(parse_change, changes)), where="--set") if changes else config
+    return with_command(config, profile, videos=videos, changes=changes)
+
+
+def with_command(config: PipelineConfig, profile: str, *, videos: Path | None = None, changes: Sequence[str] = ()) -> PipelineConfig:
+    """The profile with the command of these options as what makes its release again, unless it names its own."""
+    if config.release.reproduce:
+        return config
+    options = [*(["--videos", str(videos)] if videos else []), *(part for change in changes for part in ("--set", change))]
+    command = shlex.join(["./speedrun.sh", "--profile", profile, *options])
+    return config.model_copy(update={"release": config.release.model_copy(update={"reproduce": [command]})})
 
 
 def parse_change(text: str) -> tuple[str, Any]:
