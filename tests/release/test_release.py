@@ -74,6 +74,8 @@ def test_card_metadata(manifest, job):
     assert found["autoregressive", "accuracy"] == 0.654
     assert len(found) == 12
     assert "Said by the job." in found_card.text
+    assert "| mode | loss (nats/token) | CIDEr-D | BLEU-4 | multiple choice | attention entropy |\n" in found_card.text, "no times"
+    assert re.search(r"\| gaze_cell \| video \| \d+ \| 50% \|", found_card.text)
     assert 'AutoModel.from_pretrained("path/to/fVLM-tiny", trust_remote_code=True)' in found_card.text
 
 

@@ -17,7 +17,7 @@ def section(evidence: Evidence, figures: Figures) -> Section:
 
 
 def modes_table(results: Results, latency: Latency | None) -> Table:
-    """A row per mode."""
+    """A row per mode; with the time per clip where it is given."""
     rows = [
         [
             MODES[mode],
@@ -26,11 +26,12 @@ def modes_table(results: Results, latency: Latency | None) -> Table:
             number(one.captions.bleu_4 if one.captions else None),
             number(one.multiple_choice.accuracy if one.multiple_choice else None),
             number(one.attention_entropy),
-            f"{latency.modes[mode].median_ms:.1f}" if latency and mode in latency.modes else "",
+            *([f"{latency.modes[mode].median_ms:.1f}" if mode in latency.modes else ""] if latency else []),
         ]
         for mode, one in results.modes.items()
     ]
-    head = ["mode", "loss (nats/token)", "CIDEr-D", "BLEU-4", "multiple choice", "attention entropy", "ms per clip"]
+    head = ["mode", "loss (nats/token)", "CIDEr-D", "BLEU-4", "multiple choice", "attention entropy"]
+    head += ["ms per clip"] if latency else []
     entropy = "Attention entropy is a share of the uniform's: 1 is looking everywhere."
     return Table(head=head, rows=rows, note=f"In brackets: 95 % bootstrap interval over clips. {entropy}")
 
