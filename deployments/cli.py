@@ -14,6 +14,8 @@ from infra.stack import PortTakenError, Stack, StackError
 
 app = App(name="fvlm", help="A video language model that reads each frame as one token, and the whole road to releasing it.")
 DEFAULT_VOLUME = Path("volume")
+PIPED_WIDTH = 240
+"""Columns of a table that no terminal shows."""
 Changes = Annotated[tuple[str, ...], Parameter(name="--set", negative="")]
 """`PATH=VALUE`, any number of times."""
 
@@ -96,7 +98,7 @@ def plan(
     from tasks.plan import plan as planned
 
     config = chosen_profile(profile, videos=videos, changes=changes)
-    Console().print(planned(list(PHASES.values()), config, volume.resolve()).table().terminal())
+    table_console().print(planned(list(PHASES.values()), config, volume.resolve()).table().terminal())
     return 0
 
 
@@ -114,7 +116,7 @@ def status(*, profile: str = "laptop", videos: Path | None = None, volume: Path 
     from flows.registry import PHASES
 
     config = chosen_profile(profile, videos=videos, changes=changes)
-    Console().print(status_table(list(PHASES.values()), config, volume.resolve()).terminal())
+    table_console().print(status_table(list(PHASES.values()), config, volume.resolve()).terminal())
     return 0
 
 
@@ -230,6 +232,12 @@ def stop(*, volume: Path = DEFAULT_VOLUME) -> int:
     """
     Stack(volume, environment=os.environ).stop()
     return 0
+
+
+def table_console() -> Console:
+    """A console for tables: what is piped into a file or another program is not cut to a terminal's width."""
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPED_WIDTH)
 
 
 def main() -> None:
