@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from fvlm_core.data.batch import IGNORE, ChatFormat, PackedBatch, Sample, pack
 from fvlm_core.data.tokenizer import encode
-from fvlm_core.eval.results import Mode
 from fvlm_core.model import inference
 from fvlm_core.model.foveated import FoveatedVLM
+from fvlm_core.model.names import Mode
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from fvlm_core.config import LossSettings
 from fvlm_core.data.batch import IGNORE, ChatFormat, pack
 from fvlm_core.errors import UserError
+from fvlm_core.model.build import build_model
 from fvlm_core.model.convert import VISUAL_SCALE, load_original, to_original
 from fvlm_core.model.encoder import PIXEL_MEAN, PIXEL_STD
-from fvlm_core.model.foveated import build_model
 from fvlm_core.model.inference import logits, read_batch
 from tests.model.build import VOCAB, sample, tiny_model, tiny_settings
 

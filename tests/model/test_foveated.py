@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fvlm_core.config import LLMSettings, LLMShape, LossSettings, VisionSettings
 from fvlm_core.data.batch import IGNORE, pack
 from fvlm_core.errors import UserError
-from fvlm_core.model.foveated import build_model, load_model
+from fvlm_core.model.build import build_model, load_model, save_model
 from fvlm_core.model.inference import logits, read_batch
 from tests.model.build import CHAT, VOCAB, sample, tiny_model, tiny_settings
 
@@ -156,9 +156,9 @@ def test_roles_cover_every_parameter_and_decay_only_matrices():
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_saved_model_loads_with_equal_logits(variant, tmp_path):
     model = tiny_model(**variant).float()
-    model.save(tmp_path)
+    save_model(model, tmp_path / "model")
     batch = pack(mixed(np.random.default_rng(9)), CHAT, tokens_per_frame=model.settings.tokens_per_frame)
-    again = load_model(tmp_path).eval()
+    again = load_model(tmp_path / "model").eval()
     for mode in model.modes:
         assert torch.equal(logits(again, batch, mode), logits(model, batch, mode))
 
@@ -245,8 +245,9 @@ def test_a_saved_model_does_not_say_where_its_backbones_were(tmp_path):
         folder = tmp_path / place / "dinov2"
         tiny_model().float().encoder.to_dinov2().save_pretrained(folder)
         vision = VisionSettings(checkpoint=str(folder), frame_px=42)
-        build_model(tiny_settings().model_copy(update={"vision": vision}), vocab_size=VOCAB).save(tmp_path / place)
-        digests.append((tmp_path / place / "settings.yaml").read_bytes())
+        saved = tmp_path / place / "model"
+        save_model(build_model(tiny_settings().model_copy(update={"vision": vision}), vocab_size=VOCAB), saved)
+        digests.append((saved / "settings.yaml").read_bytes())
     assert digests[0] == digests[1]
     assert b"dinov2" in digests[0]
     assert str(tmp_path).encode() not in digests[0]

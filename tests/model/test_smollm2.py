@@ -10,7 +10,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from fvlm_core.config import LLMSettings
 from fvlm_core.data.batch import Sample, Turn, pack
 from fvlm_core.data.tokenizer import chat_format, encode, load_tokenizer
-from fvlm_core.model.foveated import FoveatedVLM, build_model
+from fvlm_core.model.build import build_model
+from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.model.inference import generate, logits
 from tests.model.build import tiny_settings
 

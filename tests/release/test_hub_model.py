@@ -17,7 +17,7 @@ from fvlm_core.data.clips import encode_mp4
 from fvlm_core.data.loader import val_batches
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.data.tokenizer import chat_format
-from fvlm_core.model.foveated import load_model
+from fvlm_core.model.build import load_model
 from fvlm_core.model.inference import gaze, generate
 from fvlm_core.release.hub.modeling_fvlm import FVLMModel, packed_batch
 from fvlm_core.release.hub.processing_fvlm import FVLMProcessor
