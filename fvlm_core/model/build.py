@@ -110,16 +110,21 @@ def build_encoder(settings: VisionSettings) -> Encoder:
     return Encoder.from_dinov2(Dinov2Model(config))
 
 
+def check_vocabulary(*, held: int, needed: int, where: str) -> None:
+    """Raise UserError if a tokenizer needs more tokens than the language model at `where` holds."""
+    if held < needed:
+        raise UserError(
+            f"the tokenizer has {needed} tokens, the language model only {held}",
+            where=where,
+            fix="use the tokenizer that belongs to the checkpoint",
+        )
+
+
 def _build_llm(settings: LLMSettings, vocab_size: int) -> LlamaForCausalLM:
     if settings.checkpoint is not None:
         load = partial(_from_checkpoint, attn_implementation=attention.NAME)
         llm = load(LlamaForCausalLM, settings.checkpoint)
-        if llm.config.vocab_size < vocab_size:
-            raise UserError(
-                f"the tokenizer has {vocab_size} tokens, the language model only {llm.config.vocab_size}",
-                where=settings.checkpoint,
-                fix="use the tokenizer that belongs to the checkpoint",
-            )
+        check_vocabulary(held=llm.config.vocab_size, needed=vocab_size, where=settings.checkpoint)
         return llm
     shape = settings.shape
     assert shape is not None
