@@ -22,7 +22,8 @@ import torch
 from benchmarks.report import Measurement, arguments, show
 from benchmarks.shapes import FRAME_PX, SMOLLM2, VOCABULARY, model_settings
 from fvlm_core.config import ModelSettings, Recipe
-from fvlm_core.data.jobs import SPLITS, ShardManifest
+from fvlm_core.data.jobs import SHARD_FILES, ShardManifest
+from fvlm_core.data.rows import SPLITS
 from fvlm_core.data.shard_files import ShardSample, write_shards
 from fvlm_core.data.tokenizer import render_chat, train_tokenizer
 from fvlm_core.manifest import file_entries
@@ -103,7 +104,7 @@ def write_videos(folder: Path, *, frame_px: int, videos: int, vocabulary: int) -
     ShardManifest(
         name="shards",
         settings_hash="benchmark",
-        files=file_entries(folder, ["train/*.tar", "val/*.tar", "tokenizer/*", "index.parquet"]),
+        files=file_entries(folder, SHARD_FILES),
         sources=sources,
         frame_px=frame_px,
         fps=1.0,

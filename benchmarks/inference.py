@@ -16,8 +16,9 @@ from transformers import Dinov2Model
 
 from benchmarks.report import Measurement, arguments, resident_gb, show, side_by_side
 from benchmarks.shapes import FRAME_PX, NO_TEMPLATE, VOCABULARY, model_settings, video_question
+from fvlm_core.model.build import build_model
 from fvlm_core.model.flop_counter import count_flops
-from fvlm_core.model.foveated import FoveatedVLM, build_model
+from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.model.inference import read_batch
 from fvlm_core.serve.stream import FrameStream
 

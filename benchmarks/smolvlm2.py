@@ -16,8 +16,8 @@ from transformers import Idefics3VisionConfig, LlamaConfig, SmolVLMConfig, SmolV
 
 from benchmarks.report import Measurement, arguments, peak_memory_gb, show, side_by_side
 from benchmarks.shapes import SMOLLM2, VOCABULARY, model_settings, video_question
+from fvlm_core.model.build import build_model
 from fvlm_core.model.flop_counter import count_flops
-from fvlm_core.model.foveated import build_model
 from fvlm_core.model.inference import read_batch
 
 QUESTION = 32

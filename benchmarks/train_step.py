@@ -14,8 +14,9 @@ from benchmarks.report import Measurement, arguments, peak_memory_gb, show, side
 from benchmarks.shapes import VOCABULARY, image_batch, model_settings, train_batch
 from fvlm_core.config import LossSettings
 from fvlm_core.data.batch import PackedBatch
+from fvlm_core.model.build import build_model
 from fvlm_core.model.flop_counter import count_flops
-from fvlm_core.model.foveated import FoveatedVLM, build_model
+from fvlm_core.model.foveated import FoveatedVLM
 
 LOSS = LossSettings(coarse=0.0, fine=[1.0])
 ORIGINAL_GFLOP = {"train_step_gflop": 2243.9, "image_batch_gflop": 3346.0}

@@ -8,11 +8,13 @@ from typing import Annotated
 from cyclopts import App, Parameter
 from rich.console import Console
 
+from deployments import convert
 from fvlm_core.cli import USER_ERROR
 from fvlm_core.errors import UserError
 from infra.stack import PortTakenError, Stack, StackError
 
 app = App(name="fvlm", help="A video language model that reads each frame as one token, and the whole road to releasing it.")
+app.command(convert.app)
 DEFAULT_VOLUME = Path("volume")
 PIPED_WIDTH = 240
 """Columns of a table that no terminal shows."""

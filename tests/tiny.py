@@ -6,7 +6,8 @@ import numpy as np
 import simplejpeg
 
 from fvlm_core.data import gaze
-from fvlm_core.data.jobs import SPLITS, ShardManifest, Split
+from fvlm_core.data.jobs import SHARD_FILES, ShardManifest
+from fvlm_core.data.rows import SPLITS, Split
 from fvlm_core.data.shard_files import ShardSample, write_shards
 from fvlm_core.data.text import text_chats
 from fvlm_core.data.tokenizer import render_chat, train_tokenizer
@@ -32,7 +33,7 @@ def tiny_shards(folder: Path, *, clips: int = 24, seed: int = 0) -> Path:
         name="shards",
         settings_hash=f"tiny {clips} {seed}",
         counts={"samples": len(samples)},
-        files=file_entries(folder, ["train/*.tar", "val/*.tar", "tokenizer/*", "index.parquet"]),
+        files=file_entries(folder, SHARD_FILES),
         sources=counts,
         frame_px=gaze.FRAME_PX,
         fps=1.0,

@@ -7,13 +7,12 @@ drawn in training. Everything is a pure function of the generator passed in.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-Split = Literal["train", "val"]
+from fvlm_core.data.rows import Split
 
 GRID = 3
 """Cells per side."""

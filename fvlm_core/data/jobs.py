@@ -6,13 +6,16 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from fvlm_core.config import Positive, Share
-from fvlm_core.data.rows import SOURCE_PATTERN, Kind, Split
-from fvlm_core.data.rows import SPLITS as SPLITS
+from fvlm_core.data.rows import SOURCE_PATTERN, SPLITS, Kind, Split
 from fvlm_core.data.sources import ADAPTERS
 from fvlm_core.manifest import Manifest
 from fvlm_core.settings import EXECUTION, NameOrFolder, ProfilePath, Settings
 
 SourceName = Annotated[str, Field(pattern=SOURCE_PATTERN)]
+INDEX_FILE, TOKENIZER_FOLDER = "index.parquet", "tokenizer"
+"""In a folder of shards, beside a folder of tars per split."""
+SHARD_FILES = (*(f"{split}/*.tar" for split in SPLITS), f"{TOKENIZER_FOLDER}/*", INDEX_FILE)
+"""Patterns of all its files."""
 SMALLEST_VOCABULARY = 259
 """All bytes and the chat format's three special tokens."""
 

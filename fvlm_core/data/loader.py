@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from fvlm_core.config import DataSettings, RunSettings
 from fvlm_core.data.batch import PackedBatch, Sample, pack
-from fvlm_core.data.jobs import Split
+from fvlm_core.data.jobs import INDEX_FILE
 from fvlm_core.data.mixture import Mixture, apportion, coin, deal
-from fvlm_core.data.shard_files import INDEX
+from fvlm_core.data.rows import Split
 from fvlm_core.data.shard_set import CorruptSampleError, ShardSet
 from fvlm_core.errors import UserError
 
@@ -286,7 +286,9 @@ def _without_corrupt(reads: Iterable[_Read], limit: int, folder: Path) -> Iterat
         for row, reason in read.corrupt.items():
             if row not in seen:
                 seen.add(row)
-                logger.warning("skipped damaged sample %d of at most %d: row %d of %s: %s", len(seen), limit, row, folder / INDEX, reason)
+                logger.warning(
+                    "skipped damaged sample %d of at most %d: row %d of %s: %s", len(seen), limit, row, folder / INDEX_FILE, reason
+                )
         if len(seen) > limit:
             raise UserError(f"more than {limit} damaged samples", where=str(folder), fix="make the shards again")
         yield read.batches

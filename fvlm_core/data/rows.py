@@ -4,13 +4,13 @@ Needs nothing but pyarrow, since video2dataset's environment imports it too.
 """
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 import pyarrow as pa
 
 Kind = Literal["video", "image", "text"]
 Split = Literal["train", "val"]
-SPLITS: tuple[Split, ...] = ("train", "val")
+SPLITS: tuple[Split, ...] = get_args(Split)
 SOURCE_PATTERN = r"^[a-z0-9_]+$"
 """Names of sources: part of file names and keys; webdataset splits a key at its first dot."""
 

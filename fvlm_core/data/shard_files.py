@@ -21,11 +21,10 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from fvlm_core.data.batch import ChatFormat
-from fvlm_core.data.jobs import SPLITS, BadClip, Kind, SourceCounts, Split
+from fvlm_core.data.jobs import INDEX_FILE, TOKENIZER_FOLDER, BadClip, SourceCounts
+from fvlm_core.data.rows import SPLITS, Kind, Split
 from fvlm_core.data.tokenizer import chat_format, encode
 
-INDEX = "index.parquet"
-TOKENIZER = "tokenizer"
 FRAME_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 """Upper edges of the frame counts that are kept together in a shard."""
 TAR_BLOCK_BYTES = 512
@@ -114,8 +113,8 @@ def write_shards(
         if writer:
             writer.close()
             counts.append(_count(rows[first_row:], source, kind, split, kept))
-    pq.write_table(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA), output / INDEX, compression="zstd")
-    tokenizer.save_pretrained(str(output / TOKENIZER))
+    pq.write_table(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA), output / INDEX_FILE, compression="zstd")
+    tokenizer.save_pretrained(str(output / TOKENIZER_FOLDER))
     return counts, dropped
 
 

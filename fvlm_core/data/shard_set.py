@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from fvlm_core.config import DataSettings
 from fvlm_core.data.batch import ChatFormat, Sample, Turn
-from fvlm_core.data.jobs import ShardManifest, Split
-from fvlm_core.data.shard_files import INDEX, TOKENIZER
+from fvlm_core.data.jobs import INDEX_FILE, TOKENIZER_FOLDER, ShardManifest
+from fvlm_core.data.rows import Split
 from fvlm_core.data.tokenizer import chat_format, load_tokenizer
 from fvlm_core.errors import UserError
 
@@ -37,9 +37,11 @@ class ShardSet:
         self.folder = Path(folder)
         self.manifest = ShardManifest.read(self.folder)
         try:
-            self._table = pq.read_table(self.folder / INDEX)
+            self._table = pq.read_table(self.folder / INDEX_FILE)
         except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(f"the index cannot be read: {error}", where=str(self.folder / INDEX), fix="make the shards again") from error
+            raise UserError(
+                f"the index cannot be read: {error}", where=str(self.folder / INDEX_FILE), fix="make the shards again"
+            ) from error
         self._shards = self._table["shard"].to_pylist()
         self._conversations, self._json_offsets, self._json_sizes, self.n_frames, self.n_tokens = (
             self._table[name].to_numpy() for name in ("conversation", "json_offset", "json_size", "n_frames", "n_tokens")
@@ -54,7 +56,7 @@ class ShardSet:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.folder / TOKENIZER)
+        return load_tokenizer(self.folder / TOKENIZER_FOLDER)
 
     @cached_property
     def chat(self) -> ChatFormat:

@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from fvlm_core.cli import run_job
 from fvlm_core.data.fetch import RAW
-from fvlm_core.data.jobs import BadClip, DownloadManifest, ShardJob, ShardManifest
+from fvlm_core.data.jobs import SHARD_FILES, TOKENIZER_FOLDER, BadClip, DownloadManifest, ShardJob, ShardManifest
 from fvlm_core.data.raw_shards import RawSample, read_samples
 from fvlm_core.data.rows import Kind, Split
-from fvlm_core.data.shard_files import INDEX, TOKENIZER, ShardSample, write_shards
+from fvlm_core.data.shard_files import ShardSample, write_shards
 from fvlm_core.data.sources.record import Record, read_rows
 from fvlm_core.data.text import text_chats
 from fvlm_core.data.tokenizer import load_tokenizer, render_chat, train_tokenizer
@@ -55,7 +55,7 @@ def make_shards(job: ShardJob) -> ShardManifest:
         samples.extend(_text_samples(folder, job))
     if not samples:
         raise UserError("the downloads hold no samples", where=", ".join(map(str, job.downloads)), fix="look into their bad.csv")
-    shutil.rmtree(job.output / TOKENIZER, ignore_errors=True)
+    shutil.rmtree(job.output / TOKENIZER_FOLDER, ignore_errors=True)
     tokenizer = _tokenizer(job, samples)
     progress = Progress(job.output, len(samples))
     counts, dropped = write_shards(
@@ -77,7 +77,7 @@ def make_shards(job: ShardJob) -> ShardManifest:
             "too_long": len(dropped),
             "leaks": len(leaks),
         },
-        files=file_entries(job.output, ["train/*.tar", "val/*.tar", f"{TOKENIZER}/*", INDEX]),
+        files=file_entries(job.output, SHARD_FILES),
         sources=counts,
         frame_px=frame_px,
         fps=fps,

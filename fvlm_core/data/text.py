@@ -10,7 +10,7 @@ from hashlib import blake2b
 import numpy as np
 
 from fvlm_core.data.gaze import COLOURS
-from fvlm_core.data.jobs import Split
+from fvlm_core.data.rows import Split
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 VAL_ONE_IN = 8

@@ -5,6 +5,7 @@ real one loads SmolLM2's. Both get our chat template: SmolLM2's, with a system p
 """
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -72,19 +73,23 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 
 
 def chat_format(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
-    """Token ids of the chat template's fixed parts; joined with stripped texts' ids they equal `apply_chat_template`."""
+    """Token ids of the chat template's fixed parts, the only place that makes control tokens.
+
+    Joined with the ids of stripped texts without chat markers they equal `apply_chat_template`.
+    """
+    markup = partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=False)
     return ChatFormat(
-        system=encode(tokenizer, f"{TURN_START}system\n{SYSTEM_PROMPT}{TURN_END}\n"),
-        user_open=encode(tokenizer, f"{TURN_START}user\n"),
-        user_close=encode(tokenizer, f"{TURN_END}\n"),
-        assistant_open=encode(tokenizer, f"{TURN_START}assistant\n"),
-        assistant_close=encode(tokenizer, f"{TURN_END}\n"),
+        system=markup(f"{TURN_START}system\n{SYSTEM_PROMPT}{TURN_END}\n"),
+        user_open=markup(f"{TURN_START}user\n"),
+        user_close=markup(f"{TURN_END}\n"),
+        assistant_open=markup(f"{TURN_START}assistant\n"),
+        assistant_close=markup(f"{TURN_END}\n"),
     )
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text, nothing added."""
-    return tokenizer.encode(text, add_special_tokens=False)
+    """Token ids of a text as it stands: nothing is added, and a chat marker in it is ordinary characters, never a control token."""
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
 def render_chat(turns: Iterable[dict[str, str]]) -> str:

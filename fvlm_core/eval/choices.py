@@ -12,9 +12,10 @@ from itertools import combinations
 import numpy as np
 
 from fvlm_core.eval.items import NO_MEDIA, Item, Media, choice_samples
-from fvlm_core.eval.results import ChoiceBaselines, ChoiceScores, Mode, PairedTest
+from fvlm_core.eval.results import ChoiceBaselines, ChoiceScores, PairedTest
 from fvlm_core.eval.stats import DECIMALS, Bootstrap, mcnemar
 from fvlm_core.eval.subject import Subject
+from fvlm_core.model.names import Mode
 
 
 def option_scores(subject: Subject, items: Sequence[Item], media: Sequence[Media], modes: Sequence[Mode]) -> dict[Mode, list[np.ndarray]]:

@@ -20,7 +20,6 @@ from fvlm_core.eval.results import FILE_NAME as RESULTS_FILE
 from fvlm_core.eval.results import (
     GAZE_PICTURE,
     LATENCY_FILE,
-    MODES,
     TABLES_FILE,
     CaptionExample,
     CaptionScores,
@@ -29,7 +28,6 @@ from fvlm_core.eval.results import (
     Headline,
     HeatMap,
     Latency,
-    Mode,
     ModeResults,
     PairedTest,
     Results,
@@ -39,7 +37,8 @@ from fvlm_core.eval.subject import Subject
 from fvlm_core.eval.tables import printable, tables
 from fvlm_core.eval.validation import ValidationSplit
 from fvlm_core.manifest import AnyManifest, file_entries, sha256_file, write_atomically
-from fvlm_core.model.foveated import WEIGHTS_FILE, load_model
+from fvlm_core.model.build import WEIGHTS_FILE, load_model
+from fvlm_core.model.names import MODES, Mode
 from fvlm_core.progress import Progress
 from fvlm_core.train.jobs import MODEL_FOLDER, RECIPE_FILE
 

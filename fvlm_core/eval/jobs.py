@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fvlm_core.config import Positive
-from fvlm_core.eval.results import Mode
+from fvlm_core.model.names import Mode
 from fvlm_core.settings import Settings
 
 Count = Annotated[int, Field(ge=0)]

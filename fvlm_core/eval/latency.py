@@ -8,8 +8,9 @@ import torch
 
 from fvlm_core.data.batch import Sample
 from fvlm_core.eval.items import ClipQuestion, without_answer
-from fvlm_core.eval.results import Latency, Mode, ModeLatency
+from fvlm_core.eval.results import Latency, ModeLatency
 from fvlm_core.eval.subject import Subject
+from fvlm_core.model.names import Mode
 
 ROUNDS = 3
 """Times each clip is timed in each mode; its fastest counts, which leaves out what else the machine was doing."""

@@ -13,9 +13,10 @@ import numpy as np
 
 from fvlm_core.data.gaze import GRID
 from fvlm_core.eval.items import ClipQuestion, without_answer
-from fvlm_core.eval.results import ORDERS, Estimate, Mode, Order, OrderCell
+from fvlm_core.eval.results import ORDERS, Estimate, Order, OrderCell
 from fvlm_core.eval.stats import Bootstrap
 from fvlm_core.eval.subject import Subject
+from fvlm_core.model.names import Mode
 
 GAZE_CHANCE = 1 / GRID**2
 """Hit rate of a look at a random cell."""

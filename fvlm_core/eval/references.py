@@ -1,6 +1,6 @@
 """Published numbers to stand beside ours. Nothing here was measured by this evaluation; every number says where it comes from."""
 
-from fvlm_core.eval.results import Mode
+from fvlm_core.model.names import Mode
 from fvlm_core.settings import Settings
 
 SMOLVLM2 = "https://huggingface.co/HuggingFaceTB/SmolVLM2-{}-Video-Instruct"

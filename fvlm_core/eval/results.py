@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import Manifest, write_atomically
+from fvlm_core.model.names import Mode
 from fvlm_core.settings import Settings
 
 FILE_NAME = "results.json"
@@ -19,9 +20,7 @@ TABLES_FILE = "tables.md"
 GAZE_PICTURE = "gaze.png"
 """The composite picture for a README; made where the run's model looks at all (not for pooled baselines)."""
 
-Mode = Literal["coarse_only", "coarse_fine", "autoregressive"]
 Order = Literal["question_first", "question_after"]
-MODES: tuple[Mode, ...] = ("coarse_only", "coarse_fine", "autoregressive")
 ORDERS: tuple[Order, ...] = ("question_first", "question_after")
 
 

@@ -12,9 +12,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fvlm_core.data.batch import IGNORE, ChatFormat, PackedBatch, Sample, pack
-from fvlm_core.eval.results import Mode
+from fvlm_core.data.tokenizer import encode
 from fvlm_core.model import inference
 from fvlm_core.model.foveated import FoveatedVLM
+from fvlm_core.model.names import Mode
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Subject:
         return len(self.model.modes) > 1
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text, without any template."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        """Token ids of plain text, without any template or control token."""
+        return encode(self.tokenizer, text)
 
     def pack(self, samples: Sequence[Sample]) -> PackedBatch:
         """One packed batch on the model's device."""

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from fvlm_core.eval.references import references_table
-from fvlm_core.eval.results import CaptionScores, Estimate, Latency, Mode, PairedTest, Results
+from fvlm_core.eval.results import CaptionScores, Estimate, Latency, PairedTest, Results
+from fvlm_core.model.names import Mode
 
 
 def tables(results: Results, latency: Latency | None) -> str:

@@ -3,47 +3,28 @@
 Training runs P passes over a packed batch whose frames are encoded once: the coarse pass (every frame read with
 `q_static`), then each fine pass, whose queries come from the hidden states of the pass before (frame t's from the token of
 frame t-1). Every pass can carry a loss; a pass runs only over the tokens that its loss or the next pass's queries need.
-Text-only samples are the same in all passes and run once.
+Text-only samples are the same in all passes and run once. How a model is made, loaded and saved: `fvlm_core.model.build`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from fvlm_core.config import LLMSettings, LossSettings, ModelSettings, VisionSettings
+from fvlm_core.config import LossSettings, ModelSettings
 from fvlm_core.data.batch import IGNORE, PackedBatch
-from fvlm_core.errors import UserError
-from fvlm_core.model import attention
 from fvlm_core.model.attention import PackedLayout
 from fvlm_core.model.connector import RANDOM_QUERIES, Connector
 from fvlm_core.model.encoder import Encoder, FrameFeatures
 from fvlm_core.model.linear import speed_up_few_rows
-from fvlm_core.settings import Settings
+from fvlm_core.model.names import MODES, Mode, Role
 
-Mode = Literal["coarse_only", "coarse_fine", "autoregressive"]
-Role = Literal["connector", "vision", "llm"]
-SETTINGS_FILE, WEIGHTS_FILE = "settings.yaml", "model.safetensors"
 _QUERY_PARAMETERS = {"q_static", "q_init", "q_slot"}
 _POSITION_PARAMETERS = {"cls_token", "position_embeddings"}
-
-
-class SavedModel(Settings):
-    """What `settings.yaml` of a saved model holds: shapes only, so that loading needs no hub."""
-
-    model: ModelSettings
-    vocab_size: int
-    vision_config: dict
-    """transformers' Dinov2Config values."""
-    llm_config: dict
-    """transformers' LlamaConfig values."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +59,8 @@ class FoveatedVLM(nn.Module):
         self.encoder = encoder
         self.llm = llm
         speed_up_few_rows(llm)
+        # SmolLM2 names its end-of-turn token for padding, and a padding token's embedding gets no gradient; we never pad
+        llm.model.embed_tokens.padding_idx = None
         self.connector = Connector(settings, encoder.config.hidden_size, encoder.config.num_attention_heads, llm.config.hidden_size)
 
     # the parts that the three modes share
@@ -85,7 +68,7 @@ class FoveatedVLM(nn.Module):
     @property
     def modes(self) -> tuple[Mode, ...]:
         """The modes this model has: pooled patches are not queried, so only coarse."""
-        return ("coarse_only",) if self.settings.query == "pooled" else ("coarse_only", "coarse_fine", "autoregressive")
+        return ("coarse_only",) if self.settings.query == "pooled" else MODES
 
     def encode(self, frames: Tensor) -> FrameFeatures:
         """Encode frames uint8 [F, H, W, 3]."""
@@ -231,25 +214,10 @@ class FoveatedVLM(nn.Module):
         leaf = name.rsplit(".", 1)[-1]
         return self.get_parameter(name).ndim < 2 or leaf in _QUERY_PARAMETERS | _POSITION_PARAMETERS
 
-    def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-        """Write `settings.yaml` and `model.safetensors` (tied weights once).
-
-        `weights` are those of `weights()`, for a model that does not hold them itself (sharded over ranks).
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        saved = SavedModel(
-            model=self.settings.portable(),
-            vocab_size=self.llm.config.vocab_size,
-            vision_config=_plain(self.encoder.config.to_diff_dict()),
-            llm_config=_plain(self.llm.config.to_diff_dict()),
-        )
-        saved.to_yaml(folder / SETTINGS_FILE)
-        save_file(self.weights() if weights is None else weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-
     def weights(self, gather: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Tensor]:
         """The state dict on CPU, contiguous, without the output embedding where it is tied.
 
-        `gather` makes whole tensors of those of the state dict, where ranks hold parts.
+        `gather` makes complete tensors of those of the state dict, where ranks hold parts.
         """
         state = {name: gather(tensor).cpu().contiguous() for name, tensor in self.state_dict().items()}
         if self.llm.config.tie_word_embeddings:
@@ -311,108 +279,6 @@ class _Kept:
         return cls(index.to(batch.input_ids.device, non_blocking=True), PackedLayout(list(lengths.values())))
 
 
-def build_model(settings: ModelSettings, *, vocab_size: int, seed: int = 0) -> FoveatedVLM:
-    """Build the model in fp32: backbones from checkpoints or shapes, the connector at random from `seed`.
-
-    Raises UserError where a checkpoint cannot be loaded, or the tokenizer's vocabulary is larger than the LLM's.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return FoveatedVLM(settings, build_encoder(settings.vision), _build_llm(settings.llm, vocab_size))
-
-
-def load_model(folder: Path) -> FoveatedVLM:
-    """Load what `FoveatedVLM.save` wrote. Raises UserError where it is missing or does not fit."""
-    saved = SavedModel.from_yaml(folder / SETTINGS_FILE)
-    encoder = Encoder(Dinov2Config(**saved.vision_config))
-    llm = LlamaForCausalLM._from_config(LlamaConfig(**saved.llm_config), attn_implementation=attention.NAME)
-    model = FoveatedVLM(saved.model, encoder, llm)
-    try:
-        state = load_file(folder / WEIGHTS_FILE)
-        if llm.config.tie_word_embeddings:
-            state["llm.lm_head.weight"] = state["llm.model.embed_tokens.weight"]
-        model.load_state_dict(state)
-    except (OSError, RuntimeError, KeyError) as error:
-        raise UserError(f"the weights do not load: {error}", where=str(folder / WEIGHTS_FILE), fix="make the model again") from error
-    return model
-
-
-def build_encoder(settings: VisionSettings) -> Encoder:
-    """The vision encoder from its checkpoint or shape. Raises UserError where a checkpoint cannot be loaded."""
-    if settings.checkpoint is not None:
-        return Encoder.from_dinov2(_from_checkpoint(Dinov2Model, settings.checkpoint))
-    shape = settings.shape
-    assert shape is not None
-    config = Dinov2Config(
-        hidden_size=shape.width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        patch_size=shape.patch_px,
-        image_size=settings.frame_px,
-        layerscale_value=shape.layerscale,
-        initializer_range=init_std(shape.width),
-    )
-    return Encoder.from_dinov2(Dinov2Model(config))
-
-
-def _build_llm(settings: LLMSettings, vocab_size: int) -> LlamaForCausalLM:
-    if settings.checkpoint is not None:
-        load = partial(_from_checkpoint, attn_implementation=attention.NAME)
-        llm = load(LlamaForCausalLM, settings.checkpoint)
-        if llm.config.vocab_size < vocab_size:
-            raise UserError(
-                f"the tokenizer has {vocab_size} tokens, the language model only {llm.config.vocab_size}",
-                where=settings.checkpoint,
-                fix="use the tokenizer that belongs to the checkpoint",
-            )
-        return llm
-    shape = settings.shape
-    assert shape is not None
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=shape.width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        intermediate_size=shape.mlp_width,
-        max_position_embeddings=shape.context,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-        tie_word_embeddings=True,
-        initializer_range=init_std(shape.width),
-    )
-    return LlamaForCausalLM._from_config(config, attn_implementation=attention.NAME)
-
-
-def init_std(width: int) -> float:
-    """Keeps a product with a unit-variance input at unit variance: the fixed 0.02 that large models use leaves attention
-    flat and gradients tiny at the small widths that shapes are for."""
-    return width**-0.5
-
-
-def _from_checkpoint(cls: type, checkpoint: str, **options: str):
-    """`cls.from_pretrained` in fp32, complete or not at all."""
-    try:
-        model, report = cls.from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"cannot load {cls.__name__} from {checkpoint!r}: {str(error).splitlines()[0]}",
-            where="model.vision.checkpoint or model.llm.checkpoint",
-            fix="give a hub name that can be reached or a local folder, or a shape for random weights",
-        ) from error
-    if missing := sorted(set(report["missing_keys"]) - {"lm_head.weight", "embeddings.mask_token"}):
-        raise UserError(
-            f"{checkpoint!r} lacks {len(missing)} weights of {cls.__name__}, e.g. {missing[0]}",
-            where="model.vision.checkpoint or model.llm.checkpoint",
-            fix="give a checkpoint of that architecture; missing weights are never filled in at random",
-        )
-    return model
-
-
 def _entropy(weights: Tensor) -> Tensor:
     """Mean entropy in nats of attention weights [..., N]."""
     return torch.special.entr(weights).sum(-1).mean()
-
-
-def _plain(config: dict) -> dict:
-    """A transformers configuration without what depends on the installation."""
-    return {key: value for key, value in config.items() if key not in ("transformers_version", "_name_or_path", "architectures", "dtype")}

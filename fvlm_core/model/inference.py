@@ -14,9 +14,8 @@ from torch import Tensor
 from fvlm_core.data.batch import PackedBatch, Showing
 from fvlm_core.model.attention import PackedCache, PackedLayout
 from fvlm_core.model.encoder import FrameFeatures
-from fvlm_core.model.foveated import FoveatedVLM, Mode, Read
-
-MODES: tuple[Mode, ...] = ("coarse_only", "coarse_fine", "autoregressive")
+from fvlm_core.model.foveated import FoveatedVLM, Read
+from fvlm_core.model.names import Mode
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from pydantic import JsonValue
 from fvlm_core.config import Recipe
 from fvlm_core.data.jobs import ShardManifest
 from fvlm_core.errors import UserError
-from fvlm_core.eval.results import LATENCY_FILE, MODES, EvalReport, Latency, Mode, Results
+from fvlm_core.eval.results import LATENCY_FILE, EvalReport, Latency, Results
 from fvlm_core.manifest import AnyManifest, Manifest
+from fvlm_core.model.names import MODES, Mode
 from fvlm_core.release.jobs import ReleaseJob
 from fvlm_core.scaling.runs import FinishedRun
 from fvlm_core.train.jobs import MODEL_FOLDER

@@ -7,7 +7,7 @@ from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.eval.results import GAZE_PICTURE
 from fvlm_core.figures import Figure
 from fvlm_core.manifest import file_entries, write_atomically
-from fvlm_core.model.foveated import load_model
+from fvlm_core.model.build import load_model
 from fvlm_core.progress import Progress
 from fvlm_core.release.card import card
 from fvlm_core.release.evidence import Evidence

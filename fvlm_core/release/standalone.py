@@ -15,15 +15,13 @@ from pathlib import Path
 PACKAGE = "fvlm_core"
 HUB = f"{PACKAGE}.release.hub"
 ROOTS = (f"{HUB}.configuration_fvlm", f"{HUB}.modeling_fvlm", f"{HUB}.processing_fvlm")
-"""Copied whole."""
+"""Copied completely."""
 CONFIGURATION = f"{HUB}.configuration_fvlm"
 REPLACED = {
     (f"{PACKAGE}.config", "ModelSettings"): (CONFIGURATION, "ModelSettings"),
     (f"{PACKAGE}.config", "LossSettings"): (CONFIGURATION, "LossSettings"),
 }
 """What has another form on the hub: (module, name) here -> there."""
-LEFT_OUT = {f"{PACKAGE}.model.foveated": {"FoveatedVLM": {"save"}}}
-"""Methods that mean nothing there: transformers saves models its own way."""
 NOTE = "# Made from {origin} of fVLM {version} when the model was released; change it there.\n"
 
 Name = tuple[str, str]
@@ -35,7 +33,7 @@ class Definition:
     """A top-level statement, with the comments above and the docstring below it."""
 
     names: list[str]
-    nodes: list[ast.stmt]
+    node: ast.stmt
     first_line: int
     last_line: int
 
@@ -111,7 +109,7 @@ def _definition(node: ast.stmt, lines: list[str]) -> Definition:
     elif isinstance(node, ast.Assign | ast.AnnAssign):
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         names = [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
-    return Definition(names, [node], first, node.end_lineno or 0)
+    return Definition(names, node, first, node.end_lineno or 0)
 
 
 def _reach(module: Module, name: str) -> Iterator[Name]:
@@ -121,7 +119,7 @@ def _reach(module: Module, name: str) -> Iterator[Name]:
         if index in module.reached or not (name == "*" or name in definition.names or not definition.names):
             continue
         module.reached.add(index)
-        for used in _names_in(module, definition):
+        for used in _names_in(definition):
             yield from _follow(module, used)
     if name in module.imports:
         yield from _follow(module, name)
@@ -148,29 +146,15 @@ def _is_package(name: str) -> bool:
     return spec is not None and spec.submodule_search_locations is not None
 
 
-def _names_in(module: Module, definition: Definition) -> set[str]:
+def _names_in(definition: Definition) -> set[str]:
     """Names a definition uses, annotations in quotes too."""
     names: set[str] = set()
-    for node in definition.nodes:
-        for part in _kept(module, node):
-            if isinstance(part, ast.Name):
-                names.add(part.id)
-            elif isinstance(part, ast.Constant) and isinstance(part.value, str) and part.value.isidentifier():
-                names.add(part.value)
+    for part in ast.walk(definition.node):
+        if isinstance(part, ast.Name):
+            names.add(part.id)
+        elif isinstance(part, ast.Constant) and isinstance(part.value, str) and part.value.isidentifier():
+            names.add(part.value)
     return names
-
-
-def _kept(module: Module, node: ast.AST) -> Iterator[ast.AST]:
-    """The node and all below it, without methods that are left out."""
-    yield node
-    for child in ast.iter_child_nodes(node):
-        if not (isinstance(node, ast.ClassDef) and child in _left_out(module, node)):
-            yield from _kept(module, child)
-
-
-def _left_out(module: Module, node: ast.ClassDef) -> list[ast.AST]:
-    names = LEFT_OUT.get(module.name, {}).get(node.name, set())
-    return [child for child in node.body if isinstance(child, ast.FunctionDef) and child.name in names]
 
 
 def _text(module: Module, modules: dict[str, Module], version: str) -> str:
@@ -179,23 +163,8 @@ def _text(module: Module, modules: dict[str, Module], version: str) -> str:
     parts = ["\n".join([NOTE.format(origin=origin, version=version), *module.lines[: module.docstring_end]]), _imports(module, modules)]
     for index, definition in enumerate(module.definitions):
         if index in module.reached:
-            dropped = {
-                line
-                for node in definition.nodes
-                if isinstance(node, ast.ClassDef)
-                for child in _left_out(module, node)
-                for line in _lines_of(child)
-            }
-            lines = range(definition.first_line, definition.last_line + 1)
-            parts.append("\n".join(module.lines[line - 1] for line in lines if line not in dropped))
+            parts.append("\n".join(module.lines[definition.first_line - 1 : definition.last_line]))
     return "\n\n\n".join(part for part in parts if part) + "\n"
-
-
-def _lines_of(node: ast.AST) -> range:
-    """A method's lines and the blank one after it."""
-    assert isinstance(node, ast.FunctionDef)
-    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-    return range(first, (node.end_lineno or 0) + 2)
 
 
 def _imports(module: Module, modules: dict[str, Module]) -> str:

@@ -2,8 +2,9 @@
 
 import re
 
-from fvlm_core.eval.results import Estimate, Mode
+from fvlm_core.eval.results import Estimate
 from fvlm_core.eval.tables import number
+from fvlm_core.model.names import Mode
 from fvlm_core.tables import MOST_DECIMALS, decimals_for
 
 MODES: dict[Mode, str] = {"coarse_only": "coarse-only", "coarse_fine": "coarse→fine", "autoregressive": "autoregressive"}

@@ -11,10 +11,9 @@ import pyarrow.parquet as pq
 from huggingface_hub import try_to_load_from_cache
 
 from fvlm_core.config import LLMSettings, Recipe, VisionSettings
-from fvlm_core.data.jobs import ShardManifest
+from fvlm_core.data.jobs import INDEX_FILE, ShardManifest
 from fvlm_core.model.flops import Backbone, ModelDims, SampleShape, sample_flops, samples_for
 
-INDEX = "index.parquet"
 COLUMNS = ["split", "source", "kind", "n_frames", "n_tokens", "n_answer_tokens"]
 
 
@@ -49,7 +48,7 @@ def _per_sample(recipe: Recipe, shards: Path) -> float | None:
     dims = ModelDims.from_configs(vision, llm | {"vocab_size": vocab}, recipe.model.vision.frame_px)
     rates: dict[Backbone, float] = {"vision": recipe.optimizer.lr_vision, "llm": recipe.optimizer.lr_llm}
     frozen = [backbone for backbone, rate in rates.items() if not rate]
-    index = pq.read_table(shards / INDEX, columns=COLUMNS)
+    index = pq.read_table(shards / INDEX_FILE, columns=COLUMNS)
     total = 0.0
     for part in recipe.data.mixture:
         if not part.share:

@@ -12,7 +12,7 @@ import torch
 
 from fvlm_core.config import Recipe
 from fvlm_core.manifest import write_atomically
-from fvlm_core.train.optimizer import ROLES
+from fvlm_core.model.names import ROLES
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "A6000": 155, "4090": 165, "5090": 209, "B200": 2250}
 """Dense bf16 tensor-core peaks from NVIDIA's data sheets, by a part of the device's name."""

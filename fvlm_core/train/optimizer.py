@@ -13,9 +13,8 @@ from torch.optim import AdamW
 from fvlm_core.config import OptimizerSettings
 from fvlm_core.errors import UserError
 from fvlm_core.model.foveated import FoveatedVLM
+from fvlm_core.model.names import ROLES
 from fvlm_core.train.spread import whole
-
-ROLES = ("connector", "vision", "llm")
 
 
 def build_optimizer(model: FoveatedVLM, settings: OptimizerSettings, *, frozen: Collection[str] = ()) -> AdamW:

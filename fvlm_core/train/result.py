@@ -1,19 +1,15 @@
 """The end of a run: the model's folder and the manifest."""
 
-import shutil
-from pathlib import Path
-
 from torch import Tensor
 
 from fvlm_core.config import Recipe
+from fvlm_core.data.jobs import TOKENIZER_FOLDER
 from fvlm_core.manifest import file_entries
+from fvlm_core.model.build import save_model
 from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.train.checkpoint import Checkpoints
 from fvlm_core.train.jobs import CHECKPOINTS_FOLDER, IDENTITY_FILE, METRICS_FILE, MODEL_FOLDER, RECIPE_FILE, REFERENCE_FOLDER, RunManifest
 from fvlm_core.train.state import RunState
-
-TOKENIZER_FOLDER = "tokenizer"
-"""In the shards' folder."""
 
 
 def write_result(
@@ -25,8 +21,8 @@ def write_result(
     identity: str,
     inputs: dict[str, str],
 ) -> RunManifest:
-    """Write `model/` (weights, settings, tokenizer) and, last, the manifest. For rank 0; `weights` are the model's, whole."""
-    save_model(model, recipe.shards / TOKENIZER_FOLDER, recipe.output / MODEL_FOLDER, weights)
+    """Write `model/` (weights, settings, tokenizer) and, last, the manifest. For rank 0; `weights` are the model's, complete."""
+    save_model(model, recipe.output / MODEL_FOLDER, tokenizer=recipe.shards / TOKENIZER_FOLDER, weights=weights)
     files = file_entries(recipe.output, [f"{MODEL_FOLDER}/*"])
     # how the run went (rates, paths, storage layout) may differ where what it made does not
     files += file_entries(recipe.output, [METRICS_FILE, RECIPE_FILE, IDENTITY_FILE], identity=False)
@@ -60,17 +56,3 @@ def write_result(
         skipped_steps=state.skipped_steps,
         divergences=state.divergences,
     ).write(recipe.output)
-
-
-def save_model(model: FoveatedVLM, tokenizer: Path, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-    """Write a model and the tokenizer's files into one folder, which is there whole or not at all.
-
-    `weights` as in `FoveatedVLM.save`.
-    """
-    temporary = folder.with_name(f".{folder.name}.making")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save(temporary, weights)
-    for path in sorted(tokenizer.iterdir()):
-        shutil.copyfile(path, temporary / path.name)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)

@@ -10,7 +10,8 @@ from torch.utils import deterministic
 from fvlm_core.config import CompiledPart, Recipe, RunSettings
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.errors import UserError
-from fvlm_core.model.foveated import FoveatedVLM, build_model, load_model
+from fvlm_core.model.build import build_model, load_model
+from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.train.jobs import MODEL_FOLDER
 
 RECOMPILE_LIMIT = 64

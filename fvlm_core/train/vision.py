@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from fvlm_core.cli import run_job
 from fvlm_core.config import VisionSettings
 from fvlm_core.data import gaze
+from fvlm_core.data.rows import Split
 from fvlm_core.manifest import Manifest, file_entries
+from fvlm_core.model.build import build_encoder
 from fvlm_core.model.encoder import Encoder
-from fvlm_core.model.foveated import build_encoder
 from fvlm_core.progress import Progress
 from fvlm_core.train.jobs import VisionJob
 from fvlm_core.train.schedules import learning_rates
@@ -71,7 +72,7 @@ def _logits(encoder: Encoder, head: nn.Linear, frames: Tensor) -> Tensor:
     return head(patches[:, 1:]).unflatten(-1, (10, TARGETS)).flatten(0, 1)
 
 
-def _batch(rng: np.random.Generator, split: gaze.Split, frames: int) -> tuple[Tensor, Tensor]:
+def _batch(rng: np.random.Generator, split: Split, frames: int) -> tuple[Tensor, Tensor]:
     """Full grids uint8 [frames, H, W, 3] and targets int64 [frames x patches, TARGETS], IGNORE past the edges."""
     clip = gaze.render(rng, split, frames=frames)
     targets = np.full((*clip.digits.shape, TARGETS), IGNORE)

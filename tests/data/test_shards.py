@@ -14,8 +14,8 @@ from PIL import Image
 
 from fvlm_core.data import gaze
 from fvlm_core.data.frames import encode_jpeg
-from fvlm_core.data.jobs import DownloadManifest, ShardJob, ShardManifest, Source
-from fvlm_core.data.shard_files import INDEX, ShardSample, write_shards
+from fvlm_core.data.jobs import INDEX_FILE, DownloadManifest, ShardJob, ShardManifest, Source
+from fvlm_core.data.shard_files import ShardSample, write_shards
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.data.shards import choose_split, make_shards
 from fvlm_core.data.sources.record import record, record_folder
@@ -93,7 +93,7 @@ def test_order_is_by_bucket_then_duration_whatever_the_arrival(tmp_path):
     write_shards(tmp_path / "one", samples, tokenizer, samples_per_shard=8)
     write_shards(tmp_path / "two", reversed(samples), tokenizer, samples_per_shard=8)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
-    rows = pd.read_parquet(tmp_path / "one" / INDEX)
+    rows = pd.read_parquet(tmp_path / "one" / INDEX_FILE)
     assert rows["duration_s"].is_monotonic_increasing
     assert rows["shard"].nunique() == 4
 
@@ -106,7 +106,7 @@ def test_too_long_conversations_are_left_out_whole_and_listed(tmp_path):
     assert [source.samples for source in counts] == [2]
     reason = "1 conversations of more than 80 text tokens"
     assert {(clip.url, clip.reason) for clip in dropped} == {("1.mp4", reason), ("2.mp4", reason)}
-    rows = pd.read_parquet(tmp_path / INDEX)
+    rows = pd.read_parquet(tmp_path / INDEX_FILE)
     assert rows["n_tokens"].max() <= 80
     assert rows.query("task == 'y'")["conversation"].tolist() == [0]  # as in the JSON, where it is now the first
 

@@ -4,7 +4,10 @@ from hypothesis import strategies as st
 
 from fvlm_core.data.tokenizer import (
     SMALLEST_VOCABULARY,
+    SPECIAL_TOKENS,
     SYSTEM_PROMPT,
+    TURN_END,
+    TURN_START,
     chat_format,
     encode,
     load_tokenizer,
@@ -17,8 +20,19 @@ TEXTS = [render_chat([{"question": "Which digits are at the top left?", "answer"
 TOKENIZER = train_tokenizer(TEXTS, 330)
 
 
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """The tokenizer as its files give it."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    TOKENIZER.save_pretrained(folder)
+    return load_tokenizer(folder)
+
+
+ORDINARY = st.text(max_size=30).map(str.strip).filter(lambda text: not any(token in text for token in SPECIAL_TOKENS))
+
+
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.text(max_size=30).map(str.strip), st.text(max_size=30).map(str.strip)), min_size=1, max_size=3))
+@given(st.lists(st.tuples(ORDINARY, ORDINARY), min_size=1, max_size=3))
 def test_parts_joined_are_the_chat_template(turns):
     chat = chat_format(TOKENIZER)
     messages, ids = [], list(chat.system)
@@ -32,9 +46,30 @@ def test_parts_joined_are_the_chat_template(turns):
     assert TOKENIZER.apply_chat_template(asked, add_generation_prompt=True, return_dict=False) == generating
 
 
-@given(st.text())
-def test_any_text_survives(text):
-    assert TOKENIZER.decode(encode(TOKENIZER, text)) == text
+@settings(deadline=None)
+@given(st.lists(st.one_of(st.text(), st.sampled_from(SPECIAL_TOKENS))).map("".join))
+def test_any_text_survives_and_chat_markers_in_it_are_text(loaded, text):
+    before = chat_format(TOKENIZER)
+    for tokenizer in (TOKENIZER, loaded):
+        ids = encode(tokenizer, text)
+        assert not set(ids) & set(tokenizer.all_special_ids)
+        assert tokenizer.decode(ids) == tokenizer.decode(ids, skip_special_tokens=True) == text
+        assert chat_format(tokenizer) == before  # the template still makes control tokens
+
+
+def test_chat_markers_are_control_tokens_in_the_template_only():
+    start, end = (TOKENIZER.convert_tokens_to_ids(token) for token in (TURN_START, TURN_END))
+    chat = chat_format(TOKENIZER)
+    assert (chat.system.count(start), chat.system.count(end)) == (1, 1)
+    assert (chat.user_open[0], chat.assistant_open[0], chat.user_close[0], chat.assistant_close[0]) == (start, start, end, end)
+    assert end not in encode(TOKENIZER, f"done{TURN_END}")
+
+
+def test_encoding_leaves_the_saved_files_as_they_are(tmp_path):
+    TOKENIZER.save_pretrained(tmp_path / "before")
+    encode(TOKENIZER, TURN_END)
+    TOKENIZER.save_pretrained(tmp_path / "after")
+    assert all((tmp_path / "after" / path.name).read_bytes() == path.read_bytes() for path in (tmp_path / "before").iterdir())
 
 
 def test_digits_are_tokens_of_their_own_and_the_model_is_not_called_smollm():

@@ -23,7 +23,7 @@ from fvlm_core.eval.jobs import EvalJob
 from fvlm_core.eval.subject import Subject
 from fvlm_core.eval.validation import ValidationSplit
 from fvlm_core.manifest import Manifest, file_entries
-from fvlm_core.model.foveated import build_model
+from fvlm_core.model.build import build_model, save_model
 from tests.tiny import tiny_shards
 
 IMAGE_REPEATS = 2
@@ -44,7 +44,7 @@ def make_run(folder: Path, shards: Path, **model: object) -> Path:
             **model,
         }
     )
-    build_model(settings, vocab_size=ShardSet(shards).manifest.vocab_size, seed=1).save(folder / "model")
+    save_model(build_model(settings, vocab_size=ShardSet(shards).manifest.vocab_size, seed=1), folder / "model")
     Recipe(
         name="tiny",
         output=folder,

@@ -13,9 +13,10 @@ from PIL import Image
 from fvlm_core.errors import UserError
 from fvlm_core.eval.evaluate import evaluate
 from fvlm_core.eval.pictures import HeatRow, draw
-from fvlm_core.eval.results import MODES, EvalReport, Latency, Results
+from fvlm_core.eval.results import EvalReport, Latency, Results
 from fvlm_core.eval.tables import markdown_table
 from fvlm_core.manifest import sha256_file
+from fvlm_core.model.names import MODES
 from fvlm_core.progress import ProgressReport
 from tests.eval.conftest import make_run, small_job
 

@@ -10,11 +10,11 @@ from fvlm_core.data.batch import IGNORE, Sample, Turn, pack
 from fvlm_core.eval.choices import choice_results, option_scores
 from fvlm_core.eval.items import NO_MEDIA, Media, choice_samples, without_answer
 from fvlm_core.eval.places import gaze_hits, order_results
-from fvlm_core.eval.results import MODES, Mode
 from fvlm_core.eval.stats import Bootstrap
 from fvlm_core.eval.subject import Subject
 from fvlm_core.eval.validation import ValidationSplit
 from fvlm_core.model.inference import generate, logits
+from fvlm_core.model.names import MODES, Mode
 
 
 def direct_losses(subject: Subject, sample: Sample, mode: Mode) -> list[float]:

@@ -11,7 +11,8 @@ import yaml
 from deployments.checks import PROFILES, load_profile
 from deployments.profile import with_videos
 from flows.registry import PHASES
-from fvlm_core.data.jobs import SPLITS, ShardManifest, SourceCounts
+from fvlm_core.data.jobs import ShardManifest, SourceCounts
+from fvlm_core.data.rows import SPLITS
 from fvlm_core.dotted import with_changes
 from fvlm_core.errors import UserError
 from tasks.config import PipelineConfig, fitted

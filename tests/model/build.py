@@ -4,7 +4,8 @@ import numpy as np
 
 from fvlm_core.config import LLMSettings, LLMShape, ModelSettings, VisionSettings, VisionShape
 from fvlm_core.data.batch import ChatFormat, Sample, Turn
-from fvlm_core.model.foveated import FoveatedVLM, build_model
+from fvlm_core.model.build import build_model
+from fvlm_core.model.foveated import FoveatedVLM
 
 CHAT = ChatFormat(system=[1, 2, 3], user_open=[4], user_close=[5], assistant_open=[6], assistant_close=[7, 8])
 VOCAB = 97

@@ -1,17 +1,29 @@
 """The converter, against the original's function written out with transformers' own modules."""
 
+import sys
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlamaForCausalLM
 
+from deployments import cli
 from fvlm_core.config import LossSettings
 from fvlm_core.data.batch import IGNORE, ChatFormat, pack
+from fvlm_core.data.tokenizer import chat_format, load_tokenizer, train_tokenizer
 from fvlm_core.errors import UserError
-from fvlm_core.model.convert import VISUAL_SCALE, load_original, to_original
+from fvlm_core.model.build import build_model, load_model, save_model
+from fvlm_core.model.convert import VISUAL_SCALE, convert_to_original, convert_to_ours, load_original, read_original, to_original
 from fvlm_core.model.encoder import PIXEL_MEAN, PIXEL_STD
-from fvlm_core.model.foveated import build_model
+from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.model.inference import logits, read_batch
+from fvlm_core.model.names import MODES
 from tests.model.build import VOCAB, sample, tiny_model, tiny_settings
 
 NO_TEMPLATE = ChatFormat(system=[], user_open=[], user_close=[], assistant_open=[], assistant_close=[2])
@@ -92,6 +104,165 @@ def test_there_and_back_is_the_same_function():
     load_original(second, back)
     batch = pack([sample(np.random.default_rng(2), frames=3, question_first=True)], NO_TEMPLATE)
     torch.testing.assert_close(logits(second, batch, "autoregressive"), logits(first, batch, "autoregressive"), atol=1e-5, rtol=1e-5)
+
+
+def test_the_original_loads_it_strictly():
+    """As `load_state_dict` of the original's modules does: nothing missing, nothing left over, every shape right."""
+    model = tiny_model().float()
+    original = original_modules(model)
+    original.load_state_dict(to_original(model), strict=True)
+    assert original.llm.lm_head.weight is original.llm.model.embed_tokens.weight
+    assert torch.equal(original.llm.lm_head.weight, model.llm.lm_head.weight)
+
+
+def original_modules(model: FoveatedVLM) -> nn.Module:
+    """The original's modules, with DINOv2's as of transformers 5.17, in the sizes of a model of ours."""
+    config = model.encoder.config
+    width, mlp, llm_width = config.hidden_size, config.hidden_size * config.mlp_ratio, model.llm.config.hidden_size
+    linear, norm = partial(nn.Linear, width, width), partial(nn.LayerNorm, width)
+
+    def parameter(*shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.zeros(shape))
+
+    layers = [
+        tree(
+            norm1=norm(),
+            attention=tree(attention=tree(query=linear(), key=linear(), value=linear()), output=tree(dense=linear())),
+            layer_scale1=tree(lambda1=parameter(width)),
+            norm2=norm(),
+            mlp=tree(fc1=nn.Linear(width, mlp), fc2=nn.Linear(mlp, width)),
+            layer_scale2=tree(lambda1=parameter(width)),
+        )
+        for _ in range(config.num_hidden_layers)
+    ]
+    embeddings = tree(
+        cls_token=parameter(1, 1, width),
+        mask_token=parameter(1, width),
+        patch_embeddings=tree(projection=nn.Conv2d(3, width, config.patch_size, config.patch_size)),
+        position_embeddings=parameter(1, 1 + (config.image_size // config.patch_size) ** 2, width),
+    )
+    dino = tree(embeddings=embeddings, encoder=tree(layer=nn.ModuleList(layers)), layernorm=norm())
+    return tree(
+        encoder=tree(dino=dino, query_input_proj=linear(bias=False), output_proj=linear()),
+        llm=LlamaForCausalLM(model.llm.config),
+        dino_to_llm=nn.Linear(width, llm_width),
+        llm_to_query=nn.Linear(llm_width, width),
+        q_static=parameter(1, width),
+        q_init=parameter(1, width),
+    )
+
+
+def tree(**children: nn.Module | nn.Parameter) -> nn.Module:
+    module = nn.Module()
+    for name, child in children.items():
+        setattr(module, name, child)
+    return module
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """`model/` of a finished run, and `dinov2/` and `llm/` as the hub has them, without weights."""
+    folder = tmp_path_factory.mktemp("finished")
+    tokenizer = train_tokenizer(["Which digit?"], 300)
+    tokenizer.save_pretrained(folder / "llm")
+    model = build_model(tiny_settings(fine_iterations=1), vocab_size=300, seed=4)
+    save_model(model, folder / "model", tokenizer=folder / "llm")
+    model.encoder.config.save_pretrained(folder / "dinov2")
+    model.llm.config.save_pretrained(folder / "llm")
+    return folder
+
+
+def backbones(finished: Path) -> dict[str, str]:
+    return {"vision": str(finished / "dinov2"), "llm": str(finished / "llm")}
+
+
+@pytest.fixture
+def fvlm(monkeypatch, capsys):
+    """Runs the command in this process: its exit status and what it prints."""
+
+    def run(*arguments: str | Path) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["fvlm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        return ended.value.code, printed.out + printed.err
+
+    return run
+
+
+@pytest.mark.filterwarnings("ignore:Cyclopts application invoked")
+def test_there_and_back_by_command(finished, fvlm, tmp_path):
+    there, back = tmp_path / "new" / "original.safetensors", tmp_path / "other" / "model"
+    assert fvlm("convert", "original", finished / "model", there)[0] == 0
+    named = [argument for name, place in backbones(finished).items() for argument in (f"--{name}", place)]
+    assert fvlm("convert", "ours", there, back, *named, "--frame-px", "42")[0] == 0
+    first, second = load_model(finished / "model").eval(), load_model(back).eval()
+    assert second.settings.vision.frame_px == 42
+    assert sorted(path.name for path in back.iterdir()) == sorted(path.name for path in (finished / "model").iterdir())
+    chat = chat_format(load_tokenizer(back))
+    batch = pack([sample(np.random.default_rng(3), frames=3, question_first=True)], chat)
+    for mode in MODES:
+        torch.testing.assert_close(logits(second, batch, mode), logits(first, batch, mode), atol=1e-5, rtol=1e-5)
+    status, printed = fvlm("convert", "original", finished / "model", there)
+    assert (status, "not written over" in printed) == (2, True)
+
+
+def test_every_form_of_a_checkpoint_is_read(tmp_path):
+    state = original_state()
+    save_file(state, tmp_path / "one.safetensors")
+    trainers = {name.replace("llm.", "llm._orig_mod.", 1): tensor for name, tensor in state.items()}  # compiled
+    torch.save({"model_state_dict": trainers, "optimizer_state_dict": {"state": {}}, "step": 7}, tmp_path / "latest.pt")
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "parts").mkdir()
+    save_file(state, tmp_path / "hub" / "model.safetensors")
+    save_torch_state_dict(state, tmp_path / "parts", max_shard_size="20KB")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
+    for name in ("one.safetensors", "latest.pt", "hub", "parts"):
+        read = read_original(tmp_path / name)
+        assert set(read) == set(state), name
+        assert all(torch.equal(read[key], tensor) for key, tensor in state.items()), name
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("none.safetensors", None), ("text.safetensors", b"text"), ("text.pt", b"text"), ("empty.pt", b""), ("folder", None)],
+)
+def test_what_is_no_checkpoint_is_refused(name, content, finished, tmp_path):
+    if name == "folder":
+        (tmp_path / name).mkdir()
+    elif content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match="cannot read the checkpoint"):
+        convert_to_ours(tmp_path / name, tmp_path / "out", **backbones(finished), frame_px=42)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_written_where_something_does_not_fit(finished, tmp_path):
+    checkpoint, out = tmp_path / "original.safetensors", tmp_path / "out" / "model"
+    convert_to_original(finished / "model", checkpoint)
+    names = backbones(finished)
+    torch.save([1, 2], tmp_path / "list.pt")
+    for changes, why in (
+        ({"vision": names["llm"]}, "a llama, not a dinov2"),
+        ({"llm": "nobody/no-such-model"}, "cannot load the configuration"),
+        ({"tokenizer": str(tmp_path)}, "cannot load the tokenizer"),
+        ({"checkpoint": tmp_path / "list.pt"}, "other things than parameters"),
+    ):
+        with pytest.raises(UserError, match=why):
+            convert_to_ours(**{"checkpoint": checkpoint, "output": out, **names, "frame_px": 42, **changes})
+    state = load_file(checkpoint)
+    save_file({**state, "dino_to_llm.weight": torch.zeros(3, 3)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="another size"):
+        convert_to_ours(tmp_path / "other.safetensors", out, **names, frame_px=42)
+    assert not out.parent.exists()
+    with pytest.raises(UserError, match=r"ends in \.safetensors"):
+        convert_to_original(finished / "model", tmp_path / "name.pt")
+    with pytest.raises(UserError, match="settings file not found"):
+        convert_to_original(finished, tmp_path / "nothing.safetensors")
+    save_model(build_model(tiny_settings(query="pooled"), vocab_size=VOCAB), tmp_path / "pooled")
+    with pytest.raises(UserError, match="deep queries, one token per frame"):
+        convert_to_original(tmp_path / "pooled", tmp_path / "nothing.safetensors")
+    assert not list(tmp_path.glob("*nothing*"))
 
 
 def test_what_does_not_fit_is_refused():

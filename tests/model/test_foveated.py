@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fvlm_core.config import LLMSettings, LLMShape, LossSettings, VisionSettings
+from fvlm_core.config import LLMSettings, LLMShape, LossSettings
 from fvlm_core.data.batch import IGNORE, pack
-from fvlm_core.errors import UserError
-from fvlm_core.model.foveated import build_model, load_model
+from fvlm_core.model.build import build_model
 from fvlm_core.model.inference import logits, read_batch
 from tests.model.build import CHAT, VOCAB, sample, tiny_model, tiny_settings
 
@@ -153,48 +152,6 @@ def test_roles_cover_every_parameter_and_decay_only_matrices():
     assert model.no_decay("llm.model.norm.weight")
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_saved_model_loads_with_equal_logits(variant, tmp_path):
-    model = tiny_model(**variant).float()
-    model.save(tmp_path)
-    batch = pack(mixed(np.random.default_rng(9)), CHAT, tokens_per_frame=model.settings.tokens_per_frame)
-    again = load_model(tmp_path).eval()
-    for mode in model.modes:
-        assert torch.equal(logits(again, batch, mode), logits(model, batch, mode))
-
-
-def test_checkpoints_of_transformers_load(tmp_path):
-    """Backbones saved by transformers come back with equal outputs; text-only logits are Llama's own."""
-    model = tiny_model().float()
-    model.encoder.to_dinov2().save_pretrained(tmp_path / "dinov2")
-    model.llm.save_pretrained(tmp_path / "llm")
-    vision = VisionSettings(checkpoint=str(tmp_path / "dinov2"), frame_px=42)
-    loaded = build_model(
-        tiny_settings().model_copy(update={"vision": vision, "llm": LLMSettings(checkpoint=str(tmp_path / "llm"))}), vocab_size=VOCAB
-    ).eval()
-    for name, parameter in loaded.named_parameters():
-        if model.role(name) != "connector":
-            assert torch.equal(parameter, model.get_parameter(name)), name
-    text = pack([sample(np.random.default_rng(10), frames=0, answer=8)], CHAT)
-    reference = type(model.llm).from_pretrained(tmp_path / "llm", attn_implementation="eager").eval()
-    with torch.no_grad():
-        expected = reference(input_ids=text.input_ids[None]).logits[0]
-    torch.testing.assert_close(logits(loaded, text, "coarse_only"), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_what_cannot_be_loaded_is_an_error_never_a_random_model(tmp_path):
-    for update in (
-        {"llm": LLMSettings(checkpoint="nobody/no-such-model")},
-        {"vision": VisionSettings(checkpoint=str(tmp_path), frame_px=42)},
-    ):
-        with pytest.raises(UserError, match="cannot load"):
-            build_model(tiny_settings().model_copy(update=update), vocab_size=VOCAB)
-    model = tiny_model().float()
-    model.llm.save_pretrained(tmp_path / "llm")
-    with pytest.raises(UserError, match="97"):
-        build_model(tiny_settings().model_copy(update={"llm": LLMSettings(checkpoint=str(tmp_path / "llm"))}), vocab_size=500)
-
-
 def test_gradient_checkpointing_changes_no_gradient():
     model = tiny_model().train()
     batch = pack(mixed(np.random.default_rng(11)), CHAT)
@@ -237,19 +194,6 @@ def test_every_parameter_gets_a_gradient_whatever_the_batch_lacks(frames, answer
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     if not answer:
         assert all(not p.grad.any() for p in model.parameters())
-
-
-def test_a_saved_model_does_not_say_where_its_backbones_were(tmp_path):
-    digests = []
-    for place in ("here", "there"):
-        folder = tmp_path / place / "dinov2"
-        tiny_model().float().encoder.to_dinov2().save_pretrained(folder)
-        vision = VisionSettings(checkpoint=str(folder), frame_px=42)
-        build_model(tiny_settings().model_copy(update={"vision": vision}), vocab_size=VOCAB).save(tmp_path / place)
-        digests.append((tmp_path / place / "settings.yaml").read_bytes())
-    assert digests[0] == digests[1]
-    assert b"dinov2" in digests[0]
-    assert str(tmp_path).encode() not in digests[0]
 
 
 @pytest.mark.parametrize("shown", [[[0, 2]], [[2]], [[0, 2, 0], [2, 2]]])

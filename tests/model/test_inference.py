@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from fvlm_core.data.batch import Sample, Turn, pack
-from fvlm_core.model.inference import MODES, gaze, generate, logits, read_batch, token_losses
+from fvlm_core.model.inference import gaze, generate, logits, read_batch, token_losses
+from fvlm_core.model.names import MODES
 from tests.model.build import CHAT, sample, tiny_model
 from tests.model.test_foveated import mixed
 

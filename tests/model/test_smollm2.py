@@ -10,7 +10,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from fvlm_core.config import LLMSettings
 from fvlm_core.data.batch import Sample, Turn, pack
 from fvlm_core.data.tokenizer import chat_format, encode, load_tokenizer
-from fvlm_core.model.foveated import FoveatedVLM, build_model
+from fvlm_core.model.build import build_model
+from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.model.inference import generate, logits
 from tests.model.build import tiny_settings
 
@@ -55,3 +56,12 @@ def test_it_knows_the_capital_of_france(checkpoint, model):
     batch = pack([Sample("k", "s", torch.zeros(0, 42, 42, 3).byte().numpy(), [], [question])], chat)
     (answer,) = generate(model, batch, "autoregressive", max_new_tokens=16, stop_ids=chat.assistant_close[:1])
     assert "Paris" in tokenizer.decode(answer)
+
+
+def test_chat_markers_in_a_text_are_text(checkpoint):
+    tokenizer = load_tokenizer(checkpoint)
+    text = "say <|im_end|> or <|endoftext|>, then <|im_start|>system"
+    ids = encode(tokenizer, text)
+    assert not set(ids) & set(tokenizer.all_special_ids)
+    assert tokenizer.decode(ids) == text
+    assert chat_format(tokenizer).assistant_close[0] == tokenizer.eos_token_id

@@ -24,14 +24,13 @@ from fvlm_core.eval.results import (
     Results,
 )
 from fvlm_core.manifest import Manifest, file_entries, sha256_file
-from fvlm_core.model.foveated import build_model
+from fvlm_core.model.build import build_model, save_model
 from fvlm_core.release.evidence import PhaseRecord
 from fvlm_core.release.jobs import ReleaseJob
 from fvlm_core.scaling.ablations import compare
 from fvlm_core.scaling.grid import study
 from fvlm_core.scaling.jobs import AblationJob, AblationRun
 from fvlm_core.train.jobs import METRICS_FILE, RECIPE_FILE, RunManifest
-from fvlm_core.train.result import save_model
 from tests.scaling.build import finished, recipe
 from tests.scaling.test_grid import SIZES, grid_job
 from tests.tiny import tiny_shards
@@ -58,7 +57,7 @@ def run(folder: Path, shards_folder: Path, **changes) -> Path:
     settings.to_yaml(folder / RECIPE_FILE)
     (folder / METRICS_FILE).write_text(METRICS)
     model = build_model(settings.model, vocab_size=manifest.vocab_size, seed=5)
-    save_model(model, shards_folder / "tokenizer", folder / "model")
+    save_model(model, folder / "model", tokenizer=shards_folder / "tokenizer")
     RunManifest(
         name=f"train-{folder.name}",
         settings_hash=folder.name,

@@ -7,17 +7,19 @@ import av
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from fvlm_core.config import Recipe
-from fvlm_core.data.batch import PackedBatch, Turn, pack
+from fvlm_core.data.batch import IGNORE, ChatFormat, PackedBatch, Sample, Turn, pack
 from fvlm_core.data.clips import encode_mp4
 from fvlm_core.data.loader import val_batches
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.data.tokenizer import chat_format
-from fvlm_core.model.foveated import load_model
+from fvlm_core.model.attention import PackedLayout
+from fvlm_core.model.build import load_model
 from fvlm_core.model.inference import gaze, generate
 from fvlm_core.release.hub.modeling_fvlm import FVLMModel, packed_batch
 from fvlm_core.release.hub.processing_fvlm import FVLMProcessor
@@ -108,6 +110,22 @@ def test_saved_and_loaded_again(wrapped, batches, tmp_path):
     with torch.no_grad():
         for mode in wrapped.modes:
             assert torch.equal(again(**inputs, mode=mode).logits, wrapped(**inputs, mode=mode).logits)
+
+
+def test_the_padding_tokens_embedding_learns_in_fine_tuning(ours, folder, tmp_path):
+    """With SmolLM2's configuration, whose padding token is the end-of-turn token; as loaded from a released folder."""
+    config = configuration(ours, Recipe.from_yaml(folder / "run" / "recipe.yaml"))
+    config.text_config.pad_token_id = 2
+    FVLMModel(config).save_pretrained(tmp_path)
+    model = FVLMModel.from_pretrained(tmp_path).train()
+    batch = pack([Sample("k", "s", np.zeros((0, 42, 42, 3), np.uint8), [], [Turn([2, 5], [6, 7])])], ChatFormat([1], [3], [4], [8], [9]))
+    model(**{name: getattr(batch, name) for name in INPUTS}, labels=batch.labels).loss.backward()
+    llm = model.model.llm
+    table = llm.model.embed_tokens.weight.detach().clone().requires_grad_()
+    hidden = model.model.contextualise(F.embedding(batch.input_ids, table), batch.position_ids, PackedLayout(batch.lengths))
+    F.cross_entropy(F.linear(hidden, table), batch.labels, ignore_index=IGNORE).backward()
+    assert (batch.input_ids == 2).sum() == 1
+    torch.testing.assert_close(llm.model.embed_tokens.weight.grad, table.grad, atol=1e-5, rtol=1e-4)
 
 
 def test_answers_equal_our_generation(wrapped, ours, processor):

@@ -14,14 +14,16 @@ from torch import Tensor
 
 from fvlm_core.config import LossSettings, Recipe
 from fvlm_core.data.batch import Sample, Turn, pack
-from fvlm_core.data.jobs import SPLITS, ShardManifest
+from fvlm_core.data.jobs import SHARD_FILES, ShardManifest
+from fvlm_core.data.rows import SPLITS
 from fvlm_core.data.shard_files import ShardSample, write_shards
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.data.text import text_chats
 from fvlm_core.data.tokenizer import render_chat, train_tokenizer
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import Manifest, file_entries
-from fvlm_core.model.foveated import FoveatedVLM, build_model
+from fvlm_core.model.build import build_model
+from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.model.inference import token_losses
 from fvlm_core.train.__main__ import train
 from fvlm_core.train.jobs import RunManifest
@@ -46,7 +48,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ShardManifest(
         name="shards",
         settings_hash="pairs",
-        files=file_entries(folder, ["train/*.tar", "val/*.tar", "tokenizer/*", "index.parquet"]),
+        files=file_entries(folder, SHARD_FILES),
         sources=counts,
         frame_px=42,
         fps=1.0,

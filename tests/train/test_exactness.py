@@ -13,7 +13,7 @@ from fvlm_core.config import LossSettings, Recipe
 from fvlm_core.data.batch import Sample, Turn, pack
 from fvlm_core.data.loader import train_steps, val_batches
 from fvlm_core.data.shard_set import ShardSet
-from fvlm_core.model.foveated import build_model
+from fvlm_core.model.build import build_model
 from fvlm_core.train.__main__ import train
 from fvlm_core.train.distributed import World
 from fvlm_core.train.jobs import RunManifest

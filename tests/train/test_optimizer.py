@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fvlm_core.config import OptimizerSettings
 from fvlm_core.errors import UserError
-from fvlm_core.model.foveated import build_model
+from fvlm_core.model.build import build_model
 from fvlm_core.train.divergence import FREEZES, frozen_parameters, next_freeze
 from fvlm_core.train.optimizer import build_optimizer
 from fvlm_core.train.schedules import learning_rates

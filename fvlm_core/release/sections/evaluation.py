@@ -1,7 +1,8 @@
 """Every number of every mode, and how the modes differ; from the evaluation's results."""
 
-from fvlm_core.eval.results import Latency, Mode, Results
+from fvlm_core.eval.results import Latency, Results
 from fvlm_core.eval.tables import number
+from fvlm_core.model.names import Mode
 from fvlm_core.release.evidence import Evidence
 from fvlm_core.release.figures import Figures
 from fvlm_core.release.report import Block, Section

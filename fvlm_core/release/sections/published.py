@@ -1,7 +1,7 @@
 """What others have published, to compare with."""
 
 from fvlm_core.eval.references import REFERENCES
-from fvlm_core.eval.results import Mode
+from fvlm_core.model.names import Mode
 from fvlm_core.release.evidence import Evidence
 from fvlm_core.release.figures import Figures
 from fvlm_core.release.report import Section

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 
-from fvlm_core.eval.results import MODES as ALL_MODES
-from fvlm_core.eval.results import ORDERS, Estimate, Mode, Order, OrderCell
+from fvlm_core.eval.results import ORDERS, Estimate, Order, OrderCell
 from fvlm_core.eval.tables import number
 from fvlm_core.markdown import escape
+from fvlm_core.model.names import MODES as ALL_MODES
+from fvlm_core.model.names import Mode
 from fvlm_core.release.evidence import Evidence
 from fvlm_core.release.figures import Figures
 from fvlm_core.release.report import Block, Section
