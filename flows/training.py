@@ -13,5 +13,7 @@ def training(recipe: Recipe, machine: Machine, inputs: dict[str, Given], *, shar
         settings=recipe.model_dump(mode="json", exclude={"output"}),
         inputs=inputs,
         ranks=machine.shared_ranks if shared else machine.ranks,
+        nodes=1 if shared else machine.nodes,
+        rendezvous=None if shared else machine.rendezvous,
         threads=recipe.run.threads,
     )

@@ -60,10 +60,14 @@ def python_job(module: str, settings: Path) -> list[str]:
     return [sys.executable, "-m", module, str(settings)]
 
 
-def torchrun_job(module: str, settings: Path, *, processes: int) -> list[str]:
-    """The command of a training job with `processes` ranks on this machine."""
-    torchrun = Path(sys.executable).with_name("torchrun")
-    return [str(torchrun), "--standalone", "--nproc-per-node", str(processes), "-m", module, str(settings)]
+def torchrun_job(module: str, settings: Path, *, processes: int, nodes: int = 1, rendezvous: str | None = None) -> list[str]:
+    """The command of a training job with `processes` ranks on this machine.
+
+    With several `nodes` each of them starts this same command, and they meet at `rendezvous`, the first node's host:port.
+    """
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", str(processes)]
+    meeting = ["--standalone"] if nodes == 1 else ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", str(rendezvous)]
+    return [*torchrun, *meeting, "-m", module, str(settings)]
 
 
 def launch(

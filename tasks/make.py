@@ -1,5 +1,6 @@
 """Makes a step: its result is found on the volume, or its job runs as a subprocess. Nothing in this file knows Prefect."""
 
+import shlex
 import shutil
 import threading
 from dataclasses import dataclass
@@ -78,13 +79,18 @@ def _run(step: Step, volume: Path, min_free_bytes: int, stop: threading.Event | 
     write_atomically(folder / RECORD, step.record.model_dump_json(indent=2).encode())
     settings = folder / "job.yaml"
     settings.write_text(yaml.safe_dump(step.job_settings(volume), sort_keys=False))
-    command = torchrun_job(step.module, settings, processes=step.ranks) if step.ranks else python_job(step.module, settings)
+    if step.ranks:
+        command = torchrun_job(step.module, settings, processes=step.ranks, nodes=step.nodes, rendezvous=step.rendezvous)
+    else:
+        command = python_job(step.module, settings)
 
     def watch() -> None:
         if report := ProgressReport.read(folder):
             reporter.progress(step.name, report)
 
-    reporter.log(f"{step.name}: {' '.join(command)}")
+    reporter.log(f"{step.name}: {shlex.join(command)}")
+    if step.nodes > 1:
+        reporter.log(f"{step.name}: waits for {step.nodes - 1} more nodes; start the same command on each of them")
     try:
         launch(command, folder, threads=step.threads, min_free_bytes=min_free_bytes, stop=stop, watch=watch)
     except JobRefusedError as error:

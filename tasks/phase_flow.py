@@ -36,12 +36,13 @@ GB = 10**9
 def phase_flow(phase: Phase, module: str) -> Flow[..., None]:
     """The phase's flow, to be a variable of `module` with the phase's name: that is where a worker looks for it."""
 
-    def run(config: PipelineConfig, volume: str, changes: dict[str, JsonValue] | None = None) -> None:
+    # `changes` comes first: in the UI's form the whole profile is several screens long
+    def run(changes: dict[str, JsonValue] | None = None, *, config: PipelineConfig, volume: str) -> None:
         """
         Args:
+            changes: Settings to change in `config`, by dotted path: {"stages.stage2.run.steps": 10}.
             config: What every phase does.
             volume: Folder that holds all results (an absolute path).
-            changes: Settings to change in `config`, by dotted path: {"stages.stage2.run.steps": 10}.
         """
         run_phase(phase, changed(config, changes), volume)
 

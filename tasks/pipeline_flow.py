@@ -44,13 +44,13 @@ def pipeline_flow(phases: Sequence[Phase], module: str) -> Flow[..., None]:
         on_cancellation=[cancel_phases],
         on_crashed=[cancel_phases],
     )
-    def pipeline(config: PipelineConfig, volume: str, changes: dict[str, JsonValue] | None = None) -> None:
+    def pipeline(changes: dict[str, JsonValue] | None = None, *, config: PipelineConfig, volume: str) -> None:
         """From videos to a released model: every phase that is not already done with these settings, in order.
 
         Args:
+            changes: Settings to change in `config`, by dotted path: {"stages.stage2.run.steps": 10}.
             config: What every phase does.
             volume: Folder that holds all results (an absolute path).
-            changes: Settings to change in `config`, by dotted path: {"stages.stage2.run.steps": 10}.
         """
         run_pipeline(phases, changed(config, changes), volume)
 

@@ -111,7 +111,10 @@ class Step:
     identity: dict[str, Any] | None = None
     """The settings that the result depends on, where not all of them."""
     ranks: int = 0
-    """Processes of a torchrun job; 0 is a plain process. Results do not depend on it, so it is no part of the key, as what follows."""
+    """Processes of a torchrun job on each node; 0 is a plain process. Results do not depend on it: no part of the key, as what follows."""
+    nodes: int = 1
+    rendezvous: str | None = None
+    """`host:port` of the first node, where there are several."""
     threads: int = 1
     """OMP_NUM_THREADS of the job."""
 

@@ -29,3 +29,12 @@ def test_registering_again_leaves_schedules_as_users_set_them(tmp_path: Path, mo
     seen = {name: [(one.schedule, one.active) for one in deployment.schedules] for name, deployment in again.items()}
     seen = {name: schedules for name, schedules in seen.items() if schedules}
     assert seen == {"precompute": [(CronSchedule(cron="0 5 * * 1"), True)], "train": [(CronSchedule(cron="0 6 * * *"), True)]}
+
+
+def test_the_form_begins_with_the_small_field_of_changes() -> None:
+    for name, flow in ALL_FLOWS.items():
+        properties = flow.parameters.properties
+        first = min(properties, key=lambda field: properties[field]["position"])
+        assert first == "changes", name
+        assert "by dotted path" in properties["changes"]["description"]
+        assert set(flow.parameters.required) == {"config", "volume"}

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from infra.launch import BAD_INPUT, DiskFullError, JobError, JobRefusedError, JobStoppedError, job_environment, launch
+from infra.launch import BAD_INPUT, DiskFullError, JobError, JobRefusedError, JobStoppedError, job_environment, launch, torchrun_job
 from infra.processes import JOB_VARIABLE, mark, marked
 
 # A job whose child leaves its session, as torchrun's ranks do, and writes both process ids down before it waits.
@@ -162,3 +163,24 @@ def test_a_job_sees_where_things_are_and_nothing_of_the_orchestration() -> None:
     assert {"PATH", "CUDA_VISIBLE_DEVICES", "WANDB_API_KEY"} <= set(kept)
     assert not {"PREFECT_API_URL", "PREFECT_API_KEY", "MY_SECRET"} & set(kept)
     assert kept["OMP_NUM_THREADS"] == "2"
+
+
+def test_two_nodes_meet_and_train_as_one(tmp_path: Path) -> None:
+    """Two torchruns on this machine stand for two nodes: they meet, and every rank sees both."""
+    job = tmp_path / "job.py"
+    job.write_text(
+        "import os, sys, torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\n"
+        "box = [None] * dist.get_world_size()\n"
+        "dist.all_gather_object(box, int(os.environ['GROUP_RANK']))\n"
+        "open(f'{sys.argv[1]}.{dist.get_rank()}', 'w').write(str(sorted(box)))\n"
+        "dist.destroy_process_group()\n"
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = torchrun_job("job", tmp_path / "out", processes=1, nodes=2, rendezvous=f"127.0.0.1:{port}")
+    environment = job_environment(os.environ, threads=1) | {"PYTHONPATH": str(tmp_path)}
+    nodes = [subprocess.Popen(command, env=environment, cwd=tmp_path) for _ in range(2)]
+    assert [node.wait(180) for node in nodes] == [0, 0]
+    assert [(tmp_path / f"out.{rank}").read_text() for rank in range(2)] == ["[0, 1]", "[0, 1]"]
