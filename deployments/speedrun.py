@@ -116,7 +116,7 @@ def _run(stack: Stack, config: PipelineConfig, volume: Path, console: Console) -
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM and a closed terminal end the run as Ctrl-C does; what was told to ignore them (nohup) goes on doing so."""
+    """SIGTERM and a closed terminal end the run as Ctrl-C does; what ignores them (nohup) goes on doing so."""
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt

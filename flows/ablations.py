@@ -1,35 +1,66 @@
 """Phase 2: runs that differ from the base recipe in one setting each, and the one that wins."""
 
-from prefect import flow
-
+from flows.precompute import PRECOMPUTE, training_inputs
+from flows.speed import SPEED
+from flows.training import training
 from fvlm_core.scaling.jobs import AblationReport
-from tasks import jobs
+from fvlm_core.tables import Table
 from tasks.config import PipelineConfig
-from tasks.phase_run import PhaseRun
+from tasks.phase import Before, Changes, Phase, Results, Shown
+from tasks.phase_flow import phase_flow
 from tasks.recipes import ablation_recipe, base_recipe
+from tasks.steps import Step
+
+BASELINE = "baseline"
+"""Name of the table's first run: the base recipe itself."""
+REPORT = "ablation-report"
+COLUMNS = {"name", "change", "value", "loss", "delta", "control"}
 
 
-@flow(name="ablations", flow_run_name="{config.name} · ablations")
-def ablations(config: PipelineConfig, volume: str) -> None:
-    """Train the base recipe and every ablation for the same samples, compare them on the same validation set, pick the winner.
+def steps(config: PipelineConfig, before: Before) -> list[Step]:
+    inputs = training_inputs(before)
+    recipes = {BASELINE: base_recipe(config, f"ablation-{BASELINE}", "ablations", before.changes)}
+    recipes |= {one.name: ablation_recipe(config, one, before.changes) for one in config.ablations}
+    runs = [training(recipe, config.machine, inputs, shared=True) for recipe in recipes.values()]
+    values = [{"name": BASELINE, "run": None}]
+    values += [
+        {"name": one.name, "change": one.path, "value": one.change[one.path], "control": one.control, "run": None} for one in config.ablations
+    ]
+    report = Step(
+        REPORT,
+        "fvlm_core.scaling.ablations",
+        settings={"baseline": BASELINE, "runs": values, "min_gain": config.ablation_min_gain},
+        inputs={f"runs.{number}.run": run for number, run in enumerate(runs)},
+    )
+    return [*runs, report]
 
-    Args:
-        config: What every phase does.
-        volume: Folder that holds all results (an absolute path).
-    """
-    with PhaseRun("ablations", config, volume, steps=len(config.ablations) + 2) as run:
-        inputs = jobs.training_inputs(run.upstream["precompute"])
-        ranks = config.machine.shared_ranks
-        baseline = jobs.training(base_recipe(config, "ablation-baseline", "ablations", run.chosen()), inputs, ranks=ranks)
-        steps = {one.name: jobs.training(ablation_recipe(config, one, run.chosen()), inputs, ranks=ranks) for one in config.ablations}
-        made = run.make_all([baseline, *steps.values()])
-        runs = {name: made[step.name] for name, step in steps.items()}
-        compared = run.make(jobs.ablation_report(config.ablations, made[baseline.name], runs, config.ablation_min_gain))
-        report = AblationReport.read(run.volume / compared.folder)
-        change = f"`{report.winner_change}` = `{report.winner_value}`" if report.winner_change else "the base recipe as it is"
-        run.finish(
-            [row.model_dump(mode="json", include={"name", "change", "value", "loss", "delta", "control"}) for row in report.rows],
-            text=f"Every run differs from the baseline in one setting. Winner: **{report.winner}** ({change}).",
-            chosen={report.winner_change: report.winner_value} if report.winner_change else {},
-            pictures=jobs.pictures(run.volume, compared),
-        )
+
+def decide(config: PipelineConfig, results: Results) -> Changes:
+    """The winner's change."""
+    report = AblationReport.read(results.folder(REPORT))
+    return {report.winner_change: report.winner_value} if report.winner_change else {}
+
+
+def show(config: PipelineConfig, results: Results) -> Shown:
+    report = AblationReport.read(results.folder(REPORT))
+    change = f"`{report.winner_change}` = `{report.winner_value}`" if report.winner_change else "the base recipe as it is"
+    table = Table.of([row.model_dump(mode="json", include=COLUMNS) for row in report.rows])
+    winner = [number for number, row in enumerate(report.rows) if row.name == report.winner]
+    return Shown(
+        table=table.model_copy(update={"marked": winner}),
+        text=f"Every run differs from the baseline in one setting. Winner: **{report.winner}** ({change}).",
+        pictures=results.pictures(REPORT, {"ablations.png": "Validation loss of every run minus the baseline's: left is better."}),
+    )
+
+
+ABLATIONS = Phase(
+    name="ablations",
+    purpose="Train the base recipe and every ablation for the same samples, compare them on the same validation set, pick the winner.",
+    pool="gpu",
+    after=(PRECOMPUTE, SPEED),
+    reads=("model", "base", "ablations", "ablation_min_gain"),
+    steps=steps,
+    decide=decide,
+    show=show,
+)
+ablations = phase_flow(ABLATIONS, __name__)

@@ -1,26 +1,40 @@
 """Phase 5: the final model in its three modes."""
 
-from prefect import flow
-
+from flows.precompute import PRECOMPUTE, SHARDS
+from flows.train import TRAIN, last_stage
 from fvlm_core.eval.results import EvalReport
-from tasks import jobs
+from fvlm_core.tables import Table
 from tasks.config import PipelineConfig
-from tasks.phase_run import PhaseRun
+from tasks.phase import Before, Phase, Results, Shown
+from tasks.phase_flow import phase_flow
+from tasks.steps import Step
+
+EVALUATION = "evaluation"
 
 
-@flow(name="evaluate", flow_run_name="{config.name} · evaluate")
-def evaluate(config: PipelineConfig, volume: str) -> None:
-    """Measure losses, captions, multiple choice, question order, gaze and latency of the last stage's model.
+def steps(config: PipelineConfig, before: Before) -> list[Step]:
+    inputs = {"run": before.step(TRAIN.name, last_stage(config)), "shards": before.step(PRECOMPUTE.name, SHARDS)}
+    return [Step.of(EVALUATION, "fvlm_core.eval", config.evaluation, inputs=inputs, threads=config.evaluation.threads)]
 
-    Args:
-        config: What every phase does.
-        volume: Folder that holds all results (an absolute path).
-    """
-    with PhaseRun("evaluate", config, volume, steps=1) as run:
-        evaluated = run.make(jobs.evaluation(config, run.input("train", "stage3"), run.input("precompute", "shards")))
-        report = EvalReport.read(run.volume / evaluated.folder)
-        run.finish(
-            [{"mode": mode, **line.model_dump(mode="json")} for mode, line in report.headline.items()],
-            text=f"All numbers with their intervals: `{run.volume / evaluated.folder}`.",
-            pictures=jobs.pictures(run.volume, evaluated),
-        )
+
+def show(config: PipelineConfig, results: Results) -> Shown:
+    report = EvalReport.read(results.folder(EVALUATION))
+    table = Table.of([{"mode": mode, **line.model_dump(mode="json")} for mode, line in report.headline.items()])
+    return Shown(
+        table=table,
+        text=f"All numbers with their intervals: `{results.made[EVALUATION].folder}`.",
+        pictures=results.pictures(EVALUATION),
+        closing=[table],
+    )
+
+
+EVALUATE = Phase(
+    name="evaluate",
+    purpose="Measure losses, captions, multiple choice, question order, gaze and latency of the last stage's model.",
+    pool="gpu",
+    after=(PRECOMPUTE, TRAIN),
+    reads=("evaluation",),
+    steps=steps,
+    show=show,
+)
+evaluate = phase_flow(EVALUATE, __name__)

@@ -1,35 +1,56 @@
-"""Phase 6: the model's folder, its card and the report of the whole road."""
+"""Phase 6: the model's folder, its card and the report of the whole pipeline."""
 
-from prefect import flow
+from typing import Any
 
+from flows.ablations import ABLATIONS
+from flows.ablations import REPORT as ABLATION_REPORT
+from flows.evaluate import EVALUATE, EVALUATION
+from flows.precompute import PRECOMPUTE, SHARDS
+from flows.scaling import REPORT as SCALING_REPORT
+from flows.scaling import SCALING
+from flows.speed import REPORT as SPEED_REPORT
+from flows.speed import SPEED
+from flows.train import TRAIN, last_stage
 from fvlm_core.release.jobs import HUB_FOLDER, REPORT_HTML, ReleaseManifest
-from tasks import jobs
-from tasks.config import PipelineConfig, Stages
-from tasks.phase_run import PhaseRun
+from tasks.config import PipelineConfig
+from tasks.phase import Before, Phase, Results, Shown
+from tasks.phase_flow import phase_flow
+from tasks.steps import Input, Step
+
+RELEASE_STEP = "release"
 
 
-@flow(name="release", flow_run_name="{config.name} · release")
-def release(config: PipelineConfig, volume: str) -> None:
-    """Package the final model, check it in a clean process, and write the report.
+def steps(config: PipelineConfig, before: Before) -> list[Step]:
+    stages = list(config.stages.present)
+    prepared = [made for name, made in before.steps(PRECOMPUTE.name).items() if name != SHARDS]
+    inputs: dict[str, Input | list[Input]] = {
+        "run": before.step(TRAIN.name, last_stage(config)),
+        "evaluation": before.step(EVALUATE.name, EVALUATION),
+        "shards": before.step(PRECOMPUTE.name, SHARDS),
+        "reports.precompute": prepared,
+        "reports.speed": before.step(SPEED.name, SPEED_REPORT),
+        "reports.ablations": before.step(ABLATIONS.name, ABLATION_REPORT),
+        "reports.scaling": before.step(SCALING.name, SCALING_REPORT),
+    }
+    inputs |= {f"reports.{stage}": before.step(TRAIN.name, stage) for stage in stages}
+    reports: dict[str, Any] = dict.fromkeys(("precompute", "speed", "ablations", "scaling", *stages))
+    return [Step.of(RELEASE_STEP, "fvlm_core.release", config.release, inputs=inputs, profile=config.name, reports=reports)]
 
-    Args:
-        config: What every phase does.
-        volume: Folder that holds all results (an absolute path).
-    """
-    with PhaseRun("release", config, volume, steps=1) as run:
-        shards = run.input("precompute", "shards")
-        stages = {name: run.input("train", name) for name in Stages.model_fields}
-        reports = {
-            "precompute": [made for name, made in run.upstream["precompute"].steps.items() if made != shards],
-            "speed": run.input("speed", "speed-report"),
-            "ablations": run.input("ablations", "ablation-report"),
-            "scaling": run.input("scaling", "scaling-report"),
-            **stages,
-        }
-        packed = run.make(jobs.release(config, stages["stage3"], run.input("evaluate", "evaluation"), shards, reports))
-        report = ReleaseManifest.read(run.volume / packed.folder)
-        folder = run.volume / packed.folder
-        run.finish(
-            [{"what": "model", "path": str(folder / HUB_FOLDER)}, {"what": "report", "path": str(folder / REPORT_HTML)}],
-            text=report.verdict,
-        )
+
+def show(config: PipelineConfig, results: Results) -> Shown:
+    folder = results.made[RELEASE_STEP].folder
+    report = ReleaseManifest.read(results.folder(RELEASE_STEP))
+    return Shown(text=report.verdict, outputs={"model": f"{folder}/{HUB_FOLDER}", "report": f"{folder}/{REPORT_HTML}"})
+
+
+RELEASE = Phase(
+    name="release",
+    purpose="Package the final model, check it in a clean process, and write the report.",
+    pool="cpu",
+    after=(PRECOMPUTE, SPEED, ABLATIONS, SCALING, TRAIN, EVALUATE),
+    reads=("release",),
+    steps=steps,
+    show=show,
+    links={"release": RELEASE_STEP},
+)
+release = phase_flow(RELEASE, __name__)

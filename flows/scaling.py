@@ -1,37 +1,66 @@
 """Phase 3: the scaling grid, its fits and plots, and the size to train."""
 
-from prefect import flow
-
-from fvlm_core.scaling.jobs import VARIANTS, ScalingReport, Variant
-from tasks import jobs
-from tasks.config import PipelineConfig, Size
-from tasks.phase_run import PhaseRun
+from flows.ablations import ABLATIONS
+from flows.precompute import PRECOMPUTE, training_inputs
+from flows.speed import SPEED
+from flows.training import training
+from fvlm_core.scaling.jobs import VARIANTS, ScalingReport
+from fvlm_core.tables import Table
+from tasks.config import PipelineConfig
+from tasks.phase import Before, Changes, Phase, Results, Shown
+from tasks.phase_flow import phase_flow
 from tasks.recipes import grid_recipe
+from tasks.steps import Step
+
+REPORT = "scaling-report"
+COLUMNS = {"size", "variant", "budget_flops", "params", "samples", "loss"}
+CAPTIONS = {
+    "iso_flop.png": "Loss over model size, a curve per FLOP budget; stars are the best sizes.",
+    "crossover.png": "Foveated against the baseline with pooled tokens, per budget.",
+    "token_efficiency.png": "Loss against the visual tokens that the language model read in training.",
+    "data_scaling.png": "Loss over labelled tokens, a curve per size.",
+    "allocation.png": "Best size over the training budget.",
+}
 
 
-@flow(name="scaling", flow_run_name="{config.name} · scaling")
-def scaling(config: PipelineConfig, volume: str) -> None:
-    """Train every size at every FLOP budget, foveated and as the baseline; fit power laws and choose the size.
+def steps(config: PipelineConfig, before: Before) -> list[Step]:
+    scaling, inputs = config.scaling, training_inputs(before)
+    cells = [(size, budget, variant) for size in scaling.sizes for budget in scaling.budgets_flops for variant in VARIANTS]
+    recipes = [grid_recipe(config, size, budget, variant=variant, changes=before.changes) for size, budget, variant in cells]
+    runs = [training(recipe, config.machine, inputs, shared=True) for recipe in recipes]
+    values = [{"size": size.name, "budget_flops": budget, "variant": variant, "run": None} for size, budget, variant in cells]
+    report = Step(
+        REPORT,
+        "fvlm_core.scaling.grid",
+        settings={"runs": values, "target_flops": scaling.target_flops, "resamples": scaling.resamples},
+        inputs={f"runs.{number}.run": run for number, run in enumerate(runs)},
+    )
+    return [*runs, report]
 
-    Args:
-        config: What every phase does.
-        volume: Folder that holds all results (an absolute path).
-    """
-    cells: list[tuple[Size, float, Variant]] = [
-        (size, budget, variant) for size in config.scaling.sizes for budget in config.scaling.budgets_flops for variant in VARIANTS
-    ]
-    with PhaseRun("scaling", config, volume, steps=len(cells) + 1) as run:
-        inputs = jobs.training_inputs(run.upstream["precompute"])
-        recipes = [grid_recipe(config, size, budget, variant=variant, changes=run.chosen()) for size, budget, variant in cells]
-        made = run.make_all([jobs.training(recipe, inputs, ranks=config.machine.shared_ranks) for recipe in recipes])
-        runs = {recipe.name: (*cell, made[recipe.name]) for recipe, cell in zip(recipes, cells, strict=True)}
-        fitted = run.make(jobs.scaling_report(config, runs))
-        report = ScalingReport.read(run.volume / fitted.folder)
-        llm = next(size.llm for size in config.scaling.sizes if size.name == report.chosen)
-        columns = {"size", "variant", "budget_flops", "params", "samples", "loss"}
-        run.finish(
-            [point.model_dump(mode="json", include=columns) for point in report.points],
-            text=f"Chosen size: **{report.chosen}**. {report.chosen_reason}",
-            chosen={"model.llm": llm.model_dump(mode="json")},
-            pictures=jobs.pictures(run.volume, fitted),
-        )
+
+def decide(config: PipelineConfig, results: Results) -> Changes:
+    """The language model to train."""
+    chosen = ScalingReport.read(results.folder(REPORT)).chosen
+    return {"model.llm": next(size.llm for size in config.scaling.sizes if size.name == chosen).model_dump(mode="json")}
+
+
+def show(config: PipelineConfig, results: Results) -> Shown:
+    report = ScalingReport.read(results.folder(REPORT))
+    return Shown(
+        table=Table.of([point.model_dump(mode="json", include=COLUMNS) for point in report.points]),
+        text=f"Chosen size: **{report.chosen}**. {report.chosen_reason}",
+        pictures=results.pictures(REPORT, CAPTIONS),
+    )
+
+
+SCALING = Phase(
+    name="scaling",
+    purpose="Train every size at every FLOP budget, foveated and as the baseline; fit power laws and choose the size.",
+    pool="gpu",
+    after=(PRECOMPUTE, SPEED, ABLATIONS),
+    reads=("model", "base", "scaling"),
+    steps=steps,
+    decide=decide,
+    show=show,
+)
+scaling = phase_flow(SCALING, __name__)

@@ -1,31 +1,50 @@
 """Phase 1: how fast training runs, naive and tuned, and the settings to go on with."""
 
-from prefect import flow
+import os
 
+from flows.precompute import PRECOMPUTE, training_inputs
+from fvlm_core.tables import Table
 from fvlm_core.train.jobs import SpeedReport
-from tasks import jobs
 from tasks.config import PipelineConfig
-from tasks.phase_run import PhaseRun
+from tasks.phase import Before, Changes, Phase, Results, Shown
+from tasks.phase_flow import phase_flow
 from tasks.recipes import base_recipe
+from tasks.steps import Step
+
+REPORT = "speed-report"
+COLUMNS = {"variant", "steps", "step_s", "samples_per_s", "gflops_per_s", "mfu", "gpu_busy", "peak_memory_gb", "data_wait_share"}
 
 
-@flow(name="speed", flow_run_name="{config.name} · speed")
-def speed(config: PipelineConfig, volume: str) -> None:
-    """Measure the base recipe naive and tuned, one setting after the other, and choose the fastest.
+def steps(config: PipelineConfig, before: Before) -> list[Step]:
+    recipe = base_recipe(config, "base", "speed", before.changes)
+    inputs = training_inputs(before, "recipe.")
+    threads = os.cpu_count() or 1
+    return [Step.of(REPORT, "fvlm_core.train.speed", config.speed, inputs=inputs, threads=threads, recipe=recipe.model_dump(mode="json"))]
 
-    Args:
-        config: What every phase does.
-        volume: Folder that holds all results (an absolute path).
-    """
-    with PhaseRun("speed", config, volume, steps=1) as run:
-        inputs = jobs.training_inputs(run.upstream["precompute"])
-        measured = run.make(jobs.speed_report(config, base_recipe(config, "base", "speed", run.chosen()), inputs))
-        report = SpeedReport.read(run.volume / measured.folder)
-        chosen = ", ".join(f"`{path}` = `{value}`" for path, value in report.chosen.items())
-        columns = {"variant", "steps", "step_s", "samples_per_s", "gflops_per_s", "mfu", "gpu_busy", "peak_memory_gb", "data_wait_share"}
-        run.finish(
-            [row.model_dump(mode="json", include=columns) for row in report.rows],
-            text=f"Tuned training is **{report.speedup:.2f}x** as fast as naive on {report.device}. Chosen: {chosen}.",
-            chosen=report.chosen,
-            pictures=jobs.pictures(run.volume, measured),
-        )
+
+def decide(config: PipelineConfig, results: Results) -> Changes:
+    """The fastest settings."""
+    return SpeedReport.read(results.folder(REPORT)).chosen
+
+
+def show(config: PipelineConfig, results: Results) -> Shown:
+    report = SpeedReport.read(results.folder(REPORT))
+    chosen = ", ".join(f"`{path}` = `{value}`" for path, value in report.chosen.items())
+    return Shown(
+        table=Table.of([row.model_dump(mode="json", include=COLUMNS) for row in report.rows]),
+        text=f"Tuned training is **{report.speedup:.2f}x** as fast as naive on {report.device}. Chosen: {chosen}.",
+        pictures=results.pictures(REPORT, {"speed.png": "Samples per second of every variant that was measured."}),
+    )
+
+
+SPEED = Phase(
+    name="speed",
+    purpose="Measure the base recipe naive and tuned, one setting after the other, and choose the fastest.",
+    pool="gpu",
+    after=(PRECOMPUTE,),
+    reads=("model", "base", "speed"),
+    steps=steps,
+    decide=decide,
+    show=show,
+)
+speed = phase_flow(SPEED, __name__)

@@ -1,35 +1,55 @@
-"""Phase 4: the final training in three stages, with the winning configuration and the chosen size."""
+"""Phase 4: the final training in its stages, with the winning configuration and the chosen size."""
 
-from prefect import flow
-
-from fvlm_core.scaling.curves import CURVES, plot_curves
-from fvlm_core.scaling.runs import FinishedRun
-from tasks import jobs
-from tasks.config import PipelineConfig, Stages
-from tasks.phase_run import PhaseRun
+from flows.ablations import ABLATIONS
+from flows.precompute import PRECOMPUTE, training_inputs
+from flows.scaling import SCALING
+from flows.speed import SPEED
+from flows.training import training
+from fvlm_core.tables import Table
+from fvlm_core.train.jobs import RunManifest
+from tasks.config import PipelineConfig
+from tasks.phase import Before, Phase, Results, Shown
+from tasks.phase_flow import phase_flow
 from tasks.recipes import stage_recipe
-from tasks.steps import Made
+from tasks.steps import Step
+
+CURVES = "curves"
 
 
-@flow(name="train", flow_run_name="{config.name} · train")
-def train(config: PipelineConfig, volume: str) -> None:
-    """Train the stages one after the other, each from the model of the one before.
+def steps(config: PipelineConfig, before: Before) -> list[Step]:
+    stages: list[Step] = []
+    for name in config.stages.present:
+        recipe = stage_recipe(config, name, changes=before.changes, start=bool(stages))
+        start = {"init_from": stages[-1]} if stages else {}
+        stages.append(training(recipe, config.machine, training_inputs(before) | start))
+    curves = Step(CURVES, "fvlm_core.scaling.curves", settings={"runs": {}}, inputs={f"runs.{stage.name}": stage for stage in stages})
+    return [*stages, curves]
 
-    Args:
-        config: What every phase does.
-        volume: Folder that holds all results (an absolute path).
-    """
-    stages = list(Stages.model_fields)
-    with PhaseRun("train", config, volume, steps=len(stages)) as run:
-        inputs = jobs.training_inputs(run.upstream["precompute"])
-        before: Made | None = None
-        rows, finished = [], {}
-        for name in stages:
-            recipe = stage_recipe(config, name, changes=run.chosen(), start=before is not None)
-            before = run.make(jobs.training(recipe, inputs, ranks=config.machine.ranks, start=before))
-            finished[name] = FinishedRun.read(run.volume / before.folder)
-            result = finished[name].manifest
-            rows.append({"stage": name, "steps": result.steps, "samples": result.samples_seen, "loss": result.final_loss, **result.losses})
-        curves = run.folder / CURVES
-        drawn = plot_curves(finished, curves)
-        run.finish(rows, text="Validation losses of each stage's last model, by pass.", pictures=[curves] if drawn else [])
+
+def last_stage(config: PipelineConfig) -> str:
+    """The stage whose model is evaluated and released."""
+    return list(config.stages.present)[-1]
+
+
+def show(config: PipelineConfig, results: Results) -> Shown:
+    rows = []
+    for name in config.stages.present:
+        run = RunManifest.read(results.folder(name))
+        rows.append({"stage": name, "steps": run.steps, "samples": run.samples_seen, "loss": run.final_loss, **run.losses})
+    return Shown(
+        table=Table.of(rows),
+        text="Validation losses of each stage's model, by pass.",
+        pictures=results.pictures(CURVES, {"curves.png": "The stages one after another: losses, gradient norms, learning rates, speed."}),
+    )
+
+
+TRAIN = Phase(
+    name="train",
+    purpose="Train the stages one after the other, each from the model of the one before.",
+    pool="gpu",
+    after=(PRECOMPUTE, SPEED, ABLATIONS, SCALING),
+    reads=("model", "base", "stages"),
+    steps=steps,
+    show=show,
+)
+train = phase_flow(TRAIN, __name__)

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from fvlm_core.config import Positive
 from fvlm_core.eval.results import Mode
-from fvlm_core.settings import Settings
+from fvlm_core.settings import EXECUTION, Settings
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -36,7 +36,7 @@ class EvalSettings(Settings):
     batch_samples: Positive = 64
     """Sequences in a packed batch (an option of a question is one sequence)."""
     seed: int = 0
-    threads: Count = 1
+    threads: Annotated[Count, EXECUTION] = 1
     """torch CPU threads; 0 leaves torch's default."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

@@ -80,7 +80,7 @@ class WebSite:
                     content, status = b"try later", 503
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(content)))
-                self.send_header("Content-Type", "video/mp4" if found else "text/html")
+                self.send_header("Content-Type", "video/mp4" if found and kind == "clips" else "text/html")
                 self.end_headers()
                 self.wfile.write(content)
 

@@ -12,11 +12,12 @@ from deployments.checks import PROFILES, load_profile
 from deployments.speedrun import with_videos
 from flows.pipeline import point
 from fvlm_core.data.jobs import SPLITS, ShardManifest, SourceCounts
+from fvlm_core.data.sources.record import Record, RowCount
 from fvlm_core.dotted import with_changes
 from fvlm_core.errors import UserError
 from tasks.changes import fitted
 from tasks.config import PipelineConfig
-from tasks.mixtures import check_names, check_shards, known_sources
+from tasks.mixtures import Known, check_names, check_shards, known_sources
 from tasks.phases import PHASES, phase_key
 from tasks.recipes import ablation_recipe, base_recipe, grid_recipe, stage_recipe
 
@@ -192,10 +193,26 @@ def test_a_source_that_nothing_makes_is_told_before_anything_starts(path: str, w
     assert "gaze_cell" in caught.value.fix
 
 
+def test_a_recorded_source_without_rows_to_validate_on_is_refused_before_anything_starts() -> None:
+    values = changed("precompute.sources", [{"name": "mine", "files": ["a.csv"]}])
+    values["stages"]["stage1"]["data"]["mixture"] = [{"source": "mine", "share": 1.0}]
+
+    def known(*splits: str, val_share: float = 0.05) -> Known:
+        counts = [RowCount(source="mine", split=split, rows=5) for split in splits]
+        record = Record(name="mine", kind="video", read=5, filtered=0, left_out=0, rows=5, counts=counts, rows_digest="", rows_bytes=0)
+        return known_sources(config(values).with_changes({"precompute.shards.val_share": val_share}), {"mine": record})
+
+    for fine in (known(""), known("train", "val"), known("val", "")):
+        check_names(config(values), fine)
+    for split, lacking in (("val", known("train")), ("train", known("val")), ("val", known("", val_share=0))):
+        with pytest.raises(UserError, match=f"no {split} samples of 'mine'"):
+            check_names(config(values), lacking)
+
+
 def test_a_source_without_samples_to_validate_on_is_told() -> None:
     counts = [
         SourceCounts(name=name, kind="video", split=split, samples=1, conversations=1, frames=1, tokens=1)
-        for name in known_sources(config(), {})
+        for name in config().precompute.made_names
         for split in SPLITS
         if (name, split) != ("gaze_cell", "val")
     ]

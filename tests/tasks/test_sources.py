@@ -10,6 +10,7 @@ import pytest
 from deployments.checks import check_sources, load_profile
 from fvlm_core.data.clips import make_clips
 from fvlm_core.data.jobs import ClipJob, DownloadManifest, ShardManifest
+from fvlm_core.data.rows import SPLITS
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.data.sources import ADAPTERS
 from tasks import jobs
@@ -57,7 +58,7 @@ def test_every_format_runs_through_the_profile(folder: Path, tmp_path: Path) -> 
         clips={"sources": {"gaze": {"task": "caption", "train": 2, "val": 2}}},
     )
     records = check_sources(config, tmp_path)
-    assert known_sources(config, records) == {"web", "open", "talk", "gaze", "text"}
+    assert known_sources(config, records) == {split: {"web", "open", "talk", "gaze", "text"} for split in SPLITS}
     made: list[Made] = [make(jobs.download_source(config, source, tmp_path), tmp_path) for source in config.precompute.video_sources]
     assert [one.name for one in made] == ["download-web", "download-open"]
     assert [DownloadManifest.read(tmp_path / one.folder).counts["good"] for one in made] == [CLIPS, CLIPS - 1]
