@@ -7,18 +7,36 @@ from fvlm_core.data.jobs import ShardManifest
 from fvlm_core.data.rows import SPLITS, Split
 from fvlm_core.data.sources.record import Record
 from fvlm_core.errors import UserError
-from tasks.config import PipelineConfig
+from tasks.config import NATURAL, PipelineConfig
 from tasks.recipes import OWN_DATA
 
-
-def known_sources(config: PipelineConfig, records: Mapping[str, Record]) -> set[str]:
-    """The sources that precompute makes, and those that the rows of its recorded sources are of."""
-    return config.precompute.made_names.union(*(record.sources for record in records.values()))
+Known = Mapping[Split, Collection[str]]
+"""The sources that have samples in each split."""
 
 
-def check_names(config: PipelineConfig, known: Collection[str]) -> None:
-    """Every source that a mixture names is one of `known`. Raises UserError."""
-    _check(config, dict.fromkeys(SPLITS, known))
+def known_sources(config: PipelineConfig, records: Mapping[str, Record]) -> Known:
+    """The sources that precompute will have: those that it makes, and those of the rows of its recorded sources."""
+    precompute = config.precompute
+    known: dict[Split, set[str]] = {"train": set(), "val": set()}
+    for name, made in [*precompute.clips.sources.items(), *((one.name, one) for one in [precompute.shards.exercises] if one)]:
+        known["train"] |= {name} if made.train else set()
+        known["val"] |= {name} if made.val else set()
+    if precompute.natural:
+        known["train"].add(NATURAL)
+        known["val"].add(NATURAL)
+    shares = {source.name: source.val_share for source in precompute.sources if source.val_share is not None}
+    for count in (count for record in records.values() for count in record.counts):
+        undecided = not count.split
+        if count.split == "train" or undecided:
+            known["train"].add(count.source)
+        if count.split == "val" or (undecided and shares.get(count.source, precompute.shards.val_share)):
+            known["val"].add(count.source)
+    return known
+
+
+def check_names(config: PipelineConfig, known: Known) -> None:
+    """Every source that a mixture names has samples of the split that the mixture is of. Raises UserError."""
+    _check(config, known)
 
 
 def check_shards(config: PipelineConfig, shards: ShardManifest) -> None:
@@ -26,7 +44,7 @@ def check_shards(config: PipelineConfig, shards: ShardManifest) -> None:
     _check(config, {split: shards.names(split) for split in SPLITS})
 
 
-def _check(config: PipelineConfig, known: Mapping[Split, Collection[str]]) -> None:
+def _check(config: PipelineConfig, known: Known) -> None:
     for where, split, mixture in mixtures(config):
         if missing := sorted({part.source for part in mixture if part.share} - set(known[split])):
             there = ", ".join(sorted(known[split])) or "none"

@@ -30,9 +30,18 @@ from fvlm_core.data.rows import CARRIED
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".avi", ".mkv", ".m4v")
 """Of addresses that are files whatever they answer; behind others there may be a page that yt-dlp knows."""
-PAGE_TYPES = ("text/", "application/vnd.apple.mpegurl", "application/x-mpegurl", "application/dash+xml", "application/json")
+PAGE_TYPES = (
+    "text/html",
+    "application/xhtml+xml",
+    "application/vnd.apple.mpegurl",
+    "application/x-mpegurl",
+    "application/dash+xml",
+    "application/json",
+)
 """Content types of what is no video but may lead to one."""
 PAGE_MARKS = (*HTML_MARKS, b"#extm3u")
+VIDEO_MARKS = (b"\x1a\x45\xdf\xa3", b"RIFF")
+"""How Matroska, WebM and AVI files begin."""
 REFUSED_TO_PROGRAMS = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS)
 """Answers that sites give to programs, where yt-dlp may know better."""
 FORMAT = "wv*[height>=360][ext=mp4]/w[height>=360][ext=mp4]/bv/b[ext=mp4]"
@@ -132,6 +141,8 @@ class Reader:
 
 def _is_page(content_type: str, start: bytes) -> bool:
     """Whether an answer that begins so is a page (or a list of streams), not a video."""
+    if start[4:8] == b"ftyp" or start.startswith(VIDEO_MARKS):  # mp4 and mov, and others: servers that call them pages are wrong
+        return False
     return content_type.lower().startswith(PAGE_TYPES) or start[:256].lstrip().lower().startswith(PAGE_MARKS)
 
 

@@ -41,29 +41,46 @@ def clips(tmp_path_factory):
     return folder
 
 
-def job(output, table, **changes):
+def job(output, table, *, media=None, **changes):
+    source = {"name": "videos", "files": [table], "media": media}
     return DownloadJob.model_validate(
-        {"output": output, "table": table, "video2dataset_python": PYTHON, "frame_px": gaze.FRAME_PX, "timeout_s": 10, **changes}
+        {"output": output, "source": source, "video2dataset_python": PYTHON, "frame_px": gaze.FRAME_PX, "timeout_s": 10, **changes}
     )
 
 
 class WebSite:
-    """An HTTP server of clips, with a page that is not there, one that answers with a page, and a gate that holds clips back."""
+    """An HTTP server of clips, with pages of several kinds, and a gate that holds clips back.
+
+    `/NAME` is a clip or 404; `/soft...` answers with a page; `/watch/NAME` is a page with the clip in it; `/closed/NAME` turns
+    programs away; `broken` names are 503. What was asked for is in `asked`.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.gate, self.held = threading.Event(), ()
+        self.broken: tuple[str, ...] = ()
+        self.asked: list[str] = []
         self.gate.set()
         site = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
+                site.asked.append(self.path)
+                kind, _, name = self.path.lstrip("/").partition("/")
                 path = folder / self.path.split("?")[0].lstrip("/")
                 if path.name in site.held:
                     site.gate.wait()
                 found = path.is_file()
                 content = path.read_bytes() if found else b"<html>no such page</html>"
-                self.send_response(200 if found or "soft" in self.path else 404)
+                status = 200 if found or "soft" in self.path else 404
+                if kind == "watch":
+                    content, status = f'<html><video src="/clips/{name}.mp4"></video></html>'.encode(), 200
+                elif kind == "closed":
+                    status = 403
+                elif path.name in site.broken:
+                    content, status = b"try later", 503
+                self.send_response(status)
                 self.send_header("Content-Length", str(len(content)))
+                self.send_header("Content-Type", "video/mp4" if found and kind == "clips" else "text/html")
                 self.end_headers()
                 self.wfile.write(content)
 
@@ -125,7 +142,7 @@ def test_natural_clips_need_a_caption(tmp_path):
 @needs_video2dataset
 def test_from_clips_to_batches(clips, site, tmp_path):
     table = table_of(clips, tmp_path / "videos.parquet", site=site)
-    manifest = download(job(tmp_path / "download", table, serve=clips, max_bad_share=0.25, processes=2))
+    manifest = download(job(tmp_path / "download", table, media=clips, max_bad_share=0.25, processes=2))
     assert manifest.counts["videos"] == 26
     assert manifest.counts["good"] == 20
     assert {clip.url.rsplit("/", 1)[1]: re.split(r"[:(]", clip.reason)[0] for clip in manifest.bad} == {
@@ -140,10 +157,11 @@ def test_from_clips_to_batches(clips, site, tmp_path):
         listed = list(csv.DictReader(stream))
     assert [(row["url"], row["reason"]) for row in listed] == [(clip.url, clip.reason) for clip in manifest.bad]
     assert [row["row"] for row in listed] == [str(number) for number in range(21, 27)]
+    assert {row["file"] for row in listed} == {str(table)}
 
     made = make_shards(
         ShardJob.model_validate(
-            {"output": tmp_path / "shards", "downloads": [tmp_path / "download"], "vocab_size": 320, "text": {"train": 8, "val": 4}}
+            {"output": tmp_path / "shards", "downloads": [tmp_path / "download"], "vocab_size": 320, "exercises": {"train": 8, "val": 4}}
         )
     )
     counted = {(source.name, source.split): (source.samples, source.frames) for source in made.sources}
@@ -183,7 +201,7 @@ def test_killed_download_goes_on_where_it_was(clips, site, tmp_path):
     site.held = tuple(Path(url).name for url in frame["url"][12:])
     site.gate.clear()
     process = subprocess.Popen([sys.executable, "-m", "fvlm_core.data.download", str(tmp_path / "job.yaml")])
-    raw = tmp_path / "killed" / "raw"
+    raw = tmp_path / "killed" / "raw" / "0"
     _wait(lambda: len(list(raw.glob("*_stats.json"))) >= 2)
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) >= 2
@@ -202,15 +220,80 @@ def test_killed_download_goes_on_where_it_was(clips, site, tmp_path):
 
 
 @needs_video2dataset
-def test_too_many_bad_videos(clips, tmp_path):
-    table = table_of(clips, tmp_path / "videos.parquet")
-    with pytest.raises(UserError, match=r"6 of 26 videos failed; 10% may:(.|\n)*dead\.mp4: ConnectionError(.|\n)*bad\.csv"):
-        download(job(tmp_path / "download", table, serve=clips))
-    assert len((tmp_path / "download" / "bad.csv").read_text().splitlines()) == 7
+def test_too_many_bad_videos_are_refused_by_reason_and_the_good_ones_kept(clips, site, tmp_path):
+    """What was fetched is never fetched again: not after more may fail, and not when those that failed are tried once more."""
+    table = table_of(clips, tmp_path / "videos.parquet", site=site)
+    frame = pd.read_parquet(table)
+    late = Path(frame["url"][0]).name
+    site.broken = (late,)
+    settings = job(tmp_path / "download", table, media=clips)
+    with pytest.raises(UserError, match=r"7 of 26 videos failed; 10% may") as caught:
+        download(settings)
+    reasons = [
+        r"2 x not a readable video, e\.g\. clips/noise\.mp4",
+        "1 x HTTP 404 Not Found",
+        r"1 x HTTP 503.*" + late,
+        "1 x ConnectionError",
+    ]
+    for reason in reasons:
+        assert re.search(reason, caught.value.what)
+    assert "max_bad_share" in caught.value.fix
+    assert len((tmp_path / "download" / "bad.csv").read_text().splitlines()) == 8
     assert not (tmp_path / "download" / "manifest.json").exists()
+
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "download" / "raw").rglob("*.tar")}
+    site.broken, site.asked = (), []
+    with pytest.raises(UserError, match="6 of 26 videos failed"):
+        download(settings)
+    assert {Path(path).name for path in site.asked} == {late, "missing.mp4", "soft.mp4"}, "only what failed is tried again"
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+    site.asked = []
+    more = settings.model_copy(update={"max_bad_share": 0.3, "processes": 2, "threads": 4, "timeout_s": 9})
+    assert more.hash() == settings.hash()
+    manifest = download(more)
+    assert not site.asked
+    assert (manifest.counts["good"], manifest.counts["bad"]) == (20, 6)
+    assert manifest.digest == download(job(tmp_path / "afresh", table, media=clips, max_bad_share=0.3)).digest
+
+
+@needs_video2dataset
+def test_a_download_without_any_good_video(tmp_path):
     (tmp_path / "dead.csv").write_text("url,caption\nhttp://127.0.0.1:1/a.mp4,a\nnothing/b.mp4,b\n,c\nd.mp4,\n")
-    with pytest.raises(UserError, match=r"none of the videos could be used:(.|\n)*a\.mp4(.|\n)*HTTP 404(.|\n)*no url(.|\n)*no caption"):
+    with pytest.raises(UserError, match=r"none of the videos could be used:(.|\n)*HTTP 404(.|\n)*no url(.|\n)*no caption") as caught:
         download(job(tmp_path / "dead", tmp_path / "dead.csv", max_bad_share=1))
+    assert "a.mp4" in caught.value.what
+
+
+@needs_video2dataset
+def test_addresses_without_a_suffix_pages_and_large_files(clips, site, tmp_path):
+    """A clip is a clip whatever its address; behind a page yt-dlp looks, and its reason is kept."""
+    frame = pd.read_parquet(clips / "clips.parquet")
+    names = [Path(url).stem for url in frame["url"]]
+    (clips / "download").write_bytes((clips / frame["url"][0]).read_bytes())
+    large = max((clips / "clips").glob("*.mp4"), key=lambda path: path.stat().st_size)
+    (clips / "clips" / "large.mp4").write_bytes(large.read_bytes() + bytes(1_100_000))
+    urls = {
+        f"{site.url}/download?id=3": "",
+        f"{site.url.replace('http', 'HTTP')}/watch/{names[1]}": "",
+        f"{site.url}/soft/nothing": "a web page, not a video; yt-dlp: ",
+        f"{site.url}/closed/nothing": "HTTP 403 Forbidden; yt-dlp: ",
+        f"{site.url}/gone": "HTTP 404 Not Found",
+        f"{site.url}/soft.mp4": "a web page, not a video",
+        f"{site.url}/clips/large.mp4": "larger than 1 MB (max_video_mb)",
+        "clips/large.mp4": "larger than 1 MB (max_video_mb)",
+    }
+    pd.DataFrame({"url": list(urls), "caption": "a clip"}).to_csv(tmp_path / "videos.csv", index=False)
+    manifest = download(job(tmp_path / "download", tmp_path / "videos.csv", media=clips, max_bad_share=0.9, max_video_mb=1))
+    assert manifest.counts["good"] == 2
+    assert {clip.url for clip in manifest.bad} == {url for url, reason in urls.items() if reason}
+    for clip in manifest.bad:
+        assert clip.reason.startswith(urls[clip.url])
+        assert "FileNotFoundError" not in clip.reason
+        if clip.reason.startswith(("a web page, not a video;", "HTTP 403")):
+            assert len(clip.reason) > len(urls[clip.url]) + 10
+    tried = {Path(path).name for path in site.asked}
+    assert {"soft.mp4", "gone"} <= tried
 
 
 def test_environment_is_checked_first(clips, tmp_path):

@@ -1,22 +1,29 @@
 """What is refused before anything starts, and with which words."""
 
+import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub.constants
 import pandas as pd
 import pytest
 from rich.console import Console
 
 from deployments import checks
-from deployments.checks import check_programs, check_videos, check_volume, load_profile
+from deployments.checks import check_programs, check_sources, check_volume, load_profile
+from deployments.pretrained import check_pretrained
 from deployments.speedrun import speedrun
+from fvlm_core.data.rows import SPLITS
+from fvlm_core.data.sources.record import Record
 from fvlm_core.errors import UserError
 from infra.processes import STACK_VARIABLE, mark, marked
 from infra.stack import Stack, StackError
-from tasks.outside import table_digest
+from tasks.config import PipelineConfig
+from tasks.mixtures import known_sources
 
 CI = load_profile("ci")
 
@@ -28,50 +35,57 @@ def table(folder: Path, columns: dict[str, list[str]], name: str = "clips.csv") 
     return path
 
 
+def check(volume: Path, *files: Path, max_bad_share: float = 0.1, **settings: Any) -> dict[str, Record]:
+    """Check the profile ci with one source more."""
+    values = CI.model_dump(mode="json")
+    values["precompute"]["sources"] = [{"name": "videos", "files": [str(file) for file in files], **settings}]
+    values["precompute"]["download"]["max_bad_share"] = max_bad_share
+    return check_sources(PipelineConfig.from_values(values, where="test"), volume)
+
+
 @pytest.mark.parametrize("name", ["clips.csv", "clips.parquet"])
 def test_a_good_table_passes(tmp_path: Path, name: str) -> None:
     (tmp_path / "a.mp4").write_bytes(b"x")
-    check_videos(table(tmp_path, {"url": ["a.mp4", str(tmp_path / "a.mp4")], "caption": ["one", "two"]}, name), 0.1)
+    path = table(tmp_path, {"url": ["a.mp4", str(tmp_path / "a.mp4")], "caption": ["one", "two"], "source": ["", "mine"]}, name)
+    records = check(tmp_path, path)
+    assert known_sources(CI, records) == dict.fromkeys(SPLITS, CI.precompute.made_names | {"videos", "mine"})
 
 
 @pytest.mark.parametrize(
-    ("columns", "told"),
+    ("columns", "message"),
     [
         ({"link": ["a.mp4"], "caption": ["x"]}, "lacks the column url"),
         ({"url": [], "caption": []}, "no rows"),
         ({"url": ["a.mp4", "b.mp4"], "caption": ["x", "y"]}, "2 of 2 videos are missing"),
         ({"url": ["http://127.0.0.1:9/a.mp4"], "caption": ["x"]}, "no video can be reached"),
+        ({"url": ["HTTP://127.0.0.1:9/a.mp4"], "caption": ["x"]}, "no video can be reached"),
+        ({"url": ["a.mp4", "s3://bucket/b.mp4"], "caption": ["x", "y"]}, r"s3:// cannot be fetched: .*\(row 2\)"),
         ({"url": [__file__, __file__], "caption": ["x", "y"]}, "only one video"),
     ],
 )
-def test_a_bad_table_is_refused(tmp_path: Path, columns: dict[str, list[str]], told: str) -> None:
-    with pytest.raises(UserError, match=told) as caught:
-        check_videos(table(tmp_path, columns), 0.1)
+def test_a_bad_table_is_refused(tmp_path: Path, columns: dict[str, list[str]], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        check(tmp_path, table(tmp_path, columns))
     assert "clips.csv" in caught.value.where
 
 
 def test_a_missing_table_and_another_kind_of_file_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
-        check_videos(tmp_path / "none.csv", 0.1)
+        check(tmp_path, tmp_path / "none.csv")
     (tmp_path / "clips.txt").write_text("url,caption\n")
     with pytest.raises(UserError, match=r"\.txt"):
-        check_videos(tmp_path / "clips.txt", 0.1)
+        check(tmp_path, tmp_path / "clips.txt")
+    with pytest.raises(UserError, match="lacks the column messages"):
+        check(tmp_path, table(tmp_path, {"url": ["a.mp4"], "caption": ["x"]}, "chats.parquet"), format="smoltalk")
 
 
 def test_some_missing_files_are_for_the_download_to_count(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"x")
     urls = ["a.mp4"] * 9 + ["gone.mp4"]
-    check_videos(table(tmp_path, {"url": urls, "caption": ["x"] * 10}), 0.1)
-
-
-def test_the_digest_of_a_table_follows_its_local_files(tmp_path: Path) -> None:
-    clip = tmp_path / "a.mp4"
-    clip.write_bytes(b"x")
-    path = table(tmp_path, {"url": ["a.mp4", "http://somewhere/b.mp4"], "caption": ["x", "y"]})
-    before = table_digest(path)
-    assert table_digest(path) == before
-    clip.write_bytes(b"longer")
-    assert table_digest(path) != before
+    path = table(tmp_path, {"url": urls, "caption": ["x"] * 10})
+    check(tmp_path, path)
+    with pytest.raises(UserError, match="1 of 10 videos are missing"):
+        check(tmp_path, path, max_bad_share=0.05)
 
 
 def test_a_volume_that_cannot_be_written_or_is_nearly_full_is_refused(tmp_path: Path) -> None:
@@ -107,3 +121,68 @@ def test_a_second_command_on_a_volume_leaves_the_first_alone(tmp_path: Path) -> 
         assert worker.poll() is None
         worker.kill()
     first.stop()
+
+
+@pytest.fixture
+def dead_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An unreachable hub; returns the folder of an empty local cache."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def with_backbones(vision: str, tokenizer: str | None = None, frame_px: int = 42) -> PipelineConfig:
+    values = CI.model_dump(mode="json")
+    values["model"]["vision"] = {"checkpoint": vision, "shape": None, "frame_px": frame_px}
+    values["precompute"]["vision"] = None
+    if tokenizer:
+        values["precompute"]["shards"] |= {"tokenizer": tokenizer, "vocab_size": None}
+    return PipelineConfig.from_values(values, where="test")
+
+
+def checkpoint(folder: Path, *names: str, patch: int = 14) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_text(json.dumps({"patch_size": patch}))
+    return str(folder)
+
+
+COMPLETE = ("config.json", "model.safetensors")
+
+
+def test_backbones_and_tokenizers_are_looked_for_first(tmp_path: Path, dead_hub: Path) -> None:
+    check_pretrained(CI)
+    good = checkpoint(tmp_path / "dinov2", *COMPLETE)
+    check_pretrained(with_backbones(good))
+    with pytest.raises(UserError, match=r"lacks model\.safetensors or"):
+        check_pretrained(with_backbones(checkpoint(tmp_path / "half", "config.json")))
+    with pytest.raises(UserError, match="there is no folder") as caught:
+        check_pretrained(with_backbones(str(tmp_path / "gone")))
+    assert caught.value.where == "model.vision.checkpoint"
+    with pytest.raises(UserError, match="neither a folder nor a name on the hub"):
+        check_pretrained(with_backbones("./gone with spaces"))
+    started = time.monotonic()
+    with pytest.raises(UserError, match="is not in the local cache, and the hub cannot be reached"):
+        check_pretrained(with_backbones("someone/dinov2"))
+    with pytest.raises(UserError, match=r"tokenizer_config\.json") as caught:
+        check_pretrained(with_backbones(good, tokenizer=good))
+    assert caught.value.where == "precompute.shards.tokenizer"
+    assert time.monotonic() - started < 15
+
+
+def test_a_cached_backbone_needs_no_hub(tmp_path: Path, dead_hub: Path) -> None:
+    repository = dead_hub / "models--someone--dinov2"
+    checkpoint(repository / "snapshots" / "abc", *COMPLETE)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    check_pretrained(with_backbones("someone/dinov2"))
+    with pytest.raises(UserError, match="frames of 48 px are not a multiple of someone/dinov2's patch of 14 px"):
+        check_pretrained(with_backbones("someone/dinov2", frame_px=48))
+
+
+def test_frames_are_a_multiple_of_the_patch(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="frames of 42 px are not a multiple") as caught:
+        check_pretrained(with_backbones(checkpoint(tmp_path / "dinov2", *COMPLETE, patch=16)))
+    assert "48" in caught.value.fix
+    with pytest.raises(UserError, match=r"frame_px 43 is not a multiple of shape\.patch_px 14"):
+        CI.with_changes({"model.vision.frame_px": 43})

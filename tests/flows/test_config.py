@@ -13,10 +13,11 @@ from deployments.profile import with_videos
 from flows.registry import PHASES
 from fvlm_core.data.jobs import ShardManifest, SourceCounts
 from fvlm_core.data.rows import SPLITS
+from fvlm_core.data.sources.record import Record, RowCount
 from fvlm_core.dotted import with_changes
 from fvlm_core.errors import UserError
 from tasks.config import PipelineConfig, fitted
-from tasks.mixtures import check_names, check_shards, made_sources
+from tasks.mixtures import Known, check_names, check_shards, known_sources
 from tasks.pipeline_flow import point
 from tasks.recipes import ablation_recipe, base_recipe, grid_recipe, stage_recipe
 
@@ -82,6 +83,12 @@ def test_laptop_and_runpod_have_the_grid_and_the_ablations_that_are_promised() -
         ("ablations.0", {"name": "warm", "path": "model.temperature", "value": -1}, ["ablations: warm", "model.temperature"]),
         ("name", "Mein Profil", ["name", "pattern"]),
         ("evaluation.mcq_sample", 5, ["evaluation.mcq_sample", "mcq_samples"]),
+        ("precompute.sources", [{"name": "mine", "files": ["a.csv"], "format": "xml"}], ["precompute.sources.0.format", "webvid"]),
+        ("precompute.sources", [{"name": "mine", "files": []}], ["precompute.sources.0.files", "at least 1"]),
+        ("precompute.sources", [{"name": "mine", "files": ["a.csv"]}] * 2, ["the name mine appears twice"]),
+        ("precompute.sources", [{"name": "gaze_cell", "files": ["a.csv"]}], ["gaze_cell", "rendered clips or generated text"]),
+        ("precompute.sources", [{"name": "text", "files": ["a.csv"]}], ["text", "rendered clips or generated text"]),
+        ("precompute.sources", [{"name": "clips", "files": ["a.csv"]}], ["clips", "rendered clips or generated text"]),
     ],
 )
 def test_what_is_wrong_is_told_by_key_file_and_what_is_allowed(tmp_path: Path, path: str, value: Any, told: list[str]) -> None:
@@ -166,7 +173,7 @@ def test_settings_that_follow_from_others_are_fitted() -> None:
 @pytest.mark.parametrize("profile", ["ci", "laptop"])
 def test_shipped_mixtures_name_sources_that_precompute_makes(profile: str) -> None:
     loaded = load_profile(profile)
-    check_names(loaded, made_sources(loaded))
+    check_names(loaded, known_sources(loaded, {}))
 
 
 @pytest.mark.parametrize(
@@ -181,15 +188,31 @@ def test_shipped_mixtures_name_sources_that_precompute_makes(profile: str) -> No
 def test_a_source_that_nothing_makes_is_told_before_anything_starts(path: str, where: str) -> None:
     wrong = config(changed(path, "gaze_cel"))
     with pytest.raises(UserError, match="'gaze_cel'") as caught:
-        check_names(wrong, made_sources(wrong))
+        check_names(wrong, known_sources(wrong, {}))
     assert re.search(where, caught.value.where)
     assert "gaze_cell" in caught.value.fix
+
+
+def test_a_recorded_source_without_rows_to_validate_on_is_refused_before_anything_starts() -> None:
+    values = changed("precompute.sources", [{"name": "mine", "files": ["a.csv"]}])
+    values["stages"]["stage1"]["data"]["mixture"] = [{"source": "mine", "share": 1.0}]
+
+    def known(*splits: str, val_share: float = 0.05) -> Known:
+        counts = [RowCount(source="mine", split=split, rows=5) for split in splits]
+        record = Record(name="mine", kind="video", read=5, filtered=0, left_out=0, rows=5, counts=counts, rows_digest="", rows_bytes=0)
+        return known_sources(config(values).with_changes({"precompute.shards.val_share": val_share}), {"mine": record})
+
+    for fine in (known(""), known("train", "val"), known("val", "")):
+        check_names(config(values), fine)
+    for split, lacking in (("val", known("train")), ("train", known("val")), ("val", known("", val_share=0))):
+        with pytest.raises(UserError, match=f"no {split} samples of 'mine'"):
+            check_names(config(values), lacking)
 
 
 def test_a_source_without_samples_to_validate_on_is_told() -> None:
     counts = [
         SourceCounts(name=name, kind="video", split=split, samples=1, conversations=1, frames=1, tokens=1)
-        for name in made_sources(config())
+        for name in config().precompute.made_names
         for split in SPLITS
         if (name, split) != ("gaze_cell", "val")
     ]
@@ -217,7 +240,28 @@ def test_own_videos_take_the_place_of_the_captioned_default_clips(tmp_path: Path
     named = {one.source for part in parts if part for one in part.mixture}
     named |= {one["source"] for ablation in mine.ablations for one in ablation.change.get("data.mixture", [])}
     assert not {"natural", "gaze_caption"} & named
+    assert [(one.name, one.format, one.files) for one in mine.precompute.sources] == [("videos", "table", [tmp_path / "clips.csv"])]
+    assert with_videos(mine, tmp_path / "others.csv").precompute.sources[0].files == [tmp_path / "others.csv"]
     assert keys(CI)["precompute"] != PHASES["precompute"].key(mine)
+
+
+def test_paths_of_a_profile_start_at_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = changed("precompute.sources", [{"name": "mine", "files": ["data/a.csv"], "media": "../videos"}])
+    values["machine"] |= {"video2dataset_python": "env/bin/python"}
+    values["model"]["vision"] = {"checkpoint": "./dinov2", "frame_px": 42}
+    values["precompute"]["shards"] = {"tokenizer": "tokenizers/mine"}
+    values["precompute"].pop("vision")
+    (tmp_path / "tokenizers" / "mine").mkdir(parents=True)
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(values))
+    monkeypatch.chdir(tmp_path.parent)
+    loaded = load_profile(f"{tmp_path.name}/mine.yaml")
+    [source] = loaded.precompute.sources
+    assert (source.files, source.media) == ([tmp_path / "data/a.csv"], tmp_path.parent / "videos")
+    assert loaded.machine.video2dataset_python == tmp_path / "env/bin/python"
+    assert loaded.model.vision.checkpoint == str(tmp_path / "dinov2")
+    assert loaded.precompute.shards.tokenizer == str(tmp_path / "tokenizers/mine")
+    assert config(loaded.model_dump(mode="json")) == loaded, "a worker in another folder gets the same"
 
 
 def test_the_newest_step_s_link_is_renewed_and_takes_nobody_s_place(tmp_path: Path) -> None:

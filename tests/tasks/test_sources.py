@@ -1,0 +1,89 @@
+"""Sources of a profile through the real jobs: recorded, fetched by video2dataset, made into shards."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from deployments.checks import check_sources, load_profile
+from fvlm_core.data.clips import make_clips
+from fvlm_core.data.jobs import ClipJob, DownloadManifest, ShardManifest
+from fvlm_core.data.rows import SPLITS
+from fvlm_core.data.shard_set import ShardSet
+from fvlm_core.data.sources import ADAPTERS
+from tasks import jobs
+from tasks.config import PipelineConfig
+from tasks.mixtures import known_sources
+from tasks.outside import external_inputs
+from tasks.steps import Made, make
+
+CI = load_profile("ci")
+needs_video2dataset = pytest.mark.skipif(not CI.machine.video2dataset_python.exists(), reason="needs ./infra/video2dataset_env.sh")
+CLIPS = 5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Clips, and published files that name them: WebVid's, OpenVid's, SmolTalk's."""
+    folder = tmp_path_factory.mktemp("published")
+    gaze = {"gaze": {"task": "caption", "train": 2 * CLIPS, "val": 0, "min_frames": 1, "max_frames": 2}}
+    make_clips(ClipJob.model_validate({"output": folder, "sources": gaze, "scale": 1}))
+    clips = sorted((folder / "clips").glob("*.mp4"))
+    webvid = [
+        {"videoid": n, "name": f"web {n}", "contentUrl": str(path), "duration": "PT00H00M02S"} for n, path in enumerate(clips[:CLIPS])
+    ]
+    pd.DataFrame([*webvid, webvid[0] | {"duration": "PT01H00M00S"}]).to_csv(folder / "webvid.csv", index=False)
+    openvid = [{"video": path.name, "caption": f"open {n}", "aesthetic score": 5.0 + n} for n, path in enumerate(clips[CLIPS:])]
+    pd.DataFrame(openvid).to_csv(folder / "openvid.csv", index=False)
+    chats = [[{"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": f"{n}!"}] for n in range(20)]
+    (folder / "chats.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    return folder
+
+
+def profile(folder: Path, *sources: dict[str, Any], **changes: Any) -> PipelineConfig:
+    values = CI.model_dump(mode="json")
+    values["precompute"] |= {"natural": False, "sources": list(sources)} | changes
+    return PipelineConfig.from_values(values, where="test", folder=folder)
+
+
+@needs_video2dataset
+def test_every_format_runs_through_the_profile(folder: Path, tmp_path: Path) -> None:
+    config = profile(
+        folder,
+        {"name": "web", "format": "webvid", "files": ["webvid.csv"], "filter": [{"column": "duration", "max": 64}]},
+        {"name": "open", "format": "openvid", "files": ["openvid.csv"], "media": "clips", "limit": CLIPS - 1, "val_share": 0.4},
+        {"name": "talk", "format": "smoltalk", "files": ["chats.jsonl"]},
+        clips={"sources": {"gaze": {"task": "caption", "train": 2, "val": 2}}},
+    )
+    records = check_sources(config, tmp_path)
+    assert known_sources(config, records) == {split: {"web", "open", "talk", "gaze", "text"} for split in SPLITS}
+    made: list[Made] = [make(jobs.download_source(config, source, tmp_path), tmp_path) for source in config.precompute.video_sources]
+    assert [one.name for one in made] == ["download-web", "download-open"]
+    assert [DownloadManifest.read(tmp_path / one.folder).counts["good"] for one in made] == [CLIPS, CLIPS - 1]
+    made.append(make(jobs.download_clips(config, make(jobs.clips(config), tmp_path)), tmp_path))
+    step = jobs.shards(config, made, tmp_path)
+    assert step.external == {"talk": external_inputs(config, tmp_path)["talk"]}
+    shards = ShardSet(tmp_path / make(step, tmp_path).folder)
+    counted: dict[str, int] = {}
+    for part in shards.manifest.sources:
+        counted[part.name] = counted.get(part.name, 0) + part.samples
+    assert counted == {"web": CLIPS, "open": CLIPS - 1, "talk": 20, "gaze": 4, "text": 80}
+    for name, adapter in (("web", "webvid"), ("open", "openvid")):
+        turn = shards.record(int(shards.rows("train", name).index[0]))["conversations"][0][0]
+        assert turn["question"] == ADAPTERS[adapter].prompt
+        assert turn["answer"].startswith(name)
+    assert ShardManifest.read(shards.folder).bad == []
+
+
+def test_keys_follow_the_source_and_nothing_of_where_it_is(folder: Path, tmp_path: Path) -> None:
+    def step(volume: Path, **changes: Any):
+        config = profile(folder, {"name": "web", "format": "webvid", "files": ["webvid.csv"], **changes})
+        return jobs.download_source(config, config.precompute.sources[0], volume)
+
+    first = step(tmp_path / "a")
+    assert first.folder == step(tmp_path / "b").folder
+    assert first.job_settings(tmp_path / "a")["record"].startswith(str(tmp_path / "a" / "sources" / "web-"))
+    assert step(tmp_path / "a", limit=2).folder != first.folder
+    assert step(tmp_path / "a", val_share=0.5).folder == first.folder, "splits are the shards' business"
