@@ -11,14 +11,16 @@ import pytest
 from rich.console import Console
 
 from deployments import checks
-from deployments.checks import check_programs, check_videos, check_volume, load_profile
+from deployments.checks import check_programs, check_videos, check_volume
 from deployments.speedrun import speedrun
 from fvlm_core.errors import UserError
 from infra.processes import STACK_VARIABLE, mark, marked
 from infra.stack import Stack, StackError
+from tasks.config import PipelineConfig
 from tasks.outside import table_digest
+from tests.tiny import PROFILE
 
-CI = load_profile("ci")
+TESTS = PipelineConfig.from_yaml(PROFILE)
 
 
 def table(folder: Path, columns: dict[str, list[str]], name: str = "clips.csv") -> Path:
@@ -78,21 +80,21 @@ def test_a_volume_that_cannot_be_written_or_is_nearly_full_is_refused(tmp_path: 
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        check_volume(file / "volume", CI)
-    huge = CI.with_changes({"machine.min_free_gb": 1e9})
+        check_volume(file / "volume", TESTS)
+    huge = TESTS.with_changes({"machine.min_free_gb": 1e9})
     with pytest.raises(UserError, match="nearly full"):
         check_volume(tmp_path / "volume", huge)
-    check_volume(tmp_path / "volume", CI)
+    check_volume(tmp_path / "volume", TESTS)
 
 
 def test_a_missing_environment_and_a_missing_ffmpeg_are_told_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    absent = CI.with_changes({"machine.video2dataset_python": str(tmp_path / "python")})
+    absent = TESTS.with_changes({"machine.video2dataset_python": str(tmp_path / "python")})
     with pytest.raises(UserError, match="environment is missing") as caught:
         check_programs(absent)
     assert "video2dataset_env.sh" in caught.value.fix
     monkeypatch.setattr(checks, "CODECS", "import av_that_is_not_there")
     with pytest.raises(UserError, match="ffmpeg"):
-        check_programs(CI)
+        check_programs(TESTS)
 
 
 def test_a_second_command_on_a_volume_leaves_the_first_alone(tmp_path: Path) -> None:
@@ -103,7 +105,7 @@ def test_a_second_command_on_a_volume_leaves_the_first_alone(tmp_path: Path) -> 
         while not list(marked(STACK_VARIABLE, mark(tmp_path))):
             time.sleep(0.02)
         with pytest.raises(StackError, match="another fvlm command"):
-            speedrun("ci", None, tmp_path, keep_server=False, port=None, console=Console())
+            speedrun(str(PROFILE), None, tmp_path, keep_server=False, port=None, console=Console())
         assert worker.poll() is None
         worker.kill()
     first.stop()
