@@ -121,7 +121,9 @@ def _name(node: Schema) -> str:
 
 def _default(node: Schema) -> str:
     """The default; nothing for a group, whose keys have their own, and for a value that is made anew each time (an empty list)."""
-    return f"`{json.dumps(node['default'])}`" if "default" in node and not isinstance(node["default"], dict) else ""
+    if "default" not in node or isinstance(node["default"], dict):
+        return ""
+    return f"`{json.dumps(node['default'])}`".replace(f"{REPOSITORY}/", "")  # the same wherever the checkout is
 
 
 def _cell(text: str) -> str:

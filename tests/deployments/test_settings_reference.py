@@ -8,6 +8,7 @@ from pydantic import Field
 from deployments import settings_reference
 from deployments.settings_reference import Key, keys, reference
 from fvlm_core.settings import Settings
+from infra.stack import REPOSITORY
 
 
 class Place(Settings):
@@ -49,6 +50,10 @@ def test_every_kind_of_value_has_its_rows() -> None:
         Key("either", "group or null", "`null`", "A place. Another thing. As `first`. As `named.NAME`."),
         Key("several", "list: number", "", ""),
     ]
+
+
+def test_the_page_is_the_same_wherever_the_checkout_is() -> None:
+    assert str(REPOSITORY) not in reference()
 
 
 def test_cells_hold_no_line_ends_and_no_bars(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,12 +14,13 @@ import psutil
 import yaml
 from prefect.client.orchestration import SyncPrefectClient
 
+from flows.registry import PHASES
 from fvlm_core.manifest import AnyManifest
 from fvlm_core.progress import ProgressReport
 from infra.processes import JOB_VARIABLE, STACK_VARIABLE, end_marked, mark, marked
 from infra.stack import Stack
 from tasks.config import PipelineConfig
-from tasks.phases import PHASES, PhaseManifest, phase_folder
+from tasks.phase import PhaseManifest
 from tests.tiny import profile_values
 
 RUN_TIMEOUT_S = 1500
@@ -114,7 +115,7 @@ class Volume:
         end_marked(STACK_VARIABLE, self.stack.mark)
 
     def phase_folder(self, name: str) -> Path:
-        return phase_folder(name, self.config, self.path)
+        return PHASES[name].folder(self.config, self.path)
 
     def phase(self, name: str) -> PhaseManifest:
         return PhaseManifest.read(self.phase_folder(name))
