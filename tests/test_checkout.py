@@ -54,6 +54,8 @@ def test_types_are_checked_without_node_on_the_machine(tmp_path: Path) -> None:
     """pyright's Node.js comes from PyPI: nothing is fetched, nothing is installed."""
     (tmp_path / "wrong.py").write_text("number: int = 'text'\n")
     nothing = {"PATH": "/nonexistent", "HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
-    done = subprocess.run([BIN / "pyright", "wrong.py"], cwd=tmp_path, env=nothing, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "pyright", "wrong.py"], cwd=tmp_path, env=nothing, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1, done.stderr
     assert '"Literal[\'text\']" is not assignable to "int"' in done.stdout

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -87,7 +88,7 @@ class Volume:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
         with log.open("wb") as stream:
             process = subprocess.Popen(
-                [FVLM, "speedrun", "--profile", profile, "--volume", self.path, *options],
+                [FVLM, "speedrun", "--profile", profile, "--volume", self.path, "--port", str(_unused_port()), *options],
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 env=environment,
@@ -156,6 +157,13 @@ def lengthen(values: dict[str, Any], **steps: int) -> dict[str, Any]:
     for stage, number in steps.items():
         values["stages"][stage]["run"] |= {"steps": number, "eval_every": number // 4, "checkpoint_every": 10}
     return values
+
+
+def _unused_port() -> int:
+    """A port that no other test run on this machine is about to take, as the first free one after 4200 may be."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _heed_interrupts() -> None:
