@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that must hold: lint, format, types and import rules first, then all tests (unit, integration, end to end).
-# Arguments go to pytest: ./test.sh tests/model, ./test.sh -m "not slow"
+# Arguments go to pytest: ./test.sh tests/model, ./test.sh -m "not slow". Without any, what is not end to end is spread over the cores.
 # Needs what README.md ("What the machine needs") names, Debian's chromium for the browser test included. CONTRIBUTING.md: one test in seconds.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -13,4 +13,6 @@ ruff format --check .
 pyright
 lint-imports
 .venv/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements-test-data.lock
-exec python -m pytest "$@"
+[ $# -gt 0 ] && exec python -m pytest "$@"
+python -m pytest -m "not e2e" --numprocesses auto --maxprocesses 4 --dist loadfile
+exec python -m pytest -m e2e

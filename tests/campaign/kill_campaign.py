@@ -176,11 +176,11 @@ def ended_with(volume: Volume) -> Ended:
     folders = {stage: volume.step("train", stage) for stage in STAGES}
     return Ended(
         weights={stage: sha256_file(folder / MODEL_FOLDER / "model.safetensors") for stage, folder in folders.items()},
-        order={stage: _order(folder / METRICS_FILE) for stage, folder in folders.items()},
+        order={stage: order_of(folder / METRICS_FILE) for stage, folder in folders.items()},
     )
 
 
-def _order(metrics: Path) -> str:
+def order_of(metrics: Path) -> str:
     """Digest of everything that a run reported but its timings."""
     with metrics.open(newline="") as stream:
         rows = [{name: value for name, value in row.items() if name not in TIMINGS} for row in csv.DictReader(stream)]
