@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# Everything that must hold: lint, format, types, import rules, then all tests (unit, integration, end to end).
-# Arguments go to pytest: ./test.sh tests/model, ./test.sh -m "not e2e"
+# Everything that must hold: lint, format, types and import rules first, then all tests (unit, integration, end to end).
+# Arguments go to pytest: ./test.sh tests/model, ./test.sh -m "not slow". Without any, what is not end to end is spread over the cores.
+# Needs what README.md ("What the machine needs") names, Debian's chromium for the browser test included. CONTRIBUTING.md: one test in seconds.
 set -euo pipefail
 cd "$(dirname "$0")"
+./infra/chromium.sh # first: what cannot be installed is better known before the set-up than after it
 ./setup.sh
-.venv/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements-test-data.lock
-./infra/chromium.sh # the browser test drives a real one
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE=
 
 ruff check .
 ruff format --check .
 pyright
 lint-imports
-exec python -m pytest "$@"
+.venv/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements-test-data.lock
+[ $# -gt 0 ] && exec python -m pytest "$@"
+python -m pytest -m "not e2e" --numprocesses auto --maxprocesses 4 --dist loadfile
+exec python -m pytest -m e2e

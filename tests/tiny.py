@@ -1,9 +1,11 @@
-"""A small but complete folder of shards in a few seconds, for tests that need data but not how it came about."""
+"""A small but complete folder of shards in a few seconds, for tests that need data but not how it came about; and the tests' profile."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import simplejpeg
+import yaml
 
 from fvlm_core.data import gaze
 from fvlm_core.data.jobs import SHARD_FILES, ShardManifest
@@ -14,6 +16,13 @@ from fvlm_core.data.tokenizer import render_chat, train_tokenizer
 from fvlm_core.manifest import file_entries
 
 VOCABULARY = 400
+PROFILE = Path(__file__).with_name("profile.yaml")
+"""The profile that tests use: those that are shipped can change without a test."""
+
+
+def profile_values() -> dict[str, Any]:
+    """The tests' profile as plain values, to be changed freely."""
+    return yaml.safe_load(PROFILE.read_text())
 
 
 def tiny_shards(folder: Path, *, clips: int = 24, seed: int = 0) -> Path:

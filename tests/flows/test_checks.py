@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from deployments import checks
-from deployments.checks import check_programs, check_sources, check_volume, load_profile
+from deployments.checks import check_programs, check_sources, check_volume
 from deployments.pretrained import check_pretrained
 from deployments.speedrun import speedrun
 from fvlm_core.data.rows import SPLITS
@@ -24,8 +24,9 @@ from infra.processes import STACK_VARIABLE, mark, marked
 from infra.stack import Stack, StackError
 from tasks.config import PipelineConfig
 from tasks.mixtures import known_sources
+from tests.tiny import PROFILE
 
-CI = load_profile("ci")
+TESTS = PipelineConfig.from_yaml(PROFILE)
 
 
 def table(folder: Path, columns: dict[str, list[str]], name: str = "clips.csv") -> Path:
@@ -37,7 +38,7 @@ def table(folder: Path, columns: dict[str, list[str]], name: str = "clips.csv") 
 
 def check(volume: Path, *files: Path, max_bad_share: float = 0.1, **settings: Any) -> dict[str, Record]:
     """Check the profile ci with one source more."""
-    values = CI.model_dump(mode="json")
+    values = TESTS.model_dump(mode="json")
     values["precompute"]["sources"] = [{"name": "videos", "files": [str(file) for file in files], **settings}]
     values["precompute"]["download"]["max_bad_share"] = max_bad_share
     return check_sources(PipelineConfig.from_values(values, where="test"), volume)
@@ -48,7 +49,7 @@ def test_a_good_table_passes(tmp_path: Path, name: str) -> None:
     (tmp_path / "a.mp4").write_bytes(b"x")
     path = table(tmp_path, {"url": ["a.mp4", str(tmp_path / "a.mp4")], "caption": ["one", "two"], "source": ["", "mine"]}, name)
     records = check(tmp_path, path)
-    assert known_sources(CI, records) == dict.fromkeys(SPLITS, CI.precompute.made_names | {"videos", "mine"})
+    assert known_sources(TESTS, records) == dict.fromkeys(SPLITS, TESTS.precompute.made_names | {"videos", "mine"})
 
 
 @pytest.mark.parametrize(
@@ -92,21 +93,21 @@ def test_a_volume_that_cannot_be_written_or_is_nearly_full_is_refused(tmp_path: 
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        check_volume(file / "volume", CI)
-    huge = CI.with_changes({"machine.min_free_gb": 1e9})
+        check_volume(file / "volume", TESTS)
+    huge = TESTS.with_changes({"machine.min_free_gb": 1e9})
     with pytest.raises(UserError, match="nearly full"):
         check_volume(tmp_path / "volume", huge)
-    check_volume(tmp_path / "volume", CI)
+    check_volume(tmp_path / "volume", TESTS)
 
 
 def test_a_missing_environment_and_a_missing_ffmpeg_are_told_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    absent = CI.with_changes({"machine.video2dataset_python": str(tmp_path / "python")})
+    absent = TESTS.with_changes({"machine.video2dataset_python": str(tmp_path / "python")})
     with pytest.raises(UserError, match="environment is missing") as caught:
         check_programs(absent)
     assert "video2dataset_env.sh" in caught.value.fix
     monkeypatch.setattr(checks, "CODECS", "import av_that_is_not_there")
     with pytest.raises(UserError, match="ffmpeg"):
-        check_programs(CI)
+        check_programs(TESTS)
 
 
 def test_a_second_command_on_a_volume_leaves_the_first_alone(tmp_path: Path) -> None:
@@ -117,7 +118,7 @@ def test_a_second_command_on_a_volume_leaves_the_first_alone(tmp_path: Path) -> 
         while not list(marked(STACK_VARIABLE, mark(tmp_path))):
             time.sleep(0.02)
         with pytest.raises(StackError, match="another fvlm command"):
-            speedrun("ci", None, tmp_path, keep_server=False, port=None, console=Console())
+            speedrun(str(PROFILE), None, tmp_path, keep_server=False, port=None, console=Console())
         assert worker.poll() is None
         worker.kill()
     first.stop()
@@ -132,7 +133,7 @@ def dead_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def with_backbones(vision: str, tokenizer: str | None = None, frame_px: int = 42) -> PipelineConfig:
-    values = CI.model_dump(mode="json")
+    values = TESTS.model_dump(mode="json")
     values["model"]["vision"] = {"checkpoint": vision, "shape": None, "frame_px": frame_px}
     values["precompute"]["vision"] = None
     if tokenizer:
@@ -151,7 +152,7 @@ COMPLETE = ("config.json", "model.safetensors")
 
 
 def test_backbones_and_tokenizers_are_looked_for_first(tmp_path: Path, dead_hub: Path) -> None:
-    check_pretrained(CI)
+    check_pretrained(TESTS)
     good = checkpoint(tmp_path / "dinov2", *COMPLETE)
     check_pretrained(with_backbones(good))
     with pytest.raises(UserError, match=r"lacks model\.safetensors or"):
@@ -185,4 +186,4 @@ def test_frames_are_a_multiple_of_the_patch(tmp_path: Path) -> None:
         check_pretrained(with_backbones(checkpoint(tmp_path / "dinov2", *COMPLETE, patch=16)))
     assert "48" in caught.value.fix
     with pytest.raises(UserError, match=r"frame_px 43 is not a multiple of shape\.patch_px 14"):
-        CI.with_changes({"model.vision.frame_px": 43})
+        TESTS.with_changes({"model.vision.frame_px": 43})

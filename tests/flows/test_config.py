@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deployments.checks import PROFILES, load_profile
+from deployments.checks import load_profile
 from deployments.profile import with_videos
 from flows.registry import PHASES
 from fvlm_core.data.jobs import ShardManifest, SourceCounts
@@ -20,12 +20,13 @@ from tasks.config import PipelineConfig, fitted
 from tasks.mixtures import Known, check_names, check_shards, known_sources
 from tasks.pipeline_flow import point
 from tasks.recipes import ablation_recipe, base_recipe, grid_recipe, stage_recipe
+from tests.tiny import profile_values
 
-CI: dict[str, Any] = yaml.safe_load((PROFILES / "ci.yaml").read_text())
+TESTS: dict[str, Any] = profile_values()
 
 
 def changed(path: str, value: Any) -> dict[str, Any]:
-    values = deepcopy(CI)
+    values = deepcopy(TESTS)
     *parents, last = path.split(".")
     node: Any = values
     for key in parents:
@@ -34,8 +35,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
     return values
 
 
-def config(values: dict[str, Any] = CI) -> PipelineConfig:
-    return PipelineConfig.from_values(values, where="ci.yaml")
+def config(values: dict[str, Any] = TESTS) -> PipelineConfig:
+    return PipelineConfig.from_values(values, where="the tests' profile")
 
 
 def keys(values: dict[str, Any]) -> dict[str, str]:
@@ -74,11 +75,11 @@ def test_laptop_and_runpod_have_the_grid_and_the_ablations_that_are_promised() -
         ("scaling.sizes", [], ["scaling.sizes", "at least 1"]),
         ("stages.stage1.data.mixture.0.share", 0.5, ["stages.stage1.data", "add up to 1"]),
         ("base.data.validation.mixture.0.share", 0.9, ["base.data.validation", "add up to 1"]),
-        ("ablations.2.value.0.share", 0.5, ["ablations.2.value", "add up to 1"]),
+        ("ablations.1.value.0.share", 0.5, ["ablations.1.value", "add up to 1"]),
         ("ablations.0.path", "optimizer.lr_conector", ["'optimizer.lr_conector'", "optimizer.lr_connector"]),
         ("ablations.0", {"name": "same", "path": "optimizer.warmup_steps", "value": 4}, ["same", "already"]),
         ("ablations.0", {"name": "bad", "path": "model.query", "value": "sideways"}, ["model.query", "'deep'"]),
-        ("ablations.1.name", CI["ablations"][0]["name"], ["ablations", CI["ablations"][0]["name"], "twice"]),
+        ("ablations.1.name", TESTS["ablations"][0]["name"], ["ablations", TESTS["ablations"][0]["name"], "twice"]),
         ("precompute.clips.sources.gaze_cell.trian", 3, ["precompute.clips.sources.gaze_cell.trian", "allowed here", "train"]),
         ("ablations.0", {"name": "warm", "path": "model.temperature", "value": -1}, ["ablations: warm", "model.temperature"]),
         ("name", "Mein Profil", ["name", "pattern"]),
@@ -109,8 +110,8 @@ def test_an_unknown_profile_is_told_with_those_there_are() -> None:
 @pytest.mark.parametrize(
     ("path", "value", "rerun"),
     [
-        ("stages.stage2.run.steps", 41, {"train", "evaluate", "release"}),
-        ("evaluation.mcq_samples", 25, {"evaluate", "release"}),
+        ("stages.stage2.run.steps", 11, {"train", "evaluate", "release"}),
+        ("evaluation.mcq_samples", 9, {"evaluate", "release"}),
         ("release.name", "fVLM-other", {"release"}),
         ("ablations.0.value", 0.5, {"ablations", "scaling", "train", "evaluate", "release"}),
         ("precompute.shards.seed", 1, set(PHASES)),
@@ -120,7 +121,7 @@ def test_an_unknown_profile_is_told_with_those_there_are() -> None:
     ],
 )
 def test_a_change_reaches_its_phase_and_those_after_it_and_no_other(path: str, value: Any, rerun: set[str]) -> None:
-    before, after = keys(CI), keys(changed(path, value))
+    before, after = keys(TESTS), keys(changed(path, value))
     assert {phase for phase in PHASES if before[phase] != after[phase]} == rerun
 
 
@@ -182,7 +183,7 @@ def test_shipped_mixtures_name_sources_that_precompute_makes(profile: str) -> No
         ("base.data.mixture.0.source", r"base\.data\.mixture"),
         ("base.data.validation.mixture.0.source", r"base\.data\.validation\.mixture"),
         ("stages.stage3.data.mixture.0.source", r"stages\.stage3\.data\.mixture"),
-        ("ablations.2.value.0.source", "ablations, captions-only"),
+        ("ablations.1.value.0.source", "ablations, captions-only"),
     ],
 )
 def test_a_source_that_nothing_makes_is_told_before_anything_starts(path: str, where: str) -> None:
@@ -224,10 +225,10 @@ def test_a_source_without_samples_to_validate_on_is_told() -> None:
 
 
 def test_own_videos_without_a_share_are_refused(tmp_path: Path) -> None:
-    values = changed("ablations", [one for one in CI["ablations"] if one["name"] != "captions-only"])
+    values = changed("ablations", [one for one in TESTS["ablations"] if one["name"] != "captions-only"])
     without = yaml.safe_load(yaml.safe_dump(values).replace("gaze_caption", "gaze_cell2").replace("natural", "gaze_cell3"))
-    with pytest.raises(UserError, match="no mixture of the profile ci has a share"):
-        with_videos(config(without | {"precompute": CI["precompute"]}), tmp_path / "clips.csv")
+    with pytest.raises(UserError, match="no mixture of the profile tests has a share"):
+        with_videos(config(without | {"precompute": TESTS["precompute"]}), tmp_path / "clips.csv")
 
 
 def test_own_videos_take_the_place_of_the_captioned_default_clips(tmp_path: Path) -> None:
@@ -242,7 +243,7 @@ def test_own_videos_take_the_place_of_the_captioned_default_clips(tmp_path: Path
     assert not {"natural", "gaze_caption"} & named
     assert [(one.name, one.format, one.files) for one in mine.precompute.sources] == [("videos", "table", [tmp_path / "clips.csv"])]
     assert with_videos(mine, tmp_path / "others.csv").precompute.sources[0].files == [tmp_path / "others.csv"]
-    assert keys(CI)["precompute"] != PHASES["precompute"].key(mine)
+    assert keys(TESTS)["precompute"] != PHASES["precompute"].key(mine)
 
 
 def test_paths_of_a_profile_start_at_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

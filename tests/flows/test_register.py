@@ -8,24 +8,25 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.testing.utilities import prefect_test_harness
 
-from deployments.checks import load_profile
 from deployments.register import ALL_FLOWS, register
+from tasks.config import PipelineConfig
+from tests.tiny import PROFILE
 
 
 def test_registering_again_leaves_schedules_as_users_set_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    profile = load_profile("ci")
+    profile = PipelineConfig.from_yaml(PROFILE)
     with prefect_test_harness(server_startup_timeout=120):
         assert asyncio.run(register(profile, tmp_path)) == {"fvlm-cpu": "process", "fvlm-gpu": "process"}
         with get_client(sync_client=True) as client:
-            made = {name: client.read_deployment_by_name(f"{name}/ci") for name in ALL_FLOWS}
+            made = {name: client.read_deployment_by_name(f"{name}/tests") for name in ALL_FLOWS}
             (nightly,) = made["precompute"].schedules
             assert (nightly.schedule, nightly.active) == (CronSchedule(cron="0 3 * * *"), False)
             assert not any(one.schedules for name, one in made.items() if name != "precompute")
             client.update_deployment_schedule(made["precompute"].id, nightly.id, active=True, schedule=CronSchedule(cron="0 5 * * 1"))
             client.create_deployment_schedules(made["train"].id, [(CronSchedule(cron="0 6 * * *"), True)])
             asyncio.run(register(profile, tmp_path))
-            again = {name: client.read_deployment_by_name(f"{name}/ci") for name in ALL_FLOWS}
+            again = {name: client.read_deployment_by_name(f"{name}/tests") for name in ALL_FLOWS}
     seen = {name: [(one.schedule, one.active) for one in deployment.schedules] for name, deployment in again.items()}
     seen = {name: schedules for name, schedules in seen.items() if schedules}
     assert seen == {"precompute": [(CronSchedule(cron="0 5 * * 1"), True)], "train": [(CronSchedule(cron="0 6 * * *"), True)]}

@@ -14,7 +14,6 @@ from prefect.client.schemas.sorting import TaskRunSort
 from prefect.context import FlowRunContext
 from prefect.testing.utilities import prefect_test_harness
 
-from deployments.checks import load_profile
 from fvlm_core.errors import UserError
 from fvlm_core.tables import Table
 from tasks import phase_flow
@@ -22,8 +21,9 @@ from tasks.config import PipelineConfig
 from tasks.phase import Phase, PhaseManifest, Results, Shown, current, require
 from tasks.status import PhaseStatus, StatusBoard
 from tasks.steps import Step
+from tests.tiny import PROFILE
 
-CI = load_profile("ci")
+TESTS = PipelineConfig.from_yaml(PROFILE)
 MODULE = "tests.jobs.count"
 
 
@@ -68,7 +68,7 @@ def run_phase(volume: Path, *steps: Step, **last: object) -> tuple[dict[str, str
         assert context is not None
         assert isinstance(context.flow_run, FlowRun)
         seen.append(context.flow_run.id)
-        phase_flow.run_phase(phase, CI, str(volume))
+        phase_flow.run_phase(phase, TESTS, str(volume))
 
     state: State[None] = run(return_state=True)
     states, counts = tasks_of(seen[0])
@@ -83,7 +83,7 @@ def tasks_of(run: UUID) -> tuple[dict[str, str], dict[str, int]]:
         tasks = client.read_task_runs(
             flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run])), sort=TaskRunSort.EXPECTED_START_TIME_ASC
         )
-    names = {task.name.removeprefix("ci · counted · "): task for task in tasks}
+    names = {task.name.removeprefix("tests · counted · "): task for task in tasks}
     states = {name: task.state.name or "" for name, task in names.items() if task.state}
     return states, {name: task.run_count for name, task in names.items()}
 
@@ -95,7 +95,7 @@ def phase() -> Phase:
 def test_a_second_run_is_cached_and_its_artifacts_are_there(tmp_path: Path) -> None:
     first, _, run = run_phase(tmp_path, counting("one"), counting("two"))
     assert set(first.values()) == {"Completed"}
-    manifest = current(phase(), CI, tmp_path, done={})
+    manifest = current(phase(), TESTS, tmp_path, done={})
     assert manifest is not None
     assert set(manifest.steps) == {"one", "two", "last"}
     assert manifest.decided == {"model.temperature": 0.5}
@@ -105,22 +105,22 @@ def test_a_second_run_is_cached_and_its_artifacts_are_there(tmp_path: Path) -> N
     assert kinds["counted-progress"] == ("progress", "100")
     assert "0.3333" in kinds["counted-table"][1]
     assert "Two counted." in kinds["counted-summary"][1]
-    status = PhaseStatus.read(phase().folder(CI, tmp_path))
+    status = PhaseStatus.read(phase().folder(TESTS, tmp_path))
     assert status is not None
     assert (status.done, status.total, status.percent) == (3, 3, 100.0)
 
     again, _, _ = run_phase(tmp_path, counting("one"), counting("two"))
     assert set(again.values()) == {"Cached"}
-    assert current(phase(), CI, tmp_path, done={}) is not None
+    assert current(phase(), TESTS, tmp_path, done={}) is not None
 
 
 def test_a_damaged_step_is_made_again_and_the_others_stay_cached(tmp_path: Path) -> None:
     run_phase(tmp_path, counting("one"), counting("two"))
     (tmp_path / counting("two").folder / "value.txt").write_text("4")
-    assert current(phase(), CI, tmp_path, done={}) is None
+    assert current(phase(), TESTS, tmp_path, done={}) is None
     again, _, _ = run_phase(tmp_path, counting("one"), counting("two"))
     assert again == {"one": "Cached", "two": "Completed", "last": "Cached"}
-    assert current(phase(), CI, tmp_path, done={}) is not None
+    assert current(phase(), TESTS, tmp_path, done={}) is not None
 
 
 def test_a_changed_setting_reruns_the_step_and_what_reads_it(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_a_failed_job_is_tried_again_and_bad_input_is_not(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="the value is bad"):
         run_phase(tmp_path / "other", counting("one"), counting("bad", refuse=True))
     assert counting("one").find(tmp_path / "other", "sha256").made, "the other runs go on"
-    assert current(phase(), CI, tmp_path / "other", done={}) is None
+    assert current(phase(), TESTS, tmp_path / "other", done={}) is None
 
 
 def test_a_relative_volume_is_refused() -> None:
@@ -160,11 +160,11 @@ def test_a_phase_by_itself_says_which_deployment_to_run_first(tmp_path: Path) ->
     assert [one.name for one in last.ancestors] == ["counted", "middle"]
 
     def needed(by: Phase) -> set[str]:
-        return set(require(by.ancestors, CI, tmp_path, by=by.name, verify="sha256"))
+        return set(require(by.ancestors, TESTS, tmp_path, by=by.name, verify="sha256"))
 
     with pytest.raises(UserError, match="middle needs the results of counted") as caught:
         needed(middle)
-    assert "counted/ci" in caught.value.fix
+    assert "counted/tests" in caught.value.fix
 
     run_phase(tmp_path, counting("one"))
     assert needed(middle) == {"counted"}
@@ -172,15 +172,15 @@ def test_a_phase_by_itself_says_which_deployment_to_run_first(tmp_path: Path) ->
         needed(last)
 
     old = PhaseManifest(name="middle", settings_hash="", inputs={"counted": "of-another-time"}, steps={})
-    old.write(middle.folder(CI, tmp_path))
+    old.write(middle.folder(TESTS, tmp_path))
     with pytest.raises(UserError, match="older than what they were made from"):
         needed(last)
 
-    done = PhaseManifest.read(counted.folder(CI, tmp_path))
-    done.model_copy(update={"inputs": {"videos": "a table that was changed since"}}).write(counted.folder(CI, tmp_path))
+    done = PhaseManifest.read(counted.folder(TESTS, tmp_path))
+    done.model_copy(update={"inputs": {"videos": "a table that was changed since"}}).write(counted.folder(TESTS, tmp_path))
     with pytest.raises(UserError, match="older than what they were made from"):
         needed(middle)
-    done.write(counted.folder(CI, tmp_path))
+    done.write(counted.folder(TESTS, tmp_path))
 
     (tmp_path / counting("one").folder / "value.txt").unlink()
     with pytest.raises(UserError, match="damaged"):
@@ -201,7 +201,7 @@ def test_a_retried_flow_run_makes_good_what_was_damaged_in_between(tmp_path: Pat
         assert isinstance(context.flow_run, FlowRun)
         seen.append(context.flow_run.id)
         attempts.append(context.flow_run.run_count)
-        phase_flow.run_phase(counted, CI, str(tmp_path))
+        phase_flow.run_phase(counted, TESTS, str(tmp_path))
         if len(attempts) == 1:
             (tmp_path / damaged.folder / "value.txt").write_text("4")
             raise RuntimeError("so that Prefect runs the flow again")
@@ -211,7 +211,7 @@ def test_a_retried_flow_run_makes_good_what_was_damaged_in_between(tmp_path: Pat
     assert len(set(seen)) == 1, "the same flow run"
     assert (tmp_path / damaged.folder / "value.txt").read_text() == "3"
     assert len((tmp_path / f"{damaged.folder}.runs").read_text().splitlines()) == 2
-    assert current(counted, CI, tmp_path, done={}) is not None
+    assert current(counted, TESTS, tmp_path, done={}) is not None
 
 
 def test_steps_that_report_and_end_at_once_are_all_counted(tmp_path: Path) -> None:

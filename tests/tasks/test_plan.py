@@ -9,13 +9,15 @@ from deployments.checks import load_profile
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import AnyManifest
 from tasks.adopt import adopt
+from tasks.config import PipelineConfig
 from tasks.direct import run_directly
 from tasks.make import make
 from tasks.phase import Phase, Shown
 from tasks.plan import Plan, look, plan
 from tasks.steps import Step
+from tests.tiny import PROFILE
 
-CI = load_profile("ci")
+TESTS = PipelineConfig.from_yaml(PROFILE)
 MODULE = "tests.jobs.count"
 
 
@@ -47,7 +49,7 @@ def phases(**values: Any) -> list[Phase]:
 
 
 def run(volume: Path, phases: list[Phase]) -> None:
-    run_directly(phases, CI, volume)
+    run_directly(phases, TESTS, volume)
 
 
 def reasons(planned: Plan) -> dict[str, str]:
@@ -55,37 +57,37 @@ def reasons(planned: Plan) -> dict[str, str]:
 
 
 def test_an_empty_volume(tmp_path: Path) -> None:
-    planned = plan(phases(), CI, tmp_path)
+    planned = plan(phases(), TESTS, tmp_path)
     assert reasons(planned) == {"one": "not made yet", "two": "it reads one that will run", "three": "it reads two that will run"}
     assert planned.summary().rows[0][:3] == ["first", "2 of 2 steps", "will run"]
 
 
 def test_everything_done(tmp_path: Path) -> None:
     run(tmp_path, phases())
-    planned = plan(phases(), CI, tmp_path)
+    planned = plan(phases(), TESTS, tmp_path)
     assert set(reasons(planned).values()) == {"cached"}
     assert "Nothing to do" in planned.table().note
 
 
 def test_a_changed_setting_is_named_with_its_values(tmp_path: Path) -> None:
     run(tmp_path, phases())
-    planned = plan(phases(two={"value": 5}), CI, tmp_path)
+    planned = plan(phases(two={"value": 5}), TESTS, tmp_path)
     assert reasons(planned) == {"one": "cached", "two": "value: 1 -> 5", "three": "it reads two that will run"}
     run(tmp_path, phases(two={"value": 5}))
-    assert set(reasons(plan(phases(two={"value": 5}), CI, tmp_path)).values()) == {"cached"}
+    assert set(reasons(plan(phases(two={"value": 5}), TESTS, tmp_path)).values()) == {"cached"}
 
 
 def test_a_changed_input_is_named(tmp_path: Path) -> None:
     run(tmp_path, phases())
     make(Step("one", MODULE, {"value": 7}), tmp_path)
-    planned = plan(phases(one={"value": 7}), CI, tmp_path)
+    planned = plan(phases(one={"value": 7}), TESTS, tmp_path)
     assert reasons(planned) == {"one": "cached", "two": "reads.0 has changed", "three": "it reads two that will run"}
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
     run(tmp_path, phases())
-    (tmp_path / phases()[0].steps(CI, None)[0].folder / "value.txt").unlink()  # type: ignore[arg-type]
-    assert reasons(plan(phases(), CI, tmp_path))["one"].startswith("damaged: ")
+    (tmp_path / phases()[0].steps(TESTS, None)[0].folder / "value.txt").unlink()  # type: ignore[arg-type]
+    assert reasons(plan(phases(), TESTS, tmp_path))["one"].startswith("damaged: ")
 
 
 def test_a_decision_that_is_open_is_a_condition(tmp_path: Path) -> None:
@@ -101,17 +103,17 @@ def test_a_decision_that_is_open_is_a_condition(tmp_path: Path) -> None:
         decide=first.decide,
         show=first.show,
     )
-    steps = {one.step: one for one in plan([more, second], CI, tmp_path).steps}
+    steps = {one.step: one for one in plan([more, second], TESTS, tmp_path).steps}
     assert (steps["again"].state, steps["three"].state) == ("runs", "runs"), "what was decided is not on record in this test"
 
 
 def test_a_result_from_elsewhere_is_adopted_where_it_fits(tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     run(there, phases())
-    theirs = {one.step.name: there / one.step.folder for one in look(phases(), CI, there)}
+    theirs = {one.step.name: there / one.step.folder for one in look(phases(), TESTS, there)}
 
     def wanted(**values: Any) -> dict[str, Step]:
-        return {one.step.name: one.step for one in look(phases(**values), CI, here)}
+        return {one.step.name: one.step for one in look(phases(**values), TESTS, here)}
 
     with pytest.raises(UserError, match="two reads one, which is not there yet"):
         adopt(wanted()["two"], theirs["two"], here)
@@ -119,7 +121,7 @@ def test_a_result_from_elsewhere_is_adopted_where_it_fits(tmp_path: Path) -> Non
         adopt(wanted(one={"value": 2})["one"], theirs["one"], here)
     made = adopt(wanted()["one"], theirs["one"], here)
     assert not made.problems(here, "sha256")
-    assert reasons(plan(phases(), CI, here)) == {"one": "cached", "two": "not made yet", "three": "it reads two that will run"}
+    assert reasons(plan(phases(), TESTS, here)) == {"one": "cached", "two": "not made yet", "three": "it reads two that will run"}
     with pytest.raises(UserError, match="one is done already"):
         adopt(wanted()["one"], theirs["one"], here)
 
