@@ -41,7 +41,7 @@ def test_one_command_leads_from_videos_to_a_released_model(road: Road, finished:
     paths = dict(line.split(maxsplit=1) for line in finished.output.splitlines() if line.startswith(("model ", "report ")))
     assert (Path(paths["model"]) / "model.safetensors").is_file()
     assert "<html" in Path(paths["report"]).read_text().lower()
-    assert EvalReport.read(road.step("evaluate", "evaluation")).headline.keys() == {"coarse_only", "coarse_fine", "autoregressive"}
+    assert EvalReport.read(road.step("evaluate", "evaluation")).headline.head[1:4] == ["coarse_only", "coarse_fine", "autoregressive"]
     assert not list(marked(STACK_VARIABLE, road.mark)), "everything that was started has ended"
 
 
@@ -123,7 +123,7 @@ def test_stopped_in_the_middle_of_a_stage_it_goes_on_from_its_checkpoint(road: R
 
 
 def test_a_failed_run_is_retried_from_the_ui_and_a_phase_runs_by_itself(road: Road, finished: Result) -> None:
-    road.values["evaluation"]["mcq_samples"] += 1
+    road.values["evaluation"]["multiple_choice"]["questions"] += 1
     in_the_way = phase_folder("evaluate", road.config, road.volume) / "status.json"
     in_the_way.mkdir(parents=True)  # a folder where a file has to be
     failed = road.run("--keep-server")

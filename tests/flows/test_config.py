@@ -81,7 +81,7 @@ def test_laptop_and_runpod_have_the_grid_and_the_ablations_that_are_promised() -
         ("precompute.clips.sources.gaze_cell.trian", 3, ["precompute.clips.sources.gaze_cell.trian", "allowed here", "train"]),
         ("ablations.0", {"name": "warm", "path": "model.temperature", "value": -1}, ["ablations: warm", "model.temperature"]),
         ("name", "Mein Profil", ["name", "pattern"]),
-        ("evaluation.mcq_sample", 5, ["evaluation.mcq_sample", "mcq_samples"]),
+        ("evaluation.captions.sample", 5, ["evaluation.captions.sample", "samples"]),
     ],
 )
 def test_what_is_wrong_is_told_by_key_file_and_what_is_allowed(tmp_path: Path, path: str, value: Any, told: list[str]) -> None:
@@ -103,7 +103,7 @@ def test_an_unknown_profile_is_told_with_those_there_are() -> None:
     ("path", "value", "rerun"),
     [
         ("stages.stage2.run.steps", 41, {"train", "evaluate", "release"}),
-        ("evaluation.mcq_samples", 25, {"evaluate", "release"}),
+        ("evaluation.multiple_choice.questions", 25, {"evaluate", "release"}),
         ("release.name", "fVLM-other", {"release"}),
         ("ablations.0.value", 0.5, {"ablations", "scaling", "train", "evaluate", "release"}),
         ("precompute.shards.seed", 1, set(PHASES)),
