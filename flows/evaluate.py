@@ -1,52 +1,60 @@
 """Phase 5: the final model in its three modes."""
 
-from pydantic import JsonValue
+from collections.abc import Mapping
+from pathlib import Path
 
 from flows.precompute import PRECOMPUTE, SHARDS
 from flows.train import TRAIN, last_stage
+from fvlm_core.eval.outside import check_outside, quick_digest
 from fvlm_core.eval.results import EvalReport
 from fvlm_core.eval.results import Results as EvalResults
+from fvlm_core.eval.tables import headline_table
 from fvlm_core.tables import Table
 from tasks.config import PipelineConfig
 from tasks.phase import Before, Phase, Results, Shown
 from tasks.phase_flow import phase_flow
-from tasks.steps import Step
+from tasks.steps import Given, Outside, Step
 
 EVALUATION = "evaluation"
 
 
 def steps(config: PipelineConfig, before: Before) -> list[Step]:
-    inputs = {"run": before.step(TRAIN.name, last_stage(config)), "shards": before.step(PRECOMPUTE.name, SHARDS)}
+    inputs: dict[str, Given] = {"run": before.step(TRAIN.name, last_stage(config)), "shards": before.step(PRECOMPUTE.name, SHARDS)}
+    inputs |= {f"{part}.files.{file}": Outside(path, quick_digest(path)) for (part, file), path in config.evaluation.outside().items()}
     return [Step.of(EVALUATION, "fvlm_core.eval", config.evaluation, inputs=inputs, threads=config.evaluation.threads)]
 
 
 def show(config: PipelineConfig, results: Results) -> Shown:
-    report = EvalReport.read(results.folder(EVALUATION))
-    table = Table.of([{"mode": mode, **line.model_dump(mode="json")} for mode, line in report.headline.items()])
+    folder = results.made[EVALUATION].folder
+    found, report = EvalResults.read(results.folder(EVALUATION)), EvalReport.read(results.folder(EVALUATION))
+    verdict = Table(head=["Does looking help?"], rows=[[report.verdict]])
     return Shown(
-        table=table,
-        text=f"All numbers with their intervals: `{results.made[EVALUATION].folder}`.",
-        figures=results.figures(EVALUATION, EvalReport),
-        closing=[table.model_copy(update={"title": "The final model in its modes"}), *_by_order(results)],
+        table=report.headline,
+        text=f"**{report.verdict}** All numbers: `{folder}`.",
+        figures=[figure.model_copy(update={"file": f"{folder}/{figure.file}"}) for figure in found.figures()],
+        closing=[verdict, headline_table(found.headline(), compact=True)],
     )
 
 
-def _by_order(results: Results) -> list[Table]:
-    """Accuracy by the order of question and frames, and mode."""
-    cells = EvalResults.read(results.folder(EVALUATION)).question_order
-    rows: dict[str, dict[str, JsonValue]] = {}
-    for cell in cells:
-        rows.setdefault(cell.order, {"order": cell.order.replace("_", " ")})[cell.mode] = cell.accuracy.value
-    return [Table.of(list(rows.values()), title="Accuracy by order of question and frames")] if rows else []
+def prepare(config: PipelineConfig, volume: Path) -> None:
+    """The files that benchmarks read are there."""
+    check_outside(config.evaluation)
+
+
+def outside(config: PipelineConfig, volume: Path) -> Mapping[str, str]:
+    """Their digests."""
+    return {f"{part}.{file}": quick_digest(path) for (part, file), path in config.evaluation.outside().items()}
 
 
 EVALUATE = Phase(
     name="evaluate",
-    purpose="Measure losses, captions, multiple choice, question order, gaze and latency of the last stage's model.",
+    purpose="Measure every part of the evaluation (fvlm_core.eval.parts) of the last stage's model.",
     pool="gpu",
     after=(PRECOMPUTE, TRAIN),
     reads=("evaluation",),
     steps=steps,
     show=show,
+    prepare=prepare,
+    outside=outside,
 )
 evaluate = phase_flow(EVALUATE, __name__)

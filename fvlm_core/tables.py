@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from pydantic import Field, JsonValue
 from rich import markup
@@ -19,6 +20,18 @@ _NUMBER = r"[+\-−~$]*\d[\d.,]*(e[+-]?\d+)?%?"
 _UNIT = r"(ms|s|min|h|kB|MB|GB|FLOPs|samples/s|frames/s|nats|USD)"
 NUMBER = re.compile(rf"{_NUMBER}( ?{_UNIT}( {_NUMBER} {_UNIT})?)?( \[{_NUMBER}, {_NUMBER}\]| at {_NUMBER})?[*†]*")
 """A number, with or without a unit, an interval, a step or a mark; a sentence that begins with a digit is none."""
+NO_DIFFERENCE = "no difference"
+
+
+class Interval(Protocol):
+    """A number and the bounds it lies in."""
+
+    @property
+    def value(self) -> float: ...
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
 
 
 class Table(Settings):
@@ -57,7 +70,15 @@ class Table(Settings):
 
     def terminal(self) -> RichTable:
         """The table for a rich console."""
-        shown = RichTable(title=self.title or None, title_justify="left", caption=markup.escape(self.note) or None, caption_justify="left")
+        shown = RichTable(
+            title=self.title or None,
+            title_justify="left",
+            caption=markup.escape(self.note) or None,
+            caption_justify="left",
+            box=None,
+            pad_edge=False,
+            header_style="bold",
+        )
         for name, numeric in zip(self.head, self.numeric, strict=True):
             shown.add_column(markup.escape(name), justify="right" if numeric else "left")
         for number, row in enumerate(self.rows):
@@ -83,6 +104,24 @@ def text(value: JsonValue) -> str:
     return value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
+def number(value: Interval | float | None, decimals: int = 3) -> str:
+    """E.g. `0.512 [0.480, 0.541]`, or `0.512` where there is no interval; empty for None."""
+    if value is None:
+        return ""
+    if isinstance(value, int | float):
+        return f"{value:.{decimals}f}"
+    return f"{value.value:.{decimals}f} [{value.low:.{decimals}f}, {value.high:.{decimals}f}]"
+
+
+def difference(value: Interval) -> str:
+    """E.g. `+0.0310 [+0.0280, +0.0343]`, with as many decimals as it takes to see it; `no difference` where nothing differs at all."""
+    shown = value.value or max(abs(value.low), abs(value.high))
+    if shown == 0:
+        return NO_DIFFERENCE
+    decimals = min(MOST_DECIMALS, decimals_for(shown))
+    return f"{value.value:+.{decimals}f} [{value.low:+.{decimals}f}, {value.high:+.{decimals}f}]"
+
+
 def signed(difference: float) -> str:
     """A difference with its sign and four decimals, or as many as two digits of it take: only 0 reads as 0."""
     if difference == 0:
@@ -97,4 +136,4 @@ def decimals_for(value: float, least: int = DIFFERENCE_DECIMALS) -> int:
 
 
 def _is_number(cell: str) -> bool:
-    return NUMBER.fullmatch(cell) is not None
+    return cell == NO_DIFFERENCE or NUMBER.fullmatch(cell) is not None

@@ -2,6 +2,7 @@
 
 from fvlm_core.model.names import Mode
 from fvlm_core.settings import Settings
+from fvlm_core.tables import Table
 
 SMOLVLM2 = "https://huggingface.co/HuggingFaceTB/SmolVLM2-{}-Video-Instruct"
 FVLM = "https://huggingface.co/sanps/fVLM-{}"
@@ -46,21 +47,20 @@ REFERENCES: tuple[Reference, ...] = (
 )
 
 
-def references_table() -> str:
-    """The numbers as a markdown table, a line per model and mode, with a column per benchmark and the sources."""
-    benchmarks = list(dict.fromkeys(reference.benchmark for reference in REFERENCES))
+def references_table() -> Table:
+    """The numbers, a line per model and mode, with a column per benchmark."""
+    benchmarks = list(dict.fromkeys(one.benchmark for one in REFERENCES))
     lines: dict[tuple[str, int, str], dict[str, float]] = {}
-    sources: dict[tuple[str, int, str], list[str]] = {}
-    for reference in REFERENCES:
-        line = (reference.model, reference.tokens_per_frame, reference.mode or "")
-        lines.setdefault(line, {})[reference.benchmark] = reference.value
-        if reference.source not in sources.setdefault(line, []):
-            sources[line].append(reference.source)
-    table = [
-        f"| model | tokens/frame | mode | {' | '.join(benchmarks)} | published at |",
-        f"|---|---|---|{'---|' * len(benchmarks)}---|",
+    for one in REFERENCES:
+        lines.setdefault((one.model, one.tokens_per_frame, one.mode or ""), {})[one.benchmark] = one.value
+    rows = [
+        [model, str(tokens), mode, *(f"{scores[name]:.1f}" if name in scores else "" for name in benchmarks)]
+        for (model, tokens, mode), scores in lines.items()
     ]
-    for line, scores in lines.items():
-        values = " | ".join(f"{scores[name]:.1f}" if name in scores else "" for name in benchmarks)
-        table.append(f"| {line[0]} | {line[1]} | {line[2]} | {values} | {', '.join(sources[line])} |")
-    return "\n".join(["Published by their authors; not measured here.", "", *table])
+    sources = ", ".join(f"<{one}>" for one in dict.fromkeys(one.source for one in REFERENCES))
+    return Table(
+        title="Published models",
+        head=["model", "tokens per frame", "mode", *benchmarks],
+        rows=rows,
+        note=f"Published by their authors, not measured here. Sources: {sources}.",
+    )

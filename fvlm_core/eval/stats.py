@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest
 
-from fvlm_core.eval.results import Estimate
+from fvlm_core.eval.estimates import Estimate
 
 INTERVAL = 0.95
 DECIMALS = 6
@@ -69,4 +68,6 @@ class Bootstrap:
 
 def mcnemar(only_a: int, only_b: int) -> float:
     """Two-sided exact p-value that two methods are equally often right, from the questions only one of them got."""
+    from scipy.stats import binomtest  # half a second that only this needs
+
     return round(float(binomtest(only_a, only_a + only_b).pvalue), DECIMALS) if only_a + only_b else 1.0

@@ -5,6 +5,8 @@ import re
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from fvlm_core.eval.estimates import Estimate
+from fvlm_core.eval.part import OWN_SPLIT
 from fvlm_core.figures import Figure
 from fvlm_core.release.evidence import Evidence
 from fvlm_core.release.html import TEMPLATES
@@ -30,9 +32,9 @@ def card(evidence: Evidence, verdict: str, *, picture: Figure | None) -> str:
         tokens_per_frame=results.tokens_per_frame,
         frame_px=results.frame_px,
         origins=_origins(evidence),
-        looks=len(results.modes) > 1,
+        looks=results.looks,
         mode=evidence.best_mode,
-        modes=modes_table(results, latency=None).markdown(),
+        modes=modes_table(results).markdown(),
         sources=_sources_table(evidence).markdown(),
         limitations=limitations(evidence),
         versions=evidence.run.manifest.versions,
@@ -77,30 +79,24 @@ def _metadata(evidence: Evidence) -> ModelCardData:
 
 
 def _eval_results(evidence: Evidence) -> list[EvalResult]:
-    """Every headline number of every mode, for the card's model-index."""
-    found = []
-    for mode, one in evidence.results.modes.items():
-        values = {"loss": ("Cross-entropy (nats per token)", one.loss.value)}
-        if one.captions is not None:
-            values |= {"cider": ("CIDEr-D", one.captions.cider_d.value), "bleu": ("BLEU-4", one.captions.bleu_4.value)}
-        if one.multiple_choice is not None:
-            values |= {"accuracy": ("Multiple-choice accuracy", one.multiple_choice.accuracy.value)}
-        found += [
-            EvalResult(
-                task_type="video-text-to-text",
-                task_name=f"Video question answering and captioning, {mode}",
-                dataset_type="fvlm-validation",
-                dataset_name="fVLM validation split",
-                dataset_config=mode,  # the hub merges results of equal dataset, configuration and split
-                dataset_split="validation",
-                dataset_args={"shards": evidence.results.shards},
-                metric_type=metric,
-                metric_name=f"{name} ({mode})",
-                metric_value=value,
-            )
-            for metric, (name, value) in values.items()
-        ]
-    return found
+    """The card's numbers of every part and mode, for the card's model-index."""
+    return [
+        EvalResult(
+            task_type="video-text-to-text",
+            task_name=f"Video question answering and captioning, {mode}",
+            dataset_type=part.dataset.type,
+            dataset_name=part.dataset.name,
+            dataset_config=mode,  # the hub merges results of equal dataset, configuration and split
+            dataset_split=part.dataset.split,
+            dataset_args={"shards": evidence.results.shards} if part.dataset == OWN_SPLIT else None,
+            metric_type=metric.hub_type,
+            metric_name=f"{metric.name} ({mode})",
+            metric_value=value.value if isinstance(value, Estimate) else value,
+        )
+        for part in evidence.results.parts.values()
+        for metric in part.card_results()
+        for mode, value in metric.values.items()
+    ]
 
 
 def _sources_table(evidence: Evidence) -> Table:

@@ -9,7 +9,8 @@ from pydantic import JsonValue
 from fvlm_core.config import Recipe
 from fvlm_core.data.jobs import ShardManifest
 from fvlm_core.errors import UserError
-from fvlm_core.eval.results import LATENCY_FILE, EvalReport, Latency, Results
+from fvlm_core.eval.parts.latency import LatencyResult
+from fvlm_core.eval.results import EvalReport, Results
 from fvlm_core.manifest import AnyManifest, Manifest
 from fvlm_core.model.names import MODES, Mode
 from fvlm_core.release.jobs import ReleaseJob
@@ -42,7 +43,6 @@ class Evidence:
     run: FinishedRun
     results: Results
     evaluation: EvalReport
-    latency: Latency | None
     shards: ShardManifest
     stages: dict[str, FinishedRun]
     """In order; the released run alone where none were given."""
@@ -66,13 +66,11 @@ class Evidence:
                 where=f"{job.evaluation} and {job.run}",
                 fix="evaluate this run, then release it",
             )
-        latency = job.evaluation / LATENCY_FILE
         return cls(
             job=job,
             run=run,
             results=results,
             evaluation=EvalReport.read(job.evaluation),
-            latency=Latency.model_validate_json(latency.read_text()) if latency.is_file() else None,
             shards=ShardManifest.read(job.shards),
             stages={name: FinishedRun.read(folder) for name, folder in job.stages.items()} or {run.recipe.name: run},
             reports={name: Found(folder, AnyManifest.read(folder)) for name, folder in job.reports.items()},
@@ -109,6 +107,11 @@ class Evidence:
     def recipe(self) -> Recipe:
         """Of the released run."""
         return self.run.recipe
+
+    @property
+    def latency(self) -> LatencyResult | None:
+        """On the machine of the evaluation."""
+        return self.results.part(LatencyResult)
 
     @property
     def best_mode(self) -> Mode:

@@ -4,7 +4,7 @@ import shutil
 import time
 
 from fvlm_core.data.shard_set import ShardSet
-from fvlm_core.eval.results import GAZE_PICTURE
+from fvlm_core.eval.parts.gaze import GAZE_PICTURE
 from fvlm_core.figures import Figure
 from fvlm_core.manifest import file_entries, write_atomically
 from fvlm_core.model.build import load_model

@@ -1,11 +1,8 @@
-"""How the report says modes, times, code and differences."""
+"""How the report says modes, times and code."""
 
 import re
 
-from fvlm_core.eval.results import Estimate
-from fvlm_core.eval.tables import number
 from fvlm_core.model.names import Mode
-from fvlm_core.tables import MOST_DECIMALS, decimals_for
 
 MODES: dict[Mode, str] = {"coarse_only": "coarse-only", "coarse_fine": "coarse→fine", "autoregressive": "autoregressive"}
 
@@ -16,12 +13,6 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def difference(estimate: Estimate) -> str:
-    """A difference with its interval, with enough decimals to see that it is none of 0; `0 [0, 0]` where nothing differs at all."""
-    shown = estimate.value or max(abs(estimate.low), abs(estimate.high))
-    return number(estimate, min(MOST_DECIMALS, decimals_for(shown)) if shown else 0)
 
 
 def fenced(text: str, language: str = "") -> str:

@@ -1,4 +1,4 @@
-"""A tiny run on tiny shards, made once for the room."""
+"""A tiny run on tiny shards, made once for all tests of the package."""
 
 from pathlib import Path
 
@@ -20,10 +20,13 @@ from fvlm_core.config import (
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.eval.evaluate import load_subject
 from fvlm_core.eval.jobs import EvalJob
+from fvlm_core.eval.part import Context
+from fvlm_core.eval.stats import Bootstrap
 from fvlm_core.eval.subject import Subject
 from fvlm_core.eval.validation import ValidationSplit
 from fvlm_core.manifest import Manifest, file_entries
 from fvlm_core.model.build import build_model, save_model
+from fvlm_core.model.names import MODES
 from tests.tiny import tiny_shards
 
 IMAGE_REPEATS = 2
@@ -64,14 +67,13 @@ def run(shards: Path) -> Path:
 
 
 def small_job(run: Path, shards: Path, output: Path, **changes: object) -> EvalJob:
-    values = {
-        "loss_samples": 24,
-        "caption_samples": 6,
-        "mcq_samples": 12,
-        "order_samples": 8,
-        "heatmaps": 2,
-        "latency_clips": 2,
-        "max_new_tokens": 8,
+    values: dict[str, object] = {
+        "losses": {"samples": 24},
+        "captions": {"samples": 6, "max_new_tokens": 8},
+        "multiple_choice": {"questions": 12},
+        "question_order": {"questions": 8},
+        "gaze": {"heatmaps": 2},
+        "latency": {"clips": 2},
         "resamples": 100,
     }
     return EvalJob.model_validate({"output": output, "run": run, "shards": shards, "device": "cpu", **values, **changes})
@@ -80,6 +82,11 @@ def small_job(run: Path, shards: Path, output: Path, **changes: object) -> EvalJ
 @pytest.fixture(scope="session")
 def subject(run: Path, shards: Path) -> Subject:
     return load_subject(small_job(run, shards, run, batch_samples=16))
+
+
+@pytest.fixture(scope="session")
+def context(subject: Subject, split: ValidationSplit, shards: Path) -> Context:
+    return Context(subject=subject, split=split, modes=list(MODES), bootstrap=Bootstrap(50, 0), output=shards.parent / "pictures")
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,12 @@ import pytest
 import torch.nn.functional as F
 
 from fvlm_core.data.batch import IGNORE, Sample, Turn, pack
-from fvlm_core.eval.choices import choice_results, option_scores
+from fvlm_core.eval.caption_metrics import caption_stats
 from fvlm_core.eval.items import NO_MEDIA, Media, choice_samples, without_answer
-from fvlm_core.eval.places import gaze_hits, order_results
+from fvlm_core.eval.part import Context
+from fvlm_core.eval.parts.captions import Captions
+from fvlm_core.eval.parts.multiple_choice import ChoiceResult, measure_choices, option_scores
+from fvlm_core.eval.parts.question_order import gaze_hits, order_results
 from fvlm_core.eval.stats import Bootstrap
 from fvlm_core.eval.subject import Subject
 from fvlm_core.eval.validation import ValidationSplit
@@ -69,9 +72,10 @@ def test_modes_are_measured_on_the_same_tokens_and_text_is_equal_in_all(subject:
         assert not np.allclose(losses[mode][~text, 0], losses["coarse_only"][~text, 0], atol=1e-5)
 
 
-def test_baselines_and_tests_add_up(subject: Subject, split: ValidationSplit):
+def test_baselines_and_tests_add_up(context: Context, subject: Subject, split: ValidationSplit):
     items = split.items(16)
-    baselines, scores, tests = choice_results(subject, items, MODES, Bootstrap(50, 0))
+    result = measure_choices(context, items, ChoiceResult)
+    baselines, scores, tests = result.baselines, result.modes, result.paired_tests
     assert baselines.chance == 0.25
     assert sum(baselines.gold_positions) == baselines.questions == 16
     assert baselines.majority == max(baselines.gold_positions) / 16
@@ -134,7 +138,10 @@ def test_only_a_question_that_comes_first_moves_the_gaze(subject: Subject, split
 
 def test_order_table_counts_what_a_reader_would(subject: Subject, split: ValidationSplit):
     questions = split.places(6)
-    cells = order_results(subject, questions, MODES, Bootstrap(50, 0))
+    result = order_results(subject, questions, MODES, Bootstrap(50, 0))
+    cells = result.cells
+    every = [character for question in questions for character in question.answer]
+    assert result.constant == pytest.approx(max(np.mean([c == always for c in every]) for always in "0123456789"), abs=1e-6)
     assert [(cell.order, cell.mode) for cell in cells] == [
         (order, mode) for order in ("question_first", "question_after") for mode in MODES
     ]
@@ -165,7 +172,7 @@ def test_accuracy_is_one_when_the_model_says_the_answer(subject: Subject, split:
         turns = [Turn(bare.turns[0].question_ids, subject.encode(said) * 2)]
         questions.append(replace(question, answer=said, sample=replace(question.sample, turns=turns), cells=[(0, 0)] * 3))
     assert all(question.answer for question in questions)
-    first, after = order_results(subject, questions, ["coarse_fine"], Bootstrap(20, 0))
+    first, after = order_results(subject, questions, ["coarse_fine"], Bootstrap(20, 0)).cells
     assert first.accuracy.value == 1
     assert after.accuracy.value < 1
 
@@ -176,3 +183,11 @@ def test_generation_leaves_out_the_end_of_the_turn(subject: Subject, split: Vali
     stopping = replace(subject, chat=replace(subject.chat, assistant_close=ids[2:3]))
     (said,) = stopping.generate([sample], "coarse_only", max_new_tokens=6)
     assert said == str(subject.tokenizer.decode(ids[: ids.index(ids[2])])).strip()
+
+
+def test_the_constant_caption_is_a_reference_and_scores_as_a_model_that_says_it(context: Context, split: ValidationSplit):
+    result = Captions(samples=6, max_new_tokens=4).measure(context)
+    references = [question.answer for question in split.captions(6)]
+    assert result.constant_caption in references
+    constants = [caption_stats([text] * 6, [[one] for one in references]).cider_d.mean() for text in references]
+    assert result.constant.cider_d.value == pytest.approx(max(constants), abs=1e-6)

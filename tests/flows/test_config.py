@@ -83,7 +83,7 @@ def test_laptop_and_runpod_have_the_grid_and_the_ablations_that_are_promised() -
         ("precompute.clips.sources.gaze_cell.trian", 3, ["precompute.clips.sources.gaze_cell.trian", "allowed here", "train"]),
         ("ablations.0", {"name": "warm", "path": "model.temperature", "value": -1}, ["ablations: warm", "model.temperature"]),
         ("name", "Mein Profil", ["name", "pattern"]),
-        ("evaluation.mcq_sample", 5, ["evaluation.mcq_sample", "mcq_samples"]),
+        ("evaluation.captions.sample", 5, ["evaluation.captions.sample", "samples"]),
         ("precompute.sources", [{"name": "mine", "files": ["a.csv"], "format": "xml"}], ["precompute.sources.0.format", "webvid"]),
         ("precompute.sources", [{"name": "mine", "files": []}], ["precompute.sources.0.files", "at least 1"]),
         ("precompute.sources", [{"name": "mine", "files": ["a.csv"]}] * 2, ["the name mine appears twice"]),
@@ -110,8 +110,8 @@ def test_an_unknown_profile_is_told_with_those_there_are() -> None:
 @pytest.mark.parametrize(
     ("path", "value", "rerun"),
     [
+        ("evaluation.multiple_choice.questions", 25, {"evaluate", "release"}),
         ("stages.stage2.run.steps", 11, {"train", "evaluate", "release"}),
-        ("evaluation.mcq_samples", 9, {"evaluate", "release"}),
         ("release.name", "fVLM-other", {"release"}),
         ("ablations.0.value", 0.5, {"ablations", "scaling", "train", "evaluate", "release"}),
         ("precompute.shards.seed", 1, set(PHASES)),

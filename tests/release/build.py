@@ -6,23 +6,18 @@ import numpy as np
 from matplotlib.image import imsave
 
 from fvlm_core.data.jobs import ShardManifest
-from fvlm_core.eval.results import (
-    GAZE_PICTURE,
-    CaptionExample,
-    CaptionScores,
-    ChoiceBaselines,
-    ChoiceScores,
-    Estimate,
-    EvalReport,
-    Headline,
-    HeatMap,
-    Latency,
-    ModeLatency,
-    ModeResults,
-    OrderCell,
-    PairedTest,
-    Results,
-)
+from fvlm_core.eval.estimates import Estimate, PairedTest
+from fvlm_core.eval.part import PartResult
+from fvlm_core.eval.parts.captions import CaptionExample, CaptionResult, CaptionScores
+from fvlm_core.eval.parts.gaze import GAZE_PICTURE, GazeResult, HeatMap
+from fvlm_core.eval.parts.latency import LatencyResult, ModeLatency
+from fvlm_core.eval.parts.losses import LossResult, ModeLoss
+from fvlm_core.eval.parts.multiple_choice import ChoiceBaselines, ChoiceResult, ChoiceScores
+from fvlm_core.eval.parts.question_order import ORDERS, OrderCell, OrderResult
+from fvlm_core.eval.results import EvalReport, Results
+from fvlm_core.eval.summary import verdict
+from fvlm_core.eval.tables import headline_table
+from fvlm_core.figures import Figure
 from fvlm_core.manifest import Manifest, file_entries, sha256_file
 from fvlm_core.model.build import build_model, save_model
 from fvlm_core.release.evidence import PhaseRecord
@@ -83,7 +78,18 @@ def estimate(value: float, width: float = 0.02) -> Estimate:
     return Estimate(value=value, low=value - width, high=value + width, n=24, count=96)
 
 
-def evaluation(folder: Path, run_folder: Path, *, modes=("coarse_only", "coarse_fine", "autoregressive"), gain: float = 0.31) -> Path:
+def captions(cider_d: float) -> CaptionScores:
+    others = {name: estimate(value) for name, value in (("bleu_1", 0.8), ("bleu_2", 0.7), ("bleu_3", 0.6), ("bleu_4", 0.543))}
+    return CaptionScores(cider_d=estimate(cider_d), rouge_l=estimate(0.7), **others)
+
+
+def evaluation(
+    folder: Path,
+    run_folder: Path,
+    *,
+    modes=("coarse_only", "coarse_fine", "autoregressive"),
+    gain: float = 0.31,
+) -> Path:
     """Results with recognisable numbers."""
     folder.mkdir(parents=True)
     (folder / "heatmaps").mkdir()
@@ -92,6 +98,71 @@ def evaluation(folder: Path, run_folder: Path, *, modes=("coarse_only", "coarse_
         imsave(folder / name, rng.random((60, 90, 3)), metadata={"Software": None})
     looks = len(modes) > 1
     scores = {mode: 1.8765 - 0.3 * number for number, mode in enumerate(modes)}
+    gap = PairedTest(a="autoregressive", b="coarse_fine", metric="loss", difference=estimate(0.004))
+    gained = PairedTest(a="coarse_only", b="coarse_fine", metric="loss", difference=estimate(gain))
+    parts: dict[str, PartResult] = {
+        "losses": LossResult(
+            modes={
+                mode: ModeLoss(loss=estimate(loss), by_source={"gaze_cell": estimate(loss + 0.1), "text": estimate(loss - 0.1)})
+                for mode, loss in scores.items()
+            },
+            samples=48,
+            train_inference_gap=gap if looks else None,
+            foveation_gain=gained if looks else None,
+        ),
+        "captions": CaptionResult(
+            modes=dict.fromkeys(modes, captions(3.21)),
+            constant_caption="A red 5.",
+            constant=captions(1.23),
+            captions=24,
+            examples=[
+                CaptionExample(key="k", source="gaze_caption", reference="A <b>red</b> 3.", generated=dict.fromkeys(modes, "A red 5."))
+            ],
+            absent={"meteor": "no java"},
+        ),
+        "multiple_choice": ChoiceResult(
+            modes=dict.fromkeys(
+                modes,
+                ChoiceScores(
+                    accuracy=estimate(0.654),
+                    by_task={"gaze_cell": estimate(0.654)},
+                    predicted_positions=[5, 5, 5, 5],
+                    shuffled_frames=estimate(0.321),
+                ),
+            ),
+            baselines=ChoiceBaselines(
+                chance=0.25, majority=0.26, blind=estimate(0.251), gold_positions=[5, 5, 5, 5], questions=20, clips=10
+            ),
+        ),
+        "question_order": OrderResult(
+            cells=[
+                OrderCell(
+                    order=order,
+                    mode=mode,
+                    accuracy=estimate(0.777 if (order, mode) != ("question_first", "coarse_only") else 0.222),
+                    first_frame=estimate(0.7),
+                    later_frames=estimate(0.912 if order == "question_first" else 0.233),
+                    by_frame=[estimate(0.7), estimate(0.9)],
+                    loss=estimate(0.5),
+                    gaze_hit_rate=estimate(0.876) if mode != "coarse_only" else None,
+                )
+                for order in ORDERS
+                for mode in modes
+            ],
+            constant=0.12,
+            gaze_chance=1 / 9,
+            questions=24,
+        ),
+        "latency": LatencyResult(
+            device="cpu", threads=1, frames=3, modes={mode: ModeLatency(median_ms=12.5, low_ms=11, high_ms=14, clips=4) for mode in modes}
+        ),
+    }
+    if looks:
+        parts["gaze"] = GazeResult(
+            entropy=dict.fromkeys(modes, estimate(0.432)),
+            heatmaps=[HeatMap(file="heatmaps/0.png", key="k0", source="gaze_cell", question="Which digits?", answer="3 5 7")],
+            composite=Figure(file=GAZE_PICTURE, caption="Where the model looks.", chart=False),
+        )
     results = Results(
         run=run_folder.name,
         checkpoint=sha256_file(run_folder / "model" / "model.safetensors"),
@@ -100,65 +171,18 @@ def evaluation(folder: Path, run_folder: Path, *, modes=("coarse_only", "coarse_
         resamples=1000,
         frame_px=42,
         tokens_per_frame=1 if looks else 4,
-        modes={
-            mode: ModeResults(
-                loss=estimate(loss),
-                loss_by_source={"gaze_cell": estimate(loss + 0.1), "text": estimate(loss - 0.1)},
-                captions=CaptionScores(
-                    cider_d=estimate(3.21),
-                    bleu_1=estimate(0.8),
-                    bleu_2=estimate(0.7),
-                    bleu_3=estimate(0.6),
-                    bleu_4=estimate(0.543),
-                    rouge_l=estimate(0.7),
-                ),
-                multiple_choice=ChoiceScores(
-                    accuracy=estimate(0.654),
-                    by_task={"gaze_cell": estimate(0.654)},
-                    predicted_positions=[5, 5, 5, 5],
-                    shuffled_frames=estimate(0.321),
-                ),
-                attention_entropy=estimate(0.432) if looks else None,
-            )
-            for mode, loss in scores.items()
-        },
-        train_inference_gap=PairedTest(a="autoregressive", b="coarse_fine", metric="loss", difference=estimate(0.004)) if looks else None,
-        foveation_gain=PairedTest(a="coarse_only", b="coarse_fine", metric="loss", difference=estimate(gain)) if looks else None,
-        multiple_choice=ChoiceBaselines(
-            chance=0.25, majority=0.26, blind=estimate(0.251), gold_positions=[5, 5, 5, 5], questions=20, clips=10
-        ),
-        question_order=[
-            OrderCell(
-                order=order,
-                mode=mode,
-                accuracy=estimate(0.777 if (order, mode) != ("question_first", "coarse_only") else 0.222),
-                first_frame=estimate(0.7),
-                later_frames=estimate(0.912 if order == "question_first" else 0.233),
-                by_frame=[estimate(0.7), estimate(0.9)],
-                loss=estimate(0.5),
-                gaze_hit_rate=estimate(0.876) if mode != "coarse_only" else None,
-            )
-            for order in ("question_first", "question_after")
-            for mode in modes
-        ],
-        gaze_chance=1 / 9,
-        caption_examples=[
-            CaptionExample(key="k", source="gaze_caption", reference="A <b>red</b> 3.", generated=dict.fromkeys(modes, "A red 5."))
-        ],
-        heatmaps=[HeatMap(file="heatmaps/0.png", key="k0", source="gaze_cell", question="Which digits?", answer="3 5 7")],
-        absent={"meteor": "no java"},
+        looks=looks,
+        modes=list(modes),
+        parts=parts,
     )
-    results.write(folder)
-    latency = Latency(
-        device="cpu", threads=1, frames=3, modes={mode: ModeLatency(median_ms=12.5, low_ms=11, high_ms=14, clips=4) for mode in modes}
-    )
-    (folder / "latency.json").write_text(latency.model_dump_json())
+    timings = results.write(folder)
     EvalReport(
         name="evaluation",
         settings_hash="e",
-        files=file_entries(folder, ["results.json", "*.png", "heatmaps/*"]),
+        files=file_entries(folder, ["results.json", "*.png", "heatmaps/*"]) + file_entries(folder, timings, identity=False),
         seconds=20,
-        headline={mode: Headline(loss=loss) for mode, loss in scores.items()},
+        verdict=verdict(results).line,
+        headline=headline_table(results.headline()),
     ).write(folder)
     return folder
 

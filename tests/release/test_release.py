@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 
 from fvlm_core.config import LLMSettings, VisionSettings
 from fvlm_core.errors import UserError
+from fvlm_core.eval.parts.losses import LossResult
 from fvlm_core.eval.results import Results
 from fvlm_core.release import verify as verify_module
 from fvlm_core.release.card import base_models, card
@@ -70,11 +71,14 @@ def test_card_metadata(manifest, job):
     assert found_card.data.base_model is None
     results = Results.read(job.evaluation)
     found = {(one.dataset_config, one.metric_type): one.metric_value for one in found_card.data.eval_results}
-    assert found["coarse_fine", "loss"] == results.modes["coarse_fine"].loss.value
+    losses = results.part(LossResult)
+    assert losses is not None
+    assert found["coarse_fine", "loss"] == losses.modes["coarse_fine"].loss.value
     assert found["autoregressive", "accuracy"] == 0.654
     assert len(found) == 12
     assert "Said by the job." in found_card.text
-    assert "| mode | loss (nats/token) | CIDEr-D | BLEU-4 | multiple choice | attention entropy |\n" in found_card.text, "no times"
+    assert "| loss (nats/token) | 1.877 [1.857, 1.897] |" in found_card.text
+    assert "first token (ms)" not in found_card.text, "times are of the machine"
     assert re.search(r"\| gaze_cell \| video \| \d+ \| 50% \|", found_card.text)
     assert 'AutoModel.from_pretrained("path/to/fVLM-tiny", trust_remote_code=True)' in found_card.text
 
@@ -99,12 +103,24 @@ def test_base_models_are_those_that_the_hub_knows(job):
     assert "/volume" not in str(text)
 
 
+def test_card_and_report_show_every_part_that_the_results_hold(manifest, job):
+    """Nothing in the release names a part to show it: what the results hold is there."""
+    results = Results.read(job.evaluation)
+    card_text, report_text = (job.output / CARD_FILE).read_text(), (job.output / REPORT_TEXT).read_text()
+    for part in results.parts.values():
+        for table in part.tables():
+            assert f"### {table.title}" in report_text or f"## {table.title}" in report_text
+        assert part.timing or all(f"| {metric.name} |" in card_text for metric in part.headline())
+    for figure in results.figures():
+        assert figure.markdown().partition("(")[0] in report_text
+
+
 def test_html_is_one_file(manifest, job):
     html = (job.output / REPORT_HTML).read_text()
     assert not re.search(r"""(?<!<a )(src|href)\s*=\s*["']?(https?:)?//""", html), "only links lead out"
     assert not re.search(r"@import|url\(\s*['\"]?http", html)
     sources = re.findall(r'<img[^>]*src="([^"]{0,30})', html)
-    assert len(sources) == 8  # curves, ablations, five of scaling, a heat map
+    assert len(sources) == 9  # curves, ablations, five of scaling, gaze and a heat map
     assert all(source.startswith("data:image/png;base64,") for source in sources)
 
 
@@ -112,7 +128,9 @@ def test_html_is_one_file(manifest, job):
 def test_reports_hold_the_numbers(manifest, job, form):
     text = re.sub(r"<[^>]*>", "", (job.output / form).read_text())
     results = Results.read(job.evaluation)
-    for mode in results.modes.values():
+    losses = results.part(LossResult)
+    assert losses is not None
+    for mode in losses.modes.values():
         assert f"{mode.loss.value:.3f} [{mode.loss.low:.3f}, {mode.loss.high:.3f}]" in text
     for value in ("3.210", "0.543", "0.654", "0.912", "0.233", "0.222", "0.876", "12.5", "+0.1357", results.checkpoint):
         assert value in text, value
@@ -128,7 +146,7 @@ def test_reports_hold_the_numbers(manifest, job, form):
 def test_markdown_links_pictures_that_exist(manifest, job):
     text = (job.output / REPORT_TEXT).read_text()
     linked = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
-    assert len(linked) == 8
+    assert len(linked) == 9
     assert all((job.output / path).is_file() for path in linked)
 
 

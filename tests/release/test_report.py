@@ -13,17 +13,21 @@ from hypothesis import strategies as st
 from matplotlib.image import imsave
 
 from fvlm_core.data.jobs import BadClip
-from fvlm_core.eval.results import Estimate
+from fvlm_core.eval.estimates import Estimate
+from fvlm_core.eval.parts.captions import CaptionResult
+from fvlm_core.eval.parts.gaze import GazeResult
+from fvlm_core.eval.parts.losses import LossResult
+from fvlm_core.eval.results import Results
+from fvlm_core.eval.summary import verdict
 from fvlm_core.figures import Figure
 from fvlm_core.manifest import Manifest
-from fvlm_core.release import headline
 from fvlm_core.release.evidence import Evidence
 from fvlm_core.release.figures import Figures
 from fvlm_core.release.html import html, markdown_renderer
 from fvlm_core.release.report import Report, Section
 from fvlm_core.release.sections import SECTIONS, build, data, limitations, provenance, reproduce
-from fvlm_core.release.words import difference, duration, fenced
-from fvlm_core.tables import Table
+from fvlm_core.release.words import duration, fenced
+from fvlm_core.tables import NO_DIFFERENCE, Table, difference
 from tests.release.build import full_job
 
 TAGS = "p em strong code pre details summary ul ol li h1 h2 h3 h4 h5 h6 hr br blockquote a div table thead tbody tr th td"
@@ -41,21 +45,26 @@ def figures(tmp_path) -> Figures:
     return Figures(tmp_path)
 
 
+def part(results: Results, kind):
+    found = results.part(kind)
+    assert found is not None
+    return found
+
+
 def page(evidence: Evidence, figures: Figures) -> str:
     return html(build(evidence, figures), figures.output)
 
 
 @pytest.mark.parametrize("evil", EVIL)
 def test_what_a_model_or_a_clip_says_is_text(evidence, figures, evil):
-    (example,) = evidence.results.caption_examples
-    (heat_map,) = evidence.results.heatmaps
-    results = evidence.results.model_copy(
-        update={
-            "caption_examples": [example.model_copy(update={"reference": evil, "generated": dict.fromkeys(example.generated, evil)})],
-            "heatmaps": [heat_map.model_copy(update={"question": evil, "answer": evil})],
-            "absent": {evil: evil},
-        }
-    )
+    results = evidence.results
+    captions, gaze = (part(results, kind) for kind in (CaptionResult, GazeResult))
+    (example,), (heat_map,) = captions.examples, gaze.heatmaps
+    said = example.model_copy(update={"reference": evil, "generated": dict.fromkeys(example.generated, evil)})
+    captions = captions.model_copy(update={"examples": [said], "constant_caption": evil})
+    gaze = gaze.model_copy(update={"heatmaps": [heat_map.model_copy(update={"question": evil, "answer": evil})]})
+    parts = results.parts | {"captions": captions, "gaze": gaze}
+    results = results.model_copy(update={"parts": parts, "absent": {evil: evil}})
     shards = evidence.shards.model_copy(update={"bad": [BadClip(url=evil, reason=evil)]})
     shown = page(replace(evidence, results=results, shards=shards), figures)
     assert "<script" not in shown
@@ -156,10 +165,10 @@ def test_the_command_names_the_profile_that_was_used(evidence, figures, job, com
 @pytest.mark.parametrize(
     ("value", "low", "high", "shown"),
     [
-        (0.00003, 0.000002, 0.0001, "0.000030 [0.000002, 0.000100]"),
+        (0.00003, 0.000002, 0.0001, "+0.000030 [+0.000002, +0.000100]"),
         (-0.31, -0.4, -0.2, "-0.3100 [-0.4000, -0.2000]"),
-        (0.0, -0.001, 0.001, "0.0000 [-0.0010, 0.0010]"),
-        (0.0, 0.0, 0.0, "0 [0, 0]"),
+        (0.0, -0.001, 0.001, "+0.0000 [-0.0010, +0.0010]"),
+        (0.0, 0.0, 0.0, NO_DIFFERENCE),
     ],
 )
 def test_differences_show_whether_they_are_any(value, low, high, shown):
@@ -167,17 +176,14 @@ def test_differences_show_whether_they_are_any(value, low, high, shown):
 
 
 def test_a_small_difference_is_not_worse_by_nothing(evidence):
-    gap = evidence.results.train_inference_gap
+    losses = part(evidence.results, LossResult)
     small = Estimate(value=3e-5, low=2e-6, high=9e-5, n=24, count=96)
-    results = evidence.results.model_copy(
-        update={
-            "train_inference_gap": gap.model_copy(update={"difference": small}),
-            "foveation_gain": gap.model_copy(update={"difference": small}),
-        }
-    )
+    changes = {name: getattr(losses, name).model_copy(update={"difference": small}) for name in ("train_inference_gap", "foveation_gain")}
+    parts = evidence.results.parts | {"losses": losses.model_copy(update=changes)}
+    results = evidence.results.model_copy(update={"parts": parts})
     made = replace(evidence, results=results)
-    text = " ".join([*limitations.limitations(made), *headline.verdict(made)])
-    assert "worse than coarse→fine by 0.000030 [0.000002, 0.000090]" in text
+    text = " ".join([*limitations.limitations(made), verdict(results).line])
+    assert "worse than coarse→fine: +0.000030 [+0.000002, +0.000090]" in text
     assert "better than coarse-only by 0.000030 nats" in text
     assert not re.search(r"[ +-]0\.0000?[ .,]", text)
 

@@ -6,6 +6,7 @@ A new phase shows its report by a file here and a line in `SECTIONS`; it finds i
 
 from collections.abc import Callable
 
+from fvlm_core.eval.summary import verdict
 from fvlm_core.release import headline
 from fvlm_core.release.evidence import Evidence
 from fvlm_core.release.figures import Figures
@@ -16,20 +17,15 @@ from fvlm_core.release.sections import (
     curves,
     data,
     evaluation,
-    gaze,
     limitations,
     provenance,
     published,
-    question_order,
     reproduce,
     scaling,
     speed,
 )
 
 SECTIONS: tuple[Callable[[Evidence, Figures], Section], ...] = (
-    evaluation.section,
-    question_order.section,
-    gaze.section,
     curves.section,
     ablations.section,
     scaling.section,
@@ -41,21 +37,25 @@ SECTIONS: tuple[Callable[[Evidence, Figures], Section], ...] = (
     provenance.section,
     reproduce.section,
 )
-"""In the order of the report."""
+"""In the order of the report, after those of the evaluation."""
 
 
 def build(evidence: Evidence, figures: Figures) -> Report:
     """The complete report; its pictures are put into `figures`."""
-    verdict, tone, note = headline.verdict(evidence)
+    found = verdict(evidence.results)
     job, per_frame = evidence.job, evidence.results.tokens_per_frame
     profile = f"profile {job.profile}, " if job.profile else ""
     subtitle = f"Report of a release: {profile}{evidence.run.manifest.params:,} parameters, "
     return Report(
         name=job.name,
         subtitle=subtitle + f"{per_frame} visual token{'s' if per_frame > 1 else ''} per frame",
-        verdict=verdict,
-        tone=tone,
-        verdict_note=note,
+        verdict=found.text,
+        tone=found.tone,
+        verdict_note=found.note,
         tiles=headline.tiles(evidence),
-        sections=[section(evidence, figures) for section in SECTIONS],
+        sections=[
+            evaluation.section(evidence, figures),
+            *evaluation.parts(evidence, figures),
+            *(section(evidence, figures) for section in SECTIONS),
+        ],
     )

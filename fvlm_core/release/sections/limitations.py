@@ -1,12 +1,14 @@
 """What this release does not show, and what did not work."""
 
+from fvlm_core.eval.part import OWN_SPLIT
+from fvlm_core.eval.parts.losses import LossResult
 from fvlm_core.markdown import escape
 from fvlm_core.release.evidence import Evidence
 from fvlm_core.release.figures import Figures
 from fvlm_core.release.report import Section
-from fvlm_core.release.words import difference, items
+from fvlm_core.release.words import items
 from fvlm_core.scaling.jobs import AblationReport
-from fvlm_core.tables import signed
+from fvlm_core.tables import difference, signed
 
 TOY_PARAMS = 20_000_000
 """Below the size of any pretrained backbone we use: a demonstration of the pipeline."""
@@ -30,12 +32,14 @@ def limitations(evidence: Evidence) -> list[str]:
         found.append(f"The {' and the '.join(random)} started from random weights, not from a pretrained checkpoint.")
     if results.frame_px < FULL_FRAME_PX:
         found.append(f"Frames are {results.frame_px} px wide; real runs use {FULL_FRAME_PX} px.")
-    sources = ", ".join(escape(name) for name in sorted(next(iter(results.modes.values())).loss_by_source))
-    found.append(f"Evaluated on held-out samples of the training sources ({sources}), not on public benchmarks.")
+    losses = results.part(LossResult)
+    if losses is not None and all(part.dataset == OWN_SPLIT for part in results.parts.values()):
+        sources = ", ".join(map(escape, losses.sources))
+        found.append(f"Evaluated on held-out samples of the training sources ({sources}), not on public benchmarks.")
     found.append("One training run with one seed: intervals are over validation clips, not over runs.")
-    gap = results.train_inference_gap
+    gap = losses.train_inference_gap if losses else None
     if gap is not None and gap.difference.low > 0:
-        found.append(f"Autoregressive inference is worse than coarse→fine by {difference(gap.difference)} nats per token.")
+        found.append(f"Autoregressive inference is worse than coarse→fine: {difference(gap.difference)} nats per token.")
     ablations = evidence.report("ablations", AblationReport)
     if ablations is not None:
         worse = sorted((row for row in ablations.manifest.rows if row.delta > 0), key=lambda row: row.delta)
@@ -45,5 +49,5 @@ def limitations(evidence: Evidence) -> list[str]:
     divergences = sum(len(stage.manifest.divergences) for stage in evidence.stages.values())
     if divergences:
         found.append(f"Training diverged {divergences} time(s) and went back to an earlier checkpoint.")
-    found += [f"Not measured: {escape(what)} ({escape(why)})." for what, why in results.absent.items()]
+    found += [f"Not measured: {escape(what)} ({escape(why)})." for what, why in results.not_measured().items()]
     return found + evidence.job.limitations

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from sacrebleu.metrics import BLEU
 
-from fvlm_core.eval.captions import CaptionStats, bleu_from_sums, caption_stats, tokenize
+from fvlm_core.eval.caption_metrics import CaptionStats, bleu_from_sums, caption_stats, tokenize
 
 HYPOTHESES = [
     "this is the model generated sentence1 which seems good enough",

@@ -2,7 +2,7 @@
 
 Every metric is computed from per-caption numbers (`CaptionStats`) whose sums over a corpus give the corpus score, so an
 interval comes from resampling captions without scoring them again. CIDEr-D's document frequencies come from the references of
-the whole evaluated set and stay fixed while resampling.
+the complete evaluated set and stay fixed while resampling.
 """
 
 import re
@@ -85,10 +85,8 @@ def bleu_from_sums(sums: np.ndarray, n: int) -> np.ndarray:
     return np.exp(log_precision + log_brevity)
 
 
-def meteor(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float | None:
-    """METEOR 1.5 of the corpus by pycocoevalcap's jar, or None where java or that package is not installed."""
-    if meteor_absence() is not None:
-        return None
+def meteor(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """METEOR 1.5 of the corpus by pycocoevalcap's jar; only where `meteor_absence` is None."""
     from pycocoevalcap.meteor.meteor import Meteor  # pyright: ignore[reportMissingImports]  # optional, heavy
 
     tokenized = {i: [" ".join(tokenize(text))] for i, text in enumerate(hypotheses)}

@@ -1,0 +1,32 @@
+"""The registry of the evaluation's parts: a line each, in the order in which they are measured and shown.
+
+The name of a line is the part's key in the profile (`evaluation.NAME`) and in `results.json`.
+"""
+
+from fvlm_core.eval.part import Part, PartResult
+from fvlm_core.eval.parts.captions import Captions
+from fvlm_core.eval.parts.gaze import Gaze
+from fvlm_core.eval.parts.latency import Latency
+from fvlm_core.eval.parts.losses import Losses
+from fvlm_core.eval.parts.multiple_choice import MultipleChoice
+from fvlm_core.eval.parts.question_order import QuestionOrder
+from fvlm_core.settings import Settings
+
+
+class Parts(Settings):
+    """What is measured."""
+
+    losses: Losses = Losses()
+    captions: Captions = Captions()
+    multiple_choice: MultipleChoice = MultipleChoice()
+    question_order: QuestionOrder = QuestionOrder()
+    gaze: Gaze = Gaze()
+    latency: Latency = Latency()
+
+    def parts(self) -> dict[str, Part]:
+        """Every part's settings by name."""
+        return {name: part for name in type(self).model_fields if isinstance(part := getattr(self, name), Part)}
+
+
+RESULTS: dict[str, type[PartResult]] = {name: field.default.result for name, field in Parts.model_fields.items()}
+"""The class of each part's result, by the part's name."""

@@ -1,0 +1,59 @@
+"""What an evaluation found, for reading: the verdict on looking, and `tables.md`, made from the results alone."""
+
+from typing import Literal, NamedTuple
+
+from fvlm_core.eval.parts.losses import LossResult
+from fvlm_core.eval.references import references_table
+from fvlm_core.eval.results import Results
+from fvlm_core.eval.tables import headline_table
+from fvlm_core.markdown import escape
+from fvlm_core.tables import decimals_for, difference
+
+
+class Verdict(NamedTuple):
+    """Does looking help?"""
+
+    text: str
+    tone: Literal["good", "neutral", "bad"]
+    note: str
+    """The numbers it rests on."""
+
+    @property
+    def line(self) -> str:
+        """Both as one paragraph."""
+        return f"{self.text} {self.note}"
+
+
+def verdict(results: Results) -> Verdict:
+    """From the loss of coarse-only minus that of coarse->fine on the same samples."""
+    losses = results.part(LossResult)
+    if not results.looks:
+        return Verdict("This model pools its frames and does not look anywhere.", "neutral", "There is no finer pass to compare with.")
+    if losses is None or losses.foveation_gain is None:
+        return Verdict("Whether looking helps was not measured.", "neutral", "That takes the losses of coarse_only and coarse_fine.")
+    gain, gap = losses.foveation_gain.difference, losses.train_inference_gap
+    note = f"Loss of coarse-only minus coarse→fine: {difference(gain)} nats per token, over {gain.n} clips and texts."
+    if gap is not None:
+        noise = " (within noise)" if gap.difference.low <= 0 <= gap.difference.high else ""
+        note += f" Autoregressive inference minus coarse→fine: {difference(gap.difference)}{noise}."
+    by = f"{abs(gain.value):.{decimals_for(gain.value or 1, 3)}f}"
+    if gain.low > 0:
+        return Verdict(f"Looking helps: coarse→fine is better than coarse-only by {by} nats per token.", "good", note)
+    if gain.high < 0:
+        return Verdict(f"Looking hurts: coarse→fine is worse than coarse-only by {by} nats per token.", "bad", note)
+    return Verdict("No difference between looking and not looking can be shown.", "neutral", note)
+
+
+def summary(results: Results) -> str:
+    """`tables.md`."""
+    head = f"Checkpoint `{results.checkpoint[:12]}`, {results.frame_px} px frames, {results.tokens_per_frame} token(s) per frame. "
+    head += "Square brackets: 95 % bootstrap interval over clips."
+    found = verdict(results)
+    parts = [f"# Evaluation of {escape(results.run)}", head, f"**{found.text}** {found.note}"]
+    for table in (headline_table(results.headline()), *results.tables(), references_table()):
+        parts += [f"## {table.title}", table.markdown()]
+    if figures := results.figures():
+        parts += ["## Pictures", *(figure.markdown() for figure in figures)]
+    if absent := results.not_measured():
+        parts += ["## Not measured", "\n".join(f"* {escape(what)}: {escape(why)}" for what, why in absent.items())]
+    return "\n\n".join(parts) + "\n"
