@@ -135,8 +135,10 @@ def test_a_new_phase_finds_its_report_by_the_manifests_name(tmp_path):
 
 def test_steps_made_by_other_code_are_named(evidence, figures):
     assert "other code" not in provenance.section(evidence, figures).markdown()
-    changed = replace(evidence, other_code={"stage2": ["fvlm_core/train/loop.py"]})
-    assert "* stage2 was made by other code: fvlm_core/train/loop.py has changed" in provenance.section(changed, figures).markdown()
+    stage = evidence.stages["stage2"]
+    old = replace(stage, manifest=stage.manifest.model_copy(update={"code": {"fvlm_core/train/loop.py": "0" * 64}}))
+    text = provenance.section(replace(evidence, stages=evidence.stages | {"stage2": old}), figures).markdown()
+    assert "* stage2 was made by other code: fvlm_core/train/loop.py has changed" in text
 
 
 @pytest.mark.parametrize(
