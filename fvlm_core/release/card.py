@@ -5,6 +5,7 @@ import re
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from fvlm_core import __version__
 from fvlm_core.figures import Figure
 from fvlm_core.release.evidence import Evidence
 from fvlm_core.release.html import TEMPLATES
@@ -35,6 +36,7 @@ def card(evidence: Evidence, verdict: str, *, picture: Figure | None) -> str:
         modes=modes_table(results, latency=None).markdown(),
         sources=_sources_table(evidence).markdown(),
         limitations=limitations(evidence),
+        fvlm=__version__,
         versions=evidence.run.manifest.versions,
         checkpoint=results.checkpoint,
         licence=job.license,

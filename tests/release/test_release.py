@@ -11,6 +11,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from fvlm_core import __version__
 from fvlm_core.config import LLMSettings, VisionSettings
 from fvlm_core.errors import UserError
 from fvlm_core.eval.results import Results
@@ -74,6 +75,7 @@ def test_card_metadata(manifest, job):
     assert found["autoregressive", "accuracy"] == 0.654
     assert len(found) == 12
     assert "Said by the job." in found_card.text
+    assert f"made from fVLM {__version__};" in found_card.text
     assert "| mode | loss (nats/token) | CIDEr-D | BLEU-4 | multiple choice | attention entropy |\n" in found_card.text, "no times"
     assert re.search(r"\| gaze_cell \| video \| \d+ \| 50% \|", found_card.text)
     assert 'AutoModel.from_pretrained("path/to/fVLM-tiny", trust_remote_code=True)' in found_card.text

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from matplotlib.image import imsave
 
@@ -69,6 +69,10 @@ def test_what_a_model_or_a_clip_says_is_text(evidence, figures, evil):
 
 
 @given(st.text("ab<>&\"'`*_![]()|\\:/\n# -", max_size=40))
+@example("<script>alert(1)</script>")
+@example("a <b onclick=x>b</b>")
+@example("<img src=x onerror=alert(1)>")
+@example("[a](javascript:alert(1)) <javascript:alert(1)>")
 def test_markdown_never_becomes_html(text):
     """Whatever stands in the report's markdown: no tag but those that markdown makes, no picture but the report's own."""
     shown = markdown_renderer({}, Path()).render(text)
