@@ -5,6 +5,7 @@ import re
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from fvlm_core import __version__
 from fvlm_core.eval.estimates import Estimate
 from fvlm_core.eval.part import OWN_SPLIT
 from fvlm_core.figures import Figure
@@ -37,6 +38,7 @@ def card(evidence: Evidence, verdict: str, *, picture: Figure | None) -> str:
         modes=modes_table(results).markdown(),
         sources=_sources_table(evidence).markdown(),
         limitations=limitations(evidence),
+        fvlm=__version__,
         versions=evidence.run.manifest.versions,
         checkpoint=results.checkpoint,
         licence=job.license,

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from fvlm_core import __version__
 from fvlm_core.config import LLMSettings, VisionSettings
 from fvlm_core.errors import UserError
 from fvlm_core.eval.parts.losses import LossResult
@@ -79,6 +80,7 @@ def test_card_metadata(manifest, job):
     assert "Said by the job." in found_card.text
     assert "| loss (nats/token) | 1.877 [1.857, 1.897] |" in found_card.text
     assert "first token (ms)" not in found_card.text, "times are of the machine"
+    assert f"made from fVLM {__version__};" in found_card.text
     assert re.search(r"\| gaze_cell \| video \| \d+ \| 50% \|", found_card.text)
     assert 'AutoModel.from_pretrained("path/to/fVLM-tiny", trust_remote_code=True)' in found_card.text
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from matplotlib.image import imsave
 
@@ -78,6 +78,10 @@ def test_what_a_model_or_a_clip_says_is_text(evidence, figures, evil):
 
 
 @given(st.text("ab<>&\"'`*_![]()|\\:/\n# -", max_size=40))
+@example("<script>alert(1)</script>")
+@example("a <b onclick=x>b</b>")
+@example("<img src=x onerror=alert(1)>")
+@example("[a](javascript:alert(1)) <javascript:alert(1)>")
 def test_markdown_never_becomes_html(text):
     """Whatever stands in the report's markdown: no tag but those that markdown makes, no picture but the report's own."""
     shown = markdown_renderer({}, Path()).render(text)
@@ -144,8 +148,10 @@ def test_a_new_phase_finds_its_report_by_the_manifests_name(tmp_path):
 
 def test_steps_made_by_other_code_are_named(evidence, figures):
     assert "other code" not in provenance.section(evidence, figures).markdown()
-    changed = replace(evidence, other_code={"stage2": ["fvlm_core/train/loop.py"]})
-    assert "* stage2 was made by other code: fvlm_core/train/loop.py has changed" in provenance.section(changed, figures).markdown()
+    stage = evidence.stages["stage2"]
+    old = replace(stage, manifest=stage.manifest.model_copy(update={"code": {"fvlm_core/train/loop.py": "0" * 64}}))
+    text = provenance.section(replace(evidence, stages=evidence.stages | {"stage2": old}), figures).markdown()
+    assert "* stage2 was made by other code: fvlm_core/train/loop.py has changed" in text
 
 
 @pytest.mark.parametrize(
