@@ -38,7 +38,7 @@ def results(gain: Estimate) -> Results:
 @pytest.mark.parametrize(
     ("gain", "text", "tone"),
     [
-        (estimate(0.31, 0.29, 0.33), "better than coarse-only by 0.31 nats", "good"),
+        (estimate(0.31, 0.29, 0.33), "better than coarse-only by 0.310 nats", "good"),
         (estimate(-0.000044, -0.000071, -0.00001), "worse than coarse-only by 0.000044 nats", "bad"),
         (estimate(-0.00013, -0.001295, 0.001287), "No difference", "neutral"),
         (estimate(0.0, 0.0, 0.0), "No difference", "neutral"),

@@ -19,7 +19,7 @@ from fvlm_core.errors import UserError
 from tasks.config import PipelineConfig, fitted
 from tasks.mixtures import Known, check_names, check_shards, known_sources
 from tasks.pipeline_flow import point
-from tasks.recipes import ablation_recipe, base_recipe, grid_recipe, stage_recipe
+from tasks.recipes import AN_INPUT, ablation_recipe, base_recipe, grid_recipe, stage_recipe
 from tests.tiny import profile_values
 
 TESTS: dict[str, Any] = profile_values()
@@ -154,7 +154,7 @@ def test_what_earlier_phases_decided_reaches_the_stages_but_not_their_data() -> 
     recipe = stage_recipe(config(), "stage2", changes=decided, start=True)
     assert (recipe.run.micro_batch_samples, recipe.model.temperature, recipe.model.llm) == (8, 0.5, size.llm)
     assert recipe.data == config().stages.stage2.data
-    assert str(recipe.init_from) == "input:start"
+    assert str(recipe.init_from) == AN_INPUT
 
 
 def test_settings_that_follow_from_others_are_fitted() -> None:

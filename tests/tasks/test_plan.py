@@ -104,7 +104,8 @@ def test_a_decision_that_is_open_is_a_condition(tmp_path: Path) -> None:
         show=first.show,
     )
     steps = {one.step: one for one in plan([more, second], TESTS, tmp_path).steps}
-    assert (steps["again"].state, steps["three"].state) == ("runs", "runs"), "what was decided is not on record in this test"
+    assert (steps["again"].state, steps["again"].because) == ("runs", "not made yet")
+    assert (steps["three"].state, steps["three"].because) == ("cached", "unless first decides otherwise")
 
 
 def test_a_result_from_elsewhere_is_adopted_where_it_fits(tmp_path: Path) -> None:

@@ -7,20 +7,22 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from deployments.checks import check_sources, load_profile
+from deployments.checks import check_sources
+from flows.precompute import PRECOMPUTE, SHARDS
 from fvlm_core.data.clips import make_clips
 from fvlm_core.data.jobs import ClipJob, DownloadManifest, ShardManifest
 from fvlm_core.data.rows import SPLITS
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.data.sources import ADAPTERS
-from tasks import jobs
 from tasks.config import PipelineConfig
+from tasks.direct import run_directly
 from tasks.mixtures import known_sources
-from tasks.outside import external_inputs
-from tasks.steps import Made, make
+from tasks.phase import Before
+from tasks.steps import Step
+from tests.tiny import PROFILE
 
-CI = load_profile("ci")
-needs_video2dataset = pytest.mark.skipif(not CI.machine.video2dataset_python.exists(), reason="needs ./infra/video2dataset_env.sh")
+TESTS = PipelineConfig.from_yaml(PROFILE)
+needs_video2dataset = pytest.mark.skipif(not TESTS.machine.video2dataset_python.exists(), reason="needs ./infra/video2dataset_env.sh")
 CLIPS = 5
 
 
@@ -43,8 +45,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def profile(folder: Path, *sources: dict[str, Any], **changes: Any) -> PipelineConfig:
-    values = CI.model_dump(mode="json")
-    values["precompute"] |= {"natural": False, "sources": list(sources)} | changes
+    values = TESTS.model_dump(mode="json")
+    values["precompute"] |= {"natural": False, "vision": None, "sources": list(sources)} | changes
     return PipelineConfig.from_values(values, where="test", folder=folder)
 
 
@@ -59,17 +61,18 @@ def test_every_format_runs_through_the_profile(folder: Path, tmp_path: Path) -> 
     )
     records = check_sources(config, tmp_path)
     assert known_sources(config, records) == {split: {"web", "open", "talk", "gaze", "text"} for split in SPLITS}
-    made: list[Made] = [make(jobs.download_source(config, source, tmp_path), tmp_path) for source in config.precompute.video_sources]
-    assert [one.name for one in made] == ["download-web", "download-open"]
-    assert [DownloadManifest.read(tmp_path / one.folder).counts["good"] for one in made] == [CLIPS, CLIPS - 1]
-    made.append(make(jobs.download_clips(config, make(jobs.clips(config), tmp_path)), tmp_path))
-    step = jobs.shards(config, made, tmp_path)
-    assert step.external == {"talk": external_inputs(config, tmp_path)["talk"]}
-    shards = ShardSet(tmp_path / make(step, tmp_path).folder)
+    made = run_directly([PRECOMPUTE], config, tmp_path)["precompute"]
+    assert set(made) == {"clips", "download-web", "download-open", "download-clips", SHARDS}
+    good = {name: DownloadManifest.read(tmp_path / made[name].folder).counts["good"] for name in ("download-web", "download-open")}
+    assert good == {"download-web": CLIPS, "download-open": CLIPS - 1}
+    assert PRECOMPUTE.outside(config, tmp_path) == {name: record.digest for name, record in records.items()}
+    shards = ShardSet(tmp_path / made[SHARDS].folder)
     counted: dict[str, int] = {}
     for part in shards.manifest.sources:
         counted[part.name] = counted.get(part.name, 0) + part.samples
-    assert counted == {"web": CLIPS, "open": CLIPS - 1, "talk": 20, "gaze": 4, "text": 80}
+    exercises = config.precompute.shards.exercises
+    assert exercises is not None
+    assert counted == {"web": CLIPS, "open": CLIPS - 1, "talk": 20, "gaze": 4, "text": exercises.train + exercises.val}
     for name, adapter in (("web", "webvid"), ("open", "openvid")):
         turn = shards.record(int(shards.rows("train", name).index[0]))["conversations"][0][0]
         assert turn["question"] == ADAPTERS[adapter].prompt
@@ -78,9 +81,10 @@ def test_every_format_runs_through_the_profile(folder: Path, tmp_path: Path) -> 
 
 
 def test_keys_follow_the_source_and_nothing_of_where_it_is(folder: Path, tmp_path: Path) -> None:
-    def step(volume: Path, **changes: Any):
+    def step(volume: Path, **changes: Any) -> Step:
         config = profile(folder, {"name": "web", "format": "webvid", "files": ["webvid.csv"], **changes})
-        return jobs.download_source(config, config.precompute.sources[0], volume)
+        steps = PRECOMPUTE.steps(config, Before(volume, {}, {}, {}))
+        return next(one for one in steps if one.name == "download-web")
 
     first = step(tmp_path / "a")
     assert first.folder == step(tmp_path / "b").folder
