@@ -23,8 +23,8 @@ TITLE = f"""# Every setting
 Made from the types by `{COMMAND}`; do not edit. `N` stands for a place in a list, `NAME` for a name that you choose. Paths as
 they are written here work in `--set`, in an ablation's `path`, and in error messages."""
 PARTS: tuple[tuple[str, str, type[Settings]], ...] = (
-    ("A profile", "One YAML file says what the pipeline does: `deployments/profiles/`.", PipelineConfig),
-    ("A recipe", "One YAML file is one training run: `deployments/recipes/`, `torchrun -m fvlm_core.train recipe.yaml`.", Recipe),
+    ("Profile", "One YAML file says what the pipeline does: `deployments/profiles/`.", PipelineConfig),
+    ("Recipe", "One YAML file is one training run: `deployments/recipes/`, `torchrun -m fvlm_core.train recipe.yaml`.", Recipe),
 )
 LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<", "minItems": "of at least", "pattern": "matches"}
 

@@ -11,6 +11,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
@@ -108,7 +109,7 @@ def table_of(clips, path, *, site=None, broken=True):
     if site:
         frame.loc[::2, "url"] = site.url + "/" + frame.loc[::2, "url"]
     if broken:
-        (clips / "clips" / "noise.mp4").write_bytes(os.urandom(4000))
+        (clips / "clips" / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(4000))
         whole = (clips / frame["url"][1]).read_bytes()
         (clips / "clips" / "cut.mp4").write_bytes(whole[: len(whole) // 2])
         web = site.url if site else "http://127.0.0.1:1"

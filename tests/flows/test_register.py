@@ -12,6 +12,8 @@ from deployments.register import ALL_FLOWS, register
 from tasks.config import PipelineConfig
 from tests.tiny import PROFILE
 
+pytestmark = pytest.mark.slow(reason="a Prefect server of its own")
+
 
 def test_registering_again_leaves_schedules_as_users_set_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")

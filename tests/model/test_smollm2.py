@@ -15,6 +15,8 @@ from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.model.inference import generate, logits
 from tests.model.build import tiny_settings
 
+pytestmark = pytest.mark.slow(reason="reads and converts the weights of a real language model")
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:

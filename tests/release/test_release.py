@@ -23,6 +23,8 @@ from fvlm_core.release.jobs import CARD_FILE, HUB_FOLDER, REPORT_HTML, REPORT_JS
 from fvlm_core.release.release import release
 from tests.release.build import POOLED, evaluation, full_job, run
 
+pytestmark = pytest.mark.slow(reason="releases, each checked in a clean process")
+
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory) -> ReleaseJob:

@@ -91,6 +91,7 @@ def test_data_exponent_is_recovered_with_any_number_of_sizes(beta, floors):
     np.testing.assert_allclose(found.E, floors, atol=1e-5)
 
 
+@pytest.mark.slow(reason="many fits, each bootstrapped")
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
     """95 % nominal over 20 noisy grids of 20 runs each: the exponent of the data term."""
     covered = 0

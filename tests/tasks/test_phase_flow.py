@@ -23,6 +23,8 @@ from tasks.status import PhaseStatus, StatusBoard
 from tasks.steps import Step
 from tests.tiny import PROFILE
 
+pytestmark = pytest.mark.slow(reason="a Prefect server, and jobs in processes of their own")
+
 TESTS = PipelineConfig.from_yaml(PROFILE)
 MODULE = "tests.jobs.count"
 

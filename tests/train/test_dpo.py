@@ -171,6 +171,7 @@ def test_reference_equals_recomputation(trained: Recipe, pairs: Path) -> None:
     assert met == set(table.index)
 
 
+@pytest.mark.slow(reason="two training processes, several times")
 def test_two_ranks_equal_one(tmp_path: Path, pairs: Path, trained: Recipe) -> None:
     """Both ways of spreading, with micro-batches of one pair; the reference is computed by both ranks."""
     for sharding in ("ddp", "fsdp2"):
@@ -182,6 +183,7 @@ def test_two_ranks_equal_one(tmp_path: Path, pairs: Path, trained: Recipe) -> No
         assert RunManifest.read(recipe.output).counts == RunManifest.read(trained.output).counts
 
 
+@pytest.mark.slow(reason="trains three times")
 def test_resumes_bit_for_bit(tmp_path: Path, trained: Recipe) -> None:
     """Killed while the reference was made, and killed in training: the tables there are stay, the others are made again."""
     reference = Manifest.read(trained.output / "reference").digest

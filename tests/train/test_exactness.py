@@ -63,6 +63,7 @@ def test_equals_a_plain_loop(tmp_path: Path, shards: Path) -> None:
     assert means[-1] < means[0]
 
 
+@pytest.mark.slow(reason="two training processes, several times")
 def test_ranks_and_accumulation_change_nothing(tmp_path: Path, shards: Path) -> None:
     """Over 20 steps, with micro-batches of one sample, so that some are text only and some ranks hold nothing but text."""
     whole, accumulated, ranked = (tiny_recipe(tmp_path / name, shards, run__steps=20) for name in ("whole", "accumulated", "ranked"))

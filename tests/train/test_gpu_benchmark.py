@@ -32,6 +32,7 @@ def test_on_a_cpu(tmp_path: Path) -> None:
     assert 0 <= found["tiny eager data_wait"].value <= 1
 
 
+@pytest.mark.slow(reason="starts the benchmark as a program")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_says_that_there_is_no_gpu() -> None:
     done = subprocess.run([sys.executable, "-m", "benchmarks.gpu_train_step", "--json"], capture_output=True, text=True, timeout=60)

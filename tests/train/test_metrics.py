@@ -59,6 +59,7 @@ def test_wandb_offline_without_a_key(tmp_path: Path, shards: Path, monkeypatch: 
     assert b"foveated-vlm-speed" in log.read_bytes()
 
 
+@pytest.mark.slow(reason="a run in a process of its own")
 def test_a_terminal_shows_where_the_run_is(tmp_path: Path, shards: Path) -> None:
     """A live line on a terminal, none in a file."""
     recipe = tiny_recipe(tmp_path / "run", shards)

@@ -33,7 +33,7 @@ def start(recipe: Recipe) -> subprocess.Popen[bytes]:
 
 def wait_for_rows(recipe: Recipe, process: subprocess.Popen[bytes], rows: int) -> None:
     """Until the run has written so many rows."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         if (recipe.output / "metrics.csv").is_file() and len((recipe.output / "metrics.csv").read_text().splitlines()) > rows:
             return
@@ -61,6 +61,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Rec
     return recipe
 
 
+@pytest.mark.slow(reason="runs in processes of their own, stopped and killed")
 def test_stopped_then_killed_then_finished(tmp_path: Path, shards: Path, uninterrupted: Recipe) -> None:
     recipe = tiny_recipe(tmp_path / "run", shards, **LONG)
     stopped = start(recipe)
@@ -127,10 +128,13 @@ def test_goes_on_from_a_checkpoint_before_the_first_evaluation(tmp_path: Path, s
 
 def test_finished_run_returns_at_once(uninterrupted: Recipe) -> None:
     before = RunManifest.read(uninterrupted.output)
-    started = time.perf_counter()
-    process = start(uninterrupted)
-    assert process.wait(20) == 0
-    assert time.perf_counter() - started < 2  # torch alone takes a second
+    path = uninterrupted.output.with_suffix(".yaml")
+    uninterrupted.to_yaml(path)
+    command = [sys.executable, "-X", "importtime", "-m", "fvlm_core.train", path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+    assert "pydantic" in imported
+    assert "torch" not in imported, "torch alone takes a second"
     assert RunManifest.read(uninterrupted.output) == before
 
 

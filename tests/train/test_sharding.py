@@ -12,6 +12,8 @@ from fvlm_core.train.__main__ import train
 from fvlm_core.train.jobs import RunManifest
 from tests.train.conftest import losses, on_ranks, one_rank_then_stop, same_losses, tiny_recipe
 
+pytestmark = pytest.mark.slow(reason="two training processes, several times")
+
 
 def same_weights(recipe: Recipe, other: Recipe, *, atol: float) -> None:
     mine, theirs = (load_file(r.output / "model" / "model.safetensors") for r in (recipe, other))

@@ -20,6 +20,7 @@ def keys(recipe: Recipe) -> list[list[str]]:
     return [sorted(key for batch in batches for key in batch.keys) for batches in steps]
 
 
+@pytest.mark.slow(reason="measures several variants of the training step")
 def test_report(tmp_path: Path, shards: Path) -> None:
     recipe = tiny_recipe(tmp_path / "untouched", shards)
     job = SpeedJob(output=tmp_path / "speed", recipe=recipe, sweep=Sweep(threads=[1]), warmup_steps=1, steps=3)
