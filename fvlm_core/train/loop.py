@@ -246,11 +246,14 @@ class Trainer:
         """A checkpoint of the present step."""
         state = self.state
         reached = None
-        if state.evaluated == state.step > 0:
+        suspect = state.watch.suspect_steps
+        if state.evaluated == state.step > 0 and not suspect:
             reached = score({name: state.val_losses[name] for name in self.recipe.passes}, self.recipe.best)
         if reached is not None and reached < state.best_loss:
             state.best_step, state.best_loss = state.step, reached
-        self.checkpoints.save(state.step, self._tensors(), score=reached, state=state.model_dump(mode="json"))
+        self.checkpoints.save(
+            state.step, self._tensors(), healthy_until=state.step - suspect, score=reached, state=state.model_dump(mode="json")
+        )
 
     def go_to(self, found: CheckpointManifest | None, state: RunState) -> None:
         """Go on from `state`, with the tensors of a checkpoint where one was found; later checkpoints and rows are dropped."""
@@ -283,7 +286,7 @@ class Trainer:
                 where=str(self.recipe.output),
                 fix="lower the learning rates or lengthen the warm-up (optimizer.lr_*, optimizer.warmup_steps)",
             )
-        healthy_until = at - max(1, self.state.watch.unhealthy_steps)
+        healthy_until = at - max(1, self.state.watch.suspect_steps)
         found = self.checkpoints.newest(up_to=healthy_until - MARGIN_STEPS)
         if found is None:
             prepare(self.recipe.run, self.world.rank, self.world.device)
