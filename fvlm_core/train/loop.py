@@ -211,7 +211,9 @@ class Trainer:
 
     def _row(self, val_loss: float) -> dict[str, Any]:
         state, window = self.state, self.state.window
-        rates, units = learning_rates(self.recipe.optimizer, state.step - 1, self.steps), max(1, window.units)
+        rates = learning_rates(self.recipe.optimizer, state.step - 1, self.steps)
+        units = max(1, window.units) if window.steps else math.nan  # nothing is known where every step was skipped
+        trained = {group["role"] for group in self.optimizer.param_groups}
         peak = peak_flops(self.world.device)
         return {
             "step": state.step,
@@ -224,7 +226,7 @@ class Trainer:
             "train_loss": window.objective / units,
             **{f"train_{name}": value / units for name, value in window.losses.items()},
             **{f"grad_norm_{role}": value / window.steps for role, value in window.norms.items()},
-            **{f"lr_{role}": rate if role in window.norms else 0.0 for role, rate in rates.items()},
+            **{f"lr_{role}": rate if role in trained else 0.0 for role, rate in rates.items()},
             "entropy": window.entropy / window.frames if window.frames else None,
             "skipped_steps": state.skipped_steps,
             **self.clock.rates(peak * self.world.size if peak else None),
