@@ -56,6 +56,14 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def union(self, values: set[int]) -> set[int]:
+        """What any rank has in its set."""
+        if self.size == 1:
+            return values
+        sets: list[Any] = [None] * self.size
+        dist.all_gather_object(sets, values)
+        return set().union(*sets)
+
     def wait(self) -> None:
         """Until every rank is here."""
         if self.size > 1:

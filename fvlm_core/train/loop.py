@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fvlm_core.config import Recipe
 from fvlm_core.data.batch import PackedBatch
-from fvlm_core.data.loader import train_steps
+from fvlm_core.data.loader import damage_count, train_steps
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.errors import UserError
 from fvlm_core.progress import Progress
@@ -43,6 +43,9 @@ from fvlm_core.train.validation import score, validation_losses
 
 STOPPED = 75
 """Exit status after a SIGTERM: the run is whole up to its last step and goes on when started again (EX_TEMPFAIL)."""
+
+_NOTHING = (0.0,) * 6
+"""`Trainer._sizes` of no batch."""
 
 
 class Trainer:
@@ -122,10 +125,14 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed when it starts; a resumed run must not differ by that
             micro_batches = next(self.batches)
         waited = time.perf_counter() - started
-        own = [sum(sizes) for sizes in zip(*(self._sizes(batch) for batch in micro_batches), strict=True)]
-        *sizes, flops, stops = self.world.sum([*own, self.stop_requested])
+        own = [sum(sizes) for sizes in zip(_NOTHING, *(self._sizes(batch) for batch in micro_batches), strict=True)]
+        *sizes, flops, damaged, stops = self.world.sum([*own, len(self.damage.new), self.stop_requested])
         if stops:
             self._stop()
+        if damaged:
+            self.damage.merge(self.world.union(self.damage.new))
+            self.damage.check()
+            self.state.damaged = sorted(self.damage.samples)
         units, labels, samples, frames, tokens = (int(size) for size in sizes)
         with self.spread.step():
             sums = self._accumulate(micro_batches, units)
@@ -268,6 +275,7 @@ class Trainer:
         self.checkpoints.drop_after(state.step)
         if self.world.rank == 0:
             self.metrics.truncate(state.step)
+        self.damage = damage_count(self.shards, self.recipe.data, "train", state.damaged)
         self.batches = train_steps(
             self.shards,
             self.recipe.data,
@@ -276,6 +284,7 @@ class Trainer:
             rank=self.world.rank,
             world_size=self.world.size,
             first_step=state.step,
+            damage=self.damage,
         )
 
     def _roll_back(self, reason: str) -> None:

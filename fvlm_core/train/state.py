@@ -54,6 +54,8 @@ class RunState(BaseModel):
     flops: float = 0.0
     seconds: float = 0.0
     skipped_steps: int = 0
+    damaged: list[int] = Field(default_factory=list)
+    """Numbers of the damaged samples that any rank has met: a resumed run stops at the same number of them."""
     val_losses: dict[str, float] = Field(default_factory=dict)
     """Of the last evaluation, per pass."""
     evaluated: int = 0
