@@ -11,8 +11,9 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -80,9 +81,18 @@ class Trainer:
         reference = make_reference(self.model, self.shards, recipe, self.run_settings, self.world, self.identity)
         return PreferenceLoss(recipe.loss, recipe.passes, recipe.dpo.beta, reference)
 
-    def run(self) -> RunManifest:
-        """Train to the end (from the last checkpoint where there is one) and write the manifest. Exits with STOPPED on SIGTERM."""
-        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_requested", True))
+    def run(self, *, stopping: Callable[[], None] | None = None) -> RunManifest:
+        """Train to the end (from the last checkpoint where there is one) and write the manifest. Exits with STOPPED on SIGTERM.
+
+        `stopping` is called in the signal's handler.
+        """
+
+        def stop(_signal: int, _frame: FrameType | None) -> None:
+            self.stop_requested = True
+            if stopping is not None:
+                stopping()
+
+        before = signal.signal(signal.SIGTERM, stop)
         try:
             with self.display:
                 self._train()
