@@ -182,16 +182,9 @@ def _run(step: Step, volume: Path, *, min_free_bytes: int, stop: threading.Event
     try:
         launch(command, folder, threads=step.threads, min_free_bytes=min_free_bytes, stop=stop, watch=watch)
     except JobRefusedError as error:
-        raise _user_error(error) from error
+        raise UserError(error.what, where=error.where, fix=error.fix) from error
     except DiskFullError as error:
         raise UserError(str(error), where=str(volume), fix="free some space, or give another volume") from error
-
-
-def _user_error(error: JobRefusedError) -> UserError:
-    """The UserError that the job printed, with its parts told apart again."""
-    what, _, rest = error.reason.partition("\n  where: ")
-    where, _, fix = rest.partition("\n  fix:   ")
-    return UserError(what, where=where or str(error.log), fix=fix or f"see {error.log}")
 
 
 def manifest_problems(manifest: Manifest, folder: Path, verify: Verify) -> list[str]:

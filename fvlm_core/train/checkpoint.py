@@ -6,6 +6,7 @@ leaves the old ones or the new one, never a part. Kept are the best, the last tw
 back to when training diverges: while an alarm is pending, that is the newest from before its first sign.
 """
 
+import errno
 import os
 import random
 import re
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from pydantic import ConfigDict
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -31,6 +33,8 @@ from fvlm_core.train.distributed import World
 from fvlm_core.train.divergence import MARGIN_STEPS
 
 _TEMPORARY = ".making"
+FULL_BYTES = 1_000_000
+"""Of free space, below which a checkpoint that could not be written has filled the disk."""
 
 
 class CheckpointManifest(Manifest):
@@ -65,8 +69,16 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         self.world.wait()
-        with _quiet():
-            save(_flatten(tensors), storage_writer=FileSystemWriter(temporary), no_dist=self.world.size == 1)
+        try:
+            with _quiet():
+                save(_flatten(tensors), storage_writer=FileSystemWriter(temporary), no_dist=self.world.size == 1)
+        except CheckpointException as error:
+            cause = next(iter(error.failures.values()))[0]
+            if shutil.disk_usage(self.folder).free < FULL_BYTES:  # torch says "unexpected pos"
+                cause = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
+            if self.world.rank == 0:
+                shutil.rmtree(temporary)  # what cannot be finished must not go on filling the disk
+            raise RuntimeError(f"the checkpoint of step {step} could not be written") from cause
         if self.world.rank == 0:
             files = file_entries(temporary, ["*.distcp", ".metadata"])
             CheckpointManifest(

@@ -24,6 +24,7 @@ from fvlm_core.data.batch import PackedBatch
 from fvlm_core.data.loader import damage_count, train_steps
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.errors import UserError
+from fvlm_core.exit_status import STOPPED
 from fvlm_core.progress import Progress
 from fvlm_core.train.checkpoint import CheckpointManifest, Checkpoints, rng_tensors, set_rng
 from fvlm_core.train.cost import Cost
@@ -41,9 +42,6 @@ from fvlm_core.train.spread import spread
 from fvlm_core.train.start import compile_parts, initial_model, prepare
 from fvlm_core.train.state import Clock, RunState, StepResult, Window
 from fvlm_core.train.validation import score, validation_losses
-
-STOPPED = 75
-"""Exit status after a SIGTERM: the run is whole up to its last step and goes on when started again (EX_TEMPFAIL)."""
 
 _NOTHING = (0.0,) * 6
 """`Trainer._sizes` of no batch."""
