@@ -9,8 +9,8 @@ from cyclopts import App, Parameter
 from rich.console import Console
 
 from deployments import convert
-from fvlm_core.cli import USER_ERROR
 from fvlm_core.errors import UserError
+from fvlm_core.exit_status import USER_ERROR
 from infra.stack import PortTakenError, Stack, StackError
 
 app = App(name="fvlm", help="A video language model that reads each frame as one token, and the whole road to releasing it.")

@@ -1,28 +1,93 @@
 """The entry point that every job shares: `python -m fvlm_core.<module> job.yaml`."""
 
+import contextlib
+import errno
+import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fvlm_core.errors import UserError
-from fvlm_core.settings import Settings
+from fvlm_core.exit_status import ATTEMPT_VARIABLE, ERROR_FILE, STOPPED, STOPPED_KIND, USER_ERROR, USER_ERROR_KIND
+from fvlm_core.manifest import write_atomically
+from fvlm_core.settings import Settings, read_yaml
 
 Job = TypeVar("Job", bound=Settings)
-USER_ERROR = 2
-"""Exit status of a job stopped by a UserError; retrying it is of no use."""
+FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
+"""What the system, and every library that passes it on, says of a full disk."""
 
 
 def run_job(settings: type[Job], function: Callable[[Job], object]) -> None:
     """Read the settings file named on the command line and run the job on it.
 
-    A UserError is printed without a traceback and ends the process with status 2.
+    A UserError, or a full disk, is printed without a traceback and ends the process with status 2. It is also left as `error.json` in
+    the job's output folder, where a new attempt removes it; so is that a job stopped on SIGTERM.
     """
     if len(sys.argv) != 2:
         print(f"usage: python -m {function.__module__} SETTINGS.yaml", file=sys.stderr)
         sys.exit(USER_ERROR)
+    path = Path(sys.argv[1])
+    output = _output(path)
+    _remove_earlier(output)
     try:
-        function(settings.from_yaml(Path(sys.argv[1])))
+        function(settings.from_yaml(path))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        _refuse(error, output)
+    except SystemExit as error:
+        if error.code == STOPPED:
+            _leave(output, STOPPED_KIND, UserError("stopped by SIGTERM", where=str(output), fix="start it again: it goes on from there"))
+        raise
+    except Exception as error:
+        full = next((cause for cause in _causes(error) if any(text in str(cause) for text in FULL)), None)
+        if full is None:
+            raise
+        place = getattr(full, "filename", None) or output or Path.cwd()
+        fix = "free some space there and start it again: what is finished is kept"
+        _refuse(UserError("the disk is full", where=str(place), fix=fix), output)
+
+
+def _refuse(error: UserError, output: Path | None) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    _leave(output, USER_ERROR_KIND, error)
+    sys.exit(USER_ERROR)
+
+
+def _leave(output: Path | None, kind: str, error: UserError) -> None:
+    """Write `error.json`, where that is possible."""
+    if output is not None:
+        values = {"kind": kind, "what": error.what, "where": error.where, "fix": error.fix, "attempt": _attempt()}
+        with contextlib.suppress(OSError):
+            write_atomically(output / ERROR_FILE, json.dumps(values, indent=2).encode())
+
+
+def _remove_earlier(output: Path | None) -> None:
+    """Remove an earlier attempt's `error.json`; one of this attempt is another rank's and stays."""
+    if output is not None:
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads((output / ERROR_FILE).read_text())["attempt"] != _attempt():
+                (output / ERROR_FILE).unlink()
+
+
+def _attempt() -> str:
+    """The launcher's name for it, or one that is equal for the ranks of one torchrun."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID")
+    return os.environ.get(ATTEMPT_VARIABLE) or (f"process {os.getpid()}" if run is None else f"torchrun {run} {os.getppid()}")
+
+
+def _output(settings: Path) -> Path | None:
+    """The output folder that a settings file names, whether or not the rest of it is valid."""
+    try:
+        values: Any = read_yaml(settings)
+    except UserError:  # said again when the job's settings are read
+        return None
+    output = values.get("output") if isinstance(values, dict) else None
+    return Path(output) if isinstance(output, str) else None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

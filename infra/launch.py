@@ -4,24 +4,26 @@ The job's output goes to `log.txt` in its folder; its last lines come back in th
 launched it (`guard.py`), and leftovers of an earlier launch of the same folder are ended first.
 """
 
-import itertools
+import json
+import math
 import os
-import re
 import shutil
 import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from infra import guard
+from infra.exit_status import ATTEMPT_VARIABLE, ERROR_FILE, STOPPED, STOPPED_KIND, USER_ERROR, USER_ERROR_KIND
 from infra.processes import JOB_VARIABLE, STACK_VARIABLE, end_marked, mark
 
 LOG_NAME = "log.txt"
-BAD_INPUT = 2
-"""Exit status of a job that was stopped by bad input; running it again is of no use."""
 TAIL_LINES = 25
+FULL_BYTES = 1_000_000
+"""Of free space, below which a job that failed without a word of its own is said to have filled the disk."""
 KEPT_VARIABLES = ("PATH", "HOME", "USER", "LANG", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV", STACK_VARIABLE)
 KEPT_PREFIXES = (
     *("LC_", "CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "HF_", "WANDB_", "XDG_", "SSL_", "TORCH", "TRITON_"),
@@ -40,11 +42,18 @@ class JobError(RuntimeError):
 
 
 class JobRefusedError(JobError):
-    """The job says that its input is bad: `reason` is its own message."""
+    """The job refuses its input or its surroundings, and says in `error.json` what is wrong, where, and how to fix it."""
+
+    def __init__(self, command: str, what: str, where: str, fix: str, log: Path) -> None:
+        super().__init__(command, USER_ERROR, f"{what}\n  where: {where}\n  fix:   {fix}", log)
+        self.what, self.where, self.fix = what, where, fix
+
+
+class JobInterruptedError(JobError):
+    """Somebody else stopped the job by SIGTERM; it has saved what it did and goes on when it is run again."""
 
     def __init__(self, command: str, reason: str, log: Path) -> None:
-        super().__init__(command, BAD_INPUT, reason, log)
-        self.reason = reason
+        super().__init__(command, STOPPED, reason, log)
 
 
 class JobStoppedError(RuntimeError):
@@ -52,7 +61,7 @@ class JobStoppedError(RuntimeError):
 
 
 class DiskFullError(RuntimeError):
-    """Less free space than a job may start with."""
+    """Less free space than a job may start with, or none left for it to go on."""
 
 
 def python_job(module: str, settings: Path) -> list[str]:
@@ -85,9 +94,10 @@ def launch(
     """Run `command` to its end, with its output appended to `folder/log.txt`.
 
     `watch` is called every `watch_s` seconds in this thread. When `stop` is set, or this thread is interrupted by an exception, the
-    job gets SIGTERM, and SIGKILL after `grace_s`. `threads` is OMP_NUM_THREADS.
+    job gets SIGTERM, and SIGKILL after `grace_s`: the time it has for saving what it did. `threads` is OMP_NUM_THREADS.
 
-    Raises JobRefusedError (the job says its input is bad), JobError, JobStoppedError, or DiskFullError before anything starts.
+    Raises JobRefusedError (the job says what is wrong), JobInterruptedError (somebody else stopped it), another JobError,
+    JobStoppedError, or DiskFullError (also before anything starts).
     """
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
@@ -95,6 +105,7 @@ def launch(
         raise DiskFullError(f"{free / 1e9:.1f} GB free where {folder} is, {min_free_bytes / 1e9:.1f} GB needed")
     job = mark(folder)
     end_marked(JOB_VARIABLE, job)
+    attempt = uuid.uuid4().hex
     log = folder / LOG_NAME
     guarded = [sys.executable, "-S", "-E", guard.__file__, str(os.getpid()), str(grace_s), *command]
     with log.open("ab") as stream:
@@ -104,7 +115,7 @@ def launch(
             stdout=stream,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=job_environment(os.environ, threads=threads) | {JOB_VARIABLE: job},
+            env=job_environment(os.environ, threads=threads) | {JOB_VARIABLE: job, ATTEMPT_VARIABLE: attempt, **_torchrun_grace(grace_s)},
             start_new_session=True,
         )
     watched = time.monotonic()
@@ -121,13 +132,18 @@ def launch(
         _end(process, grace_s)
     watch()
     if process.returncode:
-        raise _failure(command, process.returncode, log, start)
+        raise _failure(command, process.returncode, folder, start, attempt)
 
 
 def job_environment(environment: Mapping[str, str], *, threads: int) -> dict[str, str]:
     """The part of `environment` that a job may see, and what every job gets."""
     kept = {name: value for name, value in environment.items() if name in KEPT_VARIABLES or name.startswith(KEPT_PREFIXES)}
     return kept | {"OMP_NUM_THREADS": str(max(1, threads)), "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def _torchrun_grace(grace_s: float) -> dict[str, str]:
+    """torchrun kills its ranks 30 s after it passed a SIGTERM on, whatever grace it was itself given."""
+    return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(grace_s))}
 
 
 def _end(process: subprocess.Popen[bytes], grace_s: float) -> None:
@@ -141,27 +157,29 @@ def _end(process: subprocess.Popen[bytes], grace_s: float) -> None:
             process.wait()
 
 
-def _failure(command: list[str], status: int, log: Path, start: int) -> JobError:
-    """The error of a job that ended with `status`; its output begins at byte `start` of `log`."""
+def _failure(command: list[str], status: int, folder: Path, start: int, attempt: str) -> RuntimeError:
+    """The error of a job that ended with `status`; its output begins at byte `start` of its log."""
+    log = folder / LOG_NAME
     with log.open("rb") as stream:
         stream.seek(start)
-        lines = stream.read().decode(errors="replace").splitlines()
-    # torchrun ends with status 1 whatever its processes ended with, and says theirs in its report.
-    if status == BAD_INPUT or any(re.match(rf"\s*exitcode\s*:\s*{BAD_INPUT}\s", line) for line in lines):
-        return JobRefusedError(_short(command), _reason(lines), log)
-    return JobError(_short(command), status, "\n".join(lines[-TAIL_LINES:]), log)
+        tail = "\n".join(stream.read().decode(errors="replace").splitlines()[-TAIL_LINES:])
+    said = _error_file(folder, attempt)
+    if said.get("kind") == USER_ERROR_KIND:
+        return JobRefusedError(_short(command), said["what"], said["where"], said["fix"], log)
+    if said.get("kind") == STOPPED_KIND:
+        return JobInterruptedError(_short(command), f"{said['what']}; {said['fix']}", log)
+    if shutil.disk_usage(folder).free < FULL_BYTES:  # too full for a job to say so
+        return DiskFullError(f"{_short(command)} failed: the disk is full where {folder} is")
+    return JobError(_short(command), status, tail, log)
 
 
-def _reason(lines: list[str]) -> str:
-    """The job's own message: from its line `error: ...` to the line that says what to do, or to the end of what it indented."""
-    for start, line in enumerate(lines):
-        if line.startswith("error: "):
-            message = lines[start:]
-            fix = next((number for number, text in enumerate(message) if text.startswith("  fix: ")), None)
-            if fix is None:
-                fix = sum(1 for _ in itertools.takewhile(lambda text: text.startswith("  "), message[1:]))
-            return "\n".join(message[: fix + 1]).removeprefix("error: ")
-    return "\n".join(lines[-TAIL_LINES:])
+def _error_file(folder: Path, attempt: str) -> dict[str, str]:
+    """What this start of the job left in `error.json`, or nothing."""
+    try:
+        said = json.loads((folder / ERROR_FILE).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return said if said["attempt"] == attempt else {}
 
 
 def _short(command: list[str]) -> str:

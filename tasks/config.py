@@ -174,6 +174,8 @@ class Machine(Settings):
     """What happens to results made by other code or library versions: warn in the run and the report, rerun, or ignore."""
     min_free_gb: Annotated[float, Field(ge=0)] = 2.0
     """Free space on the volume below which no job starts."""
+    stop_grace_s: Annotated[float, Field(gt=0)] | None = None
+    """Seconds that a training job has to save and end when it is stopped; None: by the size of its checkpoints."""
     video2dataset_python: ProfilePath = REPOSITORY / ".venv-video2dataset" / "bin" / "python"
     """Interpreter of video2dataset's environment, made by `infra/video2dataset_env.sh`."""
 

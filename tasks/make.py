@@ -11,11 +11,14 @@ import yaml
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import FILE_NAME, write_atomically
 from fvlm_core.progress import ProgressReport
+from fvlm_core.train.grace import stop_grace_s
 from infra.launch import DiskFullError, JobRefusedError, launch, python_job, torchrun_job
 from infra.locks import locked
 from tasks.steps import RECORD, STEPS, Made, OnCodeChange, Step, Verify
 
 PROBLEMS_SHOWN = 5
+GRACE_S = 10.0
+"""Time to end for a job that has nothing to save."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class How:
     on_code_change: OnCodeChange = "warn"
     min_free_bytes: int = 0
     """Free space on the volume below which no job starts."""
+    stop_grace_s: float | None = None
+    """Time that a training job has to save and end when it is stopped; None: by the size of its checkpoints."""
 
 
 class Reporter:
@@ -64,7 +69,7 @@ def make(
         if (folder / FILE_NAME).exists():
             reporter.log(f"{step.name}: made again from nothing; {found.reason}")
             shutil.rmtree(folder)
-        _run(step, volume, how.min_free_bytes, stop, reporter)
+        _run(step, volume, how, stop, reporter)
         made = step.result(volume)
         if made is None or (problems := made.problems(volume, "sizes")):
             faults = "; ".join(problems[:PROBLEMS_SHOWN]) if made else "it wrote no manifest.json"
@@ -72,7 +77,7 @@ def make(
         return made
 
 
-def _run(step: Step, volume: Path, min_free_bytes: int, stop: threading.Event | None, reporter: Reporter) -> None:
+def _run(step: Step, volume: Path, how: How, stop: threading.Event | None, reporter: Reporter) -> None:
     """Run the step's job in its folder."""
     folder = volume / step.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,15 +97,24 @@ def _run(step: Step, volume: Path, min_free_bytes: int, stop: threading.Event | 
     if step.nodes > 1:
         reporter.log(f"{step.name}: waits for {step.nodes - 1} more nodes; start the same command on each of them")
     try:
-        launch(command, folder, threads=step.threads, min_free_bytes=min_free_bytes, stop=stop, watch=watch)
+        launch(
+            command,
+            folder,
+            threads=step.threads,
+            min_free_bytes=how.min_free_bytes,
+            stop=stop,
+            watch=watch,
+            grace_s=_grace_s(step, volume, how),
+        )
     except JobRefusedError as error:
-        raise _user_error(error) from error
+        raise UserError(error.what, where=error.where, fix=error.fix) from error
     except DiskFullError as error:
         raise UserError(str(error), where=str(volume), fix="free some space, or give another volume") from error
 
 
-def _user_error(error: JobRefusedError) -> UserError:
-    """The UserError that the job printed, with its parts told apart again."""
-    what, _, rest = error.reason.partition("\n  where: ")
-    where, _, fix = rest.partition("\n  fix:   ")
-    return UserError(what, where=where or str(error.log), fix=fix or f"see {error.log}")
+def _grace_s(step: Step, volume: Path, how: How) -> float:
+    """How long the step's job may take to end when it is stopped."""
+    if not step.ranks:
+        return GRACE_S
+    start = step.inputs.get("init_from")
+    return how.stop_grace_s or stop_grace_s(volume / step.folder, volume / start.folder if isinstance(start, Made) else None)

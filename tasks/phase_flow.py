@@ -155,7 +155,12 @@ class StepRunner:
     def __init__(self, config: PipelineConfig, volume: Path, board: StatusBoard, phase: str) -> None:
         machine = config.machine
         self.config, self.volume, self.board, self.phase = config, volume, board, phase
-        self.how = How(verify=machine.verify, on_code_change=machine.on_code_change, min_free_bytes=int(machine.min_free_gb * GB))
+        self.how = How(
+            verify=machine.verify,
+            on_code_change=machine.on_code_change,
+            min_free_bytes=int(machine.min_free_gb * GB),
+            stop_grace_s=machine.stop_grace_s,
+        )
         self.stop = threading.Event()
         self.made: dict[str, Made] = {}
 

@@ -1,10 +1,9 @@
 """From shards to packed batches: which samples make up a step, read ahead of it.
 
 `train_steps` yields what one rank computes in each optimizer step, `val_batches` a fixed validation set in a fixed order.
-A damaged sample is logged, counted and replaced by the next of its source, up to a limit.
+A damaged sample is logged, counted and replaced by the next of its source, up to a limit (`fvlm_core.data.damage`).
 """
 
-import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,6 @@ from itertools import count, islice
 from math import ceil
 from multiprocessing import get_context
 from multiprocessing.context import BaseContext
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -22,16 +20,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from fvlm_core.config import DataSettings, RunSettings
 from fvlm_core.data.batch import PackedBatch, Sample, pack
-from fvlm_core.data.jobs import INDEX_FILE
+from fvlm_core.data.damage import Corrupt, Damage
 from fvlm_core.data.mixture import Mixture, apportion, coin, deal
 from fvlm_core.data.rows import Split
 from fvlm_core.data.shard_set import CorruptSampleError, ShardSet
 from fvlm_core.errors import UserError
 
-logger = logging.getLogger(__name__)
-
-MAX_CORRUPT_SHARE = 0.01
-"""Of a mixture's rows (at least one row) may be damaged before the run is stopped."""
 PREFETCH_STEPS = 2
 """Steps read ahead: by a thread without loader processes, by each of them with."""
 VAL_SEED = 0
@@ -49,8 +43,12 @@ def train_steps(
     rank: int,
     world_size: int,
     first_step: int = 0,
+    damage: Damage | None = None,
 ) -> Iterator[list[PackedBatch]]:
     """This rank's micro-batches of every optimizer step from `first_step` to `run.steps` (without end where that is None).
+
+    Damaged samples are counted in `damage`, for the caller to check, after each step, over all ranks; a step has no batches where
+    this rank met too many. Where it is None, those of this rank are checked here.
 
     Every rank gets the same number of micro-batches, none empty; preferences come as pairs, chosen and rejected in turn. Raises
     UserError if the mixture does not fit the shards, the batch does not divide among the ranks, or too many samples are damaged.
@@ -72,7 +70,7 @@ def train_steps(
         )
     else:
         reads = _ahead((lambda number: steps[number].pin_memory()) if pinned else steps.__getitem__, numbers, PREFETCH_STEPS)
-    yield from _without_corrupt(reads, steps.max_corrupt, shards.folder)
+    yield from _counted(reads, damage or steps.reader.damage(), check=damage is None)
 
 
 def distinct_batches(
@@ -88,13 +86,13 @@ def distinct_batches(
     reader = steps.reader
     planned = [slot for step in range(run.steps) for slot in steps.samples(step)]
     last = {slot.source: slot.position for slot in planned}
-    spare = [reader.slot(source, position + 1 + n) for source, position in last.items() for n in range(reader.max_corrupt)]
+    spare = [reader.slot(source, position + 1 + n) for source, position in last.items() for n in range(reader.most_damaged_rows())]
     slots = {reader.content(slot): slot for slot in [*planned, *spare]}
     ordered = [slots[key] for key in sorted(slots)]
     chunks = [ordered[start : start + run.micro_batch_samples] for start in range(0, len(ordered), run.micro_batch_samples)]
     numbers = [number for number in range(len(chunks)) if wanted(number)]
     reads = _ahead(lambda number: reader.pack([chunks[number]]), numbers, PREFETCH_STEPS)
-    for number, (batch,) in zip(numbers, _without_corrupt(reads, reader.max_corrupt, shards.folder), strict=True):
+    for number, (batch,) in zip(numbers, _counted(reads, reader.damage(), check=True), strict=True):
         yield number, batch
 
 
@@ -107,11 +105,12 @@ def val_batches(
     batch_samples: int,
     rank: int = 0,
     world_size: int = 1,
+    damage: Damage | None = None,
 ) -> Iterator[PackedBatch]:
     """`n_samples` validation samples mixed as `data.held_out` says (fewer where a source has fewer), every `world_size`th batch of them.
 
-    Preferences come as pairs, chosen and rejected in turn. The samples and their order depend on nothing else. Raises UserError if
-    a source of the mixture has no validation samples.
+    Preferences come as pairs, chosen and rejected in turn. The samples and their order depend on nothing else. `damage` as in
+    `train_steps`. Raises UserError if a source of the mixture has no validation samples.
     """
     data = data.held_out
     parts = [part for part in data.mixture if part.share > 0]
@@ -124,8 +123,14 @@ def val_batches(
             slots.append(reader.slot(source, position))
     batches = [slots[start : start + batch_samples] for start in range(0, len(slots), batch_samples)][rank::world_size]
     reads = _ahead(lambda number: reader.pack([batches[number]]), range(len(batches)), PREFETCH_STEPS)
-    for batch in _without_corrupt(reads, reader.max_corrupt, shards.folder):
+    for batch in _counted(reads, damage or reader.damage(), check=damage is None):
         yield from batch
+
+
+def damage_count(shards: ShardSet, data: DataSettings, split: Split, known: Iterable[int] = ()) -> Damage:
+    """A count of damaged samples for several ranks to share: of what `train_steps` or (with `data.held_out`) `val_batches` read."""
+    rows = _source_rows(shards, split, [part.source for part in data.mixture if part.share > 0])
+    return Damage(len(np.unique(shards.sample_numbers[np.concatenate(rows)])), shards.folder, known)
 
 
 @dataclass(frozen=True)
@@ -143,8 +148,8 @@ class _Read:
     """What a step's samples became; damaged ones travel back with it, since they may have been found in another process."""
 
     batches: list[PackedBatch]
-    corrupt: dict[int, str]
-    """Row and reason."""
+    corrupt: dict[int, Corrupt]
+    """By sample number."""
     error: tuple[str, str, str] | None = None
     """What, where and fix of a UserError: torch cannot raise one again out of a loader process."""
 
@@ -158,7 +163,16 @@ class _Reader:
 
     def __init__(self, shards: ShardSet, data: DataSettings, mixture: Mixture, rows: list[np.ndarray], tokens_per_frame: int) -> None:
         self.shards, self.data, self.mixture, self.rows, self.tokens_per_frame = shards, data, mixture, rows, tokens_per_frame
-        self.max_corrupt = max(1, int(MAX_CORRUPT_SHARE * sum(map(len, rows))))
+        self.conversations = np.unique(shards.sample_numbers[np.concatenate(rows)], return_counts=True)[1]
+        self.max_damaged = self.damage().limit
+
+    def damage(self) -> Damage:
+        """A count of the damaged samples among those that are read here."""
+        return Damage(len(self.conversations), self.shards.folder)
+
+    def most_damaged_rows(self) -> int:
+        """How many rows as many damaged samples as are allowed can have."""
+        return int(np.sort(self.conversations)[-self.max_damaged :].sum())
 
     def slot(self, source: int, position: int) -> _Slot:
         """What stands at a position of a source's endless sequence."""
@@ -174,13 +188,13 @@ class _Reader:
         return row, slot.question_first and not self.shards.is_caption[row] and self.shards.n_frames[row] > 0
 
     def pack(self, micro_batches: list[list[_Slot]]) -> _Read:
-        corrupt: dict[int, str] = {}
+        corrupt: dict[int, Corrupt] = {}
         batches = []
         for slots in micro_batches:
             samples = [sample for slot in slots if (sample := self._sample(slot, corrupt))]
             if self.data.loss_on == "preferences":
                 samples = [one for sample in samples for one in self._pair(sample)]
-            if len(corrupt) > self.max_corrupt:
+            if len(corrupt) > self.max_damaged:
                 return _Read([], corrupt)
             batches.append(pack(samples, self.shards.chat, tokens_per_frame=self.tokens_per_frame))
         return _Read(batches, corrupt)
@@ -195,10 +209,10 @@ class _Reader:
                 fix="with data.loss_on 'preferences' give sources whose every conversation has one",
             ) from error
 
-    def _sample(self, slot: _Slot, corrupt: dict[int, str]) -> Sample | None:
+    def _sample(self, slot: _Slot, corrupt: dict[int, Corrupt]) -> Sample | None:
         """The slot's sample, or the next whole one of its source; None once there are too many damaged ones."""
         tries = 0
-        while len(corrupt) <= self.max_corrupt:
+        while len(corrupt) <= self.max_damaged:
             row = self.row(slot)
             try:
                 return self.shards.read(
@@ -208,7 +222,7 @@ class _Reader:
                     label_questions=self.data.loss_on == "all_text",
                 )
             except CorruptSampleError as error:
-                corrupt[row] = str(error)
+                corrupt.setdefault(int(self.shards.sample_numbers[row]), Corrupt(row, str(error)))
                 tries += 1
                 if tries == len(self.rows[slot.source]):
                     raise UserError(
@@ -238,7 +252,6 @@ class _Steps(Dataset[_Read]):
             raise UserError(str(error), where="data.mixture", fix="change the shares") from error
         self.reader = _Reader(shards, data, mixture, rows, tokens_per_frame)
         self.run, self.rank, self.world_size = run, rank, world_size
-        self.max_corrupt = self.reader.max_corrupt
 
     def __getitem__(self, index: int) -> _Read:
         try:
@@ -276,21 +289,15 @@ def _source_rows(shards: ShardSet, split: Split, sources: list[str]) -> list[np.
     return rows
 
 
-def _without_corrupt(reads: Iterable[_Read], limit: int, folder: Path) -> Iterator[list[PackedBatch]]:
-    """Pass batches on; log each damaged sample once, and raise UserError when there are more than `limit`."""
-    seen: set[int] = set()
+def _counted(reads: Iterable[_Read], damage: Damage, *, check: bool) -> Iterator[list[PackedBatch]]:
+    """Pass batches on and count damaged samples; with `check`, raise UserError when there are too many."""
     for read in reads:
         if read.error:
             what, where, fix = read.error
             raise UserError(what, where=where, fix=fix)
-        for row, reason in read.corrupt.items():
-            if row not in seen:
-                seen.add(row)
-                logger.warning(
-                    "skipped damaged sample %d of at most %d: row %d of %s: %s", len(seen), limit, row, folder / INDEX_FILE, reason
-                )
-        if len(seen) > limit:
-            raise UserError(f"more than {limit} damaged samples", where=str(folder), fix="make the shards again")
+        damage.add(read.corrupt)
+        if check:
+            damage.check()
         yield read.batches
 
 

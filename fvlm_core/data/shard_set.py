@@ -63,6 +63,11 @@ class ShardSet:
         return chat_format(self.tokenizer)
 
     @cached_property
+    def sample_numbers(self) -> np.ndarray:
+        """Per row, int32, the number of its sample: equal for all conversations about the same frames."""
+        return self._table["key"].combine_chunks().dictionary_encode().indices.to_numpy()
+
+    @cached_property
     def _frame(self) -> pd.DataFrame:
         return self._table.drop_columns(list(MEMBER_COLUMNS)).to_pandas()
 

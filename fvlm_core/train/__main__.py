@@ -1,37 +1,47 @@
 """`torchrun -m fvlm_core.train recipe.yaml`, or `python -m fvlm_core.train recipe.yaml` for one process.
 
-A finished run is recognised before torch is imported. Ends with status 2 for bad input and 75 after a SIGTERM (a checkpoint was
-made; start it again to go on).
+A finished run is recognised before torch is imported, and so is a folder that another run is at work in. Ends with status 2 for
+bad input and 75 after a SIGTERM (a checkpoint was made; start it again to go on); torchrun makes a 1 of both.
 """
 
 import os
+from contextlib import nullcontext
 
 from fvlm_core.cli import run_job
 from fvlm_core.config import Recipe
 from fvlm_core.train.folder import check_folder, claim_folder, input_digests, whole_manifest
 from fvlm_core.train.jobs import RunManifest
+from fvlm_core.train.lock import RunLock, end_with_launcher
 
 
 def train(recipe: Recipe) -> RunManifest:
-    """Train the recipe, or return the manifest of the run that is already there."""
+    """Train the recipe, or return the manifest of the run that is already there. Raises UserError where another run is at work."""
+    end_with_launcher(os.environ)
     inputs = input_digests(recipe)
     identity = recipe.identity(inputs)
     check_folder(recipe, identity)
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    if alone and (done := whole_manifest(recipe.output, identity)):
+    if os.environ.get("WORLD_SIZE", "1") == "1" and (done := whole_manifest(recipe.output, identity)):
         print(f"{recipe.name} is already trained: {recipe.output}")
         return done
+    lock = RunLock(recipe.output)
+    with lock.held() if os.environ.get("RANK", "0") == "0" else nullcontext():
+        return _train(recipe, identity, inputs, lock)
+
+
+def _train(recipe: Recipe, identity: str, inputs: dict[str, str], lock: RunLock) -> RunManifest:
+    """Train on this rank; rank 0 holds the folder's lock."""
     # Threads that wait by spinning slow down whatever shares the machine; libgomp reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from fvlm_core.train.distributed import World  # imports torch and transformers: seconds
     from fvlm_core.train.loop import Trainer
 
     world = World.join(os.environ, recipe.run.device)
-    done = world.share(whole_manifest(recipe.output, identity) if world.rank == 0 and not alone else None)
+    done = world.share(whole_manifest(recipe.output, identity) if world.rank == 0 else None)
     if done is None:
         if world.rank == 0:
             claim_folder(recipe, identity)
-        done = Trainer(recipe, world, identity, inputs, has_wandb_key="WANDB_API_KEY" in os.environ).run()
+        trainer = Trainer(recipe, world, identity, inputs, has_wandb_key="WANDB_API_KEY" in os.environ)
+        done = trainer.run(stopping=lock.ending if world.rank == 0 else None)
     world.leave()
     return done
 

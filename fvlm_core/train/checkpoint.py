@@ -3,9 +3,10 @@
 A checkpoint is a folder `step-00000100`: the tensors (`torch.distributed.checkpoint`, each rank writes its part) and, written
 last, a manifest with every file's sha256 and the run's small state. It is made under a temporary name and renamed, so a kill
 leaves the old ones or the new one, never a part. Kept are the best, the last two, and the newest that is old enough to go
-back to when training diverges.
+back to when training diverges: while an alarm is pending, that is the newest from before its first sign.
 """
 
+import errno
 import os
 import random
 import re
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from pydantic import ConfigDict
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -31,6 +33,8 @@ from fvlm_core.train.distributed import World
 from fvlm_core.train.divergence import MARGIN_STEPS
 
 _TEMPORARY = ".making"
+FULL_BYTES = 1_000_000
+"""Of free space, below which a checkpoint that could not be written has filled the disk."""
 
 
 class CheckpointManifest(Manifest):
@@ -43,7 +47,7 @@ class CheckpointManifest(Manifest):
     ranks: int
     """Ranks that wrote it; any number may read it."""
     score: float | None
-    """What the recipe's `best` makes of the validation losses at this step, or None where it was not evaluated."""
+    """What the recipe's `best` makes of the validation losses at this step, or None where it was not evaluated or an alarm was pending."""
     state: dict[str, Any]
     """The run's small state (`fvlm_core.train.loop.RunState`)."""
 
@@ -55,15 +59,26 @@ class Checkpoints:
         """`identity`: hash of the run's settings and inputs; checkpoints of others are ignored."""
         self.folder, self.world, self.identity = folder, world, identity
 
-    def save(self, step: int, tensors: dict[str, Any], *, score: float | None, state: dict[str, Any]) -> None:
-        """Write the checkpoint of `step` (`tensors`: nested dicts of tensors), then delete those no longer kept."""
+    def save(self, step: int, tensors: dict[str, Any], *, healthy_until: int, score: float | None, state: dict[str, Any]) -> None:
+        """Write the checkpoint of `step` (`tensors`: nested dicts of tensors), then delete those no longer kept.
+
+        `healthy_until`: the last step without a sign of divergence; before `step` while an alarm is pending.
+        """
         temporary, final = self.folder / f"{_TEMPORARY}-{step:08d}", self._path(step)
         if self.world.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         self.world.wait()
-        with _quiet():
-            save(_flatten(tensors), storage_writer=FileSystemWriter(temporary), no_dist=self.world.size == 1)
+        try:
+            with _quiet():
+                save(_flatten(tensors), storage_writer=FileSystemWriter(temporary), no_dist=self.world.size == 1)
+        except CheckpointException as error:
+            cause = next(iter(error.failures.values()))[0]
+            if shutil.disk_usage(self.folder).free < FULL_BYTES:  # torch says "unexpected pos"
+                cause = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
+            if self.world.rank == 0:
+                shutil.rmtree(temporary)  # what cannot be finished must not go on filling the disk
+            raise RuntimeError(f"the checkpoint of step {step} could not be written") from cause
         if self.world.rank == 0:
             files = file_entries(temporary, ["*.distcp", ".metadata"])
             CheckpointManifest(
@@ -78,7 +93,7 @@ class Checkpoints:
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
             _sync_folder(self.folder)
-            self._prune()
+            self._prune(healthy_until)
         self.world.wait()
 
     def newest(self, *, up_to: int | None = None) -> CheckpointManifest | None:
@@ -135,14 +150,14 @@ class Checkpoints:
             return None
         return manifest
 
-    def _prune(self) -> None:
-        """Keep the best, and all since the newest that is old enough to go back to; these are the last two or more."""
+    def _prune(self, healthy_until: int) -> None:
+        """Keep the best, the way back if training diverges, and the last two or more; good ones later than the way back stay too."""
         steps = self._steps()
-        since = max((step for step in steps if step <= steps[-1] - MARGIN_STEPS), default=0)
+        since, back = (max((step for step in steps if step <= last - MARGIN_STEPS), default=0) for last in (steps[-1], healthy_until))
         scores = {step: score for step in steps if (score := self._score(step)) is not None}
         best = min(scores, key=lambda step: (scores[step], step), default=None)
         for step in steps:
-            if step < since and step != best:
+            if (step < back or healthy_until < step < since) and step != best:
                 shutil.rmtree(self._path(step))
 
     def _score(self, step: int) -> float | None:

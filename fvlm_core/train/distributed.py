@@ -56,12 +56,25 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def union(self, values: set[int]) -> set[int]:
+        """What any rank has in its set."""
+        if self.size == 1:
+            return values
+        sets: list[Any] = [None] * self.size
+        dist.all_gather_object(sets, values)
+        return set().union(*sets)
+
     def wait(self) -> None:
         """Until every rank is here."""
         if self.size > 1:
             dist.barrier()
 
     def leave(self) -> None:
-        """End the process group."""
+        """End the process group, when every rank is here.
+
+        A thread of gloo's frees the tensors of the last exchange, for which it needs the interpreter; ending the group waits for that
+        thread and keeps the interpreter meanwhile. So the group ends only after an exchange that has no tensors.
+        """
         if self.size > 1:
+            dist.barrier()
             dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Notices that training has left the road, and says what to freeze next.
+"""Notices that training diverges, and says what to freeze next.
 
 Alarms are meant to be rare, because what follows is drastic: training goes back to the last good checkpoint and freezes the
 vision encoder, next time the lower half of the language model's layers. One bad batch does not do it, nor the noise of small
@@ -48,22 +48,25 @@ class Watch(BaseModel):
     loss_spikes: int = 0
     norm_spikes: int = 0
     low_entropy: int = 0
+    suspect_steps: int = 0
+    """Steps since the first sign of an alarm that is pending, with that one; 0 where none is. More than any of the counts above
+    where steps without frames lie between two of low entropy."""
 
     @property
     def alarmed(self) -> bool:
-        """Whether the last step was not healthy."""
+        """Whether the last step's loss or gradient was not healthy."""
         return bool(self.nonfinite or self.loss_spikes or self.norm_spikes)
-
-    @property
-    def unhealthy_steps(self) -> int:
-        """How many of the last steps showed a sign."""
-        return max(self.nonfinite, self.loss_spikes, self.norm_spikes, self.low_entropy)
 
     def observe(self, loss: float, norm: float, entropy: float) -> str | None:
         """Take in a step: its loss, gradient norm, and attention entropy (0 where there was none).
 
         Returns why training has diverged, or None.
         """
+        reason = self._judge(loss, norm, entropy)
+        self.suspect_steps = self.suspect_steps + 1 if self.alarmed or self.low_entropy else 0
+        return reason
+
+    def _judge(self, loss: float, norm: float, entropy: float) -> str | None:
         finite = math.isfinite(loss) and math.isfinite(norm)
         self.nonfinite = 0 if finite else self.nonfinite + 1
         if not finite:

@@ -11,8 +11,9 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ from torch import Tensor
 
 from fvlm_core.config import Recipe
 from fvlm_core.data.batch import PackedBatch
-from fvlm_core.data.loader import train_steps
+from fvlm_core.data.loader import damage_count, train_steps
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.errors import UserError
+from fvlm_core.exit_status import STOPPED
 from fvlm_core.progress import Progress
 from fvlm_core.train.checkpoint import CheckpointManifest, Checkpoints, rng_tensors, set_rng
 from fvlm_core.train.cost import Cost
@@ -41,8 +43,8 @@ from fvlm_core.train.start import compile_parts, initial_model, prepare
 from fvlm_core.train.state import Clock, RunState, StepResult, Window
 from fvlm_core.train.validation import score, validation_losses
 
-STOPPED = 75
-"""Exit status after a SIGTERM: the run is whole up to its last step and goes on when started again (EX_TEMPFAIL)."""
+_NOTHING = (0.0,) * 6
+"""`Trainer._sizes` of no batch."""
 
 
 class Trainer:
@@ -77,9 +79,18 @@ class Trainer:
         reference = make_reference(self.model, self.shards, recipe, self.run_settings, self.world, self.identity)
         return PreferenceLoss(recipe.loss, recipe.passes, recipe.dpo.beta, reference)
 
-    def run(self) -> RunManifest:
-        """Train to the end (from the last checkpoint where there is one) and write the manifest. Exits with STOPPED on SIGTERM."""
-        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_requested", True))
+    def run(self, *, stopping: Callable[[], None] | None = None) -> RunManifest:
+        """Train to the end (from the last checkpoint where there is one) and write the manifest. Exits with STOPPED on SIGTERM.
+
+        `stopping` is called in the signal's handler.
+        """
+
+        def stop(_signal: int, _frame: FrameType | None) -> None:
+            self.stop_requested = True
+            if stopping is not None:
+                stopping()
+
+        before = signal.signal(signal.SIGTERM, stop)
         try:
             with self.display:
                 self._train()
@@ -122,10 +133,14 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed when it starts; a resumed run must not differ by that
             micro_batches = next(self.batches)
         waited = time.perf_counter() - started
-        own = [sum(sizes) for sizes in zip(*(self._sizes(batch) for batch in micro_batches), strict=True)]
-        *sizes, flops, stops = self.world.sum([*own, self.stop_requested])
+        own = [sum(sizes) for sizes in zip(_NOTHING, *(self._sizes(batch) for batch in micro_batches), strict=True)]
+        *sizes, flops, damaged, stops = self.world.sum([*own, len(self.damage.new), self.stop_requested])
         if stops:
             self._stop()
+        if damaged:
+            self.damage.merge(self.world.union(self.damage.new))
+            self.damage.check()
+            self.state.damaged = sorted(self.damage.samples)
         units, labels, samples, frames, tokens = (int(size) for size in sizes)
         with self.spread.step():
             sums = self._accumulate(micro_batches, units)
@@ -211,7 +226,9 @@ class Trainer:
 
     def _row(self, val_loss: float) -> dict[str, Any]:
         state, window = self.state, self.state.window
-        rates, units = learning_rates(self.recipe.optimizer, state.step - 1, self.steps), max(1, window.units)
+        rates = learning_rates(self.recipe.optimizer, state.step - 1, self.steps)
+        units = max(1, window.units) if window.steps else math.nan  # nothing is known where every step was skipped
+        trained = {group["role"] for group in self.optimizer.param_groups}
         peak = peak_flops(self.world.device)
         return {
             "step": state.step,
@@ -224,7 +241,7 @@ class Trainer:
             "train_loss": window.objective / units,
             **{f"train_{name}": value / units for name, value in window.losses.items()},
             **{f"grad_norm_{role}": value / window.steps for role, value in window.norms.items()},
-            **{f"lr_{role}": rate if role in window.norms else 0.0 for role, rate in rates.items()},
+            **{f"lr_{role}": rate if role in trained else 0.0 for role, rate in rates.items()},
             "entropy": window.entropy / window.frames if window.frames else None,
             "skipped_steps": state.skipped_steps,
             **self.clock.rates(peak * self.world.size if peak else None),
@@ -246,11 +263,14 @@ class Trainer:
         """A checkpoint of the present step."""
         state = self.state
         reached = None
-        if state.evaluated == state.step > 0:
+        suspect = state.watch.suspect_steps
+        if state.evaluated == state.step > 0 and not suspect:
             reached = score({name: state.val_losses[name] for name in self.recipe.passes}, self.recipe.best)
         if reached is not None and reached < state.best_loss:
             state.best_step, state.best_loss = state.step, reached
-        self.checkpoints.save(state.step, self._tensors(), score=reached, state=state.model_dump(mode="json"))
+        self.checkpoints.save(
+            state.step, self._tensors(), healthy_until=state.step - suspect, score=reached, state=state.model_dump(mode="json")
+        )
 
     def go_to(self, found: CheckpointManifest | None, state: RunState) -> None:
         """Go on from `state`, with the tensors of a checkpoint where one was found; later checkpoints and rows are dropped."""
@@ -263,6 +283,7 @@ class Trainer:
         self.checkpoints.drop_after(state.step)
         if self.world.rank == 0:
             self.metrics.truncate(state.step)
+        self.damage = damage_count(self.shards, self.recipe.data, "train", state.damaged)
         self.batches = train_steps(
             self.shards,
             self.recipe.data,
@@ -271,6 +292,7 @@ class Trainer:
             rank=self.world.rank,
             world_size=self.world.size,
             first_step=state.step,
+            damage=self.damage,
         )
 
     def _roll_back(self, reason: str) -> None:
@@ -283,7 +305,7 @@ class Trainer:
                 where=str(self.recipe.output),
                 fix="lower the learning rates or lengthen the warm-up (optimizer.lr_*, optimizer.warmup_steps)",
             )
-        healthy_until = at - max(1, self.state.watch.unhealthy_steps)
+        healthy_until = at - max(1, self.state.watch.suspect_steps)
         found = self.checkpoints.newest(up_to=healthy_until - MARGIN_STEPS)
         if found is None:
             prepare(self.recipe.run, self.world.rank, self.world.device)

@@ -99,7 +99,15 @@ def _batches(shards: ShardSet, recipe: Recipe, run: RunSettings, world: World, f
     """This rank's share of the batches whose tables are not there yet, and the tables' paths."""
     data, k = recipe.data, recipe.model.tokens_per_frame
     # the table names that fixed batches get; which rank computes one does not matter
-    held_out = val_batches(shards, run.eval_samples, data, tokens_per_frame=k, batch_samples=run.micro_batch_samples, **_part(world))
+    held_out = val_batches(
+        shards,
+        run.eval_samples,
+        data,
+        tokens_per_frame=k,
+        batch_samples=run.micro_batch_samples,
+        rank=world.rank,
+        world_size=world.size,
+    )
     for number, batch in enumerate(held_out):
         path = folder / f"val-{world.rank + number * world.size:06d}.parquet"
         if not path.is_file():
@@ -113,10 +121,6 @@ def _batches(shards: ShardSet, recipe: Recipe, run: RunSettings, world: World, f
 
     for number, batch in distinct_batches(shards, data, run, tokens_per_frame=k, wanted=wanted):
         yield path_of(number), batch
-
-
-def _part(world: World) -> dict[str, int]:
-    return {"rank": world.rank, "world_size": world.size}
 
 
 def _read(folder: Path) -> dict[str, list[float]]:

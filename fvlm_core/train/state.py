@@ -13,7 +13,7 @@ _JSON = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
 
 class Window(BaseModel):
-    """Sums over the steps since the last evaluation point; saved, so that a resumed run writes the same row."""
+    """Sums over the steps since the last evaluation point that were finite; saved, so that a resumed run writes the same row."""
 
     model_config = _JSON
 
@@ -27,6 +27,17 @@ class Window(BaseModel):
     """Per role, the sum of gradient norms."""
     entropy: float = 0.0
     frames: int = 0
+
+    def add(self, step: "StepResult") -> None:
+        """Count a step."""
+        self.units += step.units
+        self.steps += 1
+        self.objective += step.objective
+        self.entropy += step.entropy
+        self.frames += step.frames
+        for sums, values in ((self.losses, step.losses), (self.norms, step.norms)):
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + value
 
 
 class RunState(BaseModel):
@@ -43,6 +54,8 @@ class RunState(BaseModel):
     flops: float = 0.0
     seconds: float = 0.0
     skipped_steps: int = 0
+    damaged: list[int] = Field(default_factory=list)
+    """Numbers of the damaged samples that any rank has met: a resumed run stops at the same number of them."""
     val_losses: dict[str, float] = Field(default_factory=dict)
     """Of the last evaluation, per pass."""
     evaluated: int = 0
@@ -96,15 +109,8 @@ class StepResult:
         state.label_tokens += self.labels
         state.flops += self.flops
         state.skipped_steps += not self.finite
-        window = state.window
-        window.units += self.units
-        window.steps += 1
-        window.objective += self.objective
-        window.entropy += self.entropy
-        window.frames += self.frames
-        for sums, values in ((window.losses, self.losses), (window.norms, self.norms)):
-            for name, value in values.items():
-                sums[name] = sums.get(name, 0.0) + value
+        if self.finite:  # one that is not would make the sums of all the others NaN
+            state.window.add(self)
         return state.watch.observe(self.loss, self.norm, self.entropy / self.frames if self.frames else 0.0)
 
 

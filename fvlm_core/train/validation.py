@@ -3,7 +3,7 @@
 import torch
 
 from fvlm_core.config import BestSettings, Recipe
-from fvlm_core.data.loader import val_batches
+from fvlm_core.data.loader import damage_count, val_batches
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.errors import UserError
 from fvlm_core.model.foveated import FoveatedVLM
@@ -23,6 +23,7 @@ def score(losses: dict[str, float], best: BestSettings) -> float:
 def validation_losses(model: FoveatedVLM, shards: ShardSet, recipe: Recipe, objective: Objective, world: World) -> dict[str, float]:
     """What the objective names (the passes' losses first), per unit. Raises UserError where the set has no units."""
     sums, units = dict.fromkeys(objective.names, 0.0), 0
+    damage = damage_count(shards, recipe.data.held_out, "val")
     batches = val_batches(
         shards,
         recipe.run.eval_samples,
@@ -31,6 +32,7 @@ def validation_losses(model: FoveatedVLM, shards: ShardSet, recipe: Recipe, obje
         batch_samples=recipe.run.micro_batch_samples,
         rank=world.rank,
         world_size=world.size,
+        damage=damage,
     )
     model.eval()
     for batch in batches:
@@ -39,7 +41,10 @@ def validation_losses(model: FoveatedVLM, shards: ShardSet, recipe: Recipe, obje
         for name in objective.names:
             sums[name] += float(parts[name])
     model.train()
-    *totals, count = world.sum([*sums.values(), units])
+    *totals, count, damaged = world.sum([*sums.values(), units, len(damage.new)])
+    if damaged:
+        damage.merge(world.union(damage.new))
+        damage.check()
     if not count:
         raise UserError("the validation samples have no labels", where="run.eval_samples", fix="evaluate more samples")
     return {name: total / count for name, total in zip(objective.names, totals, strict=True)}

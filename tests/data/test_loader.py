@@ -236,9 +236,22 @@ def test_damaged_samples_are_replaced_and_counted(damaged, caplog, part, workers
         shards.read(row, image_repeats=1)
     with caplog.at_level(logging.WARNING):
         found = steps(shards, only, length)
-    assert len([record for record in caplog.records if "skipped damaged sample 1 of at most 2" in record.message]) == 1
+    assert len([record for record in caplog.records if "skipped damaged sample 1 of at most 1" in record.message]) == 1
     assert all(sum(batch.n_samples for batch in step) == 12 for step in found)
     assert key not in {key for step in found for batch in step for key in batch.keys}
+
+
+def test_a_damaged_clip_is_one_sample_however_many_conversations_it_has(damaged):
+    shards, damage = damaged
+    rows = shards.rows("train", "gaze_cell")
+    conversations = rows[rows["key"] == rows["key"].iloc[0]]
+    assert len(conversations) > 2
+    damage(int(conversations.index[0]), part="frame")
+    for row in conversations.index:
+        with pytest.raises(CorruptSampleError):
+            shards.read(int(row), image_repeats=1)
+    found = steps(shards, data({"gaze_cell": 1.0}), run(steps=24))
+    assert rows["key"].iloc[0] not in {key for step in found for batch in step for key in batch.keys}
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -246,7 +259,7 @@ def test_too_many_damaged_samples_stop_the_run(damaged, workers):
     shards, damage = damaged
     for row in shards.rows("train", "gaze_caption").index[:12]:
         damage(int(row), part="frame")
-    with pytest.raises(UserError, match="more than 2 damaged samples"):
+    with pytest.raises(UserError, match="more than 1 damaged samples"):
         steps(shards, data({"gaze_caption": 0.5, "gaze_cell": 0.5}, workers=workers), run(steps=6))
 
 

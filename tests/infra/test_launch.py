@@ -1,5 +1,6 @@
 """The launcher against real processes: what a job prints, how it ends, and that nothing of it is ever left behind."""
 
+import json
 import os
 import signal
 import socket
@@ -12,7 +13,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from infra.launch import BAD_INPUT, DiskFullError, JobError, JobRefusedError, JobStoppedError, job_environment, launch, torchrun_job
+from infra.exit_status import ATTEMPT_VARIABLE, ERROR_FILE, USER_ERROR
+from infra.launch import (
+    DiskFullError,
+    JobError,
+    JobRefusedError,
+    JobStoppedError,
+    job_environment,
+    launch,
+    python_job,
+    torchrun_job,
+)
 from infra.processes import JOB_VARIABLE, mark, marked
 
 # A job whose child leaves its session, as torchrun's ranks do, and writes both process ids down before it waits.
@@ -75,26 +86,51 @@ def test_error_carries_the_end_of_this_attempts_log(tmp_path: Path) -> None:
     assert "earlier attempt" in (tmp_path / "log.txt").read_text()
 
 
-def test_a_signal_is_told_as_the_shell_tells_it(tmp_path: Path) -> None:
+def test_a_signal_is_reported_as_the_shell_does(tmp_path: Path) -> None:
     with pytest.raises(JobError) as caught:
         launch(python("os.kill(os.getpid(), 9)", tmp_path), tmp_path)
     assert caught.value.status == 128 + 9
 
 
-def test_bad_input_is_told_apart(tmp_path: Path) -> None:
-    code = (
-        f"import sys; print('noise'); print('error: no such table\\n  where: a.csv', file=sys.stderr); print('more'); sys.exit({BAD_INPUT})"
-    )
-    with pytest.raises(JobRefusedError) as caught:
-        launch(python(code, tmp_path), tmp_path)
-    assert caught.value.reason == "no such table\n  where: a.csv"
+def count_job(folder: Path, **settings: object) -> Path:
+    path = folder.parent / "job.yaml"
+    path.write_text(json.dumps({"output": str(folder), "value": 1, **settings}))
+    return path
 
 
-def test_bad_input_is_recognised_in_torchruns_report(tmp_path: Path) -> None:
-    report = "error: bad recipe\\n  where: x\\nRoot Cause:\\n[0]:\\n  exitcode  : 2 (pid: 77)\\n"
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_refusal_comes_back_with_its_parts(tmp_path: Path, ranks: int) -> None:
+    """From the job itself and through torchrun, which ends with another status and prints a report of its own."""
+    folder = tmp_path / "job"
+    settings = count_job(folder, refuse=True)
+    command = torchrun_job("tests.jobs.count", settings, processes=ranks) if ranks else python_job("tests.jobs.count", settings)
     with pytest.raises(JobRefusedError) as caught:
-        launch(python(f"print({report!r}.encode().decode('unicode_escape')); raise SystemExit(1)", tmp_path), tmp_path)
-    assert caught.value.reason == "bad recipe\n  where: x"
+        launch(command, folder)
+    assert (caught.value.what, caught.value.where, caught.value.fix) == ("the value is bad", "value", "give a good one")
+    assert caught.value.status == USER_ERROR
+    launch(python_job("tests.jobs.count", count_job(folder)), folder)
+    assert not (folder / ERROR_FILE).exists()
+
+
+def test_settings_that_cannot_be_read_are_refused_too(tmp_path: Path) -> None:
+    with pytest.raises(JobRefusedError, match="unknown key 'valu'"):
+        launch(python_job("tests.jobs.count", count_job(tmp_path / "job", valu=2)), tmp_path / "job")
+
+
+def test_another_starts_refusal_is_not_taken_for_this_ones(tmp_path: Path) -> None:
+    """A start by hand beside a launched job: its refusal says nothing of why that one fails."""
+    folder = tmp_path / "job"
+    beside = [sys.executable, "-m", "tests.jobs.count", str(count_job(folder, refuse=True))]
+    code = f"import subprocess; subprocess.run({beside!r}, env=dict(os.environ, {ATTEMPT_VARIABLE}='')); raise KeyError('own')"
+    with pytest.raises(JobError, match="own") as caught:
+        launch(python(code, Path.cwd()), folder)
+    assert not isinstance(caught.value, JobRefusedError)
+    assert json.loads((folder / ERROR_FILE).read_text())["what"] == "the value is bad"
+
+
+def test_torchrun_gives_its_ranks_the_same_grace(tmp_path: Path) -> None:
+    launch(python("print(os.environ['TORCH_ELASTIC_SHUTDOWN_TIMEOUT'])", tmp_path), tmp_path, grace_s=40.5)
+    assert (tmp_path / "log.txt").read_text() == "41\n"
 
 
 def test_stop_ends_the_whole_family(tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from fvlm_core.config import Recipe
+from fvlm_core.exit_status import STOPPED
 from fvlm_core.train.__main__ import train
 from fvlm_core.train.distributed import World
 from fvlm_core.train.folder import input_digests
-from fvlm_core.train.loop import STOPPED, Trainer
+from fvlm_core.train.loop import Trainer
 from tests.tiny import tiny_shards
 
 # torch logs every tensor it saves, and pytest would keep it all

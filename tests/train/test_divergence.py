@@ -1,4 +1,4 @@
-"""Training that leaves the road goes back and freezes; noise does not count."""
+"""Training that diverges goes back and freezes; noise does not count."""
 
 import math
 from pathlib import Path
@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from fvlm_core.data.batch import PackedBatch
 from fvlm_core.errors import UserError
 from fvlm_core.train.__main__ import train
 from fvlm_core.train.distributed import World
-from fvlm_core.train.divergence import HISTORY_STEPS, NONFINITE_STEPS, SPIKE_STEPS, Watch
+from fvlm_core.train.divergence import HISTORY_STEPS, MARGIN_STEPS, NONFINITE_STEPS, SPIKE_STEPS, Watch
 from fvlm_core.train.loop import Trainer
 from tests.train.conftest import tiny_recipe
 
@@ -56,6 +57,47 @@ def test_goes_back_to_a_checkpoint_not_to_the_start(tmp_path: Path, shards: Path
     assert math.isfinite(manifest.final_loss)
 
 
+@pytest.mark.parametrize("checkpoint_every", [1, 5, 10])
+def test_a_collapse_goes_back_to_before_it_and_not_to_the_start(tmp_path: Path, shards: Path, checkpoint_every: int) -> None:
+    """Checkpoints made while the alarm is pending take no good one's place: neither the way back nor the best."""
+    recipe = tiny_recipe(tmp_path / "run", shards, run__steps=90, run__checkpoint_every=checkpoint_every, run__eval_every=10)
+    trainer = Trainer(recipe, World(0, 1, torch.device("cpu")), "test", {}, has_wandb_key=False)
+    collapse_attention(trainer, after=60)
+    manifest = trainer.run()
+    (divergence,) = manifest.divergences
+    assert "entropy" in divergence.reason
+    last_healthy = 60 - MARGIN_STEPS
+    assert divergence.back_to == last_healthy // checkpoint_every * checkpoint_every
+    assert manifest.steps == 90
+
+
+def test_a_run_stopped_in_a_collapse_keeps_its_way_back(tmp_path: Path, shards: Path) -> None:
+    """Every stop makes a checkpoint, whatever is pending; ten of them leave the good one where it is."""
+    recipe = tiny_recipe(tmp_path / "run", shards, run__steps=90, run__checkpoint_every=10, run__eval_every=10)
+    trainer = Trainer(recipe, World(0, 1, torch.device("cpu")), "test", {}, has_wandb_key=False)
+    collapse_attention(trainer, after=20)
+    trainer.go_to(None, trainer.state)
+    for step in range(1, 31):
+        trainer.step()
+        if step % 10 == 0 or step > 20:
+            trainer._save()
+    assert {10, 30} <= set(trainer.checkpoints._steps())
+    assert trainer.checkpoints.newest(up_to=30 - trainer.state.watch.suspect_steps - MARGIN_STEPS) is not None
+
+
+def collapse_attention(trainer: Trainer, *, after: int) -> None:
+    """Until something is frozen, every step later than `after` has a millionth of its attention's entropy."""
+    accumulate = trainer._accumulate
+
+    def collapsed(micro_batches: list[PackedBatch], units: int) -> torch.Tensor:
+        sums = accumulate(micro_batches, units)
+        if trainer.state.step >= after and not trainer.state.frozen:
+            sums[-1] *= 1e-6
+        return sums
+
+    trainer._accumulate = collapsed
+
+
 def test_gives_up_when_all_is_frozen(tmp_path: Path, shards: Path) -> None:
     recipe = tiny_recipe(tmp_path / "run", shards, optimizer__lr_connector=1e30, run__steps=12)
     with pytest.raises(UserError, match=r"diverges at step .*vision, llm_lower"):
@@ -93,6 +135,21 @@ def test_a_lasting_spike_is_and_a_short_one_is_not(level: float, rise: float) ->
     signs = [watch.observe(level * rise, 1.0, 1.0) for _ in range(SPIKE_STEPS)]
     assert signs[:-1] == [None] * (SPIKE_STEPS - 1)
     assert "running mean" in str(signs[-1])
+
+
+@given(gaps=st.lists(st.integers(0, 5), min_size=3, max_size=19))
+def test_suspect_steps_reach_back_to_the_first_sign(gaps: list[int]) -> None:
+    """Steps of text only say nothing about attention: a collapse is as old as its first sign."""
+    watch = Watch()
+    watch.observe(1.0, 1.0, 2.0)
+    steps = 0
+    for gap in gaps:
+        for entropy in [1e-5, *[0.0] * gap]:
+            steps += 1
+            assert watch.observe(1.0, 1.0, entropy) is None
+            assert watch.suspect_steps == steps
+    watch.observe(1.0, 1.0, 2.0)
+    assert watch.suspect_steps == 0
 
 
 def test_other_signs() -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import math
 import os
 import pty
 import re
@@ -11,11 +12,16 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fvlm_core.data.batch import PackedBatch
 from fvlm_core.train.__main__ import train
+from fvlm_core.train.distributed import World
+from fvlm_core.train.loop import Trainer
 from fvlm_core.train.metrics import MetricsFile, columns
 from tests.train.conftest import tiny_recipe
 
@@ -46,6 +52,30 @@ def test_unknown_column_is_an_error(tmp_path: Path) -> None:
     metrics.truncate(0)
     with pytest.raises(ValueError, match="loss_val"):
         metrics.append({"step": 1, "loss_val": 0.5})
+
+
+def test_a_skipped_step_is_left_out_of_its_row(tmp_path: Path, shards: Path) -> None:
+    """Counted, and no part of the means; a row whose every step was skipped has none."""
+    recipe = tiny_recipe(tmp_path / "run", shards, run__eval_every=2, run__steps=8)
+    trainer = Trainer(recipe, World(0, 1, torch.device("cpu")), "test", {}, has_wandb_key=False)
+    accumulate, healthy = trainer._accumulate, {}
+
+    def damaged(micro_batches: list[PackedBatch], units: int) -> torch.Tensor:
+        sums = accumulate(micro_batches, units)
+        step = trainer.state.step + 1
+        if step in (3, 5, 6):
+            return sums * math.nan
+        healthy[step] = (sums / units).tolist()
+        return sums
+
+    trainer._accumulate = damaged
+    trainer.run()
+    rows = pd.read_csv(recipe.output / "metrics.csv", index_col="step")
+    assert rows["skipped_steps"].tolist() == [0, 1, 3, 3]
+    assert rows.loc[4, ["train_loss", "train_coarse"]].tolist() == pytest.approx(healthy[4][:2])
+    assert rows.loc[[2, 4, 8]].filter(regex="^(train_|entropy|grad_norm_|val_)").notna().all(axis=None)
+    assert rows.loc[6].filter(regex="^(train_|entropy|grad_norm_)").isna().all()
+    assert (rows.filter(regex="^lr_") > 0).all(axis=None)
 
 
 def test_wandb_offline_without_a_key(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,10 @@ import pytest
 
 from fvlm_core.config import Recipe
 from fvlm_core.errors import UserError
+from fvlm_core.exit_status import STOPPED
 from fvlm_core.manifest import sha256_file
 from fvlm_core.train.__main__ import train
 from fvlm_core.train.jobs import RunManifest
-from fvlm_core.train.loop import STOPPED
 from tests.train.conftest import one_rank_then_stop, tiny_recipe
 
 TIMINGS = ["samples_per_s", "frames_per_s", "tokens_per_s", "mfu", "data_wait_share", "peak_memory_gb"]

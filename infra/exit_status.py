@@ -1,0 +1,8 @@
+"""How a job ends: a copy of `fvlm_core/exit_status.py`, which says what each means; a test checks that they are equal."""
+
+USER_ERROR = 2
+STOPPED = 75
+
+ERROR_FILE = "error.json"
+USER_ERROR_KIND, STOPPED_KIND = "user_error", "stopped"
+ATTEMPT_VARIABLE = "FVLM_ATTEMPT"

@@ -1,0 +1,112 @@
+"""One run at a time in a folder, whatever happens to the launcher: real torchrun, killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fvlm_core.config import Recipe
+from fvlm_core.errors import UserError
+from fvlm_core.train import lock
+from fvlm_core.train.lock import RunLock
+from tests.train.conftest import tiny_recipe
+from tests.train.test_resume import rows, same_end, wait_for_rows
+
+LONG = {"run__steps": 60, "run__eval_every": 1, "run__checkpoint_every": 4, "run__micro_batch_samples": 4}
+
+
+def start(recipe: Recipe, ranks: int = 2) -> subprocess.Popen[bytes]:
+    path = recipe.output.with_suffix(".yaml")
+    recipe.to_yaml(path)
+    torchrun = Path(sys.executable).with_name("torchrun")
+    return subprocess.Popen([torchrun, "--standalone", "--nproc-per-node", str(ranks), "-m", "fvlm_core.train", path])
+
+
+def test_a_killed_launcher_and_the_same_command_again(tmp_path: Path, shards: Path) -> None:
+    """The ranks outlive their torchrun for as long as they need to save; the next run waits for them and goes on."""
+    recipe, undisturbed = (tiny_recipe(tmp_path / name, shards, **LONG) for name in ("killed", "undisturbed"))
+    killed = start(recipe)
+    wait_for_rows(recipe, killed, 5)
+    ranks = psutil.Process(killed.pid).children(recursive=True)
+    killed.kill()
+    again = start(recipe)
+    killed.wait()
+    assert again.wait(120) == 0
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    assert not alive
+    assert start(undisturbed).wait(120) == 0
+    assert rows(recipe)["step"].tolist() == list(range(1, 61))
+    same_end(recipe, undisturbed)
+
+
+def test_ranks_end_with_their_launcher_and_save(tmp_path: Path, shards: Path) -> None:
+    recipe = tiny_recipe(tmp_path / "run", shards, **LONG | {"run__steps": 5000, "run__checkpoint_every": 5000})
+    killed = start(recipe)
+    wait_for_rows(recipe, killed, 3)
+    ranks = psutil.Process(killed.pid).children(recursive=True)
+    assert len(ranks) >= 2
+    killed.kill()
+    killed.wait()
+    _, alive = psutil.wait_procs(ranks, timeout=60)
+    assert not alive
+    assert list((recipe.output / "checkpoints").glob("step-*/manifest.json"))
+
+
+def test_a_second_run_is_refused_and_the_first_goes_on(tmp_path: Path, shards: Path) -> None:
+    recipe = tiny_recipe(tmp_path / "run", shards, **LONG | {"run__steps": 5000})
+    first = start(recipe, ranks=1)
+    try:
+        wait_for_rows(recipe, first, 1)
+        (worker,) = psutil.Process(first.pid).children()
+        command = [sys.executable, "-m", "fvlm_core.train", recipe.output.with_suffix(".yaml")]
+        second = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert second.returncode == 2
+        assert f"another run is at work in this folder: process {worker.pid} on " in second.stderr
+        assert str(recipe.output) in second.stderr
+        assert first.poll() is None
+    finally:
+        first.terminate()
+        first.wait(60)
+
+
+def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
+    code = f"""
+import sys, time
+from pathlib import Path
+from fvlm_core.train.lock import RunLock
+with RunLock(Path({str(tmp_path)!r})).held():
+    print("held", flush=True)
+    time.sleep(600)
+"""
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    with RunLock(tmp_path).held():
+        pass
+
+
+def test_waits_longer_for_a_run_that_is_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "WAIT_S", 0.5)
+    monkeypatch.setattr(lock, "ENDING_WAIT_S", 2.0)
+    first = RunLock(tmp_path)
+    with first.held():
+        for expected, end in ((0.5, False), (2.0, True)):
+            if end:
+                first.ending()
+            started = time.monotonic()
+            with pytest.raises(UserError, match=f"process {os.getpid()}"), RunLock(tmp_path).held():
+                pass
+            assert expected <= time.monotonic() - started < expected + 1.4
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"), RunLock(tmp_path / "file" / "run").held():
+        pass
