@@ -1,8 +1,8 @@
 """Registers the work pools and a deployment per phase on a Prefect server."""
 
 import asyncio
-import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from prefect.client.orchestration import PrefectClient, get_client
@@ -24,7 +24,8 @@ from flows.scaling import scaling
 from flows.speed import speed
 from flows.train import train
 from infra.processes import mark
-from infra.stack import CPU_POOL, POOLS, PROCESS_POOL, REPOSITORY, Pool
+from infra.stack import CPU_POOL, POOLS, PROCESS_POOL, Pool, queue_name, volume_tag
+from infra.volume import known_volume_id, volume_id
 from tasks.config import PipelineConfig
 from tasks.phases import PHASES
 
@@ -43,19 +44,36 @@ PRECOMPUTE_CRON = "0 3 * * *"
 UNFINISHED = [StateType.RUNNING, StateType.PENDING, StateType.SCHEDULED, StateType.CANCELLING, StateType.PAUSED]
 
 
-def volume_tag(volume: Path) -> str:
-    """On every deployment of the volume, and so on all of its runs."""
-    return f"volume:{mark(volume)}"
+LOCAL_JOB = {"command": "python -m prefect.engine", "working_dir": "."}
+"""How a worker on local processes starts a flow run: with its own environment, in the folder where it was started itself. Flows are
+importable there, so no workspace has to be resolved, which takes a second for every run."""
 
 
-async def register(config: PipelineConfig, volume: Path) -> dict[str, str]:
-    """Make the work pools that are missing and all deployments of the profile; returns the type of each pool by name."""
+@dataclass(frozen=True)
+class Registered:
+    """What is on the server."""
+
+    pool_types: dict[str, str]
+    """Type of each work pool by name."""
+    deployment: str
+    """Name that the deployments of all flows have."""
+
+
+def id_of(volume: Path) -> str:
+    """The volume's id; where the volume is on other hosts only, a stand-in made of its path."""
+    return volume_id(volume) if volume.is_dir() else known_volume_id(volume) or mark(volume)
+
+
+async def register(config: PipelineConfig, volume: Path) -> Registered:
+    """Make the work pools that are missing and all deployments of the profile."""
+    known = id_of(volume)
     async with get_client() as client:
         # one after the other: SQLite lets one writer in at a time, and those who wait back off for seconds
         types = dict([await _pool(client, pool) for pool in POOLS])
-        for name in FLOWS:
-            await _deploy(client, name, config, volume, types)
-    return types
+        name = await _deployment_name(client, config.name, known)
+        for flow in FLOWS:
+            await _deploy(client, flow, name, config, volume, known, types)
+    return Registered(types, name)
 
 
 async def crash_stale_runs(volume: Path) -> int:
@@ -66,7 +84,7 @@ async def crash_stale_runs(volume: Path) -> int:
     async with get_client() as client:
         runs = await client.read_flow_runs(
             flow_run_filter=FlowRunFilter(
-                tags=FlowRunFilterTags(all_=[volume_tag(volume)]),
+                tags=FlowRunFilterTags(all_=[volume_tag(id_of(volume))]),
                 state=FlowRunFilterState(type=FlowRunFilterStateType(any_=UNFINISHED)),
             )
         )
@@ -74,6 +92,15 @@ async def crash_stale_runs(volume: Path) -> int:
         message = "the server or worker it ran under was ended"
         await asyncio.gather(*(client.set_flow_run_state(run.id, Crashed(message=message), force=True) for run in stale))
         return len(stale)
+
+
+async def _deployment_name(client: PrefectClient, profile: str, volume: str) -> str:
+    """The profile's name; with the volume's id where another volume of this server has deployments of that name."""
+    try:
+        known = await client.read_deployment_by_name(f"{FLOWS['pipeline'].name}/{profile}")
+    except ObjectNotFound:
+        return profile
+    return profile if volume_tag(volume) in known.tags else f"{profile}-{volume[:6]}"
 
 
 async def _pool(client: PrefectClient, pool: Pool) -> tuple[str, str]:
@@ -85,29 +112,30 @@ async def _pool(client: PrefectClient, pool: Pool) -> tuple[str, str]:
         return pool.name, (await client.create_work_pool(new)).type
 
 
-async def _deploy(client: PrefectClient, name: str, config: PipelineConfig, volume: Path, types: Mapping[str, str]) -> None:
-    pool = PHASES[name].pool if name in PHASES else CPU_POOL.name
-    # A process pool would resolve a workspace for every run; flows are importable here, so that second is saved.
-    local = {"command": f"{sys.executable} -m prefect.engine", "working_dir": str(REPOSITORY)} if types[pool] == PROCESS_POOL else {}
-    deployment = await FLOWS[name].ato_deployment(
-        config.name,
+async def _deploy(
+    client: PrefectClient, flow: str, name: str, config: PipelineConfig, volume: Path, known: str, types: Mapping[str, str]
+) -> None:
+    pool = PHASES[flow].pool if flow in PHASES else CPU_POOL.name
+    deployment = await FLOWS[flow].ato_deployment(
+        name,
         parameters={"config": config.model_dump(mode="json"), "volume": str(volume)},
-        description=FLOWS[name].description,
-        tags=["fvlm", volume_tag(volume)],
+        description=FLOWS[flow].description,
+        tags=["fvlm", volume_tag(known)],
         work_pool_name=pool,
-        job_variables=local,
+        work_queue_name=queue_name(known),
+        job_variables=dict(LOCAL_JOB) if types[pool] == PROCESS_POOL else {},
         entrypoint_type=EntrypointType.MODULE_PATH,
-        schedules=await _schedules(client, name, config.name),
+        schedules=await _schedules(client, flow, name),
     )
     await deployment.aapply()
 
 
-async def _schedules(client: PrefectClient, name: str, profile: str) -> list[DeploymentScheduleCreate]:
+async def _schedules(client: PrefectClient, flow: str, name: str) -> list[DeploymentScheduleCreate]:
     """Those the deployment has, as users have set them; for a new one of precompute the nightly one, paused."""
     try:
-        known = (await client.read_deployment_by_name(f"{FLOWS[name].name}/{profile}")).schedules
+        known = (await client.read_deployment_by_name(f"{FLOWS[flow].name}/{name}")).schedules
     except ObjectNotFound:
         nightly = DeploymentScheduleCreate(schedule=CronSchedule(cron=PRECOMPUTE_CRON), active=False)
-        return [nightly] if name == "precompute" else []
+        return [nightly] if flow == "precompute" else []
     kept = set(DeploymentScheduleCreate.model_fields)
     return [DeploymentScheduleCreate.model_validate(one.model_dump(include=kept)) for one in known]

@@ -10,11 +10,14 @@ from types import FrameType
 from typing import Any
 from uuid import UUID
 
+import httpx
 from rich.console import Console
 
 from deployments.checks import check_programs, check_videos, check_volume, load_profile
 from fvlm_core.errors import UserError
-from infra.stack import Stack
+from infra.stack import GO_ON, Stack, StackError, stop_command
+from infra.volume import is_network_file_system
+from infra.watchdog import watched
 from tasks.config import PipelineConfig
 from tasks.mixtures import check_names, made_sources, mixtures
 from tasks.outside import VIDEOS, read_sources
@@ -23,6 +26,8 @@ from tasks.recipes import OWN_DATA
 CANCEL_TIMEOUT_S = 20.0
 """How long a cancelled run may take to end by itself."""
 FAILED, INTERRUPTED = 1, 130
+FIX = "\n  fix:"
+"""In the message of an error that says itself what to do: bad input, which the same command would meet again."""
 CAPTION_SOURCES = ("gaze_caption", "natural")
 """Sources whose share of every mixture goes to the user's own videos."""
 
@@ -42,20 +47,21 @@ def speedrun(profile: str, videos: Path | None, volume: Path, *, keep_server: bo
     with _terminated_as_interrupted():
         keep = False
         try:
-            console.print(f"Prefect UI: {stack.start_server(port)}", highlight=False)
-            status = _run(stack, config, volume, console)
-            keep = keep_server or not stack.fresh
+            stack.start_server(port)
+            keep = not stack.fresh
+            _say_where(stack, console)
+            status = _run(stack, config, volume, console, keep=keep_server or keep)
+            keep = keep_server or keep
             return status
         except KeyboardInterrupt:
             console.print("interrupted: the run is cancelled; the same command goes on from here")
-            keep = not stack.fresh
             return INTERRUPTED
         finally:
             if stack.state is None:
                 pass  # nothing was started: what runs on the volume is another command's
             elif keep:
                 stack.leave_running()
-                console.print(f"Server and workers go on; stop them with: fvlm stop --volume {volume}", highlight=False, soft_wrap=True)
+                console.print(f"Server and workers go on; stop them with: {stop_command(volume)}", highlight=False, soft_wrap=True)
             else:
                 stack.stop()
 
@@ -88,27 +94,47 @@ def _with_videos(mixture: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept + ([{"source": VIDEOS, "share": share}] if share else [])
 
 
-def _run(stack: Stack, config: PipelineConfig, volume: Path, console: Console) -> int:
-    """Register, trigger, watch, and print the results."""
+def _say_where(stack: Stack, console: Console) -> None:
+    """Where the UI is. The link that carries the password is for a terminal: what is written to a file is kept and read by others."""
+    link = stack.opening_link()
+    address = link if link and console.is_terminal else stack.ui_url
+    console.print(f"Prefect UI: {address}", highlight=False, markup=False, soft_wrap=True)
+    if link:
+        console.print(f"Its password: {stack.password_file}", highlight=False, markup=False, soft_wrap=True)
+    if stack.owns_server and is_network_file_system(stack.home):
+        console.print(f"The volume is on a network; the server's database is in {stack.database_folder()}", highlight=False, soft_wrap=True)
+
+
+def _run(stack: Stack, config: PipelineConfig, volume: Path, console: Console, *, keep: bool) -> int:
+    """Register, trigger, watch, and print the results. `keep`: the server goes on afterwards."""
+    for name in [name for name in os.environ if name.startswith("PREFECT_")]:
+        del os.environ[name]
     os.environ.update(stack.client_environment())
     from deployments import register, watch  # Prefect reads the environment when it is imported
     from tasks.run_phase import told
 
     stack.wait_for_server()
-    types = asyncio.run(register.register(config, volume))
-    if stack.fresh:
-        asyncio.run(register.crash_stale_runs(volume))
-    stack.start_workers(types)
-    run: UUID = watch.trigger(config)
-    try:
-        state = watch.follow(run, config, volume, stack, console)
-    except KeyboardInterrupt:
-        watch.cancel(run, timeout_s=CANCEL_TIMEOUT_S)
-        raise
+    with watched(stack, console.print) as watchdog:
+        try:
+            registered = asyncio.run(register.register(config, volume))
+            if stack.fresh:
+                asyncio.run(register.crash_stale_runs(volume))
+            stack.start_workers(registered.pool_types)
+            run: UUID = watch.trigger(config, registered.deployment)
+            try:
+                state = watch.follow(run, config, volume, console)
+            except KeyboardInterrupt:
+                if watchdog.error is None:
+                    watch.cancel(run, timeout_s=CANCEL_TIMEOUT_S)
+                raise
+        except httpx.HTTPError as error:
+            raise StackError(f"the Prefect server at {stack.api_url} failed: {error}") from None
     if not state.is_completed():
+        message = told(state) if keep else "\n".join(line for line in told(state).splitlines() if stack.ui_url not in line)
         console.print(f"[red]The pipeline ended {state.name}.[/red]")
-        console.print(told(state), highlight=False, markup=False, soft_wrap=True)
-        console.print("Run the same command again: finished steps are kept, training goes on from its checkpoint.", soft_wrap=True)
+        console.print(message, highlight=False, markup=False, soft_wrap=True)
+        if FIX not in message:
+            console.print(GO_ON, soft_wrap=True)
         return FAILED
     watch.print_results(config, volume, console)
     return 0

@@ -18,7 +18,6 @@ from rich.console import Console
 
 from deployments.display import Display, result_tables
 from fvlm_core.eval.results import Results
-from infra.stack import Stack
 from tasks.config import PipelineConfig
 from tasks.phases import PHASES, PhaseManifest, phase_folder
 from tasks.status import PhaseStatus
@@ -28,23 +27,22 @@ TASK_RUNS = 200
 """Read at a time; a pipeline run has two per phase."""
 
 
-def trigger(config: PipelineConfig) -> UUID:
-    """Create a run of the pipeline's deployment; returns its id."""
+def trigger(config: PipelineConfig, name: str) -> UUID:
+    """Create a run of the pipeline's deployment `name`; returns its id."""
     with get_client(sync_client=True) as client:
-        deployment = client.read_deployment_by_name(f"pipeline/{config.name}")
+        deployment = client.read_deployment_by_name(f"pipeline/{name}")
         return client.create_flow_run_from_deployment(deployment.id, name=f"{config.name} · pipeline").id
 
 
-def follow(run: UUID, config: PipelineConfig, volume: Path, stack: Stack, console: Console) -> State[Any]:
-    """Show the run until it ends; returns its last state. Raises StackError when the stack dies."""
+def follow(run: UUID, config: PipelineConfig, volume: Path, console: Console) -> State[Any]:
+    """Show the run until it ends; returns its last state."""
     began = time.time()
     with get_client(sync_client=True) as client, Display(console) as display:
         while True:
-            stack.check()
             try:
                 flow_run = client.read_flow_run(run)
                 states = _phase_states(client, run)
-            except httpx.HTTPError:  # the next check says whether the server has died
+            except httpx.TransportError:  # the watchdog says whether the server has died
                 time.sleep(POLL_S)
                 continue
             for phase in PHASES:

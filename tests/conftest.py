@@ -1,7 +1,44 @@
-"""Set before anything is imported: no test asks a hub, and every test computes on one thread."""
+"""Set before anything is imported: no test asks a hub, and every test computes on one thread. And one Prefect server for all tests."""
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest
+
+from infra.stack import Stack
+
+
+def plain_environment() -> dict[str, str]:
+    """This process's, without what it knows of Prefect."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A running server of an empty volume, without workers."""
+    stack = Stack(tmp_path_factory.mktemp("server") / "volume", environment=plain_environment())
+    try:
+        stack.start_server()
+        stack.wait_for_server()
+        yield stack
+    finally:
+        stack.stop()
+
+
+@pytest.fixture
+def prefect_api(stack: Stack) -> Iterator[Stack]:
+    """The server, and Prefect's clients in this process know it."""
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE, temporary_settings
+
+    known = stack.client_environment()
+    settings = {
+        PREFECT_API_URL: known["PREFECT_API_URL"],
+        PREFECT_API_AUTH_STRING: known["PREFECT_API_AUTH_STRING"],
+        PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: False,
+    }
+    with temporary_settings(settings):
+        yield stack
