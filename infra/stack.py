@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from filelock import FileLock
 
 from infra import api, prefect_settings
 from infra.locks import try_lock
-from infra.ports import FIRST_PORT, LOCALHOST, PORTS_TRIED, free_port, why_not
+from infra.ports import FIRST_PORT, LOCALHOST, PORTS_TRIED, listen, listen_on_free
 from infra.processes import STACK_VARIABLE, end_marked, marked
 from infra.volume import HOME, PASSWORD_FILE, database_folder, known_volume_id, password, volume_id
 
@@ -74,9 +75,6 @@ class StackState:
 
 class Stack:
     """Server and workers of `volume`. Use `start_server`, then `check` now and then, then `stop` or `leave_running`."""
-
-    server = "infra.server"
-    """Module that serves."""
 
     def __init__(self, volume: Path, *, environment: Mapping[str, str]) -> None:
         self.volume, self.given = volume.resolve(), dict(environment)
@@ -155,21 +153,34 @@ class Stack:
         host = self.given.get("PREFECT_SERVER_API_HOST", LOCALHOST)
         if port is None and given is None and "PREFECT_SERVER_API_PORT" in self.given:
             port = _number(self.given["PREFECT_SERVER_API_PORT"], "PREFECT_SERVER_API_PORT")
-        if port is not None and (reason := why_not(port, host)) and not self._holds(port):
-            raise StackRefusedError(f"port {port} cannot be used: {reason}; give another --port, or none to take a free one")
+        listener = None
+        if port is not None and not self._holds(port):
+            listener = self._listen(port, host)
         end_marked(STACK_VARIABLE, self.id, grace_s=END_GRACE_S)
         self._state_file().unlink(missing_ok=True)
         if given is not None:
             self.state = StackState(given, self.given.get("PREFECT_UI_URL", given.removesuffix("/api")), False, {})
             return self.state.ui_url
-        port = free_port(host) if port is None else port
-        if port is None:
-            raise StackError(f"ports {FIRST_PORT} to {FIRST_PORT + PORTS_TRIED - 1} are all taken; give a free --port")
-        url = f"http://{LOCALHOST if host in ('0.0.0.0', '::') else host}:{port}"
-        self.state = StackState(url + self.given.get("PREFECT_SERVER_API_BASE_PATH", "/api"), url, True, {})
-        self.database_folder().mkdir(parents=True, exist_ok=True)
-        self._spawn("server", ["-m", self.server, "--host", host, "--port", str(port)])
+        with listener or self._listen(port, host) as listener:
+            url = f"http://{LOCALHOST if host in ('0.0.0.0', '::') else host}:{listener.getsockname()[1]}"
+            self.state = StackState(url + self.given.get("PREFECT_SERVER_API_BASE_PATH", "/api"), url, True, {})
+            self.database_folder().mkdir(parents=True, exist_ok=True)
+            self._spawn("server", self.server_arguments(listener), listener.fileno())
         return url
+
+    def server_arguments(self, listener: socket.socket) -> list[str]:
+        """What Python is called with to serve on the socket."""
+        return ["-m", "infra.server", "--socket", str(listener.fileno())]
+
+    def _listen(self, port: int | None, host: str) -> socket.socket:
+        """A socket on the port, or on a free one."""
+        try:
+            if (listener := listen_on_free(host) if port is None else listen(port, host)) is not None:
+                return listener
+        except OSError as error:
+            at = f"port {port}" if port is not None else f"the address {host} (PREFECT_SERVER_API_HOST)"
+            raise StackRefusedError(f"{at} cannot be used: {error.strerror}; give another --port, or none to take a free one") from None
+        raise StackError(f"ports {FIRST_PORT} to {FIRST_PORT + PORTS_TRIED - 1} are all taken; give a free --port")
 
     def environment(self) -> dict[str, str]:
         """The environment of every process of the stack."""
@@ -289,8 +300,8 @@ class Stack:
         except psutil.Error:
             return {}
 
-    def _spawn(self, name: str, arguments: list[str]) -> None:
-        """Start a process of the stack, in a session of its own: Ctrl-C in the terminal is ours to handle."""
+    def _spawn(self, name: str, arguments: list[str], *handles: int) -> None:
+        """Start a process of the stack, with those file `handles`, in a session of its own: Ctrl-C in the terminal is ours to handle."""
         with (self.home / f"{name}.log").open("ab") as log:
             child = subprocess.Popen(
                 [sys.executable, *arguments],
@@ -300,6 +311,7 @@ class Stack:
                 cwd=REPOSITORY,
                 env=self.environment(),
                 start_new_session=True,
+                pass_fds=[handle for handle in handles if handle >= 0],
             )
         self.children[name] = child
         self._running_state().processes[name] = child.pid

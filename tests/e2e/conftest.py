@@ -17,6 +17,7 @@ import yaml
 from deployments.checks import PROFILES
 from infra.processes import JOB_VARIABLE, STACK_VARIABLE, end_marked, mark, marked
 from infra.stack import Stack
+from infra.volume import password, volume_id
 from tasks.config import PipelineConfig
 from tasks.phases import PHASES, PhaseManifest, phase_folder
 
@@ -52,12 +53,17 @@ class Road:
 
     @property
     def mark(self) -> str:
-        return mark(self.volume)
+        return volume_id(self.volume)
 
     @property
     def api(self) -> str:
         """Address of the running server's API."""
         return self.processes("worker", "fvlm-gpu")[0].environ()["PREFECT_API_URL"]
+
+    @property
+    def password(self) -> str:
+        """The server's."""
+        return password(self.volume)
 
     def start(self, *options: str) -> subprocess.Popen[str]:
         """`fvlm speedrun` in a process of its own."""

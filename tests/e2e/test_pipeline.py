@@ -88,7 +88,7 @@ def test_stopped_in_the_middle_of_a_stage_it_goes_on_from_its_checkpoint(road: R
 
     process, started = road.start(), time.monotonic()
     reach(folder, stops[2])
-    with SyncPrefectClient(road.api) as client:  # as the UI's button does
+    with SyncPrefectClient(road.api, auth_string=road.password) as client:  # as the UI's button does
         client.set_flow_run_state(newest_pipeline_run(client).id, Cancelling())
     result = ended(process, started)
     assert result.status == 1
@@ -96,7 +96,7 @@ def test_stopped_in_the_middle_of_a_stage_it_goes_on_from_its_checkpoint(road: R
     assert not of_job(folder)
 
     for stop, (what, words) in zip(
-        stops[3:], {"worker of fvlm-gpu": ("worker", "fvlm-gpu"), "Prefect server": ("server", "start")}.items(), strict=True
+        stops[3:], {"worker of fvlm-gpu": ("worker", "fvlm-gpu"), "Prefect server": ("infra.server",)}.items(), strict=True
     ):
         process, started = road.start(), time.monotonic()
         reach(folder, stop)
@@ -131,7 +131,9 @@ def test_a_failed_run_is_retried_from_the_ui_and_a_phase_runs_by_itself(road: Ro
     assert failed.states()["evaluate"] == "Failed"
     assert "Run the same command again" in failed.output
     in_the_way.rmdir()
-    with SyncPrefectClient(road.api) as client:  # asks again when SQLite is busy, as every client of a Prefect server has to
+    with SyncPrefectClient(
+        road.api, auth_string=road.password
+    ) as client:  # asks again when SQLite is busy, as every client of a Prefect server has to
         run = newest_pipeline_run(client)
         assert run.state_name == "Failed"
         client.set_flow_run_state(run.id, AwaitingRetry())
