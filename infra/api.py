@@ -18,7 +18,7 @@ def problem_with(api_url: str) -> str | None:
         url = httpx.URL(api_url)
     except (httpx.InvalidURL, ValueError, TypeError) as error:
         return str(error)
-    if url.scheme not in ("http", "https") or not url.host:
+    if url.scheme not in ("http", "https") or not url.host or not 0 < (url.port or 80) < 1 << 16:
         return "it is not of the form http://HOST:PORT/api"
     return None
 

@@ -131,9 +131,7 @@ def test_a_failed_run_is_retried_from_the_ui_and_a_phase_runs_by_itself(road: Ro
     assert failed.states()["evaluate"] == "Failed"
     assert "Run the same command again" in failed.output
     in_the_way.rmdir()
-    with SyncPrefectClient(
-        road.api, auth_string=road.password
-    ) as client:  # asks again when SQLite is busy, as every client of a Prefect server has to
+    with SyncPrefectClient(road.api, auth_string=road.password) as client:
         run = newest_pipeline_run(client)
         assert run.state_name == "Failed"
         client.set_flow_run_state(run.id, AwaitingRetry())

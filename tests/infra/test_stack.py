@@ -110,7 +110,7 @@ def test_an_address_that_is_none_is_refused(tmp_path: Path, url: str) -> None:
 
 
 def test_a_port_beside_a_server_s_address_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StackRefusedError, match="Give one of them"):
+    with pytest.raises(StackRefusedError, match=r"--port .* PREFECT_API_URL names one"):
         Stack(tmp_path, environment=OUTSIDE).start_server(4200)
 
 
