@@ -63,7 +63,8 @@ def speedrun(profile: str, videos: Path | None, volume: Path, *, keep_server: bo
                 stack.leave_running()
                 console.print(f"Server and workers go on; stop them with: {stop_command(volume)}", highlight=False, soft_wrap=True)
             else:
-                stack.stop()
+                with _undisturbed():
+                    stack.stop()
 
 
 def with_videos(config: PipelineConfig, videos: Path) -> PipelineConfig:
@@ -130,14 +131,29 @@ def _run(stack: Stack, config: PipelineConfig, volume: Path, console: Console, *
         except httpx.HTTPError as error:
             raise StackError(f"the Prefect server at {stack.api_url} failed: {error}") from None
     if not state.is_completed():
-        message = told(state) if keep else "\n".join(line for line in told(state).splitlines() if stack.ui_url not in line)
         console.print(f"[red]The pipeline ended {state.name}.[/red]")
-        console.print(message, highlight=False, markup=False, soft_wrap=True)
-        if FIX not in message:
-            console.print(GO_ON, soft_wrap=True)
+        for line in advice(told(state), stopped=None if keep else stack.ui_url):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         return FAILED
     watch.print_results(config, volume, console)
     return 0
+
+
+def advice(message: str, *, stopped: str | None) -> list[str]:
+    """What to print of a failed run's message: no links to a server that has been stopped (the address `stopped`), and what to do."""
+    lines = [line for line in message.splitlines() if stopped is None or stopped not in line]
+    return lines if FIX in message else [*lines, GO_ON]
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Neither Ctrl-C nor a closed terminal leaves half of a stack behind."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -225,12 +225,14 @@ class Stack:
         """Return when the API answers. Raises StackError when our server died, where there is no answer in time, or access is refused."""
         state = self._running_state()
         deadline = time.monotonic() + (HEALTH_TIMEOUT_S if state.owns_server else FOREIGN_HEALTH_TIMEOUT_S)
-        while not self.answers():
+        while True:
+            if self.answers():
+                with contextlib.suppress(httpx.HTTPError):  # it died after that answer
+                    return _refuse_if_closed(state.api_url, self.environment())
             self.check()
             if time.monotonic() > deadline:
                 raise StackError(f"no answer from the Prefect API at {state.api_url}{self._log_hint('server')}")
             time.sleep(0.1)
-        require_access(state.api_url, self.environment())
 
     def answers(self) -> bool:
         """Whether the server's API answers now."""
@@ -357,13 +359,14 @@ def stop_command(volume: Path) -> str:
 def require_access(api_url: str, environment: Mapping[str, str]) -> None:
     """Raise StackRefusedError where the API does not accept the password or key in `environment`, StackError where it does not answer."""
     try:
-        refused = api.refused(api_url, environment)
+        _refuse_if_closed(api_url, environment)
     except httpx.HTTPError as error:
         raise StackError(f"no answer from the Prefect API at {api_url}: {error}") from None
-    if refused:
-        raise StackRefusedError(
-            f"the Prefect API at {api_url} refuses access; set PREFECT_API_AUTH_STRING or PREFECT_API_KEY as it wants it"
-        )
+
+
+def _refuse_if_closed(api_url: str, environment: Mapping[str, str]) -> None:
+    if api.refused(api_url, environment):
+        raise StackRefusedError(f"the Prefect API at {api_url} refuses access; set PREFECT_API_AUTH_STRING or PREFECT_API_KEY for it")
 
 
 def _number(text: str, where: str) -> int:
