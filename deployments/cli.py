@@ -2,18 +2,26 @@
 
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
+import httpx
 from cyclopts import App, Parameter
 from rich.console import Console
 
 from deployments import convert
 from fvlm_core.errors import UserError
 from fvlm_core.exit_status import USER_ERROR
-from infra.stack import PortTakenError, Stack, StackError
+from infra.api import problem_with
+from infra.stack import Stack, StackError, StackRefusedError, require_access
+from infra.volume import known_volume_id
 
-app = App(name="fvlm", help="A video language model that reads each frame as one token, and the whole road to releasing it.")
+app = App(
+    name="fvlm",
+    version=lambda: version("fvlm"),
+    help="A video language model that reads each frame as one token, and the complete pipeline that trains and releases it.",
+)
 app.command(convert.app)
 DEFAULT_VOLUME = Path("volume")
 PIPED_WIDTH = 240
@@ -210,16 +218,21 @@ def deploy(*, profile: str = "laptop", volume: Path = DEFAULT_VOLUME) -> int:
     volume
         Folder for all results, as the workers see it.
     """
-    if "PREFECT_API_URL" not in os.environ:
-        raise UserError("no Prefect server is named", where="PREFECT_API_URL", fix="set it, e.g. http://127.0.0.1:4200/api")
-    import asyncio
-
+    url = os.environ.get("PREFECT_API_URL")
+    if not url or (problem := problem_with(url)):
+        what = f"{url!r} is no server's address: {problem}" if url else "no Prefect server is named"
+        raise UserError(what, where="PREFECT_API_URL", fix="set it to the server's, e.g. http://127.0.0.1:4200/api")
+    os.environ["PREFECT_SERVER_EPHEMERAL_ENABLED"] = "false"
     from deployments.profile import chosen_profile
-    from deployments.register import ALL_FLOWS, register
 
     config = chosen_profile(profile)
-    asyncio.run(register(config, volume.absolute()))
-    Console().print("\n".join(f"{name}/{config.name}" for name in ALL_FLOWS), highlight=False)
+    require_access(url, os.environ)
+    import asyncio
+
+    from deployments.register import ALL_FLOWS, register
+
+    registered = asyncio.run(register(config, volume.absolute()))
+    Console().print("\n".join(f"{name}/{registered.deployment}" for name in ALL_FLOWS), highlight=False)
     return 0
 
 
@@ -232,6 +245,8 @@ def stop(*, volume: Path = DEFAULT_VOLUME) -> int:
     volume
         The volume whose stack is to end.
     """
+    if known_volume_id(volume) is None:
+        raise UserError("no fvlm command has run on this volume", where=str(volume.absolute()), fix="give the --volume that was used")
     Stack(volume, environment=os.environ).stop()
     return 0
 
@@ -248,7 +263,10 @@ def main() -> None:
         sys.exit(app())
     except (UserError, StackError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR if isinstance(error, UserError | PortTakenError) else 1)
+        sys.exit(USER_ERROR if isinstance(error, UserError | StackRefusedError) else 1)
+    except httpx.HTTPError as error:
+        print(f"error: the Prefect server failed: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -1,8 +1,8 @@
 """Registers the work pools and a deployment per phase on a Prefect server."""
 
 import asyncio
-import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from prefect.client.orchestration import PrefectClient, get_client
@@ -18,26 +18,44 @@ from prefect.types.entrypoint import EntrypointType
 from flows.pipeline import pipeline
 from flows.registry import FLOWS, PHASES
 from infra.processes import mark
-from infra.stack import PROCESS_POOL, REPOSITORY
+from infra.stack import PROCESS_POOL, queue_name, volume_tag
+from infra.volume import known_volume_id, volume_id
 from tasks.config import PipelineConfig, Pool
 
 ALL_FLOWS: dict[str, Flow[..., None]] = {"pipeline": pipeline, **FLOWS}
 UNFINISHED = [StateType.RUNNING, StateType.PENDING, StateType.SCHEDULED, StateType.CANCELLING, StateType.PAUSED]
 
 
-def volume_tag(volume: Path) -> str:
-    """On every deployment of the volume, and so on all of its runs."""
-    return f"volume:{mark(volume)}"
+LOCAL_JOB = {"command": "python -m prefect.engine", "working_dir": "."}
+"""How a worker on local processes starts a flow run: with its own environment, in the folder where it was started itself. Flows are
+importable there, so no workspace has to be resolved, which takes a second for every run."""
 
 
-async def register(config: PipelineConfig, volume: Path) -> dict[str, str]:
-    """Make the work pools that are missing and all deployments of the profile; returns the type of each pool by name."""
+@dataclass(frozen=True)
+class Registered:
+    """What is on the server."""
+
+    pool_types: dict[str, str]
+    """Type of each work pool by name."""
+    deployment: str
+    """Name that the deployments of all flows have."""
+
+
+def id_of(volume: Path) -> str:
+    """The volume's id; where the volume is on other hosts only, a stand-in made of its path."""
+    return volume_id(volume) if volume.is_dir() else known_volume_id(volume) or mark(volume)
+
+
+async def register(config: PipelineConfig, volume: Path) -> Registered:
+    """Make the work pools that are missing and all deployments of the profile."""
+    known = id_of(volume)
     async with get_client() as client:
         # one after the other: SQLite lets one writer in at a time, and those who wait back off for seconds
         types = dict([await _pool(client, pool) for pool in config.machine.pools.by_role.values()])
-        for name in ALL_FLOWS:
-            await _deploy(client, name, config, volume, types)
-    return types
+        name = await _deployment_name(client, config.name, known)
+        for flow in ALL_FLOWS:
+            await _deploy(client, flow, name, config, volume, known, types)
+    return Registered(types, name)
 
 
 async def crash_stale_runs(volume: Path) -> int:
@@ -48,7 +66,7 @@ async def crash_stale_runs(volume: Path) -> int:
     async with get_client() as client:
         runs = await client.read_flow_runs(
             flow_run_filter=FlowRunFilter(
-                tags=FlowRunFilterTags(all_=[volume_tag(volume)]),
+                tags=FlowRunFilterTags(all_=[volume_tag(id_of(volume))]),
                 state=FlowRunFilterState(type=FlowRunFilterStateType(any_=UNFINISHED)),
             )
         )
@@ -56,6 +74,15 @@ async def crash_stale_runs(volume: Path) -> int:
         message = "the server or worker it ran under was ended"
         await asyncio.gather(*(client.set_flow_run_state(run.id, Crashed(message=message), force=True) for run in stale))
         return len(stale)
+
+
+async def _deployment_name(client: PrefectClient, profile: str, volume: str) -> str:
+    """The profile's name; with the volume's id where another volume of this server has deployments of that name."""
+    try:
+        known = await client.read_deployment_by_name(f"{ALL_FLOWS['pipeline'].name}/{profile}")
+    except ObjectNotFound:
+        return profile
+    return profile if volume_tag(volume) in known.tags else f"{profile}-{volume[:6]}"
 
 
 async def _pool(client: PrefectClient, pool: Pool) -> tuple[str, str]:
@@ -67,29 +94,31 @@ async def _pool(client: PrefectClient, pool: Pool) -> tuple[str, str]:
         return pool.name, (await client.create_work_pool(new)).type
 
 
-async def _deploy(client: PrefectClient, name: str, config: PipelineConfig, volume: Path, types: Mapping[str, str]) -> None:
-    pool = config.machine.pools.by_role[PHASES[name].pool if name in PHASES else "cpu"]
-    # A process pool would resolve a workspace for every run; flows are importable here, so that second is saved.
-    local = {"command": f"{sys.executable} -m prefect.engine", "working_dir": str(REPOSITORY)} if types[pool.name] == PROCESS_POOL else {}
-    deployment = await ALL_FLOWS[name].ato_deployment(
-        config.name,
+async def _deploy(
+    client: PrefectClient, flow: str, name: str, config: PipelineConfig, volume: Path, known: str, types: Mapping[str, str]
+) -> None:
+    pool = config.machine.pools.by_role[PHASES[flow].pool if flow in PHASES else "cpu"]
+    local = LOCAL_JOB if types[pool.name] == PROCESS_POOL else {}
+    deployment = await ALL_FLOWS[flow].ato_deployment(
+        name,
         parameters={"config": config.model_dump(mode="json"), "volume": str(volume)},
-        description=ALL_FLOWS[name].description,
-        tags=["fvlm", volume_tag(volume)],
+        description=ALL_FLOWS[flow].description,
+        tags=["fvlm", f"folder:{volume.name}", volume_tag(known)],
         work_pool_name=pool.name,
+        work_queue_name=queue_name(known),
         job_variables=local | pool.job_variables,
         entrypoint_type=EntrypointType.MODULE_PATH,
-        schedules=await _schedules(client, name, config.name),
+        schedules=await _schedules(client, flow, name),
     )
     await deployment.aapply()
 
 
-async def _schedules(client: PrefectClient, name: str, profile: str) -> list[DeploymentScheduleCreate]:
+async def _schedules(client: PrefectClient, flow: str, name: str) -> list[DeploymentScheduleCreate]:
     """Those the deployment has, as users have set them; for a new one the phase's own, paused."""
     try:
-        known = (await client.read_deployment_by_name(f"{ALL_FLOWS[name].name}/{profile}")).schedules
+        known = (await client.read_deployment_by_name(f"{ALL_FLOWS[flow].name}/{name}")).schedules
     except ObjectNotFound:
-        cron = PHASES[name].schedule if name in PHASES else None
+        cron = PHASES[flow].schedule if flow in PHASES else None
         return [DeploymentScheduleCreate(schedule=CronSchedule(cron=cron), active=False)] if cron else []
     kept = set(DeploymentScheduleCreate.model_fields)
     return [DeploymentScheduleCreate.model_validate(one.model_dump(include=kept)) for one in known]

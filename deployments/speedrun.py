@@ -9,18 +9,23 @@ from pathlib import Path
 from types import FrameType
 from uuid import UUID
 
+import httpx
 from rich.console import Console
 
 from deployments.checks import check_phase, check_programs, check_sources, check_volume
 from deployments.pretrained import check_pretrained
 from deployments.profile import chosen_profile
-from infra.stack import Stack
+from infra.stack import GO_ON, Stack, StackError, stop_command
+from infra.volume import is_network_file_system
+from infra.watchdog import watched
 from tasks.config import PipelineConfig
 from tasks.mixtures import check_names, known_sources
 
 CANCEL_TIMEOUT_S = 20.0
 """How long a cancelled run may take to end by itself."""
 FAILED, INTERRUPTED = 1, 130
+FIX = "\n  fix:"
+"""In the message of an error that says itself what to do: bad input, which the same command would meet again."""
 
 
 def speedrun(
@@ -49,26 +54,41 @@ def speedrun(
     with _terminated_as_interrupted():
         keep = False
         try:
-            console.print(f"Prefect UI: {stack.start_server(port)}", highlight=False)
-            status = _run(stack, config, volume, console, phase)
-            keep = keep_server or not stack.fresh
+            stack.start_server(port)
+            keep = not stack.fresh
+            _say_where(stack, console)
+            status = _run(stack, config, volume, console, phase, keep=keep_server or keep)
+            keep = keep_server or keep
             return status
         except KeyboardInterrupt:
             console.print("interrupted: the run is cancelled; the same command goes on from here")
-            keep = not stack.fresh
             return INTERRUPTED
         finally:
             if stack.state is None:
                 pass  # nothing was started: what runs on the volume is another command's
             elif keep:
                 stack.leave_running()
-                console.print(f"Server and workers go on; stop them with: fvlm stop --volume {volume}", highlight=False, soft_wrap=True)
+                console.print(f"Server and workers go on; stop them with: {stop_command(volume)}", highlight=False, soft_wrap=True)
             else:
-                stack.stop()
+                with _undisturbed():
+                    stack.stop()
 
 
-def _run(stack: Stack, config: PipelineConfig, volume: Path, console: Console, phase: str | None) -> int:
-    """Show the plan, register, trigger, watch, and print the results."""
+def _say_where(stack: Stack, console: Console) -> None:
+    """Where the UI is. The link that carries the password is for a terminal: what is written to a file is kept and read by others."""
+    link = stack.opening_link()
+    address = link if link and console.is_terminal else stack.ui_url
+    console.print(f"Prefect UI: {address}", highlight=False, markup=False, soft_wrap=True)
+    if link:
+        console.print(f"Its password: {stack.password_file}", highlight=False, markup=False, soft_wrap=True)
+    if stack.owns_server and is_network_file_system(stack.home):
+        console.print(f"The volume is on a network; the server's database is in {stack.database_folder()}", highlight=False, soft_wrap=True)
+
+
+def _run(stack: Stack, config: PipelineConfig, volume: Path, console: Console, phase: str | None, *, keep: bool) -> int:
+    """Show the plan, register, trigger, watch, and print the results. `keep`: the server goes on afterwards."""
+    for name in [name for name in os.environ if name.startswith("PREFECT_")]:
+        del os.environ[name]
     os.environ.update(stack.client_environment())
     from prefect.context import refresh_global_settings_context
 
@@ -80,23 +100,45 @@ def _run(stack: Stack, config: PipelineConfig, volume: Path, console: Console, p
 
     console.print(plan(list(PHASES.values()), config, volume).summary().terminal())
     stack.wait_for_server()
-    types = asyncio.run(register.register(config, volume))
-    if stack.fresh:
-        asyncio.run(register.crash_stale_runs(volume))
-    stack.start_workers(types)
-    run: UUID = watch.trigger(config, phase or "pipeline")
-    try:
-        state = watch.follow(run, config, volume, stack, console, phase)
-    except KeyboardInterrupt:
-        watch.cancel(run, timeout_s=CANCEL_TIMEOUT_S)
-        raise
+    with watched(stack, console.print) as watchdog:
+        try:
+            registered = asyncio.run(register.register(config, volume))
+            if stack.fresh:
+                asyncio.run(register.crash_stale_runs(volume))
+            stack.start_workers(registered.pool_types)
+            run: UUID = watch.trigger(config, phase or "pipeline", registered.deployment)
+            try:
+                state = watch.follow(run, config, volume, console, phase)
+            except KeyboardInterrupt:
+                if watchdog.error is None:
+                    watch.cancel(run, timeout_s=CANCEL_TIMEOUT_S)
+                raise
+        except httpx.HTTPError as error:
+            raise StackError(f"the Prefect server at {stack.api_url} failed: {error}") from None
     if not state.is_completed():
         console.print(f"[red]The pipeline ended {state.name}.[/red]")
-        console.print(message(state), highlight=False, markup=False, soft_wrap=True)
-        console.print("Run the same command again: finished steps are kept, training goes on from its checkpoint.", soft_wrap=True)
+        for line in advice(message(state), stopped=None if keep else stack.ui_url):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         return FAILED
     watch.print_results(config, volume, console)
     return 0
+
+
+def advice(message: str, *, stopped: str | None) -> list[str]:
+    """What to print of a failed run's message: no links to a server that has been stopped (the address `stopped`), and what to do."""
+    lines = [line for line in message.splitlines() if stopped is None or stopped not in line]
+    return lines if FIX in message else [*lines, GO_ON]
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Neither Ctrl-C nor a closed terminal leaves half of a stack behind."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -19,7 +19,6 @@ from rich.console import Console
 from deployments.display import Display
 from flows.registry import PHASES
 from fvlm_core.manifest import FILE_NAME
-from infra.stack import Stack
 from tasks.config import PipelineConfig
 from tasks.phase import PhaseManifest
 from tasks.status import PhaseStatus
@@ -29,24 +28,23 @@ TASK_RUNS = 200
 """Read at a time; a pipeline run has two per phase."""
 
 
-def trigger(config: PipelineConfig, flow: str) -> UUID:
-    """Create a run of the deployment of the pipeline or of a phase; returns its id."""
+def trigger(config: PipelineConfig, flow: str, name: str) -> UUID:
+    """Create a run of the deployment `name` of the pipeline or of a phase; returns its id."""
     with get_client(sync_client=True) as client:
-        deployment = client.read_deployment_by_name(f"{flow}/{config.name}")
+        deployment = client.read_deployment_by_name(f"{flow}/{name}")
         return client.create_flow_run_from_deployment(deployment.id, name=f"{config.name} · {flow}").id
 
 
-def follow(run: UUID, config: PipelineConfig, volume: Path, stack: Stack, console: Console, only: str | None) -> State[Any]:
-    """Show the run (of one phase, where `only` names it) until it ends; returns its last state. Raises StackError when the stack dies."""
+def follow(run: UUID, config: PipelineConfig, volume: Path, console: Console, only: str | None) -> State[Any]:
+    """Show the run (of one phase, where `only` names it) until it ends; returns its last state."""
     began = time.time()
     with get_client(sync_client=True) as client, Display(console) as display:
         while True:
-            stack.check()
             try:
                 flow_run = client.read_flow_run(run)
-                name = flow_run.state.name if flow_run.state else None
-                states = {only: name or ""} if only else _phase_states(client, run)
-            except httpx.HTTPError:  # the next check says whether the server has died
+                ended = flow_run.state.name if flow_run.state else None
+                states = {only: ended or ""} if only else _phase_states(client, run)
+            except httpx.TransportError:  # the watchdog says whether the server has died
                 time.sleep(POLL_S)
                 continue
             for name, phase in PHASES.items():

@@ -1,46 +1,50 @@
 """The local stack of one volume: a Prefect server with its UI, the work pools, and a worker on each.
 
 Where `PREFECT_API_URL` is set, that server is used and only workers are started, for pools that are of local processes. Every
-process started here carries the volume's mark, so what a killed stack left behind is found and ended, and nothing else is.
+process started here carries the volume's id, so what a killed stack left behind is found and ended, and nothing else is.
 """
 
 import contextlib
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from urllib.parse import quote, urlsplit
 
+import httpx
 import psutil
+from filelock import FileLock
 
+from infra import api, prefect_settings
 from infra.locks import try_lock
-from infra.processes import STACK_VARIABLE, end_marked, mark, marked
+from infra.ports import FIRST_PORT, LOCALHOST, PORTS_TRIED, listen, listen_on_free
+from infra.processes import STACK_VARIABLE, end_marked, marked
+from infra.volume import HOME, PASSWORD_FILE, database_folder, known_volume_id, password, volume_id
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-FIRST_PORT = 4200
-"""Prefect's own; the next free one is taken where it is in use and none was asked for."""
-PORTS_TRIED = 50
 HEALTH_TIMEOUT_S = 180.0
 """A first start makes the database: 8 s on two idle cores, much more on loaded ones."""
 FOREIGN_HEALTH_TIMEOUT_S = 10.0
 """A server that `PREFECT_API_URL` names is there already."""
+PROBE_TIMEOUT_S = 3.0
 END_GRACE_S = 5.0
 PROCESS_POOL = "process"
+GO_ON = "Run the same command again: finished steps are kept, training goes on from its checkpoint."
 
 
 class StackError(RuntimeError):
     """The stack cannot start, or a part of it died; the message says what to do."""
 
 
-class PortTakenError(StackError):
-    """The port that was asked for is another program's; nothing was started."""
+class StackRefusedError(StackError):
+    """What was asked for cannot be, e.g. a port that another program has; nothing was started or ended."""
 
 
 @dataclass(frozen=True)
@@ -55,67 +59,128 @@ class StackState:
 
 
 class Stack:
-    """Server and workers of `volume`. Use `start`, then `check` now and then, then `stop` or `leave_running`."""
+    """Server and workers of `volume`. Use `start_server`, then `check` now and then, then `stop` or `leave_running`."""
 
     def __init__(self, volume: Path, *, environment: Mapping[str, str]) -> None:
         self.volume, self.given = volume.resolve(), dict(environment)
-        self.home = self.volume / "prefect"
-        self.mark = mark(self.volume)
+        self.home = self.volume / HOME
         self.state: StackState | None = None
         self.children: dict[str, subprocess.Popen[bytes]] = {}
-        self.lock: int | None = None
+        self.lock: FileLock | None = None
         self.fresh = True
         """False when a stack that was left running was taken over."""
+
+    @property
+    def id(self) -> str:
+        """The volume's."""
+        return volume_id(self.volume)
+
+    @property
+    def tag(self) -> str:
+        """On every deployment of the volume, and so on all of its runs."""
+        return volume_tag(self.id)
+
+    @property
+    def api_url(self) -> str:
+        return self._running_state().api_url
+
+    @property
+    def ui_url(self) -> str:
+        return self._running_state().ui_url
+
+    @property
+    def owns_server(self) -> bool:
+        return self._running_state().owns_server
 
     def start_server(self, port: int | None = None) -> str:
         """Start the server, or find the one to use; returns the address of its UI before it answers.
 
-        Raises StackError: another command is using the volume, or the port is taken.
+        Raises StackRefusedError where that cannot be, StackError where another command is using the volume.
         """
+        given = self.given.get("PREFECT_API_URL") or None
+        if given is not None and port is not None:
+            raise StackRefusedError(
+                f"--port is for a server that is started here, but PREFECT_API_URL names one ({given}); unset one of them"
+            )
+        if given is not None and (problem := api.problem_with(given)):
+            raise StackRefusedError(f"PREFECT_API_URL is {given!r}: {problem}")
         self.home.mkdir(parents=True, exist_ok=True)
         self.lock = try_lock(self.home / "stack.lock")
         if self.lock is None:
             raise StackError(f"another fvlm command is running on {self.volume}; wait for it, or give another --volume")
+        try:
+            return self._take_over(given, port) or self._begin(given, port)
+        finally:
+            if self.state is None:
+                self._unlock()
+
+    def _take_over(self, given: str | None, port: int | None) -> str | None:
+        """Use the stack that was left running, if it is what is asked for. Raises StackRefusedError where it is not, and has work."""
         kept = self.kept()
-        if kept and (port is None or not kept.owns_server or port == _port_of(kept.api_url)):
+        if kept is None:
+            return None
+        same = given == kept.api_url if given else port is None or (kept.owns_server and port == urlsplit(kept.api_url).port)
+        environment = self._environment_of(kept)
+        if same:
             self.state, self.fresh = kept, False
+            self.given |= {name: environment[name] for name in prefect_settings.PASSWORDS if name in environment}
             return kept.ui_url
-        if port is not None and not port_is_free(port) and not self._holds(port):
-            self._unlock()
-            raise PortTakenError(f"port {port} is taken by another program; give another --port, or none to take a free one")
-        end_marked(STACK_VARIABLE, self.mark, grace_s=END_GRACE_S)
-        if given := self.given.get("PREFECT_API_URL"):
+        runs = api.active_runs(kept.api_url, environment, self.tag)
+        if runs:
+            raise StackRefusedError(
+                f"the server and workers that were left running on {self.volume} have work: {', '.join(runs)} (see {kept.ui_url}). "
+                f"Wait for it; or use them: give no --port, and PREFECT_API_URL as it was; or end them: {stop_command(self.volume)}"
+            )
+        return None
+
+    def _begin(self, given: str | None, port: int | None) -> str:
+        """End what an earlier command left, and start the server where none is given."""
+        host = self.given.get("PREFECT_SERVER_API_HOST", LOCALHOST)
+        if port is None and given is None and "PREFECT_SERVER_API_PORT" in self.given:
+            port = _number(self.given["PREFECT_SERVER_API_PORT"], "PREFECT_SERVER_API_PORT")
+        listener = None
+        if port is not None and not self._holds(port):
+            listener = self._listen(port, host)
+        end_marked(STACK_VARIABLE, self.id, grace_s=END_GRACE_S)
+        self._state_file().unlink(missing_ok=True)
+        if given is not None:
             self.state = StackState(given, self.given.get("PREFECT_UI_URL", given.removesuffix("/api")), False, {})
             return self.state.ui_url
-        port = free_port() if port is None else port
-        url = f"http://127.0.0.1:{port}"
-        self.state = StackState(f"{url}/api", url, True, {})
-        self._spawn("server", ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)])
+        with listener or self._listen(port, host) as listener:
+            url = f"http://{LOCALHOST if host in ('0.0.0.0', '::') else host}:{listener.getsockname()[1]}"
+            self.state = StackState(url + self.given.get("PREFECT_SERVER_API_BASE_PATH", "/api"), url, True, {})
+            self.database_folder().mkdir(parents=True, exist_ok=True)
+            self._spawn("server", self.server_arguments(listener), listener.fileno())
         return url
+
+    def server_arguments(self, listener: socket.socket) -> list[str]:
+        """What Python is called with to serve on the socket."""
+        return ["-m", "infra.server", "--socket", str(listener.fileno())]
+
+    def _listen(self, port: int | None, host: str) -> socket.socket:
+        """A socket on the port, or on a free one."""
+        try:
+            if (listener := listen_on_free(host) if port is None else listen(port, host)) is not None:
+                return listener
+        except OSError as error:
+            at = f"port {port}" if port is not None else f"the address {host} (PREFECT_SERVER_API_HOST)"
+            raise StackRefusedError(f"{at} cannot be used: {error.strerror}; give another --port, or none to take a free one") from None
+        raise StackError(f"ports {FIRST_PORT} to {FIRST_PORT + PORTS_TRIED - 1} are all taken; give a free --port")
 
     def environment(self) -> dict[str, str]:
         """The environment of every process of the stack."""
         state = self._running_state()
-        outside = {} if state.owns_server else {name: value for name, value in self.given.items() if name.startswith("PREFECT_")}
         kept = {name: value for name, value in self.given.items() if not name.startswith("PREFECT_")}
+        bin_folder = str(Path(sys.executable).parent)
         return (
             kept
-            | {
-                "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-                "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",
-                "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
-                "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-                "PREFECT_LOGGING_LEVEL": "INFO",
-                "PREFECT_WORKER_QUERY_SECONDS": "1",
-                "PREFECT_WORKER_PREFETCH_SECONDS": "1",
-                "PREFECT_CLIENT_MAX_RETRIES": "10",
-            }
-            | outside
+            | (self._settings_of_own_server() if state.owns_server else prefect_settings.of_users_server(self.given))
             | {
                 "PREFECT_HOME": str(self.home),
                 "PREFECT_API_URL": state.api_url,
                 "PREFECT_UI_URL": state.ui_url,
-                STACK_VARIABLE: self.mark,
+                STACK_VARIABLE: self.id,
+                "PATH": os.pathsep.join([bin_folder, self.given.get("PATH", os.defpath)]),  # flow runs are started as `python`
                 "PYTHONUNBUFFERED": "1",
             }
         )
@@ -124,55 +189,106 @@ class Stack:
         """What a program outside the stack needs to talk to its server."""
         return {name: value for name, value in self.environment().items() if name.startswith("PREFECT_")}
 
+    def opening_link(self) -> str | None:
+        """An address that opens our server's UI without asking for the password; None where the password is the user's own."""
+        state = self._running_state()
+        if not state.owns_server or self.environment()[prefect_settings.CLIENT_PASSWORD] != password(self.volume):
+            return None
+        return f"{state.ui_url}/open#{quote(password(self.volume))}"
+
+    @property
+    def password_file(self) -> Path:
+        """Holds the password of our own server."""
+        return self.home / PASSWORD_FILE
+
+    def database_folder(self) -> Path:
+        """Where our own server keeps its SQLite database, unless the user's settings name another place."""
+        state = self.given.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+        return database_folder(self.volume, Path(state))
+
     def wait_for_server(self) -> None:
-        """Return when the API answers. Raises StackError when our server died, or where there is no answer in time."""
+        """Return when the API answers. Raises StackError when our server died, where there is no answer in time, or access is refused."""
         state = self._running_state()
         deadline = time.monotonic() + (HEALTH_TIMEOUT_S if state.owns_server else FOREIGN_HEALTH_TIMEOUT_S)
-        while not healthy(state.api_url):
+        while True:
+            if self.answers():
+                with contextlib.suppress(httpx.HTTPError):  # it died after that answer
+                    return _refuse_if_closed(state.api_url, self.environment())
             self.check()
             if time.monotonic() > deadline:
                 raise StackError(f"no answer from the Prefect API at {state.api_url}{self._log_hint('server')}")
             time.sleep(0.1)
 
+    def answers(self) -> bool:
+        """Whether the server's API answers now."""
+        return api.healthy(self.api_url, PROBE_TIMEOUT_S)
+
     def start_workers(self, pool_types: Mapping[str, str]) -> None:
-        """Start a worker on each pool that is of local processes (`pool_types`: type by pool name)."""
+        """Start a worker on the volume's queue of each pool that is of local processes (`pool_types`: type by pool name)."""
         if not self.fresh:
             return
         for pool, kind in pool_types.items():
             if kind == PROCESS_POOL:
-                name = f"{pool}-{self.mark[:6]}"
-                self._spawn(pool, ["-m", "prefect", "worker", "start", "--pool", pool, "--type", PROCESS_POOL, "--name", name])
+                who = ["--pool", pool, "--type", PROCESS_POOL, "--work-queue", queue_name(self.id), "--name", f"{pool}-{self.id}"]
+                self._spawn(pool, ["-m", "prefect", "worker", "start", *who])
 
     def check(self) -> None:
-        """Raise StackError when the server or a worker has ended."""
+        """Raise StackError when the server or a worker has ended, or was stopped (SIGSTOP)."""
         for name, pid in self._running_state().processes.items():
             child = self.children.get(name)
+            what = "Prefect server" if name == "server" else f"worker of {name}"
             if child.poll() is not None if child else not psutil.pid_exists(pid):
-                what = "Prefect server" if name == "server" else f"worker of {name}"
                 ended = f" (status {child.returncode})" if child else ""
-                raise StackError(
-                    f"the {what} ended{ended}{self._log_hint(name)}\nRun the same command again: finished steps are kept, training goes on "
-                    "from its checkpoint."
-                )
+                raise StackError(f"the {what} ended{ended}{self._log_hint(name)}\n{GO_ON}")
+            with contextlib.suppress(psutil.Error):
+                if psutil.Process(pid).status() == psutil.STATUS_STOPPED:
+                    raise StackError(f"the {what} was stopped by a signal (process {pid})\n{GO_ON}")
 
     def leave_running(self) -> None:
         """Write down what runs, so that a later command finds it or stops it."""
-        (self.home / "stack.json").write_text(json.dumps(asdict(self._running_state())))
+        self._state_file().write_text(json.dumps(asdict(self._running_state())))
         self._unlock()
 
     def stop(self) -> None:
-        """End everything that carries the volume's mark."""
+        """End everything that carries the volume's id."""
         self._state_file().unlink(missing_ok=True)
         for child in self.children.values():
             with contextlib.suppress(ProcessLookupError):
                 child.send_signal(signal.SIGTERM)
-        end_marked(STACK_VARIABLE, self.mark, grace_s=END_GRACE_S)
+        if (known := known_volume_id(self.volume)) is not None:
+            end_marked(STACK_VARIABLE, known, grace_s=END_GRACE_S)
         for child in self.children.values():
             child.wait()
         self._unlock()
 
-    def _spawn(self, name: str, arguments: list[str]) -> None:
-        """Start a process of the stack, in a session of its own: Ctrl-C in the terminal is ours to handle."""
+    def kept(self) -> StackState | None:
+        """The stack that an earlier command left running, if all of it still runs."""
+        try:
+            state = StackState(**json.loads(self._state_file().read_text()))
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
+        alive = all(_carries(pid, self.id) for pid in state.processes.values())
+        return state if alive and state.processes and api.healthy(state.api_url) else None
+
+    def _settings_of_own_server(self) -> dict[str, str]:
+        port = urlsplit(self._running_state().ui_url).port
+        folder = self.database_folder()
+        return prefect_settings.of_own_server(
+            self.given,
+            origins=",".join(dict.fromkeys([self._running_state().ui_url, f"http://{LOCALHOST}:{port}", f"http://localhost:{port}"])),
+            password=password(self.volume),
+            database=None if folder == self.home else folder / "prefect.db",
+        )
+
+    def _environment_of(self, kept: StackState) -> dict[str, str]:
+        """Of the processes of a stack that was left running: the user's settings may have been others then."""
+        try:
+            return psutil.Process(next(iter(kept.processes.values()))).environ()
+        except psutil.Error:
+            return {}
+
+    def _spawn(self, name: str, arguments: list[str], *handles: int) -> None:
+        """Start a process of the stack, with those file `handles`, in a session of its own: Ctrl-C in the terminal is ours to handle."""
         with (self.home / f"{name}.log").open("ab") as log:
             child = subprocess.Popen(
                 [sys.executable, *arguments],
@@ -182,22 +298,14 @@ class Stack:
                 cwd=REPOSITORY,
                 env=self.environment(),
                 start_new_session=True,
+                pass_fds=[handle for handle in handles if handle >= 0],
             )
         self.children[name] = child
         self._running_state().processes[name] = child.pid
 
-    def kept(self) -> StackState | None:
-        """The stack that an earlier command left running, if all of it still runs."""
-        try:
-            state = StackState(**json.loads(self._state_file().read_text()))
-        except (FileNotFoundError, ValueError, TypeError):
-            return None
-        alive = all(_carries(pid, self.mark) for pid in state.processes.values())
-        return state if alive and state.processes and healthy(state.api_url) else None
-
     def _holds(self, port: int) -> bool:
         """Whether a process that an earlier command left behind listens there."""
-        listening = (one for process in marked(STACK_VARIABLE, self.mark) for one in process.net_connections("tcp"))
+        listening = (one for process in marked(STACK_VARIABLE, self.id) for one in process.net_connections("tcp"))
         return any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in listening)
 
     def _state_file(self) -> Path:
@@ -214,40 +322,43 @@ class Stack:
 
     def _unlock(self) -> None:
         if self.lock is not None:
-            os.close(self.lock)
+            self.lock.release()
             self.lock = None
 
 
-def healthy(api_url: str) -> bool:
-    """Whether the API answers."""
+def volume_tag(volume: str) -> str:
+    """Tag of all deployments and runs of the volume with this id."""
+    return f"volume:{volume}"
+
+
+def queue_name(volume: str) -> str:
+    """Work queue, in each of the pools, of the volume with this id: its workers take nobody else's runs."""
+    return f"fvlm-{volume}"
+
+
+def stop_command(volume: Path) -> str:
+    """What ends the stack of the volume, as it can be pasted into a shell."""
+    return shlex.join([str(Path(sys.executable).with_name("fvlm")), "stop", "--volume", str(volume)])
+
+
+def require_access(api_url: str, environment: Mapping[str, str]) -> None:
+    """Raise StackRefusedError where the API does not accept the password or key in `environment`, StackError where it does not answer."""
     try:
-        with urllib.request.urlopen(f"{api_url}/health", timeout=5) as reply:
-            return reply.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
+        _refuse_if_closed(api_url, environment)
+    except httpx.HTTPError as error:
+        raise StackError(f"no answer from the Prefect API at {api_url}: {error}") from None
 
 
-def port_is_free(port: int) -> bool:
-    """Whether a server could listen on it now."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
+def _refuse_if_closed(api_url: str, environment: Mapping[str, str]) -> None:
+    if api.refused(api_url, environment):
+        raise StackRefusedError(f"the Prefect API at {api_url} refuses access; set PREFECT_API_AUTH_STRING or PREFECT_API_KEY for it")
 
 
-def free_port() -> int:
-    """Prefect's port or the next free one. Raises StackError when all of them are taken."""
-    for port in range(FIRST_PORT, FIRST_PORT + PORTS_TRIED):
-        if port_is_free(port):
-            return port
-    raise StackError(f"ports {FIRST_PORT} to {FIRST_PORT + PORTS_TRIED - 1} are all taken; give a free --port")
-
-
-def _port_of(api_url: str) -> int:
-    return int(api_url.removesuffix("/api").rpartition(":")[2])
+def _number(text: str, where: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise StackRefusedError(f"{where} is {text!r}, which is not a number") from None
 
 
 def _carries(pid: int, value: str) -> bool:

@@ -1,7 +1,6 @@
 """Runs the pipeline as a Prefect flow: one task per phase, which starts the phase's own deployment and waits for it."""
 
 import os
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -25,9 +24,7 @@ from tasks import artifacts
 from tasks.config import PipelineConfig
 from tasks.phase import Phase, PhaseManifest, Shown, current
 from tasks.phase_flow import changed, result_storage
-
-POLL_S = 0.5
-"""Between looks at the state of the phase's flow run."""
+from tasks.waiting import wait_for_run
 
 
 class PhaseFailedError(RuntimeError):
@@ -100,7 +97,8 @@ def phase_result(phase: Phase, config: PipelineConfig, volume: Path, done: Mappi
 def run_phase(phase: str, config: PipelineConfig, volume: str, cache_key: str) -> str:
     """Run the phase's deployment to its end; returns its run's name. Cached by `cache_key`.
 
-    Raises PhaseFailedError with the flow run's own message, UserError when the deployment is not registered.
+    Raises PhaseFailedError with the flow run's own message, LostRunError where nobody is left who could end it, UserError when the
+    deployment is not registered.
     """
     name = f"{phase}/{deployment.name or config.name}"
     parameters = {"config": config.model_dump(mode="json"), "volume": volume}
@@ -111,11 +109,9 @@ def run_phase(phase: str, config: PipelineConfig, volume: str, cache_key: str) -
         raise UserError(f"the deployment {name} is not registered", where="the Prefect server", fix="run `fvlm deploy`") from error
     get_run_logger().info("%s runs as %s", phase, run_url(child))
     with get_client(sync_client=True) as client:
-        while child.state is None or not child.state.is_final():
-            time.sleep(POLL_S)
-            child = client.read_flow_run(child.id)
-    if not child.state.is_completed():
-        raise PhaseFailedError(f"{phase} ended {child.state.name}: {message(child.state)}\nIts run: {run_url(child)}")
+        state = wait_for_run(client, child.id)
+    if not state.is_completed():
+        raise PhaseFailedError(f"{phase} ended {state.name}: {message(state)}\nIts run: {run_url(child)}")
     return child.name
 
 

@@ -1,6 +1,8 @@
-"""Set before anything is imported: no test asks a hub, every test computes on one thread, and CI tries the same examples every time."""
+"""Set before anything is imported: no test asks a hub, every test computes on one thread, CI tries the same examples every time. And one
+Prefect server for all tests."""
 
 import os
+from collections.abc import Iterator
 
 from hypothesis import settings
 
@@ -8,8 +10,44 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import pytest
+
+from infra.stack import Stack
+
 # A failure in CI must be the change's, not the seed's; new examples are tried at every run elsewhere, and a failing one is printed as a
 # line to paste (`@reproduce_failure`). HYPOTHESIS_PROFILE=ci or =local chooses by hand. No deadline: the machines are shared.
 settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("local", deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "local"))
+
+
+def plain_environment() -> dict[str, str]:
+    """This process's, without what it knows of Prefect."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A running server of an empty volume, without workers."""
+    stack = Stack(tmp_path_factory.mktemp("server") / "volume", environment=plain_environment())
+    try:
+        stack.start_server()
+        stack.wait_for_server()
+        yield stack
+    finally:
+        stack.stop()
+
+
+@pytest.fixture
+def prefect_api(stack: Stack) -> Iterator[Stack]:
+    """The server, and Prefect's clients in this process know it."""
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE, temporary_settings
+
+    known = stack.client_environment()
+    settings = {
+        PREFECT_API_URL: known["PREFECT_API_URL"],
+        PREFECT_API_AUTH_STRING: known["PREFECT_API_AUTH_STRING"],
+        PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: False,
+    }
+    with temporary_settings(settings):
+        yield stack

@@ -160,7 +160,7 @@ def _named(volume: Volume, victim: str, command: Command, job: list[psutil.Proce
     if victim == "worker":
         return volume.processes("worker", "fvlm-gpu")
     if victim == "server":
-        return volume.processes("server", "start")
+        return volume.processes("infra.server")
     if victim in ("pipeline's run", "phase's run"):
         runs = sorted(volume.processes("prefect.engine"), key=lambda process: process.create_time())
         return runs[:1] if victim == "pipeline's run" else runs[-1:]

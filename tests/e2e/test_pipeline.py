@@ -92,7 +92,7 @@ def worker_is_killed(volume: Volume, command: Command, folder: Path) -> None:
 
 
 def server_is_killed(volume: Volume, command: Command, folder: Path) -> None:
-    _part_is_killed(volume, command, "Prefect server", "server", "start")
+    _part_is_killed(volume, command, "Prefect server", "infra.server")
 
 
 def _part_is_killed(volume: Volume, command: Command, name: str, *words: str) -> None:

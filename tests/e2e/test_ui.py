@@ -36,6 +36,7 @@ def test_a_run_is_started_from_its_form_and_completes_with_its_artifacts(volume:
     address = volume.run("--keep-server").output.splitlines()[0].removeprefix("Prefect UI: ").strip()
     shutil.rmtree(volume.step("release", "release"))  # so that the run has something to do
 
+    page.goto(f"{address}/open#{volume.password}")
     page.goto(f"{address}/deployments")
     page.get_by_placeholder("Search deployments").fill("pipeline")
     expect(page.get_by_text("1 Deployment", exact=True)).to_be_visible(timeout=SLOW_MS)

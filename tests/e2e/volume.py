@@ -20,6 +20,7 @@ from fvlm_core.manifest import AnyManifest
 from fvlm_core.progress import ProgressReport
 from infra.processes import JOB_VARIABLE, STACK_VARIABLE, end_marked, mark, marked
 from infra.stack import Stack
+from infra.volume import password, volume_id
 from tasks.config import PipelineConfig
 from tasks.phase import PhaseManifest
 from tests.tiny import profile_values
@@ -81,6 +82,11 @@ class Volume:
     def stack(self) -> Stack:
         return Stack(self.path, environment=os.environ)
 
+    @property
+    def password(self) -> str:
+        """Of its server."""
+        return password(self.path)
+
     def start(self, *options: str) -> Command:
         """`fvlm speedrun` in a process of its own."""
         profile, log = self.path.with_suffix(".yaml"), self.path.with_suffix(".log")
@@ -108,12 +114,12 @@ class Volume:
 
     def processes(self, *words: str) -> list[psutil.Process]:
         """Processes of the volume's stack (server, workers, flow runs, jobs) with all the words in their command line."""
-        return [process for process in marked(STACK_VARIABLE, self.stack.mark) if all(word in process.cmdline() for word in words)]
+        return [process for process in marked(STACK_VARIABLE, volume_id(self.path)) if all(word in process.cmdline() for word in words)]
 
     def end(self) -> None:
         """End whatever works on the volume."""
         self.stack.stop()
-        end_marked(STACK_VARIABLE, self.stack.mark)
+        end_marked(STACK_VARIABLE, volume_id(self.path))
 
     def phase_folder(self, name: str) -> Path:
         return PHASES[name].folder(self.config, self.path)

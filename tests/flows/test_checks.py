@@ -20,8 +20,9 @@ from deployments.speedrun import speedrun
 from fvlm_core.data.rows import SPLITS
 from fvlm_core.data.sources.record import Record
 from fvlm_core.errors import UserError
-from infra.processes import STACK_VARIABLE, mark, marked
+from infra.processes import STACK_VARIABLE, marked
 from infra.stack import Stack, StackError
+from infra.volume import volume_id
 from tasks.config import PipelineConfig
 from tasks.mixtures import known_sources
 from tests.tiny import PROFILE
@@ -113,9 +114,9 @@ def test_a_missing_environment_and_a_missing_ffmpeg_are_told_with_the_command(tm
 def test_a_second_command_on_a_volume_leaves_the_first_alone(tmp_path: Path) -> None:
     first = Stack(tmp_path, environment={"PREFECT_API_URL": "http://elsewhere:4200/api"})
     first.start_server()
-    environment = {**os.environ, STACK_VARIABLE: mark(tmp_path)}
+    environment = {**os.environ, STACK_VARIABLE: volume_id(tmp_path)}
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, env=environment) as worker:
-        while not list(marked(STACK_VARIABLE, mark(tmp_path))):
+        while not list(marked(STACK_VARIABLE, volume_id(tmp_path))):
             time.sleep(0.02)
         with pytest.raises(StackError, match="another fvlm command"):
             speedrun(str(PROFILE), None, tmp_path, keep_server=False, port=None, console=Console())

@@ -1,34 +1,70 @@
-"""Deployments on a real server: made once, and made again without undoing what users have set."""
+"""Deployments on a real server: made once, made again without undoing what users have set, and run from wherever a worker is."""
 
 import asyncio
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.schedules import CronSchedule
-from prefect.testing.utilities import prefect_test_harness
 
 from deployments.register import ALL_FLOWS, register
+from infra.stack import REPOSITORY, Stack, queue_name, volume_tag
+from infra.volume import volume_id
 from tasks.config import PipelineConfig
 from tests.tiny import PROFILE
 
-pytestmark = pytest.mark.slow(reason="a Prefect server of its own")
+PACKAGES = ("deployments", "flows", "fvlm_core", "infra", "tasks", "tests")
+TESTS = PipelineConfig.from_yaml(PROFILE)
+RUN_ONE = """
+import asyncio, os, sys, time
+from pathlib import Path
+from infra.stack import REPOSITORY, Stack
+assert " " in str(REPOSITORY) and " " in sys.executable
+stack = Stack(Path(sys.argv[1]), environment=os.environ)
+try:
+    stack.start_server()
+    os.environ.update(stack.client_environment())
+    from deployments.checks import load_profile
+    from deployments.register import register
+    from prefect.client.orchestration import get_client
+    stack.wait_for_server()
+    registered = asyncio.run(register(load_profile("ci"), stack.volume))
+    stack.start_workers(registered.pool_types)
+    with get_client(sync_client=True) as client:
+        run = client.create_flow_run_from_deployment(client.read_deployment_by_name(f"release/{registered.deployment}").id)
+        while not run.state.is_final():
+            time.sleep(0.5)
+            run = client.read_flow_run(run.id)
+    print(run.state.name, run.state.message)
+finally:
+    stack.stop()
+"""
 
 
-def test_registering_again_leaves_schedules_as_users_set_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    profile = PipelineConfig.from_yaml(PROFILE)
-    with prefect_test_harness(server_startup_timeout=120):
-        assert asyncio.run(register(profile, tmp_path)) == {"fvlm-cpu": "process", "fvlm-gpu": "process"}
-        with get_client(sync_client=True) as client:
-            made = {name: client.read_deployment_by_name(f"{name}/tests") for name in ALL_FLOWS}
-            (nightly,) = made["precompute"].schedules
-            assert (nightly.schedule, nightly.active) == (CronSchedule(cron="0 3 * * *"), False)
-            assert not any(one.schedules for name, one in made.items() if name != "precompute")
-            client.update_deployment_schedule(made["precompute"].id, nightly.id, active=True, schedule=CronSchedule(cron="0 5 * * 1"))
-            client.create_deployment_schedules(made["train"].id, [(CronSchedule(cron="0 6 * * *"), True)])
-            asyncio.run(register(profile, tmp_path))
-            again = {name: client.read_deployment_by_name(f"{name}/tests") for name in ALL_FLOWS}
+def volume(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def test_registering_again_leaves_schedules_as_users_set_them(prefect_api: Stack, tmp_path: Path) -> None:
+    mine = volume(tmp_path / "mine")
+    registered = asyncio.run(register(TESTS, mine))
+    assert registered.pool_types == {"fvlm-cpu": "process", "fvlm-gpu": "process"}
+    with get_client(sync_client=True) as client:
+        made = {name: client.read_deployment_by_name(f"{name}/{registered.deployment}") for name in ALL_FLOWS}
+        (nightly,) = made["precompute"].schedules
+        assert (nightly.schedule, nightly.active) == (CronSchedule(cron="0 3 * * *"), False)
+        assert not any(one.schedules for name, one in made.items() if name != "precompute")
+        client.update_deployment_schedule(made["precompute"].id, nightly.id, active=True, schedule=CronSchedule(cron="0 5 * * 1"))
+        client.create_deployment_schedules(made["train"].id, [(CronSchedule(cron="0 6 * * *"), True)])
+        assert asyncio.run(register(TESTS, mine)) == registered
+        again = {name: client.read_deployment_by_name(f"{name}/{registered.deployment}") for name in ALL_FLOWS}
     seen = {name: [(one.schedule, one.active) for one in deployment.schedules] for name, deployment in again.items()}
     seen = {name: schedules for name, schedules in seen.items() if schedules}
     assert seen == {"precompute": [(CronSchedule(cron="0 5 * * 1"), True)], "train": [(CronSchedule(cron="0 6 * * *"), True)]}
@@ -41,3 +77,64 @@ def test_the_form_begins_with_the_small_field_of_changes() -> None:
         assert first == "changes", name
         assert "by dotted path" in properties["changes"]["description"]
         assert set(flow.parameters.required) == {"config", "volume"}
+
+
+def test_two_volumes_on_one_server_share_neither_deployments_nor_queues(prefect_api: Stack, tmp_path: Path) -> None:
+    one, two = volume(tmp_path / "one"), volume(tmp_path / "two")
+    names = [asyncio.run(register(TESTS, each)).deployment for each in (one, two)]
+    assert len(set(names)) == 2
+    assert asyncio.run(register(TESTS, one)).deployment == names[0], "as before"
+    with get_client(sync_client=True) as client:
+        for name, each in zip(names, (one, two), strict=True):
+            known = volume_id(each)
+            for flow in ALL_FLOWS:
+                deployment = client.read_deployment_by_name(f"{flow}/{name}")
+                assert deployment.parameters["volume"] == str(each)
+                assert deployment.work_queue_name == queue_name(known)
+                assert volume_tag(known) in deployment.tags
+
+
+def test_a_deployment_says_nothing_of_the_host_that_registered_it(prefect_api: Stack, tmp_path: Path) -> None:
+    registered = asyncio.run(register(TESTS, volume(tmp_path / "volume")))
+    with get_client(sync_client=True) as client:
+        for flow in ALL_FLOWS:
+            deployment = client.read_deployment_by_name(f"{flow}/{registered.deployment}")
+            text = json.dumps([deployment.job_variables, deployment.path, deployment.entrypoint, deployment.pull_steps])
+            assert str(REPOSITORY) not in text
+            assert str(Path(sys.executable).parent) not in text
+
+
+@pytest.mark.timeout(400)
+def test_a_flow_runs_from_a_checkout_whose_path_has_a_space(tmp_path: Path) -> None:
+    checkout = tmp_path / "a checkout"
+    for package in PACKAGES:
+        shutil.copytree(REPOSITORY / package, checkout / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (checkout / ".venv").symlink_to(Path(sys.executable).parents[1])
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    command = [str(checkout / ".venv" / "bin" / "python"), "-c", RUN_ONE, str(tmp_path / "a volume")]
+    done = subprocess.run(command, cwd=checkout, env=outside, capture_output=True, text=True, check=True)
+    assert "Failed" in done.stdout, "the flow has run, and"
+    assert "release needs the results of precompute, which are not there" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("address", "status", "words"),
+    [
+        (None, 2, "no Prefect server is named"),
+        ("", 2, "no Prefect server is named"),
+        ("garbage", 2, "it is not of the form"),
+        ("http://127.0.0.1:9/api", 1, "no answer from the Prefect API at http://127.0.0.1:9/api"),
+        ("ours, without its password", 2, "refuses access; set PREFECT_API_AUTH_STRING"),
+    ],
+)
+def test_deploy_needs_a_server_that_it_can_use(stack: Stack, tmp_path: Path, address: str | None, status: int, words: str) -> None:
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    if address is not None:
+        outside["PREFECT_API_URL"] = stack.api_url if address.startswith("ours") else address
+    began = time.monotonic()
+    command = [str(Path(sys.executable).with_name("fvlm")), "deploy", "--profile", "ci", "--volume", str(tmp_path)]
+    done = subprocess.run(command, env=outside, capture_output=True, text=True, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (status, False), done.stderr
+    assert words in done.stderr
+    assert done.stdout == "", "nothing was registered"
+    assert time.monotonic() - began < 60

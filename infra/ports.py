@@ -1,0 +1,32 @@
+"""Ports of this machine. A port is taken by listening on it at once; a server that is starting would do so half a minute later,
+and two of them would meet."""
+
+import errno
+import socket
+
+FIRST_PORT = 4200
+"""Prefect's own; the next free one is taken where it is in use and none was asked for."""
+PORTS_TRIED = 50
+LOCALHOST = "127.0.0.1"
+
+
+def listen(port: int, host: str = LOCALHOST) -> socket.socket:
+    """A socket that listens on the port. Raises OSError, with a message for the user, where that cannot be."""
+    if not 0 < port < 1 << 16:
+        raise OSError(errno.EINVAL, "there is no such port; they go from 1 to 65535")
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
+        raise OSError(error.errno, "it is taken by another program" if taken else error.strerror or str(error)) from None
+
+
+def listen_on_free(host: str = LOCALHOST) -> socket.socket | None:
+    """A socket that listens on Prefect's port or the next free one; None when all of them are taken."""
+    for port in range(FIRST_PORT, FIRST_PORT + PORTS_TRIED):
+        try:
+            return listen(port, host)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+    return None

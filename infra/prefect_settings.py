@@ -1,0 +1,57 @@
+"""Environment variables with Prefect's settings, for the processes of a local stack.
+
+What the user has set stands, except what a stack is about: which server is used, and where its files are.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+DEFAULTS = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+    "PREFECT_LOGGING_LEVEL": "INFO",
+    "PREFECT_WORKER_QUERY_SECONDS": "1",
+    "PREFECT_WORKER_PREFETCH_SECONDS": "1",
+    "PREFECT_CLIENT_MAX_RETRIES": "10",
+    # the shortest that Prefect takes: a run whose process has vanished is noticed after a few of them
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+}
+OTHER_NAMES = {
+    "PREFECT_SERVER_LOGGING_LEVEL": ("PREFECT_LOGGING_SERVER_LEVEL",),
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": ("PREFECT_RUNNER_HEARTBEAT_FREQUENCY",),
+    "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": ("PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS",),
+    "PREFECT_SERVER_DATABASE_CONNECTION_URL": (
+        "PREFECT_API_DATABASE_CONNECTION_URL",
+        *(f"PREFECT_{part}_DATABASE_{name}" for part in ("SERVER", "API") for name in ("DRIVER", "HOST", "NAME")),
+    ),
+}
+"""Settings under which the user may have set the same thing; Prefect would let our default win over them."""
+OF_ANOTHER_SERVER = ("PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "PREFECT_PROFILE", "PREFECT_PROFILES_PATH")
+INTERNAL = "PREFECT__"
+"""What Prefect says to the processes it starts; nothing of it is meant for a new stack."""
+SERVER_PASSWORD, CLIENT_PASSWORD = PASSWORDS = "PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING"
+
+
+def of_own_server(given: Mapping[str, str], *, origins: str, password: str, database: Path | None) -> dict[str, str]:
+    """Settings of a server that the stack starts, and of those who use it.
+
+    `origins` are the UI's own, comma-separated: web pages from elsewhere may ask the server nothing. `database` is a SQLite file,
+    or None for Prefect's default place.
+    """
+    defaults = DEFAULTS | {"PREFECT_SERVER_CORS_ALLOWED_ORIGINS": origins, SERVER_PASSWORD: password}
+    if database is not None:
+        defaults["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = f"sqlite+aiosqlite:///{database}"
+    settings = _with_defaults(given, defaults)
+    kept = {name: value for name, value in settings.items() if name not in OF_ANOTHER_SERVER}
+    return kept | {CLIENT_PASSWORD: kept[SERVER_PASSWORD], "PREFECT_SERVER_EPHEMERAL_ENABLED": "false"}
+
+
+def of_users_server(given: Mapping[str, str]) -> dict[str, str]:
+    """Settings for a server that the user runs; no temporary one is ever started in its place."""
+    return _with_defaults(given, DEFAULTS) | {"PREFECT_SERVER_EPHEMERAL_ENABLED": "false"}
+
+
+def _with_defaults(given: Mapping[str, str], defaults: Mapping[str, str]) -> dict[str, str]:
+    users = {name: value for name, value in given.items() if name.startswith("PREFECT_") and not name.startswith(INTERNAL)}
+    return {name: value for name, value in defaults.items() if not any(other in users for other in OTHER_NAMES.get(name, ()))} | users

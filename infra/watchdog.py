@@ -1,0 +1,80 @@
+"""Looks after the stack from a thread while the main thread waits for answers of its server.
+
+Prefect's client tries again for half an hour when a server is gone, and cannot be asked to look elsewhere meanwhile. So the
+watchdog interrupts the main thread when a part of the stack has died or does not answer.
+"""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import NoReturn
+
+from infra.stack import Stack, StackError
+
+POLL_S = 1.0
+REPORTED_S = 5.0
+"""Silence after which the user hears of it; with the time that a look itself may take, less than ten seconds."""
+GIVEN_UP_S = 90.0
+"""Silence that ends the command. Two busy cores keep a living server from answering for half a minute."""
+
+
+@dataclass
+class Watch:
+    """What the watchdog has found."""
+
+    error: StackError | None = None
+    """Why the stack cannot go on."""
+
+
+@contextlib.contextmanager
+def watched(stack: Stack, say: Callable[[str], None], *, given_up_s: float = GIVEN_UP_S) -> Iterator[Watch]:
+    """Leave the block with a StackError as soon as a part of the stack has died, whatever the main thread waits for.
+
+    In the block, the error arrives as KeyboardInterrupt: `Watch.error` tells it from the user's. `say` gets a line when the
+    server has become silent, and when it answers again.
+    """
+    watch, over, main = Watch(), threading.Event(), threading.get_ident()
+
+    def look() -> None:
+        answered, silent = time.monotonic(), False
+        while not over.wait(POLL_S):
+            try:
+                stack.check()
+                if stack.answers():
+                    if silent:
+                        say("the Prefect server answers again")
+                    answered, silent = time.monotonic(), False
+                    continue
+                silence = time.monotonic() - answered
+                if silence > REPORTED_S and not silent:
+                    silent = True
+                    say(f"the Prefect server at {stack.api_url} does not answer; waiting for it")
+                if silence > given_up_s:
+                    raise StackError(f"the Prefect server at {stack.api_url} has not answered for {silence:.0f} s")
+            except StackError as error:
+                watch.error = error
+                signal.pthread_kill(main, signal.SIGUSR1)
+                return
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    thread = threading.Thread(target=look, name="watchdog", daemon=True)
+    thread.start()
+    try:
+        try:
+            yield watch
+        finally:
+            over.set()
+            thread.join()
+    except KeyboardInterrupt:
+        if watch.error is not None:
+            raise watch.error from None
+        raise
+    finally:
+        signal.signal(signal.SIGUSR1, before)
