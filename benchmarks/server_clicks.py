@@ -20,8 +20,11 @@ from prefect import flow, get_run_logger, task
 
 from benchmarks.report import Measurement, arguments, show
 from infra.api import credentials
-from infra.stack import CPU_POOL, POOLS, PROCESS_POOL, Stack, queue_name
+from infra.stack import PROCESS_POOL, Stack, queue_name
+from tasks.config import Pools
 
+POOLS = Pools()
+"""As in a profile that says nothing of them."""
 BENCHMARK = "server_clicks"
 START_TIMEOUT_S = 180
 
@@ -87,10 +90,10 @@ def _server(kind: type[Stack]) -> Iterator[Stack]:
             stack.start_server(port)
             stack.wait_for_server()
             with _client(stack) as client:
-                for pool in POOLS:
-                    _made(client, "/work_pools/", {"name": pool.name, "type": PROCESS_POOL})
-                    _made(client, f"/work_pools/{pool.name}/queues", {"name": queue_name(stack.id)})
-            stack.start_workers({pool.name: PROCESS_POOL for pool in POOLS})
+                for pool in (POOLS.cpu.name, POOLS.gpu.name):
+                    _made(client, "/work_pools/", {"name": pool, "type": PROCESS_POOL})
+                    _made(client, f"/work_pools/{pool}/queues", {"name": queue_name(stack.id)})
+            stack.start_workers({POOLS.cpu.name: PROCESS_POOL, POOLS.gpu.name: PROCESS_POOL})
             yield stack
         finally:
             stack.stop()
@@ -109,7 +112,7 @@ def _keep_busy(client: httpx.Client, stack: Stack, runs: int) -> None:
         "name": "busy",
         "flow_id": flow_id,
         "entrypoint": f"{__spec__.name if __spec__ else __name__}.busy",
-        "work_pool_name": CPU_POOL.name,
+        "work_pool_name": POOLS.cpu.name,
         "work_queue_name": queue_name(stack.id),
         "parameters": {"seconds": 3600},
         "job_variables": {"command": "python -m prefect.engine", "working_dir": "."},
@@ -121,7 +124,7 @@ def _keep_busy(client: httpx.Client, stack: Stack, runs: int) -> None:
     under_way = {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}}
     while (seen := client.post("/flow_runs/count", json=under_way).json()) < runs:
         if time.monotonic() > deadline:
-            raise RuntimeError(f"{seen} of {runs} flow runs have started in {START_TIMEOUT_S} s; log: {stack.home / CPU_POOL.name}.log")
+            raise RuntimeError(f"{seen} of {runs} flow runs have started in {START_TIMEOUT_S} s; log: {stack.home / POOLS.cpu.name}.log")
         time.sleep(0.5)
 
 

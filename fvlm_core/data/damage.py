@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fvlm_core.data.shard_files import INDEX
+from fvlm_core.data.jobs import INDEX_FILE
 from fvlm_core.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Damage:
             if sample not in self.samples:
                 self.samples.add(sample)
                 self.new.add(sample)
-                place = f"row {corrupt.row} of {self.folder / INDEX}: {corrupt.reason}"
+                place = f"row {corrupt.row} of {self.folder / INDEX_FILE}: {corrupt.reason}"
                 logger.warning("skipped damaged sample %d of at most %d: %s", len(self.samples), self.limit, place)
 
     def merge(self, samples: Iterable[int]) -> None:

@@ -47,7 +47,7 @@ def _per_sample(recipe: Recipe, shards: Path) -> float | None:
     vocab = llm.get("vocab_size") or ShardManifest.read(shards).vocab_size
     dims = ModelDims.from_configs(vision, llm | {"vocab_size": vocab}, recipe.model.vision.frame_px)
     rates: dict[Backbone, float] = {"vision": recipe.optimizer.lr_vision, "llm": recipe.optimizer.lr_llm}
-    frozen = [backbone for backbone, rate in rates.items() if not rate]
+    frozen: list[Backbone] = [backbone for backbone, rate in rates.items() if not rate]
     index = pq.read_table(shards / INDEX_FILE, columns=COLUMNS)
     total = 0.0
     for part in recipe.data.mixture:
