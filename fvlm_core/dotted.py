@@ -1,6 +1,7 @@
 """Settings by dotted path, e.g. `optimizer.lr_llm` or `loss.fine.0`: the one place that reads, changes and lists them.
 
-Values are what JSON holds: nested dicts and lists. A number in a path is an index into a list.
+Values are what JSON holds: nested dicts and lists. A number in a path is an index into a list. A key may hold dots itself
+(`reports.grid-2.00e09`): the longest key that fits is meant.
 """
 
 from collections.abc import Mapping
@@ -21,19 +22,16 @@ class UnknownPathError(KeyError):
 
 def value_at(values: Any, path: str) -> Any:
     """The value at `path`. Raises UnknownPathError."""
-    node = values
-    for key in path.split("."):
-        node = node[_slot(node, key, path)]
-    return node
+    node, slot = _place(values, path)
+    return node[slot]
 
 
 def with_changes(values: Any, changes: Mapping[str, Any]) -> Any:
     """A copy of `values` with the value at each path replaced. Raises UnknownPathError for a path that is not there."""
     values = deepcopy(values)
     for path, value in changes.items():
-        above, _, last = path.rpartition(".")
-        node = value_at(values, above) if above else values
-        node[_slot(node, last, path)] = deepcopy(value)
+        node, slot = _place(values, path)
+        node[slot] = deepcopy(value)
     return values
 
 
@@ -52,6 +50,18 @@ def differences(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
     missing = object()
     paths = sorted(path for path in old.keys() | new.keys() if old.get(path, missing) != new.get(path, missing))
     return {path: (old.get(path), new.get(path)) for path in paths}
+
+
+def _place(values: Any, path: str) -> tuple[Any, Any]:
+    """The dict or list that holds the value at `path`, and its key or index in there. Raises UnknownPathError."""
+    node, keys = values, path.split(".")
+    while True:
+        fitting = next((end for end in range(len(keys), 1, -1) if isinstance(node, dict) and ".".join(keys[:end]) in node), 1)
+        slot = _slot(node, ".".join(keys[:fitting]), path)
+        keys = keys[fitting:]
+        if not keys:
+            return node, slot
+        node = node[slot]
 
 
 def _slot(node: Any, key: str, path: str) -> Any:

@@ -63,6 +63,15 @@ def test_a_change_changes_that_path_and_nothing_else(values: dict, new: int) -> 
         assert set(differences(values, changed)) == ({path} if value != new else set())
 
 
+def test_a_key_may_hold_dots() -> None:
+    values = {"reports": {"grid-1.00e09-foveated": {"folder": "a"}, "grid-1": {"folder": "b"}}}
+    assert value_at(values, "reports.grid-1.00e09-foveated.folder") == "a"
+    changed = with_changes(values, {"reports.grid-1.00e09-foveated": "c", "reports.grid-1.folder": "d"})
+    assert changed == {"reports": {"grid-1.00e09-foveated": "c", "grid-1": {"folder": "d"}}}
+    with pytest.raises(UnknownPathError, match=r"at that level there is: grid-1\.00e09-foveated, grid-1"):
+        value_at(values, "reports.grid-2.00e09-foveated")
+
+
 class Paths(Settings):
     file: ProfilePath
     several: list[ProfilePath] = []

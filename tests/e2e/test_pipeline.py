@@ -30,8 +30,7 @@ STOP_AT_STEP = 30
 
 def test_one_command_leads_from_videos_to_a_released_model(volume: Volume, finished: Result) -> None:
     assert finished.status == 0
-    first, *_ = finished.output.splitlines()
-    assert first.startswith("Prefect UI: http://127.0.0.1:")
+    assert finished.ui.startswith("http://127.0.0.1:")
     assert finished.states == COMPLETED
     for word in ("coarse_only", "coarse_fine", "autoregressive", "question first", "question after"):
         assert word in finished.output

@@ -33,7 +33,7 @@ def page() -> Iterator[Page]:
 
 
 def test_a_run_is_started_from_its_form_and_completes_with_its_artifacts(volume: Volume, page: Page, tmp_path: Path) -> None:
-    address = volume.run("--keep-server").output.splitlines()[0].removeprefix("Prefect UI: ").strip()
+    address = volume.run("--keep-server").ui
     shutil.rmtree(volume.step("release", "release"))  # so that the run has something to do
 
     page.goto(f"{address}/open#{volume.password}")

@@ -45,6 +45,11 @@ class Result:
     seconds: float
 
     @property
+    def ui(self) -> str:
+        """Address of the UI, as it was printed."""
+        return next(line for line in self.output.splitlines() if line.startswith("Prefect UI: ")).removeprefix("Prefect UI: ").strip()
+
+    @property
     def states(self) -> dict[str, str]:
         """The last state that was printed of each phase; states begin with a capital, sentences about a phase do not."""
         lines = [line.split() for line in self.output.splitlines()]
