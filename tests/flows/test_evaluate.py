@@ -11,7 +11,7 @@ from flows.train import TRAIN, last_stage
 from fvlm_core.errors import UserError
 from fvlm_core.eval import outside
 from fvlm_core.eval.jobs import EvalSettings
-from fvlm_core.eval.part import Benchmark
+from fvlm_core.eval.part import Benchmark, Context, NotMeasuredError, PartResult
 from tasks.config import PipelineConfig
 from tasks.phase import Before
 from tasks.steps import Made, Step
@@ -19,6 +19,9 @@ from tasks.steps import Made, Step
 
 class Toy(Benchmark):
     needs_files = ("questions",)
+
+    def measure(self, context: Context) -> PartResult:
+        raise NotMeasuredError("only its files matter here")
 
 
 class ToySettings(EvalSettings):

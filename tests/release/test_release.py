@@ -228,6 +228,7 @@ def test_an_evaluation_of_another_checkpoint_is_refused(job, tmp_path):
 def test_command_line(tmp_path, monkeypatch, capsys):
     """A bad setting is a few lines on stderr and status 2."""
     (tmp_path / "job.yaml").write_text(yaml.safe_dump({"output": "o", "name": "bad name"}))
+    monkeypatch.chdir(tmp_path)  # a refused job writes error.json into its output
     monkeypatch.setattr(sys, "argv", ["release", str(tmp_path / "job.yaml")])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_module("fvlm_core.release", run_name="__main__")
