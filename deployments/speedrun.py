@@ -143,7 +143,7 @@ def _undisturbed() -> Iterator[None]:
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM and a closed terminal end the run as Ctrl-C does; what was told to ignore them (nohup) goes on doing so."""
+    """SIGTERM and a closed terminal end the run as Ctrl-C does; what ignores them (nohup) goes on doing so."""
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt

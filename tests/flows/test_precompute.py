@@ -14,8 +14,10 @@ from fvlm_core.data.jobs import ClipJob, DownloadManifest, ShardManifest
 from fvlm_core.data.rows import SPLITS
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.data.sources import ADAPTERS
+from fvlm_core.errors import UserError
 from tasks.config import PipelineConfig
 from tasks.direct import run_directly
+from tasks.make import make
 from tasks.mixtures import known_sources
 from tasks.phase import Before
 from tasks.steps import Step
@@ -78,6 +80,28 @@ def test_every_format_runs_through_the_profile(folder: Path, tmp_path: Path) -> 
         assert turn["question"] == ADAPTERS[adapter].prompt
         assert turn["answer"].startswith(name)
     assert ShardManifest.read(shards.folder).bad == []
+
+
+@needs_video2dataset
+def test_raising_max_bad_share_goes_on_in_the_same_folder(folder: Path, tmp_path: Path) -> None:
+    clips = [str(path) for path in sorted((folder / "clips").glob("*.mp4"))[:4]]
+    pd.DataFrame({"url": [*clips, "http://127.0.0.1:1/dead.mp4"], "caption": "a clip"}).to_csv(tmp_path / "some.csv", index=False)
+    source = {"name": "web", "files": [str(tmp_path / "some.csv")]}
+
+    def step(**download: Any) -> Step:
+        config = profile(folder, source, download=download)
+        PRECOMPUTE.prepare(config, tmp_path)
+        return next(one for one in PRECOMPUTE.steps(config, Before(tmp_path, {}, {}, {})) if one.name == "download-web")
+
+    with pytest.raises(UserError, match="1 of 5 videos failed; 10% may"):
+        make(step(), tmp_path)
+    raw = tmp_path / step().folder / "raw"
+    kept = {path: path.stat().st_mtime_ns for path in raw.rglob("*.tar")}
+    assert kept
+    made = make(step(max_bad_share=0.2, processes=2, threads=4, timeout_s=30), tmp_path)
+    assert made.folder == step().folder
+    assert {path: path.stat().st_mtime_ns for path in raw.rglob("*.tar")} == kept
+    assert DownloadManifest.read(tmp_path / made.folder).counts["good"] == 4
 
 
 def test_keys_follow_the_source_and_nothing_of_where_it_is(folder: Path, tmp_path: Path) -> None:
