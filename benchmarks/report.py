@@ -18,7 +18,7 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Measurement:
-    """One number, and what it is held against."""
+    """One number, and what it is compared with."""
 
     benchmark: str
     metric: str

@@ -22,7 +22,7 @@ LOSS = LossSettings(coarse=0.0, fine=[1.0])
 ORIGINAL_GFLOP = {"train_step_gflop": 2243.9, "image_batch_gflop": 3346.0}
 ORIGINAL_PEAK_GB = 6.65
 MATMUL = 2048
-"""Side of the square product that speed is held against."""
+"""Side of the square product that speed is compared with."""
 
 
 def main() -> None:

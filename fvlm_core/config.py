@@ -184,7 +184,7 @@ class DpoSettings(Settings):
     """
 
     beta: Annotated[float, Field(gt=0)] = 0.1
-    """How dear it is to leave the reference: the loss is -log sigmoid(beta * margin over the reference)."""
+    """How costly it is to leave the reference: the loss is -log sigmoid(beta * margin over the reference)."""
 
 
 class BestSettings(Settings):
@@ -255,7 +255,7 @@ class RunSettings(Settings):
 
     @property
     def compiled_parts(self) -> tuple[CompiledPart, ...]:
-        """What `compile` comes to."""
+        """The parts that `compile` means."""
         if isinstance(self.compile, bool):
             return COMPILED_PARTS if self.compile else ()
         return tuple(self.compile)

@@ -1,7 +1,7 @@
 """Manifests: the one thing that flows between steps.
 
 A step writes its files into its own folder and then, last and atomically, `manifest.json`: what was made, counts, sha256
-of every file, the settings' hash, the software versions. A manifest that exists means its files are whole; `problems`
+of every file, the settings' hash, the software versions. A manifest that exists means its files are intact; `problems`
 checks that they still are.
 """
 
@@ -70,7 +70,7 @@ class Manifest(Settings):
         return provenance.changes(self.code, self.versions)
 
     def problems(self, folder: Path) -> list[str]:
-        """What is missing or damaged in `folder`, a line each; empty when everything is whole."""
+        """What is missing or damaged in `folder`, a line each; empty when everything is intact."""
         with ThreadPoolExecutor(max_workers=4) as pool:
             return [problem for problem in pool.map(lambda entry: _problem(folder, entry), self.files) if problem]
 
@@ -92,7 +92,7 @@ class Manifest(Settings):
 
     @classmethod
     def read_whole(cls, folder: Path) -> Self | None:
-        """The manifest of `folder` if it exists and all its files are whole, else None."""
+        """The manifest of `folder` if it exists and all its files are intact, else None."""
         try:
             manifest = cls.read(folder)
         except UserError:

@@ -1,8 +1,8 @@
 """Runs one command and makes sure that nothing it started outlives it, or outlives whoever asked for it.
 
-`python guard.py PARENT_PID GRACE_S COMMAND...`. The guard asks the kernel to be told (SIGTERM) when its parent dies, and to adopt
+`python guard.py PARENT_PID GRACE_S COMMAND...`. The guard asks the kernel for a signal (SIGTERM) when its parent dies, and to adopt
 orphaned descendants, whatever session they moved to: torchrun puts each of its processes in a session of its own, so
-neither a process group nor a session would reach them. When the command ends, or the guard is told to stop, every
+neither a process group nor a session would reach them. When the command ends, or the guard gets a signal to stop, every
 descendant is killed before the guard leaves. Only the standard library, so that it starts in milliseconds.
 """
 

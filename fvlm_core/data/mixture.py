@@ -69,7 +69,7 @@ def coin(share: float, *identity: object) -> bool:
 
 
 def deal(costs: Sequence[tuple], bins: int) -> list[list[int]]:
-    """Deal items to `bins` of nearly equal count and cost: dearest first, there and back again.
+    """Deal items to `bins` of nearly equal count and cost: costliest first, there and back again.
 
     Returns the items' indexes per bin, ascending. Every bin gets len(costs) // bins items or one more.
     """

@@ -80,7 +80,7 @@ def write_shards(
     """Write tars, index and tokenizer of `samples` (any order; keys must differ) into `output`.
 
     Conversations of more than `max_text_tokens` (chat format included) are dropped whole, never cut; a sample without any left too.
-    Within a source, samples are sorted by (frames bucket, duration, key). `on_sample` is told the number of samples written.
+    Within a source, samples are sorted by (frames bucket, duration, key). `on_sample` gets the number of samples written.
     Returns the counts per source and split, and what was dropped.
     """
     chat = chat_format(tokenizer)

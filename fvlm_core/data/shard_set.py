@@ -114,7 +114,7 @@ class ShardSet:
             raise CorruptSampleError(f"its JSON lacks {error}") from error
 
     def longest_sequence(self, data: DataSettings, *, tokens_per_frame: int) -> int:
-        """Tokens of the longest packed sample of what is trained and validated on; to be held against a model's context."""
+        """Tokens of the longest packed sample of what is trained and validated on; to be checked against a model's context."""
         chosen = self._frame["source"].isin([part.source for part in [*data.mixture, *data.held_out.mixture]]).to_numpy()
         repeats = np.where(self._frame["kind"] == "image", data.image_repeats, 1)
         return int((self.n_tokens + self.n_frames * repeats * tokens_per_frame)[chosen].max(initial=0))

@@ -24,7 +24,7 @@ FIRST_CAPACITY = 256
 
 
 class ContextFullError(RuntimeError):
-    """The stream has reached the language model's context and was told to keep everything."""
+    """The stream has reached the language model's context and has to keep everything."""
 
 
 class FrameStream:

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, noticed when damaged, readable by any number of ranks.
+"""Checkpoints: complete or not there, noticed when damaged, readable by any number of ranks.
 
 A checkpoint is a folder `step-00000100`: the tensors (`torch.distributed.checkpoint`, each rank writes its part) and, written
 last, a manifest with every file's sha256 and the run's small state. It is made under a temporary name and renamed, so a kill
@@ -97,7 +97,7 @@ class Checkpoints:
         self.world.wait()
 
     def newest(self, *, up_to: int | None = None) -> CheckpointManifest | None:
-        """The newest whole checkpoint (of at most step `up_to`), or None. A damaged one is reported and passed over."""
+        """The newest intact checkpoint (of at most step `up_to`), or None. A damaged one is reported and passed over."""
         found = None
         if self.world.rank == 0:
             steps = sorted((step for step in self._steps() if up_to is None or step <= up_to), reverse=True)

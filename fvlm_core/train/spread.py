@@ -126,7 +126,7 @@ class Sharded(Spread):
 
 
 class _Root(nn.Module):
-    """The model, and a forward through every parameter that comes to nothing."""
+    """The model, and a forward through every parameter that adds nothing."""
 
     def __init__(self, model: FoveatedVLM) -> None:
         super().__init__()

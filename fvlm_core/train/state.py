@@ -75,7 +75,7 @@ class RunState(BaseModel):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step came to, over all ranks."""
+    """The sums of one optimizer step, over all ranks."""
 
     units: int
     """What the loss is the mean over: labelled tokens, or pairs."""

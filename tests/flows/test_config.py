@@ -1,4 +1,4 @@
-"""Profiles: what is shipped loads, and what is wrong is told by key, file and what is allowed."""
+"""Profiles: what is shipped loads, and what is wrong is refused by key, file and what is allowed."""
 
 import re
 from copy import deepcopy
@@ -67,7 +67,7 @@ def test_laptop_and_runpod_have_the_grid_and_the_ablations_that_are_promised() -
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "told"),
+    ("path", "value", "said"),
     [
         ("stages.stage2.run.step", 3, ["stages.stage2.run.step", "allowed here", "steps"]),
         ("base.optimizer.schedule", "sinus", ["base.optimizer.schedule", "'cosine'", "'constant'"]),
@@ -92,13 +92,13 @@ def test_laptop_and_runpod_have_the_grid_and_the_ablations_that_are_promised() -
         ("precompute.sources", [{"name": "clips", "files": ["a.csv"]}], ["clips", "rendered clips or generated text"]),
     ],
 )
-def test_what_is_wrong_is_told_by_key_file_and_what_is_allowed(tmp_path: Path, path: str, value: Any, told: list[str]) -> None:
+def test_what_is_wrong_is_refused_by_key_file_and_what_is_allowed(tmp_path: Path, path: str, value: Any, said: list[str]) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump(changed(path, value)))
     with pytest.raises(UserError) as caught:
         load_profile(str(file))
     text = str(caught.value)
-    for part in [*told, str(file)]:
+    for part in [*said, str(file)]:
         assert part in text
 
 

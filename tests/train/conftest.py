@@ -1,4 +1,4 @@
-"""Tiny shards for the room, and recipes that train a very small model on them in a second."""
+"""Tiny shards for these tests, and recipes that train a very small model on them in a second."""
 
 import logging
 import os
