@@ -37,10 +37,11 @@ def show(config: PipelineConfig, results: Results) -> Shown:
     rows = []
     for name in config.stages.present:
         run = RunManifest.read(results.folder(name))
-        rows.append({"stage": name, "steps": run.steps, "samples": run.samples_seen, "loss": run.final_loss, **run.losses})
+        held = {"steps": run.steps, "model_step": run.model_step, "samples": run.samples_seen, "loss": run.final_loss}
+        rows.append({"stage": name, **held, **run.losses})
     return Shown(
         table=Table.of(rows),
-        text="Validation losses of each stage's model, by pass.",
+        text="Validation losses of each stage's model, by pass: of its best step, or its last where the recipe says so.",
         figures=results.figures(CURVES, CurvesManifest),
     )
 

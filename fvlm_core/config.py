@@ -188,7 +188,10 @@ class DpoSettings(Settings):
 
 
 class BestSettings(Settings):
-    """Which checkpoint is the best: the one of the lowest score, made of validation losses."""
+    """Checkpoint score, lower is better: weighted mean of the passes' validation losses plus a penalty on drift."""
+
+    use: Literal["best", "last"] = "best"
+    """Whose weights a run ends with: those of the checkpoint with the lowest score, or those of the last step."""
 
     passes: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Weight of each pass's loss by its name (`coarse`, `fine1`, ...), normalised to add up to 1; empty: the last pass alone."""

@@ -20,13 +20,14 @@ from fvlm_core.manifest import AnyManifest, file_entries, sha256_file, write_ato
 from fvlm_core.model.build import WEIGHTS_FILE, load_model
 from fvlm_core.model.names import MODES
 from fvlm_core.progress import Progress
-from fvlm_core.train.jobs import MODEL_FOLDER, RECIPE_FILE
+from fvlm_core.train.jobs import MODEL_FOLDER, RECIPE_FILE, RunManifest
 
 
 def evaluate(job: EvalJob) -> EvalReport:
     """Run a job. Raises UserError where the run, the shards, the modes or the files from outside do not fit or are missing."""
     started = time.monotonic()
-    inputs = {"run": AnyManifest.read(job.run).digest, "shards": AnyManifest.read(job.shards).digest}
+    run = RunManifest.read(job.run)
+    inputs = {"run": run.digest, "shards": AnyManifest.read(job.shards).digest}
     check_outside(job)
     outside = {f"{part}.{file}": sha256_file(path) for (part, file), path in job.outside().items()}
     recipe = Recipe.from_yaml(job.run / RECIPE_FILE)
@@ -66,6 +67,7 @@ def evaluate(job: EvalJob) -> EvalReport:
             *file_entries(job.output, [*timings, TABLES_FILE], identity=False),
         ],
         seconds=time.monotonic() - started,
+        model_step=run.model_step,
         verdict=verdict(results).line,
         headline=headline_table(results.headline()),
     ).write(job.output)

@@ -112,6 +112,8 @@ class Results(Settings):
 class EvalReport(Manifest):
     """What the evaluation step made: `results.json`, pictures; `timings.json` and `tables.md` are no part of its identity."""
 
+    model_step: int
+    """Step of the run that its model is of."""
     verdict: str
     """One line: does looking help?"""
     headline: Table

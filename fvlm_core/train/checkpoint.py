@@ -7,6 +7,7 @@ back to when training diverges: while an alarm is pending, that is the newest fr
 """
 
 import errno
+import math
 import os
 import random
 import re
@@ -104,6 +105,23 @@ class Checkpoints:
             found = next((manifest for step in steps if (manifest := self._whole(step)) is not None), None)
         return self.world.share(found)
 
+    def best(self) -> CheckpointManifest | None:
+        """The intact checkpoint with the lowest score, the earliest of equal ones, or None. Damaged ones are reported and deleted."""
+        found = None
+        if self.world.rank == 0:
+            for _, step in sorted((score, step) for step, score in self._scores().items()):
+                found = self._whole(step)
+                if found is not None:
+                    break
+                shutil.rmtree(self._path(step))
+        return self.world.share(found)
+
+    def best_score(self) -> tuple[int, float]:
+        """Step and score of the kept checkpoint with the lowest score, intact or not; step 0 and infinity where none has one."""
+        scores = self._scores() if self.world.rank == 0 else {}
+        score, step = min(((score, step) for step, score in scores.items()), default=(math.inf, 0))
+        return self.world.share((step, score))
+
     def load(self, step: int, tensors: dict[str, Any]) -> None:
         """Read the checkpoint of `step` into `tensors`, in place. What it does not hold (the RNG of a rank that was not) stays."""
         reader = FileSystemReader(self._path(step))
@@ -128,11 +146,18 @@ class Checkpoints:
         self.world.wait()
 
     def files(self, prefix: str) -> list[FileEntry]:
-        """Entries of all checkpoint files for the run's manifest, their paths behind `prefix`; tensors are not read again."""
+        """Entries of all checkpoint files for the run's manifest, their paths behind `prefix`; tensors are not read again.
+
+        Checkpoints without a readable manifest are deleted: nothing can go on from them.
+        """
         entries = []
         for step in self._steps():
             path = f"{prefix}/{self._path(step).name}"
-            listed = [*CheckpointManifest.read(self._path(step)).files, *file_entries(self._path(step), [MANIFEST])]
+            try:
+                listed = [*CheckpointManifest.read(self._path(step)).files, *file_entries(self._path(step), [MANIFEST])]
+            except UserError:
+                shutil.rmtree(self._path(step))
+                continue
             entries += [entry.model_copy(update={"path": f"{path}/{entry.path}", "identity": False}) for entry in listed]
         return entries
 
@@ -154,11 +179,13 @@ class Checkpoints:
         """Keep the best, the way back if training diverges, and the last two or more; good ones later than the way back stay too."""
         steps = self._steps()
         since, back = (max((step for step in steps if step <= last - MARGIN_STEPS), default=0) for last in (steps[-1], healthy_until))
-        scores = {step: score for step in steps if (score := self._score(step)) is not None}
-        best = min(scores, key=lambda step: (scores[step], step), default=None)
+        best = min(((score, step) for step, score in self._scores().items()), default=(math.inf, 0))[1]
         for step in steps:
             if (step < back or healthy_until < step < since) and step != best:
                 shutil.rmtree(self._path(step))
+
+    def _scores(self) -> dict[int, float]:
+        return {step: score for step in self._steps() if (score := self._score(step)) is not None}
 
     def _score(self, step: int) -> float | None:
         try:

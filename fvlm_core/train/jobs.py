@@ -59,8 +59,10 @@ class RunManifest(Manifest):
     steps: int
     final_loss: float
     """Validation loss of the last pass, of the model in `model/`."""
+    model_step: int
+    """Step that the model in `model/` is of: `best_step`, or the last one where the recipe's `best.use` says so."""
     losses: dict[str, float]
-    """Validation loss of each pass that has a weight: cross-entropy per labelled token, or the DPO loss per pair."""
+    """Its validation loss of each pass that has a weight: cross-entropy per labelled token, or the DPO loss per pair."""
     best_step: int
     """Step of the kept checkpoint with the lowest score (the recipe's `best`)."""
     best_loss: float

@@ -97,9 +97,10 @@ class Trainer:
         finally:
             signal.signal(signal.SIGTERM, before)
         manifest = None
+        of_model = self._choose_weights()
         weights = self.spread.weights()
         if self.world.rank == 0:
-            manifest = write_result(self.recipe, self.model, weights, self.state, self.checkpoints, self.identity, self.inputs)
+            manifest = write_result(self.recipe, self.model, weights, self.state, of_model, self.checkpoints, self.identity, self.inputs)
             self.tracker.finish()
         return self.world.share(manifest)
 
@@ -111,6 +112,9 @@ class Trainer:
         if found is not None:
             self.state.resumed_from.append(found.step)
             self.display.say(f"resumed from step {found.step}")
+        elif self.recipe.init_from is not None:
+            earlier = RunManifest.read(self.recipe.init_from)
+            self.display.say(f"starts from step {earlier.model_step} of {earlier.name} ({self.recipe.init_from})")
         progress = Progress(self.recipe.output, self.steps, first_step=self.state.step)
         while self.state.step < self.steps:
             loss, trouble = self.step()
@@ -272,6 +276,20 @@ class Trainer:
             state.step, self._tensors(), healthy_until=state.step - suspect, score=reached, state=state.model_dump(mode="json")
         )
 
+    def _choose_weights(self) -> RunState:
+        """Put the weights that the run ends with into the model: the best checkpoint's, or the last. Returns the state at their step."""
+        state = self.state
+        if self.recipe.best.use == "last" or state.best_step in (0, state.step):
+            return state
+        found = self.checkpoints.best()
+        if found is None or found.score is None or found.step == state.step:
+            return state
+        state.best_step, state.best_loss = found.step, found.score  # another one than before where that was damaged
+        tensors = self._tensors()
+        self.checkpoints.load(found.step, {name: tensors[name] for name in ("parameters", "buffers")})
+        self.display.say(f"the model is of step {found.step}, the best by the recipe's measure ({found.score:.4f})")
+        return RunState.model_validate(found.state)
+
     def go_to(self, found: CheckpointManifest | None, state: RunState) -> None:
         """Go on from `state`, with the tensors of a checkpoint where one was found; later checkpoints and rows are dropped."""
         self.state, self.clock = state, Clock()
@@ -281,6 +299,7 @@ class Trainer:
             self.checkpoints.load(found.step, tensors)
             set_rng(tensors["rng"][str(self.world.rank)], self.world.device)
         self.checkpoints.drop_after(state.step)
+        state.best_step, state.best_loss = self.checkpoints.best_score()  # the best may have been among those
         if self.world.rank == 0:
             self.metrics.truncate(state.step)
         self.damage = damage_count(self.shards, self.recipe.data, "train", state.damaged)

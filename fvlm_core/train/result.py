@@ -17,11 +17,15 @@ def write_result(
     model: FoveatedVLM,
     weights: dict[str, Tensor],
     state: RunState,
+    of_model: RunState,
     checkpoints: Checkpoints,
     identity: str,
     inputs: dict[str, str],
 ) -> RunManifest:
-    """Write `model/` (weights, settings, tokenizer) and, last, the manifest. For rank 0; `weights` are the model's, complete."""
+    """Write `model/` (weights, settings, tokenizer) and, last, the manifest. For rank 0.
+
+    `weights` are the model's, complete, and `of_model` is the run's state at their step; `state` is its last.
+    """
     save_model(model, recipe.output / MODEL_FOLDER, tokenizer=recipe.shards / TOKENIZER_FOLDER, weights=weights)
     files = file_entries(recipe.output, [f"{MODEL_FOLDER}/*"])
     # how the run went (rates, paths, storage layout) may differ where what it made does not
@@ -43,8 +47,9 @@ def write_result(
         files=files,
         seconds=state.seconds,
         steps=state.step,
-        final_loss=state.val_losses[recipe.passes[-1]],
-        losses={name: state.val_losses[name] for name in recipe.passes},
+        model_step=of_model.step,
+        final_loss=of_model.val_losses[recipe.passes[-1]],
+        losses={name: of_model.val_losses[name] for name in recipe.passes},
         best_step=state.best_step,
         best_loss=state.best_loss,
         samples_seen=state.samples,

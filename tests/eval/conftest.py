@@ -24,9 +24,10 @@ from fvlm_core.eval.part import Context
 from fvlm_core.eval.stats import Bootstrap
 from fvlm_core.eval.subject import Subject
 from fvlm_core.eval.validation import ValidationSplit
-from fvlm_core.manifest import Manifest, file_entries
+from fvlm_core.manifest import file_entries
 from fvlm_core.model.build import build_model, save_model
 from fvlm_core.model.names import MODES
+from fvlm_core.train.jobs import RunManifest
 from tests.tiny import tiny_shards
 
 IMAGE_REPEATS = 2
@@ -57,7 +58,23 @@ def make_run(folder: Path, shards: Path, **model: object) -> Path:
         loss=LossSettings(fine=[1.0] * settings.fine_iterations),
         run=RunSettings(steps=1),
     ).to_yaml(folder / "recipe.yaml")
-    Manifest(name="train", settings_hash="tiny", files=file_entries(folder, ["model/*", "recipe.yaml"])).write(folder)
+    losses = dict.fromkeys(["coarse", *(f"fine{number + 1}" for number in range(settings.fine_iterations))], 6.0)
+    RunManifest(
+        name="train",
+        settings_hash="tiny",
+        files=file_entries(folder, ["model/*", "recipe.yaml"]),
+        steps=2,
+        model_step=1,
+        final_loss=6.0,
+        losses=losses,
+        best_step=1,
+        best_loss=6.0,
+        samples_seen=16,
+        frames_seen=48,
+        label_tokens_seen=100,
+        flops=1e9,
+        params=1000,
+    ).write(folder)
     return folder
 
 

@@ -60,6 +60,7 @@ def run(folder: Path, shards_folder: Path, **changes) -> Path:
         files=file_entries(folder, ["model/*"]) + file_entries(folder, ["*.csv", "*.yaml"], identity=False),
         seconds=75.0,
         steps=10,
+        model_step=10,
         final_loss=2.5,
         losses={"coarse": 2.7, "fine1": 2.6, "fine2": 2.5},
         best_step=10,
@@ -181,6 +182,7 @@ def evaluation(
         settings_hash="e",
         files=file_entries(folder, ["results.json", "*.png", "heatmaps/*"]) + file_entries(folder, timings, identity=False),
         seconds=20,
+        model_step=10,
         verdict=verdict(results).line,
         headline=headline_table(results.headline()),
     ).write(folder)

@@ -43,6 +43,7 @@ def finished(folder: Path, loss: float, *, changes: dict[str, Any] | None = None
     (folder / METRICS_FILE).write_text(f"step,val_loss,frames_per_s\n5,{loss + 1},40\n8,{loss + 0.5},10\n10,{loss},20\n")
     values = {
         "steps": 10,
+        "model_step": 10,
         "final_loss": loss,
         "losses": {"coarse": loss + 0.2, "fine1": loss + 0.1, "fine2": loss},
         "best_step": 10,

@@ -8,11 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fvlm_core.config import BestSettings
+from fvlm_core.config import BestSettings, LossSettings, Recipe
+from fvlm_core.data.loader import val_batches
+from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.errors import UserError
+from fvlm_core.model.build import load_model
 from fvlm_core.train.__main__ import train
+from fvlm_core.train.jobs import RunManifest
 from fvlm_core.train.validation import score
-from tests.train.conftest import tiny_recipe
+from tests.train.conftest import on_ranks, tiny_recipe
 
 losses = st.floats(0.0, 10.0)
 
@@ -44,6 +48,62 @@ def test_kept_best_is_of_the_lowest_score(tmp_path: Path, shards: Path) -> None:
         assert json.loads(kept.read_text())["score"] == manifest.best_loss
         chosen[name] = manifest.best_step
     assert chosen["plain"] != chosen["composite"]
+
+
+def loss_of(recipe: Recipe) -> float:
+    """Validation loss of the last pass, of the model that a run has left."""
+    data = ShardSet(recipe.shards)
+    model = load_model(recipe.output / "model")
+    (batch,) = val_batches(data, recipe.run.eval_samples, recipe.data, tokens_per_frame=1, batch_samples=64)
+    return float(model(batch, LossSettings()).sums["fine2"]) / batch.n_labels
+
+
+OVERFITTED = {"run__steps": 24, "run__micro_batch_samples": 4, "optimizer__lr_llm": 0.02, "optimizer__lr_connector": 0.02}
+
+
+@pytest.mark.parametrize("ranks", ["one", "ddp", "fsdp2"])
+def test_the_model_is_the_best_checkpoints(tmp_path: Path, shards: Path, ranks: str) -> None:
+    changes = OVERFITTED | ({"run__sharding": ranks} if ranks != "one" else {})
+    recipe = tiny_recipe(tmp_path / "run", shards, **changes)
+    if ranks == "one":
+        train(recipe)
+    else:
+        on_ranks(recipe, 2)
+    manifest = RunManifest.read(recipe.output)
+    rows = pd.read_csv(recipe.output / "metrics.csv", index_col="step")
+    assert manifest.steps == rows.index[-1] == 24
+    assert 0 < manifest.model_step == manifest.best_step < 24
+    row = rows.loc[manifest.model_step]
+    assert manifest.losses == {name: row[f"val_{name}"] for name in recipe.passes}
+    assert manifest.final_loss == manifest.best_loss < rows["val_loss"].iloc[-1]
+    assert loss_of(recipe) == pytest.approx(manifest.final_loss, abs=1e-5)
+
+
+def test_the_model_is_the_last_steps_where_the_recipe_says_so(tmp_path: Path, shards: Path) -> None:
+    recipe = tiny_recipe(tmp_path / "run", shards, **OVERFITTED, best__use="last")
+    manifest = train(recipe)
+    rows = pd.read_csv(recipe.output / "metrics.csv", index_col="step")
+    assert manifest.best_step < manifest.model_step == 24
+    assert manifest.final_loss == rows["val_loss"].iloc[-1]
+    assert loss_of(recipe) == pytest.approx(manifest.final_loss, abs=1e-5)
+
+
+@pytest.mark.parametrize("damage", ["manifest", "tensors"])
+def test_a_run_that_has_lost_its_best_ends_with_the_next(tmp_path: Path, shards: Path, damage: str) -> None:
+    """What is kept and intact is what counts, and the finished run holds nothing damaged."""
+    recipe = tiny_recipe(tmp_path / "run", shards, **OVERFITTED)
+    best = train(recipe).best_step
+    (recipe.output / "manifest.json").unlink()
+    damaged = recipe.output / "checkpoints" / f"step-{best:08d}"
+    if damage == "manifest":
+        (damaged / "manifest.json").unlink()
+    else:
+        next(damaged.glob("*.distcp")).write_bytes(b"")
+    again = train(recipe)
+    assert again == RunManifest.read_whole(recipe.output)
+    rows = pd.read_csv(recipe.output / "metrics.csv", index_col="step")
+    assert again.model_step == again.best_step == rows.loc[[22, 24], "val_loss"].idxmin()
+    assert loss_of(recipe) == pytest.approx(again.final_loss, abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def same_end(recipe: Recipe, other: Recipe) -> None:
     assert sha256_file(recipe.output / "model" / "model.safetensors") == sha256_file(other.output / "model" / "model.safetensors")
     mine, theirs = RunManifest.read(recipe.output), RunManifest.read(other.output)
     assert mine.digest == theirs.digest
-    assert (mine.losses, mine.flops, mine.best_step) == (theirs.losses, theirs.flops, theirs.best_step)
+    assert (mine.losses, mine.flops, mine.best_step, mine.model_step) == (theirs.losses, theirs.flops, theirs.best_step, theirs.model_step)
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ def section(evidence: Evidence, figures: Figures) -> Section:
             f"{run.manifest.frames_seen:,}",
             f"{run.manifest.flops:.2e}",
             duration(run.manifest.seconds),
+            f"{run.manifest.model_step:,}",
             f"{run.manifest.final_loss:.4f}",
             f"{run.manifest.best_loss:.4f} at {run.manifest.best_step:,}",
             ", ".join(map(str, run.manifest.resumed_from)) or "no",
@@ -31,5 +32,5 @@ def section(evidence: Evidence, figures: Figures) -> Section:
     blocks: list[Block] = []
     if plot_curves(evidence.stages, figures.place(FILE)):
         blocks.append(Figure(file=f"{FOLDER}/{FILE}", caption=CAPTION))
-    head = ["stage", "steps", "samples", "frames", "FLOPs", "machine time", "final loss", "best loss", "resumed at step"]
+    head = ["stage", "steps", "samples", "frames", "FLOPs", "machine time", "model of step", "its loss", "best score", "resumed at"]
     return Section(title="Training curves", blocks=[*blocks, Table(head=head, rows=rows)])

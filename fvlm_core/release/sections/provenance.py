@@ -12,7 +12,7 @@ from fvlm_core.tables import Table
 def section(evidence: Evidence, figures: Figures) -> Section:
     results, manifest, latency = evidence.results, evidence.run.manifest, evidence.latency
     rows = [
-        ["run", f"{results.run}, finished {manifest.created_at}"],
+        ["run", f"{results.run}, step {manifest.model_step:,} of {manifest.steps:,}, finished {manifest.created_at}"],
         ["weights (sha256)", results.checkpoint],
         ["shards (digest)", results.shards],
         ["evaluation", f"{evidence.evaluation.digest}, seed {results.seed}, {results.resamples} resamples"],
