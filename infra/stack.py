@@ -22,7 +22,7 @@ import httpx
 import psutil
 from filelock import FileLock
 
-from infra import api, prefect_settings
+from infra import api, guard, prefect_settings
 from infra.locks import try_lock
 from infra.ports import FIRST_PORT, LOCALHOST, PORTS_TRIED, listen, listen_on_free
 from infra.processes import STACK_VARIABLE, end_marked, marked
@@ -256,6 +256,7 @@ class Stack:
             with contextlib.suppress(ProcessLookupError):
                 child.send_signal(signal.SIGTERM)
         if (known := known_volume_id(self.volume)) is not None:
+            _let_jobs_save(known)
             end_marked(STACK_VARIABLE, known, grace_s=END_GRACE_S)
         for child in self.children.values():
             child.wait()
@@ -359,6 +360,20 @@ def _number(text: str, where: str) -> int:
         return int(text)
     except ValueError:
         raise StackRefusedError(f"{where} is {text!r}, which is not a number") from None
+
+
+def _let_jobs_save(volume: str) -> None:
+    """Send SIGTERM to everything of the volume and wait for its jobs, which may have a checkpoint to write.
+
+    A job's guard ends it when its own time is over, so this ends too.
+    """
+    processes = list(marked(STACK_VARIABLE, volume))
+    guards = []
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            guards += [process] if guard.__file__ in process.cmdline() else []
+            process.terminate()
+    psutil.wait_procs(guards)
 
 
 def _carries(pid: int, value: str) -> bool:

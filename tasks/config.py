@@ -50,7 +50,8 @@ class Base(Settings):
 
     data: DataSettings
     loss: LossSettings = LossSettings()
-    best: BestSettings = BestSettings()
+    best: BestSettings = BestSettings(use="last")
+    """Runs that are compared are compared after the same samples, not each at its best step."""
     optimizer: OptimizerSettings = OptimizerSettings()
     run: RunSettings
 

@@ -17,7 +17,7 @@ import pytest
 from infra.api import credentials
 from infra.ports import listen, listen_on_free
 from infra.processes import STACK_VARIABLE, end_marked, marked
-from infra.stack import Stack, StackError, StackRefusedError, StackState, require_access, stop_command
+from infra.stack import END_GRACE_S, REPOSITORY, Stack, StackError, StackRefusedError, StackState, require_access, stop_command
 from infra.volume import volume_id
 
 OUTSIDE = {"PATH": os.environ["PATH"], "PREFECT_API_URL": "http://elsewhere:4200/api", "PREFECT_API_KEY": "key"}
@@ -203,3 +203,30 @@ def test_a_stack_that_was_left_but_died_is_not_taken_over(tmp_path: Path) -> Non
     stack.start_server()
     stack.leave_running()
     assert stack.kept() is None, "nothing of it runs"
+
+
+def test_stopping_lets_a_job_save_what_it_did(tmp_path: Path) -> None:
+    """A checkpoint may take longer than a server to end: a job has the time that its launcher gave it."""
+    volume = tmp_path / "volume"
+    job = tmp_path / "job.py"
+    job.write_text(
+        "import pathlib, signal, sys, time\n"
+        "def save(*_):\n"
+        f"    time.sleep({END_GRACE_S + 1})\n"
+        "    pathlib.Path('saved').touch()\n"
+        "    sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "pathlib.Path('ready').touch()\n"
+        "time.sleep(120)\n"
+    )
+    starter = (
+        "import sys; from pathlib import Path; from infra.launch import launch; "
+        f"launch([sys.executable, {str(job)!r}], Path({str(tmp_path / 'step')!r}), grace_s=60)"
+    )
+    environment = os.environ | {STACK_VARIABLE: volume_id(volume), "PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen([sys.executable, "-c", starter], env=environment, cwd=tmp_path, stderr=subprocess.DEVNULL):
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.05)
+        Stack(volume, environment={}).stop()
+    assert (tmp_path / "saved").exists()
+    assert not list(marked(STACK_VARIABLE, volume_id(volume)))
