@@ -19,6 +19,7 @@ from fvlm_core.errors import UserError
 from tasks.config import PipelineConfig, fitted
 from tasks.mixtures import Known, check_names, check_shards, known_sources
 from tasks.pipeline_flow import point
+from tasks.plan import look
 from tasks.recipes import AN_INPUT, ablation_recipe, base_recipe, grid_recipe, stage_recipe
 from tests.tiny import profile_values
 
@@ -274,3 +275,22 @@ def test_the_newest_step_s_link_is_renewed_and_takes_nobody_s_place(tmp_path: Pa
     point(tmp_path / "release", "steps/shards-1")
     assert not (tmp_path / "release").is_symlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["release", "shards", "steps"]
+
+
+def test_preference_optimization_is_one_stage_more(tmp_path: Path) -> None:
+    stage = TESTS["stages"]["stage3"] | {"dpo": {"beta": 0.2}}
+    preferences = {"loss_on": "preferences", "mixture": [{"source": "pairs", "share": 1.0}]}
+
+    def profile(**changes: Any) -> PipelineConfig:
+        return config(TESTS | {"stages": TESTS["stages"] | {"dpo": stage | changes}})
+
+    mine = profile(data=preferences)
+    recipe = stage_recipe(mine, "dpo", changes={}, start=True)
+    assert recipe.dpo is not None
+    assert (recipe.dpo.beta, recipe.phase, str(recipe.init_from)) == (0.2, "dpo", AN_INPUT)
+    steps = {one.step.name: one.step for one in look(list(PHASES.values()), mine, tmp_path)}
+    assert [need.name for need in steps["dpo"].needs] == ["shards", "stage3"]
+    assert "dpo" in [need.name for need in steps["evaluation"].needs], "the last stage is evaluated"
+    assert "stages.dpo" in steps["release"].inputs
+    with pytest.raises(UserError, match="'preferences' go together"):
+        stage_recipe(profile(), "dpo", changes={}, start=True)
