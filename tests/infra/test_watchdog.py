@@ -70,6 +70,15 @@ def test_a_server_that_is_silent_is_reported_and_given_up(tmp_path: Path) -> Non
     assert said == ["the Prefect server at http://127.0.0.1:9/api does not answer; waiting for it"]
 
 
+@pytest.fixture
+def heeds_interrupts() -> Iterator[None]:
+    """A worker of a parallel test run ignores Ctrl-C, which is its controller's."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_interrupts")
 def test_the_user_s_own_interrupt_stays_one(stack: Stack) -> None:
     threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt), watched(stack, lambda _: None):

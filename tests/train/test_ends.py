@@ -13,6 +13,7 @@ import pytest
 from fvlm_core.config import Recipe
 from fvlm_core.exit_status import ERROR_FILE, STOPPED
 from fvlm_core.train.__main__ import train
+from infra import guard
 from infra.launch import DiskFullError, JobInterruptedError, JobRefusedError, launch, python_job, torchrun_job
 from tests.train.conftest import tiny_recipe
 from tests.train.test_resume import same_end
@@ -34,8 +35,8 @@ def test_stopped_by_somebody_else(tmp_path: Path, shards: Path, ranks: int) -> N
 
     def stop_torchrun() -> None:
         if not signalled and (recipe.output / "metrics.csv").is_file():
-            (guard,) = psutil.Process().children()
-            (torchrun,) = guard.children()
+            (guarding,) = [child for child in psutil.Process().children() if guard.__file__ in child.cmdline()]
+            (torchrun,) = guarding.children()
             torchrun.send_signal(signal.SIGTERM)
             signalled.append(torchrun.pid)
 
