@@ -70,11 +70,6 @@ class World:
             dist.barrier()
 
     def leave(self) -> None:
-        """End the process group, when every rank is here.
-
-        A thread of gloo's frees the tensors of the last exchange, for which it needs the interpreter; ending the group waits for that
-        thread and keeps the interpreter meanwhile. So the group ends only after an exchange that has no tensors.
-        """
+        """End the process group. Nothing in C++ may hold it any more (`Spread.end`)."""
         if self.size > 1:
-            dist.barrier()
             dist.destroy_process_group()

@@ -102,6 +102,7 @@ class Trainer:
         if self.world.rank == 0:
             manifest = write_result(self.recipe, self.model, weights, self.state, of_model, self.checkpoints, self.identity, self.inputs)
             self.tracker.finish()
+        self.spread.end()
         return self.world.share(manifest)
 
     def _train(self) -> None:
@@ -342,5 +343,6 @@ class Trainer:
         self._save()
         self.display.say(f"stopped by SIGTERM at step {self.state.step}; start it again to go on")
         self.tracker.finish()
+        self.spread.end()
         self.world.leave()
         sys.exit(STOPPED)

@@ -6,6 +6,7 @@ by layer within the forward and backward would save more memory, but then all ra
 and here they do not: text-only samples run no encoder, and how often a layer is queried depends on the batch.
 """
 
+import gc
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -30,6 +31,9 @@ class Spread:
 
     def begin(self) -> None:
         """Call before training, and after parameters were frozen or given back their gradients."""
+
+    def end(self) -> None:
+        """Call when training has ended, before the process group does."""
 
     def __call__(self, batch: PackedBatch, loss: LossSettings, *, by_sample: bool = False) -> PassLosses:
         """The training forward, within `step`."""
@@ -64,6 +68,12 @@ class Replicated(Spread):
 
     def begin(self) -> None:
         self.parallel = DistributedDataParallel(self.model, forward_sync_buffers=False, gradient_as_bucket_view=True)
+
+    def end(self) -> None:
+        # Its reducer holds the process group. Were it the last to let go of it, it would wait for gloo's threads and keep the
+        # interpreter, which they need to free the tensors of the last exchange: the finished run would hang.
+        del self.parallel
+        gc.collect()
 
     def __call__(self, batch: PackedBatch, loss: LossSettings, *, by_sample: bool = False) -> PassLosses:
         return self.parallel(batch, loss, by_sample=by_sample)

@@ -1,15 +1,20 @@
 """Sharded over two ranks (FSDP2) is the same training as on one, whichever way it is started, stopped and continued."""
 
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from fvlm_core.config import Recipe
 from fvlm_core.train.__main__ import train
+from fvlm_core.train.distributed import World
 from fvlm_core.train.jobs import RunManifest
+from fvlm_core.train.loop import Trainer
+from fvlm_core.train.spread import Replicated
 from tests.train.conftest import losses, on_ranks, one_rank_then_stop, same_losses, tiny_recipe
 
 pytestmark = pytest.mark.slow(reason="two training processes, several times")
@@ -84,3 +89,18 @@ def test_bf16_with_gradient_checkpointing(tmp_path: Path, shards: Path) -> None:
     assert bf16 == pytest.approx(fp32, rel=0.02)
     assert bf16 != fp32
     same_weights(sharded, one, atol=0.02)
+
+
+def test_nothing_in_the_spread_outlives_its_end(shards: Path, tmp_path: Path) -> None:
+    """DistributedDataParallel's reducer must not be the last to hold the process group: freeing it can hang a finished run."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        trainer = Trainer(tiny_recipe(tmp_path / "run", shards), World(0, 1, torch.device("cpu")), "test", {}, has_wandb_key=False)
+        trainer.spread = Replicated(trainer.model, trainer.world)
+        trainer.go_to(None, trainer.state)
+        trainer.step()
+        parallel = weakref.ref(trainer.spread.parallel)
+        trainer.spread.end()
+        assert parallel() is None
+    finally:
+        dist.destroy_process_group()
