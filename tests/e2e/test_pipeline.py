@@ -63,7 +63,7 @@ def test_damage_is_noticed_and_only_what_was_damaged_is_made_again(volume: Volum
 
 
 def test_a_changed_stage_and_what_follows_from_it_run_again_and_nothing_else(uninterrupted: Uninterrupted) -> None:
-    assert uninterrupted.remade == {"stage2", "stage3", "evaluation", "release"}
+    assert uninterrupted.remade == {"stage2", "stage3", "curves", "evaluation", "release"}
     assert uninterrupted.manifest.steps == LONG_STAGE2_STEPS
 
 
