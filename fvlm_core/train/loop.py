@@ -265,11 +265,15 @@ class Trainer:
         }
 
     def _save(self) -> None:
-        """A checkpoint of the present step."""
+        """A checkpoint of the present step.
+
+        Only one that an undisturbed run makes too has a score: which is the best must not depend on where a run was stopped.
+        """
         state = self.state
         reached = None
         suspect = state.watch.suspect_steps
-        if state.evaluated == state.step > 0 and not suspect:
+        regular = state.step == self.steps or state.step % self.run_settings.checkpoint_every == 0
+        if regular and state.evaluated == state.step > 0 and not suspect:
             reached = score({name: state.val_losses[name] for name in self.recipe.passes}, self.recipe.best)
         if reached is not None and reached < state.best_loss:
             state.best_step, state.best_loss = state.step, reached

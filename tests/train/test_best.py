@@ -16,7 +16,7 @@ from fvlm_core.model.build import load_model
 from fvlm_core.train.__main__ import train
 from fvlm_core.train.jobs import RunManifest
 from fvlm_core.train.validation import score
-from tests.train.conftest import on_ranks, tiny_recipe
+from tests.train.conftest import on_ranks, one_rank_then_stop, tiny_recipe
 
 losses = st.floats(0.0, 10.0)
 
@@ -113,3 +113,14 @@ def test_a_run_that_has_lost_its_best_ends_with_the_next(tmp_path: Path, shards:
 def test_measures_that_do_not_exist(tmp_path: Path, shards: Path, best: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         tiny_recipe(tmp_path, shards, best=BestSettings.model_validate(best).model_dump())
+
+
+@pytest.mark.parametrize(("stop", "scored"), [(3, False), (4, True)])
+def test_where_a_run_was_stopped_does_not_decide_which_step_is_the_best(tmp_path: Path, shards: Path, stop: int, scored: bool) -> None:
+    """Stopped just after an evaluation, a run saves a step that an undisturbed run does not keep: it is no candidate."""
+    changes = OVERFITTED | {"run__eval_every": 1, "run__checkpoint_every": 2}
+    stopped, undisturbed = (tiny_recipe(tmp_path / name, shards, **changes) for name in ("stopped", "undisturbed"))
+    one_rank_then_stop(stopped, stop)
+    saved = stopped.output / "checkpoints" / f"step-{stop:08d}" / "manifest.json"
+    assert (json.loads(saved.read_text())["score"] is not None) == scored
+    assert train(stopped).digest == train(undisturbed).digest
