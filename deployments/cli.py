@@ -26,37 +26,36 @@ app.command(convert.app)
 DEFAULT_VOLUME = Path("volume")
 PIPED_WIDTH = 240
 """Columns of a table that no terminal shows."""
-Changes = Annotated[tuple[str, ...], Parameter(name="--set", negative="")]
-"""`PATH=VALUE`, any number of times."""
+
+# Options that several commands have, each with its help.
+Profile = Annotated[str, Parameter(help="`laptop`, `ci`, `runpod`, or the path of a profile's YAML file.")]
+Videos = Annotated[
+    Path | None, Parameter(help="Your own clips: a csv or parquet file with the columns url (address or file path) and caption.")
+]
+Volume = Annotated[Path, Parameter(help="Folder for all results, as the workers see it; what is finished there is not made again.")]
+KeepServer = Annotated[bool, Parameter(negative="", help="Leave the Prefect server and its workers running at the end.")]
+Port = Annotated[int | None, Parameter(help="Port of the Prefect server and its UI; by default 4200 or the next free one.")]
+Changes = Annotated[
+    tuple[str, ...],
+    Parameter(
+        name="--set",
+        negative="",
+        help="PATH=VALUE: a setting of the profile to change, e.g. `stages.stage2.run.steps=10`; any number of times.",
+    ),
+]
 
 
 @app.command
 def speedrun(
     *,
-    profile: str = "laptop",
-    videos: Path | None = None,
-    volume: Path = DEFAULT_VOLUME,
-    keep_server: Annotated[bool, Parameter(negative="")] = False,
-    port: int | None = None,
+    profile: Profile = "laptop",
+    videos: Videos = None,
+    volume: Volume = DEFAULT_VOLUME,
+    keep_server: KeepServer = False,
+    port: Port = None,
     changes: Changes = (),
 ) -> int:
-    """Run the whole pipeline: from videos to an evaluated and packaged model. Run it again to resume.
-
-    Parameters
-    ----------
-    profile
-        `laptop`, `ci`, or the path of a profile's YAML file.
-    videos
-        Your own clips: a csv or parquet file with the columns url (address or file path) and caption.
-    volume
-        Folder for all results; what is finished there is not made again.
-    keep_server
-        Leave the Prefect server and its workers running at the end.
-    port
-        Port of the Prefect server and its UI; by default 4200 or the next free one.
-    changes
-        Settings of the profile to change, e.g. `--set stages.stage2.run.steps=10`; may be given several times.
-    """
+    """Run the whole pipeline: from videos to an evaluated and packaged model. Run it again to resume."""
     from deployments.speedrun import speedrun as run
 
     return run(profile, videos, volume, changes=changes, keep_server=keep_server, port=port, console=Console())
@@ -67,11 +66,11 @@ def run_phase(
     phase: str,
     /,
     *,
-    profile: str = "laptop",
-    videos: Path | None = None,
-    volume: Path = DEFAULT_VOLUME,
-    keep_server: Annotated[bool, Parameter(negative="")] = False,
-    port: int | None = None,
+    profile: Profile = "laptop",
+    videos: Videos = None,
+    volume: Volume = DEFAULT_VOLUME,
+    keep_server: KeepServer = False,
+    port: Port = None,
     changes: Changes = (),
 ) -> int:
     """Run one phase by itself; those before it must be done.
@@ -80,8 +79,6 @@ def run_phase(
     ----------
     phase
         Its name, e.g. `evaluate`.
-    profile, videos, volume, keep_server, port, changes
-        As of `speedrun`.
     """
     from deployments.speedrun import speedrun as run
 
@@ -91,18 +88,12 @@ def run_phase(
 @app.command
 def plan(
     *,
-    profile: str = "laptop",
-    videos: Path | None = None,
-    volume: Path = DEFAULT_VOLUME,
+    profile: Profile = "laptop",
+    videos: Videos = None,
+    volume: Volume = DEFAULT_VOLUME,
     changes: Changes = (),
 ) -> int:
-    """Show what a run would do, and because of what, before it does anything.
-
-    Parameters
-    ----------
-    profile, videos, volume, changes
-        As of `speedrun`.
-    """
+    """Show what a run would do, and because of what, before it does anything."""
     from deployments.profile import chosen_profile
     from flows.registry import PHASES
     from tasks.plan import plan as planned
@@ -113,14 +104,8 @@ def plan(
 
 
 @app.command
-def status(*, profile: str = "laptop", videos: Path | None = None, volume: Path = DEFAULT_VOLUME, changes: Changes = ()) -> int:
-    """Show how far the phases are on a volume; needs no server.
-
-    Parameters
-    ----------
-    profile, videos, volume, changes
-        As of `speedrun`.
-    """
+def status(*, profile: Profile = "laptop", videos: Videos = None, volume: Volume = DEFAULT_VOLUME, changes: Changes = ()) -> int:
+    """Show how far the phases are on a volume; needs no server."""
     from deployments.profile import chosen_profile
     from deployments.status import status_table
     from flows.registry import PHASES
@@ -136,9 +121,9 @@ def adopt(
     folder: Path,
     /,
     *,
-    profile: str = "laptop",
-    videos: Path | None = None,
-    volume: Path = DEFAULT_VOLUME,
+    profile: Profile = "laptop",
+    videos: Videos = None,
+    volume: Volume = DEFAULT_VOLUME,
     changes: Changes = (),
 ) -> int:
     """Take a finished result from elsewhere as the result of a step, after checking that it is what the step would make.
@@ -149,8 +134,6 @@ def adopt(
         Name of the step, e.g. `stage1`; `fvlm plan` lists them.
     folder
         The finished result, with its manifest.json.
-    profile, videos, volume, changes
-        As of `speedrun`.
     """
     from deployments.profile import chosen_profile
     from flows.registry import PHASES
@@ -174,7 +157,7 @@ def recipe(
     output: Path,
     shards: Path,
     init_from: Path | None = None,
-    profile: str = "laptop",
+    profile: Profile = "laptop",
     changes: Changes = (),
 ) -> int:
     """Print the recipe of a stage, to train it by itself: torchrun -m fvlm_core.train RECIPE.yaml
@@ -189,8 +172,6 @@ def recipe(
         Folder of the shards; `VOLUME/shards` is the newest that a pipeline run made.
     init_from
         Folder of the run whose model it starts from.
-    profile, changes
-        As of `speedrun`.
     """
     import yaml
 
@@ -208,16 +189,8 @@ def recipe(
 
 
 @app.command
-def deploy(*, profile: str = "laptop", volume: Path = DEFAULT_VOLUME) -> int:
-    """Register the work pools and every deployment of a profile on the server that PREFECT_API_URL names.
-
-    Parameters
-    ----------
-    profile
-        `laptop`, `ci`, `runpod`, or the path of a profile's YAML file.
-    volume
-        Folder for all results, as the workers see it.
-    """
+def deploy(*, profile: Profile = "laptop", volume: Volume = DEFAULT_VOLUME) -> int:
+    """Register the work pools and every deployment of a profile on the server that PREFECT_API_URL names."""
     url = os.environ.get("PREFECT_API_URL")
     if not url or (problem := problem_with(url)):
         what = f"{url!r} is no server's address: {problem}" if url else "no Prefect server is named"
@@ -237,14 +210,8 @@ def deploy(*, profile: str = "laptop", volume: Path = DEFAULT_VOLUME) -> int:
 
 
 @app.command
-def stop(*, volume: Path = DEFAULT_VOLUME) -> int:
-    """End the server, the workers and the runs that work on a volume.
-
-    Parameters
-    ----------
-    volume
-        The volume whose stack is to end.
-    """
+def stop(*, volume: Volume = DEFAULT_VOLUME) -> int:
+    """End the server, the workers and the runs that work on a volume."""
     if known_volume_id(volume) is None:
         raise UserError("no fvlm command has run on this volume", where=str(volume.absolute()), fix="give the --volume that was used")
     Stack(volume, environment=os.environ).stop()
