@@ -12,18 +12,24 @@ from prefect.client.schemas.filters import (
     FlowRunFilterId,
     FlowRunFilterParentFlowRunId,
 )
-from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.states import Cancelled, Cancelling
 from rich.console import Console
 
 from deployments.display import Display
 from flows.registry import PHASES
 from fvlm_core.manifest import FILE_NAME
+from infra.processes import end_marked
 from tasks.config import PipelineConfig
 from tasks.phase import PhaseManifest
 from tasks.status import PhaseStatus
 
 POLL_S = 1.0
+CANCEL_S = 90.0
+"""How long a run may be Cancelling: Prefect's worker gives its process 30 s, and loads the flow for its hooks. After that nobody is at it:
+the worker hears of a cancellation by one event, which can get lost."""
+RUN_VARIABLE = "PREFECT__FLOW_RUN_ID"
+"""In the environment of a flow run's processes."""
 TASK_RUNS = 200
 """Read at a time; a pipeline run has two per phase."""
 
@@ -35,9 +41,14 @@ def trigger(config: PipelineConfig, flow: str, name: str) -> UUID:
         return client.create_flow_run_from_deployment(deployment.id, name=f"{config.name} · {flow}").id
 
 
-def follow(run: UUID, config: PipelineConfig, volume: Path, console: Console, only: str | None) -> State[Any]:
-    """Show the run (of one phase, where `only` names it) until it ends; returns its last state."""
-    began = time.time()
+def follow(
+    run: UUID, config: PipelineConfig, volume: Path, console: Console, only: str | None, *, cancel_s: float = CANCEL_S
+) -> State[Any]:
+    """Show the run (of one phase, where `only` names it) until it ends; returns its last state.
+
+    One that has been Cancelling for `cancel_s` seconds is ended from here.
+    """
+    began, cancelling_since = time.time(), None
     with get_client(sync_client=True) as client, Display(console) as display:
         while True:
             try:
@@ -53,6 +64,10 @@ def follow(run: UUID, config: PipelineConfig, volume: Path, console: Console, on
                 display.show(name, state, PhaseStatus.read(phase.folder(config, volume), since=began))
             if flow_run.state is not None and flow_run.state.is_final():
                 return flow_run.state
+            if flow_run.state is not None and flow_run.state.type is StateType.CANCELLING:
+                cancelling_since = cancelling_since or time.monotonic()
+                if time.monotonic() - cancelling_since > cancel_s:
+                    _end(client, _unfinished(client, run), f"cancelled, and not ended by its worker within {cancel_s:.0f} s")
             time.sleep(POLL_S)
 
 
@@ -64,8 +79,7 @@ def cancel(run: UUID, *, timeout_s: float) -> None:
             client.set_flow_run_state(one.id, Cancelling(message="interrupted"))
         while (left := _unfinished(client, run)) and time.monotonic() < deadline:
             time.sleep(POLL_S)
-        for one in left:
-            client.set_flow_run_state(one.id, Cancelled(message="interrupted"), force=True)
+        _end(client, left, "interrupted")
 
 
 def print_results(config: PipelineConfig, volume: Path, console: Console) -> None:
@@ -76,6 +90,13 @@ def print_results(config: PipelineConfig, volume: Path, console: Console) -> Non
         console.print(table.terminal())
     for name, path in ((name, path) for manifest in manifests for name, path in manifest.shown.outputs.items()):
         console.print(f"{name:<7} {volume / path}", highlight=False, soft_wrap=True)
+
+
+def _end(client: SyncPrefectClient, runs: list[FlowRun], reason: str) -> None:
+    """End the runs' processes on this host, and mark the runs Cancelled."""
+    for run in runs:
+        end_marked(RUN_VARIABLE, str(run.id))
+        client.set_flow_run_state(run.id, Cancelled(message=reason), force=True)
 
 
 def _phase_states(client: SyncPrefectClient, run: UUID) -> dict[str, str]:
