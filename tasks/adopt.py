@@ -34,7 +34,7 @@ def adopt(step: Step, folder: Path, volume: Path) -> Made:
         raise UserError(f"the result is damaged: {'; '.join(problems[:SHOWN])}", where=str(folder), fix="copy it again")
     wanted, theirs = step.record, _record(folder, manifest)
     settings = {name: value for name, value in theirs.settings.items() if name in wanted.settings}
-    odd = [f"{path} is {now!r}, not {want!r}" for path, (want, now) in differences(wanted.settings, settings).items()]
+    odd = [f"{path} is {now!r}, not {want!r}" for path, (want, now) in differences(wanted.settings, settings).items() if now != want]
     odd += [f"it was made of another {name}" for name, digest in theirs.inputs.items() if wanted.inputs.get(name, digest) != digest]
     if odd:
         raise UserError(

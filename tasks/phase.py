@@ -157,6 +157,29 @@ class PhaseManifest(Manifest):
         return {name: changes for name, changes in found.items() if changes}
 
 
+def before_of(phase: Phase, config: PipelineConfig, volume: Path, done: Mapping[str, PhaseManifest]) -> Before:
+    """What the phases before `phase`, which are done, have left."""
+    return Before(
+        volume,
+        steps={name: one.steps for name, one in done.items()},
+        decided={name: one.decided for name, one in done.items()},
+        folders={one.name: one.folder(config, volume) for one in phase.ancestors},
+    )
+
+
+def conclude(phase: Phase, config: PipelineConfig, results: Results, done: Mapping[str, PhaseManifest], *, seconds: float) -> PhaseManifest:
+    """Write the manifest of a phase whose steps are all made; `done` are the phases before it."""
+    return PhaseManifest(
+        name=phase.name,
+        settings_hash=phase.key(config),
+        inputs=phase.inputs(config, results.volume, done),
+        steps=dict(results.made),
+        decided=dict(phase.decide(config, results)),
+        shown=phase.show(config, results),
+        seconds=seconds,
+    ).write(phase.folder(config, results.volume))
+
+
 def current(phase: Phase, config: PipelineConfig, volume: Path, *, done: Mapping[str, PhaseManifest]) -> PhaseManifest | None:
     """The phase's result if it is there, intact, and was made from what `done` (the phases before) and the outside hold now."""
     try:

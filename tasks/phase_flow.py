@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from tasks import artifacts
 from tasks.config import PipelineConfig
 from tasks.make import How, Reporter, make
 from tasks.mixtures import check_shards
-from tasks.phase import Before, Phase, PhaseManifest, Results, require
+from tasks.phase import Phase, PhaseManifest, Results, before_of, conclude, require
 from tasks.status import StatusBoard
 from tasks.steps import Finding, Made, Step, in_waves
 
@@ -78,29 +78,10 @@ def run_phase(phase: Phase, config: PipelineConfig, volume: str) -> PhaseManifes
     with StepRunner(config, root, StatusBoard(phase.name, folder, len(steps)), phase.name) as runner:
         for wave in in_waves(steps):
             runner.make([step.bound(runner.made) for step in wave])
-    results = Results(root, runner.made)
-    manifest = PhaseManifest(
-        name=phase.name,
-        settings_hash=phase.key(config),
-        inputs=phase.inputs(config, root, done),
-        steps=runner.made,
-        decided=dict(phase.decide(config, results)),
-        shown=phase.show(config, results),
-        seconds=time.monotonic() - started,
-    ).write(folder)
+    manifest = conclude(phase, config, Results(root, runner.made), done, seconds=time.monotonic() - started)
     artifacts.publish(phase.name, config.name, manifest.shown, root)
     runner.board.finish()
     return manifest
-
-
-def before_of(phase: Phase, config: PipelineConfig, volume: Path, done: Mapping[str, PhaseManifest]) -> Before:
-    """What the phases before `phase`, which are done, have left."""
-    return Before(
-        volume,
-        steps={name: one.steps for name, one in done.items()},
-        decided={name: one.decided for name, one in done.items()},
-        folders={one.name: one.folder(config, volume) for one in phase.ancestors},
-    )
 
 
 def worth_retrying(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:

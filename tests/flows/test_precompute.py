@@ -63,7 +63,7 @@ def test_every_format_runs_through_the_profile(folder: Path, tmp_path: Path) -> 
     )
     records = check_sources(config, tmp_path)
     assert known_sources(config, records) == {split: {"web", "open", "talk", "gaze", "text"} for split in SPLITS}
-    made = run_directly([PRECOMPUTE], config, tmp_path)["precompute"]
+    made = run_directly([PRECOMPUTE], config, tmp_path)["precompute"].steps
     assert set(made) == {"clips", "download-web", "download-open", "download-clips", SHARDS}
     good = {name: DownloadManifest.read(tmp_path / made[name].folder).counts["good"] for name in ("download-web", "download-open")}
     assert good == {"download-web": CLIPS, "download-open": CLIPS - 1}
