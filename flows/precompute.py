@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from fvlm_core.data.jobs import ShardManifest, Source
+from fvlm_core.data.jobs import LEFT_OUT_FILE, ShardManifest, Source
+from fvlm_core.data.parts import Part, parts_of
 from fvlm_core.data.sources.record import record_folder, recorded
 from fvlm_core.manifest import sha256_file
 from fvlm_core.tables import Table
@@ -15,6 +16,8 @@ from tasks.recipes import AN_INPUT
 from tasks.steps import Given, Outside, Step
 
 SHARDS, VISION = "shards", "vision"
+LOSSES_SHOWN = 5
+"""Sources and reasons of what was left out, the most frequent first."""
 CLIPS_TABLE = "clips.parquet"
 """In the folder of the rendered clips."""
 
@@ -22,7 +25,7 @@ CLIPS_TABLE = "clips.parquet"
 def steps(config: PipelineConfig, before: Before) -> list[Step]:
     settings, volume = config.precompute, before.volume
     made: list[Step] = []
-    downloads = [_download(config, source.name, {"record": _record(source, volume)}) for source in settings.video_sources]
+    downloads = [step for source in settings.video_sources for step in _download_parts(config, source, volume)]
     if settings.renders_clips:
         clips = _clips(config)
         made.append(clips)
@@ -38,10 +41,13 @@ def decide(config: PipelineConfig, results: Results) -> Changes:
 
 def show(config: PipelineConfig, results: Results) -> Shown:
     manifest = ShardManifest.read(results.folder(SHARDS))
-    bad = f" {len(manifest.bad)} videos were left out." if manifest.bad else ""
+    lost = sum(loss.samples for loss in manifest.lost)
+    most = sorted(manifest.lost, key=lambda loss: -loss.samples)[:LOSSES_SHOWN]
+    reasons = "; ".join(f"{loss.samples:,} of {loss.source}: {loss.reason}" for loss in most)
+    left_out = f" {lost:,} samples were left out ({reasons}); all are listed in {LEFT_OUT_FILE}." if lost else ""
     return Shown(
-        table=Table.of([source.model_dump(mode="json") for source in manifest.sources]),
-        text=f"Frames of {manifest.frame_px} px at {manifest.fps:g} per second; {manifest.vocab_size} tokens in the vocabulary.{bad}",
+        table=Table.of([source.model_dump(mode="json") | {"hours": round(source.hours, 2)} for source in manifest.sources]),
+        text=f"Frames of {manifest.frame_px} px at {manifest.fps:g} per second; {manifest.vocab_size} tokens in the vocabulary.{left_out}",
     )
 
 
@@ -87,6 +93,18 @@ def _download_clips(config: PipelineConfig, clips: Step) -> Step:
     return _download(config, RENDERED, {"source.files.0": clips.file(CLIPS_TABLE)}, source=source, square_pixels=False)
 
 
+def _download_parts(config: PipelineConfig, source: Source, volume: Path) -> list[Step]:
+    """Fetch the videos of a source from outside, a step for each of its parts."""
+    folder = record_folder(source, volume)
+    parts = parts_of(folder, recorded(source, volume), config.precompute.download.part_samples)
+
+    def step(number: int, part: Part) -> Step:
+        name = source.name if len(parts) == 1 else f"{source.name}-{number:05d}"
+        return _download(config, name, {"record": Outside(folder, part.digest)}, first=part.first, rows=part.rows)
+
+    return [step(number, part) for number, part in enumerate(parts)]
+
+
 def _download(config: PipelineConfig, name: str, origin: dict[str, Given], **more: Any) -> Step:
     """Fetches the videos of a source; `origin` is where its rows are."""
     inputs = origin | {"video2dataset_python": Outside(config.machine.video2dataset_python, "")}
@@ -100,6 +118,8 @@ def _shards(config: PipelineConfig, downloads: list[Step], volume: Path) -> Step
     texts = [_record(source, volume) for source in settings.text_sources]
     val_shares = {source.name: source.val_share for source in settings.sources if source.val_share is not None}
     inputs: dict[str, Given] = {"downloads": downloads, "texts": texts}
+    if frozen := settings.shards.validation:
+        inputs["validation"] = Outside(frozen, sha256_file(frozen) if frozen.is_file() else "")
     return Step.of(SHARDS, "fvlm_core.data.shards", settings.shards, inputs=inputs, val_shares=val_shares)
 
 

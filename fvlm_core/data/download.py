@@ -1,27 +1,28 @@
-"""Fetches the videos of a recorded source through video2dataset (`fetch`) and keeps their frames.
+"""Fetches the videos of a recorded source, or of a part of it, through video2dataset (`fetch`) and keeps their frames.
 
 Videos that fail are listed with their reasons, and tolerated up to a share. Above it the job refuses, but keeps what it has: after a
 correction the same folder goes on.
 """
 
 import csv
-import re
 import subprocess
 import time
 from collections import Counter
 from pathlib import Path
 
-import pandas as pd
+import pyarrow as pa
 
 from fvlm_core.cli import run_job
-from fvlm_core.data.fetch import PLUGIN, RAW, environment, fetch
+from fvlm_core.data.fetch import PLUGIN, environment, fetch
 from fvlm_core.data.jobs import BadClip, DownloadJob, DownloadManifest
-from fvlm_core.data.raw_shards import read_samples
-from fvlm_core.data.sources.record import FILE, FILE_ROW, Record, incomplete, read_rows, record, record_folder
+from fvlm_core.data.losses import kind_of
+from fvlm_core.data.parts import Part, incomplete, read_part
+from fvlm_core.data.raw_shards import CONTENT, PLACES, RAW, write_contents
+from fvlm_core.data.sources.record import FILE, FILE_ROW, Record, record, record_folder
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import file_entries
 
-CONTENT, BAD = "content.parquet", "bad.csv"
+BAD = "bad.csv"
 SHOWN_REASONS = 8
 """Reasons named in an error, the most frequent first; `bad.csv` has every video's own."""
 CHECK = f"import av, {PLUGIN}; assert 'h264' in av.codecs_available, 'PyAV cannot decode H.264'"
@@ -32,28 +33,21 @@ def download(job: DownloadJob) -> DownloadManifest:
     started = time.monotonic()
     _check_environment(job)
     known, folder = _recorded(job)
+    part = Part.of(folder, job.first, min(known.rows - job.first, job.rows or known.rows))
     job.output.mkdir(parents=True, exist_ok=True)
-    bad = incomplete(folder)
-    wanted = [row for row in range(known.rows) if row not in bad]
-    bad |= fetch(job, known, folder, wanted, enough=lambda failed: _acceptable(job, len(bad) + failed, known.rows))
-    clips = _write_bad(job.output / BAD, folder, bad)
-    if not _acceptable(job, len(bad), known.rows):
-        raise _too_many(job, clips, known.rows)
-    samples = read_samples(job.output / RAW)
-    columns = ("row", "origin", "source", "kind", "split", "num_frames", "duration_s")
-    content = [{name: sample.record[name] for name in columns} | {"sha256": sample.identity()} for sample in samples]
-    pd.DataFrame(content).to_parquet(job.output / CONTENT, index=False)
+    bad = incomplete(folder, part)
+    wanted = [row for row in part.numbers if row not in bad]
+    bad |= fetch(job, part, folder, wanted, enough=lambda failed: _acceptable(job, len(bad) + failed, part.rows))
+    clips = _write_bad(job.output / BAD, folder, part, bad)
+    if not _acceptable(job, len(bad), part.rows):
+        raise _too_many(job, clips, part.rows)
+    good, frames = write_contents(job.output)
     return DownloadManifest(
         name="download",
         settings_hash=job.hash(exclude={"output", "record", "source"}),
-        inputs={"record": known.digest},
-        counts={
-            "videos": known.rows,
-            "good": len(samples),
-            "bad": len(clips),
-            "frames": sum(sample.record["num_frames"] for sample in samples),
-        },
-        files=file_entries(job.output, [CONTENT]) + file_entries(job.output, [f"{RAW}/*/*.tar", BAD], identity=False),
+        inputs={"record": part.digest},
+        counts={"videos": part.rows, "good": good, "bad": len(clips), "frames": frames},
+        files=file_entries(job.output, [CONTENT]) + file_entries(job.output, [f"{RAW}/*/*.tar", PLACES, BAD], identity=False),
         frame_px=job.frame_px,
         fps=job.fps,
         bad=clips,
@@ -80,20 +74,18 @@ def _check_environment(job: DownloadJob) -> None:
         raise UserError(f"video2dataset's environment does not work: {reason[0]}", where=str(job.video2dataset_python), fix=fix)
 
 
-def _write_bad(path: Path, folder: Path, bad: dict[int, str]) -> list[BadClip]:
+def _write_bad(path: Path, folder: Path, part: Part, bad: dict[int, str]) -> list[BadClip]:
     """Write and return the videos that failed, with their place in the source's files."""
     clips: list[BadClip] = []
-    first = 0
     with path.open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["file", "row", "url", "reason"])
-        for batch in read_rows(folder, ["url", FILE, FILE_ROW]) if bad else ():
+        for first, batch in read_part(folder, part, ["url", "source", FILE, FILE_ROW]) if bad else ():
             rows = [row for row in range(batch.num_rows) if first + row in bad]
-            chosen = batch.take(rows).to_pydict()
-            for row, url, file, number in zip(rows, chosen["url"], chosen[FILE], chosen[FILE_ROW], strict=True):
-                writer.writerow([file, number, url, bad[first + row]])
-                clips.append(BadClip(url=url, reason=bad[first + row]))
-            first += batch.num_rows
+            for row, chosen in zip(rows, batch.take(pa.array(rows, pa.int64())).to_pylist(), strict=True):
+                reason = bad[first + row]
+                writer.writerow([chosen[FILE], chosen[FILE_ROW], chosen["url"], reason])
+                clips.append(BadClip(url=chosen["url"], reason=reason, source=chosen["source"]))
     return clips
 
 
@@ -106,7 +98,7 @@ def _too_many(job: DownloadJob, bad: list[BadClip], total: int) -> UserError:
     examples: dict[str, BadClip] = {}
     counts = Counter[str]()
     for clip in bad:
-        kind = _kind(clip.reason)
+        kind = kind_of(clip.reason)
         counts[kind] += 1
         examples.setdefault(kind, clip)
     lines = [f"{number} x {kind}, e.g. {examples[kind].url or '(no url)'}" for kind, number in counts.most_common(SHOWN_REASONS)]
@@ -119,11 +111,6 @@ def _too_many(job: DownloadJob, bad: list[BadClip], total: int) -> UserError:
         where=str(job.output / BAD),
         fix="correct the rows listed there, or raise max_bad_share; run again to try those that failed once more. What was fetched is kept",
     )
-
-
-def _kind(reason: str) -> str:
-    """The reason without what is of one video only."""
-    return re.split(r"[:(;]| at \d", reason)[0].strip()
 
 
 if __name__ == "__main__":

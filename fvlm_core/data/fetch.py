@@ -1,4 +1,5 @@
-"""Lets video2dataset fetch the rows of a record, in rounds: all of them, then, where too many failed, those that failed once more.
+"""Lets video2dataset fetch rows of a record, in rounds: all of them, then once more those that failed for a passing reason; and, where
+too many failed, every one that did when the job is run again.
 
 video2dataset runs in an environment of its own, as a child process, with our plug-in (`video2dataset_plugin`). Local files are
 served to it over HTTP. It works in shards; a shard is done when its statistics are written, so a killed download goes on where it was.
@@ -21,15 +22,17 @@ import pyarrow.parquet as pq
 import fvlm_core
 from fvlm_core.data.arrow import pc
 from fvlm_core.data.jobs import DownloadJob
-from fvlm_core.data.raw_shards import read_outcomes
+from fvlm_core.data.losses import passes
+from fvlm_core.data.parts import Part, read_part
+from fvlm_core.data.raw_shards import RAW, read_outcomes
 from fvlm_core.data.rows import COLUMNS, DOWNLOAD_SCHEMA
 from fvlm_core.data.serve import FileServer
-from fvlm_core.data.sources.record import PATH, Record, read_rows
+from fvlm_core.data.sources.record import PATH
 from fvlm_core.manifest import write_atomically
 from fvlm_core.progress import Progress
 from fvlm_core.settings import Settings, hash_json
 
-RAW, PLAN, LOG = "raw", "plan.json", "video2dataset.log"
+PLAN, LOG = "plan.json", "video2dataset.log"
 PLUGIN = "fvlm_core.data.video2dataset_plugin"
 LARGEST_SHARD = 1000
 SHARDS_PER_PROCESS = 4
@@ -45,6 +48,8 @@ class Round(Settings):
 
     videos: int
     samples_per_shard: int
+    passing: bool = False
+    """Only of those that failed for a reason that passes."""
 
     @property
     def shards(self) -> int:
@@ -60,26 +65,30 @@ class Plan(Settings):
     rounds: list[Round]
 
 
-def fetch(job: DownloadJob, record: Record, folder: Path, wanted: Iterable[int], *, enough: Callable[[int], bool]) -> dict[int, str]:
+def fetch(job: DownloadJob, part: Part, folder: Path, wanted: Iterable[int], *, enough: Callable[[int], bool]) -> dict[int, str]:
     """Fetch the `wanted` rows of the record in `folder` into `job.output/raw/*/`; returns the rows that failed, with the reason.
 
     Rows that failed in an earlier run of the job are tried again unless they are few `enough`.
     """
-    plan = _plan(job, record)
+    plan = _plan(job, part)
     failed = dict.fromkeys(wanted, NOTHING)
-    number, worked = 0, False
+    number, worked, retries = 0, False, job.retries
     while failed:
         if number == len(plan.rounds):
-            if number and (worked or enough(len(failed))):
+            passing = number > 0 and (worked or enough(len(failed)))
+            rows = _rows(failed, passing=passing)
+            if passing and not (worked and retries and rows):
                 break
-            plan = plan.model_copy(update={"rounds": [*plan.rounds, _round(job, len(failed))]})
+            retries -= passing
+            plan = plan.model_copy(update={"rounds": [*plan.rounds, _round(job, len(rows), passing=passing)]})
             write_atomically(job.output / PLAN, plan.model_dump_json().encode())
-        raw = job.output / RAW / str(number)
-        if _clean(raw) < plan.rounds[number].shards:
+        raw, planned = job.output / RAW / str(number), plan.rounds[number]
+        rows = _rows(failed, passing=planned.passing)
+        if _clean(raw) < planned.shards:
             worked = True
-            _fetch_round(job, folder, raw, plan.rounds[number], np.fromiter(failed, np.int64, len(failed)))
+            _fetch_round(job, part, folder, raw, planned, np.array(rows, np.int64))
         good, reasons = read_outcomes(raw)
-        failed = {row: reasons.get(row, NOTHING) for row in failed if row not in good}
+        failed = {row: reasons.get(row, NOTHING if row in rows else reason) for row, reason in failed.items() if row not in good}
         number += 1
     return failed
 
@@ -91,10 +100,15 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": ours, "NO_PROXY": direct, "no_proxy": direct}
 
 
-def _plan(job: DownloadJob, record: Record) -> Plan:
+def _rows(failed: dict[int, str], *, passing: bool) -> list[int]:
+    """Those that a round tries."""
+    return [row for row, reason in failed.items() if not passing or passes(reason)]
+
+
+def _plan(job: DownloadJob, part: Part) -> Plan:
     """The plan of an earlier run that fetched the same, or a new one; what another download left is deleted."""
     rule = [job.frame_px, job.fps, job.max_frames, job.max_video_mb, job.square_pixels]
-    identity = hash_json([record.digest, rule])
+    identity = hash_json([part.digest, rule])
     try:
         plan = Plan.model_validate_json((job.output / PLAN).read_bytes())
     except (OSError, ValueError):
@@ -105,9 +119,10 @@ def _plan(job: DownloadJob, record: Record) -> Plan:
     return plan
 
 
-def _round(job: DownloadJob, videos: int) -> Round:
+def _round(job: DownloadJob, videos: int, *, passing: bool) -> Round:
     shards = max(job.processes * SHARDS_PER_PROCESS, -(-videos // LARGEST_SHARD))
-    return Round(videos=videos, samples_per_shard=max(2, -(-videos // shards)))  # video2dataset cannot count to 1
+    samples = max(2, -(-videos // shards))  # video2dataset cannot count to 1
+    return Round(videos=videos, samples_per_shard=samples, passing=passing)
 
 
 def _clean(raw: Path) -> int:
@@ -126,7 +141,7 @@ def _finished(raw: Path) -> int:
     return len(list(raw.glob("*_stats.json")))
 
 
-def _fetch_round(job: DownloadJob, folder: Path, raw: Path, planned: Round, rows: np.ndarray) -> None:
+def _fetch_round(job: DownloadJob, part: Part, folder: Path, raw: Path, planned: Round, rows: np.ndarray) -> None:
     """Serve the local files among the rows and let video2dataset make the shards that are not there yet.
 
     Raises RuntimeError if it leaves any undone.
@@ -134,15 +149,16 @@ def _fetch_round(job: DownloadJob, folder: Path, raw: Path, planned: Round, rows
     temporary = job.output / "tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    paths = pa.chunked_array([batch.column(PATH) for batch in read_rows(folder, [PATH])], pa.string())
+    paths = pa.chunked_array([batch.column(PATH) for _, batch in read_part(folder, part, [PATH])], pa.string())
 
     def find(path: str) -> Path | None:
         number = path.removeprefix("/")
-        found = paths[int(number)].as_py() if number.isdecimal() and int(number) < len(paths) else None
+        place = int(number) - part.first if number.isdecimal() else -1
+        found = paths[place].as_py() if 0 <= place < len(paths) else None
         return None if found is None else Path(found)
 
     with FileServer(find) as server:
-        _write_input(folder, temporary / "input.parquet", rows, server.url)
+        _write_input(folder, part, temporary / "input.parquet", rows, server.url)
         settings: dict[str, Any] = {
             "table": str(temporary / "input.parquet"),
             "output": str(raw),
@@ -154,6 +170,7 @@ def _fetch_round(job: DownloadJob, folder: Path, raw: Path, planned: Round, rows
             "samples_per_shard": planned.samples_per_shard,
             "processes": job.processes,
             "threads": job.threads,
+            "spark_master": job.spark_master,
         }
         (temporary / "settings.json").write_text(json.dumps(settings))
         status = _run(job, [str(job.video2dataset_python), "-m", PLUGIN, str(temporary / "settings.json")], raw, planned)
@@ -164,13 +181,11 @@ def _fetch_round(job: DownloadJob, folder: Path, raw: Path, planned: Round, rows
     shutil.rmtree(temporary)
 
 
-def _write_input(folder: Path, path: Path, rows: np.ndarray, served: str) -> None:
+def _write_input(folder: Path, part: Part, path: Path, rows: np.ndarray, served: str) -> None:
     """The chosen rows of the record as video2dataset reads them: local files by their address on the server."""
-    first = 0
     with pq.ParquetWriter(path, DOWNLOAD_SCHEMA) as writer:
-        for batch in read_rows(folder, [*COLUMNS, PATH]):
+        for first, batch in read_part(folder, part, [*COLUMNS, PATH]):
             numbers = pa.array(np.arange(first, first + batch.num_rows))
-            first += batch.num_rows
             chosen = pc.is_in(numbers, pa.array(rows))
             batch, numbers = batch.filter(chosen), numbers.filter(chosen)
             urls = batch.column("url")

@@ -14,6 +14,8 @@ from fvlm_core.settings import EXECUTION, NameOrFolder, ProfilePath, Settings
 SourceName = Annotated[str, Field(pattern=SOURCE_PATTERN)]
 INDEX_FILE, TOKENIZER_FOLDER = "index.parquet", "tokenizer"
 """In a folder of shards, beside a folder of tars per split."""
+VALIDATION_FILE, LEFT_OUT_FILE = "validation.csv", "left_out.csv"
+"""In a folder of shards: the validation set by content, which another one can be held to; and what was left out, with reasons."""
 SHARD_FILES = (*(f"{split}/*.tar" for split in SPLITS), f"{TOKENIZER_FOLDER}/*", INDEX_FILE)
 """Patterns of all its files."""
 SMALLEST_VOCABULARY = 259
@@ -127,10 +129,19 @@ class ClipManifest(Manifest):
 
 
 class BadClip(Settings):
-    """A clip that was left out."""
+    """A sample that was left out."""
 
     url: str
     reason: str
+    source: str = ""
+
+
+class Loss(Settings):
+    """Samples of a source that were left out for one kind of reason."""
+
+    source: str
+    reason: str
+    samples: int
 
 
 class DownloadSettings(Settings):
@@ -142,8 +153,17 @@ class DownloadSettings(Settings):
     max_video_mb: Positive = 1000
     """Size of a video file (10^6 bytes) above which it is left out: a file is held in memory, `threads` of them at a time."""
     max_bad_share: Annotated[float, Field(ge=0, le=1), EXECUTION] = 0.1
-    """Share of videos that may fail. What was fetched is kept when more do: run again after raising it and nothing good is fetched
+    """Share of a part's videos that may fail. What was fetched is kept when more do: run again after raising it and nothing good is fetched
     twice; run again as it is and those that failed are tried again."""
+    part_samples: Annotated[int, Field(ge=1), EXECUTION] = 4000
+    """A source is fetched in steps of so many of its rows, each cached, retried and resumed by itself. Another size makes other steps:
+    what was fetched in those of the old size is not found again."""
+    retries: Annotated[int, Field(ge=0), EXECUTION] = 1
+    """How often videos that failed for a passing reason (time-outs, lost connections, HTTP 429 and 5xx) are tried again, after all others
+    of the part."""
+    spark_master: Annotated[str | None, EXECUTION] = None
+    """Master of a Spark cluster that fetches and decodes, e.g. `spark://host:7077` or `local[4]`; its workers have this checkout and the
+    volume under the same paths. None: processes of this machine."""
     processes: Annotated[int, Field(ge=1), EXECUTION] = 1
     """Processes that decode; one per core."""
     threads: Annotated[int, Field(ge=1), EXECUTION] = 16
@@ -158,6 +178,10 @@ class DownloadJob(DownloadSettings):
     output: Path
     record: Path | None = None
     """Folder of a record; see `fvlm_core.data.sources.record`."""
+    first: Annotated[int, Field(ge=0)] = 0
+    """The first of the record's rows that are fetched."""
+    rows: Positive | None = None
+    """How many rows; None is all that follow."""
     source: Source | None = None
     """Or the source itself; it is recorded in `output`."""
     video2dataset_python: Annotated[Path, EXECUTION] = Path(".venv-video2dataset/bin/python")
@@ -181,7 +205,7 @@ class DownloadManifest(Manifest):
     frame_px: int
     fps: float
     bad: list[BadClip] = Field(default_factory=list)
-    """Videos that were left out."""
+    """Videos that were left out: at most those of a part."""
 
 
 class TextExercises(Settings):
@@ -203,12 +227,21 @@ class ShardSettings(Settings):
     vocab_size: Annotated[int, Field(ge=SMALLEST_VOCABULARY)] | None = None
     """Train a tokenizer of at most so many tokens on the training texts."""
     samples_per_shard: Positive = 1000
+    """At most; samples that turn out too long leave gaps."""
     max_text_tokens: Positive = 2048
     """Conversations of more text tokens are left out and counted, never cut."""
     val_share: Share = 0.05
-    """Share of validation samples among rows whose source does not say; by a hash of the url (of a chat's text), at least one per
+    """Share of validation samples among rows whose source does not say; by a hash of the frames (of a chat's text), at least one per
     source."""
+    val_samples: Positive | None = None
+    """Validation samples at most: of those that the shares choose, the ones with the lowest hashes. Samples that their source puts into
+    validation stay in any case."""
+    validation: ProfilePath | None = None
+    """A frozen validation set: the file `validation.csv` of a folder of shards. Exactly its samples are held out, whatever the shares and
+    tables say; it is an error if one of them is missing."""
     seed: int = 0
+    processes: Annotated[int, Field(ge=1), EXECUTION] = 1
+    """Processes that write shards."""
 
     @model_validator(mode="after")
     def _one_tokenizer(self) -> Self:
@@ -240,6 +273,10 @@ class SourceCounts(Settings):
     frames: int
     tokens: int
     """Text tokens with the chat format's, over all conversations; a shown frame adds the model's tokens per frame."""
+    hours: float = 0.0
+    """Duration of its videos, each once."""
+    bytes: int = 0
+    """Of its tars."""
 
 
 class ShardManifest(Manifest):
@@ -249,8 +286,12 @@ class ShardManifest(Manifest):
     frame_px: int
     fps: float
     vocab_size: int
+    validation_digest: str = ""
+    """sha256 of `validation.csv`: equal for equal validation sets."""
+    lost: list[Loss] = Field(default_factory=list)
+    """What could not be fetched or decoded, or was left out: counts per source and reason. `left_out.csv` names every one."""
     bad: list[BadClip] = Field(default_factory=list)
-    """Clips that could not be fetched or decoded, and samples that were left out."""
+    """The first of them."""
 
     def names(self, split: Split) -> list[str]:
         """The sources that have samples in a split."""

@@ -1,5 +1,9 @@
-"""Reads the tars that video2dataset leaves: samples in order of arrival, failed ones among them without frames."""
+"""Reads the tars that video2dataset leaves, a tar at a time: samples in order of arrival, failed ones among them without frames.
 
+What is known of a good sample without opening its tar again is a row of `content.parquet`; where it is stands in `places.parquet`.
+"""
+
+import io
 import json
 import tarfile
 from collections.abc import Iterator
@@ -8,48 +12,92 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fvlm_core.data.rows import IDENTITY_FIELDS
 
+RAW = "raw"
+"""Folder of a download that holds a folder of tars per round."""
 SUCCESS = "success"
+CONTENT, PLACES = "content.parquet", "places.parquet"
+"""In the folder of a download, a row per good sample, by its row in the record."""
+CONTENT_SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("origin", pa.string()),
+        ("source", pa.string()),
+        ("kind", pa.string()),
+        ("split", pa.string()),
+        ("num_frames", pa.int32()),
+        ("duration_s", pa.float64()),
+        ("frames_sha256", pa.string()),
+        ("text_sha256", pa.string()),
+        ("sha256", pa.string()),
+    ]
+)
+"""Hashes of the frames, of what is said about them, and of everything that goes on from here."""
+PLACES_SCHEMA = pa.schema([("tar", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
+"""A sample's members, headers too, are `size` bytes from `offset` on."""
+TEXT_FIELDS = ("caption", "conversations", "probes")
 
 
 @dataclass
 class RawSample:
     """One downloaded video."""
 
-    tar: Path
     record: dict[str, Any] = field(default_factory=dict)
     """Its JSON: the columns of the table, num_frames, duration_s, status."""
-    frames: list[tuple[int, int]] = field(default_factory=list)
-    """Offset and size of every JPEG in the tar."""
+    frames: list[bytes] = field(default_factory=list)
+    """The JPEG files."""
+    offset: int = 0
+    size: int = 0
 
-    def read_frames(self) -> list[bytes]:
-        """The JPEG files, in order."""
-        with self.tar.open("rb") as stream:
-            contents = []
-            for offset, size in self.frames:
-                stream.seek(offset)
-                contents.append(stream.read(size))
-        return contents
+    @property
+    def good(self) -> bool:
+        return self.record.get("status") == SUCCESS
 
-    def frames_hash(self) -> str:
-        """Equal frames give equal hashes."""
+    def content(self) -> dict[str, Any]:
+        """Its row of CONTENT_SCHEMA."""
         digest = sha256()
-        for content in self.read_frames():
-            digest.update(len(content).to_bytes(8, "big") + content)
-        return digest.hexdigest()
+        for jpeg in self.frames:
+            digest.update(len(jpeg).to_bytes(8, "big") + jpeg)
+        frames = digest.hexdigest()
+        known = {name: self.record[name] for name in CONTENT_SCHEMA.names if name in self.record}
+        return known | {
+            "frames_sha256": frames,
+            "text_sha256": _hash([self.record[name] for name in TEXT_FIELDS]),
+            "sha256": _hash([frames, *(self.record[name] for name in IDENTITY_FIELDS)]),
+        }
 
-    def identity(self) -> str:
-        """Hash of everything that goes on from here: frames and text, not where they were found."""
-        return sha256(json.dumps([self.frames_hash(), *(self.record[name] for name in IDENTITY_FIELDS)]).encode()).hexdigest()
+
+def read_tar(path: Path) -> Iterator[RawSample]:
+    """The samples of a tar, one after the other. A sample's members follow one another."""
+    with path.open("rb") as stream:
+        yield from _samples(stream)
 
 
-def read_samples(folder: Path) -> list[RawSample]:
-    """All good samples of a download's rounds, the folders in `folder`, by their row in the record."""
-    samples = [sample for tar in sorted(folder.glob("*/*.tar")) for sample in _samples_of(tar) if sample.record["status"] == SUCCESS]
-    return sorted(samples, key=lambda sample: sample.record["row"])
+def read_sample(path: Path, offset: int, size: int) -> RawSample:
+    """One sample by its place. Raises OSError where the tar is shorter than it was."""
+    with path.open("rb") as stream:
+        stream.seek(offset)
+        content = stream.read(size)
+    if len(content) < size:
+        raise OSError(f"{path} is shorter than it was: a sample at {offset} is cut off")
+    (sample,) = _samples(io.BytesIO(content))
+    return sample
+
+
+def write_contents(folder: Path) -> tuple[int, int]:
+    """Write what the good samples of a download are, and where; returns how many they and their frames are."""
+    rows = []
+    for tar in sorted(folder.glob(f"{RAW}/*/*.tar")):
+        name = tar.relative_to(folder).as_posix()
+        rows += [sample.content() | {"tar": name, "offset": sample.offset, "size": sample.size} for sample in read_tar(tar) if sample.good]
+    rows.sort(key=lambda row: row["row"])
+    for file, schema in ((CONTENT, CONTENT_SCHEMA), (PLACES, PLACES_SCHEMA)):
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / file, compression="zstd")
+    return len(rows), sum(row["num_frames"] for row in rows)
 
 
 def read_outcomes(folder: Path) -> tuple[set[int], dict[int, str]]:
@@ -66,16 +114,27 @@ def read_outcomes(folder: Path) -> tuple[set[int], dict[int, str]]:
     return good, failed
 
 
-def _samples_of(tar: Path) -> Iterator[RawSample]:
-    samples: dict[str, RawSample] = {}
-    with tarfile.open(tar) as archive:
+def _samples(stream: Any) -> Iterator[RawSample]:
+    key: str | None = None
+    sample = RawSample()
+    with tarfile.open(fileobj=stream) as archive:
         for member in archive:
-            key, suffix = member.name.split(".", 1)
-            sample = samples.setdefault(key, RawSample(tar))
+            archive.members = []  # type: ignore[reportAttributeAccessIssue] -- a tar of any length in the memory of one member
+            name, suffix = member.name.split(".", 1)
+            if name != key:
+                if key is not None:
+                    yield sample
+                key, sample = name, RawSample(offset=member.offset)
+            content = archive.extractfile(member)
+            assert content is not None
             if suffix == "json":
-                content = archive.extractfile(member)
-                assert content is not None
                 sample.record = json.load(content)
             elif suffix.endswith(".jpg"):
-                sample.frames.append((member.offset_data, member.size))
-    yield from samples.values()
+                sample.frames.append(content.read())
+            sample.size = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE - sample.offset
+    if key is not None:
+        yield sample
+
+
+def _hash(values: list[Any]) -> str:
+    return sha256(json.dumps(values).encode()).hexdigest()

@@ -5,8 +5,10 @@ A sample is consecutive members `KEY.000.jpg, KEY.001.jpg, ..., KEY.json` of a t
 wherever they are made of the same samples.
 """
 
+import hashlib
 import io
 import json
+import os
 import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Sequence
@@ -57,7 +59,22 @@ class ShardSample:
     @property
     def key(self) -> str:
         """Depends on nothing but the sample itself."""
-        return f"{self.source}-{blake2b(self.origin.encode(), digest_size=6).hexdigest()}"
+        return key_of(self.source, self.origin)
+
+
+def key_of(source: str, origin: str) -> str:
+    """Key of the sample of a source that was made of `origin`."""
+    return f"{source}-{blake2b(origin.encode(), digest_size=6).hexdigest()}"
+
+
+def bucket_of(num_frames: int) -> int:
+    """Upper edge of the frame counts that a sample's is kept together with."""
+    return next((edge for edge in FRAME_BUCKETS if num_frames <= edge), num_frames)
+
+
+def shard_name(split: Split, source: str, number: int) -> str:
+    """Path of a source's tar in a folder of shards."""
+    return f"{split}/{source}-{number:05d}.tar"
 
 
 def task_of(sample: ShardSample, conversation: int) -> str:
@@ -68,6 +85,92 @@ def task_of(sample: ShardSample, conversation: int) -> str:
     return "caption" if sample.kind != "text" and len(turns) == 1 and turns[0]["answer"] == sample.caption else "chat"
 
 
+@dataclass
+class Shard:
+    """A tar that was written: what a folder's index and counts need of it."""
+
+    name: str
+    rows: list[dict[str, Any]]
+    """Of the index (INDEX_SCHEMA)."""
+    dropped: list[BadClip]
+    """Samples that lost conversations."""
+    unusable: list[str]
+    """Keys of those that lost all."""
+    counts: SourceCounts | None
+    """None where nothing was left of its samples, and no tar was written."""
+    sha256: str = ""
+
+
+def write_shard(
+    output: Path, name: str, samples: Iterable[ShardSample], tokenizer: PreTrainedTokenizerBase, chat: ChatFormat, *, max_text_tokens: int
+) -> Shard:
+    """Write one tar of samples (of one source and split, in their order) under a temporary name, then give it its own.
+
+    Conversations of more than `max_text_tokens` (chat format included) are dropped whole, never cut; a sample without any left too.
+    """
+    shard = Shard(name, [], [], [], None)
+    temporary = output / f"{name}.part"
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with temporary.open("wb") as stream:
+            _fill(shard, stream, samples, tokenizer, chat, max_text_tokens)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if shard.counts is None:
+            temporary.unlink()
+            return shard
+        with temporary.open("rb") as stream:
+            shard.sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        temporary.rename(output / name)
+        return shard
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _fill(
+    shard: Shard, stream: Any, samples: Iterable[ShardSample], tokenizer: PreTrainedTokenizerBase, chat: ChatFormat, max_text_tokens: int
+) -> None:
+    """Write the members; what there is to know of them goes into `shard`."""
+    writer = _TarWriter(stream, shard.name)
+    kept, seconds, last = 0, 0.0, None
+    for sample in samples:
+        tokenised, sizes = _tokenise(sample, tokenizer, chat, max_text_tokens)
+        if len(sizes) < len(sample.conversations):
+            lost = len(sample.conversations) - len(sizes)
+            reason = f"{lost} conversations of more than {max_text_tokens} text tokens"
+            shard.dropped.append(BadClip(url=sample.origin, reason=reason, source=sample.source))
+        if sizes:
+            shard.rows.extend(writer.add(sample, tokenised, sizes))
+            kept, seconds, last = kept + 1, seconds + sample.duration_s, sample
+        else:
+            shard.unusable.append(sample.key)
+    writer.tar.close()
+    if last is not None:
+        shard.counts = SourceCounts(
+            name=last.source,
+            kind=last.kind,
+            split=last.split,
+            samples=kept,
+            conversations=len(shard.rows),
+            frames=sum(row["n_frames"] for row in shard.rows if row["conversation"] == 0),
+            tokens=sum(row["n_tokens"] for row in shard.rows),
+            hours=seconds / 3600,
+            bytes=stream.tell(),
+        )
+
+
+def added(counts: Iterable[SourceCounts]) -> list[SourceCounts]:
+    """The counts of each source in each split, in their order."""
+    sums: dict[tuple[str, Split], SourceCounts] = {}
+    for one in counts:
+        so_far = sums.get((one.name, one.split))
+        numbers = ("samples", "conversations", "frames", "tokens", "hours", "bytes")
+        total = {name: getattr(so_far, name) + getattr(one, name) for name in numbers} if so_far else {}
+        sums[one.name, one.split] = one.model_copy(update=total)
+    return list(sums.values())
+
+
 def write_shards(
     output: Path,
     samples: Iterable[ShardSample],
@@ -75,47 +178,25 @@ def write_shards(
     *,
     samples_per_shard: int = 1000,
     max_text_tokens: int = 2048,
-    on_sample: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[SourceCounts], list[BadClip]]:
-    """Write tars, index and tokenizer of `samples` (any order; keys must differ) into `output`.
+    """Write tars, index and tokenizer of as many `samples` as fit in memory (any order; keys must differ) into `output`.
 
-    Conversations of more than `max_text_tokens` (chat format included) are dropped whole, never cut; a sample without any left too.
-    Within a source, samples are sorted by (frames bucket, duration, key). `on_sample` gets the number of samples written.
-    Returns the counts per source and split, and what was dropped.
+    Within a source, samples are sorted by (frames bucket, duration, key). Returns the counts per source and split, and what was dropped.
     """
     chat = chat_format(tokenizer)
     for split in SPLITS:
         shutil.rmtree(output / split, ignore_errors=True)
-    rows: list[dict[str, Any]] = []
-    counts: list[SourceCounts] = []
-    dropped: list[BadClip] = []
-    done = 0
+    shards = []
     for (source, split), group in groupby(sorted(samples, key=_order), key=lambda sample: (sample.source, sample.split)):
-        kept = 0
-        first_row = len(rows)
-        writer: _TarWriter | None = None
-        kind: Kind = "text"
-        for sample in group:
-            tokenised, sizes = _tokenise(sample, tokenizer, chat, max_text_tokens)
-            if len(sizes) < len(sample.conversations):
-                lost = len(sample.conversations) - len(sizes)
-                dropped.append(BadClip(url=sample.origin, reason=f"{lost} conversations of more than {max_text_tokens} text tokens"))
-            if sizes:
-                if kept % samples_per_shard == 0:
-                    if writer:
-                        writer.close()
-                    writer = _TarWriter(output, f"{split}/{source}-{kept // samples_per_shard:05d}.tar")
-                assert writer is not None
-                rows.extend(writer.add(sample, tokenised, sizes))
-                kept, kind = kept + 1, sample.kind
-            done += 1
-            on_sample(done)
-        if writer:
-            writer.close()
-            counts.append(_count(rows[first_row:], source, kind, split, kept))
+        mine = list(group)
+        for number, first in enumerate(range(0, len(mine), samples_per_shard)):
+            chosen = mine[first : first + samples_per_shard]
+            name = shard_name(split, source, number)
+            shards.append(write_shard(output, name, chosen, tokenizer, chat, max_text_tokens=max_text_tokens))
+    rows = [row for shard in shards for row in shard.rows]
     pq.write_table(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA), output / INDEX_FILE, compression="zstd")
     tokenizer.save_pretrained(str(output / TOKENIZER_FOLDER))
-    return counts, dropped
+    return added(shard.counts for shard in shards if shard.counts), [clip for shard in shards for clip in shard.dropped]
 
 
 INDEX_SCHEMA = pa.schema(
@@ -144,13 +225,9 @@ n_answer_tokens: answers with their end-of-turn tokens. Of two answers, the long
 class _TarWriter:
     """One tar; no time, owner or order of arrival gets into its bytes."""
 
-    def __init__(self, output: Path, name: str) -> None:
-        (output / name).parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, stream: Any, name: str) -> None:
         self.name = name
-        self.tar = tarfile.open(output / name, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 -- closed by close()
-
-    def close(self) -> None:
-        self.tar.close()
+        self.tar = tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 -- closed by the one who gave it
 
     def add(self, sample: ShardSample, record: dict[str, Any], sizes: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
         """Write a sample; returns its index rows. `sizes`: per conversation its number, text tokens and answer tokens."""
@@ -185,12 +262,12 @@ class _TarWriter:
         info.size = len(content)
         offset = self.tar.offset + TAR_BLOCK_BYTES
         self.tar.addfile(info, io.BytesIO(content))
+        self.tar.members = []  # type: ignore[reportAttributeAccessIssue] -- it would keep every member in memory
         return offset, len(content)
 
 
 def _order(sample: ShardSample) -> tuple:
-    bucket = next((edge for edge in FRAME_BUCKETS if sample.num_frames <= edge), sample.num_frames)
-    return sample.source, sample.split, bucket, sample.duration_s, sample.key
+    return sample.source, sample.split, bucket_of(sample.num_frames), sample.duration_s, sample.key
 
 
 def _tokenise(
@@ -223,15 +300,3 @@ def _tokenise(
         **sample.extra,
     }
     return record, sizes
-
-
-def _count(rows: list[dict[str, Any]], source: str, kind: Kind, split: Split, samples: int) -> SourceCounts:
-    return SourceCounts(
-        name=source,
-        kind=kind,
-        split=split,
-        samples=samples,
-        conversations=len(rows),
-        frames=sum(row["n_frames"] for row in rows if row["conversation"] == 0),
-        tokens=sum(row["n_tokens"] for row in rows),
-    )

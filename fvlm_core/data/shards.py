@@ -1,181 +1,282 @@
-"""Makes the shards that training reads out of downloads and text: splits, tokens, order, index.
+"""Makes the shards that training reads out of downloads and text: duplicates, splits, tokens, order, index.
 
 `python -m fvlm_core.data.shards job.yaml`. Everything written is a function of the settings and of the inputs' content: byte
-for byte the same, whatever the order in which videos arrived.
+for byte the same, whatever the order in which videos arrived and however many processes write. The plan (`fvlm_core.data.plan`) is made
+first, on disk; every shard is then written by itself, so a job that is killed goes on with the shards that are missing, and memory
+does not grow with the number of samples.
 """
 
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator
-from hashlib import blake2b, sha256
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
 from fvlm_core.cli import run_job
-from fvlm_core.data.fetch import RAW
-from fvlm_core.data.jobs import SHARD_FILES, TOKENIZER_FOLDER, BadClip, DownloadManifest, ShardJob, ShardManifest
-from fvlm_core.data.raw_shards import RawSample, read_samples
-from fvlm_core.data.rows import Kind, Split
-from fvlm_core.data.shard_files import ShardSample, write_shards
+from fvlm_core.data.jobs import (
+    INDEX_FILE,
+    LEFT_OUT_FILE,
+    TOKENIZER_FOLDER,
+    VALIDATION_FILE,
+    DownloadManifest,
+    ShardJob,
+    ShardManifest,
+    SourceCounts,
+)
+from fvlm_core.data.losses import Losses
+from fvlm_core.data.parent import end_with_parent
+from fvlm_core.data.plan import DUPLICATE, LEAK, SAME_VIDEO, Plan, Planned, numbered
+from fvlm_core.data.raw_shards import read_sample
+from fvlm_core.data.rows import SPLITS, Kind, Split
+from fvlm_core.data.shard_files import ShardSample, added, shard_name, write_shard
+from fvlm_core.data.shard_parts import ShardPart, write_index
 from fvlm_core.data.sources.record import Record, read_rows
 from fvlm_core.data.text import text_chats
-from fvlm_core.data.tokenizer import load_tokenizer, render_chat, train_tokenizer
+from fvlm_core.data.tokenizer import chat_format, load_tokenizer, render_chat, train_tokenizer
 from fvlm_core.errors import UserError
-from fvlm_core.manifest import file_entries
+from fvlm_core.manifest import FileEntry, file_entries, sha256_file, write_atomically
 from fvlm_core.progress import Progress
+from fvlm_core.settings import hash_json
 
+WORK, PLAN, PLANNED = "work", "plan.sqlite", "planned.json"
+"""In the job's folder while it runs: the plan, what it is a plan of (written when it is complete), and what is known of finished shards."""
 TOKENIZER_CHATS = 100_000
 """Conversations that a tokenizer is trained on, at most."""
+AHEAD = 2
+"""Shards given to each process at a time."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard to write: some consecutive samples of the plan."""
+
+    split: Split
+    name: str
+    first: int
+    samples: int
 
 
 def make_shards(job: ShardJob) -> ShardManifest:
     """Write the folder of shards. Raises UserError for downloads that do not fit together or leave nothing."""
     started = time.monotonic()
-    downloads = {f"download-{number}": (folder, DownloadManifest.read(folder)) for number, folder in enumerate(job.downloads)}
-    sizes = {(manifest.frame_px, manifest.fps) for _, manifest in downloads.values()}
-    if len(sizes) != 1:
-        raise UserError(
-            f"{len(sizes)} different frame sizes or rates in {len(downloads)} downloads",
-            where="downloads",
-            fix="give at least one download, and make all with the same frame_px and fps",
-        )
-    (frame_px, fps), *_ = sizes
-    bad = [clip for _, manifest in downloads.values() for clip in manifest.bad]
-    raws = [raw for folder, _ in downloads.values() for raw in read_samples(folder / RAW)]
-    samples, leaks = _without_leaks(_with_splits(raws, job))
-    if job.exercises:
-        for split, number, turn in text_chats(job.seed, job.exercises.train, job.exercises.val):
-            samples.append(ShardSample(job.exercises.name, "text", split, f"{split}-{number}", [[turn]], [None]))
-    texts = {f"text-{number}": (folder, Record.read_folder(folder)) for number, folder in enumerate(job.texts)}
-    for folder, _ in texts.values():
-        samples.extend(_text_samples(folder, job))
-    if not samples:
-        raise UserError("the downloads hold no samples", where=", ".join(map(str, job.downloads)), fix="look into their bad.csv")
-    shutil.rmtree(job.output / TOKENIZER_FOLDER, ignore_errors=True)
-    tokenizer = _tokenizer(job, samples)
-    progress = Progress(job.output, len(samples))
-    counts, dropped = write_shards(
-        job.output,
-        samples,
-        tokenizer,
-        samples_per_shard=job.samples_per_shard,
-        max_text_tokens=job.max_text_tokens,
-        on_sample=lambda done: progress.update(done, note="samples"),
-    )
-    return ShardManifest(
+    inputs, frame_px, fps = _inputs(job)
+    job.output.mkdir(parents=True, exist_ok=True)
+    _plan(job, inputs)
+    counts: list[SourceCounts] = []
+    tars: list[FileEntry] = []
+    too_long = 0
+    with Plan(job.output / WORK / PLAN, new=False) as plan, Losses(job.output / LEFT_OUT_FILE) as losses:
+        for clip in (clip for folder in job.downloads for clip in DownloadManifest.read(folder).bad):
+            losses.add(clip)
+        for clip in plan.lost():
+            losses.add(clip)
+        left_out = plan.count_lost()
+        tasks = list(_tasks(plan, job))
+        if not tasks:
+            raise UserError("the downloads hold no samples", where=", ".join(map(str, job.downloads)), fix="look into their bad.csv")
+        vocab_size = _tokenizer(job, plan)
+        progress = Progress(job.output, sum(task.samples for task in tasks))
+
+        def written() -> Iterator[Path]:
+            nonlocal too_long
+            done = 0
+            for task, part in _write(job, tasks):
+                if part.counts:
+                    counts.append(part.counts)
+                    tars.append(FileEntry(path=task.name, bytes=part.counts.bytes, sha256=part.sha256))
+                for clip in part.dropped:
+                    losses.add(clip)
+                too_long += len(part.dropped)
+                plan.mark_unusable(task.first, task.samples, part.unusable)
+                done += task.samples
+                progress.update(done, note="samples")
+                yield _part(job, task)
+
+        write_index(written(), job.output / INDEX_FILE)
+        if job.validation:
+            plan.require_frozen(job.validation)
+        plan.write_validation(job.output / VALIDATION_FILE)
+    manifest = ShardManifest(
         name="shards",
         settings_hash=job.hash(exclude={"output", "downloads", "texts"}),
-        inputs={name: made.digest for name, (_, made) in (downloads | texts).items()},
+        inputs=inputs,
         counts={
             "samples": sum(source.samples for source in counts),
             "frames": sum(source.frames for source in counts),
             "text_tokens": sum(source.tokens for source in counts),
-            "too_long": len(dropped),
-            "leaks": len(leaks),
+            "too_long": too_long,
+            "leaks": left_out.get(LEAK, 0) + left_out.get(SAME_VIDEO, 0),
+            "duplicates": left_out.get(DUPLICATE, 0),
         },
-        files=file_entries(job.output, SHARD_FILES),
-        sources=counts,
+        files=[
+            *tars,
+            *file_entries(job.output, [f"{TOKENIZER_FOLDER}/*", INDEX_FILE]),
+            *file_entries(job.output, [VALIDATION_FILE, LEFT_OUT_FILE], identity=False),
+        ],
+        sources=added(counts),
         frame_px=frame_px,
         fps=fps,
-        vocab_size=len(tokenizer),
-        bad=[*bad, *leaks, *dropped],
+        vocab_size=vocab_size,
+        validation_digest=sha256_file(job.output / VALIDATION_FILE),
+        lost=losses.counts,
+        bad=losses.first,
         seconds=time.monotonic() - started,
     ).write(job.output)
+    shutil.rmtree(job.output / WORK, ignore_errors=True)
+    return manifest
 
 
-def choose_split(origins: Iterable[str], val_share: float) -> dict[str, Split]:
-    """A split for every origin: validation where its hash falls below the share, and in any case (of two or more) for the least."""
-    hashes = {origin: int.from_bytes(blake2b(origin.encode(), digest_size=8).digest(), "big") / 2**64 for origin in origins}
-    chosen: dict[str, Split] = {origin: "val" if value < val_share else "train" for origin, value in hashes.items()}
-    if len(chosen) > 1 and val_share > 0 and "val" not in chosen.values():
-        chosen[min(hashes, key=lambda origin: hashes[origin])] = "val"
-    return chosen
-
-
-def _with_splits(raws: list[RawSample], job: ShardJob) -> Iterator[tuple[RawSample, Split]]:
-    """Every sample with its split: its table's, or by hash. Raises UserError if a source has one url in both."""
-    given: dict[tuple[str, str], set[str]] = {}
-    undecided: dict[str, set[str]] = {}
-    for raw in raws:
-        source, origin, split = (raw.record[name] for name in ("source", "origin", "split"))
-        given.setdefault((source, origin), set()).add(split)
-        if not split:
-            undecided.setdefault(source, set()).add(origin)
-    if torn := [origin for (_, origin), splits in given.items() if len(splits) > 1]:
+def _inputs(job: ShardJob) -> tuple[dict[str, str], int, float]:
+    """Digests of what the shards are made of, and the frames' size and rate. Raises UserError where downloads differ in these."""
+    digests: dict[str, str] = {}
+    sizes: set[tuple[int, float]] = set()
+    for number, folder in enumerate(job.downloads):
+        manifest = DownloadManifest.read(folder)  # one at a time: each lists the videos that failed
+        digests[f"download-{number}"] = manifest.digest
+        sizes.add((manifest.frame_px, manifest.fps))
+    if len(sizes) != 1:
         raise UserError(
-            f"{len(torn)} videos are in more than one split, e.g. {torn[0]}", where="the table of videos", fix="give a url one split"
+            f"{len(sizes)} different frame sizes or rates in {len(job.downloads)} downloads",
+            where="downloads",
+            fix="give at least one download, and make all with the same frame_px and fps",
         )
-    chosen = {source: choose_split(sorted(origins), _val_share(job, source)) for source, origins in undecided.items()}
-    for raw in raws:
-        split: Split = raw.record["split"] or chosen[raw.record["source"]][raw.record["origin"]]
-        yield raw, split
+    digests |= {f"text-{number}": Record.read_folder(folder).digest for number, folder in enumerate(job.texts)}
+    if job.validation:
+        digests["validation"] = sha256_file(job.validation) if job.validation.is_file() else ""
+    ((frame_px, fps),) = sizes
+    return digests, frame_px, fps
 
 
-def _without_leaks(raws: Iterator[tuple[RawSample, Split]]) -> tuple[list[ShardSample], list[BadClip]]:
-    """Samples, without training samples whose frames are in validation too."""
-    hashed: list[tuple[RawSample, Split, str]] = [(raw, split, raw.frames_hash()) for raw, split in raws]
-    held_out = {frames for _, split, frames in hashed if split == "val"}
-    samples: list[ShardSample] = []
-    leaks: list[BadClip] = []
-    seen: dict[tuple[str, str], int] = {}
-    for raw, split, frames in hashed:
-        source, origin = raw.record["source"], raw.record["origin"]
-        if split == "train" and frames in held_out:
-            leaks.append(BadClip(url=origin, reason="its frames are in validation"))
-            continue
-        seen[source, origin] = seen.get((source, origin), 0) + 1
-        samples.append(_video_sample(raw, split, copy=seen[source, origin]))
-    return samples, leaks
+def _plan(job: ShardJob, inputs: dict[str, str]) -> None:
+    """Make the plan, unless one of the same samples and settings is there, and shards of it perhaps too."""
+    work = job.output / WORK
+    identity = hash_json([inputs, job.hash(exclude={"output", "downloads", "texts"})]).encode()
+    if (work / PLANNED).is_file() and (work / PLANNED).read_bytes() == identity:
+        return
+    for folder in (WORK, TOKENIZER_FOLDER, *SPLITS):
+        shutil.rmtree(job.output / folder, ignore_errors=True)
+    work.mkdir()
+    with Plan(work / PLAN, new=True) as plan:
+        for number, folder in enumerate(job.downloads):
+            plan.add_download(number, folder)
+        if job.exercises:
+            chats = text_chats(job.seed, job.exercises.train, job.exercises.val)
+            name = job.exercises.name
+            plan.add_texts((name, split, f"{split}-{number}", [turn]) for split, number, turn in chats)
+        for folder in job.texts:
+            plan.add_texts(_chats(folder))
+
+        def share(source: str) -> float:
+            return job.val_shares.get(source, job.val_share)
+
+        plan.decide(share, val_samples=job.val_samples, validation=job.validation)
+    write_atomically(work / PLANNED, identity)
 
 
-def _video_sample(raw: RawSample, split: Split, *, copy: int) -> ShardSample:
-    """`copy`: 1 for a video's first row, 2 for its second, ..."""
+def _chats(folder: Path) -> Iterator[tuple[str, str, None, list[dict[str, str]]]]:
+    """The chats of a text source's record, each named by its text."""
+    for batch in read_rows(folder, ["source", "split", "conversations"]):
+        for row in batch.to_pylist():
+            for chat in json.loads(row["conversations"]):
+                yield row["source"], row["split"], None, chat
+
+
+def _tasks(plan: Plan, job: ShardJob) -> Iterator[Task]:
+    """The shards, in the order of the index."""
+    for source, split, first, samples in plan.groups():
+        for number, start in enumerate(range(0, samples, job.samples_per_shard)):
+            name = shard_name(split, source, number)
+            yield Task(split, name, first + start, min(job.samples_per_shard, samples - start))
+
+
+def _tokenizer(job: ShardJob, plan: Plan) -> int:
+    """Save the tokenizer, taken or trained, into the folder; returns its size."""
+    if job.tokenizer is not None:
+        tokenizer = load_tokenizer(job.tokenizer)
+    else:
+        assert job.vocab_size is not None
+        samples = (_sample(job, one) for one in plan.training(TOKENIZER_CHATS))
+        chats = (render_chat(turns) for sample in samples for turns in sample.conversations)
+        tokenizer = train_tokenizer(islice(chats, TOKENIZER_CHATS), job.vocab_size)
+    tokenizer.save_pretrained(str(job.output / TOKENIZER_FOLDER))
+    return len(tokenizer)
+
+
+def _write(job: ShardJob, tasks: list[Task]) -> Iterator[tuple[Task, ShardPart]]:
+    """Write the shards that are not there yet; every shard with what is known of it, in their order."""
+    if job.processes == 1:
+        for task in tasks:
+            yield task, _finished(job, task) or _write_one(job, task)
+        return
+    waiting: deque[tuple[Task, ShardPart | Future[ShardPart]]] = deque()
+    with ProcessPoolExecutor(job.processes, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
+        for task in tasks:
+            waiting.append((task, _finished(job, task) or pool.submit(_write_one, job, task)))
+            if len(waiting) > AHEAD * job.processes:
+                yield _next(waiting)
+        while waiting:
+            yield _next(waiting)
+
+
+def _next(waiting: deque[tuple[Task, ShardPart | Future[ShardPart]]]) -> tuple[Task, ShardPart]:
+    task, part = waiting.popleft()
+    return task, part.result() if isinstance(part, Future) else part
+
+
+def _finished(job: ShardJob, task: Task) -> ShardPart | None:
+    return ShardPart.read(_part(job, task), job.output / task.name)
+
+
+def _part(job: ShardJob, task: Task) -> Path:
+    """Where what is known of a finished shard is kept."""
+    return job.output / WORK / f"{task.name}.parquet"
+
+
+def _write_one(job: ShardJob, task: Task) -> ShardPart:
+    tokenizer = _loaded(job.output / TOKENIZER_FOLDER)
+    with Plan(job.output / WORK / PLAN, new=False) as plan:
+        planned = list(plan.read(task.first, task.samples))
+    samples = (_sample(job, one) for one in planned)
+    shard = write_shard(job.output, task.name, samples, tokenizer, chat_format(tokenizer), max_text_tokens=job.max_text_tokens)
+    return ShardPart.write(shard, _part(job, task))
+
+
+@cache
+def _loaded(folder: Path) -> PreTrainedTokenizerBase:
+    return load_tokenizer(folder)
+
+
+def _sample(job: ShardJob, planned: Planned) -> ShardSample:
+    """The planned sample, read from where it is."""
+    origin = numbered(planned.origin, planned.copy)
+    if planned.chat is not None:
+        return ShardSample(planned.source, "text", planned.split, origin, [json.loads(planned.chat)], [None])
+    assert planned.place is not None
+    download, tar, offset, size = planned.place
+    raw = read_sample(job.downloads[download] / tar, offset, size)
     record = raw.record
     return ShardSample(
-        source=record["source"],
-        kind=cast(Kind, record["kind"]),
-        split=split,
-        origin=record["origin"] if copy == 1 else f"{record['origin']}#{copy}",
+        source=planned.source,
+        kind=cast(Kind, planned.kind),
+        split=planned.split,
+        origin=origin,
         conversations=json.loads(record["conversations"]),
         probes=json.loads(record["probes"]),
         caption=record["caption"],
         duration_s=record["duration_s"],
         num_frames=record["num_frames"],
-        frames=raw.read_frames,
+        frames=lambda: raw.frames,
         extra=json.loads(record["extra"]),
     )
-
-
-def _text_samples(folder: Path, job: ShardJob) -> Iterator[ShardSample]:
-    """The different chats of a text source's record, by the hash of their text."""
-    chats: dict[tuple[str, str], tuple[str, list[dict[str, str]]]] = {}
-    for batch in read_rows(folder, ["source", "split", "conversations"]):
-        columns = batch.to_pydict()
-        for source, split, conversations in zip(columns["source"], columns["split"], columns["conversations"], strict=True):
-            for chat in json.loads(conversations):
-                chats.setdefault((source, sha256(json.dumps(chat).encode()).hexdigest()), (split, chat))
-    origins: dict[str, list[str]] = {}
-    for source, origin in sorted(chats):
-        origins.setdefault(source, []).append(origin)
-    chosen = {source: choose_split(hashes, _val_share(job, source)) for source, hashes in origins.items()}
-    for (source, origin), (split, chat) in sorted(chats.items()):
-        yield ShardSample(source, "text", cast(Split, split or chosen[source][origin]), origin, [chat], [None])
-
-
-def _val_share(job: ShardJob, source: str) -> float:
-    return job.val_shares.get(source, job.val_share)
-
-
-def _tokenizer(job: ShardJob, samples: list[ShardSample]) -> PreTrainedTokenizerBase:
-    if job.tokenizer is not None:
-        return load_tokenizer(job.tokenizer)
-    assert job.vocab_size is not None
-    chats = (render_chat(turns) for sample in samples if sample.split == "train" for turns in sample.conversations)
-    return train_tokenizer(islice(chats, TOKENIZER_CHATS), job.vocab_size)
 
 
 if __name__ == "__main__":

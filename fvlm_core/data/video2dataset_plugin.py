@@ -9,12 +9,10 @@ incremental restart and statistics stay video2dataset's own.
 
 import io
 import json
-import os
 import re
 import sys
 import tempfile
 import threading
-import time
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ import yt_dlp.utils  # pyright: ignore[reportMissingModuleSource]
 from video2dataset.workers import download_worker  # pyright: ignore[reportMissingImports]
 
 from fvlm_core.data.frames import HTML_MARKS, ClipError, FrameRule, encode_jpeg, extract_frames
+from fvlm_core.data.parent import end_with_parent
 from fvlm_core.data.rows import CARRIED
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".avi", ".mkv", ".m4v")
@@ -47,7 +46,6 @@ REFUSED_TO_PROGRAMS = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus
 FORMAT = "wv*[height>=360][ext=mp4]/w[height>=360][ext=mp4]/bv/b[ext=mp4]"
 """yt-dlp's: the smallest of at least 360 lines, without sound where possible."""
 BLOCK_BYTES = 1 << 18
-PARENT_CHECK_S = 0.5
 REASON_CHARACTERS = 200
 """Of an error of the network, which may quote a whole URL."""
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -200,18 +198,6 @@ def main(settings: dict[str, Any]) -> None:
             },
         },
     )
-
-
-def end_with_parent() -> None:
-    """End this process once whoever started it is gone, so that nothing goes on writing next to a restarted download."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(PARENT_CHECK_S)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True, name="parent-watch").start()
 
 
 if __name__ in ("__main__", "__mp_main__"):  # the command itself and the children it spawns

@@ -15,13 +15,15 @@ from PIL import Image
 from fvlm_core.data import gaze
 from fvlm_core.data.frames import encode_jpeg
 from fvlm_core.data.jobs import INDEX_FILE, DownloadManifest, ShardJob, ShardManifest, Source
+from fvlm_core.data.raw_shards import CONTENT, write_contents
 from fvlm_core.data.shard_files import ShardSample, write_shards
 from fvlm_core.data.shard_set import ShardSet
-from fvlm_core.data.shards import choose_split, make_shards
+from fvlm_core.data.shards import make_shards
 from fvlm_core.data.sources.record import record, record_folder
 from fvlm_core.data.text import split_of, text_chats
 from fvlm_core.data.tokenizer import train_tokenizer
 from fvlm_core.errors import UserError
+from fvlm_core.manifest import file_entries
 from tests.tiny import tiny_shards
 
 
@@ -111,16 +113,6 @@ def test_too_long_conversations_are_left_out_whole_and_listed(tmp_path):
     assert rows.query("task == 'y'")["conversation"].tolist() == [0]  # as in the JSON, where it is now the first
 
 
-@given(st.sets(st.text(min_size=1, max_size=8), max_size=60), st.floats(0, 1), st.text(min_size=1, max_size=8))
-def test_a_split_by_hash_stays_when_videos_are_added(origins, share, new):
-    before, after = choose_split(sorted(origins), share), choose_split(sorted({*origins, new}), share)
-    assert set(before) == origins
-    if len(origins) > 1 and share > 0:
-        assert "val" in before.values()
-    moved = [origin for origin in origins if before[origin] != after[origin]]
-    assert len(moved) <= 1  # only the one that stood in for an empty validation split
-
-
 def test_generated_text_keeps_validation_questions_to_itself():
     chats = list(text_chats(0, 2000, 200))
     train, val = ({turn["question"] for split, _, turn in chats if split == wanted} for wanted in ("train", "val"))
@@ -177,7 +169,9 @@ def raw_download(folder: Path, rows: list[dict], *, frame_px=gaze.FRAME_PX) -> P
                 info = tarfile.TarInfo(f"{number:08d}.{suffix}")
                 info.size = len(content)
                 archive.addfile(info, io.BytesIO(content))
-    DownloadManifest(name="download", settings_hash="", frame_px=frame_px, fps=1.0).write(folder)
+    write_contents(folder)
+    files = file_entries(folder, [CONTENT])
+    DownloadManifest(name="download", settings_hash="", files=files, frame_px=frame_px, fps=1.0).write(folder)
     return folder
 
 

@@ -25,7 +25,7 @@ from pydantic import Field
 
 from fvlm_core.data.arrow import pc
 from fvlm_core.data.jobs import Source
-from fvlm_core.data.rows import REQUIRED, SCHEMA, Kind
+from fvlm_core.data.rows import SCHEMA, Kind
 from fvlm_core.data.sources.reading import RowsDigest, read_source
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import sha256_file, write_atomically
@@ -234,7 +234,7 @@ def _look(known: Record, folder: Path) -> Record:
             is_file = pc.is_valid(paths)
             files, named = paths.drop_null(), urls.filter(is_file)
             blocks = [files.slice(start, STAT_BLOCK).to_pylist() for start in range(0, len(files), STAT_BLOCK)]
-            for start, stats in zip(range(0, len(files), STAT_BLOCK), pool.map(_stat, blocks), strict=True):
+            for start, stats in zip(range(0, len(files), STAT_BLOCK), pool.map(stat_files, blocks), strict=True):
                 gone = [number for number, stat in enumerate(stats) if stat is None]
                 digest.update(hash_json([named.slice(start, STAT_BLOCK).to_pylist(), stats]).encode())
                 missing += len(gone)
@@ -256,7 +256,7 @@ def _look(known: Record, folder: Path) -> Record:
     )
 
 
-def _stat(paths: list[str]) -> list[list[int] | None]:
+def stat_files(paths: list[str]) -> list[list[int] | None]:
     """Size and time of change of each file, None where there is none."""
     found: list[list[int] | None] = []
     for path in paths:
@@ -265,15 +265,4 @@ def _stat(paths: list[str]) -> list[list[int] | None]:
             found.append([status.st_size, status.st_mtime_ns] if S_ISREG(status.st_mode) else None)
         except OSError:
             found.append(None)
-    return found
-
-
-def incomplete(folder: Path) -> dict[int, str]:
-    """Rows of a record of videos that lack what a video cannot do without, with the reason."""
-    found: dict[int, str] = {}
-    first = 0
-    for batch in read_rows(folder, list(REQUIRED)):
-        for name in REQUIRED:
-            found |= {first + row: f"no {name}" for row in pc.indices_nonzero(pc.equal(batch.column(name), "")).to_pylist()}
-        first += batch.num_rows
     return found

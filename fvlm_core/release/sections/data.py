@@ -20,8 +20,10 @@ def section(evidence: Evidence, figures: Figures) -> Section:
     note += "Mixture of the last stage: " + ", ".join(f"{escape(part.source)} {part.share:.0%}" for part in evidence.recipe.data.mixture)
     head = ["source", "kind", "split", "samples", "conversations", "frames", "text tokens"]
     blocks: list[Block] = [Table(head=head, rows=rows, note=f"{note}.")]
-    if shards.bad:
+    if shards.lost:
+        lost = [[one.source, one.reason, f"{one.samples:,}"] for one in shards.lost]
         shown = [f"{escape(clip.url)}: {escape(clip.reason)}" for clip in shards.bad[:BAD_CLIPS_SHOWN]]
-        left = len(shards.bad) - len(shown)
-        blocks += ["#### Clips that were left out", items(shown + ([f"and {left} more"] if left else []))]
+        left = sum(one.samples for one in shards.lost) - len(shown)
+        blocks += ["#### Samples that were left out", Table(head=["source", "reason", "samples"], rows=lost)]
+        blocks += ["The first of them:", items(shown + ([f"and {left} more"] if left else []))]
     return Section(title="Data", blocks=blocks)
