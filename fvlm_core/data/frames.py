@@ -2,25 +2,33 @@
 
 Frames are those shown at t = 0, 1, 2, ... s (for a rate of 1 FPS), `floor(duration)` of them but at least one and at most
 `max_frames`; a longer video gives `max_frames` evenly spaced ones. The short side is scaled to `frame_px` and the
-centre cut out. Decoding is sequential, which at 1 FPS is faster than seeking. Needs PyAV, NumPy and simplejpeg only, since
-video2dataset's environment imports it too.
+centre cut out. The packets' time stamps say beforehand which pictures these are, so what is neither shown nor needed for one that is
+(`_needed`) is not decoded; where that does not give every picture intact, all are decoded in order. Needs PyAV, NumPy and simplejpeg
+only, since video2dataset's environment imports it too.
 """
 
 import io
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple, Protocol, TypeVar
 
 import av
 import av.error
 import numpy as np
 import simplejpeg
 from av.container import InputContainer
+from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 JPEG_QUALITY = 90
 TIME_TOLERANCE_S = 1e-3
 """Durations and time stamps are rounded to their time base; 2.9999 s counts as 3 s."""
+TIMED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+"""Containers whose packets say when their pictures are shown; others say when they are decoded, or nothing."""
+DURATION_TAG = re.compile(r"(\d+):(\d+):(\d+\.?\d*)")
 HTML_MARKS = (b"<!doctype", b"<html", b"<head", b"<?xml")
 
 
@@ -62,18 +70,61 @@ def extract_frames(content: bytes, rule: FrameRule) -> Frames:
     if content[:256].lstrip().lower().startswith(HTML_MARKS):
         raise ClipError("a web page, not a video")
     try:
-        with av.open(io.BytesIO(content), "r") as container:
-            stream = _video_stream(container)
-            duration_s, aspect = _duration_s(container, stream), _pixel_aspect(stream) if rule.square_pixels else 1.0
-            shown = [_square(frame, rule.frame_px, aspect) for frame in _frames_at(container, stream, rule.times_s(duration_s))]
-            return Frames(np.stack(shown), duration_s)
+        try:
+            return _extract(content, rule, _selected)
+        except (_UnsureError, av.error.FFmpegError):
+            return _extract(content, rule, _in_order)
     except av.error.FFmpegError as error:
         raise ClipError(f"not a readable video: {error.strerror}") from error
+
+
+def decode_in_order(content: bytes, rule: FrameRule) -> Frames:
+    """As `extract_frames`, but every picture is decoded, up to the last one shown: the reference for it."""
+    return _extract(content, rule, _in_order)
 
 
 def encode_jpeg(frame: np.ndarray) -> bytes:
     """A frame, uint8 [H, W, 3], as JPEG (quality 90, 4:2:0)."""
     return simplejpeg.encode_jpeg(np.ascontiguousarray(frame), quality=JPEG_QUALITY, colorspace="RGB", colorsubsampling="420")
+
+
+class _UnsureError(Exception):
+    """The packets did not give what they promised."""
+
+
+class _Packet(NamedTuple):
+    """What a packet says about its picture."""
+
+    pts: int | None
+    duration: int
+    is_key: bool
+    is_shown: bool
+    """False for pictures that a container's edit list cuts off."""
+
+
+class _Picture(Protocol):
+    """A decoded picture, or the packet that it is in."""
+
+    @property
+    def pts(self) -> int | None: ...
+    @property
+    def duration(self) -> int | None: ...
+
+
+P = TypeVar("P", bound=_Picture)
+
+
+Choose = Callable[[InputContainer, VideoStream, list[_Packet], list[float]], Iterator[VideoFrame]]
+
+
+def _extract(content: bytes, rule: FrameRule, choose: Choose) -> Frames:
+    with av.open(io.BytesIO(content), "r") as container:
+        stream = _video_stream(container)
+        packets = [_of(packet) for packet in container.demux(stream) if packet.size]
+        duration_s, aspect = _duration_s(container, stream, packets), _pixel_aspect(stream) if rule.square_pixels else 1.0
+        container.seek(0)
+        shown = [_square(frame, rule.frame_px, aspect) for frame in choose(container, stream, packets, rule.times_s(duration_s))]
+        return Frames(np.stack(shown), duration_s)
 
 
 def _video_stream(container: InputContainer) -> VideoStream:
@@ -84,43 +135,108 @@ def _video_stream(container: InputContainer) -> VideoStream:
     return stream
 
 
-def _duration_s(container: InputContainer, stream: VideoStream) -> float:
-    """Length of the video stream; where the file does not say, the packets are counted."""
+def _duration_s(container: InputContainer, stream: VideoStream, packets: list[_Packet]) -> float:
+    """Length of the video stream: as the file says, or where it does not, up to the end of its packets."""
     assert stream.time_base is not None
     if stream.duration:
         return float(stream.duration * stream.time_base)
-    ends = [packet.pts + (packet.duration or 0) for packet in container.demux(stream) if packet.pts is not None]
+    if tag := DURATION_TAG.fullmatch(stream.metadata.get("DURATION", "")):  # Matroska's
+        return sum(float(value) * unit for value, unit in zip(tag.groups(), (3600, 60, 1), strict=True))
+    if len(container.streams) == 1 and container.duration:
+        return container.duration / av.time_base
+    ends = [packet.pts + packet.duration for packet in packets if packet.pts is not None]
     if not ends:
         raise ClipError("the video stream is empty")
-    container.seek(0)
     return float((max(ends) - (stream.start_time or 0)) * stream.time_base)
 
 
-def _frames_at(container: InputContainer, stream: VideoStream, times_s: list[float]) -> Iterator[VideoFrame]:
-    """The frames shown at ascending times: each the last that starts no later."""
+def _in_order(container: InputContainer, stream: VideoStream, packets: list[_Packet], times_s: list[float]) -> Iterator[VideoFrame]:
+    """The frames shown at ascending times, all pictures being decoded."""
     assert stream.time_base is not None
+    for frame, time_s in _shown(container.decode(stream), stream.time_base, times_s):
+        yield _intact(frame, time_s)
+
+
+def _selected(container: InputContainer, stream: VideoStream, packets: list[_Packet], times_s: list[float]) -> Iterator[VideoFrame]:
+    """The same frames, pictures that are not needed being left out. Raises _UnsureError where one does not come as its packet says."""
+    assert stream.time_base is not None
+    if container.format.name not in TIMED_FORMATS or any(packet.pts is None for packet in packets):
+        raise _UnsureError
+    in_order = sorted((packet for packet in packets if packet.is_shown), key=lambda packet: packet.pts or 0)
+    complete = 0 < stream.frames <= len(packets)
+    chosen = [(packet.pts, time_s) for packet, time_s in _shown(in_order, stream.time_base, times_s, complete=complete)]
+    waiting = list(reversed(chosen))
+    for frame in _decoded(container, stream, packets, {pts for pts, _ in chosen}):
+        while waiting and frame.pts == waiting[-1][0]:
+            if frame.is_corrupt:
+                raise _UnsureError
+            waiting.pop()
+            yield frame
+    if waiting:
+        raise _UnsureError
+
+
+def _decoded(container: InputContainer, stream: VideoStream, packets: list[_Packet], wanted: set[int | None]) -> Iterator[VideoFrame]:
+    """The wanted pictures and those that they need. Of these, no other one refers to those that are skipped as not referred to."""
+    codec, needed, last = stream.codec_context, _needed(packets, wanted), -1
+    for number, packet in enumerate(packet for packet in container.demux(stream) if packet.size):
+        if number >= len(packets) or packet.pts != packets[number].pts:
+            raise _UnsureError
+        if number not in needed:
+            continue
+        if number != last + 1:
+            yield from codec.decode(None)
+            codec.flush_buffers()
+        codec.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+        yield from codec.decode(packet)
+        last = number
+    yield from codec.decode(None)
+
+
+def _needed(packets: list[_Packet], wanted: set[int | None]) -> set[int]:
+    """Numbers of the packets that have to be decoded: from the key frame before each wanted picture on, up to it."""
+    needed: set[int] = set()
+    keys: list[int] = []
+    for number, packet in enumerate(packets):
+        if packet.is_key:
+            keys.append(number)
+        if packet.pts in wanted:
+            # pictures that come after a key frame in the file, but are shown before it, refer to the one before
+            start = next((key for key in reversed(keys) if (packets[key].pts or 0) <= (packet.pts or 0)), 0)
+            needed.update(range(start, number + 1))
+    return needed
+
+
+def _of(packet: Packet) -> _Packet:
+    return _Packet(packet.pts, packet.duration or 0, packet.is_keyframe, not packet.is_discard)
+
+
+def _shown(pictures: Iterable[P], time_base: Fraction, times_s: list[float], *, complete: bool = False) -> Iterator[tuple[P, float]]:
+    """The picture that is shown at each of the ascending times: the last that starts no later. `pictures` are in order of time.
+
+    A picture's own duration counts for nothing but the end: in a file with reordered pictures it is that of another one. `complete`: no
+    picture is missing, so the last one stays to the end.
+    """
     remaining = list(reversed(times_s))
     origin: int | None = None
-    shown: VideoFrame | None = None
+    shown: P | None = None
     end_s = 0.0
-    for frame in container.decode(stream):
-        if frame.pts is None:
+    for picture in pictures:
+        if picture.pts is None:
             continue
-        origin = frame.pts if origin is None else origin
-        start_s = float((frame.pts - origin) * stream.time_base)
+        origin = picture.pts if origin is None else origin
+        start_s = float((picture.pts - origin) * time_base)
         while remaining and shown is not None and remaining[-1] < start_s - TIME_TOLERANCE_S:
-            yield _intact(shown, remaining.pop())
-        shown, end_s = frame, start_s + float((frame.duration or 0) * stream.time_base)
-        while remaining and remaining[-1] < end_s - TIME_TOLERANCE_S:
-            yield _intact(shown, remaining.pop())
+            yield shown, remaining.pop()
         if not remaining:
             return
+        shown, end_s = picture, max(end_s, start_s + float((picture.duration or 0) * time_base))
     if shown is None:
         raise ClipError("no frame could be decoded")
     while remaining:
-        if remaining[-1] > end_s + TIME_TOLERANCE_S:
+        if not complete and remaining[-1] > end_s + TIME_TOLERANCE_S:
             raise ClipError(f"the video breaks off at {end_s:.1f} s")
-        yield _intact(shown, remaining.pop())
+        yield shown, remaining.pop()
 
 
 def _intact(frame: VideoFrame, time_s: float) -> VideoFrame:

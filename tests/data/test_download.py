@@ -45,7 +45,15 @@ def clips(tmp_path_factory):
 def job(output, table, *, media=None, **changes):
     source = {"name": "videos", "files": [table], "media": media}
     return DownloadJob.model_validate(
-        {"output": output, "source": source, "video2dataset_python": PYTHON, "frame_px": gaze.FRAME_PX, "timeout_s": 10, **changes}
+        {
+            "output": output,
+            "source": source,
+            "video2dataset_python": PYTHON,
+            "frame_px": gaze.FRAME_PX,
+            "timeout_s": 10,
+            "retries": 0,
+            **changes,
+        }
     )
 
 

@@ -1,7 +1,12 @@
+import csv
 import hashlib
 import io
 import json
+import subprocess
+import sys
 import tarfile
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +19,8 @@ from PIL import Image
 
 from fvlm_core.data import gaze
 from fvlm_core.data.frames import encode_jpeg
-from fvlm_core.data.jobs import INDEX_FILE, DownloadManifest, ShardJob, ShardManifest, Source
+from fvlm_core.data.jobs import INDEX_FILE, LEFT_OUT_FILE, VALIDATION_FILE, DownloadManifest, ShardJob, ShardManifest, Source
+from fvlm_core.data.plan import DUPLICATE, NOT_FROZEN, Plan
 from fvlm_core.data.raw_shards import CONTENT, write_contents
 from fvlm_core.data.shard_files import ShardSample, write_shards
 from fvlm_core.data.shard_set import ShardSet
@@ -196,6 +202,125 @@ def test_training_clip_with_a_validation_clips_frames_is_left_out(tmp_path):
     assert manifest.counts["leaks"] == 1
     assert [(clip.url, clip.reason) for clip in manifest.bad] == [("copy.mp4", "its frames are in validation")]
     assert manifest.counts["samples"] == 2
+
+
+def test_duplicates_are_left_out_and_counted(tmp_path):
+    """Equal frames and texts under whatever address, in one download or two; equal frames with another caption stay."""
+    same = {"grey": 7, "caption": "the same"}
+    one = raw_download(tmp_path / "one", [{**same}, {**same, "origin": "copy.mp4"}, {"grey": 7, "caption": "another"}, {}])
+    two = raw_download(tmp_path / "two", [{**same, "origin": "mirror.mp4"}, {"source": "other", **same}])
+    manifest = make_shards(job(tmp_path, one, two))
+    assert manifest.counts["duplicates"] == 2
+    assert [(loss.source, loss.reason, loss.samples) for loss in manifest.lost] == [("videos", DUPLICATE, 2)]
+    assert [clip.url for clip in manifest.bad] == ["copy.mp4", "mirror.mp4"]
+    assert manifest.counts["samples"] == 4
+    with (tmp_path / "shards" / LEFT_OUT_FILE).open() as stream:
+        assert [row["origin"] for row in csv.DictReader(stream)] == ["copy.mp4", "mirror.mp4"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.sampled_from(["", "train", "val"])), min_size=2, max_size=60), st.floats(0, 1), st.data())
+def test_no_content_is_in_both_splits_whatever_is_added(rows, share, data):
+    """Every sample is in one split or listed as left out; what is added later moves none but the one that stood in for an empty split."""
+
+    def planned(rows, folder, most=None):
+        with Plan(Path(folder) / "plan.sqlite", new=True) as plan:
+            plan.add_texts(("talk", split, None, [{"question": str(number), "answer": "."}]) for number, split in rows)
+            plan.decide(lambda source: share, val_samples=most, validation=None)
+            kept = {one.origin: one.split for one in plan.read(1, len(rows))}
+            assert len(kept) + len(list(plan.lost())) == len(rows)
+            assert sum(group.samples for group in plan.groups()) == len(kept)
+            return kept
+
+    with tempfile.TemporaryDirectory() as folder:
+        before = planned(rows, folder)
+        assert len(before) == len({number for number, _ in rows}), "one of each content"
+        undecided = {number for number, _ in rows} - {number for number, split in rows if split}
+        if len(undecided) > 1 and share > 0:
+            assert "val" in before.values()
+        after = planned([*rows, *data.draw(st.lists(st.tuples(st.integers(61, 80), st.just("")), max_size=5))], folder)
+        assert sum(before[origin] != after[origin] for origin in before) <= 1
+        held = planned(rows, folder, most=3)
+        given_val = len({number for number, split in rows if split == "val"})
+        assert list(held.values()).count("val") <= max(3, given_val) + 1
+
+
+def test_a_frozen_validation_set_stays_when_data_comes_and_goes(tmp_path):
+    rows = [{} for _ in range(40)]
+    first = make_shards(job(tmp_path, raw_download(tmp_path / "some", rows), val_share=0.2))
+    frozen = tmp_path / "frozen.csv"
+    frozen.write_bytes((tmp_path / "shards" / VALIDATION_FILE).read_bytes())
+    held_out = len(frozen.read_text().splitlines()) - 1
+    assert 1 < held_out < 30
+
+    more = raw_download(tmp_path / "more", [*({} for _ in range(80)), {"split": "val", "grey": 200}, {"split": "train", "grey": 201}])
+    grown = make_shards(job(tmp_path, more, val_share=0.2))
+    assert grown.validation_digest != first.validation_digest
+    held = make_shards(job(tmp_path, more, val_share=0.2, validation=frozen))
+    assert held.validation_digest == first.validation_digest
+    assert held.counts["samples"] == 81
+    assert [loss.reason for loss in held.lost] == [NOT_FROZEN]
+    assert sum(source.samples for source in held.sources if source.split == "val") == held_out
+
+    with pytest.raises(UserError, match=rf"\d+ of the {held_out} samples of the frozen validation set are missing"):
+        make_shards(job(tmp_path, raw_download(tmp_path / "fewer", [{} for _ in range(4)]), validation=frozen))
+    frozen.write_text("no,such,columns\n1,2,3\n")
+    with pytest.raises(UserError, match="not a frozen validation set"):
+        make_shards(job(tmp_path, more, validation=frozen))
+
+
+def test_two_processes_write_the_same_bytes_as_one(tmp_path):
+    download = raw_download(tmp_path / "download", [{"duration_s": float(number % 9)} for number in range(60)])
+    digests = [
+        make_shards(job(tmp_path / str(processes), download, samples_per_shard=7, processes=processes)).digest for processes in (1, 2)
+    ]
+    assert digests[0] == digests[1]
+    one, two = (files_of(tmp_path / name / "shards") for name in ("1", "2"))
+    assert {name for name in one if one[name] != two[name]} <= {"manifest.json", "progress.json"}
+    assert one.keys() == two.keys()
+
+
+def test_killed_shards_go_on_with_those_that_are_missing(tmp_path):
+    """Killed while it writes: the bytes of one that was never stopped, and finished tars are not written again."""
+    rows = [{} for _ in range(120)]
+    download = raw_download(tmp_path / "download", rows)
+    whole = make_shards(job(tmp_path / "whole", download, samples_per_shard=4))
+    settings = job(tmp_path / "killed", download, samples_per_shard=4)
+    settings.to_yaml(tmp_path / "job.yaml")
+    command = [sys.executable, "-c", SLOW_SHARDS, str(tmp_path / "job.yaml")]
+    process = subprocess.Popen(command)
+    shards = tmp_path / "killed" / "shards"
+    _wait(lambda: len(list(shards.glob("*/*.tar"))) >= 3)
+    process.kill()
+    process.wait()
+    assert not (shards / "manifest.json").exists()
+    known = {f"{path.parent.name}/{path.stem}" for path in (shards / "work").glob("*/*.parquet")}
+    assert 2 <= len(known) < 30
+    written = {shards / name: (shards / name).stat().st_mtime_ns for name in known}
+    made = make_shards(settings)
+    assert made.digest == whole.digest
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert not (shards / "work").exists()
+    assert not list(shards.rglob("*.part"))
+
+
+SLOW_SHARDS = """
+import sys, time
+from fvlm_core.data import shards
+write = shards._write_one
+def slowly(job, task):
+    time.sleep(0.2)
+    return write(job, task)
+shards._write_one = slowly
+shards.run_job(shards.ShardJob, shards.make_shards)
+"""
+"""The job with a pause before every shard, so that a kill can land between two."""
+
+
+def _wait(condition, *, limit_s=60):
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
 
 
 def test_one_video_with_two_captions_is_two_samples_of_one_split(tmp_path):

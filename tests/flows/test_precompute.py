@@ -1,6 +1,9 @@
 """Sources of a profile through the real jobs: recorded, fetched by video2dataset, made into shards."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +118,67 @@ def test_keys_follow_the_source_and_nothing_of_where_it_is(folder: Path, tmp_pat
     assert first.job_settings(tmp_path / "a")["record"].startswith(str(tmp_path / "a" / "sources" / "web-"))
     assert step(tmp_path / "a", limit=2).folder != first.folder
     assert step(tmp_path / "a", val_share=0.5).folder == first.folder, "splits are the shards' business"
+
+
+def part_steps(config: PipelineConfig, volume: Path) -> dict[str, Step]:
+    PRECOMPUTE.prepare(config, volume)
+    return {one.name: one for one in PRECOMPUTE.steps(config, Before(volume, {}, {}, {})) if one.name.startswith("download-web")}
+
+
+def test_parts_are_steps_of_their_own_and_stay_when_rows_are_added(folder: Path, tmp_path: Path) -> None:
+    table = tmp_path / "some.csv"
+    clips = sorted((folder / "clips").glob("*.mp4"))
+    rows = pd.DataFrame({"url": [str(path) for path in clips], "caption": [f"clip {n}" for n in range(len(clips))]})
+
+    def steps(rows: pd.DataFrame, **source: Any) -> dict[str, str]:
+        rows.to_csv(table, index=False)
+        config = profile(folder, {"name": "web", "files": [str(table)], **source}, download={"part_samples": 4})
+        return {name: step.folder for name, step in part_steps(config, tmp_path).items()}
+
+    first = steps(rows[:9])
+    assert list(first) == [f"download-web-{number:05d}" for number in range(3)]
+    grown = steps(rows)
+    assert [grown[name] == first[name] for name in first] == [True, True, False]
+    assert list(steps(rows, limit=8).items()) == list(first.items())[:2], "a limit only leaves parts out"
+    changed = rows.assign(caption=[*rows["caption"][:5], "another", *rows["caption"][6:]])
+    assert [folder == grown[name] for name, folder in steps(changed).items()] == [True, False, True]
+
+
+RUN = """
+import sys
+from pathlib import Path
+from flows.precompute import PRECOMPUTE
+from tasks.config import PipelineConfig
+from tasks.direct import run_directly
+run_directly([PRECOMPUTE], PipelineConfig.from_yaml(Path(sys.argv[1])), Path(sys.argv[2]))
+"""
+
+
+@needs_video2dataset
+def test_after_a_kill_only_the_unfinished_part_is_made_again(folder: Path, tmp_path: Path) -> None:
+    clips = [str(path) for path in sorted((folder / "clips").glob("*.mp4"))[:6]]
+    pd.DataFrame({"url": clips, "caption": [f"clip {n}" for n in range(6)]}).to_csv(tmp_path / "some.csv", index=False)
+    one_at_a_time = {"machine": TESTS.machine.model_dump(mode="json") | {"parallel_jobs": 1}}
+    source = {"name": "web", "files": [str(tmp_path / "some.csv")]}
+    config = profile(folder, source, clips={"sources": {}}, download={"part_samples": 3})
+    config = PipelineConfig.from_values(config.model_dump(mode="json") | one_at_a_time, where="test")
+    config.to_yaml(tmp_path / "profile.yaml")
+    volume = tmp_path / "volume"
+    first, second = (volume / step.folder / "manifest.json" for step in part_steps(config, volume).values())
+    process = subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path / "profile.yaml"), str(volume)])
+    deadline = time.monotonic() + 100
+    while not first.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert not second.exists()
+    made = first.stat().st_mtime_ns
+    steps = run_directly([PRECOMPUTE], config, volume)["precompute"]
+    assert first.stat().st_mtime_ns == made
+    assert second.exists()
+    shards = ShardSet(volume / steps[SHARDS].folder)
+    assert sorted(shards.record(int(row))["caption"] for split in SPLITS for row in shards.rows(split, "web").index) == [
+        f"clip {n}" for n in range(6)
+    ]
