@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from matplotlib.image import imsave
 
-from fvlm_core.data.jobs import BadClip
+from fvlm_core.data.jobs import BadClip, Loss
 from fvlm_core.eval.estimates import Estimate
 from fvlm_core.eval.parts.captions import CaptionResult
 from fvlm_core.eval.parts.gaze import GazeResult
@@ -206,8 +206,9 @@ def test_report_json_is_the_same_report(evidence, figures):
 
 
 def test_bad_clips_are_listed_up_to_a_limit(evidence, figures):
-    bad = [BadClip(url=f"u{number}", reason="r") for number in range(12)]
-    text = data.section(replace(evidence, shards=evidence.shards.model_copy(update={"bad": bad})), figures).markdown()
+    bad, lost = [BadClip(url=f"u{number}", reason="r") for number in range(12)], [Loss(source="clips", reason="r", samples=12)]
+    text = data.section(replace(evidence, shards=evidence.shards.model_copy(update={"bad": bad, "lost": lost})), figures).markdown()
+    assert "| clips | r | 12 |" in text
     assert "* u9: r\n* and 2 more" in text
     assert "u10" not in text
 
