@@ -106,7 +106,9 @@ def _check_videos(source: Source, record: Record, max_bad_share: float) -> None:
 
 
 def _dead(url: str) -> str | None:
-    """Why the address gives nothing, or None where it answers."""
+    """Why the address gives nothing, or None where it answers; of an object store, which needs credentials, nothing is asked here."""
+    if not url.lower().startswith("http"):
+        return None
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "fvlm", "Range": "bytes=0-0"})
         with urllib.request.urlopen(request, timeout=PROBE_TIMEOUT_S):

@@ -31,7 +31,9 @@ def steps(config: PipelineConfig, before: Before) -> list[Step]:
         made.append(clips)
         downloads.append(_download_clips(config, clips))
     made += [_vision(config)] if settings.vision else []
-    return [*made, *downloads, _shards(config, downloads, volume)]
+    shards = _shards(config, downloads, volume)
+    made += [_publish(settings.publish, shards)] if settings.publish else []
+    return [*made, *downloads, shards]
 
 
 def decide(config: PipelineConfig, results: Results) -> Changes:
@@ -121,6 +123,11 @@ def _shards(config: PipelineConfig, downloads: list[Step], volume: Path) -> Step
     if frozen := settings.shards.validation:
         inputs["validation"] = Outside(frozen, sha256_file(frozen) if frozen.is_file() else "")
     return Step.of(SHARDS, "fvlm_core.data.shards", settings.shards, inputs=inputs, val_shares=val_shares)
+
+
+def _publish(to: str, shards: Step) -> Step:
+    """Copies the shards into an object store."""
+    return Step("publish", "fvlm_core.data.publish", {"to": to}, {"shards": shards})
 
 
 def _record(source: Source, volume: Path) -> Outside:

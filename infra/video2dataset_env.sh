@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Makes the environment that video2dataset runs in (.venv-video2dataset, or the folder given). Quick when it is done.
-# FVLM_PYTHON names another Python 3.11 or newer.
+# --spark adds what it needs on a Spark cluster. FVLM_PYTHON names another Python 3.11 or newer.
 set -euo pipefail
+spark=
+[ "${1:-}" = --spark ] && spark=yes && shift
 root=$(cd "$(dirname "$0")/.." && pwd)
 folder=${1:-$root/.venv-video2dataset}
 python=${FVLM_PYTHON:-python3}
@@ -14,15 +16,20 @@ fail() {
     exit 2
 }
 
+pip() { "$folder/bin/python" -m pip --quiet --disable-pip-version-check "$@"; }
+add_spark() {
+    [ -z "$spark" ] || pip install -r "$root/requirements-video2dataset-spark.txt" ||
+        fail "pyspark cannot be installed" "see pip's message above; is a package index reachable?"
+}
+
 # Whole when its stamp names this script, this lock and this checkout; the stamp is written last.
 stamp=$folder/.fvlm-stamp
 wanted=$( (cat "$root/requirements-video2dataset.lock" "$root/infra/video2dataset_env.sh" && echo "$root") | sha256sum)
-[ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && exit 0
+[ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && add_spark && exit 0
 
 echo "setting up video2dataset's environment (about half a minute)"
 [ -x "$folder/bin/python" ] || "$python" -m venv "$folder" ||
     fail "the environment cannot be made" "install the venv module (Debian: apt-get install python3-venv)"
-pip() { "$folder/bin/python" -m pip --quiet --disable-pip-version-check "$@"; }
 pip install -r "$root/requirements-video2dataset.lock" ||
     fail "video2dataset's packages cannot be installed" "see pip's message above; is a package index reachable?"
 pip install --no-deps "$release" ||
@@ -34,3 +41,4 @@ printf '%s\nimport fvlm_core.data.video2dataset_stubs\n' "$root" >"$site/fvlm.pt
 "$folder/bin/python" -c 'import fvlm_core.data.video2dataset_plugin' ||
     fail "video2dataset does not start" "delete the folder and run $0 again"
 echo "$wanted" >"$stamp"
+add_spark

@@ -22,7 +22,7 @@ from fvlm_core.config import (
     RunSettings,
     SourceShares,
 )
-from fvlm_core.data.jobs import ClipSettings, DownloadSettings, ShardSettings, Source
+from fvlm_core.data.jobs import ClipSettings, DownloadSettings, ShardSettings, Source, StoreAddress
 from fvlm_core.dotted import UnknownPathError, flatten, with_changes
 from fvlm_core.eval.jobs import EvalSettings
 from fvlm_core.release.jobs import ReleaseSettings
@@ -203,6 +203,8 @@ class Precompute(Settings):
     """Data of one's own and published datasets: videos, images and chats."""
     download: DownloadSettings
     shards: ShardSettings
+    publish: StoreAddress | None = None
+    """Copy the shards into an object store too, e.g. `s3://bucket/fvlm/shards`; credentials and AWS_ENDPOINT_URL from the environment."""
     vision: VisionTrainingSettings | None = None
     """Train a vision encoder of `model.vision.shape` on rendered digits, as a stand-in for DINOv2 where no hub is reached."""
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 from fvlm_core.data.arrow import pc
 
 FILE = "file"
-REMOTE = ("http", "https")
+REMOTE = ("http", "https", "s3")
 SCHEME = r"^(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://"
 
 
@@ -21,7 +21,7 @@ class AddressError(ValueError):
 
 
 def local_paths(urls: pa.Array, folder: Path) -> pa.Array:
-    """The file that each url (string) means; null for an address of the web, and for none.
+    """The file that each url (string) means; null for an address of the web or of an object store, and for none.
 
     A path without a scheme is a file, a relative one starts at `folder`; `file:///...` is percent-encoded. Schemes are
     case-insensitive. Raises AddressError for every other scheme.

@@ -1,9 +1,9 @@
 """Lets video2dataset fetch rows of a record, in rounds: all of them, then once more those that failed for a passing reason; and, where
 too many failed, every one that did when the job is run again.
 
-video2dataset runs in an environment of its own, as a child process, with our plug-in (`video2dataset_plugin`). Local files are
-served to it over HTTP. It works in shards; a shard is done when its statistics are written, so a killed download goes on where it was.
-A round has a folder of its own, `raw/ROUND/`, and nothing that was fetched is fetched again.
+video2dataset runs in an environment of its own, as a child process, with our plug-in (`video2dataset_plugin`), on the processes of this
+machine or on a Spark cluster. It works in shards; a shard is done when its statistics are written, so a killed download goes on where it
+was. A round has a folder of its own, `raw/ROUND/`, and nothing that was fetched is fetched again.
 """
 
 import json
@@ -25,8 +25,7 @@ from fvlm_core.data.jobs import DownloadJob
 from fvlm_core.data.losses import passes
 from fvlm_core.data.parts import Part, read_part
 from fvlm_core.data.raw_shards import RAW, read_outcomes
-from fvlm_core.data.rows import COLUMNS, DOWNLOAD_SCHEMA
-from fvlm_core.data.serve import FileServer
+from fvlm_core.data.rows import COLUMNS, DOWNLOAD_SCHEMA, LOCAL
 from fvlm_core.data.sources.record import PATH
 from fvlm_core.manifest import write_atomically
 from fvlm_core.progress import Progress
@@ -94,10 +93,8 @@ def fetch(job: DownloadJob, part: Part, folder: Path, wanted: Iterable[int], *, 
 
 
 def environment() -> dict[str, str]:
-    """The child imports this very package, and never asks a proxy for a local file."""
-    ours = str(Path(fvlm_core.__file__).parents[1])
-    direct = ",".join(filter(None, [os.environ.get("NO_PROXY", os.environ.get("no_proxy", "")), "127.0.0.1"]))
-    return os.environ | {"PYTHONPATH": ours, "NO_PROXY": direct, "no_proxy": direct}
+    """The child imports this very package."""
+    return os.environ | {"PYTHONPATH": str(Path(fvlm_core.__file__).parents[1])}
 
 
 def _rows(failed: dict[int, str], *, passing: bool) -> list[int]:
@@ -142,38 +139,28 @@ def _finished(raw: Path) -> int:
 
 
 def _fetch_round(job: DownloadJob, part: Part, folder: Path, raw: Path, planned: Round, rows: np.ndarray) -> None:
-    """Serve the local files among the rows and let video2dataset make the shards that are not there yet.
+    """Let video2dataset make the shards that are not there yet.
 
     Raises RuntimeError if it leaves any undone.
     """
     temporary = job.output / "tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    paths = pa.chunked_array([batch.column(PATH) for _, batch in read_part(folder, part, [PATH])], pa.string())
-
-    def find(path: str) -> Path | None:
-        number = path.removeprefix("/")
-        place = int(number) - part.first if number.isdecimal() else -1
-        found = paths[place].as_py() if 0 <= place < len(paths) else None
-        return None if found is None else Path(found)
-
-    with FileServer(find) as server:
-        _write_input(folder, part, temporary / "input.parquet", rows, server.url)
-        settings: dict[str, Any] = {
-            "table": str(temporary / "input.parquet"),
-            "output": str(raw),
-            "temporary": str(temporary),
-            "served": f"{server.url}/",
-            "rule": {"frame_px": job.frame_px, "fps": job.fps, "max_frames": job.max_frames, "square_pixels": job.square_pixels},
-            "max_bytes": job.max_video_mb * 10**6,
-            "timeout_s": job.timeout_s,
-            "samples_per_shard": planned.samples_per_shard,
-            "processes": job.processes,
-            "threads": job.threads,
-            "spark_master": job.spark_master,
-        }
-        (temporary / "settings.json").write_text(json.dumps(settings))
-        status = _run(job, [str(job.video2dataset_python), "-m", PLUGIN, str(temporary / "settings.json")], raw, planned)
+    _write_input(folder, part, temporary / "input.parquet", rows)
+    settings: dict[str, Any] = {
+        "table": str(temporary / "input.parquet"),
+        "output": str(raw),
+        "temporary": str(temporary),
+        "rule": {"frame_px": job.frame_px, "fps": job.fps, "max_frames": job.max_frames, "square_pixels": job.square_pixels},
+        "max_bytes": job.max_video_mb * 10**6,
+        "timeout_s": job.timeout_s,
+        "samples_per_shard": planned.samples_per_shard,
+        "processes": job.processes,
+        "threads": job.threads,
+        "spark_master": job.spark_master,
+    }
+    (temporary / "settings.json").write_text(json.dumps(settings))
+    status = _run(job, [str(job.video2dataset_python), "-m", PLUGIN, str(temporary / "settings.json")], raw, planned)
     if status or _finished(raw) < planned.shards:
         undone = planned.shards - _finished(raw)
         tail = "\n".join((job.output / LOG).read_text(errors="replace").splitlines()[-LOG_LINES:])
@@ -181,16 +168,16 @@ def _fetch_round(job: DownloadJob, part: Part, folder: Path, raw: Path, planned:
     shutil.rmtree(temporary)
 
 
-def _write_input(folder: Path, part: Part, path: Path, rows: np.ndarray, served: str) -> None:
-    """The chosen rows of the record as video2dataset reads them: local files by their address on the server."""
+def _write_input(folder: Path, part: Part, path: Path, rows: np.ndarray) -> None:
+    """The chosen rows of the record as video2dataset reads them: local files by their path."""
     with pq.ParquetWriter(path, DOWNLOAD_SCHEMA) as writer:
         for first, batch in read_part(folder, part, [*COLUMNS, PATH]):
             numbers = pa.array(np.arange(first, first + batch.num_rows))
             chosen = pc.is_in(numbers, pa.array(rows))
             batch, numbers = batch.filter(chosen), numbers.filter(chosen)
             urls = batch.column("url")
-            addresses = pc.binary_join_element_wise(f"{served}/", numbers.cast(pa.string()), "")
-            fetched = pc.if_else(pc.is_valid(batch.column(PATH)), addresses, urls)
+            paths = batch.column(PATH)
+            fetched = pc.if_else(pc.is_valid(paths), pc.binary_join_element_wise(LOCAL, paths, ""), urls)
             others = [batch.column(name) for name in COLUMNS[1:]]
             writer.write_batch(pa.RecordBatch.from_arrays([numbers, urls, fetched, *others], schema=DOWNLOAD_SCHEMA))
 

@@ -22,6 +22,10 @@ SMALLEST_VOCABULARY = 259
 """All bytes and the chat format's three special tokens."""
 
 
+StoreAddress = Annotated[str, Field(pattern=r"^s3://[^/]+(/[^/]+)*$")]
+"""A bucket and a prefix: `s3://bucket/fvlm/shards`."""
+
+
 def _known_format(name: str) -> str:
     if name not in ADAPTERS:
         raise ValueError(f"no such format; there are: {', '.join(sorted(ADAPTERS))}")
@@ -296,3 +300,13 @@ class ShardManifest(Manifest):
     def names(self, split: Split) -> list[str]:
         """The sources that have samples in a split."""
         return sorted({source.name for source in self.sources if source.split == split})
+
+
+class PublishJob(Settings):
+    """Copies a folder of shards into an object store."""
+
+    output: Path
+    """For the manifest of what was copied."""
+    shards: Path
+    """Folder of a ShardManifest."""
+    to: StoreAddress

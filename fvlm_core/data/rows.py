@@ -45,6 +45,10 @@ JSON_COLUMNS = ("conversations", "probes", "extra")
 
 ROW, ORIGIN = "row", "origin"
 """Of a download: the row's number in the record of its source, and the address as its source gives it."""
+LOCAL = "file://"
+"""Before the path of a file, as it stands, in the column `url` of what is given to video2dataset."""
+STORES = ("s3://",)
+"""How addresses of object stores begin."""
 DOWNLOAD_SCHEMA = pa.schema([(ROW, pa.int64()), (ORIGIN, pa.string()), *SCHEMA])
 """What is given to video2dataset; `url` is where it fetches, `origin` what stands in the source."""
 CARRIED = [name for name in DOWNLOAD_SCHEMA.names if name not in REQUIRED]

@@ -9,10 +9,13 @@ incremental restart and statistics stay video2dataset's own.
 
 import io
 import json
+import os
 import re
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
+from contextlib import nullcontext
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -21,11 +24,12 @@ from urllib.parse import urlsplit
 import requests
 import video2dataset  # pyright: ignore[reportMissingImports] -- as all of that environment
 import yt_dlp.utils  # pyright: ignore[reportMissingModuleSource]
+from pyarrow.fs import FileSystem
 from video2dataset.workers import download_worker  # pyright: ignore[reportMissingImports]
 
 from fvlm_core.data.frames import HTML_MARKS, ClipError, FrameRule, encode_jpeg, extract_frames
 from fvlm_core.data.parent import end_with_parent
-from fvlm_core.data.rows import CARRIED
+from fvlm_core.data.rows import CARRIED, LOCAL, STORES
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".avi", ".mkv", ".m4v")
 """Of addresses that are files whatever they answer; behind others there may be a page that yt-dlp knows."""
@@ -58,16 +62,15 @@ class PageError(ClipError):
 
 
 class Reader:
-    """Fetches one video: whatever the address answers if that is a video, else what yt-dlp finds there."""
+    """Fetches one video: a file, an object of a store, whatever an address of the web answers if that is a video, else what yt-dlp finds
+    there."""
 
-    served = ""
-    """URLs that start so are files, whatever their names."""
     max_bytes = 0
     """Size above which a video is left out."""
 
     def __init__(self, encode_formats: dict[str, str], tmp_dir: str, reading_config: dict[str, Any]) -> None:
         self.timeout_s, self.temporary = reading_config["timeout"], tmp_dir
-        self.served, self.max_bytes = Reader.served, Reader.max_bytes
+        self.max_bytes = Reader.max_bytes
 
     def __call__(self, row: tuple[int, str]) -> tuple[int, dict[str, bytes], dict[str, Any] | None, str | None]:
         """(number, url) -> number, streams, metadata, error."""
@@ -80,15 +83,30 @@ class Reader:
             return number, {}, None, f"{type(error).__name__}: {error}"[:REASON_CHARACTERS]
 
     def _read(self, url: str) -> bytes:
+        if url.startswith(LOCAL):
+            return self._open(open, url.removeprefix(LOCAL), "rb")
+        if url.lower().startswith(STORES):
+            store, path = FileSystem.from_uri(url)
+            return self._open(store.open_input_stream, path)
         try:
             return self._fetch(url)
         except PageError as error:
-            if url.startswith(self.served) or urlsplit(url).path.lower().endswith(VIDEO_SUFFIXES):
+            if urlsplit(url).path.lower().endswith(VIDEO_SUFFIXES):
                 raise
             try:
                 return self._extract(url)
             except ClipError as second:
                 raise ClipError(f"{error}; {second}") from second
+
+    def _open(self, open_it: Callable[..., Any], *place: str) -> bytes:
+        """The content of a file or of a store's object."""
+        try:
+            with open_it(*place) as stream:
+                content = stream.read(self.max_bytes + 1)
+        except FileNotFoundError as error:
+            raise ClipError("file not found") from error
+        self._require_size(len(content))
+        return content
 
     def _fetch(self, url: str) -> bytes:
         """The answer's content. Raises PageError where that is no video."""
@@ -165,8 +183,31 @@ class FrameSubsampler:
 
 
 def main(settings: dict[str, Any]) -> None:
-    """Download `table` (parquet of rows.DOWNLOAD_SCHEMA) into `output`, which holds nothing else."""
-    Reader.served, Reader.max_bytes = settings["served"], settings["max_bytes"]
+    """Download `table` (parquet of rows.DOWNLOAD_SCHEMA) into `output`, which holds nothing else; on Spark where a master is given."""
+    spark = start_spark(settings["spark_master"]) if settings["spark_master"] else nullcontext()
+    with spark:
+        download(settings)
+
+
+def start_spark(master: str) -> Any:
+    """The session that video2dataset's distributor takes: its workers are this environment's Python, with this package."""
+    from pyspark.sql import SparkSession  # pyright: ignore[reportMissingImports] -- only where it is asked for
+
+    os.environ["PYSPARK_PYTHON"] = sys.executable
+    session = SparkSession.builder.master(master).appName("fvlm precompute")
+    settings = {
+        "spark.executorEnv.PYTHONPATH": os.environ["PYTHONPATH"],
+        "spark.ui.enabled": "false",
+        "spark.task.maxFailures": "1",  # what is undone is done when the job runs again, in its own order
+    }
+    for name, value in settings.items():
+        session = session.config(name, value)
+    return session.getOrCreate()
+
+
+def download(settings: dict[str, Any]) -> None:
+    """video2dataset's download stage with our reader and frames."""
+    Reader.max_bytes = settings["max_bytes"]
     download_worker.VideoDataReader = Reader
     download_worker.FrameSubsampler = FrameSubsampler
     video2dataset.video2dataset(
@@ -194,7 +235,7 @@ def main(settings: dict[str, Any]) -> None:
                 "processes_count": settings["processes"],
                 "thread_count": settings["threads"],
                 "subjob_size": 1000,
-                "distributor": "multiprocessing",
+                "distributor": "pyspark" if settings["spark_master"] else "multiprocessing",
             },
         },
     )
@@ -203,4 +244,7 @@ def main(settings: dict[str, Any]) -> None:
 if __name__ in ("__main__", "__mp_main__"):  # the command itself and the children it spawns
     end_with_parent()
 if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))
+    # by its name: Spark sends the classes of a main program by value, which a lock of this one does not allow
+    from fvlm_core.data import video2dataset_plugin
+
+    video2dataset_plugin.main(json.loads(Path(sys.argv[1]).read_text()))

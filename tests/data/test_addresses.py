@@ -36,7 +36,7 @@ def test_what_an_address_means(url: str, path: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["s3://bucket/a.mp4", "S3://bucket/a.mp4", "ftp://host/a.mp4", "data+x://y", "file://host/a.mp4", "file://"]
+    "url", ["gs://bucket/a.mp4", "GS://bucket/a.mp4", "ftp://host/a.mp4", "data+x://y", "file://host/a.mp4", "file://"]
 )
 def test_what_cannot_be_fetched_is_named(url: str) -> None:
     with pytest.raises(AddressError) as caught:

@@ -137,8 +137,8 @@ GOOD = {"url": "a.mp4", "caption": "a"}
         ([GOOD | {"conversations": '[[{"question": "q"}]]'}], "conversations, probes or extra are wrong"),
         ([GOOD | {"probes": "[null, null]"}], "conversations, probes or extra are wrong"),
         ([GOOD | {"extra": "[]"}], "extra must be a JSON object"),
-        ([GOOD, GOOD | {"url": "s3://bucket/a.mp4"}], r"s3:// cannot be fetched: 's3://bucket/a\.mp4' \(row 2\)"),
-        ([GOOD | {"url": "GS://b/a.mp4"}, GOOD | {"url": "s3://b/a.mp4"}], r"gs://, s3:// cannot be fetched: .*row 1.*row 2"),
+        ([GOOD, GOOD | {"url": "az://bucket/a.mp4"}], r"az:// cannot be fetched: 'az://bucket/a\.mp4' \(row 2\)"),
+        ([GOOD | {"url": "GS://b/a.mp4"}, GOOD | {"url": "az://b/a.mp4"}], r"az://, gs:// cannot be fetched: .*row 1.*row 2"),
         ([GOOD | {"url": "file://clips/a.mp4"}], r"must be absolute(.|\n)*row 1"),
     ],
 )

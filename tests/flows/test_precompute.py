@@ -175,7 +175,7 @@ def test_after_a_kill_only_the_unfinished_part_is_made_again(folder: Path, tmp_p
     process.wait()
     assert not second.exists()
     made = first.stat().st_mtime_ns
-    steps = run_directly([PRECOMPUTE], config, volume)["precompute"]
+    steps = run_directly([PRECOMPUTE], config, volume)["precompute"].steps
     assert first.stat().st_mtime_ns == made
     assert second.exists()
     shards = ShardSet(volume / steps[SHARDS].folder)

@@ -1,0 +1,83 @@
+"""Videos out of an object store and shards into one, through a real S3 server."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.fs
+import pytest
+import webdataset
+
+from fvlm_core.data.clips import make_clips
+from fvlm_core.data.download import download
+from fvlm_core.data.jobs import ClipJob, DownloadJob, PublishJob, ShardManifest
+from fvlm_core.data.publish import publish
+from fvlm_core.errors import UserError
+from tests.tiny import tiny_shards
+
+PYTHON = Path(__file__).parents[2] / ".venv-video2dataset/bin/python"
+moto = pytest.importorskip("moto.server", reason="needs moto's server, of the extra dev")
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[pyarrow.fs.FileSystem]:
+    """An S3 server with the bucket `fvlm`, and the environment that leads to it."""
+    server = moto.ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    for name, value in (("AWS_ACCESS_KEY_ID", "test"), ("AWS_SECRET_ACCESS_KEY", "test"), ("AWS_REGION", "us-east-1")):
+        monkeypatch.setenv(name, value)
+    store = pyarrow.fs.S3FileSystem(endpoint_override=f"{host}:{port}", scheme="http", allow_bucket_creation=True)
+    store.create_dir("fvlm")
+    yield store
+    server.stop()
+
+
+@pytest.mark.skipif(not PYTHON.exists(), reason="needs ./infra/video2dataset_env.sh")
+def test_videos_of_a_store(store: pyarrow.fs.FileSystem, tmp_path: Path) -> None:
+    """Beside the same clips as files: equal content but for the address; what is not there is said."""
+    make_clips(ClipJob.model_validate({"output": tmp_path, "sources": {"gaze": {"task": "caption", "train": 3, "val": 0}}}))
+    frame = pd.read_parquet(tmp_path / "clips.parquet")[["url", "caption"]]
+    pyarrow.fs.copy_files(str(tmp_path / "clips"), "fvlm/clips", destination_filesystem=store)
+    stored = frame.assign(url="s3://fvlm/" + frame["url"])
+    stored.loc[len(stored)] = ["s3://fvlm/clips/gone.mp4", "a clip"]
+    found = {}
+    for name, rows in (("files", frame), ("stored", stored)):
+        rows.to_csv(tmp_path / f"{name}.csv", index=False)
+        source = {"name": "videos", "files": [tmp_path / f"{name}.csv"]}
+        settings = {"source": source, "video2dataset_python": PYTHON, "frame_px": 42, "retries": 0, "max_bad_share": 0.5}
+        found[name] = download(DownloadJob.model_validate({"output": tmp_path / name, **settings}))
+    contents = [pd.read_parquet(tmp_path / name / "content.parquet")[["frames_sha256", "text_sha256"]] for name in found]
+    assert contents[0].equals(contents[1])
+    assert len(contents[0]) == 3
+    assert [(clip.url, clip.reason) for clip in found["stored"].bad] == [("s3://fvlm/clips/gone.mp4", "file not found")]
+
+
+def test_shards_into_a_store(store: pyarrow.fs.FileSystem, tmp_path: Path) -> None:
+    """Complete there, the manifest last; run again, only what is missing or short is copied."""
+    shards = tiny_shards(tmp_path / "shards", clips=4)
+    job = PublishJob(output=tmp_path / "publish", shards=shards, to="s3://fvlm/v1/shards")
+    manifest = publish(job)
+    back = tmp_path / "back"
+    back.mkdir()
+    pyarrow.fs.copy_files("fvlm/v1/shards", str(back), source_filesystem=store)
+    assert ShardManifest.read_whole(back) == ShardManifest.read(shards)
+    assert manifest.counts["files"] == sum(1 for path in back.rglob("*") if path.is_file())
+    tar = next(back.glob("train/*.tar"))
+    assert sum(1 for _ in webdataset.WebDataset(str(tar), shardshuffle=False)) > 0
+
+    name = f"fvlm/v1/shards/train/{tar.name}"
+    untouched = store.get_file_info("fvlm/v1/shards/index.parquet").mtime
+    with store.open_output_stream(name) as stream:
+        stream.write(b"cut short")
+    publish(job)
+    assert store.get_file_info(name).size == tar.stat().st_size
+    assert store.get_file_info("fvlm/v1/shards/index.parquet").mtime == untouched
+
+
+def test_a_store_that_cannot_be_written(store: pyarrow.fs.FileSystem, tmp_path: Path) -> None:
+    shards = tiny_shards(tmp_path / "shards", clips=1)
+    with pytest.raises(UserError, match="object store cannot be written"):
+        publish(PublishJob(output=tmp_path / "publish", shards=shards, to="s3://nobody/shards"))
+    assert not (tmp_path / "publish" / "manifest.json").exists()
