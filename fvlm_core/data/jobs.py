@@ -54,12 +54,15 @@ class Source(Settings):
 
     name: SourceName
     """What mixtures call it. Rows of a table that name a source of their own are of that one."""
-    format: Annotated[str, AfterValidator(_known_format), Field(json_schema_extra={"enum": [*sorted(ADAPTERS)]})] = "table"
+    format: Annotated[str, AfterValidator(_known_format), Field(json_schema_extra={"enum": [*sorted(ADAPTERS)]})] = "user"
     """How its files are read: an adapter of `fvlm_core.data.sources`."""
     files: Annotated[list[ProfilePath], Field(min_length=1)]
     """Its files, in order; `*` and `?` stand for several, sorted. In a profile, relative to the profile's file."""
     media: ProfilePath | None = None
     """Folder that relative addresses of videos start from; by default each file's own."""
+    archives: list[ProfilePath] = Field(default_factory=list)
+    """Zip and tar files that hold the videos or images; `*` and `?` stand for several. Addresses are names of files in them. An archive
+    that was cut into parts is named by all of them."""
     limit: Positive | None = None
     """Rows that are used at most, from the first; None is all."""
     filter: list[Condition] = Field(default_factory=list)
