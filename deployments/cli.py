@@ -96,9 +96,18 @@ def plan(
     """Show what a run would do, and because of what, before it does anything."""
     from deployments.profile import chosen_profile
     from flows.registry import PHASES
+    from fvlm_core.data.sources.sizes import missing_files, sources_table
     from tasks.plan import plan as planned
 
     config = chosen_profile(profile, videos=videos, changes=changes)
+    if sources := config.precompute.sources:
+        table_console().print(sources_table(sources).terminal())
+        if missing := {source.name: paths for source in sources if (paths := missing_files(source))}:
+            print("The steps can be planned once the sources' files are there. Missing:")
+            print(
+                "\n".join(f"  {name}: {paths[0]}" + (f" and {len(paths) - 1} more" if paths[1:] else "") for name, paths in missing.items())
+            )
+            return 0
     table_console().print(planned(list(PHASES.values()), config, volume.resolve()).table().terminal())
     return 0
 

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 from fvlm_core.config import Positive, Share
 from fvlm_core.data.rows import SOURCE_PATTERN, SPLITS, Kind, Split
 from fvlm_core.data.sources import ADAPTERS
+from fvlm_core.data.sources.adapter import Published
 from fvlm_core.manifest import Manifest
 from fvlm_core.settings import EXECUTION, NameOrFolder, ProfilePath, Settings
 
@@ -65,6 +66,8 @@ class Source(Settings):
     that was cut into parts is named by all of them."""
     limit: Positive | None = None
     """Rows that are used at most, from the first; None is all."""
+    every: Positive = 1
+    """Only the first of so many rows is used, over all files: a sample of a dataset whose files differ. Counted before `filter`."""
     filter: list[Condition] = Field(default_factory=list)
     """Conditions that a row must meet, all of them."""
     val_share: Share | None = None
@@ -74,6 +77,12 @@ class Source(Settings):
     def kind(self) -> Kind:
         """What its samples are."""
         return ADAPTERS[self.format].kind
+
+    @property
+    def published(self) -> Published | None:
+        """What its authors say of the size of what is used of it, before its filter; None where nobody does."""
+        known = ADAPTERS[self.format].published
+        return known.share(self.files, every=self.every, limit=self.limit) if known else None
 
 
 class GazeSource(Settings):

@@ -53,9 +53,9 @@ class Published:
     samples: int
     """Rows that its adapter makes of all its files."""
     gigabytes: float | None
-    """Of all its files, media included (10^9 bytes)."""
+    """Of all its files, media included (10^9 bytes): to be downloaded, however few of the rows are used."""
     hours: float | None
-    """Of video."""
+    """Of video in all its samples: a video counts in each."""
     source: str
     """Where that is published."""
     parts: dict[str, int] = field(default_factory=dict)
@@ -69,6 +69,14 @@ class Published:
             if any(part in path.parts or (part.startswith("_") and part in path.name) for path in files)
         ]
         return sum(named) or self.samples
+
+    def share(self, files: Collection[Path], *, every: int, limit: int | None) -> "Published":
+        """Of what is used of those files: every so many rows, up to a limit. Hours and bytes in proportion, bytes to the files only."""
+        of_files = self.samples_of(files)
+        used = -(-of_files // every)
+        used = min(used, limit or used)
+        size = None if self.gigabytes is None else self.gigabytes * of_files / self.samples
+        return Published(used, size, None if self.hours is None else self.hours * used / self.samples, self.source)
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ ADAPTER = Adapter(
     published=Published(
         samples=1_335_500,
         gigabytes=None,
-        hours=2000.0,
-        source="arXiv:2410.02713 and the dataset card",
+        hours=14_960.0,
+        source="arXiv:2410.02713 and the dataset card: 178,510 videos of 2,000 hours in all, each in several samples",
         parts={"_cap_": 178_510, "_oe_": 960_792, "_mc_": 196_198},
     ),
 )

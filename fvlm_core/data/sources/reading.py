@@ -84,6 +84,8 @@ def _read_file(source: Source, adapter: Adapter, file: Path, archives: Archives 
         numbers = pa.array(np.arange(first, first + batch.num_rows))
         try:
             met = meets(batch, source.filter)
+            if source.every > 1:
+                met = pc.and_(met, pa.array((numbers.to_numpy() - 1) % source.every == 0))
             chosen, kept = batch.filter(met), numbers.filter(met)
             ours = adapter.rows(chosen)
             of = ours.column(OF) if OF in ours.schema.names else pa.array(np.arange(chosen.num_rows))

@@ -1,7 +1,8 @@
 """Vript: per video a `VIDEO_caption.json` of {meta, data: {CLIP: {video_id, clip_id, caption: {content, ...}}}}, many of them in a zip.
 
 Files are those zips, the JSON files out of them, or jsonl with a clip or a video a line. A row is a clip; the clips' mp4 files lie in
-further zips (`vript_long_videos_clips/*.zip`): give those as `archives`. Filters may use `video_id`, `shot_type`, `camera_movement`, `scene_title`.
+further zips (`vript_long_videos_clips/*.zip`): give those as `archives`. Filters may use `video_id`, `shot_type`,
+`camera_movement` and `scene_title`.
 """
 
 import json
