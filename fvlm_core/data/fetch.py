@@ -136,10 +136,9 @@ def _fetch_round(job: DownloadJob, folder: Path, raw: Path, planned: Round, rows
     temporary.mkdir()
     paths = pa.chunked_array([batch.column(PATH) for batch in read_rows(folder, [PATH])], pa.string())
 
-    def find(path: str) -> Path | None:
+    def find(path: str) -> str | None:
         number = path.removeprefix("/")
-        found = paths[int(number)].as_py() if number.isdecimal() and int(number) < len(paths) else None
-        return None if found is None else Path(found)
+        return paths[int(number)].as_py() if number.isdecimal() and int(number) < len(paths) else None
 
     with FileServer(find) as server:
         _write_input(folder, temporary / "input.parquet", rows, server.url)

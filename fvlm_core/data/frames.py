@@ -2,11 +2,12 @@
 
 Frames are those shown at t = 0, 1, 2, ... s (for a rate of 1 FPS), `floor(duration)` of them but at least one and at most
 `max_frames`; a longer video gives `max_frames` evenly spaced ones. The short side is scaled to `frame_px` and the
-centre cut out. Decoding is sequential, which at 1 FPS is faster than seeking. Needs PyAV, NumPy and simplejpeg only, since
-video2dataset's environment imports it too.
+centre cut out. Decoding is sequential, which at 1 FPS is faster than seeking. An image is a video of one frame, and a tar of images one of
+as many. Needs PyAV, NumPy and simplejpeg only, since video2dataset's environment imports it too.
 """
 
 import io
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from av.video.stream import VideoStream
 JPEG_QUALITY = 90
 TIME_TOLERANCE_S = 1e-3
 """Durations and time stamps are rounded to their time base; 2.9999 s counts as 3 s."""
+TAR_MARK, TAR_MARK_OFFSET = b"ustar", 257
 HTML_MARKS = (b"<!doctype", b"<html", b"<head", b"<?xml")
 
 
@@ -55,20 +57,42 @@ class Frames:
     duration_s: float
 
 
-def extract_frames(content: bytes, rule: FrameRule) -> Frames:
-    """Decode the chosen frames of a video file. Raises ClipError if there is no video, or not all of it."""
+def extract_frames(content: bytes, rule: FrameRule, window: tuple[float, float] | None = None) -> Frames:
+    """Decode the chosen frames of a video file, or of the seconds of it in `window` (start, end). A tar holds images of one frame each.
+
+    Raises ClipError if there is no video, or not all of it.
+    """
     if not content:
         raise ClipError("the file is empty")
     if content[:256].lstrip().lower().startswith(HTML_MARKS):
         raise ClipError("a web page, not a video")
+    if content[TAR_MARK_OFFSET : TAR_MARK_OFFSET + len(TAR_MARK)] == TAR_MARK:
+        return _extract_images(content, rule)
     try:
         with av.open(io.BytesIO(content), "r") as container:
             stream = _video_stream(container)
             duration_s, aspect = _duration_s(container, stream), _pixel_aspect(stream) if rule.square_pixels else 1.0
-            shown = [_square(frame, rule.frame_px, aspect) for frame in _frames_at(container, stream, rule.times_s(duration_s))]
-            return Frames(np.stack(shown), duration_s)
+            if window is None:
+                chosen = _frames_at(container, stream, rule.times_s(duration_s))
+            else:
+                start_s, end_s = window[0], min(window[1], duration_s)
+                if start_s >= end_s:
+                    raise ClipError(f"the seconds {window[0]:g} to {window[1]:g} are not in a video of {duration_s:.1f} s")
+                duration_s = end_s - start_s
+                chosen = _frames_from(container, stream, [start_s + time_s for time_s in rule.times_s(duration_s)])
+            return Frames(np.stack([_square(frame, rule.frame_px, aspect) for frame in chosen]), duration_s)
     except av.error.FFmpegError as error:
         raise ClipError(f"not a readable video: {error.strerror}") from error
+
+
+def _extract_images(content: bytes, rule: FrameRule) -> Frames:
+    """The first frame of every file in a tar."""
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
+        files = [archive.extractfile(member) for member in archive]
+    if len(files) > rule.max_frames:
+        raise ClipError(f"{len(files)} images in one sample; {rule.max_frames} may be")
+    images = [extract_frames(file.read() if file else b"", rule) for file in files]
+    return Frames(np.concatenate([image.pixels[:1] for image in images]), sum(image.duration_s for image in images))
 
 
 def encode_jpeg(frame: np.ndarray) -> bytes:
@@ -96,11 +120,18 @@ def _duration_s(container: InputContainer, stream: VideoStream) -> float:
     return float((max(ends) - (stream.start_time or 0)) * stream.time_base)
 
 
-def _frames_at(container: InputContainer, stream: VideoStream, times_s: list[float]) -> Iterator[VideoFrame]:
-    """The frames shown at ascending times: each the last that starts no later."""
+def _frames_from(container: InputContainer, stream: VideoStream, times_s: list[float]) -> Iterator[VideoFrame]:
+    """As `_frames_at`, without decoding what lies before the last key frame ahead of the first time."""
+    assert stream.time_base is not None
+    origin = stream.start_time or 0
+    container.seek(origin + int(times_s[0] / stream.time_base), stream=stream)
+    return _frames_at(container, stream, times_s, origin)
+
+
+def _frames_at(container: InputContainer, stream: VideoStream, times_s: list[float], origin: int | None = None) -> Iterator[VideoFrame]:
+    """The frames shown at ascending times: each the last that starts no later. Times count from `origin`, or from the first frame."""
     assert stream.time_base is not None
     remaining = list(reversed(times_s))
-    origin: int | None = None
     shown: VideoFrame | None = None
     end_s = 0.0
     for frame in container.decode(stream):

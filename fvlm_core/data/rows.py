@@ -20,7 +20,7 @@ class Row:
     """One video, image or chat."""
 
     url: str
-    """Address or path of the video; empty for text."""
+    """Address or path of the video; several images of one sample are a JSON list of them; empty for text."""
     caption: str
     """Empty for text."""
     source: str

@@ -1,32 +1,37 @@
-"""A small HTTP server for local videos, so that files and web addresses take the same way through video2dataset."""
+"""A small HTTP server for local media, so that files, archives' members and web addresses take the same way through video2dataset."""
 
 import shutil
 import threading
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any, Self
+
+from fvlm_core.data.media import MediaError, open_media
 
 
 class FileServer:
-    """Serves the files that it is asked about and no other, on a free port of this machine, while its `with` block runs."""
+    """Serves the media that it is asked about and no other, on a free port of this machine, while its `with` block runs."""
 
-    def __init__(self, find: Callable[[str], Path | None]) -> None:
-        """`find`: the file behind the path of a URL, which starts with a slash; None where there is none."""
+    def __init__(self, find: Callable[[str], str | None]) -> None:
+        """`find`: the reference (`fvlm_core.data.media`) behind the path of a URL, which starts with a slash; None where there is none."""
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"  # keeps connections open
 
             def do_GET(self) -> None:
-                path = find(self.path)
-                if path is None or not path.is_file():
-                    self.send_error(HTTPStatus.NOT_FOUND, "file not found")
+                reference = find(self.path)
+                try:
+                    if reference is None:
+                        raise MediaError("file not found")
+                    content, size = open_media(reference)
+                except MediaError as error:
+                    self.send_error(HTTPStatus.NOT_FOUND, str(error).encode("ascii", "replace").decode())
                     return
-                with path.open("rb") as content:
+                with content:
                     self.send_response(HTTPStatus.OK)
                     self.send_header("Content-Type", "application/octet-stream")
-                    self.send_header("Content-Length", str(path.stat().st_size))
+                    self.send_header("Content-Length", str(size))
                     self.end_headers()
                     shutil.copyfileobj(content, self.wfile)
 

@@ -26,7 +26,8 @@ import yt_dlp.utils  # pyright: ignore[reportMissingModuleSource]
 from video2dataset.workers import download_worker  # pyright: ignore[reportMissingImports]
 
 from fvlm_core.data.frames import HTML_MARKS, ClipError, FrameRule, encode_jpeg, extract_frames
-from fvlm_core.data.rows import CARRIED
+from fvlm_core.data.media import time_window
+from fvlm_core.data.rows import CARRIED, ORIGIN
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".avi", ".mkv", ".m4v")
 """Of addresses that are files whatever they answer; behind others there may be a page that yt-dlp knows."""
@@ -159,7 +160,7 @@ class FrameSubsampler:
     ) -> tuple[dict[str, list[bytes]], list[dict[str, Any]], str | None]:
         """Returns new streams, the metadata with num_frames and duration_s, and an error or None."""
         try:
-            frames = extract_frames(streams["video"][0], self.rule)
+            frames = extract_frames(streams["video"][0], self.rule, time_window(metadata[0][ORIGIN]))
         except ClipError as error:
             return {}, metadata, str(error)
         metadata[0] |= {"num_frames": len(frames.pixels), "duration_s": frames.duration_s}
