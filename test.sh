@@ -15,4 +15,4 @@ lint-imports
 .venv/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements-test-data.lock
 [ $# -gt 0 ] && exec python -m pytest "$@"
 python -m pytest -m "not e2e" --numprocesses auto --maxprocesses 4 --dist loadfile
-exec python -m pytest -m e2e
+exec python -m pytest -m e2e --numprocesses 2 --dist loadgroup

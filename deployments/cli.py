@@ -4,13 +4,13 @@ import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
 
 import httpx
-from cyclopts import App, Parameter
+from cyclopts import App
 from rich.console import Console
 
-from deployments import convert
+from deployments import convert, data
+from deployments.options import DEFAULT_VOLUME, Changes, KeepServer, Port, Profile, Videos, Volume, table_console
 from fvlm_core.errors import UserError
 from fvlm_core.exit_status import USER_ERROR
 from infra.api import problem_with
@@ -23,26 +23,7 @@ app = App(
     help="A video language model that reads each frame as one token, and the complete pipeline that trains and releases it.",
 )
 app.command(convert.app)
-DEFAULT_VOLUME = Path("volume")
-PIPED_WIDTH = 240
-"""Columns of a table that no terminal shows."""
-
-# Options that several commands have, each with its help.
-Profile = Annotated[str, Parameter(help="`laptop`, `ci`, `runpod`, or the path of a profile's YAML file.")]
-Videos = Annotated[
-    Path | None, Parameter(help="Your own clips: a csv or parquet file with the columns url (address or file path) and caption.")
-]
-Volume = Annotated[Path, Parameter(help="Folder for all results, as the workers see it; what is finished there is not made again.")]
-KeepServer = Annotated[bool, Parameter(negative="", help="Leave the Prefect server and its workers running at the end.")]
-Port = Annotated[int | None, Parameter(help="Port of the Prefect server and its UI; by default 4200 or the next free one.")]
-Changes = Annotated[
-    tuple[str, ...],
-    Parameter(
-        name="--set",
-        negative="",
-        help="PATH=VALUE: a setting of the profile to change, e.g. `stages.stage2.run.steps=10`; any number of times.",
-    ),
-]
+app.command(data.app)
 
 
 @app.command
@@ -96,9 +77,18 @@ def plan(
     """Show what a run would do, and because of what, before it does anything."""
     from deployments.profile import chosen_profile
     from flows.registry import PHASES
+    from fvlm_core.data.sources.sizes import missing_files, sources_table
     from tasks.plan import plan as planned
 
     config = chosen_profile(profile, videos=videos, changes=changes)
+    if sources := config.precompute.sources:
+        table_console().print(sources_table(sources).terminal())
+        if missing := {source.name: paths for source in sources if (paths := missing_files(source))}:
+            print("The steps can be planned once the sources' files are there. Missing:")
+            print(
+                "\n".join(f"  {name}: {paths[0]}" + (f" and {len(paths) - 1} more" if paths[1:] else "") for name, paths in missing.items())
+            )
+            return 0
     table_console().print(planned(list(PHASES.values()), config, volume.resolve()).table().terminal())
     return 0
 
@@ -216,12 +206,6 @@ def stop(*, volume: Volume = DEFAULT_VOLUME) -> int:
         raise UserError("no fvlm command has run on this volume", where=str(volume.absolute()), fix="give the --volume that was used")
     Stack(volume, environment=os.environ).stop()
     return 0
-
-
-def table_console() -> Console:
-    """A console for tables: what is piped into a file or another program is not cut to a terminal's width."""
-    console = Console()
-    return console if console.is_terminal else Console(width=PIPED_WIDTH)
 
 
 def main() -> None:

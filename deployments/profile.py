@@ -50,7 +50,7 @@ def parse_change(text: str) -> tuple[str, Any]:
 
 
 def with_videos(config: PipelineConfig, videos: Path) -> PipelineConfig:
-    """The profile with the user's own videos, a source of the format `table`, in place of the default clips that are captioned."""
+    """The profile with the user's own videos, a source of the format `user`, in place of the default clips that are captioned."""
     values = config.model_dump(mode="json")
     others = [source for source in values["precompute"]["sources"] if source["name"] != VIDEOS]
     values["precompute"] |= {"sources": [*others, {"name": VIDEOS, "files": [str(videos)]}], "natural": False}

@@ -89,7 +89,7 @@ def _clips(config: PipelineConfig) -> Step:
 
 
 def _download_clips(config: PipelineConfig, clips: Step) -> Step:
-    """Fetches the rendered clips, whose table is always of the format `table`."""
+    """Fetches the rendered clips, whose table is always of the format `user`."""
     source = {"name": RENDERED, "files": [None]}
     # the natural clips' pixels are taken as they are stored, as they always were: one of them is anamorphic
     return _download(config, RENDERED, {"source.files.0": clips.file(CLIPS_TABLE)}, source=source, square_pixels=False)

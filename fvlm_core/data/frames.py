@@ -3,12 +3,13 @@
 Frames are those shown at t = 0, 1, 2, ... s (for a rate of 1 FPS), `floor(duration)` of them but at least one and at most
 `max_frames`; a longer video gives `max_frames` evenly spaced ones. The short side is scaled to `frame_px` and the
 centre cut out. The packets' time stamps say beforehand which pictures these are, so what is neither shown nor needed for one that is
-(`_needed`) is not decoded; where that does not give every picture intact, all are decoded in order. Needs PyAV, NumPy and simplejpeg
-only, since video2dataset's environment imports it too.
+(`_needed`) is not decoded; where that does not give every picture intact, all are decoded in order. An image is a video of one frame, and
+a tar of images one of as many. Needs PyAV, NumPy and simplejpeg only, since video2dataset's environment imports it too.
 """
 
 import io
 import re
+import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -29,6 +30,7 @@ TIME_TOLERANCE_S = 1e-3
 TIMED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 """Containers whose packets say when their pictures are shown; others say when they are decoded, or nothing."""
 DURATION_TAG = re.compile(r"(\d+):(\d+):(\d+\.?\d*)")
+TAR_MARK, TAR_MARK_OFFSET = b"ustar", 257
 HTML_MARKS = (b"<!doctype", b"<html", b"<head", b"<?xml")
 
 
@@ -63,24 +65,43 @@ class Frames:
     duration_s: float
 
 
-def extract_frames(content: bytes, rule: FrameRule) -> Frames:
-    """Decode the chosen frames of a video file. Raises ClipError if there is no video, or not all of it."""
+Window = tuple[float, float]
+"""Start and end of the seconds of a video that are meant."""
+
+
+def extract_frames(content: bytes, rule: FrameRule, window: Window | None = None) -> Frames:
+    """Decode the chosen frames of a video file, or of the seconds of it in `window`. A tar holds images of one frame each.
+
+    Raises ClipError if there is no video, or not all of it.
+    """
     if not content:
         raise ClipError("the file is empty")
     if content[:256].lstrip().lower().startswith(HTML_MARKS):
         raise ClipError("a web page, not a video")
+    if content[TAR_MARK_OFFSET : TAR_MARK_OFFSET + len(TAR_MARK)] == TAR_MARK:
+        return _extract_images(content, rule)
     try:
         try:
-            return _extract(content, rule, _selected)
+            return _extract(content, rule, _selected, window)
         except (_UnsureError, av.error.FFmpegError):
-            return _extract(content, rule, _in_order)
+            return _extract(content, rule, _in_order, window)
     except av.error.FFmpegError as error:
         raise ClipError(f"not a readable video: {error.strerror}") from error
 
 
-def decode_in_order(content: bytes, rule: FrameRule) -> Frames:
-    """As `extract_frames`, but every picture is decoded, up to the last one shown: the reference for it."""
-    return _extract(content, rule, _in_order)
+def decode_in_order(content: bytes, rule: FrameRule, window: Window | None = None) -> Frames:
+    """As `extract_frames` of a video, but every picture is decoded, up to the last one shown: the reference for it."""
+    return _extract(content, rule, _in_order, window)
+
+
+def _extract_images(content: bytes, rule: FrameRule) -> Frames:
+    """The first frame of every file in a tar."""
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
+        files = [archive.extractfile(member) for member in archive]
+    if len(files) > rule.max_frames:
+        raise ClipError(f"{len(files)} images in one sample; {rule.max_frames} may be")
+    images = [extract_frames(file.read() if file else b"", rule) for file in files]
+    return Frames(np.concatenate([image.pixels[:1] for image in images]), sum(image.duration_s for image in images))
 
 
 def encode_jpeg(frame: np.ndarray) -> bytes:
@@ -117,13 +138,20 @@ P = TypeVar("P", bound=_Picture)
 Choose = Callable[[InputContainer, VideoStream, list[_Packet], list[float]], Iterator[VideoFrame]]
 
 
-def _extract(content: bytes, rule: FrameRule, choose: Choose) -> Frames:
+def _extract(content: bytes, rule: FrameRule, choose: Choose, window: Window | None) -> Frames:
     with av.open(io.BytesIO(content), "r") as container:
         stream = _video_stream(container)
         packets = [_of(packet) for packet in container.demux(stream) if packet.size]
         duration_s, aspect = _duration_s(container, stream, packets), _pixel_aspect(stream) if rule.square_pixels else 1.0
+        start_s = 0.0
+        if window is not None:
+            start_s, end_s = window[0], min(window[1], duration_s)
+            if start_s >= end_s:
+                raise ClipError(f"the seconds {window[0]:g} to {window[1]:g} are not in a video of {duration_s:.1f} s")
+            duration_s = end_s - start_s
         container.seek(0)
-        shown = [_square(frame, rule.frame_px, aspect) for frame in choose(container, stream, packets, rule.times_s(duration_s))]
+        times_s = [start_s + time_s for time_s in rule.times_s(duration_s)]
+        shown = [_square(frame, rule.frame_px, aspect) for frame in choose(container, stream, packets, times_s)]
         return Frames(np.stack(shown), duration_s)
 
 

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 from fvlm_core.config import Positive, Share
 from fvlm_core.data.rows import SOURCE_PATTERN, SPLITS, Kind, Split
 from fvlm_core.data.sources import ADAPTERS
+from fvlm_core.data.sources.adapter import Published
 from fvlm_core.manifest import Manifest
 from fvlm_core.settings import EXECUTION, NameOrFolder, ProfilePath, Settings
 
@@ -60,14 +61,19 @@ class Source(Settings):
 
     name: SourceName
     """What mixtures call it. Rows of a table that name a source of their own are of that one."""
-    format: Annotated[str, AfterValidator(_known_format), Field(json_schema_extra={"enum": [*sorted(ADAPTERS)]})] = "table"
+    format: Annotated[str, AfterValidator(_known_format), Field(json_schema_extra={"enum": [*sorted(ADAPTERS)]})] = "user"
     """How its files are read: an adapter of `fvlm_core.data.sources`."""
     files: Annotated[list[ProfilePath], Field(min_length=1)]
     """Its files, in order; `*` and `?` stand for several, sorted. In a profile, relative to the profile's file."""
     media: ProfilePath | None = None
     """Folder that relative addresses of videos start from; by default each file's own."""
+    archives: list[ProfilePath] = Field(default_factory=list)
+    """Zip and tar files that hold the videos or images; `*` and `?` stand for several. Addresses are names of files in them. An archive
+    that was cut into parts is named by all of them."""
     limit: Positive | None = None
     """Rows that are used at most, from the first; None is all."""
+    every: Positive = 1
+    """Only the first of so many rows is used, over all files: a sample of a dataset whose files differ. Counted before `filter`."""
     filter: list[Condition] = Field(default_factory=list)
     """Conditions that a row must meet, all of them."""
     val_share: Share | None = None
@@ -77,6 +83,12 @@ class Source(Settings):
     def kind(self) -> Kind:
         """What its samples are."""
         return ADAPTERS[self.format].kind
+
+    @property
+    def published(self) -> Published | None:
+        """What its authors say of the size of what is used of it, before its filter; None where nobody does."""
+        known = ADAPTERS[self.format].published
+        return known.share(self.files, every=self.every, limit=self.limit) if known else None
 
 
 class GazeSource(Settings):

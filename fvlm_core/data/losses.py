@@ -22,7 +22,7 @@ def passes(reason: str) -> bool:
 
 def kind_of(reason: str) -> str:
     """The reason without what is of one video only."""
-    return re.split(r"[:(;]| at \d", reason)[0].strip()
+    return re.sub(r"^\d+ ", "", re.split(r"[:(;]| at \d", reason)[0].strip())
 
 
 class Losses:

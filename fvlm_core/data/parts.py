@@ -21,6 +21,9 @@ from fvlm_core.data.sources.record import PATH, ROWS, STAT_THREADS, Record, stat
 from fvlm_core.manifest import write_atomically
 from fvlm_core.settings import hash_json
 
+NO_ANSWER = '"answer": ""}]]'
+"""How the conversations of a row end that has neither a caption nor questions of its own."""
+
 
 class Part(NamedTuple):
     """Some consecutive rows of a record."""
@@ -65,11 +68,13 @@ def read_part(folder: Path, part: Part, columns: Sequence[str]) -> Iterator[tupl
 
 
 def incomplete(folder: Path, part: Part) -> dict[int, str]:
-    """Rows of a part that lack what a video cannot do without, with the reason."""
+    """Rows of a part that lack what a video cannot do without, an address and words, with the reason."""
     found: dict[int, str] = {}
-    for first, batch in read_part(folder, part, REQUIRED):
+    for first, batch in read_part(folder, part, [*REQUIRED, "conversations"]):
+        missing = {name: pc.equal(batch.column(name), "") for name in REQUIRED}
+        missing["caption"] = pc.and_(missing["caption"], pc.ends_with(batch.column("conversations"), NO_ANSWER))
         for name in REQUIRED:
-            found |= {first + row: f"no {name}" for row in pc.indices_nonzero(pc.equal(batch.column(name), "")).to_pylist()}
+            found |= {first + row: f"no {name}" for row in pc.indices_nonzero(missing[name]).to_pylist()}
     return found
 
 

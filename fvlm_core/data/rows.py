@@ -20,7 +20,7 @@ class Row:
     """One video, image or chat."""
 
     url: str
-    """Address or path of the video; empty for text."""
+    """Address or path of the video; several images of one sample are a JSON list of them; empty for text."""
     caption: str
     """Empty for text."""
     source: str
@@ -45,8 +45,8 @@ JSON_COLUMNS = ("conversations", "probes", "extra")
 
 ROW, ORIGIN = "row", "origin"
 """Of a download: the row's number in the record of its source, and the address as its source gives it."""
-LOCAL = "file://"
-"""Before the path of a file, as it stands, in the column `url` of what is given to video2dataset."""
+LOCAL = "local:"
+"""Before a reference to local media (`fvlm_core.data.media`) in the column `url` of what is given to video2dataset."""
 STORES = ("s3://",)
 """How addresses of object stores begin."""
 DOWNLOAD_SCHEMA = pa.schema([(ROW, pa.int64()), (ORIGIN, pa.string()), *SCHEMA])

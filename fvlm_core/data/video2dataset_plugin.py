@@ -14,7 +14,6 @@ import re
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
 from contextlib import nullcontext
 from http import HTTPStatus
 from pathlib import Path
@@ -28,8 +27,9 @@ from pyarrow.fs import FileSystem
 from video2dataset.workers import download_worker  # pyright: ignore[reportMissingImports]
 
 from fvlm_core.data.frames import HTML_MARKS, ClipError, FrameRule, encode_jpeg, extract_frames
+from fvlm_core.data.media import MediaError, open_media, time_window
 from fvlm_core.data.parent import end_with_parent
-from fvlm_core.data.rows import CARRIED, LOCAL, STORES
+from fvlm_core.data.rows import CARRIED, LOCAL, ORIGIN, STORES
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".avi", ".mkv", ".m4v")
 """Of addresses that are files whatever they answer; behind others there may be a page that yt-dlp knows."""
@@ -84,10 +84,9 @@ class Reader:
 
     def _read(self, url: str) -> bytes:
         if url.startswith(LOCAL):
-            return self._open(open, url.removeprefix(LOCAL), "rb")
+            return self._read_local(url.removeprefix(LOCAL))
         if url.lower().startswith(STORES):
-            store, path = FileSystem.from_uri(url)
-            return self._open(store.open_input_stream, path)
+            return self._read_object(url)
         try:
             return self._fetch(url)
         except PageError as error:
@@ -98,15 +97,24 @@ class Reader:
             except ClipError as second:
                 raise ClipError(f"{error}; {second}") from second
 
-    def _open(self, open_it: Callable[..., Any], *place: str) -> bytes:
-        """The content of a file or of a store's object."""
+    def _read_local(self, reference: str) -> bytes:
+        """A file, or what an archive or a table holds."""
         try:
-            with open_it(*place) as stream:
-                content = stream.read(self.max_bytes + 1)
+            stream, size = open_media(reference)
+        except MediaError as error:
+            raise ClipError(str(error)) from error
+        with stream:
+            self._require_size(size)
+            return stream.read()
+
+    def _read_object(self, url: str) -> bytes:
+        store, path = FileSystem.from_uri(url)
+        try:
+            with store.open_input_file(path) as stream:
+                self._require_size(stream.size())
+                return stream.read()
         except FileNotFoundError as error:
             raise ClipError("file not found") from error
-        self._require_size(len(content))
-        return content
 
     def _fetch(self, url: str) -> bytes:
         """The answer's content. Raises PageError where that is no video."""
@@ -175,7 +183,7 @@ class FrameSubsampler:
     ) -> tuple[dict[str, list[bytes]], list[dict[str, Any]], str | None]:
         """Returns new streams, the metadata with num_frames and duration_s, and an error or None."""
         try:
-            frames = extract_frames(streams["video"][0], self.rule)
+            frames = extract_frames(streams["video"][0], self.rule, time_window(metadata[0][ORIGIN]))
         except ClipError as error:
             return {}, metadata, str(error)
         metadata[0] |= {"num_frames": len(frames.pixels), "duration_s": frames.duration_s}

@@ -149,12 +149,12 @@ def _victims(volume: Volume, kill: Kill, command: Command, *, since: float) -> l
     for folder in volume.path.glob(f"steps/{kill.stage}-*"):
         job = of_job(folder)
         if job and progress(folder, since=since) >= kill.step:
-            return _named(volume, kill.victim, command, job)
+            return processes_of(volume, kill.victim, command, job)
     return []
 
 
-def _named(volume: Volume, victim: str, command: Command, job: list[psutil.Process]) -> list[psutil.Process]:
-    """The processes of that name."""
+def processes_of(volume: Volume, victim: str, command: Command, job: list[psutil.Process]) -> list[psutil.Process]:
+    """Processes of the stack, of the `command` itself or of its `job`, by one of the names in VICTIMS."""
     if victim == "command":
         return [psutil.Process(command.process.pid)] if command.process.poll() is None else []
     if victim == "worker":

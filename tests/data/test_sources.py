@@ -48,10 +48,13 @@ def test_every_adapter_is_registered_and_says_where_its_dataset_comes_from() -> 
     for adapter in ADAPTERS.values():
         assert adapter.required
         assert adapter.licence
-        if adapter.name != "table":
+        if adapter.name != "user":
             assert adapter.homepage.startswith("https://")
             assert adapter.citation
-        assert bool(adapter.prompt) == (adapter.kind != "text")
+            assert adapter.published
+            assert adapter.published.samples > 0
+            assert adapter.published.source
+        assert not (adapter.prompt and adapter.kind == "text")
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
@@ -92,7 +95,7 @@ def test_a_table_s_rows_have_the_prompt_of_the_dataset_they_are_of(tmp_path: Pat
     names = ["openvid", "webvid", "elsewhere", ""]
     path = write(tmp_path / "a.csv", [{"url": "a.mp4", "caption": "a", "source": name} for name in names])
     found = rows_of(source(path), tmp_path)
-    assert [question(row) for row in found] == [ADAPTERS["openvid"].prompt, ADAPTERS["webvid"].prompt, *[ADAPTERS["table"].prompt] * 2]
+    assert [question(row) for row in found] == [ADAPTERS["openvid"].prompt, ADAPTERS["webvid"].prompt, *[ADAPTERS["user"].prompt] * 2]
     assert [row["source"] for row in found] == ["openvid", "webvid", "elsewhere", "mine"]
 
 
@@ -219,7 +222,7 @@ def test_a_filter_says_something(condition: dict[str, Any]) -> None:
 
 
 def test_an_unknown_format_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ValidationError, match="there are: openvid, smoltalk, table, webvid"):
+    with pytest.raises(ValidationError, match="there are: cauldron, finevideo"):
         source(Path("a.csv"), format="webvid10m")
 
 
@@ -267,7 +270,7 @@ def test_smoltalk_chats(tmp_path: Path) -> None:
 )
 def test_bad_chats(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=r"not a readable file of the format smoltalk|has no rows"):
+    with pytest.raises(UserError, match=r"not a (readable )?file of the format smoltalk|has no rows"):
         record(source(tmp_path / name, format="smoltalk"), tmp_path)
 
 

@@ -1,31 +1,22 @@
-"""The pipeline through the real command: run, run again, change, damage, stop five ways, retry from the UI, a phase by itself."""
+"""The pipeline through the real command: run, run again, change, damage, retry from the UI, a phase by itself."""
 
-import shutil
-import signal
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.filters import FlowFilter, FlowFilterName
-from prefect.client.schemas.objects import FlowRun
-from prefect.client.schemas.sorting import FlowRunSort
-from prefect.states import AwaitingRetry, Cancelling
+from prefect.states import AwaitingRetry
 
 from fvlm_core.eval.results import EvalReport
 from fvlm_core.manifest import AnyManifest
-from fvlm_core.train.jobs import RunManifest
-from tests.campaign.kill_campaign import campaign
-from tests.e2e.conftest import LONG_STAGE2_STEPS, Uninterrupted
-from tests.e2e.volume import CACHED, COMPLETED, FVLM, Command, Result, Volume, lengthen, of_job, progress, wait_until
+from tests.e2e.volume import CACHED, COMPLETED, FVLM, Result, Volume, newest_pipeline_run, wait_until
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow(reason="a real server, workers and torchrun jobs"), pytest.mark.timeout(1800)]
-
-CACHED_RERUN_S = 60
-STOP_AT_STEP = 30
-"""Of stage 2: some checkpoints are there, and nearly all of it is still to come."""
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.slow(reason="a real server, workers and torchrun jobs"),
+    pytest.mark.timeout(1800),
+    pytest.mark.xdist_group("pipeline"),
+]
 
 
 def test_one_command_leads_from_videos_to_a_released_model(volume: Volume, finished: Result) -> None:
@@ -45,7 +36,6 @@ def test_a_second_run_is_cached(volume: Volume) -> None:
     again = volume.run()
     assert again.status == 0
     assert again.states == CACHED
-    assert again.seconds < CACHED_RERUN_S
 
 
 def test_damage_is_noticed_and_only_what_was_damaged_is_made_again(volume: Volume) -> None:
@@ -62,79 +52,12 @@ def test_damage_is_noticed_and_only_what_was_damaged_is_made_again(volume: Volum
     assert {name for name in before if after[name] != before[name]} == {"shards", "stage1"}
 
 
-def test_a_changed_stage_and_what_follows_from_it_run_again_and_nothing_else(uninterrupted: Uninterrupted) -> None:
-    assert uninterrupted.remade == {"stage2", "stage3", "curves", "evaluation", "release"}
-    assert uninterrupted.manifest.steps == LONG_STAGE2_STEPS
-
-
-def torchrun_is_killed(volume: Volume, command: Command, folder: Path) -> None:
-    (torchrun,) = [process for process in of_job(folder) if process.cmdline()[1].endswith("/torchrun")]
-    torchrun.kill()
-
-
-def ctrl_c(volume: Volume, command: Command, folder: Path) -> None:
-    command.process.send_signal(signal.SIGINT)
-    assert command.result().status == 130
-    assert not volume.processes()
-
-
-def cancelled_in_the_ui(volume: Volume, command: Command, folder: Path) -> None:
-    with volume.client() as client:
-        client.set_flow_run_state(newest_pipeline_run(client).id, Cancelling())
-    result = command.result()
-    assert result.status == 1
-    assert "The pipeline ended Cancelled" in result.output
-
-
-def worker_is_killed(volume: Volume, command: Command, folder: Path) -> None:
-    _part_is_killed(volume, command, "worker of fvlm-gpu", "worker", "fvlm-gpu")
-
-
-def server_is_killed(volume: Volume, command: Command, folder: Path) -> None:
-    _part_is_killed(volume, command, "Prefect server", "infra.server")
-
-
-def _part_is_killed(volume: Volume, command: Command, name: str, *words: str) -> None:
-    for part in volume.processes(*words):
-        part.kill()
-    result = command.result()
-    assert result.status == 1
-    assert f"the {name} ended" in result.output
-    assert "Run the same command again" in result.output
-
-
-@pytest.mark.parametrize("stop", [torchrun_is_killed, ctrl_c, cancelled_in_the_ui, worker_is_killed, server_is_killed])
-def test_a_stage_stopped_in_the_middle_goes_on_from_its_checkpoint_to_the_same_weights(
-    volume: Volume, uninterrupted: Uninterrupted, stop: Callable[[Volume, Command, Path], None]
-) -> None:
-    folder, alone = uninterrupted.folder, uninterrupted.manifest
-    lengthen(volume.values, stage2=LONG_STAGE2_STEPS)
-    shutil.rmtree(folder)
-    command = volume.start()
-    wait_until(lambda: progress(folder, since=0) >= STOP_AT_STEP, f"step {STOP_AT_STEP}")
-    stop(volume, command, folder)
-    if stop is torchrun_is_killed:  # the task is tried again by the same command
-        last = command.result()
-    else:
-        assert not of_job(folder), "no job outlives its flow"
-        last = volume.run()
-    assert last.status == 0
-    assert last.states == CACHED | {"train": "Completed"}, "equal weights: what follows from them is not made again"
-    resumed = RunManifest.read(folder)
-    (step,) = resumed.resumed_from
-    assert 0 < step < LONG_STAGE2_STEPS
-    assert resumed.losses == alone.losses
-    assert resumed.digest == alone.digest, "the same weights, byte for byte"
-
-
-def test_killed_again_and_again_at_random_it_ends_with_the_same_weights(
-    volume: Volume, uninterrupted: Uninterrupted, tmp_path: Path
-) -> None:
-    lengthen(volume.values, stage2=LONG_STAGE2_STEPS)
-    outcome = campaign(volume, tmp_path, kills=3, volumes=1, seed=1, time_limit_s=1200)
-    assert outcome.kills == 3
-    assert outcome.weights_equal
-    assert outcome.order_equal
+def test_a_changed_stage_and_what_follows_from_it_run_again_and_nothing_else(volume: Volume) -> None:
+    before = volume.made_at()
+    volume.values["stages"]["stage3"]["run"]["steps"] += 1
+    assert volume.run().status == 0
+    after = volume.made_at()
+    assert {name for name in before if after[name] != before[name]} == {"stage3", "curves", "evaluation", "release"}
 
 
 def test_a_failed_run_is_retried_from_the_ui_and_a_phase_runs_by_itself(volume: Volume) -> None:
@@ -169,9 +92,3 @@ def test_a_failed_run_is_retried_from_the_ui_and_a_phase_runs_by_itself(volume: 
     stop = subprocess.run([FVLM, "stop", "--volume", volume.path], check=False)
     assert stop.returncode == 0
     assert not volume.processes()
-
-
-def newest_pipeline_run(client: SyncPrefectClient) -> FlowRun:
-    pipeline = FlowFilter(name=FlowFilterName(any_=["pipeline"]))
-    (run,) = client.read_flow_runs(flow_filter=pipeline, sort=FlowRunSort.START_TIME_DESC, limit=1)
-    return run

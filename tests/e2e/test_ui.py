@@ -11,7 +11,12 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 from tests.e2e.volume import Volume
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow(reason="a real browser on a real server"), pytest.mark.timeout(1800)]
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.slow(reason="a real browser on a real server"),
+    pytest.mark.timeout(1800),
+    pytest.mark.xdist_group("pipeline"),
+]
 
 CHROMIUM = "/usr/bin/chromium"
 RUN_NAME = "from the form"

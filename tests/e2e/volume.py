@@ -14,6 +14,9 @@ from typing import Any
 import psutil
 import yaml
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.sorting import FlowRunSort
 
 from flows.registry import PHASES
 from fvlm_core.manifest import AnyManifest
@@ -29,7 +32,17 @@ RUN_TIMEOUT_S = 1500
 """Of one command: many times what an idle machine takes."""
 EVENT_TIMEOUT_S = 600
 """For something that takes seconds on an idle machine."""
+LONG_STAGE2_STEPS = 500
+"""Long enough to be stopped in the middle, five times, by something that takes seconds to arrive."""
 FVLM = Path(sys.executable).with_name("fvlm")
+
+
+def lengthen(values: dict[str, Any], **steps: int) -> dict[str, Any]:
+    """The profile's values with stages long enough to be stopped in the middle: `stage2=500`; changed in place too."""
+    for stage, number in steps.items():
+        values["stages"][stage]["run"] |= {"steps": number, "eval_every": number // 4, "checkpoint_every": 10}
+    return values
+
 
 CACHED = dict.fromkeys(PHASES, "Cached")
 COMPLETED = dict.fromkeys(PHASES, "Completed")
@@ -77,7 +90,7 @@ class Volume:
     """A volume, and the profile that its commands are given."""
 
     path: Path
-    values: dict[str, Any] = field(default_factory=profile_values)
+    values: dict[str, Any] = field(default_factory=lambda: lengthen(profile_values(), stage2=LONG_STAGE2_STEPS))
 
     @property
     def config(self) -> PipelineConfig:
@@ -145,6 +158,13 @@ class Volume:
         }
 
 
+def newest_pipeline_run(client: SyncPrefectClient) -> FlowRun:
+    """The pipeline run that was started last."""
+    pipeline = FlowFilter(name=FlowFilterName(any_=["pipeline"]))
+    (run,) = client.read_flow_runs(flow_filter=pipeline, sort=FlowRunSort.START_TIME_DESC, limit=1)
+    return run
+
+
 def of_job(folder: Path) -> list[psutil.Process]:
     """Processes of the job that fills a step's folder."""
     return list(marked(JOB_VARIABLE, mark(folder)))
@@ -161,13 +181,6 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"waited {EVENT_TIMEOUT_S} s for {what}"
         time.sleep(0.05)
-
-
-def lengthen(values: dict[str, Any], **steps: int) -> dict[str, Any]:
-    """The profile's values with stages long enough to be stopped in the middle: `stage2=500`; changed in place too."""
-    for stage, number in steps.items():
-        values["stages"][stage]["run"] |= {"steps": number, "eval_every": number // 4, "checkpoint_every": 10}
-    return values
 
 
 def _unused_port() -> int:

@@ -242,7 +242,7 @@ def test_own_videos_take_the_place_of_the_captioned_default_clips(tmp_path: Path
     named = {one.source for part in parts if part for one in part.mixture}
     named |= {one["source"] for ablation in mine.ablations for one in ablation.change.get("data.mixture", [])}
     assert not {"natural", "gaze_caption"} & named
-    assert [(one.name, one.format, one.files) for one in mine.precompute.sources] == [("videos", "table", [tmp_path / "clips.csv"])]
+    assert [(one.name, one.format, one.files) for one in mine.precompute.sources] == [("videos", "user", [tmp_path / "clips.csv"])]
     assert with_videos(mine, tmp_path / "others.csv").precompute.sources[0].files == [tmp_path / "others.csv"]
     assert keys(TESTS)["precompute"] != PHASES["precompute"].key(mine)
 

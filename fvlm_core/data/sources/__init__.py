@@ -6,9 +6,18 @@ record on the volume) is in `normalise` and `record`.
 
 from types import ModuleType
 
+from fvlm_core.data.sources import cauldron as cauldron
+from fvlm_core.data.sources import finevideo as finevideo
+from fvlm_core.data.sources import finevideo_scenes as finevideo_scenes
+from fvlm_core.data.sources import llava_video as llava_video
 from fvlm_core.data.sources import openvid as openvid
+from fvlm_core.data.sources import rlaif_v as rlaif_v
+from fvlm_core.data.sources import sharegpt4video as sharegpt4video
+from fvlm_core.data.sources import smol_smoltalk as smol_smoltalk
 from fvlm_core.data.sources import smoltalk as smoltalk
-from fvlm_core.data.sources import table as table
+from fvlm_core.data.sources import user as user
+from fvlm_core.data.sources import vista as vista
+from fvlm_core.data.sources import vript as vript
 from fvlm_core.data.sources import webvid as webvid
 from fvlm_core.data.sources.adapter import Adapter
 

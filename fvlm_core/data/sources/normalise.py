@@ -143,7 +143,7 @@ def _check_json(columns: dict[str, pa.Array], rows: pa.Array) -> None:
                 raise ValueError("extra must be a JSON object")
         except (ValidationError, ValueError) as error:
             reason = re.sub(r"\s*\n\s*", "; ", str(error))
-            fix = "see the columns in fvlm_core/data/sources/table.py"
+            fix = "see the columns in fvlm_core/data/sources/user.py"
             raise RowError(f"conversations, probes or extra are wrong: {reason}", [row], fix=fix) from error
     mask = pa.array([False] * len(columns["probes"])).to_numpy(zero_copy_only=False).copy()
     mask[rows.to_numpy()] = True

@@ -1,9 +1,11 @@
 """OpenVid-1M: its csv (`OpenVid-1M.csv`, `OpenVidHD.csv`) names the files of its unpacked zip archives in `video`.
 
-Give the folder they were unpacked into as the source's `media`. Filters may use its other columns, such as `aesthetic score`.
+Give the archives as the source's `archives`: nothing has to be unpacked, and those that were cut into parts
+(`OpenVid_part73_partaa`, ...) need not be joined. Or give the folder they were unpacked into as `media`. Filters may use its other columns,
+such as `aesthetic score` or `seconds`.
 """
 
-from fvlm_core.data.sources.adapter import Adapter, renamed
+from fvlm_core.data.sources.adapter import Adapter, Published, renamed
 
 COLUMNS = {"video": "url", "caption": "caption"}
 
@@ -17,4 +19,10 @@ ADAPTER = Adapter(
     citation="Nan et al. 2024, OpenVid-1M: A Large-Scale High-Quality Dataset for Text-to-video Generation, arXiv:2407.02371",
     required=tuple(COLUMNS),
     rows=renamed(COLUMNS),
+    published=Published(
+        samples=1_019_957,
+        gigabytes=6976.0,
+        hours=2051.0,
+        source="arXiv:2407.02371; size: 3,488 shards of 2 GB of the same files (Dev-Jahn/OpenVid-1M-wds)",
+    ),
 )

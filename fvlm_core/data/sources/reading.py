@@ -1,6 +1,7 @@
 """From a source's published files to complete rows, a batch at a time, with errors that name the file and the row."""
 
 import hashlib
+import json
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,17 +10,21 @@ import numpy as np
 import pyarrow as pa
 
 from fvlm_core.data.addresses import AddressError, local_paths
+from fvlm_core.data.archives import AmbiguousMemberError, Archives
 from fvlm_core.data.arrow import pc
 from fvlm_core.data.jobs import Source
+from fvlm_core.data.media import NEXT, SECONDS, cell_reference, without_window
 from fvlm_core.data.rows import SCHEMA
 from fvlm_core.data.sources import ADAPTERS
-from fvlm_core.data.sources.adapter import KEEP, Adapter
+from fvlm_core.data.sources.adapter import OF, Adapter, embedded_media
 from fvlm_core.data.sources.normalise import FilterError, RowError, complete, meets
 from fvlm_core.errors import UserError
 from fvlm_core.settings import hash_json
 
 EXAMPLES = 3
 """Offending rows that an error names."""
+LIST_MARK = '["'
+"""How an address begins that is a JSON list of several."""
 
 
 class Part(NamedTuple):
@@ -31,34 +36,35 @@ class Part(NamedTuple):
     numbers: pa.Array
     """int64: the rows' numbers in their file, from 1."""
     paths: pa.Array
-    """string: the local files that their urls mean, null for addresses of the web."""
+    """string: references to the local media that their urls mean (`fvlm_core.data.media`), null for addresses of the web."""
     read: int
     """Rows of the file that were looked at for these."""
     filtered: int
     """Of these, left out by the source's filter."""
-
-    @property
-    def left_out(self) -> int:
-        """Left out by the format."""
-        return self.read - self.filtered - self.rows.num_rows
+    left_out: int
+    """Left out by the format."""
 
     def first(self, number: int) -> "Part":
         """The first rows only, as if no more had been looked at."""
         if number >= self.rows.num_rows:
             return self
+        numbers = self.numbers.slice(0, number)
         return self._replace(
             rows=self.rows.slice(0, number),
-            numbers=self.numbers.slice(0, number),
+            numbers=numbers,
             paths=self.paths.slice(0, number),
-            read=self.filtered + self.left_out + number,
+            read=self.filtered + self.left_out + len(pc.unique(numbers)),
         )
 
 
-def read_source(source: Source, files: Sequence[Path]) -> Iterator[Part]:
-    """The rows that the source's filter and limit let through. Raises UserError for what cannot be read or used."""
+def read_source(source: Source, files: Sequence[Path], archives: Archives | None = None) -> Iterator[Part]:
+    """The rows that the source's filter and limit let through. Raises UserError for what cannot be read or used.
+
+    `archives`: those of the source, where its media are looked for first.
+    """
     adapter, left = ADAPTERS[source.format], source.limit
     for file in files:
-        for part in _read_file(source, adapter, file):
+        for part in _read_file(source, adapter, file, archives):
             if left is None:
                 yield part
                 continue
@@ -68,24 +74,28 @@ def read_source(source: Source, files: Sequence[Path]) -> Iterator[Part]:
                 return
 
 
-def _read_file(source: Source, adapter: Adapter, file: Path) -> Iterator[Part]:
-    wanted = dict.fromkeys([*adapter.required, *adapter.optional, *(condition.column for condition in source.filter)])
-    first = 1
+def _read_file(source: Source, adapter: Adapter, file: Path, archives: Archives | None) -> Iterator[Part]:
+    replacing = [name for names in adapter.instead.values() for name in names]
+    wanted = dict.fromkeys([*adapter.required, *replacing, *adapter.optional, *(condition.column for condition in source.filter)])
+    first, media = 1, None
     for batch in _published(adapter, file, wanted):
-        if missing := [name for name in adapter.required if name not in batch.schema.names]:
-            raise UserError(
-                f"not a file of the format {adapter.name}: it lacks the column{'s' * (len(missing) > 1)} {' and '.join(missing)}",
-                where=f"{file}, which has of those that are needed: {', '.join(batch.schema.names) or 'none'}",
-                fix=f"name the columns {' and '.join(adapter.required)}, or give the source another format ({', '.join(sorted(ADAPTERS))})",
-            )
+        _require_columns(batch, adapter, file)
+        media = media or embedded_media(file, adapter.embedded)
         numbers = pa.array(np.arange(first, first + batch.num_rows))
         try:
             met = meets(batch, source.filter)
+            if source.every > 1:
+                met = pc.and_(met, pa.array((numbers.to_numpy() - 1) % source.every == 0))
             chosen, kept = batch.filter(met), numbers.filter(met)
             ours = adapter.rows(chosen)
-            if KEEP in ours.schema.names:
-                keep = ours.column(KEEP)
-                ours, kept = ours.filter(keep), kept.filter(keep)
+            of = ours.column(OF) if OF in ours.schema.names else pa.array(np.arange(chosen.num_rows))
+            if media:
+                there = pc.greater(chosen.column(media[0]).take(of), 0)
+                ours, of = ours.filter(there), of.filter(there)
+            kept = kept.take(of)
+            paths = None
+            if media:
+                ours, paths = _embedded(ours, kept, chosen.column(media[0]).take(of), *media, file)
             rows = complete(ours, adapter, source.name)
         except FilterError as error:
             raise UserError(
@@ -95,15 +105,48 @@ def _read_file(source: Source, adapter: Adapter, file: Path) -> Iterator[Part]:
             raise _user_error(error, file, kept) from error
         except (KeyError, TypeError, AttributeError, ValueError, pa.ArrowException) as error:
             raise _unreadable(error, file, adapter) from error
-        paths = _paths(rows, kept, source.media or file.absolute().parent, file)
-        yield Part(file, rows, kept, paths, batch.num_rows, batch.num_rows - chosen.num_rows)
+        if paths is None:
+            paths = _paths(rows, kept, source.media or file.absolute().parent, file, archives)
+        left_out = chosen.num_rows - len(pc.unique(of))
+        yield Part(file, rows, kept, paths, batch.num_rows, batch.num_rows - chosen.num_rows, left_out)
         first += batch.num_rows
+
+
+def _require_columns(batch: pa.RecordBatch, adapter: Adapter, file: Path) -> None:
+    """Raises UserError that names the columns which the file lacks."""
+    names = batch.schema.names
+    missing = [name for name in adapter.required if not {name, *adapter.instead.get(name, ())} & set(names)]
+    if missing:
+        wanted = [" or ".join([name, *adapter.instead.get(name, ())]) for name in adapter.required]
+        raise UserError(
+            f"not a file of the format {adapter.name}: it lacks the column{'s' * (len(missing) > 1)} {' and '.join(missing)}",
+            where=f"{file}, which has of those that are needed: {', '.join(names) or 'none'}",
+            fix=f"name the columns {' and '.join(wanted)}, or give the source another format ({', '.join(sorted(ADAPTERS))})",
+        )
+
+
+def _embedded(
+    ours: pa.RecordBatch, numbers: pa.Array, counts: pa.Array, column: str, listed: bool, file: Path
+) -> tuple[pa.RecordBatch, pa.Array]:
+    """The rows with addresses of their media in the parquet file, and the references.
+
+    An address names the file by its folder and name only, so that it is the same wherever the dataset lies.
+    """
+    where, place = str(file.absolute()), f"{file.absolute().parent.name}/{file.name}"
+    windows = ours.column("url").to_pylist() if "url" in ours.schema.names else [""] * ours.num_rows
+    urls, references = [], []
+    for number, count, window in zip(numbers.to_pylist(), counts.to_pylist(), windows, strict=True):
+        urls.append(f"{place}#row={number}" + (f"&{window}" if window else ""))
+        items = range(count) if listed else [None]
+        references.append(NEXT.join(cell_reference(where, column, number - 1, item) for item in items))
+    columns = {name: ours.column(name) for name in ours.schema.names} | {"url": pa.array(urls, pa.string())}
+    return pa.RecordBatch.from_pydict(columns), pa.array(references, pa.string())
 
 
 def _published(adapter: Adapter, file: Path, wanted: Collection[str]) -> Iterator[pa.RecordBatch]:
     """What the adapter reads, with its errors as UserError."""
     try:
-        yield from adapter.read(file, wanted)
+        yield from adapter.read(file, wanted, adapter.embedded)
     except (OSError, KeyError, TypeError, AttributeError, ValueError, pa.ArrowException) as error:
         raise _unreadable(error, file, adapter) from error
 
@@ -123,17 +166,49 @@ def _user_error(fault: RowError, file: Path, numbers: pa.Array) -> UserError:
     return UserError(f"{fault.what}: {shown}{more}", where=str(file), fix=fault.fix)
 
 
-def _paths(rows: pa.RecordBatch, numbers: pa.Array, media: Path, file: Path) -> pa.Array:
-    """The local file of each row. Raises UserError that names rows whose address cannot be fetched."""
+def _paths(rows: pa.RecordBatch, numbers: pa.Array, media: Path, file: Path, archives: Archives | None) -> pa.Array:
+    """The reference of each row's media. Raises UserError that names rows whose address cannot be fetched."""
     urls = rows.column("url")
+    fix = "give http(s) addresses or files; fetch others first, e.g. to the volume"
     try:
-        return local_paths(urls, media)
+        whole = pc.replace_substring_regex(urls, SECONDS.pattern, "")
+        several = pc.starts_with(urls, LIST_MARK)
+        paths = local_paths(pc.if_else(several, "", whole), media)
+        special = pc.indices_nonzero(pc.or_(several, pc.is_valid(paths)) if archives else several).to_pylist()
+        if not special:
+            return paths
+        found = [_reference(row, urls[row].as_py(), media, archives) for row in special]
+        mask = np.zeros(len(urls), bool)
+        mask[special] = True
+        return pc.replace_with_mask(paths, pa.array(mask), pa.array(found, pa.string()))
     except AddressError as error:
-        values = [repr(urls[row].as_py()) for row in error.rows[:EXAMPLES]]
-        fault = RowError(
-            str(error), error.rows, values=values, fix="give http(s) addresses or files; fetch others first, e.g. to the volume"
-        )
-        raise _user_error(fault, file, numbers) from error
+        rows_, message = error.rows, str(error)
+    values = [repr(urls[row].as_py()) for row in rows_[:EXAMPLES]]
+    raise _user_error(RowError(message, rows_, values=values, fix=fix), file, numbers)
+
+
+def _reference(row: int, url: str, media: Path, archives: Archives | None) -> str:
+    """The reference of one file, or those of a list of images: in an archive, or where the address says. Raises AddressError."""
+    addresses = [without_window(url)]
+    if url.startswith(LIST_MARK):
+        try:
+            addresses = json.loads(url)
+        except ValueError as error:
+            raise AddressError(f"not a JSON list of files: {error}", [row]) from error
+    references = []
+    for address in addresses:
+        try:
+            found = archives.find(address) if archives else None
+        except AmbiguousMemberError as error:
+            raise AddressError(str(error), [row]) from error
+        try:
+            found = found or local_paths(pa.array([address], pa.string()), media)[0].as_py()
+        except AddressError as error:
+            raise AddressError(str(error), [row]) from error
+        if found is None:
+            raise AddressError("several images of one sample must be files", [row])
+        references.append(found)
+    return NEXT.join(references)
 
 
 class RowsDigest:

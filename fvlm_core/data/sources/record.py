@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fcntl import LOCK_EX, flock
 from functools import cache
 from pathlib import Path
@@ -23,8 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from fvlm_core.data.archives import Archives
 from fvlm_core.data.arrow import pc
 from fvlm_core.data.jobs import Source
+from fvlm_core.data.media import files_of
 from fvlm_core.data.rows import SCHEMA, Kind
 from fvlm_core.data.sources.reading import RowsDigest, read_source
 from fvlm_core.errors import UserError
@@ -38,7 +40,8 @@ FILE, FILE_ROW, PATH = "file", "file_row", "path"
 RECORD_SCHEMA = pa.schema(
     [*SCHEMA, (FILE, pa.dictionary(pa.int32(), pa.string())), (FILE_ROW, pa.int64()), (PATH, pa.string())],
 )
-"""The row; the file it comes from and its number there, from 1; the local file that its url means, null for an address of the web."""
+"""The row; the file it comes from and its number there, from 1; a reference to the local media that its url means
+(`fvlm_core.data.media`), null for an address of the web."""
 KEY_LENGTH = 12
 EXAMPLES = 3
 """Missing files that are named."""
@@ -146,8 +149,12 @@ def read_rows(folder: Path, columns: Sequence[str] | None = None) -> Iterator[pa
 
 def source_files(source: Source) -> list[Path]:
     """The source's files, patterns resolved. Raises UserError for what is not there."""
+    return _resolved(source, source.files)
+
+
+def _resolved(source: Source, paths: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
-    for path in source.files:
+    for path in paths:
         found = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(str(path))) if Path(name).is_file()]
         if not found:
             what = "no file is called so" if glob.has_magic(str(path)) else "the file does not exist"
@@ -157,9 +164,9 @@ def source_files(source: Source) -> list[Path]:
 
 
 def _folder(source: Source, files: Sequence[Path], volume: Path) -> Path:
-    stats = [(str(path.absolute()), path.stat()) for path in files]
+    stats = [(str(path.absolute()), path.stat()) for path in [*files, *_resolved(source, source.archives)]]
     identity = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-    settings = source.model_dump(mode="json", exclude={"files", "val_share"})
+    settings = source.model_dump(mode="json", exclude={"files", "archives", "val_share"})
     return volume / SOURCES / f"{source.name}-{hash_json([settings, identity, _code()])[:KEY_LENGTH]}"
 
 
@@ -167,9 +174,8 @@ def _folder(source: Source, files: Sequence[Path], volume: Path) -> Path:
 def _code() -> str:
     """Identity of the code that turns files into rows: rows of an adapter that was corrected since are not used."""
     folder = Path(__file__).parent
-    return hash_json(
-        [sha256_file(path) for path in sorted([*folder.glob("*.py"), folder.with_name("rows.py"), folder.with_name("addresses.py")])]
-    )
+    beside = [folder.with_name(f"{name}.py") for name in ("rows", "addresses", "media", "archives")]
+    return hash_json([sha256_file(path) for path in sorted([*folder.glob("*.py"), *beside])])
 
 
 @contextmanager
@@ -185,8 +191,12 @@ def _write_rows(source: Source, files: Sequence[Path], folder: Path) -> Record:
     digest, counts = RowsDigest(), Counter[tuple[str, str]]()
     read = filtered = left_out = rows = 0
     temporary = folder / f".{ROWS}"
-    with pq.ParquetWriter(temporary, RECORD_SCHEMA, compression="zstd") as writer:
-        for part in read_source(source, files):
+    with ExitStack() as stack:
+        archives = None
+        if source.archives:
+            archives = stack.enter_context(Archives(_resolved(source, source.archives), folder / ".members.sqlite"))
+        writer = stack.enter_context(pq.ParquetWriter(temporary, RECORD_SCHEMA, compression="zstd"))
+        for part in read_source(source, files, archives):
             number = part.rows.num_rows
             names = pa.DictionaryArray.from_arrays(pa.array(np.zeros(number, np.int32)), pa.array([str(part.file)]))
             writer.write_batch(pa.RecordBatch.from_arrays([*part.rows.columns, names, part.numbers, part.paths], schema=RECORD_SCHEMA))
@@ -256,13 +266,19 @@ def _look(known: Record, folder: Path) -> Record:
     )
 
 
-def stat_files(paths: list[str]) -> list[list[int] | None]:
-    """Size and time of change of each file, None where there is none."""
+def stat_files(references: list[str]) -> list[list[int] | None]:
+    """Size and time of change of the file behind each reference (of several, one after the other), None where one is not there."""
+    known: dict[str, list[int] | None] = {}  # an archive holds many
     found: list[list[int] | None] = []
-    for path in paths:
-        try:
-            status = os.stat(path)
-            found.append([status.st_size, status.st_mtime_ns] if S_ISREG(status.st_mode) else None)
-        except OSError:
-            found.append(None)
+    for reference in references:
+        stats: list[list[int] | None] = []
+        for path in files_of(reference):
+            if path not in known:
+                try:
+                    status = os.stat(path)
+                    known[path] = [status.st_size, status.st_mtime_ns] if S_ISREG(status.st_mode) else None
+                except OSError:
+                    known[path] = None
+            stats.append(known[path])
+        found.append(None if None in stats else [number for stat in stats if stat for number in stat])
     return found

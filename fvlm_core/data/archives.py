@@ -1,0 +1,107 @@
+"""Which archive holds a file, and where: an index of the members of zip and tar archives, on disk, so that it may have millions.
+
+An address names a member where both have the same file name and the path of one ends with that of the other: datasets unpack some
+archives into folders that the archive does not have, and the other way round.
+"""
+
+import io
+import re
+import sqlite3
+import tarfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Self
+
+from fvlm_core.data.media import JoinedFiles, range_reference
+from fvlm_core.errors import UserError
+
+CUT = re.compile(r"(?P<archive>.+?)(?:part[a-z]{2}|\.(?:part)?\d+)")
+"""Name of a part of an archive that was cut, e.g. `OpenVid_part73_partaa` or `clips.zip.001`."""
+GZIP = b"\x1f\x8b"
+TAR_MAGIC, TAR_MAGIC_OFFSET = b"ustar", 257
+
+
+class AmbiguousMemberError(Exception):
+    """Several members that an address may mean."""
+
+
+class Archives:
+    """The members of archives. Use as a context manager: the index is a file that goes with it."""
+
+    def __init__(self, paths: Sequence[Path], index: Path) -> None:
+        """Raises UserError for what is no archive, or one whose members cannot be reached one by one."""
+        index.unlink(missing_ok=True)
+        self._index = index
+        self._known = sqlite3.connect(index, isolation_level=None)
+        self._known.execute("PRAGMA journal_mode = OFF")
+        self._known.execute("PRAGMA synchronous = OFF")
+        self._known.execute("CREATE TABLE members (name TEXT, path TEXT, reference TEXT)")
+        self._known.execute("BEGIN")
+        for parts in joined(paths):
+            members = ((path.rpartition("/")[2], path, reference) for path, reference in _members(parts))
+            self._known.executemany("INSERT INTO members VALUES (?, ?, ?)", members)
+        self._known.execute("CREATE INDEX by_name ON members (name)")
+        self._known.execute("COMMIT")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._known.close()
+        self._index.unlink(missing_ok=True)
+
+    def find(self, address: str) -> str | None:
+        """The reference of the member that a relative address means; None where there is none.
+
+        Raises AmbiguousMemberError where members of different paths fit equally.
+        """
+        name = address.rpartition("/")[2]
+        found = self._known.execute("SELECT path, reference FROM members WHERE name = ? ORDER BY rowid", (name,)).fetchall()
+        fitting = {path: reference for path, reference in reversed(found) if f"/{path}".endswith(f"/{address}") or _ends(address, path)}
+        if len(fitting) > 1 and address not in fitting:
+            raise AmbiguousMemberError(f"{len(fitting)} files in the archives may be meant, e.g. {' and '.join(sorted(fitting)[:2])}")
+        return fitting.get(address) or next(iter(fitting.values()), None)
+
+
+def joined(paths: Sequence[Path]) -> list[list[Path]]:
+    """The files of each archive: one, or the parts that it was cut into, in the order of their names."""
+    groups: dict[str, list[Path]] = {}
+    for path in paths:
+        cut = None if path.suffix.lower() in (".zip", ".tar") else CUT.fullmatch(path.name)
+        groups.setdefault(str(path.with_name(cut["archive"])) if cut else str(path), []).append(path)
+    return [sorted(parts) for parts in groups.values()]
+
+
+def _ends(address: str, path: str) -> bool:
+    return f"/{address}".endswith(f"/{path}")
+
+
+def _members(parts: Sequence[Path]) -> Iterator[tuple[str, str]]:
+    """Path and reference of every file in an archive."""
+    where = ", ".join(map(str, parts))
+    names = [str(path) for path in parts]
+    with JoinedFiles(parts) as raw, io.BufferedReader(raw, 1 << 16) as stream:
+        start = stream.read(tarfile.BLOCKSIZE)
+        stream.seek(0)
+        if start.startswith(GZIP):
+            fix = "unpack it once with gunzip (a tar of videos stays as large), and name the .tar"
+            raise UserError("a compressed tar: its files cannot be reached one by one", where=where, fix=fix)
+        try:
+            if start[TAR_MAGIC_OFFSET:].startswith(TAR_MAGIC):
+                with tarfile.open(fileobj=stream, mode="r:") as archive:
+                    for member in archive:
+                        if member.isfile():
+                            reference = range_reference(names, raw.sizes, member.offset_data, member.size, header=False)
+                            yield member.name.removeprefix("./"), reference
+                        archive.members = []  # pyright: ignore[reportAttributeAccessIssue] -- tarfile would keep them all
+                return
+            with zipfile.ZipFile(stream) as archive:
+                for member in archive.infolist():
+                    if not member.is_dir():
+                        reference = range_reference(names, raw.sizes, member.header_offset, member.compress_size, header=True)
+                        yield member.filename.removeprefix("./"), reference
+        except (zipfile.BadZipFile, tarfile.TarError) as error:
+            raise UserError(
+                f"not a readable zip or tar archive: {error}", where=where, fix="download it again; parts of one archive must all be there"
+            ) from error

@@ -1,0 +1,44 @@
+"""What a profile's sources hold, as their authors publish it: for a plan before anything is downloaded."""
+
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+
+from fvlm_core.data.jobs import Source
+from fvlm_core.data.sources import ADAPTERS
+from fvlm_core.tables import Table
+
+HEAD = ["source", "dataset", "samples", "of", "GB", "hours of video", "licence", "files"]
+
+
+def sources_table(sources: Sequence[Source]) -> Table:
+    """A row per source: what is used of it, and whether its files are there."""
+    rows = [_row(source) for source in sources]
+    known = [size for source in sources if (size := source.published)]
+    sizes = ([one.samples for one in known], [one.gigabytes for one in known], [one.hours for one in known])
+    samples, size, hours = (sum(filter(None, column)) for column in sizes)
+    total = ["all", "", _number(samples), "", _number(size), _number(hours), "", ""]
+    unknown = [name for name, column in zip(("bytes", "hours"), sizes[1:], strict=True) if None in column]
+    note = "Samples, bytes and hours as published, in proportion to what is used (bytes: to the files, which are needed complete); \
+what a filter leaves out is not known before it is read."
+    if unknown:
+        note += f" Not all authors publish {' and '.join(unknown)}: the sum is of those that do."
+    return Table(title="Sources", head=HEAD, rows=[*rows, total] if len(known) > 1 else rows, note=note)
+
+
+def missing_files(source: Source) -> list[Path]:
+    """The source's files, archives and folder that are not there; of a pattern, the pattern."""
+    named = [*source.files, *source.archives, *([source.media] if source.media else [])]
+    return [path for path in named if not path.exists() and not glob.glob(str(path))]
+
+
+def _row(source: Source) -> list[str]:
+    adapter, size = ADAPTERS[source.format], source.published
+    numbers = ["", "", "", ""]
+    if size and adapter.published:
+        numbers = [_number(size.samples), _number(adapter.published.samples), _number(size.gigabytes), _number(size.hours)]
+    return [source.name, adapter.title, *numbers, adapter.licence, "not there" if missing_files(source) else "there"]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"

@@ -1,0 +1,208 @@
+"""References: whatever holds a clip, the same bytes come out; what is damaged or missing says so."""
+
+import gzip
+import io
+import json
+import shutil
+import tarfile
+import zipfile
+from itertools import pairwise
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fvlm_core.data import media
+from fvlm_core.data.archives import AmbiguousMemberError, Archives, joined
+from fvlm_core.data.frames import ClipError, FrameRule, extract_frames
+from fvlm_core.data.media import MediaError, files_of, open_media, read_media, time_window, without_window
+from fvlm_core.data.sources import json_files
+from fvlm_core.data.sources.adapter import read_table
+from fvlm_core.data.sources.json_files import read_json
+from fvlm_core.errors import UserError
+from tests.data.published import clip, picture, pictures
+
+RULE = FrameRule(frame_px=42, max_frames=4)
+FILES = st.dictionaries(
+    st.from_regex(r"[a-z]{1,3}(/[a-z]{1,3}){0,2}\.mp4", fullmatch=True), st.binary(max_size=2000), min_size=1, max_size=6
+)
+
+
+def archive(path: Path, files: dict[str, bytes], kind: str) -> Path:
+    if kind == "tar":
+        with tarfile.open(path, "w") as made:
+            for name, content in files.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                made.addfile(info, io.BytesIO(content))
+    else:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if kind == "deflated" else zipfile.ZIP_STORED) as made:
+            for name, content in files.items():
+                made.writestr(name, content)
+    return path
+
+
+@given(FILES, st.sampled_from(["tar", "stored", "deflated"]), st.lists(st.floats(0, 1), max_size=3))
+def test_a_member_is_what_was_put_in_however_the_archive_was_cut(
+    tmp_path_factory: pytest.TempPathFactory, files: dict[str, bytes], kind: str, cuts: list[float]
+) -> None:
+    folder = tmp_path_factory.mktemp("archive")
+    content = archive(folder / "all.bin", files, kind).read_bytes()
+    places = [0, *sorted(int(cut * len(content)) for cut in cuts), len(content)]
+    parts = []
+    for number, (start, end) in enumerate(pairwise(places)):
+        parts.append(folder / f"clips_part{'abcdef'[number]}a")
+        parts[-1].write_bytes(content[start:end])
+    with Archives(parts, folder / "index") as known:
+        for name, expected in files.items():
+            found = known.find(name)
+            assert found is not None
+            assert read_media(found) == expected
+            stream, size = open_media(found)
+            with stream:
+                assert len(stream.read()) == size
+        assert known.find("nobody.mp4") is None
+    assert not (folder / "index").exists()
+
+
+def test_an_address_and_a_member_may_have_folders_that_the_other_has_not(tmp_path: Path) -> None:
+    path = archive(tmp_path / "a.zip", {"x/one.mp4": b"1", "two.mp4": b"2", "p/three.mp4": b"3", "q/three.mp4": b"4"}, "stored")
+    with Archives([path], tmp_path / "index") as known:
+        assert read_media(known.find("one.mp4") or "") == b"1"
+        assert read_media(known.find("panda/two.mp4") or "") == b"2"
+        assert read_media(known.find("q/three.mp4") or "") == b"4"
+        assert known.find("y/one.mp4") is None
+        with pytest.raises(AmbiguousMemberError, match=r"2 files in the archives may be meant, e\.g\. p/three\.mp4 and q/three\.mp4"):
+            known.find("three.mp4")
+
+
+def test_parts_are_put_together_by_their_names(tmp_path: Path) -> None:
+    names = ["OpenVid_part1.zip", "OpenVid_part2_partab", "OpenVid_part2_partaa", "b.zip.002", "b.zip.001", "c.tar"]
+    groups = [[path.name for path in group] for group in joined([tmp_path / name for name in names])]
+    assert groups == [["OpenVid_part1.zip"], ["OpenVid_part2_partaa", "OpenVid_part2_partab"], ["b.zip.001", "b.zip.002"], ["c.tar"]]
+
+
+def test_archives_that_cannot_be_used_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    plain = archive(tmp_path / "a.tar", {"a.mp4": b"1" * 2000}, "tar")
+    with gzip.open(tmp_path / "a.tar.gz", "wb") as packed:
+        packed.write(plain.read_bytes())
+    (tmp_path / "noise.zip").write_bytes(b"noise" * 100)
+    with pytest.raises(UserError, match="gunzip"):
+        Archives([tmp_path / "a.tar.gz"], tmp_path / "index")
+    with pytest.raises(UserError, match="not a readable zip or tar archive"):
+        Archives([tmp_path / "noise.zip"], tmp_path / "index")
+
+
+def test_damage_is_said_where_it_is_met(tmp_path: Path) -> None:
+    path = archive(tmp_path / "a.zip", {"a.mp4": bytes(5000), "b.mp4": b"b" * 5000}, "deflated")
+    with Archives([path], tmp_path / "index") as known:
+        first, second = known.find("a.mp4") or "", known.find("b.mp4") or ""
+    content = bytearray(path.read_bytes())
+    content[40:46] = b"\xff" * 6
+    path.write_bytes(content)
+    with pytest.raises(MediaError, match="damaged in its zip archive"):
+        read_media(first)
+    path.write_bytes(content[:50])
+    with pytest.raises(MediaError, match="ends within the file"):
+        read_media(second)
+    path.write_bytes(b"x" * 9000)
+    with pytest.raises(MediaError, match="has changed"):
+        read_media(second)
+    path.unlink()
+    with pytest.raises(MediaError, match="file not found"):
+        read_media(second)
+
+
+def test_cells_of_parquet_in_small_and_in_large_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.parquet"
+    images = [pictures(1, 2), pictures(3), [{"bytes": None, "path": "a.jpg"}]]
+    pq.write_table(pa.table({"images": images, "mp4": [b"x", b"y", None], "words": ["a", "b", "c"]}), path, row_group_size=2)
+    for cache in (1 << 20, 0):
+        monkeypatch.setattr("fvlm_core.data.media.CACHE_BYTES", cache)
+        monkeypatch.setattr("fvlm_core.data.media._CELLS", media._Cells())
+        assert read_media(f"parquet:0:1:images:{path}") == picture(2)
+        assert read_media(f"parquet:1:0:images:{path}") == picture(3)
+        assert read_media(f"parquet:1::mp4:{path}") == b"y"
+        for place in ("2:0:images", "2::mp4", "0:5:images", "0::words"):
+            with pytest.raises(MediaError, match="holds no bytes"):
+                read_media(f"parquet:{place}:{path}")
+        for place in ("9:0:images", "0:0:none"):
+            with pytest.raises(MediaError, match="cannot be read"):
+                read_media(f"parquet:{place}:{path}")
+
+
+def test_several_images_are_one_tar_of_one_frame_each(tmp_path: Path) -> None:
+    for number in range(5):
+        (tmp_path / f"{number}.png").write_bytes(picture(number, "PNG", (40 + 10 * number, 80)))
+    references = [str(tmp_path / f"{number}.png") for number in range(5)]
+    frames = extract_frames(read_media("\n".join(references[:3])), RULE)
+    assert frames.pixels.shape == (3, 42, 42, 3)
+    for reference, frame in zip(references, frames.pixels, strict=False):
+        assert (extract_frames(read_media(reference), RULE).pixels[0] == frame).all()
+    with pytest.raises(ClipError, match="5 images in one sample; 4 may be"):
+        extract_frames(read_media("\n".join(references)), RULE)
+    assert files_of("\n".join([*references[:2], "bytes:3+4:/a\t/b"])) == [*references[:2], "/a", "/b"]
+
+
+def test_seconds_of_a_video() -> None:
+    content = clip(4)
+    complete = extract_frames(content, RULE)
+    for start, end in ((0.0, 2.0), (1.0, 4.0), (2.5, 9.0)):
+        part = extract_frames(content, RULE, (start, end))
+        assert part.duration_s == pytest.approx(min(end, 4.0) - start, abs=0.02)
+        assert len(part.pixels) == max(1, int(min(end, 4.0) - start))
+        if start.is_integer():
+            assert (part.pixels == complete.pixels[int(start) : int(start) + len(part.pixels)]).all()
+    with pytest.raises(ClipError, match=r"seconds 5 to 6 are not in a video of 4\.0 s"):
+        extract_frames(content, RULE, (5.0, 6.0))
+
+
+@pytest.mark.parametrize(
+    ("address", "window", "rest"),
+    [
+        ("a.mp4", None, "a.mp4"),
+        ("a.mp4#t=1,2.5", (1.0, 2.5), "a.mp4"),
+        ("x.parquet#row=3&t=0,4", (0.0, 4.0), "x.parquet#row=3"),
+        ("b#t=1.mp4", None, "b#t=1.mp4"),
+        ("http://h/c.mp4?t=1,2", None, "http://h/c.mp4?t=1,2"),
+    ],
+)
+def test_an_address_says_which_seconds(address: str, window: tuple[float, float] | None, rest: str) -> None:
+    assert (time_window(address), without_window(address)) == (window, rest)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=6), lambda inner: st.lists(inner, max_size=3), max_leaves=4
+)
+RECORDS = st.lists(st.dictionaries(st.sampled_from(["a", "b", "[", ","]), VALUES, max_size=3), max_size=8)
+
+
+@given(RECORDS, st.sampled_from([None, 1]), st.integers(1, 40))
+def test_json_is_read_as_a_stream_whatever_the_blocks(
+    tmp_path_factory: pytest.TempPathFactory, records: list[dict], indent: int | None, block: int
+) -> None:
+    folder = tmp_path_factory.mktemp("json")
+    (folder / "a.json").write_text(json.dumps(records, indent=indent))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_files, "BLOCK_CHARACTERS", block)
+        with (folder / "a.json").open() as stream:
+            assert list(json_files._items(stream)) == records
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [('[{"a": 1}, {"a"', "Expecting|Unterminated|ends within"), ("[1]", "is int"), ('[{"a": 1}', "ends within")]
+)
+def test_broken_json_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        list(read_json(tmp_path / "a.json", ["a"]))
+
+
+def test_columns_of_several_types_are_texts_and_unknown_ones_are_absent(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"id": 1, "x": "a"}\n\n{"id": "two"}\n')
+    (batch,) = read_table(tmp_path / "a.jsonl", ["id", "x", "y"])
+    assert batch.to_pydict() == {"id": ["1", "two"], "x": ["a", None]}

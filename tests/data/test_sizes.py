@@ -1,0 +1,93 @@
+"""What a plan says of sources before their files are there."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments.checks import load_profile
+from deployments.cli import plan
+from fvlm_core.data.jobs import Source
+from fvlm_core.data.mixture import BLOCK_SAMPLES, Mixture
+from fvlm_core.data.sources import ADAPTERS
+from fvlm_core.data.sources.sizes import missing_files, sources_table
+from tasks.mixtures import mixtures
+from tests.data.published import PUBLISHED
+
+RUNPOD = load_profile("runpod")
+
+
+def source(name: str, *files: str, **settings: Any) -> Source:
+    return Source.model_validate({"name": "mine", "format": name, "files": files, **settings})
+
+
+@pytest.mark.parametrize(
+    ("chosen", "samples"),
+    [
+        (source("cauldron", "x/ai2d/train-*.parquet", "x/vsr/train-*.parquet"), 2434 + 2157),
+        (source("cauldron", "x/*/train-*.parquet"), 1_880_981),
+        (source("cauldron", "x/ai2d/train-*.parquet", limit=100), 100),
+        (source("llava_video", "x/*/*_mc_*.json", every=10), 19_620),
+        (source("webvid", "x.csv"), 10_727_582),
+    ],
+)
+def test_published_samples_are_those_of_the_files_that_are_named(chosen: Source, samples: int) -> None:
+    assert chosen.published is not None
+    assert chosen.published.samples == samples
+
+
+def test_hours_follow_the_rows_and_bytes_the_files() -> None:
+    complete, some = source("openvid", "x.csv").published, source("openvid", "x.csv", every=2, limit=1000).published
+    assert complete is not None
+    assert some is not None
+    assert (some.gigabytes, complete.gigabytes) == (6976.0, 6976.0)
+    assert complete.hours is not None
+    assert some.hours == pytest.approx(complete.hours * 1000 / complete.samples)
+
+
+def test_the_configurations_of_the_cauldron_are_fifty_and_cover_its_published_size() -> None:
+    known = ADAPTERS["cauldron"].published
+    assert known is not None
+    assert len(known.parts) == 50
+    assert sum(known.parts.values()) == known.samples
+
+
+def test_files_that_are_there_are_said_to_be(tmp_path: Path) -> None:
+    made = Source.model_validate({"name": "openvid", "format": "openvid"} | PUBLISHED["openvid"](tmp_path))
+    assert missing_files(made) == []
+    gone = made.model_copy(update={"archives": [tmp_path / "no*.zip"]})
+    assert missing_files(gone) == [tmp_path / "no*.zip"]
+    rows = sources_table([made, gone, source("user", "a.csv")]).records()
+    assert [row["files"] for row in rows] == ["there", "not there", "not there", ""]
+    assert [row["samples"] for row in rows] == ["1,019,957", "1,019,957", "", "2,039,914"]
+
+
+def test_the_production_profile_is_planned_without_its_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert plan(profile="runpod", volume=tmp_path) == 0
+    shown = capsys.readouterr().out
+    for one in RUNPOD.precompute.sources:
+        assert one.published is not None
+        (line,) = [line for line in shown.splitlines() if line.startswith(f"{one.name} ") and ADAPTERS[one.format].title in line]
+        assert f"{one.published.samples:,}" in line
+        assert "not there" in line
+    assert "The steps can be planned once the sources' files are there" in shown
+
+
+def test_the_production_profile_has_what_its_stages_read() -> None:
+    known = {one.name: one.published.samples for one in RUNPOD.precompute.sources if one.published}
+    assert 3.2e6 < sum(known.values()) < 3.4e6
+    assert {part.source for _, _, mixture in mixtures(RUNPOD) for part in mixture} <= set(known)
+    for stage in RUNPOD.stages.present.values():
+        assert stage.run.steps
+        for part in stage.data.mixture:
+            read = stage.run.steps * stage.run.batch_samples * part.share
+            assert read < 1.25 * known[part.source], f"{part.source} would be read {read / known[part.source]:.2f} times"
+
+
+def test_the_third_stage_has_its_shares_in_every_thousand() -> None:
+    parts = RUNPOD.stages.stage3.data.mixture
+    mixture = Mixture([part.source for part in parts], [part.share for part in parts], [10**5] * len(parts), seed=0)
+    counts = dict(zip(mixture.names, mixture.counts, strict=True))
+    video = counts["llava_video"] + counts["vista"] + counts["finevideo"]
+    assert (video, counts["cauldron"], counts["smoltalk"], counts["cauldron_multi"]) == (330, 345, 202, 123)
+    assert sum(counts.values()) == BLOCK_SAMPLES
