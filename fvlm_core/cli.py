@@ -15,8 +15,8 @@ from fvlm_core.manifest import write_atomically
 from fvlm_core.settings import Settings, read_yaml
 
 Job = TypeVar("Job", bound=Settings)
-FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
-"""What the system, and every library that passes it on, says of a full disk."""
+FULL = [*(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)), "database or disk is full"]
+"""What the system, every library that passes it on, and SQLite say of a full disk."""
 
 
 def run_job(settings: type[Job], function: Callable[[Job], object]) -> None:
