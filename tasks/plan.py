@@ -3,8 +3,10 @@
 Nothing in this file knows Prefect.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import median
 from typing import Literal, NamedTuple
@@ -24,6 +26,8 @@ from tasks.phase import Before, Changes, Phase, PhaseManifest, Results
 from tasks.steps import STEPS, Finding, Made, Step, in_waves, read_record
 
 TRAINING = "fvlm_core.train"
+PART = re.compile(r"-\d{5}$")
+"""How the name of a step ends that does a part of a thing, e.g. `download-openvid-00012`."""
 REASONS_SHOWN = 3
 HEAD = ["phase", "step", "state", "because", "samples", "FLOPs", "time"]
 
@@ -57,7 +61,9 @@ class Plan(Settings):
             if cached:
                 conditions = "; ".join(dict.fromkeys(one.because for one in cached if one.because))
                 rows.append([phase, f"{len(cached)} of {len(mine)} steps", "cached", conditions, "", "", ""])
-            rows += [[phase, one.step, "will run", one.because, *_costs([one])] for one in mine if one.state == "runs"]
+            for name, steps in _together(one for one in mine if one.state == "runs"):
+                shown = steps[0].step if len(steps) == 1 else f"{name} ({len(steps)} parts)"
+                rows.append([phase, shown, "will run", steps[0].because, *_costs(steps)])
         return Table(title="Plan", head=HEAD, rows=rows, note=self._note())
 
     def summary(self) -> Table:
@@ -156,8 +162,10 @@ class Speeds:
                 self.rates += [run.flops / run.seconds] if run.seconds else []
 
     def seconds(self, step: Step, flops: float | None) -> float | None:
-        """Expected seconds of a step: as long as the last one of its name, in proportion to its FLOPs where it trains."""
-        for folder in _newest(self.volume, step.name):
+        """Expected seconds of a step: as long as the last one of its name, in proportion to its FLOPs where it trains; a part takes as
+        long as another part."""
+        part = PART.search(step.name)
+        for folder in _newest(self.volume, f"{PART.sub('', step.name)}-?????" if part else step.name):
             with suppress(UserError):
                 last = AnyManifest.read(folder)
                 before = (last.model_extra or {}).get("flops")
@@ -167,9 +175,9 @@ class Speeds:
 
 
 def _cost(step: Step, volume: Path) -> ExpectedCost:
-    """What a training step costs; nothing is known of others."""
+    """What a training step costs, and how many rows a download has; nothing is known of others."""
     if step.module != TRAINING:
-        return ExpectedCost(None, None)
+        return ExpectedCost(step.settings.get("rows"), None)
     places = {path: str(volume / given.folder) for path, given in step.inputs.items() if isinstance(given, Made)}
     try:
         recipe = Recipe.model_validate(with_changes(step.settings, places) | {"output": "output"})
@@ -195,7 +203,7 @@ def _explain(step: Step, found: Finding, volume: Path) -> str:
 def _newest(volume: Path, name: str) -> Iterable[Path]:
     """Folders of steps of a name, the newest first."""
     there = [folder for folder in (volume / STEPS).glob(f"{name}-*") if folder.is_dir()]
-    folders = [folder for folder in there if name == "*" or folder.name.rpartition("-")[0] == name]
+    folders = [folder for folder in there if fnmatchcase(folder.name.rpartition("-")[0], name)]
     return sorted(folders, key=lambda folder: folder.stat().st_mtime, reverse=True)
 
 
@@ -210,6 +218,14 @@ def _last_decision(phase: Phase, volume: Path) -> Changes:
 
 def _waits(names: list[str]) -> str:
     return f"it reads {', '.join(names) if len(names) <= REASONS_SHOWN else f'{len(names)} steps'} that will run"
+
+
+def _together(steps: Iterable[StepPlan]) -> list[tuple[str, list[StepPlan]]]:
+    """Steps that are parts of one thing, and run for one reason, by its name; the others by themselves."""
+    groups: dict[tuple[str, str], list[StepPlan]] = {}
+    for one in steps:
+        groups.setdefault((PART.sub("", one.step), one.because), []).append(one)
+    return [(name, group) for (name, _), group in groups.items()]
 
 
 def _costs(steps: Sequence[StepPlan]) -> list[str]:

@@ -27,6 +27,9 @@ from av.video.stream import VideoStream
 JPEG_QUALITY = 90
 TIME_TOLERANCE_S = 1e-3
 """Durations and time stamps are rounded to their time base; 2.9999 s counts as 3 s."""
+START_TOLERANCE_S = 5e-4
+"""A picture that starts so little after a moment is shown at it: Matroska rounds to milliseconds. At 29.97 frames per second the picture
+that starts at 1.001 s is not the one shown at 1 s."""
 TIMED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 """Containers whose packets say when their pictures are shown; others say when they are decoded, or nothing."""
 DURATION_TAG = re.compile(r"(\d+):(\d+):(\d+\.?\d*)")
@@ -254,7 +257,7 @@ def _shown(pictures: Iterable[P], time_base: Fraction, times_s: list[float], *, 
             continue
         origin = picture.pts if origin is None else origin
         start_s = float((picture.pts - origin) * time_base)
-        while remaining and shown is not None and remaining[-1] < start_s - TIME_TOLERANCE_S:
+        while remaining and shown is not None and remaining[-1] < start_s - START_TOLERANCE_S:
             yield shown, remaining.pop()
         if not remaining:
             return

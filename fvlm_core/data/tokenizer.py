@@ -17,6 +17,7 @@ from fvlm_core.errors import UserError
 
 SYSTEM_PROMPT = "You answer questions about videos and images."
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+TOKENIZER_FILE = "tokenizer.json"
 SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
 
 CHAT_TEMPLATE = (
@@ -70,6 +71,25 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         raise UserError(f"the tokenizer has no {' and '.join(missing)}", where=str(name), fix="use a SmolLM2-Instruct tokenizer")
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def require_same_tokenizer(tokenizer: PreTrainedTokenizerBase, checkpoint: str, *, where: str) -> None:
+    """Raise UserError if a checkpoint (folder or hub name) has a tokenizer of its own that gives other ids than `tokenizer`.
+
+    A folder without one says nothing.
+    """
+    if Path(checkpoint).is_dir() and not (Path(checkpoint) / TOKENIZER_FILE).is_file():
+        return
+    theirs = load_tokenizer(checkpoint).get_vocab()
+    ours = tokenizer.get_vocab()
+    if different := [token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)]:
+        example = min(different)
+        raise UserError(
+            f"the shards' tokenizer is not that of the language model: {len(different)} tokens differ, e.g. {example!r}, which is "
+            f"{ours.get(example, 'not there')} in the shards and {theirs.get(example, 'not there')} in the model",
+            where=f"{where} and {checkpoint}",
+            fix="make the shards with precompute.shards.tokenizer set to the checkpoint, or train on a checkpoint of the shards' tokenizer",
+        )
 
 
 def chat_format(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:

@@ -9,6 +9,7 @@ from torch.utils import deterministic
 
 from fvlm_core.config import CompiledPart, Recipe, RunSettings
 from fvlm_core.data.shard_set import ShardSet
+from fvlm_core.data.tokenizer import require_same_tokenizer
 from fvlm_core.errors import UserError
 from fvlm_core.model.build import build_model, load_model
 from fvlm_core.model.foveated import FoveatedVLM
@@ -47,6 +48,8 @@ def initial_model(recipe: Recipe, shards: ShardSet) -> FoveatedVLM:
             fix="make both the same",
         )
     fresh = recipe.init_from is None
+    if fresh and settings.llm.checkpoint is not None:
+        require_same_tokenizer(shards.tokenizer, settings.llm.checkpoint, where=str(recipe.shards))
     model = build_model(settings, vocab_size=manifest.vocab_size, seed=recipe.run.seed) if fresh else _continued(recipe)
     held, needed = model.llm.config.vocab_size, manifest.vocab_size
     if held < needed:

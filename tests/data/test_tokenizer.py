@@ -12,6 +12,7 @@ from fvlm_core.data.tokenizer import (
     encode,
     load_tokenizer,
     render_chat,
+    require_same_tokenizer,
     train_tokenizer,
 )
 from fvlm_core.errors import UserError
@@ -97,3 +98,13 @@ def test_errors(tmp_path):
         train_tokenizer(TEXTS, SMALLEST_VOCABULARY - 1)
     with pytest.raises(UserError, match="cannot load the tokenizer"):
         load_tokenizer(tmp_path / "nothing")
+
+
+def test_another_tokenizer_than_the_models_is_an_error(tmp_path):
+    train_tokenizer([*TEXTS, "other words altogether, zebra zebra zebra"], 330).save_pretrained(tmp_path / "other")
+    TOKENIZER.save_pretrained(tmp_path / "same")
+    (tmp_path / "none").mkdir()
+    require_same_tokenizer(TOKENIZER, str(tmp_path / "same"), where="shards")
+    require_same_tokenizer(TOKENIZER, str(tmp_path / "none"), where="shards")
+    with pytest.raises(UserError, match=r"is not that of the language model: \d+ tokens differ"):
+        require_same_tokenizer(TOKENIZER, str(tmp_path / "other"), where="shards")

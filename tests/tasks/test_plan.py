@@ -144,3 +144,14 @@ def test_the_shipped_profiles_can_be_planned_before_anything_is_there(tmp_path: 
         stage = config.stages.stage2.run
         assert steps["stage2"].samples == (stage.steps or 0) * stage.batch_samples
         assert sum(one.phase == "scaling" for one in planned.steps) == 2 * len(config.scaling.sizes) * len(config.scaling.budgets_flops) + 1
+
+
+def test_parts_are_one_line_of_the_table_and_take_as_long_as_each_other(tmp_path: Path) -> None:
+    parts = [Step(f"part-{number:05d}", MODULE, {"value": number}) for number in range(4)]
+    first = Phase("first", "Count.", "cpu", ("precompute",), lambda config, before: parts, lambda config, results: Shown())
+    make(parts[2], tmp_path)
+    planned = plan([first], TESTS, tmp_path)
+    seconds = AnyManifest.read(tmp_path / parts[2].folder).seconds
+    assert [one.seconds for one in planned.steps if one.state == "runs"] == [seconds or None] * 3
+    rows = [row[:3] for row in planned.table().rows]
+    assert rows == [["first", "1 of 4 steps", "cached"], ["first", "part (3 parts)", "will run"]]
