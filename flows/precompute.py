@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from fvlm_core.data.jobs import ShardManifest, Source
-from fvlm_core.data.sources.record import record_folder, recorded
+from fvlm_core.data.sources.record import SOURCES, record_folder, recorded
+from fvlm_core.errors import UserError
 from fvlm_core.manifest import sha256_file
 from fvlm_core.tables import Table
 from tasks.config import RENDERED, PipelineConfig
@@ -105,7 +106,10 @@ def _shards(config: PipelineConfig, downloads: list[Step], volume: Path) -> Step
 
 def _record(source: Source, volume: Path) -> Outside:
     """A source from outside, by its record on the volume."""
-    return Outside(record_folder(source, volume), recorded(source, volume).digest)
+    try:
+        return Outside(record_folder(source, volume), recorded(source, volume).digest)
+    except UserError:  # only a plan gets here without its files: a run was refused before
+        return Outside(volume / SOURCES / source.name, "not here")
 
 
 def _vision(config: PipelineConfig) -> Step:

@@ -7,8 +7,9 @@ may be refused near it. What a pod really cost replaces the reservation when it 
 
 import time
 from collections.abc import Callable, Iterable
+from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -130,6 +131,12 @@ class Budget:
         """`cap_usd` may never be spent. `reserve_usd` of it is for what the sum cannot know: storage after the last pod, late bills."""
         self.cap_usd, self.reserve_usd, self.clock = cap_usd, reserve_usd, clock
         self.journal = Journal(store, LEDGER, writer=writer)
+
+    def capped(self, cap_usd: float, reserve_usd: float) -> Self:
+        """The same ledger, written by the same writer, under another cap."""
+        other = copy(self)
+        other.cap_usd, other.reserve_usd = cap_usd, reserve_usd
+        return other
 
     def reserve(self, name: str, *, usd_per_hour: float, until: float, phase: str = "") -> Position:
         """Write down that a pod will run to its deadline. Raises BudgetError, with the sum, where that does not fit."""

@@ -7,6 +7,7 @@ one form and several writers.
 import os
 import secrets
 import socket
+import threading
 from pathlib import Path
 from typing import Protocol
 
@@ -70,17 +71,19 @@ class Journal:
         self.store, self.folder = store, folder.rstrip("/")
         self.writer = writer or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self._mine: bytes | None = None
+        self._lock = threading.Lock()
 
     def append(self, line: str) -> None:
         """Add a line (without line breaks). It is there for all readers when this returns."""
         if "\n" in line:
             raise ValueError("one line at a time")
         key = f"{self.folder}/{self.writer}.jsonl"
-        if self._mine is None:
-            self._mine = self.store.read(key) or b""
-        content = self._mine + line.encode() + b"\n"
-        self.store.write(key, content)
-        self._mine = content
+        with self._lock:
+            if self._mine is None:
+                self._mine = self.store.read(key) or b""
+            content = self._mine + line.encode() + b"\n"
+            self.store.write(key, content)
+            self._mine = content
 
     def lines(self) -> list[str]:
         """Everybody's lines: each writer's in their order, one writer after the other."""

@@ -29,6 +29,7 @@ from fvlm_core.release.jobs import ReleaseSettings
 from fvlm_core.settings import ProfilePath, Settings, explain
 from fvlm_core.train.jobs import SpeedSettings, VisionTrainingSettings
 from infra.stack import REPOSITORY
+from tasks.rental import Rental
 from tasks.steps import OnCodeChange, Verify
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
@@ -149,11 +150,13 @@ class Pools(Settings):
 
     cpu: Pool = Pool(name="fvlm-cpu", description="Precompute, reports, and the pipeline itself")
     gpu: Pool = Pool(name="fvlm-gpu", description="Everything that trains or evaluates", limit=1)
+    pipeline: Pool | None = None
+    """Where the pipeline's own flow waits for its phases; None is the pool `cpu`. On rented machines a small one."""
 
     @property
     def by_role(self) -> dict[str, Pool]:
         """The pools by what they are for."""
-        return {"cpu": self.cpu, "gpu": self.gpu}
+        return {"cpu": self.cpu, "gpu": self.gpu, "pipeline": self.pipeline or self.cpu}
 
 
 class Machine(Settings):
@@ -173,6 +176,10 @@ class Machine(Settings):
     """How finished steps are checked before they are trusted: by content, or by file sizes only."""
     on_code_change: OnCodeChange = "warn"
     """What happens to results made by other code or library versions: warn in the run and the report, rerun, or ignore."""
+    rental: Rental | None = None
+    """Rented machines, where pools are of the type `runpod`."""
+    crash_retries: Annotated[int, Field(ge=0)] = 0
+    """How often a phase whose flow run has crashed (its machine was lost) is started again."""
     min_free_gb: Annotated[float, Field(ge=0)] = 2.0
     """Free space on the volume below which no job starts."""
     stop_grace_s: Annotated[float, Field(gt=0)] | None = None

@@ -20,6 +20,8 @@ class Watch:
     start_timeout_s: float
     idle_s: float | None = None
     """How long all GPUs may do nothing."""
+    silent_s: float | None = None
+    """How long the run may give no sign of life. It is set up first: packages are installed, shards are fetched."""
     overtime_s: float = 120.0
     """After the deadline, for the pod to end itself."""
     running: bool = False
@@ -27,6 +29,8 @@ class Watch:
     restarts: int = 0
     uptime: int = 0
     idle_since: float | None = None
+    sign: object = None
+    heard: float | None = None
 
     def look(self, pod: Pod | None, now: float) -> str | None:
         """Why the pod is over or has to end; None while it is well. `pod` is None where the list has it no longer."""
@@ -43,6 +47,13 @@ class Watch:
             return f"the pod did not start in {self.start_timeout_s:.0f} s; it is {pod.status}" if late else None
         self.running = True
         return self._restarts(pod) or self._idle(pod, now)
+
+    def hear(self, sign: object, now: float) -> str | None:
+        """`sign`: anything that is another with every sign of life of the run. Returns why the pod has to end, or None."""
+        if sign != self.sign or self.heard is None:
+            self.sign, self.heard = sign, now
+        silence = now - self.heard
+        return f"its run has given no sign of life for {silence / 60:.0f} min" if self.silent_s and silence > self.silent_s else None
 
     def _restarts(self, pod: Pod) -> str | None:
         uptime = pod.runtime.uptime if pod.runtime else None

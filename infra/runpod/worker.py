@@ -28,6 +28,7 @@ import anyio.abc
 import anyio.to_thread
 from prefect.client.schemas.objects import Flow, FlowRun, StateType, WorkPool
 from prefect.client.schemas.responses import DeploymentResponse
+from prefect.events.filters import EventFilter, EventNameFilter, EventResourceFilter
 from prefect.exceptions import InfrastructureNotAvailable, InfrastructureNotFound, ObjectNotFound
 from prefect.states import Cancelled
 from prefect.workers.base import BaseJobConfiguration, BaseVariables, BaseWorker, BaseWorkerResult
@@ -50,6 +51,7 @@ POLL_S = 15.0
 """Between two lists of all pods; RunPod allows 60 requests a minute."""
 RUN_LOOK_S = 5.0
 """Between two looks at a flow run's state."""
+HEARTBEAT = "prefect.flow-run.heartbeat"
 LINGER_S = 60.0
 """For a pod to end itself when its run is over."""
 CANCEL_S = 20.0
@@ -91,6 +93,7 @@ class RunPodVariables(BaseVariables):
     capacity_wait_s: Annotated[float, Field(ge=0)] = Field(default=1800.0, description="How long to wait for a free machine.")
     start_timeout_s: Annotated[float, Field(gt=0)] = Field(default=1200.0, description="How long a pod may take to start.")
     idle_gpu_s: Annotated[float, Field(gt=0)] | None = Field(default=3600.0, description="End a pod whose GPUs do nothing for so long.")
+    silent_s: Annotated[float, Field(gt=0)] | None = Field(default=1800.0, description="End a pod whose run gives no sign of life.")
     budget_usd: Annotated[float, Field(gt=0)] = Field(default=500.0, description="Nothing starts that could pass this sum.")
     budget_reserve_usd: Annotated[float, Field(ge=0)] = Field(default=15.0, description="Part of the budget that stays untouched.")
     code: str | None = Field(default=None, description="Code on the volume, as `fvlm infra code` put it there; none: the image's.")
@@ -123,7 +126,7 @@ class RunPodConfiguration(BaseJobConfiguration, RunPodVariables):
         """Fill in what depends on the flow run."""
         own = set(self.env)
         super().prepare_for_flow_run(flow_run, deployment, flow, work_pool, worker_name, worker_id=worker_id)
-        kept = {name: value for name, value in self.env.items() if value is not None and (name in own or _for_pods(name))}
+        kept: dict[str, str | None] = {name: value for name, value in self.env.items() if value and (name in own or _for_pods(name))}
         if len(kept) > MAX_VARIABLES - 3:
             raise RefusedError(
                 f"{len(kept)} environment variables; a pod takes {MAX_VARIABLES - 3} beside its own",
@@ -228,14 +231,14 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
         log = self.get_flow_run_logger(flow_run)
         _check_reachable(configuration)
         tenancy = await self._tenancy(configuration)
-        volume = tenancy.volume
+        volume, budget = tenancy.volume, tenancy.budget.capped(configuration.budget_usd, configuration.budget_reserve_usd)
 
         def rented() -> tuple[Pod, PodName]:
-            tenancy.budget.storage(volume.id, volume.usd_per_hour)
+            budget.storage(volume.id, volume.usd_per_hour)
             return rent(
                 tenancy.account.client,
                 configuration.wish,
-                tenancy.budget,
+                budget,
                 run=flow_run.id,
                 volume=volume,
                 mount_path=configuration.mount_path,
@@ -270,6 +273,7 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
             began=time.time(),
             start_timeout_s=configuration.start_timeout_s,
             idle_s=configuration.idle_gpu_s if configuration.gpus else None,
+            silent_s=configuration.silent_s,
         )
         with reading_logs(account.client, pod.id, log.info):
             try:
@@ -294,34 +298,38 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
         looked = 0.0
         async for pods in poller.looks(pod):
             now = time.time()
-            if now - looked >= min(RUN_LOOK_S, poller.interval_s):
+            problem = watch.look(pods.get(pod), now)
+            if problem or now - looked >= RUN_LOOK_S:
                 looked = now
-                state = await self._state(flow_run.id)
+                state, sign = await self._run_of(flow_run.id)
                 if state is None or state in FINAL:
                     over_since = over_since or now
                 elif state == StateType.CANCELLING:
                     over_since = over_since or now
-                    if now - over_since > CANCEL_S:
+                    if problem or now - over_since > CANCEL_S:
                         await self._cancelled(flow_run.id)
                         return None
-            problem = watch.look(pods.get(pod), now)
-            if over_since is not None and (problem or now - over_since > LINGER_S):
-                return None
-            if problem:
-                # the run may have ended in the moment before its pod
-                state = await self._state(flow_run.id)
-                return None if state is None or state in FINAL else problem
+                else:
+                    problem = problem or watch.hear(sign, now)
+            if over_since is not None:
+                if problem or now - over_since > LINGER_S:
+                    return None
+            elif problem:
+                return problem
         return None
 
-    async def _state(self, run: UUID) -> StateType | None:
-        """The run's; None where it was deleted; SCHEDULED where the server does not say."""
+    async def _run_of(self, run: UUID) -> tuple[StateType | None, object]:
+        """The run's state, None where it was deleted, SCHEDULED where the server does not say; and its newest sign of life."""
         try:
             found = await self.client.read_flow_run(run)
+            wanted = EventFilter(event=EventNameFilter(name=[HEARTBEAT]), resource=EventResourceFilter(id=[f"prefect.flow-run.{run}"]))
+            beats = (await self.client.read_events(filter=wanted, limit=1)).events
         except ObjectNotFound:
-            return None
+            return None, None
         except Exception:  # the server is away: the pod goes on
-            return StateType.SCHEDULED
-        return found.state.type if found.state else StateType.SCHEDULED
+            return StateType.SCHEDULED, time.time()
+        state = found.state
+        return (state.type if state else StateType.SCHEDULED), (state and state.id, beats and beats[0].occurred)
 
     async def _cancelled(self, run: UUID) -> None:
         with contextlib.suppress(Exception):

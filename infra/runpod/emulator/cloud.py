@@ -1,5 +1,6 @@
 """The emulator's account: pods with their life, network volumes, and what all of it has cost."""
 
+import hashlib
 import secrets
 import shutil
 import threading
@@ -190,12 +191,15 @@ class Cloud:
         """A folder of the emulator's."""
         if request.dataCenter not in DATA_CENTERS:
             raise RuleError(400, f"there is no data center {request.dataCenter}")
-        name = secrets.token_hex(5)
-        folder = self.folder / "volumes" / name
-        folder.mkdir(parents=True)
-        volume = Volume(name, request.name, request.size, request.dataCenter, folder, datetime.now(UTC))
+        return self.adopt_volume(request.name, request.size, request.dataCenter, self.folder / "volumes" / secrets.token_hex(4))
+
+    def adopt_volume(self, name: str, size_gb: int, data_center: str, folder: Path) -> Volume:
+        """A volume in a given folder; the same folder has the same id every time."""
+        folder.mkdir(parents=True, exist_ok=True)
+        known = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:10]
+        volume = Volume(known, name, size_gb, data_center, folder.resolve(), datetime.now(UTC))
         with self._lock:
-            self.volumes[name] = volume
+            self.volumes[known] = volume
         return volume
 
     def volume(self, volume: str) -> Volume:
@@ -272,7 +276,7 @@ class Cloud:
             inside = root / "workspace"
             if not inside.exists():
                 inside.symlink_to(volume.folder)
-        return Pod(name, request, data_center, rate, container, network, key, self.faults.for_pod())
+        return Pod(name, request, data_center, rate, container, network, key, self.faults.for_pod(request.name))
 
     def _live(self, pod: Pod) -> None:
         """A pod's life from its creation on."""

@@ -33,7 +33,7 @@ class Fault:
     seconds: float = 0.0
     """How long the API is away; or what a 429 asks to wait."""
     where: str = ""
-    """Only this GPU, or only this data centre; empty is everywhere."""
+    """Only this GPU or data centre, or pods with this in their name; empty is all."""
     began: float = field(default_factory=time.monotonic)
 
 
@@ -70,10 +70,10 @@ class Faults:
                 return fault
         return None
 
-    def for_pod(self) -> list[Fault]:
+    def for_pod(self, name: str) -> list[Fault]:
         """The faults that strike the pod that is being created."""
         with self._lock:
-            struck = [fault for fault in self._armed if fault.kind in POD_FAULTS]
+            struck = [fault for fault in self._armed if fault.kind in POD_FAULTS and fault.where in name]
             for fault in struck:
                 self._use(fault)
             return struck

@@ -7,7 +7,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -16,6 +17,7 @@ import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import FlowRun, State
+from prefect.states import Scheduled
 from prefect.types.entrypoint import EntrypointType
 
 from infra.budget import Budget
@@ -29,7 +31,7 @@ from infra.stack import REPOSITORY, Stack
 from infra.store import FolderStore
 from tests.infra.runpod.tiny_flow import tiny
 
-EVENT_TIMEOUT_S = 120
+EVENT_TIMEOUT_S = 300
 PLANTED = "planted-value-that-must-not-appear"
 
 
@@ -111,10 +113,15 @@ class Rig:
                 self.worker.kill()
             self.worker = None
 
-    def submit(self, name: str, **parameters: Any) -> FlowRun:
+    def submit(self, name: str, *, fault: Fault | None = None, variables: dict[str, Any] | None = None, **parameters: Any) -> FlowRun:
+        """A run of the tiny flow, whose pod the fault strikes."""
         with get_client(sync_client=True) as client:
             given = {"folder": str(self.folder / "work" / name), **parameters}
-            return client.create_flow_run_from_deployment(self.deployment, parameters=given)
+            soon = Scheduled(scheduled_time=datetime.now(UTC) + timedelta(seconds=1))
+            run = client.create_flow_run_from_deployment(self.deployment, parameters=given, job_variables=variables, name=name, state=soon)
+        if fault:
+            self.emulator.cloud.faults.arm(replace(fault, where=run.id.hex))
+        return run
 
     def state(self, run: UUID) -> State[Any]:
         with get_client(sync_client=True) as client:
@@ -136,9 +143,6 @@ class Rig:
         asked = {"logs": {"flow_run_id": {"any_": [str(run)]}}, "sort": "TIMESTAMP_ASC"}
         auth = tuple(self.stack.client_environment()["PREFECT_API_AUTH_STRING"].split(":", 1))
         return [one["message"] for one in httpx.post(f"{self.stack.api_url}/logs/filter", json=asked, auth=auth).json()]  # type: ignore[arg-type]
-
-    def arm(self, kind: str, **more: Any) -> None:
-        self.emulator.cloud.faults.arm(Fault(kind, **more))
 
 
 def until(condition: Callable[[], object], what: str, timeout_s: float = EVENT_TIMEOUT_S) -> None:
