@@ -12,6 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from fvlm_core.config import LLMSettings, Recipe, VisionSettings
 from fvlm_core.data.jobs import INDEX_FILE, ShardManifest
+from fvlm_core.data.mixture import sample_shares
 from fvlm_core.model.flops import Backbone, ModelDims, SampleShape, sample_flops, samples_for
 
 COLUMNS = ["split", "source", "kind", "n_frames", "n_tokens", "n_answer_tokens"]
@@ -49,10 +50,9 @@ def _per_sample(recipe: Recipe, shards: Path) -> float | None:
     rates: dict[Backbone, float] = {"vision": recipe.optimizer.lr_vision, "llm": recipe.optimizer.lr_llm}
     frozen: list[Backbone] = [backbone for backbone, rate in rates.items() if not rate]
     index = pq.read_table(shards / INDEX_FILE, columns=COLUMNS)
-    total = 0.0
-    for part in recipe.data.mixture:
-        if not part.share:
-            continue
+    costs, lengths = [], []
+    parts = [part for part in recipe.data.mixture if part.share]
+    for part in parts:
         rows = index.filter((pc.field("split") == "train") & (pc.field("source") == part.source))
         if not rows.num_rows:
             return None
@@ -62,8 +62,12 @@ def _per_sample(recipe: Recipe, shards: Path) -> float | None:
         labels = tokens if recipe.data.loss_on == "all_text" else answers
         length = tokens + shown * recipe.model.tokens_per_frame
         shape = SampleShape(round(frames), round(shown), round(tokens), round(labels), round(length - answers))
-        total += part.share * sample_flops(recipe.model, dims, shape, recipe.loss, frozen=frozen).train
-    return total
+        costs.append(sample_flops(recipe.model, dims, shape, recipe.loss, frozen=frozen).train)
+        lengths.append(length)
+    shares = [part.share for part in parts]
+    if recipe.data.shares_of == "tokens":
+        shares = sample_shares(shares, lengths)
+    return sum(share * cost for share, cost in zip(shares, costs, strict=True))
 
 
 def _vision_config(vision: VisionSettings) -> dict[str, Any] | None:
