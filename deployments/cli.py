@@ -9,7 +9,7 @@ import httpx
 from cyclopts import App
 from rich.console import Console
 
-from deployments import convert, data
+from deployments import convert, data, data_plan
 from deployments.options import DEFAULT_VOLUME, Changes, KeepServer, Port, Profile, Videos, Volume, table_console
 from fvlm_core.errors import UserError
 from fvlm_core.exit_status import USER_ERROR
@@ -24,6 +24,7 @@ app = App(
 )
 app.command(convert.app)
 app.command(data.app)
+data.app.command(data_plan.plan)
 
 
 @app.command

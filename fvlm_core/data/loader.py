@@ -81,7 +81,7 @@ def train_steps(
             sampler=wanted,
             num_workers=data.workers,
             prefetch_factor=depth // data.workers,
-            multiprocessing_context=_clean_processes(),
+            multiprocessing_context=loader_processes(),
             pin_memory=pinned,
             collate_fn=_as_it_is,
         )
@@ -268,7 +268,7 @@ def _ahead(function: Callable[[Wanted], Item], wanted: Iterable[Wanted], depth: 
             pool.shutdown(cancel_futures=True)
 
 
-def _clean_processes() -> BaseContext:
+def loader_processes() -> BaseContext:
     """Starts loader processes off a server that has this module and no threads: a fork of a process with CUDA or gloo can hang."""
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
