@@ -1,7 +1,8 @@
 """Cuts a step's samples into micro-batches and deals them to the ranks.
 
-Longest processing time first (Graham 1969, https://doi.org/10.1137/0117039), under two budgets: the costliest item goes first, each to
-the micro-batch that has the least so far and still has place for it.
+Longest processing time first (Graham 1969, https://doi.org/10.1137/0117039), for several budgets at once: the costliest item goes first,
+each to the micro-batch that holds least of what the item takes and still has place for it. Frames and tokens so come out even each by
+itself, whatever a frame costs beside a token.
 """
 
 from collections.abc import Sequence
@@ -16,8 +17,8 @@ def deal(costs: Sequence[Sequence[float]] | np.ndarray, ranks: int) -> list[list
     """Items (at least one per rank) by rank and micro-batch: `[rank][micro-batch]` is a list of ascending indexes.
 
     `costs` is [N, B]: what each item takes of B budgets, 1 being a micro-batch's whole budget. Every rank gets the same number of
-    micro-batches, the fewest with which none is above a budget, but for an item that alone is; none is empty. All have nearly the same
-    cost (an item's is the sum of its shares), and those that the ranks compute at the same time are nearest to each other.
+    micro-batches, the fewest with which none is above a budget, but for an item that alone is; none is empty. All take nearly the same of
+    every budget, and those that the ranks compute at the same time are nearest to each other.
     """
     shares = np.asarray(costs, np.float64)
     order = np.lexsort((np.arange(len(shares)), -shares.sum(1)))
@@ -40,17 +41,18 @@ def deal(costs: Sequence[Sequence[float]] | np.ndarray, ranks: int) -> list[list
 def _fill(shares: np.ndarray, order: np.ndarray, bins: int, *, bounded: bool = True) -> list[list[int]] | None:
     """The items in so many bins; None where they do not fit."""
     filled: list[list[int]] = [[] for _ in range(bins)]
-    loads = np.zeros((bins, shares.shape[1]))
-    costs = np.zeros(bins)
+    loads, empty = np.zeros((bins, shares.shape[1])), np.ones(bins, bool)
+    totals = np.maximum(shares.sum(0), SLACK)
+    parts = shares / totals
     for item in order.tolist():
-        cost = costs
+        held = np.where(empty, -1.0, loads @ parts[item])
         if bounded:
-            fits = (loads + shares[item] <= 1 + SLACK).all(1) | (costs == 0)
+            fits = ((loads + parts[item]) * totals <= 1 + SLACK).all(1) | empty
             if not fits.any():
                 return None
-            cost = np.where(fits, costs, np.inf)
-        chosen = int(cost.argmin())
+            held = np.where(fits, held, np.inf)
+        chosen = int(held.argmin())
         filled[chosen].append(item)
-        loads[chosen] += shares[item]
-        costs[chosen] = loads[chosen].sum()
+        loads[chosen] += parts[item]
+        empty[chosen] = False
     return filled
