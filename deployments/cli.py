@@ -9,7 +9,7 @@ import httpx
 from cyclopts import App
 from rich.console import Console
 
-from deployments import convert, data, machines
+from deployments import convert, data, data_plan, machines
 from deployments.options import DEFAULT_VOLUME, Changes, Cloud, KeepServer, Port, Profile, Videos, Volume, table_console
 from fvlm_core.errors import UserError
 from fvlm_core.exit_status import USER_ERROR
@@ -28,6 +28,7 @@ app.command(data.app)
 app.command(machines.app)
 app.command(machines.volume_app)
 app.command(machines.board)
+data.app.command(data_plan.plan)
 
 
 @app.command

@@ -10,7 +10,8 @@ import numpy as np
 from fvlm_core.config import DataSettings, SourceShare
 from fvlm_core.data.batch import PackedBatch, Sample
 from fvlm_core.data.loader import val_batches
-from fvlm_core.data.shard_set import CorruptSampleError, ShardSet
+from fvlm_core.data.shard_io import CorruptSampleError
+from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.errors import UserError
 from fvlm_core.eval.items import ClipQuestion, Item, Media
 
@@ -44,6 +45,7 @@ class ValidationSplit:
         table = shards.rows("val")
         columns = zip(table.index, table["source"], table["kind"], table["task"], table["key"], table["conversation"], strict=True)
         self.rows = [Row(int(number), source, kind, task, key, int(turn)) for number, source, kind, task, key, turn in columns]
+        self._last: tuple[str, np.ndarray | None] = ("", None)
         if not self.rows:
             raise UserError("the shards have no validation samples", where=str(shards.folder), fix="make shards with a validation split")
 
@@ -130,10 +132,14 @@ class ValidationSplit:
         return record["conversations"][row.conversation][-1], record["probes"][row.conversation]
 
     def _read(self, row: Row) -> Sample:
+        """Questions about a clip, read one after the other, share its frames: a batch encodes those once."""
+        key, frames = self._last
         try:
-            return self.shards.read(row.number, image_repeats=self.image_repeats)
+            sample = self.shards.read(row.number, image_repeats=self.image_repeats, frames=frames if key == row.key else None)
         except CorruptSampleError as error:
             raise self._damaged(row, error) from error
+        self._last = row.key, sample.frames
+        return sample
 
     def _damaged(self, row: Row, error: CorruptSampleError) -> UserError:
         return UserError(f"validation sample {row.key} is damaged: {error}", where=str(self.shards.folder), fix="make the shards again")

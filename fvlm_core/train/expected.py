@@ -13,6 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from fvlm_core.config import LLMSettings, Recipe, VisionSettings
 from fvlm_core.data.jobs import INDEX_FILE, ShardManifest
+from fvlm_core.data.mixture import sample_shares
 from fvlm_core.model.flops import Backbone, ModelDims, SampleShape, sample_flops, samples_for
 from fvlm_core.model.published import PUBLISHED
 from fvlm_core.settings import Settings
@@ -66,10 +67,9 @@ def _per_sample(recipe: Recipe, shards: Path | None, assumed: Mapping[str, MeanS
     dims = ModelDims.from_configs(vision, llm | {"vocab_size": vocab}, recipe.model.vision.frame_px)
     rates: dict[Backbone, float] = {"vision": recipe.optimizer.lr_vision, "llm": recipe.optimizer.lr_llm}
     frozen: list[Backbone] = [backbone for backbone, rate in rates.items() if not rate]
-    total = 0.0
-    for part in recipe.data.mixture:
-        if not part.share:
-            continue
+    costs, lengths = [], []
+    parts = [part for part in recipe.data.mixture if part.share]
+    for part in parts:
         mean = _mean_in(shards, part.source) if shards else assumed.get(part.source)
         if mean is None:
             return None
@@ -77,8 +77,12 @@ def _per_sample(recipe: Recipe, shards: Path | None, assumed: Mapping[str, MeanS
         labels = mean.tokens if recipe.data.loss_on == "all_text" else mean.answer_tokens
         length = mean.tokens + shown * recipe.model.tokens_per_frame
         shape = SampleShape(round(mean.frames), round(shown), round(mean.tokens), round(labels), round(length - mean.answer_tokens))
-        total += part.share * sample_flops(recipe.model, dims, shape, recipe.loss, frozen=frozen).train
-    return total
+        costs.append(sample_flops(recipe.model, dims, shape, recipe.loss, frozen=frozen).train)
+        lengths.append(length)
+    shares = [part.share for part in parts]
+    if recipe.data.shares_of == "tokens":
+        shares = sample_shares(shares, lengths)
+    return sum(share * cost for share, cost in zip(shares, costs, strict=True))
 
 
 def _mean_in(shards: Path, source: str) -> MeanSample | None:

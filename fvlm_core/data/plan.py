@@ -1,0 +1,144 @@
+"""What a run trains on: the samples of every step, and the micro-batches that each rank makes of them.
+
+A function of the recipe's settings and of the shards' index alone, so a resumed run, another number of ranks or of loader processes
+go through the same global batches. Nothing is read here; `fvlm_core.data.loader` does that.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from fvlm_core.config import DataSettings, MicroBatch, RunSettings
+from fvlm_core.data.dealing import deal
+from fvlm_core.data.mixture import BLOCK_SAMPLES, Mixture, coin, sample_shares
+from fvlm_core.data.rows import Split
+from fvlm_core.data.shard_set import ShardSet
+from fvlm_core.errors import UserError
+
+PLANNED_STEPS = 8
+"""Dealt steps that are remembered: one is asked for as often as it has micro-batches."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A sample of the plan."""
+
+    source: int
+    position: int
+    """In the source's endless sequence."""
+    question_first: bool
+
+
+class MixedSamples:
+    """The samples of a mixture, each source in an endless sequence."""
+
+    def __init__(self, shards: ShardSet, data: DataSettings, split: Split, seed: int, *, tokens_per_frame: int) -> None:
+        """Raises UserError if the shards lack a source, or the shares do not fit."""
+        self.shards, self.data = shards, data
+        parts = [part for part in data.mixture if part.share > 0]
+        names = [part.source for part in parts]
+        self.rows = source_rows(shards, split, names)
+        self.tokens = shards.sequence_tokens(image_repeats=data.image_repeats, tokens_per_frame=tokens_per_frame)
+        self.shares = [part.share for part in parts]
+        if data.shares_of == "tokens":
+            self.shares = sample_shares(self.shares, [float(self.tokens[rows].mean()) for rows in self.rows])
+        in_shards = [np.unique(shards.shard_numbers[rows], return_counts=True)[1].tolist() for rows in self.rows]
+        try:
+            self.mixture = Mixture(names, self.shares, in_shards, seed, window=data.shuffle_shards)
+        except ValueError as error:
+            raise UserError(str(error), where="data.mixture", fix="change the shares") from error
+
+    def slot(self, source: int, position: int) -> Slot:
+        """What stands at a position of a source's endless sequence."""
+        return Slot(source, position, coin(self.data.question_first, self.mixture.seed, self.mixture.names[source], position))
+
+    def row(self, slot: Slot) -> int:
+        """The row of a planned sample."""
+        return int(self.rows[slot.source][self.mixture.row(slot.source, slot.position)])
+
+    def content(self, slot: Slot) -> tuple[int, bool]:
+        """The row of a planned sample, and whether its question comes first: equal for equal samples."""
+        row = self.row(slot)
+        return row, slot.question_first and not self.shards.is_caption[row] and self.shards.n_frames[row] > 0
+
+    def costs(self, slots: Sequence[Slot]) -> np.ndarray:
+        """int64 [N, 2]: frames to encode and positions of the packed sequence (of both answers, where the samples are pairs)."""
+        rows = np.array([self.row(slot) for slot in slots], np.int64)
+        answers = 2 if self.data.loss_on == "preferences" else 1
+        return np.stack([self.shards.n_frames[rows].astype(np.int64), self.tokens[rows] * answers], axis=1)
+
+    def in_order(self, slots: Sequence[Slot], budget: MicroBatch) -> list[list[Slot]]:
+        """Cut a sequence of samples where the next one would go beyond a budget."""
+        batches: list[list[Slot]] = []
+        held = np.zeros(2, np.int64)
+        for slot, cost in zip(slots, self.costs(slots), strict=True):
+            if not batches or ((held + cost) > (budget.frames, budget.tokens)).any():
+                batches.append([])
+                held = np.zeros(2, np.int64)
+            batches[-1].append(slot)
+            held = held + cost
+        return batches
+
+
+class Plan:
+    """A run's steps."""
+
+    def __init__(self, shards: ShardSet, data: DataSettings, run: RunSettings, *, tokens_per_frame: int, world_size: int) -> None:
+        """Raises UserError if the mixture does not fit the shards or the run, or the batch the ranks."""
+        if run.batch_samples % world_size:
+            raise UserError(
+                f"{run.batch_samples} samples per step do not divide among {world_size} ranks",
+                where="run.batch_samples",
+                fix="make it a multiple of the number of ranks",
+            )
+        self.mixed = MixedSamples(shards, data, "train", run.seed, tokens_per_frame=tokens_per_frame)
+        self.run, self.world_size, self.tokens_per_frame = run, world_size, tokens_per_frame
+        self._check_epochs(data)
+        self._dealt = lru_cache(maxsize=PLANNED_STEPS)(self._deal)
+
+    def samples(self, step: int) -> Iterator[Slot]:
+        """The global batch of a step: a function of seed and step."""
+        for number in range(step * self.run.batch_samples, (step + 1) * self.run.batch_samples):
+            yield self.mixed.slot(*self.mixed.mixture.at(number))
+
+    def micro_batches(self, step: int) -> list[list[list[Slot]]]:
+        """The same samples, dealt: `[rank][micro-batch]`. Every rank has equally many micro-batches, none empty."""
+        return self._dealt(step)
+
+    def epochs(self, steps: int) -> dict[str, float]:
+        """How often so many steps go through each source; the mean over a long run."""
+        mixture, samples = self.mixed.mixture, steps * self.run.batch_samples
+        shares = [count / BLOCK_SAMPLES for count in mixture.counts]
+        return {name: samples * share / size for name, share, size in zip(mixture.names, shares, mixture.sizes, strict=True)}
+
+    def _deal(self, step: int) -> list[list[list[Slot]]]:
+        slots, budget = list(self.samples(step)), self.run.micro_batch
+        dealt = deal(self.mixed.costs(slots) / (budget.frames, budget.tokens), self.world_size)
+        return [[[slots[index] for index in items] for items in rank] for rank in dealt]
+
+    def _check_epochs(self, data: DataSettings) -> None:
+        if self.run.steps is None:
+            return
+        for name, epochs in self.epochs(self.run.steps).items():
+            most = next(part.max_epochs for part in data.mixture if part.source == name)
+            if most is not None and epochs > most:
+                raise UserError(
+                    f"{self.run.steps} steps go through {name!r} {epochs:.2f} times, more than {most:g}",
+                    where="data.mixture, max_epochs",
+                    fix="lower its share or the number of steps, or allow more epochs",
+                )
+
+
+def source_rows(shards: ShardSet, split: Split, sources: list[str]) -> list[np.ndarray]:
+    """Row numbers of each source. Raises UserError naming what there is if one has none."""
+    rows = [shards.row_numbers(split, source) for source in sources]
+    missing = [source for source, numbers in zip(sources, rows, strict=True) if not len(numbers)]
+    if missing:
+        raise UserError(
+            f"no {split} samples of {', '.join(map(repr, missing))}",
+            where=f"data.mixture, shards {shards.folder}",
+            fix=f"the shards have: {', '.join(shards.manifest.names(split)) or 'none'}",
+        )
+    return rows
