@@ -10,6 +10,7 @@ from cyclopts import App
 from rich.console import Console
 
 from deployments import convert, data
+from deployments.evaluate import evaluate
 from deployments.options import DEFAULT_VOLUME, Changes, KeepServer, Port, Profile, Videos, Volume, table_console
 from fvlm_core.errors import UserError
 from fvlm_core.exit_status import USER_ERROR
@@ -24,6 +25,7 @@ app = App(
 )
 app.command(convert.app)
 app.command(data.app)
+app.command(evaluate, name="eval")
 
 
 @app.command
