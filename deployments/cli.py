@@ -10,6 +10,7 @@ from cyclopts import App
 from rich.console import Console
 
 from deployments import convert, data, data_plan, machines
+from deployments.evaluate import evaluate
 from deployments.options import DEFAULT_VOLUME, Changes, Cloud, KeepServer, Port, Profile, Videos, Volume, table_console
 from fvlm_core.errors import UserError
 from fvlm_core.exit_status import USER_ERROR
@@ -29,6 +30,7 @@ app.command(machines.app)
 app.command(machines.volume_app)
 app.command(machines.board)
 data.app.command(data_plan.plan)
+app.command(evaluate, name="eval")
 
 
 @app.command
