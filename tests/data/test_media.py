@@ -134,6 +134,21 @@ def test_cells_of_parquet_in_small_and_in_large_row_groups(tmp_path: Path, monke
                 read_media(f"parquet:{place}:{path}")
 
 
+def test_media_are_counted_without_being_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"images": [pictures(1, 2), pictures(3), []], "words": ["a", "b", "c"]}), path)
+    meta = pq.read_metadata(path).row_group(0)
+    chunks = [meta.column(number) for number in range(meta.num_columns)]
+    (content,) = [chunk for chunk in chunks if chunk.path_in_schema.endswith(".bytes")]
+    with path.open("r+b") as stream:  # whoever reads these bytes fails
+        stream.seek(content.data_page_offset)
+        stream.write(b"\xff" * (content.total_compressed_size - (content.data_page_offset - content.dictionary_page_offset)))
+    (batch,) = read_table(path, ["words"], ["images"])
+    assert batch.to_pydict() == {"images": [2, 1, 0], "words": ["a", "b", "c"]}
+    with pytest.raises(MediaError):
+        read_media(f"parquet:1:0:images:{path}")
+
+
 def test_several_images_are_one_tar_of_one_frame_each(tmp_path: Path) -> None:
     for number in range(5):
         (tmp_path / f"{number}.png").write_bytes(picture(number, "PNG", (40 + 10 * number, 80)))
