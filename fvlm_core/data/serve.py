@@ -7,7 +7,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
-from fvlm_core.data.media import MediaError, open_media
+from fvlm_core.data.media import MediaError, UnreachableError, open_media
 
 
 class FileServer:
@@ -26,7 +26,8 @@ class FileServer:
                         raise MediaError("file not found")
                     content, size = open_media(reference)
                 except MediaError as error:
-                    self.send_error(HTTPStatus.NOT_FOUND, str(error).encode("ascii", "replace").decode())
+                    status = HTTPStatus.SERVICE_UNAVAILABLE if isinstance(error, UnreachableError) else HTTPStatus.NOT_FOUND
+                    self.send_error(status, str(error).encode("ascii", "replace").decode())
                     return
                 with content:
                     self.send_response(HTTPStatus.OK)

@@ -5,10 +5,15 @@ import io
 import json
 import shutil
 import tarfile
+import threading
 import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 
+import httpx
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,10 +23,13 @@ from hypothesis import strategies as st
 from fvlm_core.data import media
 from fvlm_core.data.archives import AmbiguousMemberError, Archives, joined
 from fvlm_core.data.frames import ClipError, FrameRule, extract_frames
+from fvlm_core.data.jobs import Source
 from fvlm_core.data.media import MediaError, files_of, open_media, read_media, time_window, without_window
+from fvlm_core.data.serve import FileServer
 from fvlm_core.data.sources import json_files
 from fvlm_core.data.sources.adapter import read_table
 from fvlm_core.data.sources.json_files import read_json
+from fvlm_core.data.sources.record import PATH, read_rows, record, record_folder
 from fvlm_core.errors import UserError
 from tests.data.published import clip, picture, pictures
 
@@ -81,7 +89,7 @@ def test_an_address_and_a_member_may_have_folders_that_the_other_has_not(tmp_pat
 
 def test_parts_are_put_together_by_their_names(tmp_path: Path) -> None:
     names = ["OpenVid_part1.zip", "OpenVid_part2_partab", "OpenVid_part2_partaa", "b.zip.002", "b.zip.001", "c.tar"]
-    groups = [[path.name for path in group] for group in joined([tmp_path / name for name in names])]
+    groups = [[Path(path).name for path in group] for group in joined([tmp_path / name for name in names])]
     assert groups == [["OpenVid_part1.zip"], ["OpenVid_part2_partaa", "OpenVid_part2_partab"], ["b.zip.001", "b.zip.002"], ["c.tar"]]
 
 
@@ -114,6 +122,96 @@ def test_damage_is_said_where_it_is_met(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(MediaError, match="file not found"):
         read_media(second)
+
+
+class Ranges:
+    """A web server of one folder that answers with parts of files; what it was asked for is in `asked`."""
+
+    def __init__(self, folder: Path, *, ranges: bool = True) -> None:
+        self.asked: list[tuple[str, str]] = []
+        self.failures = 0
+        site = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                asked = self.headers.get("Range", "")
+                site.asked.append((self.path, asked))
+                path = folder / self.path.lstrip("/")
+                if site.failures or not path.is_file():
+                    site.failures -= site.failures > 0
+                    self.send_error(503 if path.is_file() else 404)
+                    return
+                content = path.read_bytes()
+                first, last = (int(place) for place in asked.removeprefix("bytes=").split("-"))
+                part = content[first : last + 1] if ranges else content
+                self.send_response(206 if ranges else 200)
+                self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+                self.send_header("Content-Length", str(len(part)))
+                self.end_headers()
+                self.wfile.write(part)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Ranges]:
+    made = Ranges(tmp_path)
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+
+
+@pytest.mark.parametrize("kind", ["stored", "deflated"])
+def test_of_a_zip_on_the_web_only_what_is_used_is_fetched(kind: str, site: Ranges, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media, "WEB_PAUSE_S", 0.0)
+    files = {f"{n}.mp4": bytes(np.random.default_rng(n).integers(0, 255, 500_000, np.uint8)) for n in range(4)}
+    content = archive(tmp_path / "all.zip", files, kind).read_bytes()
+    for number, part in enumerate((content[:600_000], content[600_000:])):
+        (tmp_path / f"all_parta{'ab'[number]}").write_bytes(part)
+    with Archives([f"{site.url}/all_partaa", f"{site.url}/all_partab"], tmp_path / "index") as known:
+        reference = known.find("1.mp4") or ""
+        site.asked.clear()
+        site.failures = 2
+        assert read_media(reference) == files["1.mp4"], "lies in both parts; two requests failed"
+    fetched = sum(int(last) - int(first) + 1 for _, asked in site.asked[2:] for first, last in [asked.removeprefix("bytes=").split("-")])
+    assert fetched < 520_000
+
+
+def test_a_source_may_have_archives_on_the_web(site: Ranges, tmp_path: Path) -> None:
+    archive(tmp_path / "all.zip", {"x/a.mp4": clip(1), "b.mp4": clip(2)}, "stored")
+    (tmp_path / "clips.csv").write_text("video,caption\na.mp4,one\nb.mp4,two\nc.mp4,three\n")
+    settings = {"name": "open", "format": "openvid", "files": [tmp_path / "clips.csv"], "web_archives": [f"{site.url}/all.zip"]}
+    source = Source.model_validate(settings)
+    known = record(source, tmp_path)
+    assert (known.local, known.missing, known.missing_examples) == (3, 1, [str(tmp_path / "c.mp4")])
+    paths = [path for batch in read_rows(record_folder(source, tmp_path), [PATH]) for path in batch.column(PATH).to_pylist()]
+    assert [len(extract_frames(read_media(path), RULE).pixels) for path in paths[:2]] == [1, 2]
+    served = FileServer(lambda path: None if path == "/9" else paths[int(path[1:])])
+    with served as server:
+        assert httpx.get(f"{server.url}/1").content == clip(2)
+        assert httpx.get(f"{server.url}/2").status_code == httpx.get(f"{server.url}/9").status_code == 404
+        (tmp_path / "all.zip").unlink()
+        assert httpx.get(f"{server.url}/0").status_code == 503, "to be tried again"
+
+
+def test_web_archives_that_cannot_be_used_are_refused(site: Ranges, tmp_path: Path) -> None:
+    archive(tmp_path / "a.tar", {"a.mp4": b"1"}, "tar")
+    archive(tmp_path / "a.zip", {"a.mp4": b"1"}, "stored")
+    with pytest.raises(UserError, match="a tar on the web"):
+        Archives([f"{site.url}/a.tar"], tmp_path / "index")
+    with pytest.raises(UserError, match="HTTP 404"):
+        Archives([f"{site.url}/none.zip"], tmp_path / "index")
+    plain = Ranges(tmp_path, ranges=False)
+    with pytest.raises(UserError, match="does not answer with parts of files"):
+        Archives([f"{plain.url}/a.zip"], tmp_path / "index")
+    plain.server.shutdown()
+    plain.server.server_close()
 
 
 def test_cells_of_parquet_in_small_and_in_large_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
