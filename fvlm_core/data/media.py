@@ -22,17 +22,15 @@ import os
 import re
 import struct
 import tarfile
-import threading
 import time
 import zlib
-from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from functools import cache
 from http import HTTPStatus
 from typing import Any, BinaryIO
 
-import pyarrow.parquet as pq
+from fvlm_core.data.cells import Cells
 
 RANGE = re.compile(r"(bytes|zip):(\d+)\+(\d+):(.+)", re.DOTALL)
 CELL = re.compile(r"parquet:(\d+):(\d*):([^:]+):(.+)", re.DOTALL)
@@ -42,8 +40,6 @@ NEXT, PART = "\n", "\t"
 ZIP_HEADER = struct.Struct("<4s2xHH16xHH")
 """Signature, flags, method, and the lengths of the name and the extra field of a local header (APPNOTE 4.3.7); 4 + 26 bytes."""
 ZIP_SIGNATURE, STORED, DEFLATED, ENCRYPTED = b"PK\x03\x04", 0, 8, 1
-CACHE_BYTES = 512 << 20
-"""Of row groups of parquet files that are kept decompressed; neighbours in a table are asked for one after the other."""
 BUFFER_BYTES = 1 << 20
 CUT_SHORT = "the archive ends within the file"
 WEB_TIMEOUT_S, WEB_TRIES, WEB_PAUSE_S = 60.0, 3, 1.0
@@ -122,7 +118,7 @@ def open_media(reference: str) -> tuple[BinaryIO, int]:
         elif match := RANGE.fullmatch(reference):
             return _open_range(match[1], int(match[2]), int(match[3]), match[4].split(PART))
         elif match := CELL.fullmatch(reference):
-            content = _CELLS.read(match[4], match[3], int(match[1]), int(match[2]) if match[2] else None)
+            content = _read_cell(match[4], match[3], int(match[1]), int(match[2]) if match[2] else None)
         else:
             stream = open(reference, "rb")  # noqa: SIM115 -- closed by whoever reads it
             return stream, os.fstat(stream.fileno()).st_size
@@ -173,6 +169,16 @@ class JoinedFiles(io.RawIOBase):
     def close(self) -> None:
         self._stack.close()
         super().close()
+
+
+def _read_cell(path: str, column: str, row: int, item: int | None) -> bytes:
+    try:
+        return _CELLS.read(path, column, row, item)
+    except (ValueError, KeyError, IndexError) as error:
+        raise MediaError(f"the parquet file cannot be read: {error}") from error
+
+
+_CELLS = Cells()
 
 
 class _FilePart:
@@ -283,58 +289,3 @@ def _tar(contents: Sequence[bytes]) -> bytes:
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
     return made.getvalue()
-
-
-class _Cells:
-    """Reads values out of parquet files. Row groups stay decompressed while they fit; larger ones are read a row at a time."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._groups: OrderedDict[tuple[str, int, str], Any] = OrderedDict()
-
-    def read(self, path: str, column: str, row: int, item: int | None) -> bytes:
-        try:
-            with self._lock:  # a column is decompressed once, whichever thread asks for it first
-                value = self._value(path, column, row)
-        except (ValueError, KeyError, IndexError) as error:
-            raise MediaError(f"the parquet file cannot be read: {error}") from error
-        if item is not None:
-            value = value[item] if value is not None and item < len(value) else None
-        content = value.get("bytes") if isinstance(value, dict) else value
-        if not isinstance(content, bytes):
-            raise MediaError(f"the column {column} holds no bytes there")
-        return content
-
-    def _value(self, path: str, column: str, row: int) -> Any:
-        file = pq.ParquetFile(path, buffer_size=BUFFER_BYTES)
-        with file:
-            group, place = _group_of(file, row)
-            key = (path, group, column)
-            if key not in self._groups:
-                if _bytes_of(file, group, column) > CACHE_BYTES // 4:
-                    rows = file.iter_batches(1, row_groups=[group], columns=[column], use_threads=False)
-                    return next(batch for number, batch in enumerate(rows) if number == place).column(0)[0].as_py()
-                self._groups[key] = file.read_row_group(group, columns=[column], use_threads=False).column(0)
-        self._groups.move_to_end(key)
-        while len(self._groups) > 1 and sum(one.nbytes for one in self._groups.values()) > CACHE_BYTES:
-            self._groups.popitem(last=False)
-        return self._groups[key][place].as_py()
-
-
-_CELLS = _Cells()
-
-
-def _group_of(file: pq.ParquetFile, row: int) -> tuple[int, int]:
-    """The row group of a row, and its place there."""
-    for group in range(file.num_row_groups):
-        rows = file.metadata.row_group(group).num_rows
-        if row < rows:
-            return group, row
-        row -= rows
-    raise IndexError("it has fewer rows")
-
-
-def _bytes_of(file: pq.ParquetFile, group: int, column: str) -> int:
-    """Decompressed size of a column in a row group."""
-    chunks = [file.metadata.row_group(group).column(number) for number in range(file.metadata.num_columns)]
-    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] == column)

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fvlm_core.data import media
+from fvlm_core.data import cells, media
 from fvlm_core.data.archives import AmbiguousMemberError, Archives, joined
 from fvlm_core.data.frames import ClipError, FrameRule, extract_frames
 from fvlm_core.data.jobs import Source
@@ -219,8 +219,8 @@ def test_cells_of_parquet_in_small_and_in_large_row_groups(tmp_path: Path, monke
     images = [pictures(1, 2), pictures(3), [{"bytes": None, "path": "a.jpg"}]]
     pq.write_table(pa.table({"images": images, "mp4": [b"x", b"y", None], "words": ["a", "b", "c"]}), path, row_group_size=2)
     for cache in (1 << 20, 0):
-        monkeypatch.setattr("fvlm_core.data.media.CACHE_BYTES", cache)
-        monkeypatch.setattr("fvlm_core.data.media._CELLS", media._Cells())
+        monkeypatch.setattr(cells, "CACHE_BYTES", cache)
+        monkeypatch.setattr(media, "_CELLS", cells.Cells())
         assert read_media(f"parquet:0:1:images:{path}") == picture(2)
         assert read_media(f"parquet:1:0:images:{path}") == picture(3)
         assert read_media(f"parquet:1::mp4:{path}") == b"y"
@@ -230,6 +230,23 @@ def test_cells_of_parquet_in_small_and_in_large_row_groups(tmp_path: Path, monke
         for place in ("9:0:images", "0:0:none"):
             with pytest.raises(MediaError, match="cannot be read"):
                 read_media(f"parquet:{place}:{path}")
+
+
+@given(st.lists(st.integers(0, 29), max_size=40), st.integers(1, 30), st.sampled_from([0, 5000, 1 << 20]), st.sampled_from([1, 2, 64]))
+def test_cells_may_be_asked_for_in_any_order(
+    tmp_path_factory: pytest.TempPathFactory, asked: list[int], group: int, cache: int, batch: int
+) -> None:
+    path = tmp_path_factory.mktemp("cells") / "a.parquet"
+    values = [bytes([row]) * 900 for row in range(30)]
+    pq.write_table(pa.table({"mp4": values}), path, row_group_size=group)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cells, "CACHE_BYTES", cache)
+        patch.setattr(cells, "BATCH_ROWS", batch)
+        patch.setattr(cells, "CURSORS", 2)
+        known = cells.Cells()
+        for row in asked:
+            assert known.read(str(path), "mp4", row, None) == values[row]
+            assert known._bytes == sum(map(len, known._values.values())) <= max(cache, 900)
 
 
 def test_media_are_counted_without_being_read(tmp_path: Path) -> None:
