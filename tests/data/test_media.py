@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from fvlm_core.data import cells, media
 from fvlm_core.data.archives import AmbiguousMemberError, Archives, joined
@@ -275,6 +276,32 @@ def test_several_images_are_one_tar_of_one_frame_each(tmp_path: Path) -> None:
     with pytest.raises(ClipError, match="5 images in one sample; 4 may be"):
         extract_frames(read_media("\n".join(references)), RULE)
     assert files_of("\n".join([*references[:2], "bytes:3+4:/a\t/b"])) == [*references[:2], "/a", "/b"]
+
+
+IMAGES = [("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("RGBA", "PNG"), ("P", "PNG"), ("L", "PNG"), ("LA", "PNG"), ("1", "PNG")]
+IMAGES += [("RGB", "WEBP"), ("RGBA", "WEBP"), ("P", "GIF"), ("RGB", "BMP"), ("RGB", "TIFF")]
+
+
+@pytest.mark.parametrize(("mode", "kind"), IMAGES)
+def test_images_of_datasets_look_as_pillow_shows_them(mode: str, kind: str) -> None:
+    original = Image.open(io.BytesIO(picture(5, "PNG", (80, 80)))).convert(mode)
+    stored, plain = io.BytesIO(), io.BytesIO()
+    original.save(stored, kind)
+    Image.open(stored).convert("RGB").save(plain, "PNG")
+    found, expected = (extract_frames(content.getvalue(), RULE).pixels for content in (stored, plain))
+    assert found.shape == (1, 42, 42, 3)
+    assert np.abs(found.astype(int) - expected).mean() < 6
+
+
+def test_a_photograph_is_turned_upright_as_its_camera_says() -> None:
+    original = Image.open(io.BytesIO(picture(6, "PNG", (80, 80))))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn clockwise to show
+    stored, upright = io.BytesIO(), io.BytesIO()
+    original.save(stored, "PNG", exif=exif)
+    original.rotate(-90).save(upright, "PNG")
+    found, expected = (extract_frames(content.getvalue(), RULE).pixels.astype(int) for content in (stored, upright))
+    assert np.abs(found - expected).mean() < 5
 
 
 def test_seconds_of_a_video() -> None:
