@@ -89,7 +89,7 @@ def range_reference(parts: Sequence[str], sizes: Sequence[int], offset: int, siz
 
     Only the parts that the bytes lie in are named.
     """
-    first, end, start = 0, offset + size, 0
+    first, end, start = 0, offset + max(size, 1), 0
     slack = 1 << 17 if header else 0  # a local header and its two fields of at most 64 KiB
     chosen = []
     for part, length in zip(parts, sizes, strict=True):
