@@ -10,7 +10,7 @@ from PIL import Image
 
 from fvlm_core.config import DataSettings, SourceShare
 from fvlm_core.data.jobs import SHARD_FILES, ShardManifest
-from fvlm_core.data.rows import Kind
+from fvlm_core.data.rows import Kind, Split
 from fvlm_core.data.shard_files import ShardSample, write_shards
 from fvlm_core.data.tokenizer import render_chat, train_tokenizer
 from fvlm_core.manifest import file_entries
@@ -18,6 +18,8 @@ from fvlm_core.manifest import file_entries
 SHARES = {"video": 0.46, "image": 0.34, "text": 0.20}
 """SmolVLM2's last stage with its two kinds of image sample in one; see docs/data-sources.md."""
 WORDS = ["".join(letters) for letters in product("abcdefghijklmnop", repeat=2)]
+VAL_CLIPS = 2
+"""Of each kind."""
 QUALITY = 90
 DETAIL_PX, NOISE = 9, 1.0
 """Coarse patches and fine noise that make a JPEG as large as a video frame's."""
@@ -29,9 +31,11 @@ def mixed_data(**changes) -> DataSettings:
 
 
 def write_mixed(folder: Path, *, clips: int, frame_px: int = 224, samples_per_shard: int = 50) -> Path:
-    """`clips` videos of 4 to 64 frames, as many images, and as many texts, all for training."""
+    """`clips` videos of 4 to 64 frames, as many images, and as many texts to train on; a few of each to validate."""
     rng = np.random.default_rng(0)
-    samples = [_sample(rng, kind, number, frame_px) for kind in ("video", "image", "text") for number in range(clips)]
+    kinds: tuple[Kind, ...] = ("video", "image", "text")
+    counts: dict[Split, int] = {"train": clips, "val": VAL_CLIPS}
+    samples = [_sample(rng, kind, split, n, frame_px) for split, count in counts.items() for kind in kinds for n in range(count)]
     tokenizer = train_tokenizer((render_chat(turns) for sample in samples for turns in sample.conversations), 512)
     sources, dropped = write_shards(folder, samples, tokenizer, samples_per_shard=samples_per_shard)
     ShardManifest(
@@ -47,7 +51,7 @@ def write_mixed(folder: Path, *, clips: int, frame_px: int = 224, samples_per_sh
     return folder
 
 
-def _sample(rng: np.random.Generator, kind: Kind, number: int, frame_px: int) -> ShardSample:
+def _sample(rng: np.random.Generator, kind: Kind, split: Split, number: int, frame_px: int) -> ShardSample:
     frames = {"video": int(rng.integers(4, 65)), "image": 1, "text": 0}[kind]
     length = int(rng.integers(40, 400 if kind == "text" else 200))
     words = rng.choice(WORDS, length)
@@ -55,8 +59,8 @@ def _sample(rng: np.random.Generator, kind: Kind, number: int, frame_px: int) ->
     return ShardSample(
         source=kind,
         kind=kind,
-        split="train",
-        origin=f"{kind}-{number}",
+        split=split,
+        origin=f"{kind}-{split}-{number}",
         conversations=[[turn]],
         probes=[None],
         duration_s=float(frames),

@@ -4,19 +4,28 @@ New memory costs a page fault per 4 KB, a process's result a copy into shared me
 a frame that is decoded where the GPU fetches it from costs none of the three.
 """
 
+import shutil
 import weakref
 from collections import deque
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fvlm_core.errors import UserError
+
+SHARED_MEMORY = Path("/dev/shm")
+"""Where Linux keeps it."""
 
 
 class FrameBuffers:
     """So many buffers for the frames of one micro-batch each. One is free again when the tensor handed out for it is gone."""
 
     def __init__(self, number: int, frames: int, side: int, *, shared: bool) -> None:
-        """`shared`: with other processes, to which the buffers' memory is sent."""
+        """`shared`: with other processes, to which the buffers' memory is sent. Raises UserError where there is too little of it."""
+        if shared:
+            _check_shared_memory(number * frames * side * side * 3)
         self.memory = torch.empty(number, frames, side, side, 3, dtype=torch.uint8)
         if shared:
             self.memory.share_memory_()
@@ -53,6 +62,16 @@ class FrameBuffers:
             copied = torch.cuda.Event()
             copied.record()
         self._free.append((number, copied))
+
+
+def _check_shared_memory(needed: int) -> None:
+    """Too little of it is a bus error in the middle of a run."""
+    if SHARED_MEMORY.is_dir() and (free := shutil.disk_usage(SHARED_MEMORY).free) < needed:
+        raise UserError(
+            f"the loader's buffers need {needed / 1e9:.2f} GB of shared memory, {free / 1e9:.2f} GB are free",
+            where=str(SHARED_MEMORY),
+            fix="lower run.micro_batch.frames or data.workers, or give the container more (docker run --shm-size)",
+        )
 
 
 class Frames:

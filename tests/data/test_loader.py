@@ -3,6 +3,7 @@ import logging
 import shutil
 from collections import Counter
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fvlm_core.config import DataSettings, RunSettings, SourceShare, ValidationSettings
-from fvlm_core.data import gaze
+from fvlm_core.data import buffers, gaze
 from fvlm_core.data.batch import IGNORE
 from fvlm_core.data.loader import train_steps, val_batches
 from fvlm_core.data.shard_io import CorruptSampleError
@@ -93,6 +94,13 @@ def test_a_batch_keeps_its_frames_while_it_is_used(shards):
     held = steps(shards, data({"gaze_cell": 1.0}), small)
     again = (of_step(step) for step in train_steps(shards, data({"gaze_cell": 1.0}), small, tokens_per_frame=1, rank=0, world_size=1))
     assert [of_step(step) for step in held] == list(again)
+
+
+def test_too_little_shared_memory_is_refused_before_anything_starts(shards, monkeypatch):
+    monkeypatch.setattr(buffers.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"need 0\.\d+ GB of shared memory, 0\.00 GB are free"):
+        steps(shards, data(workers=1), run())
+    assert len(steps(shards, data(), run())) == 6
 
 
 def test_conversations_about_a_clip_share_its_frames(shards):

@@ -196,7 +196,7 @@ def test_resumes_bit_for_bit(tmp_path: Path, trained: Recipe) -> None:
                 shutil.rmtree(checkpoint)
         if step == 0:
             (recipe.output / "reference" / "manifest.json").unlink()
-            (recipe.output / "reference" / "train-000001.parquet").unlink()
+            (recipe.output / "reference" / "train-000000.parquet").unlink()
         else:  # damaged: all of it is made again
             (recipe.output / "reference" / "val-000000.parquet").write_bytes(b"")
         train(recipe)
