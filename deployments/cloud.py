@@ -8,7 +8,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from deployments.rented import budget_of, budget_table
 from infra.runpod.account import KEY_VARIABLE, S3_ACCESS_VARIABLE, S3_SECRET_VARIABLE
 from infra.runpod.bills import reconcile
 from infra.runpod.client import RunPod
@@ -21,6 +20,7 @@ from infra.store import FolderStore
 from infra.volume import HOME
 from tasks.config import PipelineConfig, Pool, Pools
 from tasks.rental import Rental
+from tasks.rented import budget_of, budget_table
 
 KEY, S3_ACCESS, S3_SECRET = "emulated", "user_emulated", "rps_emulated"
 """Keys of an account that exists in this process only."""

@@ -1,27 +1,24 @@
 """`fvlm infra`, `fvlm volume` and `fvlm board`: rented machines, what is on their volume, and the board on it."""
 
 import json
-import os
 import time
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated
-from uuid import UUID
 
 from cyclopts import App, Parameter
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
 from fvlm_core.errors import UserError
-from infra import api
 from infra.board import Board
+from infra.errors import InfraError
 from infra.runpod.account import Account
 from infra.runpod.bills import reconcile
 from infra.runpod.code import upload_code
+from infra.runpod.models import HOURS_PER_MONTH
 from infra.runpod.naming import owner
-from infra.runpod.reaper import reap as reap_now
+from infra.runpod.reaper import reap
 from infra.runpod.setup import find_or_create_volume, mark
 from infra.s3 import S3Store, local_path
 from infra.stack import REPOSITORY
@@ -38,7 +35,7 @@ NAMED = {"report": "release", "shards": "shards"}
 def setup(*, profile: Profile = "runpod") -> int:
     """Find or make the network volume, mark it, and put this checkout on it. Says what the volume costs."""
     from deployments.profile import chosen_profile
-    from deployments.rented import account_of, budget_of, rental_of
+    from tasks.rented import account_of, budget_of, rental_of
 
     config = chosen_profile(profile)
     rental = rental_of(config)
@@ -55,34 +52,31 @@ def setup(*, profile: Profile = "runpod") -> int:
     mark(account.store, volume)
     budget_of(rental, account.store).storage(volume.id, volume.usd_per_hour)
     name = upload_code(REPOSITORY, account.store)
-    month = volume.usd_per_hour * 730
+    month = volume.usd_per_hour * HOURS_PER_MONTH
     _say(f"volume {volume.name} ({volume.id}), {volume.size} GB in {volume.dataCenter}: ${month:.2f} a month")
     _say(f"code {name}")
     return 0
 
 
-@app.command
-def reap(*, profile: Profile = "runpod", every: Annotated[float | None, Parameter(help="Seconds; once without.")] = None) -> int:
+@app.command(name="reap")
+def reap_pods(*, profile: Profile = "runpod", every: Annotated[float | None, Parameter(help="Seconds; once without.")] = None) -> int:
     """End pods that are past their deadline, dead, or whose flow run is over. Needs RUNPOD_API_KEY only.
 
     Where PREFECT_API_URL names a server that answers, pods whose run it does not know are ended too. Run it from cron, or with --every, on
     any machine: it is the last of the three that end pods.
     """
     from deployments.profile import chosen_profile
-    from deployments.rented import account_of, budget_of, rental_of
+    from tasks.rented import account_of, budget_of, look_after, rental_of
 
     rental = rental_of(chosen_profile(profile))
     account = account_of(rental)
-    url = os.environ.get("PREFECT_API_URL")
-    over: Callable[[UUID], str | None] = partial(api.run_over, url, os.environ) if url else lambda run: None
     while True:
         try:
-            store = account.store
-        except Exception as error:  # without the ledger pods are ended all the same
+            ledger = budget_of(rental, account.store)
+        except InfraError as error:  # without the ledger pods are ended all the same
             _say(f"the ledger cannot be reached: {error}")
-            store = None
-        budget = budget_of(rental, store) if store else None
-        for one in reap_now(account.client, owner(account.volume().id), over=over, budget=budget):
+            ledger = None
+        for one in look_after(account, ledger):
             _say(f"pod {one.pod.id}: {one.reason}; {one.problem or 'ended'}")
         if every is None:
             return 0
@@ -90,10 +84,28 @@ def reap(*, profile: Profile = "runpod", every: Annotated[float | None, Paramete
 
 
 @app.command
+def down(*, profile: Profile = "runpod") -> int:
+    """End every pod of the volume, whatever it does, and say what everything cost. The volume stays, and costs on."""
+    from deployments.profile import chosen_profile
+    from tasks.rented import account_of, budget_of, budget_table, rental_of
+
+    rental = rental_of(chosen_profile(profile))
+    account = account_of(rental)
+    ledger = budget_of(rental, account.store)
+    for one in reap(account.client, owner(account.volume().id), over=lambda run: "everything is ended", budget=ledger, young_s=0.0):
+        _say(f"pod {one.pod.id}: {one.problem or 'ended'}")
+    reconcile(account.client, ledger)
+    Console().print(budget_table(ledger.position(), ledger.clock()).terminal())
+    month = account.volume().usd_per_hour * HOURS_PER_MONTH
+    _say(f"The volume {account.volume().name} stays, for ${month:.2f} a month.")
+    return 0
+
+
+@app.command
 def budget(*, profile: Profile = "runpod") -> int:
     """What was spent and what is promised, by phase; after a look at RunPod's bill."""
     from deployments.profile import chosen_profile
-    from deployments.rented import account_of, budget_of, budget_table, rental_of
+    from tasks.rented import account_of, budget_of, budget_table, rental_of
 
     rental = rental_of(chosen_profile(profile))
     account = account_of(rental)
@@ -108,7 +120,7 @@ def budget(*, profile: Profile = "runpod") -> int:
 def code(*, profile: Profile = "runpod") -> int:
     """Put this checkout on the volume; prints its name."""
     from deployments.profile import chosen_profile
-    from deployments.rented import account_of, rental_of
+    from tasks.rented import account_of, rental_of
 
     _say(upload_code(REPOSITORY, account_of(rental_of(chosen_profile(profile))).store))
     return 0
@@ -131,7 +143,7 @@ def board(
         Go on showing what is written.
     """
     from deployments.profile import chosen_profile
-    from deployments.rented import account_of, rental_of
+    from tasks.rented import account_of, rental_of
 
     there = Board(account_of(rental_of(chosen_profile(profile))).store, "LOCAL")
     if text is not None:
@@ -209,7 +221,7 @@ def put(file: Path, key: str, /, *, profile: Profile = "runpod") -> int:
 def _bucket(profile: str) -> S3Store:
     """The volume's S3 side, also where it is mounted."""
     from deployments.profile import chosen_profile
-    from deployments.rented import account_of, rental_of
+    from tasks.rented import account_of, rental_of
 
     place = account_of(rental_of(chosen_profile(profile))).place
     store = Account(replace(place, folder=None)).store

@@ -17,6 +17,7 @@ from prefect.types.entrypoint import EntrypointType
 from prefect.workers.base import BaseWorker
 
 from flows.pipeline import pipeline
+from flows.reap import EVERY_S, POOL, reap
 from flows.registry import FLOWS, PHASES
 from infra.processes import mark
 from infra.stack import PROCESS_POOL, RENTED_POOL, queue_name, volume_tag
@@ -56,6 +57,9 @@ async def register(config: PipelineConfig, volume: Path, *, code: str | None = N
         name = await _deployment_name(client, config.name, known)
         for flow in ALL_FLOWS:
             await _deploy(client, flow, name, config, volume, known, types, code)
+        if config.machine.rental:
+            types |= dict([await _pool(client, Pool(name=POOL, description="Looks after rented machines"))])
+            await _deploy_reaper(name, config, volume, known)
     return Registered(types, name)
 
 
@@ -126,6 +130,21 @@ async def _deploy(
         job_variables=given | pool.job_variables,
         entrypoint_type=EntrypointType.MODULE_PATH,
         schedules=await _schedules(client, flow, name),
+    )
+    await deployment.aapply()
+
+
+async def _deploy_reaper(name: str, config: PipelineConfig, volume: Path, known: str) -> None:
+    deployment = await reap.ato_deployment(
+        name,
+        parameters={"config": config.model_dump(mode="json")},
+        description=reap.description,
+        tags=["fvlm", f"folder:{volume.name}", volume_tag(known)],
+        work_pool_name=POOL,
+        work_queue_name=queue_name(known),
+        job_variables=LOCAL_JOB,
+        entrypoint_type=EntrypointType.MODULE_PATH,
+        interval=EVERY_S,
     )
     await deployment.aapply()
 

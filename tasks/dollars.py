@@ -124,9 +124,8 @@ def in_dollars(plan: Plan, phases: Sequence[Phase], rental: Rental) -> DollarPla
         if not running:
             continue
         rate = rates[phase.pool]
-        lines.append(
-            _line(phase.name, "pod starts, environment", Usd(low=0.05, value=rental.assumed.start_h, high=0.5), rate, basis="stated")
-        )
+        starts = Usd(low=rental.assumed.start_h / 3, value=rental.assumed.start_h, high=rental.assumed.start_h * 3)
+        lines.append(_line(phase.name, "pod starts, environment", starts, rate, basis="stated"))
         for one in running:
             hours, basis = hours_of(one, rental)
             unknown += [one.step] if hours is None else []

@@ -25,11 +25,13 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import IO
 
 JOB_VARIABLE = "FVLM_POD_JOB"
 URL_VARIABLE = "FVLM_RUNPOD_URL"
+SHARED_VARIABLE = "FVLM_SHARED_VOLUME"
+"""Tells the job that other hosts work on the volume too."""
 PODS, CODE, ENVIRONMENTS = "pods", "code", "environments"
 """Folders of the volume: what each pod wrote, the code of each commit, an environment per lock file."""
 STARTED, OUTCOME, LOG = "started", "outcome.json", "log.txt"
@@ -39,7 +41,8 @@ GRACE_S = 60.0
 """For the job to save, when its time is up."""
 LEASE_S = 120.0
 """After which the maker of an environment that gives no sign is thought dead."""
-BEAT_S = 10.0
+BEATS = 8
+"""Signs of life in the time of a lease."""
 USER_AGENT = "fvlm/0.1 pod"
 GB = 10**9
 
@@ -210,7 +213,8 @@ class Pod:
         for folder in moved.values():
             os.makedirs(folder, exist_ok=True)
         hidden = (JOB_VARIABLE, "RUNPOD_API_KEY", "FVLM_POD_PROGRAM")
-        return {name: value for name, value in self.environment.items() if name not in hidden} | moved
+        kept = {name: value for name, value in self.environment.items() if name not in hidden}
+        return kept | moved | {SHARED_VARIABLE: "1"}
 
     def run_job(self, command: list[str], code: str, python: str) -> tuple[int, str]:
         """Run the command until it ends or its time is over."""
@@ -304,38 +308,59 @@ class Pod:
 
 
 @contextlib.contextmanager
-def lease(path: str, owner: str) -> Iterator[bool]:
-    """Hold `path` against other hosts, as long as signs of life are given; yields whether it is held."""
+def lease(path: str, owner: str, lease_s: float = LEASE_S, lost: Callable[[], None] = lambda: None) -> Iterator[bool]:
+    """Hold `path` against other hosts, as long as signs of life are given; yields whether it is held.
+
+    `owner` is unique. `lost` is called, once and from another thread, where another took the lease because no sign came for `lease_s`.
+    """
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    if not take(path, owner):
+    if not take(path, owner, lease_s):
         yield False
         return
     over = threading.Event()
 
     def beat() -> None:
-        while not over.wait(BEAT_S):
-            with contextlib.suppress(OSError):
-                os.utime(path)
+        while not over.wait(lease_s / BEATS):
+            try:
+                with open(path) as stream:
+                    mine = stream.read() == owner
+                if mine:
+                    os.utime(path)
+            except FileNotFoundError:
+                mine = False
+            except OSError:  # the file system is away: there may be time left
+                continue
+            if not mine and not over.is_set():
+                lost()
+                return
 
     threading.Thread(target=beat, daemon=True).start()
     try:
         yield True
     finally:
         over.set()
-        with contextlib.suppress(OSError):
-            os.unlink(path)
+        with contextlib.suppress(OSError), open(path) as stream:
+            if stream.read() == owner:
+                os.unlink(path)
 
 
-def take(path: str, owner: str) -> bool:
+def take(path: str, owner: str, lease_s: float) -> bool:
     """Make the lease's file, or take the place of one whose owner gives no sign."""
     try:
         with contextlib.suppress(FileNotFoundError):
-            if age(path) > LEASE_S:
+            if age(path) > lease_s:
                 stale = f"{path}.{owner}.stale"
-                os.rename(path, stale)  # of several, one succeeds
+                os.rename(path, stale)  # of several who try, one succeeds
+                if age(stale) <= lease_s:  # it was another's new one
+                    with contextlib.suppress(FileExistsError):
+                        os.link(stale, path)
+                    os.unlink(stale)
+                    return False
                 os.unlink(stale)
         with open(path, "x") as stream:
             stream.write(owner)
+            stream.flush()
+            os.fsync(stream.fileno())
         return True
     except OSError:
         return False
@@ -343,7 +368,7 @@ def take(path: str, owner: str) -> bool:
 
 def age(path: str) -> float:
     """Seconds since the last sign, by the file system's clock: hosts' clocks differ."""
-    probe = f"{path}.clock.{os.getpid()}"
+    probe = f"{path}.clock.{os.getpid()}.{threading.get_ident()}"
     with open(probe, "w") as stream:
         now = os.fstat(stream.fileno()).st_mtime
     os.unlink(probe)

@@ -19,8 +19,6 @@ OVERTIME_S = 120.0
 """After the deadline, for a pod to end itself."""
 YOUNG_S = 300.0
 """A pod that is younger may belong to a run that is being submitted, and an entry of the ledger to a pod that is being created."""
-NOBODY = UUID(int=0)
-"""In the name of a pod that works for no flow run: the server's."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +37,12 @@ def reap(
     over: Callable[[UUID], str | None] = lambda run: None,
     budget: Budget | None = None,
     now: float | None = None,
+    young_s: float = YOUNG_S,
 ) -> list[Reaped]:
     """End the pods of `owner` that nobody owns; returns what was ended. Pods of others are not touched.
 
-    `over` says of a flow run why nobody needs its pod any more; None where somebody does, or where it is not known.
+    `over` says of a flow run why nobody needs its pod any more; None where somebody does, or where it is not known. It is not asked of pods
+    younger than `young_s`.
     """
     now = time.time() if now is None else now
     reaped, left = [], set()
@@ -50,7 +50,7 @@ def reap(
         name = PodName.parse(pod.name)
         if name is None or name.owner != owner:
             continue
-        reason = _reason(pod, name, over, now)
+        reason = _reason(pod, name, over, now, young_s)
         if reason is None:
             left.add(pod.name)
             continue
@@ -61,23 +61,23 @@ def reap(
             left.add(pod.name)
             reaped.append(Reaped(pod, reason, error.what))
     if budget is not None:
-        settle(budget, left, now)
+        settle(budget, left, now, young_s)
     return reaped
 
 
-def settle(budget: Budget, alive: set[str], now: float) -> None:
+def settle(budget: Budget, alive: set[str], now: float, young_s: float = YOUNG_S) -> None:
     """End in the ledger what runs no longer; `alive` are the names of the pods that do."""
     for entry in budget.entries():
-        if entry.kind == "pod" and entry.running and entry.name not in alive and now - entry.since > YOUNG_S:
+        if entry.kind == "pod" and entry.running and entry.name not in alive and now - entry.since >= young_s:
             budget.ended(entry.name, at=min(now, entry.until)) if entry.started else budget.release(entry.name)
 
 
-def _reason(pod: Pod, name: PodName, over: Callable[[UUID], str | None], now: float) -> str | None:
+def _reason(pod: Pod, name: PodName, over: Callable[[UUID], str | None], now: float, young_s: float) -> str | None:
     """Why the pod has to end; None where it may go on."""
     if now > name.deadline + OVERTIME_S:
         return f"it is {(now - name.deadline) / 60:.0f} min past its deadline"
     if pod.status in OVER:
         return f"it is {pod.status} and still there"
-    if name.run == NOBODY or now - pod.createdAt.timestamp() < YOUNG_S:
+    if now - pod.createdAt.timestamp() < young_s:
         return None
     return over(name.run)

@@ -47,6 +47,8 @@ from infra.runpod.watch import Watch
 PROGRAM_VARIABLE = "FVLM_POD_PROGRAM"
 START = f"""python3 -c 'import base64,os,zlib;exec(zlib.decompress(base64.b64decode(os.environ["{PROGRAM_VARIABLE}"])))'"""
 """The container's command: the pod's program, which its environment holds."""
+DEFAULT_COMMAND = "{python} -m prefect.engine"
+"""The flow's code is there already: `prefect flow-run execute`, Prefect's own default, would copy it first."""
 POLL_S = 15.0
 """Between two lists of all pods; RunPod allows 60 requests a minute."""
 RUN_LOOK_S = 5.0
@@ -169,15 +171,14 @@ class RunPodConfiguration(BaseJobConfiguration, RunPodVariables):
 
     def job(self, run: UUID, volume: Volume, deadline: float, machine: Candidate) -> str:
         """What the pod's program is to do."""
-        default = ["{python}", "-m", "prefect", "flow-run", "execute"]
-        command = default if self.command is None or self.command == self._base_flow_run_command() else self.command.split()
+        command = DEFAULT_COMMAND if self.command in (None, self._base_flow_run_command()) else self.command or ""
         return json.dumps(
             {
                 "run": str(run),
                 "deadline": deadline,
                 "volume": volume.id,
                 "mount_path": self.mount_path,
-                "command": command,
+                "command": command.split(),
                 "code": self.code,
                 "code_folder": self.code_folder,
                 "python": self.python,

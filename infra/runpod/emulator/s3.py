@@ -4,6 +4,7 @@ A pod writes a file and S3 has it; S3 gets an object and the pod has the file: b
 into moto, and after one that writes, what has changed in moto goes into the folder.
 """
 
+import logging
 import os
 import secrets
 import threading
@@ -37,6 +38,7 @@ class S3Side:
         self._lock = threading.Lock()
         self._server = make_server("127.0.0.1", port, self._answer, threaded=True)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
+        logging.getLogger("werkzeug").setLevel(logging.WARNING)
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 
     def __enter__(self) -> Self:

@@ -58,7 +58,6 @@ class Rig:
             "runpod_url": self.emulator.url,
             "python": sys.executable,
             "code_folder": str(REPOSITORY),
-            "command": "{python} -m prefect.engine",
             "max_usd_per_hour": 4.0,
             "max_runtime_h": 1.0,
             "poll_s": 0.3,
