@@ -39,6 +39,8 @@ FRAMES, WORDS = (4, 8, 8, 16), (24, 48, 96, 200)
 VIDEOS = 64
 """Of each kind, with frames of their own: no batch below 256 samples has equal frames to save work on."""
 SMALLEST_BATCH = 4
+WHOLE_BATCH = {"frames": 1_000_000, "tokens": 100_000_000}
+"""Budgets of a micro-batch that no batch reaches: a step is one forward."""
 DICTIONARY = 200
 """Different words; each is a token of the shards' tokenizer."""
 
@@ -138,7 +140,7 @@ def fill(size: str, job: SpeedJob, *, largest: int = 4096, kinds: Sequence[str] 
     for kind in kinds:
         batch, best, too_much = found[-1].batch if found else SMALLEST_BATCH, None, largest + 1
         while SMALLEST_BATCH <= batch < too_much:
-            settings = {"run.batch_samples": batch, "run.micro_batch_samples": batch, "run.compile": kind == "compiled"}
+            settings = {"run.batch_samples": batch, "run.micro_batch": WHOLE_BATCH, "run.compile": kind == "compiled"}
             row = bench.measure(f"{size} {kind} {batch}", settings, busy=True)
             print(f"{row.variant}: {row.failure or f'{row.samples_per_s:.1f} samples/s'}", file=sys.stderr)
             if not row.failure:

@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 from fvlm_core.data.arrow import pc
 from fvlm_core.data.jobs import INDEX_FILE, Source, SourceCounts
 from fvlm_core.data.parts import parts_of, read_part
-from fvlm_core.data.plan import Plan
 from fvlm_core.data.raw_shards import CONTENT, CONTENT_SCHEMA, PLACES, PLACES_SCHEMA
 from fvlm_core.data.shard_files import INDEX_SCHEMA, Shard, shard_name
 from fvlm_core.data.shard_parts import ShardPart, write_index
+from fvlm_core.data.shard_plan import Plan
 from fvlm_core.data.sources.record import record, record_folder
 
 ROWS = (1_000_000, 4_000_000)

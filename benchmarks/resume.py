@@ -1,11 +1,216 @@
-"""Resume under fire: random kills of running pipelines, and whether they end with the same weights and the same order of samples.
+"""The resume certificate: `python -m benchmarks.resume`.
 
-The campaign itself, its options and what it kills: `tests/campaign/kill_campaign.py`.
+A run is killed again and again (SIGKILL, at random moments, in the middle of an epoch and in resumed runs), and its newest checkpoint is
+damaged in between. At the end it must have the weights of a run that was never stopped, to the bit, and have trained every step on the
+same samples in the same order. Beside it, on the same data and model, under the same kills: transformers' Trainer with accelerate's
+loader, and Trainer over webdataset's resampled shards. That resuming goes wrong the second time is a known class of faults: accelerate
+#4071 and #4232, torchtitan #3907, datasets #8308. A library that does not start from a damaged checkpoint has that checkpoint removed, as
+its operator would: a repair by hand.
+
+`python -m tests.campaign.kill_campaign` is the long form: parts of complete pipelines are killed.
 """
 
+import json
+import random
+import shutil
 import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
 
-from tests.campaign.kill_campaign import main
+import accelerate
+import transformers
+import webdataset
+
+from benchmarks.mixed_shards import mixed_data, write_mixed
+from benchmarks.report import Measurement, arguments, show
+from benchmarks.resume_runs import ORDER_FILE, WEIGHTS_FILE, ours, transformers_trainer, webdataset_resampled
+from fvlm_core.config import BestSettings, Recipe
+from fvlm_core.settings import hash_json
+
+STEPS, BATCH, CHECKPOINT_EVERY = 60, 8, 4
+CLIPS = 24
+"""Videos, images and texts, each: an epoch is 9 steps."""
+FRAME_PX = 42
+TIME_LIMIT_S = 600
+"""Of one start of a run."""
+Run = Callable[[Recipe], None]
+CONTENDERS: dict[str, tuple[Run, str]] = {
+    "ours": (ours, "ours"),
+    "trainer": (transformers_trainer, f"transformers {transformers.__version__}, accelerate {accelerate.__version__}"),
+    "webdataset": (webdataset_resampled, f"webdataset {webdataset.__version__}, resampled"),
+}
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One kill: when the run is at which step, and whether its newest checkpoint is damaged before it is started again."""
+
+    step: int
+    damage: bool
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a run ended with."""
+
+    weights: str
+    order: dict[int, list[str]]
+    """Keys of every step's samples, as it was last trained."""
+    kills: int = 0
+    damaged: int = 0
+    repairs: int = 0
+    """Damaged checkpoints that had to be removed by hand."""
+
+
+def main() -> int:
+    """Certify; 1 where our own weights or order differ."""
+    options = {
+        "kills": {"type": int, "default": 6},
+        "seed": {"type": int, "default": 0, "help": "of the moments and of the damage"},
+        "only": {"choices": list(CONTENDERS), "nargs": "+", "default": list(CONTENDERS), "help": "leave the others out"},
+    }
+    asked = arguments(__doc__ or "", **options)
+    with tempfile.TemporaryDirectory(prefix="fvlm-resume-") as folder:
+        shards = write_mixed(Path(folder) / "shards", clips=CLIPS, frame_px=FRAME_PX, samples_per_shard=8)
+        plan = planned(asked.kills, asked.seed)
+        found = []
+        for name in asked.only:
+            run, about = CONTENDERS[name]
+            straight, killed = certify(run, recipe_of(shards, Path(folder) / name), plan)
+            found.extend(measurements("" if name == "ours" else f"{name}_", about, straight, killed))
+        show(found, as_json=asked.json)
+    return 0 if all(one.value == 1 for one in found if one.metric in ("weights_equal", "order_equal")) else 1
+
+
+def planned(kills: int, seed: int, *, steps: int = STEPS) -> list[Kill]:
+    """Random moments in order, none before the first checkpoint; every other one leaves a damaged checkpoint."""
+    rng = random.Random(seed)
+    moments = sorted(rng.sample(range(CHECKPOINT_EVERY + 1, steps - 1), kills))
+    return [Kill(step, damage=number % 2 == 1) for number, step in enumerate(moments)]
+
+
+def recipe_of(shards: Path, output: Path, *, steps: int = STEPS) -> Recipe:
+    """A model that takes some milliseconds a step."""
+    return Recipe.model_validate(
+        {
+            "name": "resume",
+            "output": output,
+            "shards": shards,
+            "model": {
+                "vision": {"shape": {"width": 32, "layers": 2, "heads": 2}, "frame_px": FRAME_PX},
+                "llm": {"shape": {"width": 48, "layers": 2, "heads": 2, "kv_heads": 1, "mlp_width": 96, "context": 2048}},
+            },
+            "data": mixed_data(image_repeats=2),
+            "best": BestSettings(use="last"),
+            "optimizer": {"lr_connector": 1e-3, "lr_vision": 1e-3, "lr_llm": 1e-3},
+            "loss": {"coarse": 1.0, "fine": [1.0, 1.0]},
+            "run": {
+                "steps": steps,
+                "batch_samples": BATCH,
+                "micro_batch": {"frames": 96, "tokens": 2048},
+                "eval_every": steps,
+                "eval_samples": 8,
+                "checkpoint_every": CHECKPOINT_EVERY,
+                "wandb": "disabled",
+                "device": "cpu",
+            },
+        }
+    )
+
+
+def certify(run: Run, recipe: Recipe, plan: list[Kill]) -> tuple[Ended, Ended]:
+    """A run that is never stopped, and one that is killed as planned."""
+    straight = recipe.model_copy(update={"output": recipe.output / "straight"})
+    killed = recipe.model_copy(update={"output": recipe.output / "killed"})
+    return _to_the_end(run, straight, []), _to_the_end(run, killed, plan)
+
+
+def _to_the_end(run: Run, recipe: Recipe, plan: list[Kill]) -> Ended:
+    kills = damaged = repairs = 0
+    todo = list(plan)
+    recipe.output.mkdir(parents=True, exist_ok=True)
+    while not (recipe.output / WEIGHTS_FILE).is_file():
+        before = len(_lines(recipe.output))
+        process = _start(run, recipe)
+        deadline = time.monotonic() + TIME_LIMIT_S
+        killed = False
+        while process.is_alive():
+            if todo and len(_lines(recipe.output)) > before and _lines(recipe.output)[-1][0] >= todo[0].step:
+                process.kill()
+                killed = True
+            if time.monotonic() > deadline:
+                process.kill()
+                raise RuntimeError(f"{recipe.output}: a run did not end in {TIME_LIMIT_S} s")
+            process.join(0.002)
+        if killed:
+            kills += 1
+            damaged += todo.pop(0).damage and _damage(recipe.output)
+        elif process.exitcode:  # a kill while it was writing can have left it something that it does not read, too
+            newest = _newest_checkpoint(recipe.output)
+            if newest is None or repairs == kills:
+                raise RuntimeError(f"{recipe.output}: ended with status {process.exitcode} though nothing is damaged")
+            shutil.rmtree(newest)
+            repairs += 1
+    order = dict(_lines(recipe.output))
+    return Ended((recipe.output / WEIGHTS_FILE).read_text(), order, kills, damaged, repairs)
+
+
+def _start(run: Run, recipe: Recipe):
+    """A process off a server that has imported everything."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.resume_runs", "transformers.trainer", "webdataset"])
+    process = context.Process(target=run, args=(recipe,))
+    process.start()
+    return process
+
+
+def _lines(folder: Path) -> list[tuple[int, list[str]]]:
+    """The log's complete lines; a kill can leave part of one."""
+    path = folder / ORDER_FILE
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+    found = []
+    for line in lines:
+        try:
+            step, keys = json.loads(line)
+        except ValueError:
+            continue
+        found.append((step, keys))
+    return found
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    """The folder of ours or of Trainer's."""
+    found = [path for path in [*folder.glob("checkpoints/step-*"), *folder.glob("checkpoint-*")] if path.is_dir()]
+    return max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+def _damage(folder: Path) -> bool:
+    """Cut the largest file of the newest checkpoint in half; False where there is none."""
+    newest = _newest_checkpoint(folder)
+    if newest is None:
+        return False
+    files = [path for path in newest.rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    with largest.open("r+b") as stream:
+        stream.truncate(largest.stat().st_size // 2)
+    return True
+
+
+def measurements(prefix: str, about: str, straight: Ended, killed: Ended) -> Iterator[Measurement]:
+    """What a contender showed."""
+    other = sum(straight.order[step] != killed.order.get(step) for step in straight.order)
+    never = f"{about}: a run that was never stopped"
+    yield Measurement("resume", f"{prefix}kills", killed.kills, "SIGKILLs", about)
+    yield Measurement("resume", f"{prefix}damaged_checkpoints", killed.damaged, "", about)
+    yield Measurement("resume", f"{prefix}repairs_by_hand", killed.repairs, "checkpoints removed", about)
+    yield Measurement("resume", f"{prefix}weights_equal", float(straight.weights == killed.weights), "1 or 0", never)
+    yield Measurement("resume", f"{prefix}order_equal", float(hash_json(straight.order) == hash_json(killed.order)), "1 or 0", never)
+    yield Measurement("resume", f"{prefix}steps_with_other_samples", float(other), f"of {len(straight.order)}", never)
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,5 +1,10 @@
-"""What it costs to record a source of a million rows, and to look at its record later: `python -m benchmarks.sources`."""
+"""What it costs to record a source of a million rows, and to look at its record later: `python -m benchmarks.sources`.
 
+Web addresses in csv and in parquet; chats about videos in json (LLaVA's format); and as many files of a tar that a csv names.
+"""
+
+import json
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,17 +33,25 @@ def main() -> None:
 
 
 def measure(folder: Path, rows: int) -> Iterator[Measurement]:
-    """Seconds and memory of the first look at a csv and a parquet file of as many web addresses, and of a later look."""
-    for suffix in ("csv", "parquet"):
-        path = write(folder / f"videos.{suffix}", rows)
-        source = Source.model_validate({"name": f"videos_{suffix}", "files": [path]})
-        megabytes = path.stat().st_size / 1e6
+    """Seconds and memory of the first look at sources of as many rows, and of a later look."""
+    for kind, settings in sources(folder, rows):
+        source = Source.model_validate({"name": kind} | settings)
+        megabytes = sum(path.stat().st_size for path in [*source.files, *source.archives]) / 1e6
         about = f"{rows:,} rows, {megabytes:,.0f} MB"
         for metric, look in (("record", record), ("later look", recorded)):
             seconds, cpu_s, peak_gb = cost(lambda look=look, source=source: look(source, folder))
-            yield Measurement("sources", f"{metric}, {suffix}", seconds, "s", about)
-            yield Measurement("sources", f"{metric}, {suffix}: CPU", cpu_s, "s", about)
-            yield Measurement("sources", f"{metric}, {suffix}: peak memory", peak_gb, "GB", about)
+            yield Measurement("sources", f"{metric}, {kind}", seconds, "s", about)
+            yield Measurement("sources", f"{metric}, {kind}: CPU", cpu_s, "s", about)
+            yield Measurement("sources", f"{metric}, {kind}: peak memory", peak_gb, "GB", about)
+
+
+def sources(folder: Path, rows: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What is measured, and the settings of its source; its files are written when they are asked for."""
+    for suffix in ("csv", "parquet"):
+        yield suffix, {"files": [write(folder / f"videos.{suffix}", rows)]}
+    yield "json", {"format": "llava_video", "files": [write_json(folder / "chats.json", rows)]}
+    table, archive = write_archive(folder / "clips.csv", folder / "clips.tar", rows)
+    yield "archive", {"format": "openvid", "files": [table], "archives": [archive]}
 
 
 def cost(function: Callable[[], Any]) -> tuple[float, float, float]:
@@ -66,6 +79,30 @@ def write(path: Path, rows: int) -> Path:
             urls = [f"https://videos.example.org/{row // 1000:05d}/{row:08d}.mp4" for row in range(first, first + number)]
             writer.write_table(pa.table([urls, [" ".join(line) for line in words]], schema=schema))
     return path
+
+
+def write_json(path: Path, rows: int) -> Path:
+    """A list of records in LLaVA's format, with an answer of 24 words."""
+    rng = np.random.default_rng(0)
+    with path.open("w") as stream:
+        for number in range(rows):
+            answer = " ".join(WORDS[word] for word in rng.integers(len(WORDS), size=CAPTION_WORDS))
+            said = [{"from": "human", "value": "<image>\nWhat happens?"}, {"from": "gpt", "value": answer}]
+            record = {"id": number, "conversations": said, "data_source": "x", "video": f"{number // 1000:05d}/{number:08d}.mp4"}
+            stream.write(("[" if number == 0 else ",\n") + json.dumps(record))
+        stream.write("]")
+    return path
+
+
+def write_archive(table: Path, archive: Path, rows: int) -> tuple[Path, Path]:
+    """A csv in OpenVid's form, and a tar of the empty files that it names."""
+    with table.open("w") as stream, tarfile.open(archive, "w") as made:
+        stream.write("video,caption\n")
+        for number in range(rows):
+            stream.write(f"{number:08d}.mp4,{' '.join(WORDS)}\n")
+            made.addfile(tarfile.TarInfo(f"videos/{number:08d}.mp4"))
+            made.members = []  # pyright: ignore[reportAttributeAccessIssue] -- tarfile would keep them all
+    return table, archive
 
 
 if __name__ == "__main__":

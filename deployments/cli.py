@@ -9,11 +9,13 @@ import httpx
 from cyclopts import App
 from rich.console import Console
 
-from deployments import convert, data
-from deployments.options import DEFAULT_VOLUME, Changes, KeepServer, Port, Profile, Videos, Volume, table_console
+from deployments import convert, data, data_plan, machines
+from deployments.evaluate import evaluate
+from deployments.options import DEFAULT_VOLUME, Changes, Cloud, KeepServer, Port, Profile, Videos, Volume, table_console
 from fvlm_core.errors import UserError
 from fvlm_core.exit_status import USER_ERROR
 from infra.api import problem_with
+from infra.errors import InfraError, RefusedError
 from infra.stack import Stack, StackError, StackRefusedError, require_access
 from infra.volume import known_volume_id
 
@@ -24,6 +26,11 @@ app = App(
 )
 app.command(convert.app)
 app.command(data.app)
+app.command(machines.app)
+app.command(machines.volume_app)
+app.command(machines.board)
+data.app.command(data_plan.plan)
+app.command(evaluate, name="eval")
 
 
 @app.command
@@ -35,11 +42,13 @@ def speedrun(
     keep_server: KeepServer = False,
     port: Port = None,
     changes: Changes = (),
+    cloud: Cloud = None,
 ) -> int:
     """Run the whole pipeline: from videos to an evaluated and packaged model. Run it again to resume."""
     from deployments.speedrun import speedrun as run
 
-    return run(profile, videos, volume, changes=changes, keep_server=keep_server, port=port, console=Console())
+    emulated = cloud is not None
+    return run(profile, videos, volume, changes=changes, keep_server=keep_server, port=port, console=Console(), emulated=emulated)
 
 
 @app.command(name="run")
@@ -81,15 +90,22 @@ def plan(
     from tasks.plan import plan as planned
 
     config = chosen_profile(profile, videos=videos, changes=changes)
+    rental = config.machine.rental
     if sources := config.precompute.sources:
         table_console().print(sources_table(sources).terminal())
-        if missing := {source.name: paths for source in sources if (paths := missing_files(source))}:
+        if not rental and (missing := {source.name: paths for source in sources if (paths := missing_files(source))}):
             print("The steps can be planned once the sources' files are there. Missing:")
             print(
                 "\n".join(f"  {name}: {paths[0]}" + (f" and {len(paths) - 1} more" if paths[1:] else "") for name, paths in missing.items())
             )
             return 0
-    table_console().print(planned(list(PHASES.values()), config, volume.resolve()).table().terminal())
+    phases = list(PHASES.values())
+    made = planned(phases, config, volume.resolve())
+    table_console().print(made.table().terminal())
+    if rental:
+        from tasks.dollars import in_dollars
+
+        table_console().print(in_dollars(made, phases, rental).table().terminal())
     return 0
 
 
@@ -212,9 +228,9 @@ def main() -> None:
     """Entry point: errors that a user can act on are printed without a traceback."""
     try:
         sys.exit(app())
-    except (UserError, StackError) as error:
+    except (UserError, StackError, InfraError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR if isinstance(error, UserError | StackRefusedError) else 1)
+        sys.exit(USER_ERROR if isinstance(error, UserError | StackRefusedError | RefusedError) else 1)
     except httpx.HTTPError as error:
         print(f"error: the Prefect server failed: {error}", file=sys.stderr)
         sys.exit(1)

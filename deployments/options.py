@@ -1,7 +1,7 @@
 """What several commands have in common: options, each with its help, and the console that their tables go to."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -17,6 +17,10 @@ Videos = Annotated[
 Volume = Annotated[Path, Parameter(help="Folder for all results, as the workers see it; what is finished there is not made again.")]
 KeepServer = Annotated[bool, Parameter(negative="", help="Leave the Prefect server and its workers running at the end.")]
 Port = Annotated[int | None, Parameter(help="Port of the Prefect server and its UI; by default 4200 or the next free one.")]
+Cloud = Annotated[
+    Literal["emulator"] | None,
+    Parameter(help="`emulator`: rehearse a rented run on pods of an emulated RunPod, which are processes of this machine; costs nothing."),
+]
 Changes = Annotated[
     tuple[str, ...],
     Parameter(

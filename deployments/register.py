@@ -14,11 +14,13 @@ from prefect.exceptions import ObjectNotFound
 from prefect.flows import Flow
 from prefect.states import Crashed
 from prefect.types.entrypoint import EntrypointType
+from prefect.workers.base import BaseWorker
 
 from flows.pipeline import pipeline
+from flows.reap import EVERY_S, POOL, reap
 from flows.registry import FLOWS, PHASES
 from infra.processes import mark
-from infra.stack import PROCESS_POOL, queue_name, volume_tag
+from infra.stack import PROCESS_POOL, RENTED_POOL, queue_name, volume_tag
 from infra.volume import known_volume_id, volume_id
 from tasks.config import PipelineConfig, Pool
 
@@ -46,15 +48,18 @@ def id_of(volume: Path) -> str:
     return volume_id(volume) if volume.is_dir() else known_volume_id(volume) or mark(volume)
 
 
-async def register(config: PipelineConfig, volume: Path) -> Registered:
-    """Make the work pools that are missing and all deployments of the profile."""
+async def register(config: PipelineConfig, volume: Path, *, code: str | None = None) -> Registered:
+    """Make the work pools that are missing and all deployments of the profile; rented machines run the `code` on their volume."""
     known = id_of(volume)
     async with get_client() as client:
         # one after the other: SQLite lets one writer in at a time, and those who wait back off for seconds
         types = dict([await _pool(client, pool) for pool in config.machine.pools.by_role.values()])
         name = await _deployment_name(client, config.name, known)
         for flow in ALL_FLOWS:
-            await _deploy(client, flow, name, config, volume, known, types)
+            await _deploy(client, flow, name, config, volume, known, types, code)
+        if config.machine.rental:
+            types |= dict([await _pool(client, Pool(name=POOL, description="Looks after rented machines"))])
+            await _deploy_reaper(name, config, volume, known)
     return Registered(types, name)
 
 
@@ -90,15 +95,31 @@ async def _pool(client: PrefectClient, pool: Pool) -> tuple[str, str]:
     try:
         return pool.name, (await client.read_work_pool(pool.name)).type
     except ObjectNotFound:
-        new = WorkPoolCreate(name=pool.name, type=pool.type, description=pool.description, concurrency_limit=pool.limit)
+        # the server has the template of its own types
+        kind = None if pool.type == PROCESS_POOL else BaseWorker.get_worker_class_from_type(pool.type)
+        new = WorkPoolCreate(
+            name=pool.name,
+            type=pool.type,
+            description=pool.description,
+            concurrency_limit=pool.limit,
+            base_job_template=kind.get_default_base_job_template() if kind else {},
+        )
         return pool.name, (await client.create_work_pool(new)).type
 
 
 async def _deploy(
-    client: PrefectClient, flow: str, name: str, config: PipelineConfig, volume: Path, known: str, types: Mapping[str, str]
+    client: PrefectClient,
+    flow: str,
+    name: str,
+    config: PipelineConfig,
+    volume: Path,
+    known: str,
+    types: Mapping[str, str],
+    code: str | None,
 ) -> None:
-    pool = config.machine.pools.by_role[PHASES[flow].pool if flow in PHASES else "cpu"]
-    local = LOCAL_JOB if types[pool.name] == PROCESS_POOL else {}
+    pool = config.machine.pools.by_role[PHASES[flow].pool if flow in PHASES else "pipeline"]
+    kind, rental = types[pool.name], config.machine.rental
+    given = LOCAL_JOB if kind == PROCESS_POOL else rental.job_variables(code) if kind == RENTED_POOL and rental else {}
     deployment = await ALL_FLOWS[flow].ato_deployment(
         name,
         parameters={"config": config.model_dump(mode="json"), "volume": str(volume)},
@@ -106,9 +127,24 @@ async def _deploy(
         tags=["fvlm", f"folder:{volume.name}", volume_tag(known)],
         work_pool_name=pool.name,
         work_queue_name=queue_name(known),
-        job_variables=local | pool.job_variables,
+        job_variables=given | pool.job_variables,
         entrypoint_type=EntrypointType.MODULE_PATH,
         schedules=await _schedules(client, flow, name),
+    )
+    await deployment.aapply()
+
+
+async def _deploy_reaper(name: str, config: PipelineConfig, volume: Path, known: str) -> None:
+    deployment = await reap.ato_deployment(
+        name,
+        parameters={"config": config.model_dump(mode="json")},
+        description=reap.description,
+        tags=["fvlm", f"folder:{volume.name}", volume_tag(known)],
+        work_pool_name=POOL,
+        work_queue_name=queue_name(known),
+        job_variables=LOCAL_JOB,
+        entrypoint_type=EntrypointType.MODULE_PATH,
+        interval=EVERY_S,
     )
     await deployment.aapply()
 

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -38,8 +38,9 @@ def speedrun(
     console: Console,
     changes: Sequence[str] = (),
     phase: str | None = None,
+    emulated: bool = False,
 ) -> int:
-    """Run the whole pipeline, or one phase; returns the exit status.
+    """Run the whole pipeline, or one phase; returns the exit status. `emulated`: on pods of an emulated RunPod.
 
     Raises UserError before anything is started, StackError while it runs.
     """
@@ -50,7 +51,28 @@ def speedrun(
     check_programs(config)
     check_pretrained(config)
     check_names(config, known_sources(config, check_sources(config, volume)))
-    stack = Stack(volume, environment=os.environ)
+    if emulated:
+        from deployments.cloud import rehearsal
+
+        with rehearsal(config, volume) as cloud:
+            status = _with_stack(cloud.config, volume, console, phase, keep_server=False, port=port, environment=cloud.environment)
+            cloud.print_bill(console)
+            return status
+    return _with_stack(config, volume, console, phase, keep_server=keep_server, port=port, environment={})
+
+
+def _with_stack(
+    config: PipelineConfig,
+    volume: Path,
+    console: Console,
+    phase: str | None,
+    *,
+    keep_server: bool,
+    port: int | None,
+    environment: Mapping[str, str],
+) -> int:
+    """Start the stack, run, and end what was started. `environment`: more for its workers."""
+    stack = Stack(volume, environment={**os.environ, **environment})
     with _terminated_as_interrupted():
         keep = False
         try:

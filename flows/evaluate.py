@@ -1,6 +1,7 @@
 """Phase 5: the final model in its three modes."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from flows.precompute import PRECOMPUTE, SHARDS
@@ -20,8 +21,11 @@ EVALUATION = "evaluation"
 
 def steps(config: PipelineConfig, before: Before) -> list[Step]:
     inputs: dict[str, Given] = {"run": before.step(TRAIN.name, last_stage(config)), "shards": before.step(PRECOMPUTE.name, SHARDS)}
-    inputs |= {f"{part}.files.{file}": Outside(path, quick_digest(path)) for (part, file), path in config.evaluation.outside().items()}
-    return [Step.of(EVALUATION, "fvlm_core.eval", config.evaluation, inputs=inputs, threads=config.evaluation.threads)]
+    inputs |= {f"{part}.{setting}": Outside(path, quick_digest(path)) for (part, setting), path in config.evaluation.outside().items()}
+    step = Step.of(EVALUATION, "fvlm_core.eval", config.evaluation, inputs=inputs, threads=config.evaluation.threads)
+    # only benchmarks are asked by several processes; small ones are done before a second process has started
+    several = config.machine.ranks > 1 and bool(config.evaluation.benchmarks.data)
+    return [replace(step, ranks=config.machine.ranks) if several else step]
 
 
 def show(config: PipelineConfig, results: Results) -> Shown:
@@ -43,7 +47,7 @@ def prepare(config: PipelineConfig, volume: Path) -> None:
 
 def outside(config: PipelineConfig, volume: Path) -> Mapping[str, str]:
     """Their digests."""
-    return {f"{part}.{file}": quick_digest(path) for (part, file), path in config.evaluation.outside().items()}
+    return {f"{part}.{setting}": quick_digest(path) for (part, setting), path in config.evaluation.outside().items()}
 
 
 EVALUATE = Phase(

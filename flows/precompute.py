@@ -5,7 +5,8 @@ from typing import Any
 
 from fvlm_core.data.jobs import LEFT_OUT_FILE, ShardManifest, Source
 from fvlm_core.data.parts import Part, parts_of
-from fvlm_core.data.sources.record import record_folder, recorded
+from fvlm_core.data.sources.record import SOURCES, record_folder, recorded
+from fvlm_core.errors import UserError
 from fvlm_core.manifest import sha256_file
 from fvlm_core.tables import Table
 from tasks.config import RENDERED, PipelineConfig
@@ -97,8 +98,11 @@ def _download_clips(config: PipelineConfig, clips: Step) -> Step:
 
 def _download_parts(config: PipelineConfig, source: Source, volume: Path) -> list[Step]:
     """Fetch the videos of a source from outside, a step for each of its parts."""
-    folder = record_folder(source, volume)
-    parts = parts_of(folder, recorded(source, volume), config.precompute.download.part_samples)
+    try:
+        folder = record_folder(source, volume)
+        parts = parts_of(folder, recorded(source, volume), config.precompute.download.part_samples)
+    except UserError:  # only a plan gets here without its files: a run was refused before
+        return [_download(config, source.name, {"record": _record(source, volume)})]
 
     def step(number: int, part: Part) -> Step:
         name = source.name if len(parts) == 1 else f"{source.name}-{number:05d}"
@@ -132,7 +136,10 @@ def _publish(to: str, shards: Step) -> Step:
 
 def _record(source: Source, volume: Path) -> Outside:
     """A source from outside, by its record on the volume."""
-    return Outside(record_folder(source, volume), recorded(source, volume).digest)
+    try:
+        return Outside(record_folder(source, volume), recorded(source, volume).digest)
+    except UserError:  # only a plan gets here without its files: a run was refused before
+        return Outside(volume / SOURCES / source.name, "not here")
 
 
 def _vision(config: PipelineConfig) -> Step:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from fvlm_core.settings import NameOrFolder, Settings, hash_json
+from fvlm_core.settings import EXECUTION, NameOrFolder, Settings, hash_json
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -113,7 +113,10 @@ class SourceShare(Settings):
     source: str
     """Name of a source in the shards."""
     share: Share
-    """Share of samples; the shares of a mixture add up to 1."""
+    """Share of samples or of tokens (`data.shares_of`); the shares of a mixture add up to 1."""
+    max_epochs: Annotated[float, Field(gt=0)] | None = None
+    """A run that would go through the source more often is refused before it starts. None: as often as the share asks for, each time
+    in another order."""
 
 
 def _whole(mixture: list[SourceShare]) -> list[SourceShare]:
@@ -135,10 +138,21 @@ class ValidationSettings(Settings):
     loss_on: Literal["all_text", "answers"] = "answers"
 
 
+class StagingSettings(Settings):
+    """Copies of shards on a local disk, for shards on a network volume: a shard is fetched once, in one piece, and read from there."""
+
+    folder: Path
+    """On the local disk; ranks and loader processes of one machine share it. Other files in it are left alone."""
+    max_gb: Annotated[float, Field(gt=0)] = 50.0
+    """GB = 1e9 bytes of copies that are kept; the least recently read go first. A shard that does not fit is read where it is."""
+
+
 class DataSettings(Settings):
     """What a batch is made of."""
 
     mixture: SourceShares
+    shares_of: Literal["samples", "tokens"] = "samples"
+    """What the mixture's shares are shares of. tokens: positions of the packed sequence, text and visual, by each source's mean."""
     question_first: Share = 0.5
     """Share of question-answer samples whose question comes before the frames."""
     loss_on: Literal["all_text", "answers", "preferences"] = "answers"
@@ -148,6 +162,11 @@ class DataSettings(Settings):
     """An image is shown as a still video of this many frames, encoded once."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Loader processes per rank; 0 reads in the training process."""
+    shuffle_shards: Positive | None = None
+    """None: every epoch of a source is one shuffle of all its samples. A number: the source's shards are shuffled, and its samples within
+    so many shards at a time, so that what is read within an hour stands in few files (see `staging`)."""
+    staging: Annotated[StagingSettings | None, EXECUTION] = None
+    """None: shards are read where they are."""
 
     validation: ValidationSettings | None = None
     """None: validated on what is trained on. Runs that train on different data are comparable only on a set of their own."""
@@ -224,6 +243,19 @@ CompiledPart = Literal["encoder", "queries", "llm"]
 COMPILED_PARTS: tuple[CompiledPart, ...] = ("encoder", "queries", "llm")
 
 
+class MicroBatch(Settings):
+    """The most that one rank computes in one forward.
+
+    A step's samples are dealt into as few micro-batches as these budgets allow, all of nearly equal cost: a frame or a token costs its
+    share of its budget. A sample that alone is above a budget is a micro-batch of its own.
+    """
+
+    frames: Positive = 512
+    """Different frames, each of which is encoded once."""
+    tokens: Positive = 8192
+    """Positions of the packed sequence, text and visual tokens."""
+
+
 class RunSettings(Settings):
     """How the run goes: length, batch, evaluation, checkpoints, machine."""
 
@@ -233,8 +265,8 @@ class RunSettings(Settings):
     """Training FLOPs that decide the number of steps (see `fvlm_core.model.flops`)."""
     batch_samples: Positive = 32
     """Samples per optimizer step over all ranks and micro-batches."""
-    micro_batch_samples: Positive = 32
-    """Samples per forward on one rank; the rest is gradient accumulation."""
+    micro_batch: MicroBatch = MicroBatch()
+    """What a rank computes at a time; the rest of a step is gradient accumulation. Another value changes rounding, nothing else."""
     eval_every: Positive = 50
     """Steps between validation losses (one CSV row each); the last step always evaluates."""
     eval_samples: Positive = 64
@@ -309,8 +341,6 @@ class Recipe(Settings):
             raise ValueError("best.passes needs a weight above 0")
         if self.best.drift and len(evaluated) < 2:
             raise ValueError("best.drift needs two passes with a loss weight")
-        if self.run.batch_samples % self.run.micro_batch_samples:
-            raise ValueError("run.batch_samples must be a multiple of run.micro_batch_samples")
         return self
 
     @property

@@ -35,9 +35,11 @@ class Progress:
     def __init__(self, folder: Path, total: int, *, first_step: int = 0, interval_s: float = 0.5) -> None:
         self.folder, self.total, self.interval_s = folder, total, interval_s
         self.first_step, self.started, self.written = first_step, time.monotonic(), 0.0
+        self.step = first_step
 
     def update(self, step: int, *, loss: float | None = None, note: str = "") -> None:
         """Report that `step` of `total` is done."""
+        self.step = step
         now = time.monotonic()
         if step < self.total and now - self.written < self.interval_s:
             return
@@ -46,3 +48,7 @@ class Progress:
         remaining = elapsed / done * (self.total - step) if done > 0 else None
         report = ProgressReport(step=step, total=self.total, loss=loss, note=note, elapsed_s=elapsed, remaining_s=remaining)
         write_atomically(self.folder / FILE_NAME, report.model_dump_json().encode())
+
+    def say(self, note: str) -> None:
+        """Report what is being done in the step that was reported last."""
+        self.update(self.step, note=note)

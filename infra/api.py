@@ -2,14 +2,19 @@
 
 import base64
 from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from typing import Any
+from uuid import UUID
 
 import httpx
 
 TIMEOUT_S = 5.0
 ACTIVE = ("RUNNING", "PENDING", "CANCELLING", "PAUSED")
 """State types of flow runs that somebody waits for; scheduled ones have not begun."""
+OVER = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+ENDING = timedelta(seconds=90)
+"""For what a flow run ran on to end by itself."""
 
 
 def problem_with(api_url: str) -> str | None:
@@ -44,6 +49,22 @@ def active_runs(api_url: str, environment: Mapping[str, str], tag: str) -> list[
     reply = httpx.post(f"{api_url}/flow_runs/filter", json=asked, headers=credentials(environment), timeout=TIMEOUT_S)
     reply.raise_for_status()
     return [run["name"] for run in reply.json()]
+
+
+def run_over(api_url: str, environment: Mapping[str, str], run: UUID) -> str | None:
+    """Why nobody works on a flow run any more: it has ended some time ago, or the server does not know it; None where it may go on.
+
+    None too where the server does not say.
+    """
+    try:
+        reply = httpx.get(f"{api_url}/flow_runs/{run}", headers=credentials(environment), timeout=TIMEOUT_S)
+        if reply.status_code == HTTPStatus.NOT_FOUND:
+            return "Prefect does not know its flow run"
+        state = reply.raise_for_status().json()["state"]
+        since = datetime.now(UTC) - datetime.fromisoformat(state["timestamp"])
+        return f"its flow run is {state['name']}" if state["type"] in OVER and since > ENDING else None
+    except (httpx.HTTPError, ValueError, KeyError, TypeError):
+        return None
 
 
 def credentials(environment: Mapping[str, str]) -> dict[str, str]:

@@ -85,6 +85,7 @@ def launch(
     *,
     threads: int = 1,
     min_free_bytes: int = 0,
+    devices: Mapping[str, str] | None = None,
     stop: threading.Event | None = None,
     watch: Callable[[], None] = lambda: None,
     poll_s: float = 0.2,
@@ -94,7 +95,8 @@ def launch(
     """Run `command` to its end, with its output appended to `folder/log.txt`.
 
     `watch` is called every `watch_s` seconds in this thread. When `stop` is set, or this thread is interrupted by an exception, the
-    job gets SIGTERM, and SIGKILL after `grace_s`: the time it has for saving what it did. `threads` is OMP_NUM_THREADS.
+    job gets SIGTERM, and SIGKILL after `grace_s`: the time it has for saving what it did. `threads` is OMP_NUM_THREADS; `devices` are
+    variables that say which GPUs it sees (`infra.devices`).
 
     Raises JobRefusedError (the job says what is wrong), JobInterruptedError (somebody else stopped it), another JobError,
     JobStoppedError, or DiskFullError (also before anything starts).
@@ -106,6 +108,7 @@ def launch(
     job = mark(folder)
     end_marked(JOB_VARIABLE, job)
     attempt = uuid.uuid4().hex
+    own = {JOB_VARIABLE: job, ATTEMPT_VARIABLE: attempt}
     log = folder / LOG_NAME
     guarded = [sys.executable, "-S", "-E", guard.__file__, str(os.getpid()), str(grace_s), *command]
     with log.open("ab") as stream:
@@ -115,7 +118,7 @@ def launch(
             stdout=stream,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=job_environment(os.environ, threads=threads) | {JOB_VARIABLE: job, ATTEMPT_VARIABLE: attempt, **_torchrun_grace(grace_s)},
+            env={**job_environment(os.environ, threads=threads), **(devices or {}), **own, **_torchrun_grace(grace_s)},
             start_new_session=True,
         )
     watched = time.monotonic()

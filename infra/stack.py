@@ -35,7 +35,8 @@ FOREIGN_HEALTH_TIMEOUT_S = 10.0
 """A server that `PREFECT_API_URL` names is there already."""
 PROBE_TIMEOUT_S = 3.0
 END_GRACE_S = 5.0
-PROCESS_POOL = "process"
+PROCESS_POOL, RENTED_POOL = OWN_POOLS = ("process", "runpod")
+"""Types of work pools whose workers a stack starts."""
 GO_ON = "Run the same command again: finished steps are kept, training goes on from its checkpoint."
 
 
@@ -224,12 +225,12 @@ class Stack:
         return api.healthy(self.api_url, PROBE_TIMEOUT_S)
 
     def start_workers(self, pool_types: Mapping[str, str]) -> None:
-        """Start a worker on the volume's queue of each pool that is of local processes (`pool_types`: type by pool name)."""
+        """Start a worker on the volume's queue of each pool of local processes or of RunPod's pods (`pool_types`: type by pool name)."""
         if not self.fresh:
             return
         for pool, kind in pool_types.items():
-            if kind == PROCESS_POOL:
-                who = ["--pool", pool, "--type", PROCESS_POOL, "--work-queue", queue_name(self.id), "--name", f"{pool}-{self.id}"]
+            if kind in OWN_POOLS:
+                who = ["--pool", pool, "--type", kind, "--work-queue", queue_name(self.id), "--name", f"{pool}-{self.id}"]
                 self._spawn(pool, ["-m", "prefect", "worker", "start", *who])
 
     def check(self) -> None:

@@ -29,6 +29,7 @@ from fvlm_core.release.jobs import ReleaseSettings
 from fvlm_core.settings import ProfilePath, Settings, explain
 from fvlm_core.train.jobs import SpeedSettings, VisionTrainingSettings
 from infra.stack import REPOSITORY
+from tasks.rental import Rental
 from tasks.steps import OnCodeChange, Verify
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
@@ -149,11 +150,13 @@ class Pools(Settings):
 
     cpu: Pool = Pool(name="fvlm-cpu", description="Precompute, reports, and the pipeline itself")
     gpu: Pool = Pool(name="fvlm-gpu", description="Everything that trains or evaluates", limit=1)
+    pipeline: Pool | None = None
+    """Where the pipeline's own flow waits for its phases; None is the pool `cpu`. On rented machines a small one."""
 
     @property
     def by_role(self) -> dict[str, Pool]:
         """The pools by what they are for."""
-        return {"cpu": self.cpu, "gpu": self.gpu}
+        return {"cpu": self.cpu, "gpu": self.gpu, "pipeline": self.pipeline or self.cpu}
 
 
 class Machine(Settings):
@@ -173,6 +176,10 @@ class Machine(Settings):
     """How finished steps are checked before they are trusted: by content, or by file sizes only."""
     on_code_change: OnCodeChange = "warn"
     """What happens to results made by other code or library versions: warn in the run and the report, rerun, or ignore."""
+    rental: Rental | None = None
+    """Rented machines, where pools are of the type `runpod`."""
+    crash_retries: Annotated[int, Field(ge=0)] = 0
+    """How often a phase whose flow run has crashed (its machine was lost) is started again."""
     min_free_gb: Annotated[float, Field(ge=0)] = 2.0
     """Free space on the volume below which no job starts."""
     stop_grace_s: Annotated[float, Field(gt=0)] | None = None
@@ -302,17 +309,14 @@ class PipelineConfig(Settings):
 def fitted(values: Values) -> Values:
     """The values with the settings that follow from others set to what they must be.
 
-    Pooled frames have no queries and so no fine passes; there is one fine weight per fine pass (the last one repeats); the
-    micro-batch is the largest divisor of the batch that is not above what was asked for.
+    Pooled frames have no queries and so no fine passes; there is one fine weight per fine pass (the last one repeats).
     """
     values = deepcopy(values)
-    model, loss, run = values["model"], values["loss"], values["run"]
+    model, loss = values["model"], values["loss"]
     if model["query"] == "pooled":
         model["fine_iterations"] = 0
     weights, passes = loss["fine"], model["fine_iterations"]
     loss["fine"] = [*weights, *[weights[-1] if weights else 1.0] * (passes - len(weights))][:passes]
     if not passes and loss["coarse"] <= 0:
         loss["coarse"] = 1.0
-    batch = run["batch_samples"]
-    run["micro_batch_samples"] = max(size for size in range(1, batch + 1) if batch % size == 0 and size <= run["micro_batch_samples"])
     return values

@@ -3,7 +3,7 @@
 import shlex
 import shutil
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -12,6 +12,7 @@ from fvlm_core.errors import UserError
 from fvlm_core.manifest import FILE_NAME, write_atomically
 from fvlm_core.progress import ProgressReport
 from fvlm_core.train.grace import stop_grace_s
+from infra.devices import Devices
 from infra.launch import DiskFullError, JobRefusedError, launch, python_job, torchrun_job
 from infra.locks import locked
 from tasks.steps import RECORD, STEPS, Made, OnCodeChange, Step, Verify
@@ -31,6 +32,8 @@ class How:
     """Free space on the volume below which no job starts."""
     stop_grace_s: float | None = None
     """Time that a training job has to save and end when it is stopped; None: by the size of its checkpoints."""
+    devices: Devices = field(default_factory=lambda: Devices(0))
+    """The GPUs, where several training jobs run at once and each gets its own."""
 
 
 class Reporter:
@@ -97,15 +100,17 @@ def _run(step: Step, volume: Path, how: How, stop: threading.Event | None, repor
     if step.nodes > 1:
         reporter.log(f"{step.name}: waits for {step.nodes - 1} more nodes; start the same command on each of them")
     try:
-        launch(
-            command,
-            folder,
-            threads=step.threads,
-            min_free_bytes=how.min_free_bytes,
-            stop=stop,
-            watch=watch,
-            grace_s=_grace_s(step, volume, how),
-        )
+        with how.devices.taken(step.ranks) as devices:
+            launch(
+                command,
+                folder,
+                threads=step.threads,
+                min_free_bytes=how.min_free_bytes,
+                devices=devices,
+                stop=stop,
+                watch=watch,
+                grace_s=_grace_s(step, volume, how),
+            )
     except JobRefusedError as error:
         raise UserError(error.what, where=error.where, fix=error.fix) from error
     except DiskFullError as error:

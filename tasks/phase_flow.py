@@ -17,6 +17,7 @@ from pydantic import JsonValue
 from fvlm_core.data.jobs import ShardManifest
 from fvlm_core.errors import UserError
 from fvlm_core.progress import ProgressReport
+from infra.devices import Devices
 from infra.launch import JobStoppedError
 from tasks import artifacts
 from tasks.config import PipelineConfig
@@ -141,6 +142,7 @@ class StepRunner:
             on_code_change=machine.on_code_change,
             min_free_bytes=int(machine.min_free_gb * GB),
             stop_grace_s=machine.stop_grace_s,
+            devices=Devices(machine.ranks if machine.parallel_jobs > 1 else 0),
         )
         self.stop = threading.Event()
         self.made: dict[str, Made] = {}

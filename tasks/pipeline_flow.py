@@ -24,7 +24,10 @@ from tasks import artifacts
 from tasks.config import PipelineConfig
 from tasks.phase import Phase, PhaseManifest, Shown, current
 from tasks.phase_flow import changed, result_storage
-from tasks.waiting import wait_for_run
+from tasks.waiting import LostRunError, wait_for_run
+
+FIX = "fix:"
+"""In the message of a refusal, which the same run would meet again."""
 
 
 class PhaseFailedError(RuntimeError):
@@ -95,24 +98,34 @@ def phase_result(phase: Phase, config: PipelineConfig, volume: Path, done: Mappi
     cache_key_fn=lambda _context, parameters: parameters["cache_key"],
 )
 def run_phase(phase: str, config: PipelineConfig, volume: str, cache_key: str) -> str:
-    """Run the phase's deployment to its end; returns its run's name. Cached by `cache_key`.
+    """Run the phase's deployment to its end, again where its machine was lost; returns its run's name. Cached by `cache_key`.
 
     Raises PhaseFailedError with the flow run's own message, LostRunError where nobody is left who could end it, UserError when the
     deployment is not registered.
     """
     name = f"{phase}/{deployment.name or config.name}"
     parameters = {"config": config.model_dump(mode="json"), "volume": volume}
-    try:
-        # not waited for there: it looks every five seconds at best
-        child = cast(FlowRun, run_deployment(name, parameters=parameters, flow_run_name=f"{config.name} · {phase}", timeout=0))
-    except ObjectNotFound as error:
-        raise UserError(f"the deployment {name} is not registered", where="the Prefect server", fix="run `fvlm deploy`") from error
-    get_run_logger().info("%s runs as %s", phase, run_url(child))
-    with get_client(sync_client=True) as client:
-        state = wait_for_run(client, child.id)
-    if not state.is_completed():
-        raise PhaseFailedError(f"{phase} ended {state.name}: {message(state)}\nIts run: {run_url(child)}")
-    return child.name
+    for left in range(config.machine.crash_retries, -1, -1):
+        try:
+            # not waited for there: it looks every five seconds at best
+            child = cast(FlowRun, run_deployment(name, parameters=parameters, flow_run_name=f"{config.name} · {phase}", timeout=0))
+        except ObjectNotFound as error:
+            raise UserError(f"the deployment {name} is not registered", where="the Prefect server", fix="run `fvlm deploy`") from error
+        get_run_logger().info("%s runs as %s", phase, run_url(child))
+        try:
+            with get_client(sync_client=True) as client:
+                state = wait_for_run(client, child.id)
+        except LostRunError as error:
+            if not left:
+                raise
+            get_run_logger().warning("%s is started again: %s", phase, error)
+            continue
+        if state.is_completed():
+            return child.name
+        if not (state.is_crashed() and left) or FIX in message(state):
+            raise PhaseFailedError(f"{phase} ended {state.name}: {message(state)}\nIts run: {run_url(child)}")
+        get_run_logger().warning("%s is started again, %d more times at most: %s", phase, left, message(state))
+    raise AssertionError
 
 
 def cancel_phases(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:

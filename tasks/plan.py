@@ -4,8 +4,9 @@ Nothing in this file knows Prefect.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import median
@@ -19,7 +20,7 @@ from fvlm_core.errors import UserError
 from fvlm_core.manifest import AnyManifest
 from fvlm_core.settings import Settings
 from fvlm_core.tables import Table
-from fvlm_core.train.expected import ExpectedCost, expected_cost
+from fvlm_core.train.expected import ExpectedCost, MeanSample, expected_cost
 from fvlm_core.train.jobs import RunManifest
 from tasks.config import PipelineConfig
 from tasks.phase import Before, Changes, Phase, PhaseManifest, Results
@@ -42,6 +43,8 @@ class StepPlan(Settings):
     """Why it runs, or on what condition it does not."""
     samples: int | None = None
     flops: float | None = None
+    flops_range: tuple[float, float] | None = None
+    """Where a phase before it still decides the model's size: with the smallest and with the largest."""
     seconds: float | None = None
     """Expected on this machine, from what was measured on this volume; None where nothing was."""
 
@@ -106,13 +109,21 @@ class Look(NamedTuple):
     """Phases before it that will run and may decide something else than they did, which its settings follow."""
 
 
-def look(phases: Sequence[Phase], config: PipelineConfig, volume: Path) -> Iterator[Look]:
-    """Every step of the phases, in order, without reading the contents of large files."""
+def look(phases: Sequence[Phase], config: PipelineConfig, volume: Path, *, absent: list[str] | None = None) -> Iterator[Look]:
+    """Every step of the phases, in order, without reading the contents of large files.
+
+    Where `absent` is given, what is outside the volume need not be there (it is on another machine); what is not is added to it.
+    """
     known: dict[str, dict[str, Made | Step]] = {}
     decided: dict[str, Changes] = {}
     folders = {phase.name: phase.folder(config, volume) for phase in phases}
     for phase in phases:
-        phase.prepare(config, volume)
+        try:
+            phase.prepare(config, volume)
+        except UserError as error:
+            if absent is None:
+                raise
+            absent.append(error.what)
     undecided: list[str] = []
     for phase in phases:
         steps = phase.steps(config, Before(volume, known, decided, folders))
@@ -134,19 +145,21 @@ def plan(phases: Sequence[Phase], config: PipelineConfig, volume: Path) -> Plan:
     """What a run of the phases would do now."""
     plans: list[StepPlan] = []
     warnings: list[str] = []
-    speeds = Speeds(volume)
-    for phase, step, found, undecided in look(phases, config, volume):
+    speeds, rental = Speeds(volume), config.machine.rental
+    absent: list[str] | None = [] if rental else None
+    for phase, step, found, undecided in look(phases, config, volume, absent=absent):
         if found.made:
             condition = f"unless {' or '.join(undecided)} decides otherwise" if undecided else ""
             plans.append(StepPlan(phase=phase, step=step.name, state="cached", because=condition))
             warnings += [f"{step.name} was made by other code: {'; '.join(found.other_code)}"] if found.other_code else []
             continue
-        cost = _cost(step, volume)
+        cost = _cost(step, volume, rental.assumed.samples if rental else {})
         because = found.reason if step.needs else _explain(step, found, volume)
         seconds = speeds.seconds(step, cost.flops)
-        plans.append(
-            StepPlan(phase=phase, step=step.name, state="runs", because=because, samples=cost.samples, flops=cost.flops, seconds=seconds)
-        )
+        sizes = _flops_by_size(step, config, volume, rental.assumed.samples) if rental and "scaling" in undecided else []
+        costs = {"samples": cost.samples, "flops": cost.flops, "flops_range": (min(sizes), max(sizes)) if sizes else None}
+        plans.append(StepPlan(phase=phase, step=step.name, state="runs", because=because, seconds=seconds, **costs))
+    warnings += [f"not here, so assumed: {what}" for what in absent or []]
     return Plan(steps=plans, warnings=warnings)
 
 
@@ -174,8 +187,8 @@ class Speeds:
         return flops / median(self.rates) if flops and self.rates and step.module == TRAINING else None
 
 
-def _cost(step: Step, volume: Path) -> ExpectedCost:
-    """What a training step costs, and how many rows a download has; nothing is known of others."""
+def _cost(step: Step, volume: Path, assumed: Mapping[str, MeanSample]) -> ExpectedCost:
+    """What a training step costs, on `assumed` samples where there are no shards, and how many rows a download has."""
     if step.module != TRAINING:
         return ExpectedCost(step.settings.get("rows"), None)
     places = {path: str(volume / given.folder) for path, given in step.inputs.items() if isinstance(given, Made)}
@@ -183,7 +196,16 @@ def _cost(step: Step, volume: Path) -> ExpectedCost:
         recipe = Recipe.model_validate(with_changes(step.settings, places) | {"output": "output"})
     except ValidationError:
         return ExpectedCost(None, None)
-    return expected_cost(recipe, recipe.shards if "shards" in places else None)
+    return expected_cost(recipe, recipe.shards if "shards" in places else None, assumed)
+
+
+def _flops_by_size(step: Step, config: PipelineConfig, volume: Path, assumed: Mapping[str, MeanSample]) -> list[float]:
+    """FLOPs of a training step with each size that the grid may choose."""
+    if step.module != TRAINING:
+        return []
+    changes = [{"model.llm": size.llm.model_dump(mode="json")} for size in config.scaling.sizes]
+    costs = [_cost(replace(step, settings=with_changes(step.settings, change)), volume, assumed).flops for change in changes]
+    return [cost for cost in costs if cost is not None]
 
 
 def _explain(step: Step, found: Finding, volume: Path) -> str:

@@ -3,6 +3,7 @@ Prefect server for all tests."""
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from hypothesis import settings
 
@@ -41,6 +42,13 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 @pytest.fixture
 def prefect_api(stack: Stack) -> Iterator[Stack]:
     """The server, and Prefect's clients in this process know it."""
+    with known_to_clients(stack):
+        yield stack
+
+
+@contextmanager
+def known_to_clients(stack: Stack) -> Iterator[None]:
+    """Prefect's clients in this process know the server."""
     from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE, temporary_settings
 
     known = stack.client_environment()
@@ -50,4 +58,4 @@ def prefect_api(stack: Stack) -> Iterator[Stack]:
         PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: False,
     }
     with temporary_settings(settings):
-        yield stack
+        yield

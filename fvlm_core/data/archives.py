@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
-from fvlm_core.data.media import JoinedFiles, range_reference
+from fvlm_core.data.media import JoinedFiles, is_web, range_reference
 from fvlm_core.errors import UserError
 
 CUT = re.compile(r"(?P<archive>.+?)(?:part[a-z]{2}|\.(?:part)?\d+)")
 """Name of a part of an archive that was cut, e.g. `OpenVid_part73_partaa` or `clips.zip.001`."""
+BUFFER_BYTES = 1 << 16
 GZIP = b"\x1f\x8b"
 TAR_MAGIC, TAR_MAGIC_OFFSET = b"ustar", 257
 
@@ -29,8 +30,11 @@ class AmbiguousMemberError(Exception):
 class Archives:
     """The members of archives. Use as a context manager: the index is a file that goes with it."""
 
-    def __init__(self, paths: Sequence[Path], index: Path) -> None:
-        """Raises UserError for what is no archive, or one whose members cannot be reached one by one."""
+    def __init__(self, paths: Sequence[Path | str], index: Path) -> None:
+        """`paths`: files, and addresses of zip files on the web.
+
+        Raises UserError for what is no archive, or one whose members cannot be reached one by one.
+        """
         index.unlink(missing_ok=True)
         self._index = index
         self._known = sqlite3.connect(index, isolation_level=None)
@@ -64,12 +68,13 @@ class Archives:
         return fitting.get(address) or next(iter(fitting.values()), None)
 
 
-def joined(paths: Sequence[Path]) -> list[list[Path]]:
+def joined(paths: Sequence[Path | str]) -> list[list[str]]:
     """The files of each archive: one, or the parts that it was cut into, in the order of their names."""
-    groups: dict[str, list[Path]] = {}
-    for path in paths:
-        cut = None if path.suffix.lower() in (".zip", ".tar") else CUT.fullmatch(path.name)
-        groups.setdefault(str(path.with_name(cut["archive"])) if cut else str(path), []).append(path)
+    groups: dict[str, list[str]] = {}
+    for path in map(str, paths):
+        folder, _, name = path.rpartition("/")
+        cut = None if name.lower().endswith((".zip", ".tar")) else CUT.fullmatch(name)
+        groups.setdefault(f"{folder}/{cut['archive']}" if cut else path, []).append(path)
     return [sorted(parts) for parts in groups.values()]
 
 
@@ -77,11 +82,14 @@ def _ends(address: str, path: str) -> bool:
     return f"/{address}".endswith(f"/{path}")
 
 
-def _members(parts: Sequence[Path]) -> Iterator[tuple[str, str]]:
+def _members(parts: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Path and reference of every file in an archive."""
-    where = ", ".join(map(str, parts))
-    names = [str(path) for path in parts]
-    with JoinedFiles(parts) as raw, io.BufferedReader(raw, 1 << 16) as stream:
+    where = ", ".join(parts)
+    try:
+        raw = JoinedFiles(parts)
+    except OSError as error:
+        raise UserError(f"the archive cannot be opened: {error}", where=where, fix="check its path or address") from error
+    with raw, io.BufferedReader(raw, BUFFER_BYTES) as stream:
         start = stream.read(tarfile.BLOCKSIZE)
         stream.seek(0)
         if start.startswith(GZIP):
@@ -89,19 +97,22 @@ def _members(parts: Sequence[Path]) -> Iterator[tuple[str, str]]:
             raise UserError("a compressed tar: its files cannot be reached one by one", where=where, fix=fix)
         try:
             if start[TAR_MAGIC_OFFSET:].startswith(TAR_MAGIC):
+                if any(map(is_web, parts)):
+                    fix = "download it, and name the file in `archives`"
+                    raise UserError("a tar on the web: it has no table of what is in it", where=where, fix=fix)
                 with tarfile.open(fileobj=stream, mode="r:") as archive:
                     for member in archive:
                         if member.isfile():
-                            reference = range_reference(names, raw.sizes, member.offset_data, member.size, header=False)
+                            reference = range_reference(parts, raw.sizes, member.offset_data, member.size, header=False)
                             yield member.name.removeprefix("./"), reference
                         archive.members = []  # pyright: ignore[reportAttributeAccessIssue] -- tarfile would keep them all
                 return
             with zipfile.ZipFile(stream) as archive:
                 for member in archive.infolist():
                     if not member.is_dir():
-                        reference = range_reference(names, raw.sizes, member.header_offset, member.compress_size, header=True)
+                        reference = range_reference(parts, raw.sizes, member.header_offset, member.compress_size, header=True)
                         yield member.filename.removeprefix("./"), reference
-        except (zipfile.BadZipFile, tarfile.TarError) as error:
+        except (zipfile.BadZipFile, tarfile.TarError, OSError) as error:
             raise UserError(
                 f"not a readable zip or tar archive: {error}", where=where, fix="download it again; parts of one archive must all be there"
             ) from error

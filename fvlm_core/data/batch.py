@@ -2,10 +2,9 @@
 
 A sample's sequence is `system, user turn, answer` in SmolLM2's chat format; its frames stand before the first user text
 (video first) or after it (question first). Every shown frame takes `tokens_per_frame` positions. An image shown several
-times, and equal frames anywhere in the batch, are stored (and encoded) once.
+times, and the frames that several samples have in common, are stored (and encoded) once.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
@@ -137,8 +136,21 @@ class PackedBatch:
         return PackedBatch(**values)
 
 
-def pack(samples: Sequence[Sample], chat: ChatFormat, *, tokens_per_frame: int = 1) -> PackedBatch:
-    """Lay out samples as one packed batch. Raises ValueError for no samples or frames of different sizes."""
+@dataclass(frozen=True)
+class StoredFrames:
+    """Frames of a batch that are where they belong already."""
+
+    frames: Tensor
+    """uint8 [F, H, W, 3]."""
+    first: list[int]
+    """Per sample, where its frames start; equal for samples about the same frames."""
+
+
+def pack(samples: Sequence[Sample], chat: ChatFormat, *, tokens_per_frame: int = 1, stored: StoredFrames | None = None) -> PackedBatch:
+    """Lay out samples as one packed batch. Raises ValueError for no samples or frames of different sizes.
+
+    Samples that hold the same array of frames share them; with `stored` no frame is copied.
+    """
     if not samples:
         raise ValueError("cannot pack an empty batch")
     ids: list[int] = []
@@ -147,7 +159,7 @@ def pack(samples: Sequence[Sample], chat: ChatFormat, *, tokens_per_frame: int =
     shown: list[int] = []
     positions: list[list[int]] = []
     query_sources: list[list[int]] = []
-    frames, frame_of = _distinct_frames(samples)
+    stored = stored or _stacked(samples)
     for number, sample in enumerate(samples):
         start = len(ids)
         targets: list[int] = []  # the token itself where it is a target, else IGNORE; shifted below
@@ -160,7 +172,7 @@ def pack(samples: Sequence[Sample], chat: ChatFormat, *, tokens_per_frame: int =
                     else:
                         query_sources.append([len(ids) - 1 if sample.question_first else NO_SOURCE] * tokens_per_frame)
                     positions.append(here)
-                    shown.append(frame_of[number][index])
+                    shown.append(stored.first[number] + index)
                     ids.extend([0] * tokens_per_frame)
                     targets.extend([IGNORE] * tokens_per_frame)
             else:
@@ -172,7 +184,7 @@ def pack(samples: Sequence[Sample], chat: ChatFormat, *, tokens_per_frame: int =
     lengths = [end - start for start, end in pairwise(starts)]
     sources = np.array(query_sources, np.int64).reshape(-1, tokens_per_frame)
     return PackedBatch(
-        frames=torch.from_numpy(frames),
+        frames=stored.frames,
         input_ids=torch.tensor(ids),
         labels=torch.tensor(labels),
         position_ids=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])),
@@ -180,7 +192,7 @@ def pack(samples: Sequence[Sample], chat: ChatFormat, *, tokens_per_frame: int =
         shown_frames=torch.tensor(shown, dtype=torch.int64),
         visual_positions=torch.tensor(positions, dtype=torch.int64).reshape(-1, tokens_per_frame),
         query_sources=torch.from_numpy(sources),
-        showings=_showings(np.array(shown, np.int64), len(frames)),
+        showings=_showings(np.array(shown, np.int64), len(stored.frames)),
         lengths=lengths,
         shown_counts=[sum(len(indexes) for indexes in sample.media) for sample in samples],
         query_prefix=[int(max(sources[(sources >= a) & (sources < b)], default=a - 1)) + 1 - a for a, b in pairwise(starts)],
@@ -225,20 +237,19 @@ def _pieces(sample: Sample, chat: ChatFormat) -> Iterator[tuple[list[int] | _Fra
             yield chat.assistant_close[1:], False
 
 
-def _distinct_frames(samples: Sequence[Sample]) -> tuple[np.ndarray, list[list[int]]]:
-    """Equal frames once: uint8 [F, H, W, 3] and, per sample, where each of its frames went."""
+def _stacked(samples: Sequence[Sample]) -> StoredFrames:
+    """The samples' own frames one after the other, an array that several hold once."""
     sizes = {sample.frames.shape[1:] for sample in samples if len(sample.frames)}
     if len(sizes) > 1:
         raise ValueError(f"frames of different sizes in one batch: {sorted(sizes)}")
     kept: list[np.ndarray] = []
-    seen: dict[bytes, int] = {}
-    frame_of: list[list[int]] = []
+    places: dict[int, int] = {}
+    total = 0
     for sample in samples:
-        places = []
-        for frame in sample.frames:
-            place = seen.setdefault(hashlib.blake2b(frame.tobytes(), digest_size=16).digest(), len(kept))
-            if place == len(kept):
-                kept.append(frame)
-            places.append(place)
-        frame_of.append(places)
-    return (np.stack(kept) if kept else np.zeros((0, *(sizes or {(1, 1, 3)}).pop()), np.uint8)), frame_of
+        if id(sample.frames) not in places:
+            places[id(sample.frames)] = total
+            kept.append(sample.frames)
+            total += len(sample.frames)
+    some = [frames for frames in kept if len(frames)]
+    frames = np.concatenate(some) if some else np.zeros((0, 1, 1, 3), np.uint8)
+    return StoredFrames(torch.from_numpy(frames), [places[id(sample.frames)] for sample in samples])

@@ -70,6 +70,8 @@ class Source(Settings):
     archives: list[ProfilePath] = Field(default_factory=list)
     """Zip and tar files that hold the videos or images; `*` and `?` stand for several. Addresses are names of files in them. An archive
     that was cut into parts is named by all of them."""
+    web_archives: list[Annotated[str, Field(pattern=r"^https?://")]] = Field(default_factory=list)
+    """Addresses of zip files that hold more of them: only the files that are used are fetched out of them, by HTTP ranges."""
     limit: Positive | None = None
     """Rows that are used at most, from the first; None is all."""
     every: Positive = 1

@@ -1,4 +1,4 @@
-"""From shards to packed batches: which samples make up a step, read ahead of it.
+"""From shards to packed batches: reads what the plan says, ahead of the training step.
 
 `train_steps` yields what one rank computes in each optimizer step, `val_batches` a fixed validation set in a fixed order.
 A damaged sample is logged, counted and replaced by the next of its source, up to a limit (`fvlm_core.data.damage`).
@@ -7,27 +7,34 @@ A damaged sample is logged, counted and replaced by the next of its source, up t
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count, islice
 from math import ceil
 from multiprocessing import get_context
 from multiprocessing.context import BaseContext
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from fvlm_core.config import DataSettings, RunSettings
-from fvlm_core.data.batch import PackedBatch, Sample, pack
-from fvlm_core.data.damage import Corrupt, Damage
-from fvlm_core.data.mixture import Mixture, apportion, coin, deal
+from fvlm_core.config import DataSettings, MicroBatch, RunSettings
+from fvlm_core.data.batch import PackedBatch
+from fvlm_core.data.buffers import FrameBuffers
+from fvlm_core.data.damage import Damage
+from fvlm_core.data.mixture import apportion
+from fvlm_core.data.plan import MixedSamples, Plan, source_rows
+from fvlm_core.data.reader import Read, Reader
 from fvlm_core.data.rows import Split
-from fvlm_core.data.shard_set import CorruptSampleError, ShardSet
+from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.errors import UserError
 
-PREFETCH_STEPS = 2
-"""Steps read ahead: by a thread without loader processes, by each of them with."""
+AHEAD_STEPS = 2
+"""Steps that are read ahead."""
+AHEAD_BATCHES = 2
+"""Validation batches that are read ahead."""
+STAGED_STEPS = 32
+"""Steps whose shards are staged ahead, where they are."""
 VAL_SEED = 0
 """The validation set is the same for every run, whatever its seed."""
 
@@ -50,49 +57,65 @@ def train_steps(
     Damaged samples are counted in `damage`, for the caller to check, after each step, over all ranks; a step has no batches where
     this rank met too many. Where it is None, those of this rank are checked here.
 
-    Every rank gets the same number of micro-batches, none empty; preferences come as pairs, chosen and rejected in turn. Raises
-    UserError if the mixture does not fit the shards, the batch does not divide among the ranks, or too many samples are damaged.
+    Every rank gets the same number of micro-batches, none empty, within the budgets of `run.micro_batch` (but for samples that take the
+    place of larger ones); preferences come as pairs, chosen and rejected in turn. A batch's frames are in memory that is reused when
+    the batch is gone. Raises UserError if the mixture does not fit the shards, the batch does not divide among the ranks, or too many
+    samples are damaged.
     """
-    steps = _Steps(shards, data, run, tokens_per_frame, rank, world_size)
-    numbers = count(first_step) if run.steps is None else range(first_step, run.steps)
-    reads: Iterable[_Read]
+    shards = shards.staged(data.staging)
+    plan = Plan(shards, data, run, tokens_per_frame=tokens_per_frame, world_size=world_size)
+    depth = AHEAD_STEPS * len(plan.micro_batches(first_step)[rank])
+    depth = max(2, ceil(depth / data.workers)) * data.workers if data.workers else depth
+    # what is read ahead, and the step that is computed with the one before it, whose copies to the GPU may still run
+    buffers = FrameBuffers(2 * depth, _most_frames(plan), shards.manifest.frame_px, shared=data.workers > 0)
+    items = _Items(plan, rank, buffers.memory)
+    wanted = (
+        _Item(step, micro, buffers.take()) for step in _steps(run, first_step) for micro in range(len(plan.micro_batches(step)[rank]))
+    )
     pinned = torch.cuda.is_available()
+    reads: Iterable[Read]
     if data.workers:
         reads = DataLoader(
-            steps,
+            items,
             batch_size=None,
-            sampler=numbers,
+            sampler=wanted,
             num_workers=data.workers,
-            prefetch_factor=PREFETCH_STEPS,
-            multiprocessing_context=_clean_processes(),
+            prefetch_factor=depth // data.workers,
+            multiprocessing_context=loader_processes(),
             pin_memory=pinned,
             collate_fn=_as_it_is,
         )
     else:
-        reads = _ahead((lambda number: steps[number].pin_memory()) if pinned else steps.__getitem__, numbers, PREFETCH_STEPS)
-    yield from _counted(reads, damage or steps.reader.damage(), check=damage is None)
+        reads = _ahead((lambda item: items[item].pin_memory()) if pinned else items.__getitem__, wanted, depth)
+    counted = _counted((read.placed(buffers) for read in reads), damage or items.reader.damage(), check=damage is None)
+    with _StagedAhead(plan) as staged:
+        for step in _steps(run, first_step):
+            staged.past(step)
+            batches = [batch for batch in islice(counted, len(plan.micro_batches(step)[rank])) if batch is not None]
+            yield batches if len(batches) == len(plan.micro_batches(step)[rank]) else []
 
 
 def distinct_batches(
     shards: ShardSet, data: DataSettings, run: RunSettings, *, tokens_per_frame: int, wanted: Callable[[int], bool]
 ) -> Iterator[tuple[int, PackedBatch]]:
-    """What `train_steps` goes through in all its steps, every sample once, in numbered batches of `run.micro_batch_samples`.
+    """What `train_steps` goes through in all its steps, every sample once, in numbered batches within `run.micro_batch`.
 
     A sample shown in both question orders comes in both, and those that would take the place of damaged ones come too. Batches
     that are not `wanted` are not read. Raises UserError as `train_steps` does.
     """
     assert run.steps is not None
-    steps = _Steps(shards, data, run, tokens_per_frame, rank=0, world_size=1)
-    reader = steps.reader
-    planned = [slot for step in range(run.steps) for slot in steps.samples(step)]
+    shards = shards.staged(data.staging)
+    plan = Plan(shards, data, run, tokens_per_frame=tokens_per_frame, world_size=1)
+    mixed, reader = plan.mixed, Reader(plan.mixed, tokens_per_frame)
+    planned = [slot for step in range(run.steps) for slot in plan.samples(step)]
     last = {slot.source: slot.position for slot in planned}
-    spare = [reader.slot(source, position + 1 + n) for source, position in last.items() for n in range(reader.most_damaged_rows())]
-    slots = {reader.content(slot): slot for slot in [*planned, *spare]}
-    ordered = [slots[key] for key in sorted(slots)]
-    chunks = [ordered[start : start + run.micro_batch_samples] for start in range(0, len(ordered), run.micro_batch_samples)]
-    numbers = [number for number in range(len(chunks)) if wanted(number)]
-    reads = _ahead(lambda number: reader.pack([chunks[number]]), numbers, PREFETCH_STEPS)
-    for number, (batch,) in zip(numbers, _counted(reads, reader.damage(), check=True), strict=True):
+    spare = [mixed.slot(source, position + 1 + n) for source, position in last.items() for n in range(reader.most_damaged_rows())]
+    slots = {mixed.content(slot): slot for slot in [*planned, *spare]}
+    batches = mixed.in_order([slots[key] for key in sorted(slots)], run.micro_batch)
+    numbers = [number for number in range(len(batches)) if wanted(number)]
+    reads = _ahead(lambda number: reader.pack(batches[number]), numbers, AHEAD_BATCHES)
+    for number, batch in zip(numbers, _counted(reads, reader.damage(), check=True), strict=True):
+        assert batch is not None
         yield number, batch
 
 
@@ -102,194 +125,121 @@ def val_batches(
     data: DataSettings,
     *,
     tokens_per_frame: int,
-    batch_samples: int,
+    batch_samples: int | None = None,
+    budget: MicroBatch | None = None,
     rank: int = 0,
     world_size: int = 1,
     damage: Damage | None = None,
 ) -> Iterator[PackedBatch]:
     """`n_samples` validation samples mixed as `data.held_out` says (fewer where a source has fewer), every `world_size`th batch of them.
 
-    Preferences come as pairs, chosen and rejected in turn. The samples and their order depend on nothing else. `damage` as in
-    `train_steps`. Raises UserError if a source of the mixture has no validation samples.
+    A batch is of so many samples, or of as many as the budget allows. Preferences come as pairs, chosen and rejected in turn. The
+    samples and their order depend on nothing else. `damage` as in `train_steps`. Raises UserError if a source of the mixture has no
+    validation samples.
     """
     data = data.held_out
-    parts = [part for part in data.mixture if part.share > 0]
-    rows = _source_rows(shards, "val", [part.source for part in parts])
-    mixture = Mixture([part.source for part in parts], [part.share for part in parts], [len(numbers) for numbers in rows], VAL_SEED)
-    reader = _Reader(shards, data, mixture, rows, tokens_per_frame)
+    shards = shards.staged(data.staging)
+    mixed = MixedSamples(shards, data, "val", VAL_SEED, tokens_per_frame=tokens_per_frame)
+    reader = Reader(mixed, tokens_per_frame)
     slots = []
-    for source, wanted in enumerate(apportion([part.share for part in parts], n_samples)):
-        for position in range(min(wanted, len(rows[source]))):
-            slots.append(reader.slot(source, position))
-    batches = [slots[start : start + batch_samples] for start in range(0, len(slots), batch_samples)][rank::world_size]
-    reads = _ahead(lambda number: reader.pack([batches[number]]), range(len(batches)), PREFETCH_STEPS)
-    for batch in _counted(reads, damage or reader.damage(), check=damage is None):
-        yield from batch
+    for source, wanted in enumerate(apportion(mixed.shares, n_samples)):
+        for position in range(min(wanted, mixed.mixture.sizes[source])):
+            slots.append(mixed.slot(source, position))
+    batches = mixed.in_order(slots, budget) if budget else []
+    if batch_samples:
+        batches = [slots[start : start + batch_samples] for start in range(0, len(slots), batch_samples)]
+    reads = _ahead(reader.pack, batches[rank::world_size], AHEAD_BATCHES)
+    yield from (batch for batch in _counted(reads, damage or reader.damage(), check=damage is None) if batch is not None)
 
 
 def damage_count(shards: ShardSet, data: DataSettings, split: Split, known: Iterable[int] = ()) -> Damage:
     """A count of damaged samples for several ranks to share: of what `train_steps` or (with `data.held_out`) `val_batches` read."""
-    rows = _source_rows(shards, split, [part.source for part in data.mixture if part.share > 0])
+    rows = source_rows(shards, split, [part.source for part in data.mixture if part.share > 0])
     return Damage(len(np.unique(shards.sample_numbers[np.concatenate(rows)])), shards.folder, known)
 
 
-@dataclass(frozen=True)
-class _Slot:
-    """A sample of the plan."""
+class _Item(NamedTuple):
+    """What a loader process is asked for."""
 
-    source: int
-    position: int
-    """In the source's endless sequence."""
-    question_first: bool
-
-
-@dataclass(frozen=True)
-class _Read:
-    """What a step's samples became; damaged ones travel back with it, since they may have been found in another process."""
-
-    batches: list[PackedBatch]
-    corrupt: dict[int, Corrupt]
-    """By sample number."""
-    error: tuple[str, str, str] | None = None
-    """What, where and fix of a UserError: torch cannot raise one again out of a loader process."""
-
-    def pin_memory(self) -> "_Read":
-        """With its batches in page-locked memory, from where they travel to a GPU while it computes (DataLoader calls this)."""
-        return replace(self, batches=[batch.pin_memory() for batch in self.batches])
+    step: int
+    micro_batch: int
+    buffer: int | None
+    """Where its frames go; None: into memory of their own."""
 
 
-class _Reader:
-    """Reads planned samples and packs them."""
+class _Items(Dataset[Read]):
+    """Micro-batches by step and number, for one rank."""
 
-    def __init__(self, shards: ShardSet, data: DataSettings, mixture: Mixture, rows: list[np.ndarray], tokens_per_frame: int) -> None:
-        self.shards, self.data, self.mixture, self.rows, self.tokens_per_frame = shards, data, mixture, rows, tokens_per_frame
-        self.conversations = np.unique(shards.sample_numbers[np.concatenate(rows)], return_counts=True)[1]
-        self.max_damaged = self.damage().limit
+    def __init__(self, plan: Plan, rank: int, buffers: torch.Tensor) -> None:
+        self.plan, self.rank, self.buffers = plan, rank, buffers
+        self.reader = Reader(plan.mixed, plan.tokens_per_frame)
 
-    def damage(self) -> Damage:
-        """A count of the damaged samples among those that are read here."""
-        return Damage(len(self.conversations), self.shards.folder)
+    def __reduce__(self) -> tuple:
+        """Loader processes plan for themselves: the plan's tables are larger than what they are made of."""
+        plan = self.plan
+        return _items, (plan.mixed.shards, plan.mixed.data, plan.run, plan.tokens_per_frame, plan.world_size, self.rank, self.buffers)
 
-    def most_damaged_rows(self) -> int:
-        """How many rows as many damaged samples as are allowed can have."""
-        return int(np.sort(self.conversations)[-self.max_damaged :].sum())
-
-    def slot(self, source: int, position: int) -> _Slot:
-        """What stands at a position of a source's endless sequence."""
-        return _Slot(source, position, coin(self.data.question_first, self.mixture.seed, self.mixture.names[source], position))
-
-    def row(self, slot: _Slot) -> int:
-        """The row of a planned sample."""
-        return int(self.rows[slot.source][self.mixture.row(slot.source, slot.position)])
-
-    def content(self, slot: _Slot) -> tuple[int, bool]:
-        """The row of a planned sample, and whether its question comes first: equal for equal samples."""
-        row = self.row(slot)
-        return row, slot.question_first and not self.shards.is_caption[row] and self.shards.n_frames[row] > 0
-
-    def pack(self, micro_batches: list[list[_Slot]]) -> _Read:
-        corrupt: dict[int, Corrupt] = {}
-        batches = []
-        for slots in micro_batches:
-            samples = [sample for slot in slots if (sample := self._sample(slot, corrupt))]
-            if self.data.loss_on == "preferences":
-                samples = [one for sample in samples for one in self._pair(sample)]
-            if len(corrupt) > self.max_damaged:
-                return _Read([], corrupt)
-            batches.append(pack(samples, self.shards.chat, tokens_per_frame=self.tokens_per_frame))
-        return _Read(batches, corrupt)
-
-    def _pair(self, sample: Sample) -> tuple[Sample, Sample]:
+    def __getitem__(self, index: _Item) -> Read:
+        memory = None if index.buffer is None else self.buffers[index.buffer].numpy()
         try:
-            return sample.pair()
-        except ValueError as error:
-            raise UserError(
-                f"sample {sample.key} of {sample.source!r} has {error}",
-                where="data.mixture",
-                fix="with data.loss_on 'preferences' give sources whose every conversation has one",
-            ) from error
-
-    def _sample(self, slot: _Slot, corrupt: dict[int, Corrupt]) -> Sample | None:
-        """The slot's sample, or the next whole one of its source; None once there are too many damaged ones."""
-        tries = 0
-        while len(corrupt) <= self.max_damaged:
-            row = self.row(slot)
-            try:
-                return self.shards.read(
-                    row,
-                    image_repeats=self.data.image_repeats,
-                    question_first=slot.question_first and not self.shards.is_caption[row],
-                    label_questions=self.data.loss_on == "all_text",
-                )
-            except CorruptSampleError as error:
-                corrupt.setdefault(int(self.shards.sample_numbers[row]), Corrupt(row, str(error)))
-                tries += 1
-                if tries == len(self.rows[slot.source]):
-                    raise UserError(
-                        f"every sample of {self.mixture.names[slot.source]!r} is damaged",
-                        where=str(self.shards.folder),
-                        fix="make the shards again",
-                    ) from error
-                slot = self.slot(slot.source, slot.position + 1)
-        return None
-
-
-class _Steps(Dataset[_Read]):
-    """Optimizer steps by number, for one rank."""
-
-    def __init__(self, shards: ShardSet, data: DataSettings, run: RunSettings, tokens_per_frame: int, rank: int, world_size: int) -> None:
-        if run.batch_samples % world_size:
-            raise UserError(
-                f"{run.batch_samples} samples per step do not divide among {world_size} ranks",
-                where="run.batch_samples",
-                fix="make it a multiple of the number of ranks",
-            )
-        parts = [part for part in data.mixture if part.share > 0]
-        rows = _source_rows(shards, "train", [part.source for part in parts])
-        try:
-            mixture = Mixture([part.source for part in parts], [part.share for part in parts], [len(r) for r in rows], run.seed)
-        except ValueError as error:
-            raise UserError(str(error), where="data.mixture", fix="change the shares") from error
-        self.reader = _Reader(shards, data, mixture, rows, tokens_per_frame)
-        self.run, self.rank, self.world_size = run, rank, world_size
-
-    def __getitem__(self, index: int) -> _Read:
-        try:
-            return self.reader.pack(self.plan(index))
+            read = self.reader.pack(self.plan.micro_batches(index.step)[self.rank][index.micro_batch], memory)
         except UserError as error:
-            return _Read([], {}, (error.what, error.where, error.fix))
-
-    def samples(self, step: int) -> Iterator[_Slot]:
-        """The global batch of a step: a function of seed and step."""
-        mixture, run = self.reader.mixture, self.run
-        for number in range(step * run.batch_samples, (step + 1) * run.batch_samples):
-            source, position = mixture.at(number)
-            yield self.reader.slot(source, position)
-
-    def plan(self, step: int) -> list[list[_Slot]]:
-        """This rank's micro-batches of a step; only the dealing knows of ranks."""
-        run, slots = self.run, list(self.samples(step))
-        rows = [self.reader.row(slot) for slot in slots]
-        costs = [(int(self.reader.shards.n_frames[row]), int(self.reader.shards.n_tokens[row])) for row in rows]
-        per_rank = ceil(run.batch_samples // self.world_size / run.micro_batch_samples)
-        bins = deal(costs, self.world_size * per_rank)
-        return [[slots[index] for index in items] for items in bins[self.rank :: self.world_size]]
+            return Read(None, {}, (error.what, error.where, error.fix))
+        if read.batch is not None and index.buffer is not None and read.in_buffer is not None:
+            read = replace(read, batch=replace(read.batch, frames=read.batch.frames[:0].clone()))  # the frames stay where they are
+        return replace(read, buffer=index.buffer)
 
 
-def _source_rows(shards: ShardSet, split: Split, sources: list[str]) -> list[np.ndarray]:
-    """Row numbers of each source. Raises UserError naming what there is if one has none."""
-    rows = [shards.rows(split, source).index.to_numpy() for source in sources]
-    missing = [source for source, numbers in zip(sources, rows, strict=True) if not len(numbers)]
-    if missing:
-        raise UserError(
-            f"no {split} samples of {', '.join(map(repr, missing))}",
-            where=f"data.mixture, shards {shards.folder}",
-            fix=f"the shards have: {', '.join(shards.manifest.names(split)) or 'none'}",
-        )
-    return rows
+def _items(
+    shards: ShardSet, data: DataSettings, run: RunSettings, tokens_per_frame: int, world_size: int, rank: int, buffers: torch.Tensor
+) -> _Items:
+    return _Items(Plan(shards, data, run, tokens_per_frame=tokens_per_frame, world_size=world_size), rank, buffers)
 
 
-def _counted(reads: Iterable[_Read], damage: Damage, *, check: bool) -> Iterator[list[PackedBatch]]:
+class _StagedAhead:
+    """Has the shards of coming steps copied by a thread, where the shards are staged."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.staging = plan, plan.mixed.shards.staging
+        self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="staging") if self.staging else None
+        self.next_step = 0
+
+    def __enter__(self) -> "_StagedAhead":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.pool:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def past(self, step: int) -> None:
+        """The run has come to `step`."""
+        last = self.plan.run.steps
+        if self.pool is None:
+            return
+        self.next_step = max(self.next_step, step)
+        while self.next_step < step + STAGED_STEPS and (last is None or self.next_step < last):
+            self.pool.submit(self._stage, self.next_step)
+            self.next_step += 1
+
+    def _stage(self, step: int) -> None:
+        assert self.staging is not None
+        mixed = self.plan.mixed
+        for shard in sorted({int(mixed.shards.shard_numbers[mixed.row(slot)]) for slot in self.plan.samples(step)}):
+            self.staging.stage(mixed.shards.shard_names[shard])
+
+
+def _steps(run: RunSettings, first: int) -> Iterable[int]:
+    return count(first) if run.steps is None else range(first, run.steps)
+
+
+def _most_frames(plan: Plan) -> int:
+    """The most frames that a micro-batch can have."""
+    mixed, run = plan.mixed, plan.run
+    largest = max(int(mixed.shards.n_frames[rows].max()) for rows in mixed.rows)
+    return max(largest, min(run.micro_batch.frames, largest * (run.batch_samples // plan.world_size)))
+
+
+def _counted(reads: Iterable[Read], damage: Damage, *, check: bool) -> Iterator[PackedBatch | None]:
     """Pass batches on and count damaged samples; with `check`, raise UserError when there are too many."""
     for read in reads:
         if read.error:
@@ -298,24 +248,27 @@ def _counted(reads: Iterable[_Read], damage: Damage, *, check: bool) -> Iterator
         damage.add(read.corrupt)
         if check:
             damage.check()
-        yield read.batches
+        yield read.batch
 
 
-def _ahead(function: Callable[[int], Item], numbers: Iterable[int], depth: int) -> Iterator[Item]:
+Wanted = TypeVar("Wanted")
+
+
+def _ahead(function: Callable[[Wanted], Item], wanted: Iterable[Wanted], depth: int) -> Iterator[Item]:
     """Results of `function` in order, computed up to `depth` ahead by a thread."""
-    remaining = iter(numbers)
+    remaining = iter(wanted)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as pool:
-        waiting = deque(pool.submit(function, number) for number in islice(remaining, depth))
+        waiting = deque(pool.submit(function, one) for one in islice(remaining, depth))
         try:
             while waiting:
                 result = waiting.popleft().result()
-                waiting.extend(pool.submit(function, number) for number in islice(remaining, 1))
+                waiting.extend(pool.submit(function, one) for one in islice(remaining, 1))
                 yield result
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _clean_processes() -> BaseContext:
+def loader_processes() -> BaseContext:
     """Starts loader processes off a server that has this module and no threads: a fork of a process with CUDA or gloo can hang."""
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])

@@ -9,7 +9,10 @@ from typing import Self
 
 from fvlm_core.data.jobs import BadClip, Loss
 
-PASSING = re.compile(r"Timeout|ConnectionError|ChunkedEncodingError|IncompleteRead|HTTP (408|425|429|5\d\d)|video2dataset left nothing")
+PASSING = re.compile(
+    r"Timeout|ConnectionError|ChunkedEncodingError|IncompleteRead|HTTP (Error )?(408|425|429|5\d\d)|"
+    r"^cannot be read|video2dataset left nothing"
+)
 """Reasons that another try may not meet."""
 LISTED = 100
 """Samples that a manifest names."""

@@ -9,11 +9,12 @@ A reference is one line of text that says where bytes lie, so that a row of a ta
 | `zip:OFFSET+SIZE:/folder/part.zip` | a member of a zip by its local header; SIZE is that of its content in the zip |
 | `parquet:ROW:ITEM:COLUMN:/folder/train.parquet` | a column's value in a row (from 0); ITEM is its place in a list, else empty |
 
-An archive that was cut into parts is named by the parts that a member lies in, separated by tabs. Several images of one sample are
+An archive may lie on the web instead: its address stands for the file, and only the bytes that are meant are fetched (HTTP ranges). One
+that was cut into parts is named by the parts that a member lies in, separated by tabs. Several images of one sample are
 several references, a line each; they are read as a tar of images. An address may end with `#t=START,END`: the seconds of the video that
 are meant (the temporal dimension of W3C Media Fragments 1.0).
 
-Needs nothing but pyarrow, since video2dataset's environment imports it too.
+Needs nothing but pyarrow (and httpx for archives on the web), since video2dataset's environment imports it too.
 """
 
 import io
@@ -21,15 +22,15 @@ import os
 import re
 import struct
 import tarfile
-import threading
+import time
 import zlib
-from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import ExitStack
-from pathlib import Path
+from contextlib import ExitStack, closing
+from functools import cache
+from http import HTTPStatus
 from typing import Any, BinaryIO
 
-import pyarrow.parquet as pq
+from fvlm_core.data.cells import Cells
 
 RANGE = re.compile(r"(bytes|zip):(\d+)\+(\d+):(.+)", re.DOTALL)
 CELL = re.compile(r"parquet:(\d+):(\d*):([^:]+):(.+)", re.DOTALL)
@@ -39,13 +40,18 @@ NEXT, PART = "\n", "\t"
 ZIP_HEADER = struct.Struct("<4s2xHH16xHH")
 """Signature, flags, method, and the lengths of the name and the extra field of a local header (APPNOTE 4.3.7); 4 + 26 bytes."""
 ZIP_SIGNATURE, STORED, DEFLATED, ENCRYPTED = b"PK\x03\x04", 0, 8, 1
-CACHE_BYTES = 512 << 20
-"""Of row groups of parquet files that are kept decompressed; neighbours in a table are asked for one after the other."""
 BUFFER_BYTES = 1 << 20
+CUT_SHORT = "the archive ends within the file"
+WEB_TIMEOUT_S, WEB_TRIES, WEB_PAUSE_S = 60.0, 3, 1.0
+"""Of a request for a part of an archive on the web."""
 
 
 class MediaError(Exception):
     """Why a reference gives no bytes, in words for the owner of the data."""
+
+
+class UnreachableError(MediaError):
+    """What holds the bytes cannot be read now, but perhaps later."""
 
 
 def time_window(address: str) -> tuple[float, float] | None:
@@ -57,6 +63,11 @@ def time_window(address: str) -> tuple[float, float] | None:
 def without_window(address: str) -> str:
     """The address of the complete video."""
     return SECONDS.sub("", address)
+
+
+def is_web(place: str) -> bool:
+    """Whether an archive lies on the web."""
+    return place.startswith(("http://", "https://"))
 
 
 def files_of(reference: str) -> list[str]:
@@ -78,7 +89,7 @@ def range_reference(parts: Sequence[str], sizes: Sequence[int], offset: int, siz
 
     Only the parts that the bytes lie in are named.
     """
-    first, end, start = 0, offset + size, 0
+    first, end, start = 0, offset + max(size, 1), 0
     slack = 1 << 17 if header else 0  # a local header and its two fields of at most 64 KiB
     chosen = []
     for part, length in zip(parts, sizes, strict=True):
@@ -97,32 +108,39 @@ def read_media(reference: str) -> bytes:
 
 
 def open_media(reference: str) -> tuple[BinaryIO, int]:
-    """A stream of a reference's bytes, and how many there are. A file is not read before the stream is. Raises MediaError."""
+    """A stream of a reference's bytes, and how many there are. A file is not read before the stream is.
+
+    Raises MediaError, UnreachableError where another try may help.
+    """
     try:
         if NEXT in reference:
             content = _tar([read_media(one) for one in reference.split(NEXT)])
         elif match := RANGE.fullmatch(reference):
-            content = _read_range(match[1], int(match[2]), int(match[3]), match[4].split(PART))
+            return _open_range(match[1], int(match[2]), int(match[3]), match[4].split(PART))
         elif match := CELL.fullmatch(reference):
-            content = _CELLS.read(match[4], match[3], int(match[1]), int(match[2]) if match[2] else None)
+            content = _read_cell(match[4], match[3], int(match[1]), int(match[2]) if match[2] else None)
         else:
             stream = open(reference, "rb")  # noqa: SIM115 -- closed by whoever reads it
             return stream, os.fstat(stream.fileno()).st_size
     except FileNotFoundError as error:
         raise MediaError("file not found") from error
     except OSError as error:
-        raise MediaError(f"cannot be read: {error}") from error
+        raise UnreachableError(f"cannot be read: {error}") from error
     return io.BytesIO(content), len(content)
 
 
 class JoinedFiles(io.RawIOBase):
-    """Files read as if they were one, in their order: an archive that was cut into parts."""
+    """Files, here or on the web, read as if they were one, in their order: an archive that was cut into parts. Or only a stretch of it."""
 
-    def __init__(self, paths: Sequence[Path | str]) -> None:
+    def __init__(self, places: Sequence[str]) -> None:
         self._stack = ExitStack()
-        self._files: list[BinaryIO] = [self._stack.enter_context(open(path, "rb")) for path in paths]  # noqa: SIM115 -- close() does
-        self.sizes = [os.fstat(file.fileno()).st_size for file in self._files]
-        self._place = 0
+        self._parts = [self._stack.enter_context(closing(_WebPart(place) if is_web(place) else _FilePart(place))) for place in places]
+        self.sizes = [part.size for part in self._parts]
+        self._place, self._end = 0, sum(self.sizes)
+
+    def narrow(self, offset: int, size: int) -> None:
+        """Go to `offset` and end `size` bytes later."""
+        self._place, self._end = offset, offset + size
 
     def readable(self) -> bool:
         return True
@@ -134,18 +152,18 @@ class JoinedFiles(io.RawIOBase):
         return self._place
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._place = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: sum(self.sizes)}[whence])
+        self._place = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._end}[whence])
         return self._place
 
     def readinto(self, buffer: Any) -> int:
         start = 0
-        for file, size in zip(self._files, self.sizes, strict=True):
-            if start <= self._place < start + size:
-                content = os.pread(file.fileno(), min(len(buffer), start + size - self._place), self._place - start)
+        for part in self._parts:
+            if start <= self._place < start + part.size:
+                content = part.read(self._place - start, min(len(buffer), start + part.size - self._place, self._end - self._place))
                 buffer[: len(content)] = content
                 self._place += len(content)
                 return len(content)
-            start += size
+            start += part.size
         return 0
 
     def close(self) -> None:
@@ -153,34 +171,113 @@ class JoinedFiles(io.RawIOBase):
         super().close()
 
 
-def _read_range(kind: str, offset: int, size: int, parts: Sequence[str]) -> bytes:
-    with io.BufferedReader(JoinedFiles(parts), BUFFER_BYTES) as stream:
-        stream.seek(offset)
-        method = STORED
-        if kind == "zip":
-            method = _skip_header(stream)
-        content = stream.read(size)
-    if len(content) < size:
-        raise MediaError("the archive ends within the file")
-    if method == STORED:
-        return content
+def _read_cell(path: str, column: str, row: int, item: int | None) -> bytes:
     try:
-        return zlib.decompress(content, -zlib.MAX_WBITS)
+        return _CELLS.read(path, column, row, item)
+    except (ValueError, KeyError, IndexError) as error:
+        raise MediaError(f"the parquet file cannot be read: {error}") from error
+
+
+_CELLS = Cells()
+
+
+class _FilePart:
+    def __init__(self, path: str) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.size = os.fstat(self._descriptor).st_size
+
+    def read(self, offset: int, size: int) -> bytes:
+        return os.pread(self._descriptor, size, offset)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+class _WebPart:
+    def __init__(self, address: str) -> None:
+        self._address, self.size = address, _web_size(address)
+
+    def read(self, offset: int, size: int) -> bytes:
+        return _web_range(self._address, offset, size)[0] if size else b""
+
+    def close(self) -> None:
+        """Connections are shared and stay open."""
+
+
+@cache
+def _web_size(address: str) -> int:
+    """Asked for once a process: published archives do not change."""
+    return _web_range(address, 0, 1)[1]
+
+
+@cache
+def _client() -> Any:
+    import httpx  # video2dataset's environment has none, and opens no archives
+
+    return httpx.Client(follow_redirects=True, timeout=WEB_TIMEOUT_S)
+
+
+def _web_range(address: str, offset: int, size: int) -> tuple[bytes, int]:
+    """Bytes of what an address answers with, and how many it has. Raises OSError."""
+    import httpx
+
+    for left in reversed(range(WEB_TRIES)):
+        try:
+            answer = _client().get(address, headers={"Range": f"bytes={offset}-{offset + size - 1}", "Accept-Encoding": "identity"})
+            if answer.status_code == HTTPStatus.PARTIAL_CONTENT:
+                return answer.content, int(answer.headers["Content-Range"].rpartition("/")[2])
+            what = "it does not answer with parts of files (HTTP ranges)" if answer.is_success else f"HTTP {answer.status_code}"
+            if not left or answer.status_code < HTTPStatus.INTERNAL_SERVER_ERROR:
+                raise OSError(f"{address}: {what}")
+        except httpx.HTTPError as error:
+            if not left:
+                raise OSError(f"{address}: {error}") from error
+        time.sleep(WEB_PAUSE_S)
+    raise AssertionError
+
+
+def _open_range(kind: str, offset: int, size: int, parts: Sequence[str]) -> tuple[BinaryIO, int]:
+    """A stretch of joined files as a stream; what is compressed in a zip is decompressed here, what is on the web fetched at once."""
+    raw = JoinedFiles(parts)
+    try:
+        raw.seek(offset)
+        method = _skip_header(raw) if kind == "zip" else STORED
+        if raw.tell() + size > sum(raw.sizes):
+            raise MediaError(CUT_SHORT)
+        if method == STORED and not any(map(is_web, parts)):
+            raw.narrow(raw.tell(), size)
+            return io.BufferedReader(raw, BUFFER_BYTES), size
+        content = _read_exactly(raw, size)
+        found = content if method == STORED else zlib.decompress(content, -zlib.MAX_WBITS)
     except zlib.error as error:
+        raw.close()
         raise MediaError(f"damaged in its zip archive: {error}") from error
+    except BaseException:
+        raw.close()
+        raise
+    raw.close()
+    return io.BytesIO(found), len(found)
 
 
-def _skip_header(stream: BinaryIO) -> int:
+def _read_exactly(raw: JoinedFiles, size: int) -> bytes:
+    """So many bytes, though parts end between them."""
+    content = bytearray()
+    while len(content) < size:
+        some = raw.read(size - len(content))
+        if not some:
+            raise MediaError(CUT_SHORT)
+        content += some
+    return bytes(content)
+
+
+def _skip_header(raw: JoinedFiles) -> int:
     """Skip a zip's local header; returns the method of compression."""
-    header = stream.read(ZIP_HEADER.size)
-    if len(header) < ZIP_HEADER.size:
-        raise MediaError("the archive ends within the file")
-    signature, flags, method, name, extra = ZIP_HEADER.unpack(header)
+    signature, flags, method, name, extra = ZIP_HEADER.unpack(_read_exactly(raw, ZIP_HEADER.size))
     if signature != ZIP_SIGNATURE:
         raise MediaError("the zip archive has changed: there is no file at that place")
     if flags & ENCRYPTED or method not in (STORED, DEFLATED):
         raise MediaError("the zip archive is encrypted" if flags & ENCRYPTED else f"the zip archive's compression ({method}) is not known")
-    stream.seek(name + extra, os.SEEK_CUR)
+    raw.seek(name + extra, os.SEEK_CUR)
     return method
 
 
@@ -192,58 +289,3 @@ def _tar(contents: Sequence[bytes]) -> bytes:
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
     return made.getvalue()
-
-
-class _Cells:
-    """Reads values out of parquet files. Row groups stay decompressed while they fit; larger ones are read a row at a time."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._groups: OrderedDict[tuple[str, int, str], Any] = OrderedDict()
-
-    def read(self, path: str, column: str, row: int, item: int | None) -> bytes:
-        try:
-            with self._lock:  # a column is decompressed once, whichever thread asks for it first
-                value = self._value(path, column, row)
-        except (ValueError, KeyError, IndexError) as error:
-            raise MediaError(f"the parquet file cannot be read: {error}") from error
-        if item is not None:
-            value = value[item] if value is not None and item < len(value) else None
-        content = value.get("bytes") if isinstance(value, dict) else value
-        if not isinstance(content, bytes):
-            raise MediaError(f"the column {column} holds no bytes there")
-        return content
-
-    def _value(self, path: str, column: str, row: int) -> Any:
-        file = pq.ParquetFile(path, buffer_size=BUFFER_BYTES)
-        with file:
-            group, place = _group_of(file, row)
-            key = (path, group, column)
-            if key not in self._groups:
-                if _bytes_of(file, group, column) > CACHE_BYTES // 4:
-                    rows = file.iter_batches(1, row_groups=[group], columns=[column], use_threads=False)
-                    return next(batch for number, batch in enumerate(rows) if number == place).column(0)[0].as_py()
-                self._groups[key] = file.read_row_group(group, columns=[column], use_threads=False).column(0)
-        self._groups.move_to_end(key)
-        while len(self._groups) > 1 and sum(one.nbytes for one in self._groups.values()) > CACHE_BYTES:
-            self._groups.popitem(last=False)
-        return self._groups[key][place].as_py()
-
-
-_CELLS = _Cells()
-
-
-def _group_of(file: pq.ParquetFile, row: int) -> tuple[int, int]:
-    """The row group of a row, and its place there."""
-    for group in range(file.num_row_groups):
-        rows = file.metadata.row_group(group).num_rows
-        if row < rows:
-            return group, row
-        row -= rows
-    raise IndexError("it has fewer rows")
-
-
-def _bytes_of(file: pq.ParquetFile, group: int, column: str) -> int:
-    """Decompressed size of a column in a row group."""
-    chunks = [file.metadata.row_group(group).column(number) for number in range(file.metadata.num_columns)]
-    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] == column)

@@ -2,7 +2,7 @@
 
 Sources are interleaved in blocks of 1000 samples that hold exactly each source's share (largest remainder), spread evenly
 over the block. Each source walks through its rows in a new seeded shuffle every epoch. The global batch is planned first
-and dealt to ranks and micro-batches after, so a step's samples depend on neither.
+and dealt to ranks and micro-batches after (`fvlm_core.data.dealing`), so a step's samples depend on neither.
 """
 
 from collections.abc import Sequence
@@ -25,6 +25,12 @@ def apportion(shares: Sequence[float], total: int) -> list[int]:
     return counts.tolist()
 
 
+def sample_shares(token_shares: Sequence[float], mean_tokens: Sequence[float]) -> list[float]:
+    """Shares of samples that give shares of tokens, where a source's sample has so many on average."""
+    samples = np.asarray(token_shares) / np.maximum(mean_tokens, 1e-9)
+    return (samples / samples.sum()).tolist()
+
+
 def spread(counts: Sequence[int]) -> np.ndarray:
     """int [sum(counts)]: each index `i` appears `counts[i]` times, as evenly as can be."""
     owner = np.repeat(np.arange(len(counts)), counts)
@@ -35,11 +41,18 @@ def spread(counts: Sequence[int]) -> np.ndarray:
 class Mixture:
     """An endless sequence of samples out of several sources."""
 
-    def __init__(self, names: Sequence[str], shares: Sequence[float], sizes: Sequence[int], seed: int) -> None:
-        """`sizes`: rows of each source. Raises ValueError if a source with a share has no place in a block, or no rows."""
-        self.names, self.sizes, self.seed = list(names), list(sizes), seed
+    def __init__(
+        self, names: Sequence[str], shares: Sequence[float], shard_rows: Sequence[Sequence[int]], seed: int, *, window: int | None = None
+    ) -> None:
+        """`shard_rows`: of each source, the rows in each of its shards; `window`: how many shards are shuffled together (None: all).
+
+        Raises ValueError if a source with a share has no place in a block, or no rows.
+        """
+        self.names, self.seed, self.window = list(names), seed, window
+        self.shard_rows = [tuple(map(int, rows)) for rows in shard_rows]
+        self.sizes = [sum(rows) for rows in self.shard_rows]
         self.counts = apportion(shares, BLOCK_SAMPLES)
-        for name, share, size, count in zip(names, shares, sizes, self.counts, strict=True):
+        for name, share, size, count in zip(names, shares, self.sizes, self.counts, strict=True):
             if share > 0 and not count:
                 raise ValueError(f"the share of {name!r} is below 1/{BLOCK_SAMPLES}")
             if share > 0 and not size:
@@ -59,7 +72,7 @@ class Mixture:
     def row(self, source: int, position: int) -> int:
         """The row (0 to size - 1) at a position of a source's sequence: every epoch is a new shuffle of all rows."""
         epoch, place = divmod(position, self.sizes[source])
-        return int(_shuffle(self.seed, self.names[source], epoch, self.sizes[source])[place])
+        return int(_shuffle(self.seed, self.names[source], epoch, self.shard_rows[source], self.window)[place])
 
 
 def coin(share: float, *identity: object) -> bool:
@@ -68,19 +81,14 @@ def coin(share: float, *identity: object) -> bool:
     return int.from_bytes(digest, "big") < share * 2**64
 
 
-def deal(costs: Sequence[tuple], bins: int) -> list[list[int]]:
-    """Deal items to `bins` of nearly equal count and cost: costliest first, there and back again.
-
-    Returns the items' indexes per bin, ascending. Every bin gets len(costs) // bins items or one more.
-    """
-    order = sorted(range(len(costs)), key=lambda index: (costs[index], -index), reverse=True)
-    dealt: list[list[int]] = [[] for _ in range(bins)]
-    for place, item in enumerate(order):
-        turn, slot = divmod(place, bins)
-        dealt[slot if turn % 2 == 0 else bins - 1 - slot].append(item)
-    return [sorted(items) for items in dealt]
-
-
 @lru_cache(maxsize=64)
-def _shuffle(seed: int, name: str, epoch: int, size: int) -> np.ndarray:
-    return np.random.default_rng([seed, crc32(name.encode()), epoch]).permutation(size)
+def _shuffle(seed: int, name: str, epoch: int, shard_rows: tuple[int, ...], window: int | None) -> np.ndarray:
+    """int32: an epoch's order of all rows, or of all rows of `window` shuffled shards at a time."""
+    rng = np.random.default_rng([seed, crc32(name.encode()), epoch])
+    if window is None:
+        return rng.permutation(sum(shard_rows)).astype(np.int32)
+    ends = np.cumsum(shard_rows)
+    shards = [np.arange(end - rows, end, dtype=np.int32) for rows, end in zip(shard_rows, ends, strict=True)]
+    order = rng.permutation(len(shards))
+    groups = (order[start : start + window] for start in range(0, len(order), window))
+    return np.concatenate([rng.permutation(np.concatenate([shards[shard] for shard in group])) for group in groups])

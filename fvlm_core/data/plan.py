@@ -1,304 +1,144 @@
-"""Decides what goes into which shard, for any number of samples in the same memory: a table on disk (SQLite), sorted and joined there.
+"""What a run trains on: the samples of every step, and the micro-batches that each rank makes of them.
 
-Every decision is a function of the samples' content and of the settings: which duplicates go, which samples are held out, what would
-leak from validation into training, and the order of all that is left.
+A function of the recipe's settings and of the shards' index alone, so a resumed run, another number of ranks or of loader processes
+go through the same global batches. Nothing is read here; `fvlm_core.data.loader` does that.
 """
 
-import csv
-import json
-import sqlite3
-from collections.abc import Callable, Iterable, Iterator
-from hashlib import sha256
-from pathlib import Path
-from typing import NamedTuple, Self
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
-import pyarrow.parquet as pq
+import numpy as np
 
-from fvlm_core.data.jobs import BadClip
-from fvlm_core.data.raw_shards import CONTENT, PLACES
+from fvlm_core.config import DataSettings, MicroBatch, RunSettings
+from fvlm_core.data.dealing import deal
+from fvlm_core.data.mixture import BLOCK_SAMPLES, Mixture, coin, sample_shares
 from fvlm_core.data.rows import Split
-from fvlm_core.data.shard_files import bucket_of, key_of
+from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.errors import UserError
 
-CACHE_KB = 128 * 1024
-"""Of SQLite's memory; what is larger is sorted on disk."""
-BATCH_ROWS = 4096
-LOCK_S = 60.0
-"""How long one process waits for another that writes."""
-DUPLICATE = "a duplicate of another sample"
-LEAK, SAME_VIDEO = "its frames are in validation", "its video is in validation"
-NOT_FROZEN = "in validation by its table, but not in the frozen validation set"
-
-SCHEMA = """
-CREATE TABLE tar (id INTEGER PRIMARY KEY, download INTEGER, name TEXT);
-CREATE TABLE sample (
-    ordinal INTEGER PRIMARY KEY, source TEXT, kind TEXT, split TEXT, origin TEXT, content BLOB, text BLOB, unit REAL,
-    frames INTEGER, bucket INTEGER, seconds REAL, tar INTEGER, offset INTEGER, size INTEGER, chat TEXT,
-    undecided INTEGER, reason TEXT);
-CREATE TABLE planned (position INTEGER PRIMARY KEY, ordinal INTEGER, copy INTEGER, key TEXT);
-CREATE TABLE unusable (ordinal INTEGER PRIMARY KEY);
-CREATE TABLE frozen (source TEXT, content BLOB, text BLOB, PRIMARY KEY (source, content, text)) WITHOUT ROWID;
-"""
-FIELDS = "source, kind, split, origin, {copy}, chat, download, name, offset, size"
-HELD_OUT = "FROM sample WHERE split = 'val' AND reason IS NULL AND ordinal NOT IN (SELECT ordinal FROM unusable)"
-INSERT = f"INSERT INTO sample VALUES ({', '.join('?' * 17)})"
+PLANNED_STEPS = 8
+"""Dealt steps that are remembered: one is asked for as often as it has micro-batches."""
 
 
-class Planned(NamedTuple):
-    """A sample of the plan, and where its frames and texts are."""
+@dataclass(frozen=True)
+class Slot:
+    """A sample of the plan."""
 
-    source: str
-    kind: str
-    split: Split
-    origin: str
-    copy: int
-    """1 for a video's first sample, 2 for its second, ..."""
-    place: tuple[int, str, int, int] | None
-    """Number of its download, the tar there, offset and size; None for text."""
-    chat: str | None
-    """JSON of a text sample's turns."""
+    source: int
+    position: int
+    """In the source's endless sequence."""
+    question_first: bool
 
 
-class Group(NamedTuple):
-    """The samples of a source in a split: consecutive positions of the plan."""
+class MixedSamples:
+    """The samples of a mixture, each source in an endless sequence."""
 
-    source: str
-    split: Split
-    first: int
-    samples: int
+    def __init__(self, shards: ShardSet, data: DataSettings, split: Split, seed: int, *, tokens_per_frame: int) -> None:
+        """Raises UserError if the shards lack a source, or the shares do not fit."""
+        self.shards, self.data = shards, data
+        parts = [part for part in data.mixture if part.share > 0]
+        names = [part.source for part in parts]
+        self.rows = source_rows(shards, split, names)
+        self.tokens = shards.sequence_tokens(image_repeats=data.image_repeats, tokens_per_frame=tokens_per_frame)
+        self.shares = [part.share for part in parts]
+        if data.shares_of == "tokens":
+            self.shares = sample_shares(self.shares, [float(self.tokens[rows].mean()) for rows in self.rows])
+        in_shards = [np.unique(shards.shard_numbers[rows], return_counts=True)[1].tolist() for rows in self.rows]
+        try:
+            self.mixture = Mixture(names, self.shares, in_shards, seed, window=data.shuffle_shards)
+        except ValueError as error:
+            raise UserError(str(error), where="data.mixture", fix="change the shares") from error
+
+    def slot(self, source: int, position: int) -> Slot:
+        """What stands at a position of a source's endless sequence."""
+        return Slot(source, position, coin(self.data.question_first, self.mixture.seed, self.mixture.names[source], position))
+
+    def row(self, slot: Slot) -> int:
+        """The row of a planned sample."""
+        return int(self.rows[slot.source][self.mixture.row(slot.source, slot.position)])
+
+    def content(self, slot: Slot) -> tuple[int, bool]:
+        """The row of a planned sample, and whether its question comes first: equal for equal samples."""
+        row = self.row(slot)
+        return row, slot.question_first and not self.shards.is_caption[row] and self.shards.n_frames[row] > 0
+
+    def costs(self, slots: Sequence[Slot]) -> np.ndarray:
+        """int64 [N, 2]: frames to encode and positions of the packed sequence (of both answers, where the samples are pairs)."""
+        rows = np.array([self.row(slot) for slot in slots], np.int64)
+        answers = 2 if self.data.loss_on == "preferences" else 1
+        return np.stack([self.shards.n_frames[rows].astype(np.int64), self.tokens[rows] * answers], axis=1)
+
+    def in_order(self, slots: Sequence[Slot], budget: MicroBatch) -> list[list[Slot]]:
+        """Cut a sequence of samples where the next one would go beyond a budget."""
+        batches: list[list[Slot]] = []
+        held = np.zeros(2, np.int64)
+        for slot, cost in zip(slots, self.costs(slots), strict=True):
+            if not batches or ((held + cost) > (budget.frames, budget.tokens)).any():
+                batches.append([])
+                held = np.zeros(2, np.int64)
+            batches[-1].append(slot)
+            held = held + cost
+        return batches
 
 
 class Plan:
-    """The table. Samples are added, then `decide` is called once, then the plan is read, by any number of processes."""
+    """A run's steps."""
 
-    def __init__(self, path: Path, *, new: bool) -> None:
-        """`new`: begin an empty one in place of what is there."""
-        if new:
-            path.unlink(missing_ok=True)
-        # read by one thread at a time, but not always the same one: tokenizers pull their texts from a thread of their own
-        self._db = sqlite3.connect(
-            path if new else f"file:{path}?mode=rw", uri=not new, isolation_level=None, timeout=LOCK_S, check_same_thread=False
-        )
-        # a plan that a kill has left incomplete is begun anew, so it is made without a journal
-        for pragma in (*(("journal_mode=OFF", "synchronous=OFF") if new else ()), f"cache_size=-{CACHE_KB}", "temp_store=FILE"):
-            self._db.execute(f"PRAGMA {pragma}")
-        self._db.create_function("key_of", 3, lambda source, origin, copy: key_of(source, numbered(origin, copy)), deterministic=True)
-        self._ordinal = 0
-        if new:
-            self._db.executescript(SCHEMA)
+    def __init__(self, shards: ShardSet, data: DataSettings, run: RunSettings, *, tokens_per_frame: int, world_size: int) -> None:
+        """Raises UserError if the mixture does not fit the shards or the run, or the batch the ranks."""
+        if run.batch_samples % world_size:
+            raise UserError(
+                f"{run.batch_samples} samples per step do not divide among {world_size} ranks",
+                where="run.batch_samples",
+                fix="make it a multiple of the number of ranks",
+            )
+        self.mixed = MixedSamples(shards, data, "train", run.seed, tokens_per_frame=tokens_per_frame)
+        self.run, self.world_size, self.tokens_per_frame = run, world_size, tokens_per_frame
+        self._check_epochs(data)
+        self._dealt = lru_cache(maxsize=PLANNED_STEPS)(self._deal)
 
-    def __enter__(self) -> Self:
-        return self
+    def samples(self, step: int) -> Iterator[Slot]:
+        """The global batch of a step: a function of seed and step."""
+        for number in range(step * self.run.batch_samples, (step + 1) * self.run.batch_samples):
+            yield self.mixed.slot(*self.mixed.mixture.at(number))
 
-    def __exit__(self, *error: object) -> None:
-        self._db.close()
+    def micro_batches(self, step: int) -> list[list[list[Slot]]]:
+        """The same samples, dealt: `[rank][micro-batch]`. Every rank has equally many micro-batches, none empty."""
+        return self._dealt(step)
 
-    def add_download(self, number: int, folder: Path) -> None:
-        """The good samples of a download."""
-        tars: dict[str, int] = {}
-        with pq.ParquetFile(folder / CONTENT) as contents, pq.ParquetFile(folder / PLACES) as places:
-            for content, place in zip(contents.iter_batches(BATCH_ROWS), places.iter_batches(BATCH_ROWS), strict=True):
-                rows = [one | where for one, where in zip(content.to_pylist(), place.to_pylist(), strict=True)]
-                for name in dict.fromkeys(row["tar"] for row in rows):
-                    if name not in tars:
-                        tars[name] = self._db.execute("INSERT INTO tar(download, name) VALUES (?, ?)", (number, name)).lastrowid or 0
-                self._insert(
-                    (
-                        *(row[name] for name in ("source", "kind", "split", "origin")),
-                        bytes.fromhex(row["frames_sha256"]),
-                        bytes.fromhex(row["text_sha256"]),
-                        row["num_frames"],
-                        row["duration_s"],
-                        tars[row["tar"]],
-                        row["offset"],
-                        row["size"],
-                        None,
-                    )
-                    for row in rows
+    def epochs(self, steps: int) -> dict[str, float]:
+        """How often so many steps go through each source; the mean over a long run."""
+        mixture, samples = self.mixed.mixture, steps * self.run.batch_samples
+        shares = [count / BLOCK_SAMPLES for count in mixture.counts]
+        return {name: samples * share / size for name, share, size in zip(mixture.names, shares, mixture.sizes, strict=True)}
+
+    def _deal(self, step: int) -> list[list[list[Slot]]]:
+        slots, budget = list(self.samples(step)), self.run.micro_batch
+        dealt = deal(self.mixed.costs(slots) / (budget.frames, budget.tokens), self.world_size)
+        return [[[slots[index] for index in items] for items in rank] for rank in dealt]
+
+    def _check_epochs(self, data: DataSettings) -> None:
+        if self.run.steps is None:
+            return
+        for name, epochs in self.epochs(self.run.steps).items():
+            most = next(part.max_epochs for part in data.mixture if part.source == name)
+            if most is not None and epochs > most:
+                raise UserError(
+                    f"{self.run.steps} steps go through {name!r} {epochs:.2f} times, more than {most:g}",
+                    where="data.mixture, max_epochs",
+                    fix="lower its share or the number of steps, or allow more epochs",
                 )
 
-    def add_texts(self, texts: Iterable[tuple[str, str, str | None, list[dict[str, str]]]]) -> None:
-        """Chats: source, split (empty: by hash), what names it (None: its text), and turns."""
 
-        def rows() -> Iterator[tuple]:
-            for source, split, origin, turns in texts:
-                chat = json.dumps(turns)
-                digest = sha256((chat if origin is None else f"{origin} {chat}").encode())
-                yield source, "text", split, origin or digest.hexdigest(), digest.digest(), digest.digest(), 0, 0.0, None, None, None, chat
-
-        self._insert(rows())
-
-    def decide(self, share: Callable[[str], float], *, val_samples: int | None, validation: Path | None) -> None:
-        """Leave out duplicates, hold out validation, leave out what leaks, and order the rest.
-
-        `share`: of a source's undecided samples, how many are held out. Raises UserError for a video in two splits, and for a frozen
-        `validation` set of which samples are missing.
-        """
-        self._refuse_torn()
-        self._db.execute(
-            "UPDATE sample SET reason = ? WHERE ordinal IN (SELECT ordinal FROM (SELECT ordinal, ROW_NUMBER() OVER "
-            "(PARTITION BY source, content, text ORDER BY split = 'val' DESC, ordinal) AS copy FROM sample) WHERE copy > 1)",
-            (DUPLICATE,),
+def source_rows(shards: ShardSet, split: Split, sources: list[str]) -> list[np.ndarray]:
+    """Row numbers of each source. Raises UserError naming what there is if one has none."""
+    rows = [shards.row_numbers(split, source) for source in sources]
+    missing = [source for source, numbers in zip(sources, rows, strict=True) if not len(numbers)]
+    if missing:
+        raise UserError(
+            f"no {split} samples of {', '.join(map(repr, missing))}",
+            where=f"data.mixture, shards {shards.folder}",
+            fix=f"the shards have: {', '.join(shards.manifest.names(split)) or 'none'}",
         )
-        if validation:
-            self._hold_out_frozen(validation)
-        else:
-            self._hold_out(share, val_samples)
-        self._leave_out_leaks()
-        self._db.execute(
-            "INSERT INTO planned(ordinal, copy, key) SELECT ordinal, copy, key_of(source, origin, copy) AS key FROM ("
-            "SELECT *, ROW_NUMBER() OVER (PARTITION BY source, origin ORDER BY ordinal) AS copy FROM sample WHERE reason IS NULL"
-            ") ORDER BY source, split, bucket, seconds, key"
-        )
-
-    def groups(self) -> list[Group]:
-        """What there is in each split of each source, in the order of the plan."""
-        found = self._db.execute("SELECT source, split, COUNT(*) FROM sample WHERE reason IS NULL GROUP BY source, split ORDER BY 1, 2")
-        groups, first = [], 1
-        for source, split, samples in found:
-            groups.append(Group(source, split, first, samples))
-            first += samples
-        return groups
-
-    def read(self, first: int, samples: int) -> Iterator[Planned]:
-        """Samples by position, in order."""
-        rows = self._db.execute(
-            f"SELECT {FIELDS.format(copy='copy')} FROM planned JOIN sample USING (ordinal) "
-            "LEFT JOIN tar ON tar.id = tar WHERE position >= ? AND position < ? ORDER BY position",
-            (first, first + samples),
-        )
-        yield from map(_planned, rows)
-
-    def training(self, most: int) -> Iterator[Planned]:
-        """The first training samples, in the order in which they were added."""
-        rows = self._db.execute(
-            f"SELECT {FIELDS.format(copy=1)} FROM sample LEFT JOIN tar ON tar.id = tar "
-            "WHERE reason IS NULL AND split = 'train' ORDER BY ordinal LIMIT ?",
-            (most,),
-        )
-        yield from map(_planned, rows)
-
-    def lost(self) -> Iterator[BadClip]:
-        """What was left out."""
-        rows = self._db.execute("SELECT origin, reason, source FROM sample WHERE reason IS NOT NULL ORDER BY ordinal")
-        yield from (BadClip(url=origin, reason=reason, source=source) for origin, reason, source in rows)
-
-    def count_lost(self) -> dict[str, int]:
-        """How many samples were left out, by reason."""
-        return dict(self._db.execute("SELECT reason, COUNT(*) FROM sample WHERE reason IS NOT NULL GROUP BY reason").fetchall())
-
-    def mark_unusable(self, first: int, samples: int, keys: Iterable[str]) -> None:
-        """Of the samples with those positions, these are in no shard: it turned out when it was written."""
-        self._db.executemany(
-            "INSERT OR IGNORE INTO unusable SELECT ordinal FROM planned WHERE position >= ? AND position < ? AND key = ?",
-            ((first, first + samples, key) for key in keys),
-        )
-
-    def write_validation(self, path: Path) -> None:
-        """The validation set by content, a line per sample: what `decide` takes as a frozen one."""
-        rows = self._db.execute(f"SELECT source, LOWER(HEX(content)), LOWER(HEX(text)) {HELD_OUT} ORDER BY 1, 2, 3")
-        with path.open("w", newline="") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(["source", "content", "text"])
-            writer.writerows(rows)
-
-    def _insert(self, rows: Iterable[tuple]) -> None:
-        """Rows of source, kind, split, origin, content, text, frames, seconds, tar, offset, size, chat."""
-
-        def complete() -> Iterator[tuple]:
-            for source, kind, split, origin, content, text, frames, seconds, *place in rows:
-                self._ordinal += 1
-                unit = int.from_bytes(content[:6], "big") / 2**48
-                known = (self._ordinal, source, kind, split, origin, content, text, unit, frames, bucket_of(frames), seconds)
-                yield *known, *place, int(not split), None
-
-        self._db.execute("BEGIN")
-        self._db.executemany(INSERT, complete())
-        self._db.execute("COMMIT")
-
-    def _refuse_torn(self) -> None:
-        torn = self._db.execute(
-            "SELECT MIN(origin), COUNT(*) FROM (SELECT origin FROM sample WHERE kind != 'text' GROUP BY source, origin "
-            "HAVING COUNT(DISTINCT split) > 1)"
-        ).fetchone()
-        if torn[1]:
-            raise UserError(
-                f"{torn[1]} videos are in more than one split, e.g. {torn[0]}", where="the table of videos", fix="give a url one split"
-            )
-
-    def _hold_out(self, share: Callable[[str], float], most: int | None) -> None:
-        """Validation by hash of the content, of every source one at least."""
-        run = self._db.execute
-        undecided = "undecided AND reason IS NULL"
-        sources = [source for (source,) in run(f"SELECT DISTINCT source FROM sample WHERE {undecided}").fetchall()]
-        run("UPDATE sample SET split = 'train' WHERE undecided")
-        least: dict[str, float] = {}
-        for source in sources:
-            first, last = run(f"SELECT MIN(unit), MAX(unit) FROM sample WHERE {undecided} AND source = ?", (source,)).fetchone()
-            if share(source) > 0 and last > first:
-                least[source] = first
-            run(f"UPDATE sample SET split = 'val' WHERE {undecided} AND source = ? AND unit < ?", (source, share(source)))
-        if most is not None:
-            given = run("SELECT COUNT(*) FROM sample WHERE split = 'val' AND reason IS NULL AND NOT undecided").fetchone()[0]
-            chosen = f"FROM sample WHERE split = 'val' AND {undecided}"
-            beyond = run(f"SELECT unit {chosen} ORDER BY unit LIMIT 1 OFFSET ?", (max(0, most - given),)).fetchone()
-            if beyond:
-                run(f"UPDATE sample SET split = 'train' WHERE split = 'val' AND {undecided} AND unit >= ?", beyond)
-        for source, unit in least.items():
-            run(f"UPDATE sample SET split = 'val' WHERE {undecided} AND source = ? AND unit = ?", (source, unit))
-
-    def _hold_out_frozen(self, path: Path) -> None:
-        run = self._db.execute
-        try:
-            with path.open(newline="") as stream:
-                rows = [(row["source"], bytes.fromhex(row["content"]), bytes.fromhex(row["text"])) for row in csv.DictReader(stream)]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            fix = "give the validation.csv of a folder of shards"
-            raise UserError(f"not a frozen validation set: {type(error).__name__}: {error}", where=str(path), fix=fix) from error
-        self._db.executemany("INSERT OR IGNORE INTO frozen VALUES (?, ?, ?)", rows)
-        frozen = "(source, content, text) IN (SELECT source, content, text FROM frozen)"
-        run(f"UPDATE sample SET reason = ? WHERE reason IS NULL AND split = 'val' AND NOT {frozen}", (NOT_FROZEN,))
-        run("UPDATE sample SET split = 'train' WHERE undecided")
-        run(f"UPDATE sample SET split = 'val' WHERE reason IS NULL AND {frozen}")
-        self.require_frozen(path)
-
-    def require_frozen(self, path: Path) -> None:
-        """Raises UserError where the validation set is not the frozen one."""
-        run = self._db.execute
-        total = run("SELECT COUNT(*) FROM frozen").fetchone()[0]
-        there = run(f"SELECT COUNT(*) {HELD_OUT}").fetchone()[0]
-        if there < total:
-            example = run(
-                "SELECT source, LOWER(HEX(content)) FROM frozen WHERE (source, content, text) NOT IN "
-                f"(SELECT source, content, text {HELD_OUT}) LIMIT 1"
-            ).fetchone()
-            raise UserError(
-                f"{total - there} of the {total} samples of the frozen validation set are missing, e.g. one of {example[0]}: {example[1]}",
-                where=str(path),
-                fix="bring back their sources, frame settings and library versions, or freeze another validation set",
-            )
-
-    def _leave_out_leaks(self) -> None:
-        """Training samples with a validation sample's frames (of any source) or video. Raises RuntimeError if one is left."""
-        run = self._db.execute
-        run("CREATE INDEX held_out ON sample(content) WHERE split = 'val' AND reason IS NULL")
-        leaks = "split = 'train' AND reason IS NULL AND content IN (SELECT content FROM sample WHERE split = 'val' AND reason IS NULL)"
-        run(f"UPDATE sample SET reason = ? WHERE {leaks}", (LEAK,))
-        run(
-            "UPDATE sample SET reason = ? WHERE split = 'train' AND reason IS NULL AND kind != 'text' AND (source, origin) IN "
-            "(SELECT source, origin FROM sample WHERE split = 'val' AND reason IS NULL AND kind != 'text')",
-            (SAME_VIDEO,),
-        )
-        if left := run(f"SELECT COUNT(*) FROM sample WHERE {leaks}").fetchone()[0]:
-            raise RuntimeError(f"{left} training samples are in validation too")
-
-
-def _planned(row: tuple) -> Planned:
-    """Of FIELDS."""
-    source, kind, split, origin, copy, chat, *place = row
-    return Planned(source, kind, split, origin, copy, None if place[0] is None else (place[0], place[1], place[2], place[3]), chat)
-
-
-def numbered(origin: str, copy: int) -> str:
-    """What names a video's second sample, its third, ..."""
-    return origin if copy == 1 else f"{origin}#{copy}"
+    return rows

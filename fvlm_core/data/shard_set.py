@@ -1,7 +1,7 @@
-"""Shards to read from: random access through the index, one read per sample, frames decoded by libjpeg-turbo."""
+"""Shards to read from: random access through the index, one read per sample, frames decoded by libjpeg-turbo where they are wanted."""
 
 import json
-import os
+from collections.abc import Callable, Iterable
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import simplejpeg
 from transformers import PreTrainedTokenizerBase
 
-from fvlm_core.config import DataSettings
+from fvlm_core.config import DataSettings, StagingSettings
 from fvlm_core.data.batch import ChatFormat, Sample, Turn
 from fvlm_core.data.jobs import INDEX_FILE, TOKENIZER_FOLDER, ShardManifest
 from fvlm_core.data.rows import Split
+from fvlm_core.data.shard_io import CorruptSampleError, ShardFile, spans
+from fvlm_core.data.staging import Staging
 from fvlm_core.data.tokenizer import chat_format, load_tokenizer
 from fvlm_core.errors import UserError
 
@@ -24,17 +27,15 @@ OPEN_SHARDS = 256
 """Tars kept open at a time."""
 MEMBER_COLUMNS = ("json_offset", "json_size", "frame_offsets", "frame_sizes")
 
-
-class CorruptSampleError(Exception):
-    """A sample whose bytes are not what the index promises."""
+Bytes = bytes | memoryview
 
 
 class ShardSet:
     """The shards of a ShardManifest's folder. A row is one (sample, conversation), named by its number in the index."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises UserError if the folder has no manifest or no readable index."""
-        self.folder = Path(folder)
+    def __init__(self, folder: Path, staging: StagingSettings | None = None) -> None:
+        """`staging`: where local copies of shards are kept. Raises UserError if the folder has no manifest or no readable index."""
+        self.folder, self.staging_settings = Path(folder), staging
         self.manifest = ShardManifest.read(self.folder)
         try:
             self._table = pq.read_table(self.folder / INDEX_FILE)
@@ -42,17 +43,25 @@ class ShardSet:
             raise UserError(
                 f"the index cannot be read: {error}", where=str(self.folder / INDEX_FILE), fix="make the shards again"
             ) from error
-        self._shards = self._table["shard"].to_pylist()
+        shard = self._table["shard"].combine_chunks().dictionary_encode()
+        self.shard_names: list[str] = shard.dictionary.to_pylist()
+        self.shard_numbers = shard.indices.to_numpy()
+        """Per row, int32, the number of its shard in `shard_names`."""
         self._conversations, self._json_offsets, self._json_sizes, self.n_frames, self.n_tokens = (
             self._table[name].to_numpy() for name in ("conversation", "json_offset", "json_size", "n_frames", "n_tokens")
         )
-        self.is_caption = np.array([task == "caption" for task in self._table["task"].to_pylist()])
+        self.is_caption = pc.equal(self._table["task"], "caption").to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
         self._offsets, self._sizes = (self._table[name].combine_chunks() for name in ("frame_offsets", "frame_sizes"))
-        self._open = lru_cache(maxsize=OPEN_SHARDS)(lambda name: _ShardFile(self.folder / name))
+        self.staging = staging and Staging(self.folder, self.manifest, staging)
+        self._open = lru_cache(maxsize=OPEN_SHARDS)(self._opened)
 
     def __reduce__(self) -> tuple:
         """Loader processes open the folder themselves."""
-        return ShardSet, (self.folder,)
+        return ShardSet, (self.folder, self.staging_settings)
+
+    def staged(self, settings: StagingSettings | None) -> "ShardSet":
+        """The same shards, read as `settings` says."""
+        return self if settings == self.staging_settings else ShardSet(self.folder, settings)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -66,6 +75,16 @@ class ShardSet:
     def sample_numbers(self) -> np.ndarray:
         """Per row, int32, the number of its sample: equal for all conversations about the same frames."""
         return self._table["key"].combine_chunks().dictionary_encode().indices.to_numpy()
+
+    def row_numbers(self, split: Split, source: str) -> np.ndarray:
+        """int64, ascending: the numbers of a source's rows in a split."""
+        chosen = pc.and_(pc.equal(self._table["split"], split), pc.equal(self._table["source"], source))  # pyright: ignore[reportAttributeAccessIssue]
+        return np.flatnonzero(chosen.to_numpy())
+
+    def sequence_tokens(self, *, image_repeats: int, tokens_per_frame: int) -> np.ndarray:
+        """int64 per row: positions of its packed sequence, text and visual tokens."""
+        image = pc.equal(self._table["kind"], "image").to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
+        return self.n_tokens + self.n_frames.astype(np.int64) * np.where(image, image_repeats, 1) * tokens_per_frame
 
     @cached_property
     def _frame(self) -> pd.DataFrame:
@@ -81,74 +100,94 @@ class ShardSet:
 
     def record(self, row: int) -> dict[str, Any]:
         """The sample's JSON. Raises CorruptSampleError."""
-        content = self._open(self._shards[row]).read(int(self._json_offsets[row]), int(self._json_sizes[row]))
+        content = self._file(row).read(int(self._json_offsets[row]), int(self._json_sizes[row]))
         return _parse(content)
 
-    def read(self, row: int, *, image_repeats: int, question_first: bool = False, label_questions: bool = False) -> Sample:
-        """The row's conversation with its frames; an image is shown `image_repeats` times. Raises CorruptSampleError."""
+    def fetch(self, rows: Iterable[int]) -> dict[int, Bytes]:
+        """The bytes of samples, by row; neighbours in a shard come by one request, and all requests are announced before the first waits.
+
+        What cannot be read is left out: `read` says why.
+        """
+        by_shard: dict[int, dict[int, tuple[int, int]]] = {}
+        for row in dict.fromkeys(rows):
+            by_shard.setdefault(int(self.shard_numbers[row]), {})[row] = self._place(row)
+        requests = [(self._open(shard), span, wanted) for shard, places in by_shard.items() for span, wanted in spans(places)]
+        for file, (start, end), _ in requests:
+            file.announce(start, end - start)
+        contents: dict[int, Bytes] = {}
+        for file, (start, end), wanted in requests:
+            try:
+                content = memoryview(file.read(start, end - start))
+            except CorruptSampleError:
+                continue
+            contents |= {row: content[first - start : last - start] for row, (first, last) in wanted.items()}
+        return contents
+
+    def read(
+        self,
+        row: int,
+        *,
+        image_repeats: int,
+        question_first: bool = False,
+        label_questions: bool = False,
+        content: Bytes | None = None,
+        frames: Callable[[int], np.ndarray] | np.ndarray | None = None,
+    ) -> Sample:
+        """The row's conversation with its frames; an image is shown `image_repeats` times. Raises CorruptSampleError.
+
+        `content`: the sample's bytes, where `fetch` has them. `frames`: the frames, where another conversation about them was read
+        before, or what gives the uint8 [n, S, S, 3] to decode n of them into.
+        """
         offsets, sizes = self._offsets[row].values.to_numpy(), self._sizes[row].values.to_numpy()
-        start, end = int(self._json_offsets[row]), int(self._json_offsets[row] + self._json_sizes[row])
-        first = int(offsets[0]) if len(offsets) else start
-        content = self._open(self._shards[row]).read(first, end - first)  # the members are neighbours: one read gets them all
+        first, end = self._place(row)
+        if content is None:
+            content = self._file(row).read(first, end - first)
+        start = int(self._json_offsets[row])
         record = _parse(content[start - first :])
-        side = self.manifest.frame_px
-        frames = np.empty((len(offsets), side, side, 3), np.uint8)
-        for frame, offset, size in zip(frames, offsets - first, sizes, strict=True):
-            _decode(content[offset : offset + size], frame)
         try:
             turns = [
                 Turn(turn["question_ids"], turn["answer_ids"], turn.get("rejected_ids"))
                 for turn in record["conversations"][self._conversations[row]]
             ]
-            shown = [[index] * image_repeats for index in range(len(frames))] if record["kind"] == "image" else [list(range(len(frames)))]
-            return Sample(
-                key=record["key"],
-                source=record["source"],
-                frames=frames,
-                media=shown if len(frames) else [],
-                turns=turns,
-                question_first=question_first,
-                label_questions=label_questions,
-            )
+            key, source, is_image = record["key"], record["source"], record["kind"] == "image"
         except (KeyError, IndexError, TypeError) as error:
             raise CorruptSampleError(f"its JSON lacks {error}") from error
+        if not isinstance(frames, np.ndarray):
+            side = self.manifest.frame_px
+            frames = np.empty((len(offsets), side, side, 3), np.uint8) if frames is None else frames(len(offsets))
+            for frame, offset, size in zip(frames, (offsets - first).tolist(), sizes.tolist(), strict=True):
+                _decode(content[offset : offset + size], frame)
+        shown = [[index] * image_repeats for index in range(len(frames))] if is_image else [list(range(len(frames)))]
+        return Sample(key, source, frames, shown if len(frames) else [], turns, question_first, label_questions)
+
+    def _opened(self, shard: int) -> ShardFile:
+        return ShardFile(self.folder / self.shard_names[shard], self.staging)
+
+    def _file(self, row: int) -> ShardFile:
+        return self._open(int(self.shard_numbers[row]))
+
+    def _place(self, row: int) -> tuple[int, int]:
+        """Where a sample's members start and end in its shard; they are neighbours, its JSON the last."""
+        start = int(self._json_offsets[row])
+        first = self._offsets[row].values
+        return (first[0].as_py() if len(first) else start), start + int(self._json_sizes[row])
 
     def longest_sequence(self, data: DataSettings, *, tokens_per_frame: int) -> int:
         """Tokens of the longest packed sample of what is trained and validated on; to be checked against a model's context."""
-        chosen = self._frame["source"].isin([part.source for part in [*data.mixture, *data.held_out.mixture]]).to_numpy()
-        repeats = np.where(self._frame["kind"] == "image", data.image_repeats, 1)
-        return int((self.n_tokens + self.n_frames * repeats * tokens_per_frame)[chosen].max(initial=0))
+        chosen = [part.source for part in [*data.mixture, *data.held_out.mixture]]
+        known = pc.is_in(self._table["source"], pa.array(chosen)).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
+        tokens = self.sequence_tokens(image_repeats=data.image_repeats, tokens_per_frame=tokens_per_frame)
+        return int(tokens[known].max(initial=0))
 
 
-class _ShardFile:
-    """An open tar, closed when nobody uses it any more."""
-
-    def __init__(self, path: Path) -> None:
-        self.descriptor = -1
-        try:
-            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise UserError(f"a shard cannot be opened: {error.strerror}", where=str(path), fix="make the shards again") from error
-
-    def read(self, offset: int, size: int) -> bytes:
-        content = os.pread(self.descriptor, size, offset)
-        if len(content) < size:
-            raise CorruptSampleError("the shard ends within the sample")
-        return content
-
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-
-
-def _parse(content: bytes) -> dict[str, Any]:
+def _parse(content: Bytes) -> dict[str, Any]:
     try:
-        return json.loads(content)
+        return json.loads(bytes(content))
     except ValueError as error:
         raise CorruptSampleError(f"its JSON is damaged: {error}") from error
 
 
-def _decode(jpeg: bytes, out: np.ndarray) -> None:
+def _decode(jpeg: Bytes, out: np.ndarray) -> None:
     """Decode into `out`, uint8 [S, S, 3]."""
     try:
         height, width = simplejpeg.decode_jpeg_header(jpeg)[:2]

@@ -1,9 +1,9 @@
 """Makes the shards that training reads out of downloads and text: duplicates, splits, tokens, order, index.
 
 `python -m fvlm_core.data.shards job.yaml`. Everything written is a function of the settings and of the inputs' content: byte
-for byte the same, whatever the order in which videos arrived and however many processes write. The plan (`fvlm_core.data.plan`) is made
-first, on disk; every shard is then written by itself, so a job that is killed goes on with the shards that are missing, and memory
-does not grow with the number of samples.
+for byte the same, whatever the order in which videos arrived and however many processes write. The plan (`shard_plan`) is made first, on
+disk; every shard is then written by itself, so a job that is killed goes on with the shards that are missing, and memory does not grow
+with the number of samples.
 """
 
 import json
@@ -34,11 +34,11 @@ from fvlm_core.data.jobs import (
 )
 from fvlm_core.data.losses import Losses
 from fvlm_core.data.parent import end_with_parent
-from fvlm_core.data.plan import DUPLICATE, LEAK, SAME_VIDEO, Plan, Planned, numbered
 from fvlm_core.data.raw_shards import read_sample
 from fvlm_core.data.rows import SPLITS, Kind, Split
 from fvlm_core.data.shard_files import ShardSample, added, shard_name, write_shard
 from fvlm_core.data.shard_parts import ShardPart, write_index
+from fvlm_core.data.shard_plan import DUPLICATE, LEAK, SAME_VIDEO, Plan, Planned, numbered
 from fvlm_core.data.sources.record import Record, read_rows
 from fvlm_core.data.text import text_chats
 from fvlm_core.data.tokenizer import chat_format, load_tokenizer, render_chat, train_tokenizer

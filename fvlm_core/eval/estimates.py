@@ -8,9 +8,12 @@ from typing import Literal
 from fvlm_core.model.names import Mode
 from fvlm_core.settings import Settings
 
+CLIP, TASK = "clip", "task"
+"""Groups that every question has: the unit of resampling, and its kind."""
+
 
 class Estimate(Settings):
-    """A measured number with its 95 % bootstrap interval (over clips: questions about one clip are not independent)."""
+    """A measured number with its 95 % interval (over clips: questions about one clip are not independent)."""
 
     value: float
     low: float
@@ -19,6 +22,8 @@ class Estimate(Settings):
     """Independent units that were resampled: clips (or texts)."""
     count: int
     """What was averaged or pooled: labelled tokens, captions, questions, answer words or frames."""
+    exact: bool = False
+    """Whether the interval is exact (few clips) instead of a bootstrap."""
 
 
 class PairedTest(Settings):
@@ -33,7 +38,16 @@ class PairedTest(Settings):
     """Questions only `a` answers rightly (accuracy only)."""
     only_b: int | None = None
     p_value: float | None = None
-    """Two-sided exact McNemar test (accuracy only)."""
+    """Two-sided sign-flip test by clip, adjusted for the tests beside it by Holm's method (accuracy only)."""
+
+
+class Dataset(Settings):
+    """What a part measures on, as the model card's metadata name it."""
+
+    type: str
+    """Hub identifier of the dataset, or a slug."""
+    name: str
+    split: str = "validation"
 
 
 class Metric(Settings):
@@ -47,12 +61,5 @@ class Metric(Settings):
     decimals: int = 3
     hub_type: str = ""
     """The metric's identifier in the model card's metadata, e.g. `accuracy`; empty leaves it out of the card."""
-
-
-class Dataset(Settings):
-    """What a part measures on, as the model card's metadata name it."""
-
-    type: str
-    """Hub identifier of the dataset, or a slug."""
-    name: str
-    split: str = "validation"
+    dataset: Dataset | None = None
+    """What it was measured on, where that is not the part's own dataset."""

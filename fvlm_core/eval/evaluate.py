@@ -5,12 +5,15 @@ import time
 import torch
 
 from fvlm_core.config import Recipe
+from fvlm_core.data.frames import FrameRule
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.errors import UserError
+from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
 from fvlm_core.eval.jobs import EvalJob
-from fvlm_core.eval.outside import check_outside
-from fvlm_core.eval.part import Benchmark, Context, NotMeasuredError, Part, PartResult
-from fvlm_core.eval.results import FILE_NAME, TABLES_FILE, EvalReport, Results
+from fvlm_core.eval.outside import check_outside, digest
+from fvlm_core.eval.part import Context, NotMeasuredError, Part, PartResult
+from fvlm_core.eval.ranks import ALONE, Ranks
+from fvlm_core.eval.results import FILE_NAME, TABLES_FILE, EvalReport, Results, measuring_code
 from fvlm_core.eval.stats import Bootstrap
 from fvlm_core.eval.subject import Subject
 from fvlm_core.eval.summary import summary, verdict
@@ -20,31 +23,53 @@ from fvlm_core.manifest import AnyManifest, file_entries, sha256_file, write_ato
 from fvlm_core.model.build import WEIGHTS_FILE, load_model
 from fvlm_core.model.names import MODES
 from fvlm_core.progress import Progress
+from fvlm_core.provenance import versions
 from fvlm_core.train.jobs import MODEL_FOLDER, RECIPE_FILE, RunManifest
 
 
-def evaluate(job: EvalJob) -> EvalReport:
-    """Run a job. Raises UserError where the run, the shards, the modes or the files from outside do not fit or are missing."""
+def evaluate(job: EvalJob, ranks: Ranks = ALONE) -> EvalReport | None:
+    """Run a job; other processes than the first only ask items of benchmarks, and return None.
+
+    Raises UserError where the run, the shards, the modes or the files from outside do not fit or are missing.
+    """
     started = time.monotonic()
     run = RunManifest.read(job.run)
     inputs = {"run": run.digest, "shards": AnyManifest.read(job.shards).digest}
     check_outside(job)
-    outside = {f"{part}.{file}": sha256_file(path) for (part, file), path in job.outside().items()}
     recipe = Recipe.from_yaml(job.run / RECIPE_FILE)
-    subject = load_subject(job)
+    subject = load_subject(job, ranks)
+    shards = ShardSet(job.shards)
+    answerer = FoveatedAnswerer(
+        subject,
+        name=recipe.name,
+        checkpoint=sha256_file(job.run / MODEL_FOLDER / WEIGHTS_FILE),
+        rule=FrameRule(shards.manifest.frame_px, fps=shards.manifest.fps),
+        image_repeats=recipe.data.image_repeats,
+        seed=job.seed,
+    )
+    wanted = job.parts() | {"benchmarks": (benchmarks := job.benchmarks.in_modes(job.modes))}
+    if ranks.rank:
+        benchmarks.ask_items(benchmarks.load(job.shards), answerer, job.output, ranks)
+        return None
+    outside = {f"{part}.{setting}": digest(path) for (part, setting), path in job.outside().items()}
+    progress = Progress(job.output, len(wanted))
     context = Context(
         subject=subject,
-        split=ValidationSplit(ShardSet(job.shards), image_repeats=recipe.data.image_repeats, seed=job.seed),
+        answerer=answerer,
+        split=ValidationSplit(shards, image_repeats=recipe.data.image_repeats, seed=job.seed),
         modes=[mode for mode in MODES if mode in (job.modes or subject.model.modes)],
         bootstrap=Bootstrap(job.resamples, job.seed),
         output=job.output,
+        ranks=ranks,
+        note=progress.say,
     )
-    progress = Progress(job.output, len(job.parts()))
-    parts, absent = measure(job.parts(), context, progress)
+    parts, absent = measure(wanted, context, progress)
     results = Results(
         run=recipe.name,
-        checkpoint=sha256_file(job.run / MODEL_FOLDER / WEIGHTS_FILE),
+        checkpoint=answerer.checkpoint,
         shards=inputs["shards"],
+        code=measuring_code(),
+        versions=versions(),
         outside=outside,
         seed=job.seed,
         resamples=job.resamples,
@@ -71,7 +96,7 @@ def evaluate(job: EvalJob) -> EvalReport:
         verdict=verdict(results).line,
         headline=headline_table(results.headline()),
     ).write(job.output)
-    progress.update(len(job.parts()), note="done")
+    progress.update(len(wanted), note="done")
     return report
 
 
@@ -84,20 +109,18 @@ def measure(parts: dict[str, Part], context: Context, progress: Progress) -> tup
         try:
             if part.needs_queries and not context.subject.gazes:
                 raise NotMeasuredError("the model pools its patches and looks nowhere")
-            if isinstance(part, Benchmark) and not part.files:
-                raise NotMeasuredError(f"no files were given (evaluation.{name}.files: {', '.join(part.needs_files)})")
             results[name] = part.measure(context)
         except NotMeasuredError as reason:
             absent[name] = str(reason)
     return results, absent
 
 
-def load_subject(job: EvalJob) -> Subject:
+def load_subject(job: EvalJob, ranks: Ranks = ALONE) -> Subject:
     """The run's model, with the tokenizer of the shards. Raises UserError where model, modes and shards do not fit together."""
     if job.threads:
         torch.set_num_threads(job.threads)
     shards = ShardSet(job.shards)
-    model = load_model(job.run / MODEL_FOLDER).eval()
+    model = load_model(job.run / MODEL_FOLDER).eval().requires_grad_(False)
     if unknown := [mode for mode in job.modes or [] if mode not in model.modes]:
         raise UserError(
             f"the model (query {model.settings.query!r}) has no mode {', '.join(unknown)}",
@@ -111,5 +134,5 @@ def load_subject(job: EvalJob) -> Subject:
             fix="evaluate on the shards the run was trained on",
         )
     cuda = job.device == "cuda" or (job.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda" if cuda else "cpu")
+    device = torch.device("cuda", ranks.local) if cuda else torch.device("cpu")
     return Subject(model.to(device), shards.tokenizer, shards.chat, device, job.batch_samples)

@@ -1,86 +1,53 @@
-"""What scorers are given: multiple-choice items (probes are turned into them, and so can any benchmark be) and open questions.
+"""The typed item that every benchmark becomes. Nothing here needs torch."""
 
-A new multiple-choice benchmark is a function that yields `Item`s.
-"""
-
-import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
-import numpy as np
-
-from fvlm_core.data.batch import Sample, Turn
-from fvlm_core.eval.subject import Subject
+from fvlm_core.eval.estimates import CLIP
+from fvlm_core.eval.media import Source
 
 
-@dataclass(frozen=True)
-class Media:
-    """What an item shows."""
-
-    frames: np.ndarray
-    """uint8 [F, H, W, 3]: the distinct frames."""
-    shown: list[list[int]]
-    """Per video or image, the frames to show in order, as indexes into `frames`."""
-
-    def shuffled(self, seed: int, name: str) -> "Media":
-        """The frames of each video in another order (a video whose frames are all equal, or alone, stays as it is)."""
-        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        return Media(self.frames, [_other_order(indexes, rng) for indexes in self.shown])
-
-
-NO_MEDIA = Media(np.zeros((0, 1, 1, 3), np.uint8), [])
-"""For the blind baseline."""
+class UnreadableItemError(Exception):
+    """Why a row of a benchmark is no item: counted, never skipped silently."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One multiple-choice question."""
+    """One question, multiple choice where it has choices, else open."""
 
     id: str
-    media: Media
+    media: Source
     question: str
-    choices: list[str]
-    gold: int
+    """Without its choices."""
+    choices: list[str] = field(default_factory=list)
+    """Texts without letters."""
+    gold: int | None = None
     """Index of the right choice."""
-    groups: dict[str, str]
+    answers: list[str] = field(default_factory=list)
+    """Accepted answers of an open question."""
+    groups: dict[str, str] = field(default_factory=dict)
     """What results are broken down by; `clip` is the unit of resampling, `task` the kind of question."""
-
-
-@dataclass(frozen=True)
-class ClipQuestion:
-    """A question with a free answer, as the shards hold it."""
-
-    sample: Sample
-    """With its answer; labels on the answer only."""
-    question: str
-    answer: str
-    cells: list[tuple[int, int]] | None = None
-    """Row and column of the asked cell in each frame, where the question is about a place; the answer then has one character a frame."""
+    hints: dict[str, str] = field(default_factory=dict)
+    """What a scorer has to know besides, e.g. the precision of a number."""
 
     @property
     def clip(self) -> str:
-        return self.sample.key
+        """Unit of resampling."""
+        return self.groups.get(CLIP) or self.media.key
 
 
-def without_answer(sample: Sample, *, question_first: bool) -> Sample:
-    """The sample up to where the answer begins, for generation."""
-    *before, last = sample.turns
-    return replace(sample, turns=[*before, Turn(last.question_ids, [])], question_first=question_first)
-
-
-def choice_samples(item: Item, media: Media, subject: Subject) -> list[Sample]:
-    """A sample per choice, question first: its labelled tokens are the choice's text and the end of the turn."""
-    question = subject.encode(item.question)
-    return [
-        Sample(item.id, item.groups["task"], media.frames, media.shown, [Turn(question, subject.encode(choice))], question_first=True)
-        for choice in item.choices
-    ]
-
-
-def _other_order(indexes: Sequence[int], rng: np.random.Generator) -> list[int]:
-    if len(set(indexes)) < 2:
-        return list(indexes)
-    while True:
-        order = [indexes[i] for i in rng.permutation(len(indexes))]
-        if order != list(indexes):
-            return order
+def gold_index(choices: Sequence[str], answer: object) -> int:
+    """Place of the right choice, given by its letter, its number or its text. Raises UnreadableItemError where it is none of them."""
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        if 0 <= answer < len(choices):
+            return answer
+        raise UnreadableItemError(f"choice number {answer} is right, and there are {len(choices)}")
+    text = str(answer).strip()
+    exact = [place for place, choice in enumerate(choices) if choice.strip() == text]
+    if len(exact) == 1:
+        return exact[0]
+    if len(text) == 1 and 0 <= ord(text) - ord("A") < len(choices):
+        return ord(text) - ord("A")
+    if len(exact) > 1:
+        raise UnreadableItemError(f"the right answer {text!r} is {len(exact)} of the choices")
+    raise UnreadableItemError(f"the right answer {text!r} is not among the {len(choices)} choices")

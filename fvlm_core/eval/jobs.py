@@ -26,7 +26,8 @@ class EvalSettings(Parts):
     device: Annotated[Literal["auto", "cpu", "cuda"], EXECUTION] = "auto"
 
     def outside(self) -> dict[tuple[str, str], Path]:
-        """Files from outside that the evaluation reads, by part and name: to be there before anything starts, and part of its identity."""
+        """Files and folders from outside that the evaluation reads, by part and setting: to be there before anything starts, and part of
+        its identity."""
         return {(name, file): path for name, part in self.parts().items() for file, path in part.outside().items()}
 
 

@@ -1,8 +1,10 @@
-"""Files from outside that benchmarks read: that they are there, and what would make them others."""
+"""Files and folders from outside that benchmarks read: that they are there, and what would make them others."""
 
 from pathlib import Path
 
 from fvlm_core.errors import UserError
+from fvlm_core.eval.annotations import SUFFIXES
+from fvlm_core.eval.benchmarks.benchmark import HUB_NAME
 from fvlm_core.eval.jobs import EvalSettings
 from fvlm_core.manifest import sha256_file
 from fvlm_core.settings import hash_json
@@ -11,15 +13,31 @@ SMALL_BYTES = 64 * 2**20
 
 
 def check_outside(settings: EvalSettings) -> None:
-    """Raises UserError where a file is missing."""
-    for (part, file), path in settings.outside().items():
-        if not path.is_file():
-            raise UserError(f"{part}: its file {file!r} is missing", where=str(path), fix=f"correct evaluation.{part}.files.{file}")
+    """Raises UserError where something is missing. A dataset's name on the hub is looked up when it is read."""
+    for (part, setting), path in settings.outside().items():
+        if not path.exists() and not HUB_NAME.match(str(path)):
+            raise UserError(f"{part}: its {setting} is missing", where=str(path), fix=f"correct evaluation.{part}.{setting}")
 
 
 def quick_digest(path: Path) -> str:
-    """Identity of a file: its content, or its size and time of change where that is much to read. `missing` where there is none."""
-    if not path.is_file():
-        return "missing"
+    """Identity of what is there: `digest`, but of large files size and time of change instead of their content."""
+    return _digest(path, _quick)
+
+
+def digest(path: Path) -> str:
+    """Identity of a file: its content; of a folder: its annotation files, not its media. The path itself where nothing is there."""
+    return _digest(path, sha256_file)
+
+
+def _digest(path: Path, of_file) -> str:
+    if path.is_file():
+        return of_file(path)
+    if not path.is_dir():
+        return str(path)
+    files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+    return hash_json([[file.relative_to(path).as_posix(), of_file(file)] for file in files])
+
+
+def _quick(path: Path) -> str:
     stat = path.stat()
     return sha256_file(path) if stat.st_size <= SMALL_BYTES else hash_json([stat.st_size, stat.st_mtime_ns])

@@ -8,19 +8,22 @@ Importing a part imports no torch: what only measuring needs is imported in `mea
 """
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from fvlm_core.eval.estimates import Dataset, Metric
+from fvlm_core.eval.ranks import ALONE, Ranks
 from fvlm_core.figures import Figure
 from fvlm_core.model.names import Mode
-from fvlm_core.settings import EXECUTION, Settings
+from fvlm_core.settings import Settings
 from fvlm_core.tables import Table
 
 if TYPE_CHECKING:  # they need torch
+    from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
     from fvlm_core.eval.stats import Bootstrap
     from fvlm_core.eval.subject import Subject
     from fvlm_core.eval.validation import ValidationSplit
@@ -38,6 +41,8 @@ class Context:
     """What a part can measure with."""
 
     subject: "Subject"
+    answerer: "FoveatedAnswerer"
+    """The same model, for multiple choice and benchmarks."""
     split: "ValidationSplit"
     modes: list[Mode]
     """To measure, in the order of `MODES`."""
@@ -45,6 +50,9 @@ class Context:
     """Makes every estimate; its seed is the evaluation's."""
     output: Path
     """The evaluation's folder, for pictures."""
+    ranks: Ranks = ALONE
+    note: Callable[[str], None] = lambda text: None
+    """Reports what is being done."""
 
 
 class PartResult(Settings):
@@ -93,28 +101,8 @@ class Part(Settings):
         """Measure. Raises NotMeasuredError where there is nothing to measure on."""
 
     def outside(self) -> dict[str, Path]:
-        """Files from outside that it reads, by name."""
+        """Files and folders from outside that it reads, by the dotted path of the setting that names them."""
         return {}
-
-
-class Benchmark(Part):
-    """A part that reads files from outside, e.g. the questions of a published benchmark. It is measured where they are given."""
-
-    needs_files: ClassVar[tuple[str, ...]]
-    """Their names."""
-
-    files: Annotated[dict[str, Path], EXECUTION] = {}
-    """Where each file is. What is in them is part of the evaluation's identity, where they are is not."""
-
-    @model_validator(mode="after")
-    def _all_or_none(self) -> Self:
-        if self.files and set(self.files) != set(self.needs_files):
-            raise ValueError(f"files: give {', '.join(self.needs_files)}, or none (got {', '.join(self.files)})")
-        return self
-
-    def outside(self) -> dict[str, Path]:
-        """Its files, by name."""
-        return dict(self.files)
 
 
 def require(found: int, wanted: int, what: str) -> None:

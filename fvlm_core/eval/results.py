@@ -9,6 +9,7 @@ from typing import Any, Self, TypeVar
 
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator
 
+from fvlm_core import provenance
 from fvlm_core.errors import UserError
 from fvlm_core.eval.estimates import Metric
 from fvlm_core.eval.part import PartResult
@@ -16,7 +17,7 @@ from fvlm_core.eval.parts import RESULTS
 from fvlm_core.figures import Figure
 from fvlm_core.manifest import Manifest, write_atomically
 from fvlm_core.model.names import Mode
-from fvlm_core.settings import Settings
+from fvlm_core.settings import Settings, hash_json
 from fvlm_core.tables import Table
 
 FILE_NAME = "results.json"
@@ -28,14 +29,18 @@ AnyResult = TypeVar("AnyResult", bound=PartResult)
 
 
 class Results(Settings):
-    """`results.json`: equal for equal checkpoint, shards, outside files and job. In memory it holds the timings too."""
+    """`results.json`: equal for equal checkpoint, shards, outside files, job and code. In memory it holds the timings too."""
 
     run: str
-    """Name of the training run's recipe."""
+    """Name of the training run's recipe, or of the checkpoint."""
     checkpoint: str
-    """sha256 of the run's `model/model.safetensors`."""
-    shards: str
-    """Digest of the shards' manifest."""
+    """sha256 of the model's `model.safetensors`."""
+    shards: str = ""
+    """Digest of the shards' manifest; empty where no shards were read."""
+    code: str = ""
+    """Digest of the code that measures."""
+    versions: dict[str, str] = {}
+    """Of Python and the libraries that a number can depend on."""
     outside: dict[str, str] = {}
     """Digest of each file from outside, by `PART.NAME`."""
     seed: int
@@ -107,6 +112,11 @@ class Results(Settings):
         if timed:
             write_atomically(folder / TIMINGS_FILE, json.dumps(timed, indent=2).encode())
         return [TIMINGS_FILE] if timed else []
+
+
+def measuring_code() -> str:
+    """Digest of all files of this package that the evaluation reaches, whichever program runs it."""
+    return hash_json([[path, provenance.digest(path)] for path in provenance.reached("fvlm_core.eval.evaluate")])[:16]
 
 
 class EvalReport(Manifest):

@@ -2,8 +2,11 @@
 
 Units of resampling are clips: nine questions about one clip are not nine independent facts. Every statistic here is a
 function of sums over clips, so a resample is a row of multinomial counts and all of them are one matrix product.
+
+Shares of few clips get an exact interval instead: a bootstrap of 0 of 5 says that the share is certainly 0.
 """
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +17,13 @@ from fvlm_core.eval.estimates import Estimate
 INTERVAL = 0.95
 DECIMALS = 6
 """Numbers are stored with this many decimals: more would be rounding noise of the machine."""
+
+FEW_CLIPS = 100
+"""Below so many clips a share's interval is exact."""
+ENUMERATED = 14
+"""Up to so many clips that differ, all of the paired test's sign flips are tried, which is exact."""
+FLIPS = 20_000
+"""Sign flips that are drawn where there are more."""
 
 Statistic = Callable[[np.ndarray], np.ndarray]
 """Sums [..., d] -> values [...]."""
@@ -61,13 +71,73 @@ class Bootstrap:
         numbers = np.asarray(values, np.float64)
         return self.estimate(np.stack([numbers, np.ones_like(numbers)], 1), clusters)
 
+    def share(self, truths: Sequence[bool] | np.ndarray, clusters: Sequence[str]) -> Estimate:
+        """Share of truths. With fewer than `FEW_CLIPS` clusters the interval is `exact_interval`."""
+        estimate = self.mean(truths, clusters)
+        if estimate.n >= FEW_CLIPS:
+            return estimate
+        low, high = exact_interval(np.asarray(truths, bool), clusters)
+        return estimate.model_copy(update={"low": round(low, DECIMALS), "high": round(high, DECIMALS), "exact": True})
+
     def weighted_mean(self, sums: np.ndarray, clusters: Sequence[str]) -> Estimate:
         """Of rows (sum, weight) [n, 2], the total sum over the total weight; counts the weight, e.g. labelled tokens."""
         return self.estimate(sums, clusters, count=int(sums[:, 1].sum()))
 
 
-def mcnemar(only_a: int, only_b: int) -> float:
-    """Two-sided exact p-value that two methods are equally often right, from the questions only one of them got."""
-    from scipy.stats import binomtest  # half a second that only this needs
+def exact_interval(truths: np.ndarray, clusters: Sequence[str]) -> tuple[float, float]:
+    """Clopper and Pearson's 95 % interval of a share, with the number of questions that the clusters are worth in place of their number.
 
-    return round(float(binomtest(only_a, only_a + only_b).pvalue), DECIMALS) if only_a + only_b else 1.0
+    Korn and Graubard 1998, Survey Methodology 24(2), 193-201: n over the design effect, times (t of n - 1 over t of the clusters - 1)^2.
+    Where every cluster is one question it is Clopper and Pearson's own. Where all questions agree, no design effect can be seen, and a
+    cluster counts as one question.
+    """
+    from scipy.stats import beta, t  # half a second that only this needs
+
+    n, p = len(truths), float(np.mean(truths))
+    names, members = np.unique(np.asarray(clusters), return_inverse=True)
+    m = len(names)
+    if m == n:
+        effective = float(n)
+    elif p in (0.0, 1.0) or m < 2:
+        effective = float(m)
+    else:
+        residuals = np.bincount(members, weights=truths - p, minlength=m)
+        variance = m / (m - 1) * float((residuals**2).sum()) / n**2
+        effect = variance / (p * (1 - p) / n)
+        correction = (t.ppf((1 + INTERVAL) / 2, n - 1) / t.ppf((1 + INTERVAL) / 2, m - 1)) ** 2
+        effective = min(float(n), n / max(effect, 1e-9)) * float(correction)
+    k, tail = p * effective, (1 - INTERVAL) / 2
+    low = float(beta.ppf(tail, k, effective - k + 1)) if k > 0 else 0.0
+    high = float(beta.ppf(1 - tail, k + 1, effective - k)) if k < effective else 1.0
+    return min(low, p), max(high, p)
+
+
+def sign_flip(differences: Sequence[float] | np.ndarray, clusters: Sequence[str], *, seed: int = 0) -> float:
+    """Two-sided p-value that two methods score alike, from their differences on the same questions.
+
+    A permutation test whose unit is the cluster: were the methods alike, each cluster's summed difference could as well have the other
+    sign. Exact up to `ENUMERATED` clusters that differ, else from `FLIPS` draws with the observed one counted in (Phipson and Smyth
+    2010, https://doi.org/10.2202/1544-6115.1585), so it never falls below 1 / (FLIPS + 1).
+    """
+    _, members = np.unique(np.asarray(clusters), return_inverse=True)
+    sums = np.bincount(members, weights=np.asarray(differences, np.float64))
+    sums = sums[np.abs(sums) > 1e-12]
+    observed = abs(float(sums.sum())) - 1e-9
+    if not len(sums):
+        return 1.0
+    if len(sums) <= ENUMERATED:
+        signs = 1 - 2 * ((np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums))) & 1)
+        return round(float(np.mean(np.abs(signs @ sums) >= observed)), DECIMALS)
+    rng = np.random.default_rng([seed, zlib.crc32(sums.tobytes())])
+    signs = rng.integers(0, 2, (FLIPS, len(sums)), np.int8) * 2 - 1
+    return round((1 + int(np.sum(np.abs(signs @ sums) >= observed))) / (1 + FLIPS), DECIMALS)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's (1979) adjusted p-values of a family of tests: below 0.05 where a difference holds with all of them looked at."""
+    order = np.argsort(p_values, kind="stable")
+    adjusted, running = [1.0] * len(p_values), 0.0
+    for rank, place in enumerate(order.tolist()):
+        running = max(running, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = round(running, DECIMALS)
+    return adjusted

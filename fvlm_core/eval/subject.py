@@ -38,6 +38,10 @@ class Subject:
         """Token ids of plain text, without any template or control token."""
         return encode(self.tokenizer, text)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of generated tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
     def pack(self, samples: Sequence[Sample]) -> PackedBatch:
         """One packed batch on the model's device."""
         return pack(samples, self.chat, tokens_per_frame=self.model.settings.tokens_per_frame).to(self.device)
@@ -77,7 +81,7 @@ class Subject:
             for batch in self.batches(samples)
             for ids in inference.generate(self.model, batch, mode, max_new_tokens=max_new_tokens, stop_ids=stop)
         ]
-        return [str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in tokens]
+        return [self.decode(ids) for ids in tokens]
 
     @torch.inference_mode()
     def gaze(self, samples: Sequence[Sample], mode: Mode) -> list[np.ndarray]:

@@ -2,12 +2,13 @@
 
 from typing import Literal, NamedTuple
 
+from fvlm_core.eval.parts.benchmarks import BenchmarksResult
 from fvlm_core.eval.parts.losses import LossResult
-from fvlm_core.eval.references import references_table
+from fvlm_core.eval.published import comparison_table
 from fvlm_core.eval.results import Results
 from fvlm_core.eval.tables import headline_table
 from fvlm_core.markdown import escape
-from fvlm_core.tables import decimals_for, difference
+from fvlm_core.tables import Table, decimals_for, difference
 
 
 class Verdict(NamedTuple):
@@ -44,13 +45,20 @@ def verdict(results: Results) -> Verdict:
     return Verdict("No difference between looking and not looking can be shown.", "neutral", note)
 
 
+def published_tables(results: Results) -> list[Table]:
+    """Ours beside published models, where a benchmark that they report was run."""
+    part = results.part(BenchmarksResult)
+    table = comparison_table(part.benchmarks, results.run, results.tokens_per_frame) if part else None
+    return [table] if table else []
+
+
 def summary(results: Results) -> str:
     """`tables.md`."""
     head = f"Checkpoint `{results.checkpoint[:12]}`, {results.frame_px} px frames, {results.tokens_per_frame} token(s) per frame. "
-    head += "Square brackets: 95 % bootstrap interval over clips."
+    head += "Square brackets: 95 % interval over clips."
     found = verdict(results)
     parts = [f"# Evaluation of {escape(results.run)}", head, f"**{found.text}** {found.note}"]
-    for table in (headline_table(results.headline()), *results.tables(), references_table()):
+    for table in (headline_table(results.headline()), *results.tables(), *published_tables(results)):
         parts += [f"## {table.title}", table.markdown()]
     if figures := results.figures():
         parts += ["## Pictures", *(figure.markdown() for figure in figures)]

@@ -26,9 +26,9 @@ def by_mode(
 
 
 def paired_table(title: str, tests: Sequence[PairedTest]) -> Table:
-    """Differences between modes on the same samples, with McNemar's test where it applies."""
+    """Differences between modes on the same samples, with the test by clip where it applies."""
     tested = any(test.p_value is not None for test in tests)
-    head = ["difference", "value", *(["McNemar p"] if tested else [])]
+    head = ["difference", "value", *(["p (Holm)"] if tested else [])]
     rows = [[f"{test.a} - {test.b}", difference(test.difference), *([_p(test)] if tested else [])] for test in tests]
     return Table(title=title, head=head, rows=rows)
 

@@ -3,16 +3,22 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from fvlm_core.config import DataSettings, SourceShare
 from fvlm_core.data.batch import PackedBatch, Sample
+from fvlm_core.data.frames import ClipError, FrameRule
 from fvlm_core.data.loader import val_batches
-from fvlm_core.data.shard_set import CorruptSampleError, ShardSet
+from fvlm_core.data.shard_io import CorruptSampleError
+from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.errors import UserError
-from fvlm_core.eval.items import ClipQuestion, Item, Media
+from fvlm_core.eval.estimates import CLIP, TASK
+from fvlm_core.eval.items import Item
+from fvlm_core.eval.media import Media, Rendered
+from fvlm_core.eval.questions import ClipQuestion
 
 UNPROBED_TASKS = ("caption", "chat")
 """Tasks of the index that ask for free text."""
@@ -44,6 +50,7 @@ class ValidationSplit:
         table = shards.rows("val")
         columns = zip(table.index, table["source"], table["kind"], table["task"], table["key"], table["conversation"], strict=True)
         self.rows = [Row(int(number), source, kind, task, key, int(turn)) for number, source, kind, task, key, turn in columns]
+        self._last: tuple[str, np.ndarray | None] = ("", None)
         if not self.rows:
             raise UserError("the shards have no validation samples", where=str(shards.folder), fix="make shards with a validation split")
 
@@ -67,11 +74,10 @@ class ValidationSplit:
         for row in self._pick((row for row in self.rows if row.probed), n):
             turn, probe = self._conversation(row)
             if probe and probe.get("choices"):
-                sample = self._read(row)
-                groups = {"clip": row.key, "source": row.source, "task": f"{row.source}/{row.task}"}
-                media = Media(sample.frames, sample.media)
+                groups = {CLIP: row.key, TASK: f"{row.source}/{row.task}"}
+                media = Rendered(row.key, partial(self._frames, row), image=row.kind == "image")
                 name = f"{row.key}/{row.conversation}"
-                items.append(Item(name, media, turn["question"], probe["choices"], probe["answer_index"], groups))
+                items.append(Item(name, media, turn["question"], probe["choices"], probe["answer_index"], groups=groups))
         return items
 
     def places(self, n: int) -> list[ClipQuestion]:
@@ -129,11 +135,23 @@ class ValidationSplit:
             raise self._damaged(row, error) from error
         return record["conversations"][row.conversation][-1], record["probes"][row.conversation]
 
-    def _read(self, row: Row) -> Sample:
+    def _frames(self, row: Row, side: int) -> np.ndarray:
+        """A row's frames, uint8 [T, side, side, 3]."""
         try:
-            return self.shards.read(row.number, image_repeats=self.image_repeats)
+            frames = self.shards.read(row.number, image_repeats=1).frames
+        except CorruptSampleError as error:
+            raise ClipError(str(error)) from error
+        return Media(frames, []).load(FrameRule(side), 1).frames
+
+    def _read(self, row: Row) -> Sample:
+        """Questions about a clip, read one after the other, share its frames: a batch encodes those once."""
+        key, frames = self._last
+        try:
+            sample = self.shards.read(row.number, image_repeats=self.image_repeats, frames=frames if key == row.key else None)
         except CorruptSampleError as error:
             raise self._damaged(row, error) from error
+        self._last = row.key, sample.frames
+        return sample
 
     def _damaged(self, row: Row, error: CorruptSampleError) -> UserError:
         return UserError(f"validation sample {row.key} is damaged: {error}", where=str(self.shards.folder), fix="make the shards again")

@@ -86,17 +86,18 @@ def _eval_results(evidence: Evidence) -> list[EvalResult]:
         EvalResult(
             task_type="video-text-to-text",
             task_name=f"Video question answering and captioning, {mode}",
-            dataset_type=part.dataset.type,
-            dataset_name=part.dataset.name,
+            dataset_type=dataset.type,
+            dataset_name=dataset.name,
             dataset_config=mode,  # the hub merges results of equal dataset, configuration and split
-            dataset_split=part.dataset.split,
-            dataset_args={"shards": evidence.results.shards} if part.dataset == OWN_SPLIT else None,
+            dataset_split=dataset.split,
+            dataset_args={"shards": evidence.results.shards} if dataset == OWN_SPLIT else None,
             metric_type=metric.hub_type,
             metric_name=f"{metric.name} ({mode})",
             metric_value=value.value if isinstance(value, Estimate) else value,
         )
         for part in evidence.results.parts.values()
         for metric in part.card_results()
+        for dataset in [metric.dataset or part.dataset]
         for mode, value in metric.values.items()
     ]
 

@@ -8,7 +8,9 @@ from torch import nn
 
 from fvlm_core.config import DataSettings, LossSettings, ModelSettings, RunSettings
 from fvlm_core.data.batch import IGNORE, PackedBatch, pack
-from fvlm_core.data.shard_set import CorruptSampleError, ShardSet
+from fvlm_core.data.plan import MixedSamples
+from fvlm_core.data.shard_io import CorruptSampleError
+from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.model.flops import Backbone, ModelDims, SampleShape, sample_flops, samples_for
 from fvlm_core.model.foveated import FoveatedVLM
 
@@ -41,13 +43,13 @@ class Cost:
         if run.steps is not None:
             return run.steps
         assert run.budget_flops is not None
-        per_sample = sum(part.share * self._mean(shards, data, part.source) for part in data.mixture if part.share > 0)
+        mixed = MixedSamples(shards, data, "train", run.seed, tokens_per_frame=self.model.tokens_per_frame)
+        per_sample = sum(share * self._mean(shards, data, rows) for share, rows in zip(mixed.shares, mixed.rows, strict=True))
         return max(1, round(samples_for(run.budget_flops, per_sample) / run.batch_samples))
 
-    def _mean(self, shards: ShardSet, data: DataSettings, source: str) -> float:
-        rows = shards.rows("train", source).index
+    def _mean(self, shards: ShardSet, data: DataSettings, rows: np.ndarray) -> float:
         costs = []
-        for row in rows[np.unique(np.linspace(0, len(rows) - 1, PROBED_ROWS).astype(int))] if len(rows) else []:
+        for row in rows[np.unique(np.linspace(0, len(rows) - 1, PROBED_ROWS).astype(int))]:
             try:
                 sample = shards.read(int(row), image_repeats=data.image_repeats, label_questions=data.loss_on == "all_text")
             except CorruptSampleError:  # the loader reports and counts those

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from fvlm_core.config import CompiledPart, OptimizerSettings, Positive, Recipe, VisionShape
+from fvlm_core.config import CompiledPart, MicroBatch, OptimizerSettings, Positive, Recipe, VisionShape
 from fvlm_core.figures import Figure
 from fvlm_core.manifest import Manifest
 from fvlm_core.settings import Settings
@@ -22,7 +22,7 @@ REFERENCE_FOLDER = "reference"
 
 TABLE_FILE, PLOT_FILE, CHOSEN_FILE = "speed.csv", "speed.png", "chosen.yaml"
 SWEPT = {
-    "micro_batch_samples": "run.micro_batch_samples",
+    "micro_batch": "run.micro_batch",
     "threads": "run.threads",
     "precision": "run.precision",
     "compile": "run.compile",
@@ -31,7 +31,7 @@ SWEPT = {
 }
 """What a sweep may turn, in the order it is tuned, and the recipe's path of each. None of it changes the samples of a step."""
 NAIVE: dict[str, Any] = {
-    "run.micro_batch_samples": 1,
+    "run.micro_batch": {"frames": 1, "tokens": 1},  # a sample at a time
     "run.threads": 0,
     "run.precision": "fp32",
     "run.compile": False,
@@ -84,8 +84,8 @@ class RunManifest(Manifest):
 class Sweep(Settings):
     """The values to try of each setting; left out, they are chosen for the device."""
 
-    micro_batch_samples: list[Positive] | None = None
-    """Default: the batch, its half and its quarter."""
+    micro_batch: list[MicroBatch] | None = None
+    """Default: the recipe's, its double, its half and its quarter."""
     threads: list[Annotated[int, Field(ge=0)]] | None = None
     """Default: 1, and on a CPU all cores."""
     precision: list[Literal["fp32", "bf16"]] | None = None
@@ -158,7 +158,7 @@ class SpeedReport(Manifest):
     tuned_samples_per_s: float
     speedup: float
     chosen: dict[str, Any]
-    """Recipe paths and values to train with, e.g. `{"run.micro_batch_samples": 32}`; the samples of a step stay the same."""
+    """Recipe paths and values to train with, e.g. `{"run.threads": 2}`; the samples of a step stay the same."""
 
 
 class VisionTrainingSettings(Settings):

@@ -104,7 +104,7 @@ def _batches(shards: ShardSet, recipe: Recipe, run: RunSettings, world: World, f
         run.eval_samples,
         data,
         tokens_per_frame=k,
-        batch_samples=run.micro_batch_samples,
+        budget=run.micro_batch,
         rank=world.rank,
         world_size=world.size,
     )

@@ -18,7 +18,7 @@ import yaml
 from torch.profiler import ProfilerActivity, profile
 
 from fvlm_core.cli import run_job
-from fvlm_core.config import Recipe
+from fvlm_core.config import MicroBatch, Recipe
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import file_entries, write_atomically
 from fvlm_core.progress import Progress
@@ -133,26 +133,22 @@ class Bench:
             torch.cuda.synchronize()
 
 
-def candidates(sweep: Sweep, batch_samples: int, device: str) -> dict[str, list[Any]]:
-    """The values to try by recipe path, in the order of tuning."""
+def candidates(sweep: Sweep, own: MicroBatch, device: str) -> dict[str, list[Any]]:
+    """The values to try by recipe path, in the order of tuning; `own`: the recipe's micro-batch."""
     gpu = device == "cuda"
     defaults: dict[str, list[Any]] = {
-        "micro_batch_samples": sorted({batch_samples // part for part in (1, 2, 4) if batch_samples % part == 0}, reverse=True),
+        "micro_batch": [
+            MicroBatch(frames=max(1, int(own.frames * part)), tokens=max(1, int(own.tokens * part))) for part in (1, 2, 0.5, 0.25)
+        ],
         "threads": [1] if gpu else sorted({1, os.cpu_count() or 1}),
         "precision": ["bf16"] if gpu else ["fp32"],
         "compile": [False, True] if gpu else [False],
         "workers": [0, 4] if gpu else [0],
         "gradient_checkpointing": [False],
     }
-    for micro_batch in sweep.micro_batch_samples or []:
-        if batch_samples % micro_batch:
-            raise UserError(
-                f"{micro_batch} does not divide the batch of {batch_samples} samples",
-                where="sweep.micro_batch_samples",
-                fix="give divisors of run.batch_samples",
-            )
     chosen = {name: getattr(sweep, name) for name in SWEPT}
-    return {path: chosen[name] if chosen[name] is not None else defaults[name] for name, path in SWEPT.items()}
+    values = {path: chosen[name] if chosen[name] is not None else defaults[name] for name, path in SWEPT.items()}
+    return {path: [one.model_dump() if isinstance(one, MicroBatch) else one for one in tried] for path, tried in values.items()}
 
 
 def tune(bench: Bench, options: dict[str, list[Any]], progress: Progress) -> tuple[list[SpeedRow], dict[str, Any]]:
@@ -164,7 +160,7 @@ def tune(bench: Bench, options: dict[str, list[Any]], progress: Progress) -> tup
             if settings[path] == value:
                 continue
             tried = settings | {path: value}
-            row = bench.measure(f"{path.split('.')[1]}={value}", tried)
+            row = bench.measure(f"{path.split('.')[1]}={_words(value)}", tried)
             if row.failure:
                 row = bench.measure(f"{row.variant}+gradient_checkpointing", tried := tried | {"run.gradient_checkpointing": True})
             rows.append(row)
@@ -174,12 +170,17 @@ def tune(bench: Bench, options: dict[str, list[Any]], progress: Progress) -> tup
     return rows, settings
 
 
+def _words(value: Any) -> str:
+    """A value as a variant's name says it."""
+    return ", ".join(f"{count} {unit}" for unit, count in value.items()) if isinstance(value, dict) else str(value)
+
+
 def run(job: SpeedJob) -> SpeedReport:
     """Measure, choose, and write the table, the plot, the choice and the manifest."""
     started = time.perf_counter()
     job.output.mkdir(parents=True, exist_ok=True)
     bench = Bench(job)
-    options = candidates(job.sweep, job.recipe.run.batch_samples, bench.world.device.type)
+    options = candidates(job.sweep, job.recipe.run.micro_batch, bench.world.device.type)
     progress = Progress(job.output, total=1 + sum(map(len, options.values())) + 2 * FINAL_ROUNDS)
     rows, chosen = tune(bench, options, progress)
     rounds = [(bench.measure("naive", NAIVE, busy=True), bench.measure("tuned", chosen, busy=True)) for _ in range(FINAL_ROUNDS)]

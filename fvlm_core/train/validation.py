@@ -29,7 +29,7 @@ def validation_losses(model: FoveatedVLM, shards: ShardSet, recipe: Recipe, obje
         recipe.run.eval_samples,
         recipe.data,
         tokens_per_frame=recipe.model.tokens_per_frame,
-        batch_samples=recipe.run.micro_batch_samples,
+        budget=recipe.run.micro_batch,
         rank=world.rank,
         world_size=world.size,
         damage=damage,

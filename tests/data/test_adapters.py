@@ -224,6 +224,18 @@ def _rename_in_zip(path: Path, column: str) -> None:
             archive.writestr(name, content)
 
 
+def test_single_records_of_another_form_are_left_out_and_counted(tmp_path: Path) -> None:
+    made = source_of("llava_video", tmp_path / "files")
+    (path,) = (tmp_path / "files").glob("*/*.json")
+    good = json.loads(path.read_text())
+    said = good[0]["conversations"]
+    odd = ["words", 3, None, [], [{"from": "human"}], [{"from": "human", "value": 5}, said[1]], said[:1], [said[1], said[0]], ["a", "b"]]
+    only_picture = [{"from": "human", "value": "<image>"}, said[1]]
+    path.write_text(json.dumps([good[0] | {"conversations": one} for one in [*odd, only_picture]] + good))
+    known = record(made, tmp_path)
+    assert (known.rows, known.left_out) == (len(good), len(odd) + 1)
+
+
 FILTERS: list[tuple[str, dict[str, Any], int]] = [
     ("webvid", {"column": "duration", "max": 3}, 2),
     ("openvid", {"column": "aesthetic score", "min": 7}, 2),

@@ -182,7 +182,7 @@ def test_from_clips_to_batches(clips, site, tmp_path):
     shards = ShardSet(tmp_path / "shards")
     shares = {"gaze_cell": 0.5, "gaze_caption": 0.2, "gaze_image": 0.1, "text": 0.2}
     data = DataSettings.model_validate({"mixture": [{"source": source, "share": share} for source, share in shares.items()]})
-    run = RunSettings(steps=3, batch_samples=10, micro_batch_samples=5)
+    run = RunSettings(steps=3, batch_samples=10)
     steps = list(train_steps(shards, data, run, tokens_per_frame=1, rank=0, world_size=1))
     assert [sum(batch.n_samples for batch in step) for step in steps] == [10, 10, 10]
     [batch] = val_batches(shards, 10, data, tokens_per_frame=1, batch_samples=10)

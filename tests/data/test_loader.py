@@ -3,6 +3,7 @@ import logging
 import shutil
 from collections import Counter
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fvlm_core.config import DataSettings, RunSettings, SourceShare, ValidationSettings
-from fvlm_core.data import gaze
+from fvlm_core.data import buffers, gaze
 from fvlm_core.data.batch import IGNORE
 from fvlm_core.data.loader import train_steps, val_batches
-from fvlm_core.data.shard_set import CorruptSampleError, ShardSet
+from fvlm_core.data.shard_io import CorruptSampleError
+from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.errors import UserError
 from tests.tiny import tiny_shards
 
@@ -32,7 +34,7 @@ def data(mixture=None, **changes):
 
 
 def run(**changes):
-    return RunSettings.model_validate({"steps": 6, "batch_samples": 12, "micro_batch_samples": 12, **changes})
+    return RunSettings.model_validate({"steps": 6, "batch_samples": 12, **changes})
 
 
 def steps(shards, settings, length, *, rank=0, world_size=1, first_step=0):
@@ -56,32 +58,65 @@ def of_step(micro_batches):
 
 
 @settings(max_examples=12, deadline=None)
-@given(st.integers(0, 5), st.sampled_from([(1, 12), (1, 4), (2, 6), (2, 5), (3, 2), (4, 1)]), st.integers(0, 1000))
-def test_a_step_depends_on_neither_resuming_nor_ranks(shards, first, split, seed):
-    world_size, micro = split
+@given(st.integers(0, 5), st.sampled_from([1, 2, 3, 4]), st.sampled_from([(1, 1), (9, 200), (6, 1000), (100, 120)]), st.integers(0, 1000))
+def test_a_step_depends_on_neither_resuming_nor_ranks(shards, first, world_size, budget, seed):
+    frames, tokens = budget
     whole = steps(shards, data(), run(seed=seed))
+    micro_batch = {"frames": frames, "tokens": tokens}
     parts = [
-        steps(shards, data(), run(seed=seed, micro_batch_samples=micro), rank=rank, world_size=world_size, first_step=first)
+        steps(shards, data(), run(seed=seed, micro_batch=micro_batch), rank=rank, world_size=world_size, first_step=first)
         for rank in range(world_size)
     ]
     for number, expected in enumerate(whole[first:]):
         shares = [part[number] for part in parts]
         assert sum((of_step(share) for share in shares), Counter()) == of_step(expected)
         assert len({len(share) for share in shares}) == 1
-        assert all(0 < batch.n_samples <= micro for share in shares for batch in share)
+        for batch in chain(*shares):
+            within = len(batch.frames) <= frames and len(batch.input_ids) <= tokens
+            assert within or batch.n_samples == 1
+            assert sum(batch.lengths) == len(batch.input_ids)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_and_loader_processes_see_the_same_global_batches(shards, world_size):
+    small, expected = (
+        run(steps=3, micro_batch={"frames": 9, "tokens": 400}),
+        [of_step(step) for step in steps(shards, data(), run(steps=3))],
+    )
+    for workers in (0, 2):
+        ranks = [steps(shards, data(workers=workers), small, rank=rank, world_size=world_size) for rank in range(world_size)]
+        assert [sum((of_step(share) for share in shares), Counter()) for shares in zip(*ranks, strict=True)] == expected
+
+
+def test_a_batch_keeps_its_frames_while_it_is_used(shards):
+    """Buffers are reused when their batch is gone, and only then; there are fewer buffers than steps here."""
+    small = run(steps=40, batch_samples=4, micro_batch={"frames": 3, "tokens": 100})
+    held = steps(shards, data({"gaze_cell": 1.0}), small)
+    again = (of_step(step) for step in train_steps(shards, data({"gaze_cell": 1.0}), small, tokens_per_frame=1, rank=0, world_size=1))
+    assert [of_step(step) for step in held] == list(again)
+
+
+def test_too_little_shared_memory_is_refused_before_anything_starts(shards, monkeypatch):
+    monkeypatch.setattr(buffers.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"need 0\.\d+ GB of shared memory, 0\.00 GB are free"):
+        steps(shards, data(workers=1), run())
+    assert len(steps(shards, data(), run())) == 6
+
+
+def test_conversations_about_a_clip_share_its_frames(shards):
+    length = run(steps=1, batch_samples=216)  # an epoch: all conversations about each clip
+    for batch in chain(*steps(shards, data({"gaze_cell": 1.0}, question_first=0), length)):
+        assert len(set(batch.keys)) < batch.n_samples
+        assert len(batch.frames) == 3 * len(set(batch.keys))
 
 
 def test_resumed_is_the_same_tensors(shards):
-    whole, resumed = steps(shards, data(), run(micro_batch_samples=4)), steps(shards, data(), run(micro_batch_samples=4), first_step=3)
+    small = run(micro_batch={"frames": 9, "tokens": 200})
+    whole, resumed = steps(shards, data(), small), steps(shards, data(), small, first_step=3)
     for left, right in zip(chain(*whole[3:]), chain(*resumed), strict=True):
         assert left.keys == right.keys
         for name in ("frames", "input_ids", "labels", "position_ids", "cu_seqlens", "shown_frames", "visual_positions", "query_sources"):
             assert torch.equal(getattr(left, name), getattr(right, name))
-
-
-def test_loader_processes_change_nothing(shards):
-    alone, helped = steps(shards, data(), run(), first_step=1), steps(shards, data(workers=2), run(), first_step=1)
-    assert [of_step(step) for step in alone] == [of_step(step) for step in helped]
 
 
 def test_without_a_number_of_steps_it_goes_on(shards):
@@ -90,7 +125,7 @@ def test_without_a_number_of_steps_it_goes_on(shards):
 
 
 def test_shares_and_seeds(shards):
-    long = run(steps=50, batch_samples=20, micro_batch_samples=20)
+    long = run(steps=50, batch_samples=20)
     sources = Counter(source for step in steps(shards, data(), long) for batch in step for source in batch.sources)
     assert sources == {"gaze_cell": 500, "gaze_caption": 200, "gaze_image": 160, "text": 140}
     assert of_step(steps(shards, data(), run(seed=0))[0]) != of_step(steps(shards, data(), run(seed=1))[0])

@@ -5,23 +5,31 @@ import io
 import json
 import shutil
 import tarfile
+import threading
 import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from fvlm_core.data import media
+from fvlm_core.data import cells, media
 from fvlm_core.data.archives import AmbiguousMemberError, Archives, joined
 from fvlm_core.data.frames import ClipError, FrameRule, extract_frames
-from fvlm_core.data.media import MediaError, files_of, open_media, read_media, time_window, without_window
+from fvlm_core.data.jobs import Source
+from fvlm_core.data.losses import passes
+from fvlm_core.data.media import MediaError, UnreachableError, files_of, open_media, read_media, time_window, without_window
 from fvlm_core.data.sources import json_files
 from fvlm_core.data.sources.adapter import read_table
 from fvlm_core.data.sources.json_files import read_json
+from fvlm_core.data.sources.record import PATH, read_rows, record, record_folder
 from fvlm_core.errors import UserError
 from tests.data.published import clip, picture, pictures
 
@@ -81,7 +89,7 @@ def test_an_address_and_a_member_may_have_folders_that_the_other_has_not(tmp_pat
 
 def test_parts_are_put_together_by_their_names(tmp_path: Path) -> None:
     names = ["OpenVid_part1.zip", "OpenVid_part2_partab", "OpenVid_part2_partaa", "b.zip.002", "b.zip.001", "c.tar"]
-    groups = [[path.name for path in group] for group in joined([tmp_path / name for name in names])]
+    groups = [[Path(path).name for path in group] for group in joined([tmp_path / name for name in names])]
     assert groups == [["OpenVid_part1.zip"], ["OpenVid_part2_partaa", "OpenVid_part2_partab"], ["b.zip.001", "b.zip.002"], ["c.tar"]]
 
 
@@ -116,13 +124,104 @@ def test_damage_is_said_where_it_is_met(tmp_path: Path) -> None:
         read_media(second)
 
 
+class Ranges:
+    """A web server of one folder that answers with parts of files; what it was asked for is in `asked`."""
+
+    def __init__(self, folder: Path, *, ranges: bool = True) -> None:
+        self.asked: list[tuple[str, str]] = []
+        self.failures = 0
+        site = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                asked = self.headers.get("Range", "")
+                site.asked.append((self.path, asked))
+                path = folder / self.path.lstrip("/")
+                if site.failures or not path.is_file():
+                    site.failures -= site.failures > 0
+                    self.send_error(503 if path.is_file() else 404)
+                    return
+                content = path.read_bytes()
+                first, last = (int(place) for place in asked.removeprefix("bytes=").split("-"))
+                part = content[first : last + 1] if ranges else content
+                self.send_response(206 if ranges else 200)
+                self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+                self.send_header("Content-Length", str(len(part)))
+                self.end_headers()
+                self.wfile.write(part)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Ranges]:
+    made = Ranges(tmp_path)
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+
+
+@pytest.mark.parametrize("kind", ["stored", "deflated"])
+def test_of_a_zip_on_the_web_only_what_is_used_is_fetched(kind: str, site: Ranges, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media, "WEB_PAUSE_S", 0.0)
+    files = {f"{n}.mp4": bytes(np.random.default_rng(n).integers(0, 255, 500_000, np.uint8)) for n in range(4)}
+    content = archive(tmp_path / "all.zip", files, kind).read_bytes()
+    for number, part in enumerate((content[:600_000], content[600_000:])):
+        (tmp_path / f"all_parta{'ab'[number]}").write_bytes(part)
+    with Archives([f"{site.url}/all_partaa", f"{site.url}/all_partab"], tmp_path / "index") as known:
+        reference = known.find("1.mp4") or ""
+        site.asked.clear()
+        site.failures = 2
+        assert read_media(reference) == files["1.mp4"], "lies in both parts; two requests failed"
+    fetched = sum(int(last) - int(first) + 1 for _, asked in site.asked[2:] for first, last in [asked.removeprefix("bytes=").split("-")])
+    assert fetched < 520_000
+
+
+def test_a_source_may_have_archives_on_the_web(site: Ranges, tmp_path: Path) -> None:
+    archive(tmp_path / "all.zip", {"x/a.mp4": clip(1), "b.mp4": clip(2)}, "stored")
+    (tmp_path / "clips.csv").write_text("video,caption\na.mp4,one\nb.mp4,two\nc.mp4,three\n")
+    settings = {"name": "open", "format": "openvid", "files": [tmp_path / "clips.csv"], "web_archives": [f"{site.url}/all.zip"]}
+    source = Source.model_validate(settings)
+    known = record(source, tmp_path)
+    assert (known.local, known.missing, known.missing_examples) == (3, 1, [str(tmp_path / "c.mp4")])
+    paths = [path for batch in read_rows(record_folder(source, tmp_path), [PATH]) for path in batch.column(PATH).to_pylist()]
+    assert [len(extract_frames(read_media(path), RULE).pixels) for path in paths[:2]] == [1, 2]
+    assert read_media(paths[1]) == clip(2)
+    with pytest.raises(MediaError, match="file not found"):
+        read_media(paths[2])
+    (tmp_path / "all.zip").unlink()
+    with pytest.raises(UnreachableError) as caught:
+        read_media(paths[0])
+    assert passes(str(caught.value)), "to be tried again"
+
+
+def test_web_archives_that_cannot_be_used_are_refused(site: Ranges, tmp_path: Path) -> None:
+    archive(tmp_path / "a.tar", {"a.mp4": b"1"}, "tar")
+    archive(tmp_path / "a.zip", {"a.mp4": b"1"}, "stored")
+    with pytest.raises(UserError, match="a tar on the web"):
+        Archives([f"{site.url}/a.tar"], tmp_path / "index")
+    with pytest.raises(UserError, match="HTTP 404"):
+        Archives([f"{site.url}/none.zip"], tmp_path / "index")
+    plain = Ranges(tmp_path, ranges=False)
+    with pytest.raises(UserError, match="does not answer with parts of files"):
+        Archives([f"{plain.url}/a.zip"], tmp_path / "index")
+    plain.server.shutdown()
+    plain.server.server_close()
+
+
 def test_cells_of_parquet_in_small_and_in_large_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.parquet"
     images = [pictures(1, 2), pictures(3), [{"bytes": None, "path": "a.jpg"}]]
     pq.write_table(pa.table({"images": images, "mp4": [b"x", b"y", None], "words": ["a", "b", "c"]}), path, row_group_size=2)
     for cache in (1 << 20, 0):
-        monkeypatch.setattr("fvlm_core.data.media.CACHE_BYTES", cache)
-        monkeypatch.setattr("fvlm_core.data.media._CELLS", media._Cells())
+        monkeypatch.setattr(cells, "CACHE_BYTES", cache)
+        monkeypatch.setattr(media, "_CELLS", cells.Cells())
         assert read_media(f"parquet:0:1:images:{path}") == picture(2)
         assert read_media(f"parquet:1:0:images:{path}") == picture(3)
         assert read_media(f"parquet:1::mp4:{path}") == b"y"
@@ -132,6 +231,38 @@ def test_cells_of_parquet_in_small_and_in_large_row_groups(tmp_path: Path, monke
         for place in ("9:0:images", "0:0:none"):
             with pytest.raises(MediaError, match="cannot be read"):
                 read_media(f"parquet:{place}:{path}")
+
+
+@given(st.lists(st.integers(0, 29), max_size=40), st.integers(1, 30), st.sampled_from([0, 5000, 1 << 20]), st.sampled_from([1, 2, 64]))
+def test_cells_may_be_asked_for_in_any_order(
+    tmp_path_factory: pytest.TempPathFactory, asked: list[int], group: int, cache: int, batch: int
+) -> None:
+    path = tmp_path_factory.mktemp("cells") / "a.parquet"
+    values = [bytes([row]) * 900 for row in range(30)]
+    pq.write_table(pa.table({"mp4": values}), path, row_group_size=group)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cells, "CACHE_BYTES", cache)
+        patch.setattr(cells, "BATCH_ROWS", batch)
+        patch.setattr(cells, "CURSORS", 2)
+        known = cells.Cells()
+        for row in asked:
+            assert known.read(str(path), "mp4", row, None) == values[row]
+            assert known._bytes == sum(map(len, known._values.values())) <= max(cache, 900)
+
+
+def test_media_are_counted_without_being_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"images": [pictures(1, 2), pictures(3), []], "words": ["a", "b", "c"]}), path)
+    meta = pq.read_metadata(path).row_group(0)
+    chunks = [meta.column(number) for number in range(meta.num_columns)]
+    (content,) = [chunk for chunk in chunks if chunk.path_in_schema.endswith(".bytes")]
+    with path.open("r+b") as stream:  # whoever reads these bytes fails
+        stream.seek(content.data_page_offset)
+        stream.write(b"\xff" * (content.total_compressed_size - (content.data_page_offset - content.dictionary_page_offset)))
+    (batch,) = read_table(path, ["words"], ["images"])
+    assert batch.to_pydict() == {"images": [2, 1, 0], "words": ["a", "b", "c"]}
+    with pytest.raises(MediaError):
+        read_media(f"parquet:1:0:images:{path}")
 
 
 def test_several_images_are_one_tar_of_one_frame_each(tmp_path: Path) -> None:
@@ -145,6 +276,33 @@ def test_several_images_are_one_tar_of_one_frame_each(tmp_path: Path) -> None:
     with pytest.raises(ClipError, match="5 images in one sample; 4 may be"):
         extract_frames(read_media("\n".join(references)), RULE)
     assert files_of("\n".join([*references[:2], "bytes:3+4:/a\t/b"])) == [*references[:2], "/a", "/b"]
+
+
+IMAGES = [("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("RGBA", "PNG"), ("P", "PNG"), ("L", "PNG"), ("LA", "PNG"), ("1", "PNG")]
+IMAGES += [("RGB", "WEBP"), ("RGBA", "WEBP"), ("P", "GIF"), ("RGB", "BMP"), ("RGB", "TIFF")]
+
+
+@pytest.mark.parametrize(("mode", "kind"), IMAGES)
+def test_images_of_datasets_look_as_pillow_shows_them(mode: str, kind: str) -> None:
+    original = Image.open(io.BytesIO(picture(5, "PNG", (80, 80)))).resize((8, 8)).resize((80, 80), Image.Resampling.BICUBIC)
+    original = original.convert(mode, dither=Image.Dither.NONE)
+    stored, plain = io.BytesIO(), io.BytesIO()
+    original.save(stored, kind)
+    Image.open(stored).convert("RGB").save(plain, "PNG")
+    found, expected = (extract_frames(content.getvalue(), RULE).pixels for content in (stored, plain))
+    assert found.shape == (1, 42, 42, 3)
+    assert np.abs(found.astype(int) - expected).mean() < 6
+
+
+def test_a_photograph_is_turned_upright_as_its_camera_says() -> None:
+    original = Image.open(io.BytesIO(picture(6, "PNG", (80, 80))))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn clockwise to show
+    stored, upright = io.BytesIO(), io.BytesIO()
+    original.save(stored, "PNG", exif=exif)
+    original.rotate(-90).save(upright, "PNG")
+    found, expected = (extract_frames(content.getvalue(), RULE).pixels.astype(int) for content in (stored, upright))
+    assert np.abs(found - expected).mean() < 5
 
 
 def test_seconds_of_a_video() -> None:

@@ -20,9 +20,9 @@ from PIL import Image
 from fvlm_core.data import gaze
 from fvlm_core.data.frames import encode_jpeg
 from fvlm_core.data.jobs import INDEX_FILE, LEFT_OUT_FILE, VALIDATION_FILE, DownloadManifest, ShardJob, ShardManifest, Source
-from fvlm_core.data.plan import DUPLICATE, NOT_FROZEN, Plan
 from fvlm_core.data.raw_shards import CONTENT, write_contents
 from fvlm_core.data.shard_files import ShardSample, write_shards
+from fvlm_core.data.shard_plan import DUPLICATE, NOT_FROZEN, Plan
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.data.shards import make_shards
 from fvlm_core.data.sources.record import record, record_folder

@@ -70,7 +70,8 @@ def test_the_production_profile_is_planned_without_its_files(capsys: pytest.Capt
         (line,) = [line for line in shown.splitlines() if line.startswith(f"{one.name} ") and ADAPTERS[one.format].title in line]
         assert f"{one.published.samples:,}" in line
         assert "not there" in line
-    assert "The steps can be planned once the sources' files are there" in shown
+    assert "not here, so assumed: the file does not exist" in shown
+    assert "Plan in dollars" in shown
 
 
 def test_the_production_profile_has_what_its_stages_read() -> None:

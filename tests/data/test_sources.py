@@ -235,6 +235,13 @@ def test_several_files_and_a_limit(tmp_path: Path) -> None:
     assert record(whole, tmp_path).digest != record(some, tmp_path).digest
 
 
+def test_one_row_in_so_many_is_taken_over_all_files(tmp_path: Path) -> None:
+    for part in (1, 2):
+        write(tmp_path / f"part-{part}.csv", [{"url": f"{part}{n}.mp4", "caption": "a", "n": n} for n in range(7)])
+    some = source(tmp_path / "part-*.csv", every=3, filter=[{"column": "n", "min": 1}])
+    assert [row["url"][:2] for row in rows_of(some, tmp_path)] == ["13", "16", "23", "26"]
+
+
 def test_smoltalk_chats(tmp_path: Path) -> None:
     turn = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " Hello! "}]
     chats = [

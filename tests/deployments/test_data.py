@@ -21,7 +21,8 @@ from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.data.stats import FIGURES
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import file_entries
-from tests.tiny import tiny_shards
+from tests.data.test_download import needs_video2dataset
+from tests.tiny import PROFILE, tiny_shards
 
 TAR = "train/gaze_cell-00000.tar"
 
@@ -210,6 +211,12 @@ def test_texts_cannot_change_the_page(tmp_path: Path) -> None:
 def test_an_unknown_source_is_refused_with_those_there_are(intact: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="use one of gaze_caption, gaze_cell, gaze_image, text"):
         data.look(intact, output=tmp_path / "look", source="cats")
+
+
+@needs_video2dataset
+def test_what_cannot_be_prepared_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the file does not exist"):
+        data.prepare(profile=str(PROFILE), videos=tmp_path / "none.csv", volume=tmp_path / "volume")
 
 
 def test_every_split_can_be_looked_at(intact: Path, tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ from fvlm_core.config import (
     VisionSettings,
     VisionShape,
 )
+from fvlm_core.data.frames import FrameRule
 from fvlm_core.data.shard_set import ShardSet
+from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
 from fvlm_core.eval.evaluate import load_subject
 from fvlm_core.eval.jobs import EvalJob
 from fvlm_core.eval.part import Context
@@ -91,6 +93,7 @@ def small_job(run: Path, shards: Path, output: Path, **changes: object) -> EvalJ
         "question_order": {"questions": 8},
         "gaze": {"heatmaps": 2},
         "latency": {"clips": 2},
+        "benchmarks": {"run": ["gaze"], "limit": 12},
         "resamples": 100,
     }
     return EvalJob.model_validate({"output": output, "run": run, "shards": shards, "device": "cpu", **values, **changes})
@@ -102,8 +105,13 @@ def subject(run: Path, shards: Path) -> Subject:
 
 
 @pytest.fixture(scope="session")
-def context(subject: Subject, split: ValidationSplit, shards: Path) -> Context:
-    return Context(subject=subject, split=split, modes=list(MODES), bootstrap=Bootstrap(50, 0), output=shards.parent / "pictures")
+def answerer(subject: Subject) -> FoveatedAnswerer:
+    return FoveatedAnswerer(subject, name="tiny", checkpoint="tiny", rule=FrameRule(42), image_repeats=IMAGE_REPEATS)
+
+
+@pytest.fixture(scope="session")
+def context(subject: Subject, answerer: FoveatedAnswerer, split: ValidationSplit, shards: Path) -> Context:
+    return Context(subject, answerer, split, list(MODES), bootstrap=Bootstrap(50, 0), output=shards.parent / "pictures")
 
 
 @pytest.fixture(scope="session")

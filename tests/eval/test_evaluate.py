@@ -13,6 +13,7 @@ from PIL import Image
 from fvlm_core.errors import UserError
 from fvlm_core.eval.evaluate import evaluate
 from fvlm_core.eval.parts import RESULTS
+from fvlm_core.eval.parts.benchmarks import BenchmarksResult
 from fvlm_core.eval.parts.captions import CaptionResult
 from fvlm_core.eval.parts.gaze import GazeResult
 from fvlm_core.eval.parts.latency import LatencyResult
@@ -49,6 +50,9 @@ def test_everything_is_there(report: tuple[Path, EvalReport], run: Path):
     assert results.modes == list(MODES)
     assert results.checkpoint == sha256_file(run / "model/model.safetensors")
     assert list(results.parts) == list(RESULTS)
+    assert part(results, BenchmarksResult).benchmarks["gaze"].questions == 12
+    assert results.code
+    assert "torch" in results.versions
     losses = part(results, LossResult)
     assert losses.train_inference_gap is not None
     gap = losses.modes["autoregressive"].loss.value - losses.modes["coarse_fine"].loss.value
@@ -101,8 +105,7 @@ def test_tables_show_the_numbers_and_name_what_is_not_ours(report: tuple[Path, E
     for result in part(results, LossResult).modes.values():
         assert f"{result.loss.value:.3f} [{result.loss.low:.3f}, {result.loss.high:.3f}]" in text
     assert verdict(results).text in text
-    assert "not measured here" in text
-    assert "SmolVLM2-256M" in text
+    assert "SmolVLM2-256M" not in text, "no benchmark was run that it reports"
     assert all(figure.caption in text for figure in results.figures())
     in_tables = [(a, b) for a, b in pairwise(text.splitlines()) if a.startswith("|") and b.startswith("|")]
     assert all(a.count("|") == b.count("|") for a, b in in_tables)
@@ -144,10 +147,10 @@ def test_pooled_model_has_one_mode_and_no_gaze(shards: Path, tmp_path: Path):
 
 def test_parts_can_be_left_out(run: Path, shards: Path, tmp_path: Path):
     off = {"captions": {"samples": 0}, "multiple_choice": {"questions": 0}, "question_order": {"questions": 0}, "latency": {"clips": 0}}
-    evaluate(small_job(run, shards, tmp_path, modes=["coarse_fine"], gaze={"heatmaps": 0}, **off))
+    evaluate(small_job(run, shards, tmp_path, modes=["coarse_fine"], gaze={"heatmaps": 0}, benchmarks={}, **off))
     results = Results.read(tmp_path)
     assert list(results.parts) == ["losses", "gaze"]
-    assert results.absent == dict.fromkeys(off, "switched off")
+    assert results.absent == dict.fromkeys(off, "switched off") | {"benchmarks": "no benchmark was asked for (evaluation.benchmarks.run)"}
     assert results.not_measured()["heatmaps"] == "switched off"
     assert verdict(results).text == "Whether looking helps was not measured."
 

@@ -7,17 +7,23 @@ import pytest
 import torch.nn.functional as F
 
 from fvlm_core.data.batch import IGNORE, Sample, Turn, pack
+from fvlm_core.data.frames import FrameRule
+from fvlm_core.eval.answerers.answerer import Ask, Condition
+from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
 from fvlm_core.eval.caption_metrics import caption_stats
-from fvlm_core.eval.items import NO_MEDIA, Media, choice_samples, without_answer
+from fvlm_core.eval.items import Item
+from fvlm_core.eval.media import NO_MEDIA, Media
 from fvlm_core.eval.part import Context
 from fvlm_core.eval.parts.captions import Captions
-from fvlm_core.eval.parts.multiple_choice import ChoiceResult, measure_choices, option_scores
+from fvlm_core.eval.parts.multiple_choice import measure_choices
 from fvlm_core.eval.parts.question_order import gaze_hits, order_results
+from fvlm_core.eval.questions import without_answer
 from fvlm_core.eval.stats import Bootstrap
 from fvlm_core.eval.subject import Subject
 from fvlm_core.eval.validation import ValidationSplit
 from fvlm_core.model.inference import generate, logits
 from fvlm_core.model.names import MODES, Mode
+from tests.eval.conftest import IMAGE_REPEATS
 
 
 def direct_losses(subject: Subject, sample: Sample, mode: Mode) -> list[float]:
@@ -27,21 +33,29 @@ def direct_losses(subject: Subject, sample: Sample, mode: Mode) -> list[float]:
     return F.cross_entropy(logits(subject.model, batch, mode)[kept].float(), batch.labels[kept], reduction="none").tolist()
 
 
+def texts(subject: Subject, item: Item) -> list[Sample]:
+    """A sample per option, with the option as its answer."""
+    media = item.media.load(FrameRule(42), IMAGE_REPEATS)
+    question = subject.encode(item.question)
+    turns = [Turn(question, subject.encode(choice)) for choice in item.choices]
+    return [Sample(item.id, "", media.frames, media.shown, [turn], question_first=True) for turn in turns]
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_options_score_as_when_scored_one_by_one(subject: Subject, split: ValidationSplit, mode: Mode):
-    items = split.items(6)
-    assert len({item.groups["source"] for item in items}) == 2
-    together = option_scores(subject, items, [item.media for item in items], [mode])[mode]
-    for item, scores in zip(items, together, strict=True):
-        alone = [-np.mean(direct_losses(subject, sample, mode)) for sample in choice_samples(item, item.media, subject)]
-        assert scores == pytest.approx(alone, abs=1e-4)
+def test_options_score_as_when_scored_one_by_one(subject: Subject, answerer: FoveatedAnswerer, split: ValidationSplit, mode: Mode):
+    """Log-likelihoods of the text's tokens and of the end after it, against one pass per option."""
+    for item in split.items(4):
+        opened = answerer.open(item.media.load(answerer.rule, answerer.image_repeats), item.media.key)
+        (reply,) = opened.replies([Ask(item.question, tuple(item.choices))], Condition(mode))
+        for row, sample in zip(reply.sums, texts(subject, item), strict=True):
+            *text, end = direct_losses(subject, sample, mode)
+            assert row == pytest.approx([-sum(text), len(text), -end], abs=1e-3)
 
 
 def test_an_options_tokens_are_those_of_the_shards(subject: Subject, split: ValidationSplit):
     for item in split.items(8):
-        sample = choice_samples(item, item.media, subject)[item.gold]
         row = next(row for row in split.rows if f"{row.key}/{row.conversation}" == item.id)
-        assert sample.turns == split.shards.read(row.number, image_repeats=1).turns
+        assert texts(subject, item)[item.gold or 0].turns == split.shards.read(row.number, image_repeats=1).turns
 
 
 def test_loss_is_weighted_by_tokens(subject: Subject, split: ValidationSplit):
@@ -72,15 +86,17 @@ def test_modes_are_measured_on_the_same_tokens_and_text_is_equal_in_all(subject:
         assert not np.allclose(losses[mode][~text, 0], losses["coarse_only"][~text, 0], atol=1e-5)
 
 
-def test_baselines_and_tests_add_up(context: Context, subject: Subject, split: ValidationSplit):
+def test_baselines_and_tests_add_up(context: Context, answerer: FoveatedAnswerer, split: ValidationSplit):
     items = split.items(16)
-    result = measure_choices(context, items, ChoiceResult)
+    result = measure_choices(context, items)
     baselines, scores, tests = result.baselines, result.modes, result.paired_tests
     assert baselines.chance == 0.25
     assert sum(baselines.gold_positions) == baselines.questions == 16
     assert baselines.majority == max(baselines.gold_positions) / 16
-    blind = option_scores(subject, items, [NO_MEDIA] * 16, ["coarse_only"])["coarse_only"]
-    assert baselines.blind.value == np.mean([row.argmax() == item.gold for row, item in zip(blind, items, strict=True)])
+    asks = [Ask(item.question, tuple(item.choices)) for item in items]
+    blind = [reply.sums for reply in answerer.open(NO_MEDIA, "").replies(asks, Condition("coarse_only"))]
+    right = [(row[:, 0] / row[:, 1]).argmax() == item.gold for row, item in zip(blind, items, strict=True)]
+    assert baselines.blind.value == pytest.approx(np.mean(right))
     for mode in MODES:
         assert sum(scores[mode].predicted_positions) == 16
         assert set(scores[mode].by_task) == {"gaze_cell/cell", "gaze_image/cell"}

@@ -1,15 +1,16 @@
 """Intervals and tests against direct computation and against scipy."""
 
+from itertools import product
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from scipy.stats import binom, norm
+from scipy.stats import beta, binomtest, norm, permutation_test, t
 
-from fvlm_core.eval.stats import Bootstrap, mcnemar
+from fvlm_core.eval.stats import Bootstrap, holm, sign_flip
 
 values = st.lists(st.floats(-100, 100, allow_nan=False), min_size=1, max_size=40)
-counts = st.integers(0, 60)
 
 
 @given(values, st.integers(1, 5), st.integers(0, 3))
@@ -50,8 +51,68 @@ def test_nothing_is_no_estimate():
         Bootstrap(10, 0).mean([], [])
 
 
-@given(counts, counts)
-def test_mcnemar_is_symmetric_and_exact(a: int, b: int):
-    assert mcnemar(a, b) == mcnemar(b, a)
-    expected = min(1.0, 2 * binom.cdf(min(a, b), a + b, 0.5)) if a + b else 1.0
-    assert mcnemar(a, b) == pytest.approx(expected, abs=1e-6)
+@given(st.integers(1, 40), st.data())
+@settings(deadline=None, max_examples=60)
+def test_the_exact_interval_is_scipys_where_every_clip_is_one_question(n: int, data: st.DataObject):
+    right = data.draw(st.lists(st.booleans(), min_size=n, max_size=n))
+    estimate = Bootstrap(20, 0).share(right, [str(i) for i in range(n)])
+    expected = binomtest(sum(right), n).proportion_ci(0.95, method="exact")
+    assert (estimate.low, estimate.high) == pytest.approx((expected.low, expected.high), abs=2e-6)
+    assert estimate.exact
+
+
+def test_the_exact_interval_counts_clips_where_all_questions_of_a_clip_agree():
+    """Ten clips of nine equal answers: ten questions, less one for the mean, times the squared ratio of the t quantiles."""
+    right = np.repeat([True] * 6 + [False] * 4, 9)
+    estimate = Bootstrap(20, 0).share(right, [str(i // 9) for i in range(90)])
+    worth = 9 * (t.ppf(0.975, 89) / t.ppf(0.975, 9)) ** 2
+    expected = beta.ppf(0.025, 0.6 * worth, 0.4 * worth + 1), beta.ppf(0.975, 0.6 * worth + 1, 0.4 * worth)
+    assert (estimate.low, estimate.high) == pytest.approx(expected, abs=1e-6)
+    none = Bootstrap(20, 0).share([False] * 90, [str(i // 9) for i in range(90)])
+    assert (none.low, none.high) == (0, pytest.approx(binomtest(0, 10).proportion_ci(0.95, method="exact").high, abs=1e-6))
+
+
+@given(st.lists(st.integers(-2, 2), min_size=1, max_size=10))
+@settings(deadline=None, max_examples=60)
+def test_sign_flips_of_few_clips_are_all_tried(differences: list[int]):
+    totals = [abs(sum(a * b for a, b in zip(signs, differences, strict=True))) for signs in product((1, -1), repeat=len(differences))]
+    expected = np.mean([total >= abs(sum(differences)) for total in totals])
+    assert sign_flip(differences, [str(i) for i in range(len(differences))]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_sign_flips_of_many_clips_are_scipys_permutation_test():
+    differences = np.random.default_rng(1).integers(-1, 2, 60) + 0.25
+    theirs = permutation_test(
+        (differences,), np.sum, permutation_type="samples", n_resamples=20_000, rng=np.random.default_rng(0), alternative="two-sided"
+    )
+    assert sign_flip(differences, [str(i) for i in range(60)]) == pytest.approx(theirs.pvalue, abs=0.012)
+
+
+def test_the_clustered_test_holds_its_level_where_mcnemars_does_not():
+    """Two methods that are equally good, nine questions a clip, whose difference depends on the clip."""
+    rng = np.random.default_rng(0)
+    clips = [str(i // 9) for i in range(40 * 9)]
+    clustered, unclustered = [], []
+    for _ in range(400):
+        lean = rng.normal(0, 0.4, (40, 1))
+        uniform = rng.random((40, 9))
+        a, b = uniform < 0.5 + lean / 2, rng.permuted(uniform, axis=1) < 0.5 - lean / 2
+        difference = a.astype(float).ravel() - b.ravel()
+        clustered.append(sign_flip(difference, clips) < 0.05)
+        only_a, only_b = int((difference > 0).sum()), int((difference < 0).sum())
+        unclustered.append(binomtest(only_a, only_a + only_b).pvalue < 0.05)
+    assert np.mean(clustered) < 0.075, "0.05, plus two and a half standard errors"
+    assert np.mean(unclustered) > 0.1
+
+
+@given(st.lists(st.floats(0, 1, allow_nan=False), min_size=1, max_size=8))
+def test_holm_is_step_down_bonferroni(p_values: list[float]):
+    adjusted = holm(p_values)
+    for level in (0.01, 0.05, 0.3):
+        rejected = set()
+        for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+            if p_values[place] > level / (len(p_values) - rank):
+                break
+            rejected.add(place)
+        assert {place for place, p in enumerate(adjusted) if p <= level - 1e-6} <= rejected
+        assert rejected <= {place for place, p in enumerate(adjusted) if p <= level + 1e-6}

@@ -147,13 +147,13 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def test_what_earlier_phases_decided_reaches_the_stages_but_not_their_data() -> None:
     size = config().scaling.sizes[0]
     decided = {
-        "run.micro_batch_samples": 8,
+        "run.micro_batch": {"frames": 8, "tokens": 99},
         "model.temperature": 0.5,
         "data.mixture": [{"source": "text", "share": 1.0}],
         "model.llm": size.llm.model_dump(mode="json"),
     }
     recipe = stage_recipe(config(), "stage2", changes=decided, start=True)
-    assert (recipe.run.micro_batch_samples, recipe.model.temperature, recipe.model.llm) == (8, 0.5, size.llm)
+    assert (recipe.run.micro_batch.tokens, recipe.model.temperature, recipe.model.llm) == (99, 0.5, size.llm)
     assert recipe.data == config().stages.stage2.data
     assert str(recipe.init_from) == AN_INPUT
 
@@ -162,12 +162,10 @@ def test_settings_that_follow_from_others_are_fitted() -> None:
     values = {
         "model": {"query": "deep", "fine_iterations": 2},
         "loss": {"coarse": 0.0, "fine": [1.0, 2.0]},
-        "run": {"batch_samples": 12, "micro_batch_samples": 12},
     }
     assert fitted(with_changes(values, {"model.fine_iterations": 3}))["loss"]["fine"] == [1.0, 2.0, 2.0]
     pooled = fitted(with_changes(values, {"model.query": "pooled"}))
     assert (pooled["model"]["fine_iterations"], pooled["loss"]) == (0, {"coarse": 1.0, "fine": []})
-    assert fitted(with_changes(values, {"run.micro_batch_samples": 5}))["run"]["micro_batch_samples"] == 4
     with pytest.raises(KeyError, match=r"model\.depth"):
         with_changes(values, {"model.depth": 1})
 

@@ -1,5 +1,6 @@
-"""A benchmark's files reach the evaluation's step as inputs from outside, and are looked for before anything starts."""
+"""A benchmark's folder reaches the evaluation's step as an input from outside, and is looked for before anything starts."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,25 +12,15 @@ from flows.train import TRAIN, last_stage
 from fvlm_core.errors import UserError
 from fvlm_core.eval import outside
 from fvlm_core.eval.jobs import EvalSettings
-from fvlm_core.eval.part import Benchmark, Context, NotMeasuredError, PartResult
 from tasks.config import PipelineConfig
 from tasks.phase import Before
 from tasks.steps import Made, Step
 
 
-class Toy(Benchmark):
-    needs_files = ("questions",)
-
-    def measure(self, context: Context) -> PartResult:
-        raise NotMeasuredError("only its files matter here")
-
-
-class ToySettings(EvalSettings):
-    toy: Toy = Toy()
-
-
-def config(file: Path) -> PipelineConfig:
-    return load_profile("ci").model_copy(update={"evaluation": ToySettings(toy=Toy(files={"questions": file}))})
+def config(folder: Path, ranks: int = 1) -> PipelineConfig:
+    evaluation = EvalSettings.model_validate({"benchmarks": {"run": ["own"], "data": {"own": folder}}})
+    profile = load_profile("ci")
+    return profile.model_copy(update={"evaluation": evaluation, "machine": profile.machine.model_copy(update={"ranks": ranks})})
 
 
 def step(profile: PipelineConfig, volume: Path) -> Step:
@@ -39,22 +30,36 @@ def step(profile: PipelineConfig, volume: Path) -> Step:
     return one
 
 
-def test_a_missing_file_is_refused_before_a_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="toy: its file 'questions' is missing"):
-        EVALUATE.prepare(config(tmp_path / "none.jsonl"), tmp_path)
+def questions(folder: Path, answer: str = "4") -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "mine.jsonl").write_text(json.dumps({"question": "2 + 2?", "answer": answer}))
+    return folder
 
 
-def test_what_is_in_a_file_names_the_step_and_where_it_is_does_not(tmp_path: Path) -> None:
-    here, there = tmp_path / "here.jsonl", tmp_path / "there.jsonl"
-    here.write_text("{}")
-    there.write_text("{}")
+def test_a_missing_folder_is_refused_before_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"benchmarks: its data.own is missing") as refused:
+        EVALUATE.prepare(config(tmp_path / "none"), tmp_path)
+    assert refused.value.fix == "correct evaluation.benchmarks.data.own"
+
+
+def test_what_the_annotations_say_names_the_step_and_where_they_are_does_not(tmp_path: Path) -> None:
+    here, there = questions(tmp_path / "here"), questions(tmp_path / "there")
     first = step(config(here), tmp_path)
-    assert first.job_settings(tmp_path)["toy"]["files"] == {"questions": str(here)}
+    assert first.job_settings(tmp_path)["benchmarks"]["data"] == {"own": str(here)}
     assert step(config(there), tmp_path).key == first.key
     assert EVALUATE.outside(config(here), tmp_path) == EVALUATE.outside(config(there), tmp_path)
-    there.write_text("{ }")
+    (there / "video.mp4").write_bytes(b"media are known by the annotations")
+    assert step(config(there), tmp_path).key == first.key
+    questions(there, "5")
     assert step(config(there), tmp_path).key != first.key
     assert EVALUATE.outside(config(here), tmp_path) != EVALUATE.outside(config(there), tmp_path)
+
+
+def test_benchmarks_are_asked_by_all_ranks_and_that_is_no_part_of_the_result(tmp_path: Path) -> None:
+    folder = questions(tmp_path / "here")
+    alone, four = step(config(folder), tmp_path), step(config(folder, ranks=4), tmp_path)
+    assert (alone.ranks, four.ranks) == (0, 4)
+    assert alone.key == four.key
 
 
 def test_a_large_file_is_known_by_its_size_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,4 +70,3 @@ def test_a_large_file_is_known_by_its_size_and_time(tmp_path: Path, monkeypatch:
     assert outside.quick_digest(file) == before
     file.write_bytes(b"123456")
     assert outside.quick_digest(file) != before
-    assert outside.quick_digest(tmp_path / "none") == "missing"

@@ -31,7 +31,7 @@ def recipe(**changes: Any) -> Recipe:
         ),
         data=DataSettings(mixture=[SourceShare(source="gaze_cell", share=1.0)]),
         loss=LossSettings(),
-        run=RunSettings(steps=10, batch_samples=8, micro_batch_samples=8, eval_every=5, wandb="disabled"),
+        run=RunSettings(steps=10, batch_samples=8, eval_every=5, wandb="disabled"),
     )
     return base.with_changes(changes)
 

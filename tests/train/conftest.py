@@ -31,6 +31,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_shards(tmp_path_factory.mktemp("train") / "shards", clips=8)
 
 
+ONE_SAMPLE = {"frames": 1, "tokens": 1}
+"""`run.micro_batch` with which every sample is a micro-batch of its own."""
+
+
 def tiny_recipe(output: Path, shards: Path, **changes: Any) -> Recipe:
     """A recipe of 6 steps; `changes` are dotted paths with two underscores for the dot: `run__steps=3`."""
     recipe = Recipe.from_values(
@@ -54,7 +58,6 @@ def tiny_recipe(output: Path, shards: Path, **changes: Any) -> Recipe:
             "run": {
                 "steps": 6,
                 "batch_samples": 8,
-                "micro_batch_samples": 8,
                 "eval_every": 1,
                 "eval_samples": 8,
                 "checkpoint_every": 2,

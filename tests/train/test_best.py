@@ -58,7 +58,7 @@ def loss_of(recipe: Recipe) -> float:
     return float(model(batch, LossSettings()).sums["fine2"]) / batch.n_labels
 
 
-OVERFITTED = {"run__steps": 24, "run__micro_batch_samples": 4, "optimizer__lr_llm": 0.02, "optimizer__lr_connector": 0.02}
+OVERFITTED = {"run__steps": 24, "optimizer__lr_llm": 0.02, "optimizer__lr_connector": 0.02}
 
 
 @pytest.mark.parametrize("ranks", ["one", "ddp", "fsdp2"])

@@ -9,7 +9,8 @@ import pytest
 
 from fvlm_core.config import Recipe
 from fvlm_core.data.loader import train_steps
-from fvlm_core.data.shard_set import CorruptSampleError, ShardSet
+from fvlm_core.data.shard_io import CorruptSampleError
+from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.errors import UserError
 from fvlm_core.train.__main__ import train
 from tests.train.conftest import one_rank_then_stop, tiny_recipe, torchrun
@@ -35,7 +36,7 @@ def keys(recipe: Recipe, *, rank: int = 0, world_size: int = 1, first_step: int 
 def test_counted_over_all_ranks(tmp_path: Path, shards: Path) -> None:
     """Each of two ranks meets one damaged sample, which is allowed; both together are one too many."""
     copy = shutil.copytree(shards, tmp_path / "shards")
-    recipe = tiny_recipe(tmp_path / "run", copy, run__steps=1, run__micro_batch_samples=4)
+    recipe = tiny_recipe(tmp_path / "run", copy, run__steps=1)
     first, second = (keys(recipe, rank=rank, world_size=2, steps=1) for rank in (0, 1))
     # of two sources: what takes the place of the one cannot be the other
     damage(ShardSet(copy), min(key for key in first - second if key.startswith("text")))

@@ -30,7 +30,7 @@ from fvlm_core.train.jobs import RunManifest
 from fvlm_core.train.objective import PreferenceLoss
 from fvlm_core.train.reference import Reference, sample_ids
 from tests.tiny import gaze_sample
-from tests.train.conftest import losses, on_ranks, tiny_recipe
+from tests.train.conftest import ONE_SAMPLE, losses, on_ranks, tiny_recipe
 from tests.train.test_resume import same_end
 
 CLIPS = 8
@@ -175,7 +175,7 @@ def test_reference_equals_recomputation(trained: Recipe, pairs: Path) -> None:
 def test_two_ranks_equal_one(tmp_path: Path, pairs: Path, trained: Recipe) -> None:
     """Both ways of spreading, with micro-batches of one pair; the reference is computed by both ranks."""
     for sharding in ("ddp", "fsdp2"):
-        recipe = dpo_recipe(tmp_path / sharding, pairs, run__steps=20, run__micro_batch_samples=1, run__sharding=sharding)
+        recipe = dpo_recipe(tmp_path / sharding, pairs, run__steps=20, run__micro_batch=ONE_SAMPLE, run__sharding=sharding)
         on_ranks(recipe, 2)
         # whether a pair that is as the reference has it counts as preferred is a matter of rounding
         mine, one = (losses(run).drop(columns="train_preferred") for run in (recipe, trained))
@@ -196,7 +196,7 @@ def test_resumes_bit_for_bit(tmp_path: Path, trained: Recipe) -> None:
                 shutil.rmtree(checkpoint)
         if step == 0:
             (recipe.output / "reference" / "manifest.json").unlink()
-            (recipe.output / "reference" / "train-000001.parquet").unlink()
+            (recipe.output / "reference" / "train-000000.parquet").unlink()
         else:  # damaged: all of it is made again
             (recipe.output / "reference" / "val-000000.parquet").write_bytes(b"")
         train(recipe)

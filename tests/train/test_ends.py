@@ -30,7 +30,7 @@ def written(recipe: Recipe) -> Path:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_stopped_by_somebody_else(tmp_path: Path, shards: Path, ranks: int) -> None:
     """SIGTERM to torchrun, which ends with status 1 and a traceback of its own: the run has saved, and says so."""
-    recipe = tiny_recipe(tmp_path / "run", shards, run__steps=5000, run__micro_batch_samples=4, run__checkpoint_every=5000)
+    recipe = tiny_recipe(tmp_path / "run", shards, run__steps=5000, run__checkpoint_every=5000)
     signalled = []
 
     def stop_torchrun() -> None:
@@ -47,7 +47,7 @@ def test_stopped_by_somebody_else(tmp_path: Path, shards: Path, ranks: int) -> N
 
 
 def test_refused_by_every_rank(tmp_path: Path, shards: Path) -> None:
-    recipe = tiny_recipe(tmp_path / "run", shards, run__batch_samples=9, run__micro_batch_samples=9)
+    recipe = tiny_recipe(tmp_path / "run", shards, run__batch_samples=9)
     with pytest.raises(JobRefusedError) as caught:
         launch(torchrun_job(MODULE, written(recipe), processes=2), recipe.output)
     assert caught.value.what == "9 samples per step do not divide among 2 ranks"
@@ -92,8 +92,8 @@ def test_a_full_disk_is_called_so_and_the_run_goes_on_when_there_is_space(
     tmp_path: Path, shards: Path, disk: Callable[[str], Path], size: str, ranks: int
 ) -> None:
     """Wherever the disk runs full: in a checkpoint, the metrics, or the model that is made of it all."""
-    recipe = tiny_recipe(disk(size) / "run", shards, run__micro_batch_samples=4, run__checkpoint_every=1)
-    undisturbed = tiny_recipe(tmp_path / "undisturbed", shards, run__micro_batch_samples=4, run__checkpoint_every=1)
+    recipe = tiny_recipe(disk(size) / "run", shards, run__checkpoint_every=1)
+    undisturbed = tiny_recipe(tmp_path / "undisturbed", shards, run__checkpoint_every=1)
     settings = tmp_path / "run.yaml"
     recipe.to_yaml(settings)
     command = torchrun_job(MODULE, settings, processes=ranks) if ranks else python_job(MODULE, settings)

@@ -19,7 +19,7 @@ from fvlm_core.train.distributed import World
 from fvlm_core.train.jobs import RunManifest
 from fvlm_core.train.loop import Trainer
 from fvlm_core.train.schedules import learning_rates
-from tests.train.conftest import losses, one_rank_then_stop, same_losses, tiny_recipe, torchrun
+from tests.train.conftest import ONE_SAMPLE, losses, one_rank_then_stop, same_losses, tiny_recipe, torchrun
 
 
 def reference(recipe: Recipe, steps: int) -> tuple[list[float], dict[str, Tensor]]:
@@ -67,8 +67,8 @@ def test_equals_a_plain_loop(tmp_path: Path, shards: Path) -> None:
 def test_ranks_and_accumulation_change_nothing(tmp_path: Path, shards: Path) -> None:
     """Over 20 steps, with micro-batches of one sample, so that some are text only and some ranks hold nothing but text."""
     whole, accumulated, ranked = (tiny_recipe(tmp_path / name, shards, run__steps=20) for name in ("whole", "accumulated", "ranked"))
-    accumulated = accumulated.with_changes({"run.micro_batch_samples": 1})
-    ranked = ranked.with_changes({"run.micro_batch_samples": 1})
+    accumulated = accumulated.with_changes({"run.micro_batch": ONE_SAMPLE})
+    ranked = ranked.with_changes({"run.micro_batch": ONE_SAMPLE})
     kinds = {
         tuple(sum(batch.shown_counts) > 0 for batch in batches)
         for rank in range(2)
@@ -122,7 +122,7 @@ def test_step_without_any_label_is_no_nan(tmp_path: Path, shards: Path) -> None:
 
 
 def test_validation_is_weighted_by_tokens(tmp_path: Path, shards: Path) -> None:
-    recipe = tiny_recipe(tmp_path / "run", shards, run__steps=1, run__micro_batch_samples=1)
+    recipe = tiny_recipe(tmp_path / "run", shards, run__steps=1, run__micro_batch=ONE_SAMPLE)
     manifest = train(recipe)
     data = ShardSet(shards)
     model = build_model(recipe.model, vocab_size=data.manifest.vocab_size, seed=recipe.run.seed)

@@ -17,7 +17,7 @@ from fvlm_core.train.lock import RunLock
 from tests.train.conftest import tiny_recipe
 from tests.train.test_resume import rows, same_end, wait_for_rows
 
-LONG = {"run__steps": 60, "run__eval_every": 1, "run__checkpoint_every": 4, "run__micro_batch_samples": 4}
+LONG = {"run__steps": 60, "run__eval_every": 1, "run__checkpoint_every": 4}
 
 
 def start(recipe: Recipe, ranks: int = 2) -> subprocess.Popen[bytes]:

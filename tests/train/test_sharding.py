@@ -15,7 +15,7 @@ from fvlm_core.train.distributed import World
 from fvlm_core.train.jobs import RunManifest
 from fvlm_core.train.loop import Trainer
 from fvlm_core.train.spread import Replicated
-from tests.train.conftest import losses, on_ranks, one_rank_then_stop, same_losses, tiny_recipe
+from tests.train.conftest import ONE_SAMPLE, losses, on_ranks, one_rank_then_stop, same_losses, tiny_recipe
 
 pytestmark = pytest.mark.slow(reason="two training processes, several times")
 
@@ -47,7 +47,7 @@ def continued_from(recipe: Recipe, step: int) -> None:
 def test_two_sharded_ranks_equal_one(tmp_path: Path, shards: Path, one_rank: Recipe) -> None:
     """With micro-batches of one sample: a rank may hold text only while the other runs the encoder. It goes on from one rank's
     checkpoint; from its own, one rank goes on, and two that are not sharded."""
-    recipe = tiny_recipe(tmp_path / "run", shards, run__sharding="fsdp2", run__micro_batch_samples=1)
+    recipe = tiny_recipe(tmp_path / "run", shards, run__sharding="fsdp2", run__micro_batch=ONE_SAMPLE)
     one_rank_then_stop(recipe, steps=2)
     on_ranks(recipe, ranks=2)
     assert RunManifest.read(recipe.output).resumed_from == [2]

@@ -5,13 +5,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from fvlm_core.config import Recipe
+from fvlm_core.config import MicroBatch, Recipe
 from fvlm_core.data.loader import train_steps
 from fvlm_core.data.shard_set import ShardSet
-from fvlm_core.errors import UserError
 from fvlm_core.train.jobs import SWEPT, SpeedJob, SpeedReport, Sweep
 from fvlm_core.train.speed import candidates, run
-from tests.train.conftest import tiny_recipe
+from tests.train.conftest import ONE_SAMPLE, tiny_recipe
 
 
 def keys(recipe: Recipe) -> list[list[str]]:
@@ -32,13 +31,13 @@ def test_report(tmp_path: Path, shards: Path) -> None:
     assert (table["samples_per_s"] * table["step_s"]).tolist() == pytest.approx([8.0] * len(table))
     assert report.chosen.keys() == set(SWEPT.values())
     assert report.speedup == report.tuned_samples_per_s / report.naive_samples_per_s
-    assert report.chosen["run.micro_batch_samples"] > 1  # eight batches of one sample are never the fastest
+    assert report.chosen["run.micro_batch"] != ONE_SAMPLE  # eight batches of one sample are never the fastest
     assert keys(recipe.with_changes(report.chosen)) == keys(recipe)
     assert not recipe.output.exists()
 
 
-def test_candidates_never_split_a_sample() -> None:
-    assert candidates(Sweep(), 12, "cpu")["run.micro_batch_samples"] == [12, 6, 3]
-    assert candidates(Sweep(), 7, "cpu")["run.micro_batch_samples"] == [7]
-    with pytest.raises(UserError, match="5 does not divide the batch of 12"):
-        candidates(Sweep(micro_batch_samples=[5]), 12, "cpu")
+def test_budgets_around_the_recipes_own_are_tried() -> None:
+    own = MicroBatch(frames=3, tokens=100)
+    tried = candidates(Sweep(), own, "cpu")["run.micro_batch"]
+    assert tried == [{"frames": f, "tokens": t} for f, t in [(3, 100), (6, 200), (1, 50), (1, 25)]]
+    assert candidates(Sweep(micro_batch=[own]), MicroBatch(), "cpu")["run.micro_batch"] == [own.model_dump()]

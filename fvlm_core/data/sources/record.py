@@ -26,7 +26,7 @@ from pydantic import Field
 from fvlm_core.data.archives import Archives
 from fvlm_core.data.arrow import pc
 from fvlm_core.data.jobs import Source
-from fvlm_core.data.media import files_of
+from fvlm_core.data.media import files_of, is_web
 from fvlm_core.data.rows import SCHEMA, Kind
 from fvlm_core.data.sources.reading import RowsDigest, read_source
 from fvlm_core.errors import UserError
@@ -193,8 +193,9 @@ def _write_rows(source: Source, files: Sequence[Path], folder: Path) -> Record:
     temporary = folder / f".{ROWS}"
     with ExitStack() as stack:
         archives = None
-        if source.archives:
-            archives = stack.enter_context(Archives(_resolved(source, source.archives), folder / ".members.sqlite"))
+        if source.archives or source.web_archives:
+            places = [*_resolved(source, source.archives), *source.web_archives]
+            archives = stack.enter_context(Archives(places, folder / ".members.sqlite"))
         writer = stack.enter_context(pq.ParquetWriter(temporary, RECORD_SCHEMA, compression="zstd"))
         for part in read_source(source, files, archives):
             number = part.rows.num_rows
@@ -267,13 +268,18 @@ def _look(known: Record, folder: Path) -> Record:
 
 
 def stat_files(references: list[str]) -> list[list[int] | None]:
-    """Size and time of change of the file behind each reference (of several, one after the other), None where one is not there."""
+    """Size and time of change of the file behind each reference, of several one after the other; None where one is not there.
+
+    Of an archive on the web nothing is asked.
+    """
     known: dict[str, list[int] | None] = {}  # an archive holds many
     found: list[list[int] | None] = []
     for reference in references:
         stats: list[list[int] | None] = []
         for path in files_of(reference):
-            if path not in known:
+            if path not in known and is_web(path):
+                known[path] = []
+            elif path not in known:
                 try:
                     status = os.stat(path)
                     known[path] = [status.st_size, status.st_mtime_ns] if S_ISREG(status.st_mode) else None

@@ -15,13 +15,27 @@ PLACEHOLDER = re.compile(r"\s*<(?:image|video)>\s*")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
-def turns_of(messages: Sequence[dict[str, Any]] | None, *, role: str = "role", text: str = "content") -> list[Turn] | None:
+def turns_of(messages: Any, *, role: str = "role", text: str = "content") -> list[Turn] | None:
     """Question and answer pairs of messages like `{role: user, content: ...}`; None unless both take turns and say something."""
-    roles = [ROLES.get(str(message[role])) for message in messages or ()]
-    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+    said = _said(messages, role, text)
+    roles = [ROLES.get(who) for who, _ in said or ()]
+    if not said or roles != ["user", "assistant"] * (len(roles) // 2):
         return None
-    texts = [(message[text] or "").strip() for message in messages or ()]
-    return pairs(texts[::2], texts[1::2])
+    return pairs([words for _, words in said[::2]], [words for _, words in said[1::2]])
+
+
+def _said(messages: Any, role: str, text: str) -> list[tuple[str, str]] | None:
+    """Who says what; None for what is no list of messages. One that JSON has in a file with others of another form comes as its text."""
+    if isinstance(messages, str):
+        try:
+            messages = json.loads(messages)
+        except ValueError:
+            return None
+    if not isinstance(messages, list) or not all(isinstance(one, dict) and role in one and text in one for one in messages):
+        return None
+    if not all(isinstance(one[text], str | None) for one in messages):
+        return None
+    return [(str(one[role]), (one[text] or "").strip()) for one in messages]
 
 
 def pairs(questions: Sequence[str], answers: Sequence[str]) -> list[Turn] | None:
@@ -52,9 +66,9 @@ def llava_rows(batch: pa.RecordBatch, media: Sequence[str]) -> pa.RecordBatch:
     rows = []
     for number, record in enumerate(batch.select(["conversations", *names]).to_pylist()):
         found = next((record[name] for name in names if record[name]), None)
-        said = [{"from": one["from"], "value": PLACEHOLDER.sub("\n", one["value"] or "")} for one in record["conversations"] or ()]
-        turns = turns_of(said, role="from", text="value")
-        if found and turns:
+        turns = turns_of(record["conversations"], role="from", text="value")
+        asked = pairs([PLACEHOLDER.sub("\n", turn["question"]).strip() for turn in turns or ()], [turn["answer"] for turn in turns or ()])
+        if found and asked:
             url = found if isinstance(found, str) else found[0] if len(found) == 1 else json.dumps(found)
-            rows.append({OF: number, "url": url, "conversations": conversations(turns)})
+            rows.append({OF: number, "url": url, "conversations": conversations(asked)})
     return batch_of(rows)

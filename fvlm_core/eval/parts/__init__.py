@@ -4,6 +4,7 @@ The name of a line is the part's key in the profile (`evaluation.NAME`) and in `
 """
 
 from fvlm_core.eval.part import Part, PartResult
+from fvlm_core.eval.parts.benchmarks import Benchmarks
 from fvlm_core.eval.parts.captions import Captions
 from fvlm_core.eval.parts.gaze import Gaze
 from fvlm_core.eval.parts.latency import Latency
@@ -19,6 +20,7 @@ class Parts(Settings):
     losses: Losses = Losses()
     captions: Captions = Captions()
     multiple_choice: MultipleChoice = MultipleChoice()
+    benchmarks: Benchmarks = Benchmarks()
     question_order: QuestionOrder = QuestionOrder()
     gaze: Gaze = Gaze()
     latency: Latency = Latency()

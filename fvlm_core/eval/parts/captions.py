@@ -94,7 +94,7 @@ class Captions(Part):
 
     def measure(self, context: Context) -> CaptionResult:
         """Caption the same clips in every mode."""
-        from fvlm_core.eval.items import without_answer  # needs torch
+        from fvlm_core.eval.questions import without_answer  # needs torch
 
         bootstrap = context.bootstrap
         questions = context.split.captions(self.samples)

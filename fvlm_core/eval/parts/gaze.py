@@ -17,8 +17,8 @@ from fvlm_core.settings import Settings
 from fvlm_core.tables import words
 
 if TYPE_CHECKING:  # they need torch and matplotlib
-    from fvlm_core.eval.items import ClipQuestion
     from fvlm_core.eval.pictures import HeatRow
+    from fvlm_core.eval.questions import ClipQuestion
     from fvlm_core.eval.subject import Subject
 
 GAZE_PICTURE = "gaze.png"
@@ -125,8 +125,8 @@ def _heatmaps(subject: "Subject", questions: "Sequence[ClipQuestion]", modes: Se
 
 def _composite(subject: "Subject", questions: "Sequence[ClipQuestion]", mode: Mode, output: Path) -> Figure:
     """One clip under several questions (or several clips, where no clip has more than one): the frames, then where the model looks."""
-    from fvlm_core.eval.items import without_answer
     from fvlm_core.eval.pictures import HeatRow, draw
+    from fvlm_core.eval.questions import without_answer
 
     samples = [question.sample for question in questions]
     maps = subject.gaze(samples, mode)

@@ -72,7 +72,7 @@ class Latency(Part):
         """Time every mode on the same clips, side by side."""
         import torch
 
-        from fvlm_core.eval.items import without_answer
+        from fvlm_core.eval.questions import without_answer
 
         subject, modes = context.subject, context.modes
         clips = context.split.clips(self.clips)

@@ -1,31 +1,29 @@
-"""Multiple choice: accuracy in every mode, and what it has to be compared with.
+"""Multiple choice on the probes of the validation split: accuracy in every mode, and what it has to be compared with.
 
-A choice's score is the mean log-likelihood per token of its text (with the end of the turn) after the question: no letters,
-so a model needs no training on letters, and short choices have no advantage. Accuracy alone misleads (a model that sees
-nothing can beat chance), so the blind, shuffled-frames and majority baselines, the positions chosen and a paired test between
-modes belong to it.
+A choice's score is the mean log-likelihood per token of its text after the question: no letters, so a model needs no training on letters
+(`fvlm_core.eval.records.option_scores`). Accuracy alone misleads (a model that sees nothing can beat chance), so the blind,
+shuffled-frames and majority baselines, the positions chosen and a paired test between modes belong to it.
 
-A benchmark of multiple-choice questions is a part whose `measure` reads `Item`s and returns `measure_choices(context, items, ITS_RESULT)`,
-with `ITS_RESULT` a subclass of `ChoiceResult` that says its title and its dataset.
+Published benchmarks are measured by the same path, in every way to read a choice: `parts/benchmarks.py`.
 """
 
 from collections.abc import Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fvlm_core.eval.estimates import Estimate, Metric, PairedTest
+from fvlm_core.errors import UserError
+from fvlm_core.eval.estimates import TASK, Estimate, Metric, PairedTest
 from fvlm_core.eval.part import Context, Count, Part, PartResult, require
-from fvlm_core.eval.stats import DECIMALS, Bootstrap, mcnemar
+from fvlm_core.eval.stats import DECIMALS, Bootstrap, holm, sign_flip
 from fvlm_core.eval.tables import by_mode, paired_table
 from fvlm_core.model.names import Mode
 from fvlm_core.settings import Settings
 from fvlm_core.tables import Table, number
 
-if TYPE_CHECKING:  # they need torch
-    from fvlm_core.eval.items import Item, Media
-    from fvlm_core.eval.subject import Subject
+if TYPE_CHECKING:  # it needs torch
+    from fvlm_core.eval.items import Item
 
 
 class ChoiceScores(Settings):
@@ -112,82 +110,67 @@ class MultipleChoice(Part):
         """Score the validation split's questions."""
         items = context.split.items(self.questions)
         require(len(items), self.questions, "multiple-choice questions")
-        return measure_choices(context, items, ChoiceResult)
+        return measure_choices(context, items)
 
 
-AnyChoiceResult = TypeVar("AnyChoiceResult", bound=ChoiceResult)
-
-
-def measure_choices(context: Context, items: "Sequence[Item]", result: type[AnyChoiceResult]) -> AnyChoiceResult:
+def measure_choices(context: Context, items: "Sequence[Item]") -> ChoiceResult:
     """Score items (at least one) in all modes, with frames, with shuffled frames, and without."""
-    from fvlm_core.eval.items import NO_MEDIA
+    from fvlm_core.eval.asking import AskSettings, ask_shard
+    from fvlm_core.eval.benchmark_result import chosen
+    from fvlm_core.eval.benchmarks.validation import BENCHMARK
 
-    subject, modes, bootstrap = context.subject, context.modes, context.bootstrap
+    modes, bootstrap, answerer = context.modes, context.bootstrap, context.answerer
+    settings = AskSettings(orders=["question_first"], modes=list(modes), letters=False)
+    conditions = [one for one in answerer.conditions(settings.orders, settings.modes, controls=True) if not one.view.endswith("_query")]
+    records = ask_shard(answerer, BENCHMARK, settings, conditions, items)
+    if broken := [f"{record.id}: {record.error}" for record in records if record.error]:
+        raise UserError(f"a validation sample is damaged: {broken[0]}", where="the shards", fix="make the shards again")
     gold = np.array([item.gold for item in items])
-    clips = [item.groups["clip"] for item in items]
-    tasks = np.array([item.groups["task"] for item in items])
+    clips = [record.clip for record in records]
+    tasks = np.array([record.groups[TASK] for record in records])
     options = max(len(item.choices) for item in items)
     positions = np.bincount(gold, minlength=options)
-
-    seen = predictions(subject, items, [item.media for item in items], modes)
-    shuffled = predictions(subject, items, [item.media.shuffled(bootstrap.seed, item.groups["clip"]) for item in items], modes)
-    blind = predictions(subject, items, [NO_MEDIA] * len(items), ["coarse_only"])["coarse_only"]
-
+    picked = {one.name: np.array([chosen(record, one.name, "mean") for record in records]) for one in conditions}
+    seen: dict[Mode, np.ndarray] = {mode: picked[f"question_first/{mode}"] for mode in modes}
     scores: dict[Mode, ChoiceScores] = {}
     for mode in modes:
         right = seen[mode] == gold
         scores[mode] = ChoiceScores(
-            accuracy=bootstrap.mean(right, clips),
+            accuracy=bootstrap.share(right, clips),
             by_task={
-                task: bootstrap.mean(right[tasks == task], [c for c, t in zip(clips, tasks, strict=True) if t == task])
+                task: bootstrap.share(right[tasks == task], [c for c, t in zip(clips, tasks, strict=True) if t == task])
                 for task in sorted(set(tasks.tolist()))
             },
             predicted_positions=np.bincount(seen[mode], minlength=options).tolist(),
-            shuffled_frames=bootstrap.mean(shuffled[mode] == gold, clips),
+            shuffled_frames=bootstrap.share(picked[f"shuffled/{mode}"] == gold, clips),
         )
-    return result(
+    return ChoiceResult(
         modes=scores,
         baselines=ChoiceBaselines(
             chance=round(float(np.mean([1 / len(item.choices) for item in items])), DECIMALS),
             majority=round(float(positions.max() / len(items)), DECIMALS),
-            blind=bootstrap.mean(blind == gold, clips),
+            blind=bootstrap.share(picked["blind"] == gold, clips),
             gold_positions=positions.tolist(),
             questions=len(items),
             clips=len(set(clips)),
         ),
-        paired_tests=[_paired(a, b, seen[a] == gold, seen[b] == gold, clips, bootstrap) for a, b in combinations(modes, 2)],
+        paired_tests=_paired({mode: seen[mode] == gold for mode in modes}, clips, bootstrap),
     )
 
 
-def option_scores(
-    subject: "Subject", items: "Sequence[Item]", media: "Sequence[Media]", modes: Sequence[Mode]
-) -> dict[Mode, list[np.ndarray]]:
-    """Mean log-likelihood per token of every choice of every item, each item shown its `media`: per mode, a float64 [choices] per item.
-
-    Choices of neighbouring items share batches, so items about one clip should stand together.
-    """
-    from fvlm_core.eval.items import choice_samples
-
-    samples = [sample for item, shown in zip(items, media, strict=True) for sample in choice_samples(item, shown, subject)]
-    ends = np.cumsum([len(item.choices) for item in items])[:-1]
-    losses = subject.sample_losses(samples, modes)
-    return {mode: np.split(-sums[:, 0] / sums[:, 1], ends) for mode, sums in losses.items()}
-
-
-def predictions(subject: "Subject", items: "Sequence[Item]", media: "Sequence[Media]", modes: Sequence[Mode]) -> dict[Mode, np.ndarray]:
-    """The chosen option of every item, per mode int64 [items]; the first of equals."""
-    scores = option_scores(subject, items, media, modes)
-    return {mode: np.array([int(options.argmax()) for options in of_items]) for mode, of_items in scores.items()}
-
-
-def _paired(a: Mode, b: Mode, right_a: np.ndarray, right_b: np.ndarray, clips: Sequence[str], bootstrap: Bootstrap) -> PairedTest:
-    only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
-    return PairedTest(
-        a=a,
-        b=b,
-        metric="multiple_choice_accuracy",
-        difference=bootstrap.mean(right_a.astype(float) - right_b, clips),
-        only_a=only_a,
-        only_b=only_b,
-        p_value=mcnemar(only_a, only_b),
-    )
+def _paired(right: dict[Mode, np.ndarray], clips: Sequence[str], bootstrap: Bootstrap) -> list[PairedTest]:
+    """Every pair of modes, tested by clip; the p-values are adjusted for there being several pairs."""
+    pairs = list(combinations(right, 2))
+    p_values = [sign_flip(right[a].astype(float) - right[b], clips, seed=bootstrap.seed) for a, b in pairs]
+    return [
+        PairedTest(
+            a=a,
+            b=b,
+            metric="multiple_choice_accuracy",
+            difference=bootstrap.mean(right[a].astype(float) - right[b], clips),
+            only_a=int((right[a] & ~right[b]).sum()),
+            only_b=int((right[b] & ~right[a]).sum()),
+            p_value=p_value,
+        )
+        for (a, b), p_value in zip(pairs, holm(p_values), strict=True)
+    ]

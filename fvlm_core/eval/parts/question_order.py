@@ -20,7 +20,7 @@ from fvlm_core.settings import Settings
 from fvlm_core.tables import Table, number, words
 
 if TYPE_CHECKING:  # they need torch
-    from fvlm_core.eval.items import ClipQuestion
+    from fvlm_core.eval.questions import ClipQuestion
     from fvlm_core.eval.subject import Subject
 
 Order = Literal["question_first", "question_after"]
@@ -150,7 +150,7 @@ def gaze_hits(attention: np.ndarray, cells: Sequence[tuple[int, int]]) -> np.nda
 def _cells_of(
     order: Order, subject: "Subject", questions: "Sequence[ClipQuestion]", modes: Sequence[Mode], bootstrap: Bootstrap
 ) -> list[OrderCell]:
-    from fvlm_core.eval.items import without_answer  # needs torch
+    from fvlm_core.eval.questions import without_answer  # needs torch
 
     first = order == "question_first"
     losses = subject.sample_losses([replace(question.sample, question_first=first) for question in questions], modes)

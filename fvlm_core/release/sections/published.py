@@ -1,10 +1,13 @@
-"""What others have published, to compare with."""
+"""What others have published, to compare with: of benchmarks that were run."""
 
-from fvlm_core.eval.references import references_table
+from fvlm_core.eval.summary import published_tables
 from fvlm_core.release.evidence import Evidence
 from fvlm_core.release.figures import Figures
 from fvlm_core.release.report import Section
 
 
 def section(evidence: Evidence, figures: Figures) -> Section:
-    return Section(title="Published models", blocks=[references_table()])
+    tables = published_tables(evidence.results)
+    if not tables:
+        return Section(title="Published models", missing="no benchmark was run that others report")
+    return Section(title="Published models", blocks=[*tables])

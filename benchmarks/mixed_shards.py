@@ -1,0 +1,84 @@
+"""Shards of videos, images and texts in the proportions of stage 3, with frames as large as real ones: 224 px, about 9 KB each."""
+
+from collections.abc import Callable, Sequence
+from io import BytesIO
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fvlm_core.config import DataSettings, SourceShare
+from fvlm_core.data.jobs import SHARD_FILES, ShardManifest
+from fvlm_core.data.rows import Kind, Split
+from fvlm_core.data.shard_files import ShardSample, write_shards
+from fvlm_core.data.tokenizer import render_chat, train_tokenizer
+from fvlm_core.manifest import file_entries
+
+SHARES = {"video": 0.46, "image": 0.34, "text": 0.20}
+"""SmolVLM2's last stage with its two kinds of image sample in one; see docs/data-sources.md."""
+WORDS = ["".join(letters) for letters in product("abcdefghijklmnop", repeat=2)]
+VAL_CLIPS = 2
+"""Of each kind."""
+QUALITY = 90
+DETAIL_PX, NOISE = 9, 1.0
+"""Coarse patches and fine noise that make a JPEG as large as a video frame's."""
+
+
+def mixed_data(**changes) -> DataSettings:
+    """What a run on these shards trains on."""
+    return DataSettings(mixture=[SourceShare(source=name, share=share) for name, share in SHARES.items()], **changes)
+
+
+def write_mixed(folder: Path, *, clips: int, frame_px: int = 224, samples_per_shard: int = 50) -> Path:
+    """`clips` videos of 4 to 64 frames, as many images, and as many texts to train on; a few of each to validate."""
+    rng = np.random.default_rng(0)
+    kinds: tuple[Kind, ...] = ("video", "image", "text")
+    counts: dict[Split, int] = {"train": clips, "val": VAL_CLIPS}
+    samples = [_sample(rng, kind, split, n, frame_px) for split, count in counts.items() for kind in kinds for n in range(count)]
+    tokenizer = train_tokenizer((render_chat(turns) for sample in samples for turns in sample.conversations), 512)
+    sources, dropped = write_shards(folder, samples, tokenizer, samples_per_shard=samples_per_shard)
+    ShardManifest(
+        name="shards",
+        settings_hash="benchmark",
+        files=file_entries(folder, SHARD_FILES),
+        sources=sources,
+        frame_px=frame_px,
+        fps=1.0,
+        vocab_size=len(tokenizer),
+        bad=dropped,
+    ).write(folder)
+    return folder
+
+
+def _sample(rng: np.random.Generator, kind: Kind, split: Split, number: int, frame_px: int) -> ShardSample:
+    frames = {"video": int(rng.integers(4, 65)), "image": 1, "text": 0}[kind]
+    length = int(rng.integers(40, 400 if kind == "text" else 200))
+    words = rng.choice(WORDS, length)
+    turn = {"question": " ".join(words[: length // 2]), "answer": " ".join(words[length // 2 :])}
+    return ShardSample(
+        source=kind,
+        kind=kind,
+        split=split,
+        origin=f"{kind}-{split}-{number}",
+        conversations=[[turn]],
+        probes=[None],
+        duration_s=float(frames),
+        num_frames=frames,
+        frames=_pictures(int(rng.integers(2**31)), frames, frame_px),
+    )
+
+
+def _pictures(seed: int, frames: int, frame_px: int) -> Callable[[], Sequence[bytes]]:
+    def draw() -> list[bytes]:
+        rng, files = np.random.default_rng(seed), []
+        for _ in range(frames):
+            coarse = Image.fromarray(rng.integers(0, 256, (DETAIL_PX, DETAIL_PX, 3), dtype=np.uint8))
+            smooth = np.asarray(coarse.resize((frame_px, frame_px), Image.Resampling.BICUBIC), np.float32)
+            noisy = smooth + rng.normal(0, NOISE, (frame_px, frame_px, 1)).astype(np.float32)
+            out = BytesIO()
+            Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=QUALITY)
+            files.append(out.getvalue())
+        return files
+
+    return draw

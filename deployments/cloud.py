@@ -1,0 +1,89 @@
+"""`--cloud emulator`: a rehearsal of a rented run. The pools become pools of pods, and RunPod is the emulator, in this process."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from infra.runpod.account import KEY_VARIABLE, S3_ACCESS_VARIABLE, S3_SECRET_VARIABLE
+from infra.runpod.bills import reconcile
+from infra.runpod.client import RunPod
+from infra.runpod.emulator.cloud import Delays
+from infra.runpod.emulator.s3 import S3Side
+from infra.runpod.emulator.server import Emulator
+from infra.runpod.setup import mark
+from infra.stack import REPOSITORY
+from infra.store import FolderStore
+from infra.volume import HOME
+from tasks.config import PipelineConfig, Pool, Pools
+from tasks.rental import Rental
+from tasks.rented import budget_of, budget_table
+
+KEY, S3_ACCESS, S3_SECRET = "emulated", "user_emulated", "rps_emulated"
+"""Keys of an account that exists in this process only."""
+DATA_CENTER = "US-KS-2"
+VOLUME_GB = 100
+GPUS = ["NVIDIA A100 80GB PCIe", "NVIDIA A100-SXM4-80GB"]
+CPUS = ["cpu3c"]
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """An emulated RunPod with one volume."""
+
+    config: PipelineConfig
+    environment: dict[str, str]
+    """What the workers need to reach it."""
+    emulator: Emulator
+    rental: Rental
+
+    def print_bill(self, console: Console) -> None:
+        """The ledger, after a comparison with the emulator's bill."""
+        ledger = budget_of(self.rental, FolderStore(Path(self.rental.mount_path)))
+        with RunPod(KEY, self.emulator.url) as client:
+            for line in reconcile(client, ledger):
+                console.print(line, highlight=False, soft_wrap=True)
+        console.print(budget_table(ledger.position(), ledger.clock()).terminal())
+
+
+@contextlib.contextmanager
+def rehearsal(config: PipelineConfig, volume: Path, *, delays: Delays | None = None) -> Iterator[Rehearsal]:
+    """The emulator with the folder `volume` as its network volume, and the profile that runs on it."""
+    cloud = volume / HOME / "emulator"
+    with Emulator(cloud, key=KEY, delays=delays) as emulator:
+        there = emulator.cloud.adopt_volume("fvlm", VOLUME_GB, DATA_CENTER, volume)
+        folders = {there.id: there.folder}
+        with S3Side(lambda: folders, access_key=S3_ACCESS, secret_key=S3_SECRET) as s3, RunPod(KEY, emulator.url) as client:
+            mark(FolderStore(volume), client.volumes()[0])
+            rental = Rental(
+                volume=there.id,
+                volume_gb=VOLUME_GB,
+                data_centers=[DATA_CENTER],
+                mount_path=str(volume),
+                runpod_url=emulator.url,
+                s3_url=s3.url,
+                gpu_count=1,
+                gpu_usd_per_hour=1.64,
+                cpu_usd_per_hour=0.24,
+            )
+            machine = config.machine.model_copy(update={"pools": pools(), "rental": rental, "crash_retries": 2})
+            environment = {
+                KEY_VARIABLE: KEY,
+                S3_ACCESS_VARIABLE: S3_ACCESS,
+                S3_SECRET_VARIABLE: S3_SECRET,
+            }
+            yield Rehearsal(config.model_copy(update={"machine": machine}), environment, emulator, rental)
+
+
+def pools() -> Pools:
+    """Pools of pods, whose image is this machine's own environment."""
+    here = {"python": sys.executable, "code_folder": str(REPOSITORY), "poll_s": 1.0, "free_volume_gb": 0.5, "max_runtime_h": 6.0}
+    cpu = here | {"cpus": CPUS, "max_usd_per_hour": 1.0}
+    return Pools(
+        cpu=Pool(name="fvlm-emulated-cpu", type="runpod", job_variables=cpu | {"vcpus": 8}),
+        gpu=Pool(name="fvlm-emulated-gpu", type="runpod", limit=1, job_variables=here | {"gpus": GPUS, "max_usd_per_hour": 2.0}),
+        pipeline=Pool(name="fvlm-emulated-pipeline", type="runpod", job_variables=cpu | {"vcpus": 2}),
+    )

@@ -1,0 +1,96 @@
+"""`fvlm eval`: benchmarks on any checkpoint, with a progress bar, ending in the table."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fvlm_core.errors import UserError
+from fvlm_core.eval.benchmarks import NAMES, benchmark
+from fvlm_core.model.names import MODES
+
+ALL = "all"
+
+
+def evaluate(
+    *,
+    checkpoint: Path,
+    benchmarks: str = "gaze",
+    data: Path | None = None,
+    mode: Annotated[str, Parameter(help=f"`{ALL}`, or of {', '.join(MODES)}, with commas between them.")] = ALL,
+    output: Path = Path("evaluation"),
+    limit: int = 0,
+    generate: Annotated[bool, Parameter(negative="")] = False,
+    max_missing_share: float = 0.01,
+    vision: str | None = None,
+    llm: str | None = None,
+    frame_px: int = 224,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    batch_samples: int = 64,
+) -> int:
+    """Put benchmarks to a checkpoint, in every mode, with all controls. Run it again to go on where it was stopped.
+
+    Parameters
+    ----------
+    checkpoint
+        A finished run or a model folder of ours, a checkpoint of the original fVLM (with --vision and --llm), or a SmolVLM2 folder.
+    benchmarks
+        Names with commas between them; docs/benchmarks.md lists them.
+    data
+        Folder that holds a folder NAME of each benchmark as it is published; `gaze` needs none.
+    output
+        Folder for results.json, tables.md and the answers; what is finished there is not asked again.
+    limit
+        Most questions of each benchmark, evenly over its rows; 0 is all.
+    generate
+        Generate answers to multiple-choice questions too, and read the choice from them.
+    max_missing_share
+        Share of a benchmark's items that may lack their media or be unreadable.
+    vision
+        Hub name or folder of the DINOv2 that a checkpoint of the original was built with.
+    llm
+        Hub name or folder of its SmolLM2.
+    frame_px
+        Side of its frames.
+    device
+        Where to compute.
+    batch_samples
+        Sequences at a time.
+    """
+    names = [name for part in benchmarks.split(",") if (name := part.strip())]
+    for name in names:
+        benchmark(name)
+    if not names:
+        raise UserError("no benchmark is named", where="--benchmarks", fix=f"name some of {', '.join(NAMES)}")
+    modes = None if mode == ALL else [part.strip() for part in mode.split(",")]
+    job_values = {
+        "output": output,
+        "checkpoint": checkpoint,
+        "original": {"vision": vision, "llm": llm, "frame_px": frame_px},
+        "benchmarks": {
+            "run": names,
+            "data": {} if data is None else {name: data / name for name in names if benchmark(name).needs_folder},
+            "limit": limit,
+            "ask": {"modes": modes, "generate": generate},
+            "max_missing_share": max_missing_share,
+        },
+        "device": device,
+        "batch_samples": batch_samples,
+    }
+    from fvlm_core.eval.checkpoint import CheckpointJob, evaluate_checkpoint  # takes seconds
+    from fvlm_core.eval.tables import headline_table
+
+    job = CheckpointJob.from_values(job_values, where="the command's options")
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("questions", total=None)
+        results = evaluate_checkpoint(
+            job, start=lambda items: progress.update(bar, total=items), done=lambda items: progress.advance(bar, items)
+        )
+    assert results is not None
+    console.print(headline_table(results.headline(), compact=True).terminal())
+    console.print(f"all numbers: {output / 'results.json'}, {output / 'tables.md'}", highlight=False)
+    return 0

@@ -1,0 +1,253 @@
+"""`fvlm infra`, `fvlm volume` and `fvlm board`: rented machines, what is on their volume, and the board on it."""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+
+from fvlm_core.errors import UserError
+from infra.board import Board
+from infra.errors import InfraError
+from infra.runpod.account import Account
+from infra.runpod.bills import reconcile
+from infra.runpod.code import upload_code
+from infra.runpod.models import HOURS_PER_MONTH
+from infra.runpod.naming import owner
+from infra.runpod.reaper import reap
+from infra.runpod.setup import find_or_create_volume, mark
+from infra.s3 import S3Store, local_path
+from infra.stack import REPOSITORY
+
+app = App(name="infra", help="Rented machines: set up, what they cost, end what nobody owns. Keys come from the environment.")
+volume_app = App(name="volume", help="Files on the network volume, through its S3 side.")
+Profile = Annotated[str, Parameter(help="A profile with `machine.rental`.")]
+FOLLOW_S = 10.0
+NAMED = {"report": "release", "shards": "shards"}
+"""Names of results: links on the volume, of which S3 sees the target's folder only."""
+
+
+@app.command
+def setup(*, profile: Profile = "runpod") -> int:
+    """Find or make the network volume, mark it, and put this checkout on it. Says what the volume costs."""
+    from deployments.profile import chosen_profile
+    from tasks.rented import account_of, budget_of, rental_of
+
+    config = chosen_profile(profile)
+    rental = rental_of(config)
+    account = account_of(rental)
+    gpus = config.machine.pools.gpu.job_variables.get("gpus", [])
+    volume = find_or_create_volume(
+        account.client,
+        rental.volume,
+        size_gb=rental.volume_gb,
+        data_centers=rental.data_centers,
+        gpus=[str(gpu) for gpu in gpus] if isinstance(gpus, list) else [],
+        gpu_count=rental.gpu_count,
+    )
+    mark(account.store, volume)
+    budget_of(rental, account.store).storage(volume.id, volume.usd_per_hour)
+    name = upload_code(REPOSITORY, account.store)
+    month = volume.usd_per_hour * HOURS_PER_MONTH
+    _say(f"volume {volume.name} ({volume.id}), {volume.size} GB in {volume.dataCenter}: ${month:.2f} a month")
+    _say(f"code {name}")
+    return 0
+
+
+@app.command(name="reap")
+def reap_pods(*, profile: Profile = "runpod", every: Annotated[float | None, Parameter(help="Seconds; once without.")] = None) -> int:
+    """End pods that are past their deadline, dead, or whose flow run is over. Needs RUNPOD_API_KEY only.
+
+    Where PREFECT_API_URL names a server that answers, pods whose run it does not know are ended too. Run it from cron, or with --every, on
+    any machine: it is the last of the three that end pods.
+    """
+    from deployments.profile import chosen_profile
+    from tasks.rented import account_of, budget_of, look_after, rental_of
+
+    rental = rental_of(chosen_profile(profile))
+    account = account_of(rental)
+    while True:
+        try:
+            ledger = budget_of(rental, account.store)
+        except InfraError as error:  # without the ledger pods are ended all the same
+            _say(f"the ledger cannot be reached: {error}")
+            ledger = None
+        for one in look_after(account, ledger):
+            _say(f"pod {one.pod.id}: {one.reason}; {one.problem or 'ended'}")
+        if every is None:
+            return 0
+        time.sleep(every)
+
+
+@app.command
+def down(*, profile: Profile = "runpod") -> int:
+    """End every pod of the volume, whatever it does, and say what everything cost. The volume stays, and costs on."""
+    from deployments.profile import chosen_profile
+    from tasks.rented import account_of, budget_of, budget_table, rental_of
+
+    rental = rental_of(chosen_profile(profile))
+    account = account_of(rental)
+    ledger = budget_of(rental, account.store)
+    for one in reap(account.client, owner(account.volume().id), over=lambda run: "everything is ended", budget=ledger, young_s=0.0):
+        _say(f"pod {one.pod.id}: {one.problem or 'ended'}")
+    reconcile(account.client, ledger)
+    Console().print(budget_table(ledger.position(), ledger.clock()).terminal())
+    month = account.volume().usd_per_hour * HOURS_PER_MONTH
+    _say(f"The volume {account.volume().name} stays, for ${month:.2f} a month.")
+    return 0
+
+
+@app.command
+def budget(*, profile: Profile = "runpod") -> int:
+    """What was spent and what is promised, by phase; after a look at RunPod's bill."""
+    from deployments.profile import chosen_profile
+    from tasks.rented import account_of, budget_of, budget_table, rental_of
+
+    rental = rental_of(chosen_profile(profile))
+    account = account_of(rental)
+    ledger = budget_of(rental, account.store)
+    for line in reconcile(account.client, ledger):
+        _say(line)
+    Console().print(budget_table(ledger.position(), ledger.clock()).terminal())
+    return 0
+
+
+@app.command
+def code(*, profile: Profile = "runpod") -> int:
+    """Put this checkout on the volume; prints its name."""
+    from deployments.profile import chosen_profile
+    from tasks.rented import account_of, rental_of
+
+    _say(upload_code(REPOSITORY, account_of(rental_of(chosen_profile(profile))).store))
+    return 0
+
+
+def board(
+    text: str | None = None,
+    /,
+    *,
+    profile: Profile = "runpod",
+    follow: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Read the board of the volume, post to it, or follow it.
+
+    Parameters
+    ----------
+    text
+        An entry to add.
+    follow
+        Go on showing what is written.
+    """
+    from deployments.profile import chosen_profile
+    from tasks.rented import account_of, rental_of
+
+    there = Board(account_of(rental_of(chosen_profile(profile))).store, "LOCAL")
+    if text is not None:
+        there.post(text)
+    seen = 0.0
+    while True:
+        for entry in there.entries(after=seen):
+            _say(entry.markdown())
+            seen = entry.at
+        if not follow:
+            return 0
+        time.sleep(FOLLOW_S)
+
+
+@volume_app.command
+def ls(prefix: str = "", /, *, profile: Profile = "runpod") -> int:
+    """List files. RunPod's first listing of files that pods wrote can take minutes.
+
+    Parameters
+    ----------
+    prefix
+        Folder on the volume.
+    """
+    bucket = _bucket(profile)
+    for key, size in bucket.entries(f"{prefix.rstrip('/')}/" if prefix else ""):
+        _say(f"{size:>14,}  {key}")
+    return 0
+
+
+@volume_app.command
+def get(what: str, to: Path = Path(), /, *, profile: Profile = "runpod") -> int:
+    """Bring a result home: `report`, `shards`, a file, or a folder. Goes on after an interruption; what is here is not fetched again.
+
+    Parameters
+    ----------
+    what
+        Name or path on the volume.
+    to
+        Folder for it.
+    """
+    bucket = _bucket(profile)
+    keys = [what] if bucket.size(what) is not None else bucket.keys(f"{_folder_of(what, bucket)}/")
+    if not keys:
+        raise UserError(f"there is no {what!r} on the volume", where=bucket.bucket, fix="see `fvlm volume ls`")
+    with _progress() as show:
+        for key in keys:
+            task = show.add_task(key, total=None)
+
+            def shown(done: int, total: int, task: TaskID = task) -> None:
+                show.update(task, completed=done, total=total)
+
+            bucket.download(key, local_path(to.resolve(), key), progress=shown)
+    return 0
+
+
+@volume_app.command
+def put(file: Path, key: str, /, *, profile: Profile = "runpod") -> int:
+    """Send a file. Goes on after an interruption.
+
+    Parameters
+    ----------
+    file
+        Here.
+    key
+        Path on the volume.
+    """
+    if not file.is_file():
+        raise UserError("there is no such file", where=str(file), fix="give another one")
+    with _progress() as show:
+        task = show.add_task(key, total=None)
+        _bucket(profile).upload(file, key, progress=lambda done, total: show.update(task, completed=done, total=total))
+    return 0
+
+
+def _bucket(profile: str) -> S3Store:
+    """The volume's S3 side, also where it is mounted."""
+    from deployments.profile import chosen_profile
+    from tasks.rented import account_of, rental_of
+
+    place = account_of(rental_of(chosen_profile(profile))).place
+    store = Account(replace(place, folder=None)).store
+    assert isinstance(store, S3Store)
+    return store
+
+
+def _folder_of(what: str, bucket: S3Store) -> str:
+    """The folder of a result by its name: S3 knows no links, so the newest finished one is looked for by its manifest."""
+    if what not in NAMED:
+        return what.rstrip("/")
+    found = [key for key in bucket.keys(f"steps/{NAMED[what]}-") if key.endswith("/manifest.json")]
+    if not found:
+        raise UserError(f"no {what} is finished on the volume", where=bucket.bucket, fix="run the pipeline to its end")
+    newest = max(found, key=lambda key: _written_at(bucket.read(key)))
+    return newest.removesuffix("/manifest.json")
+
+
+def _written_at(manifest: bytes | None) -> str:
+    """When a manifest was written."""
+    return str(json.loads(manifest or b"{}").get("created_at", ""))
+
+
+def _progress() -> Progress:
+    return Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=Console(stderr=True))
+
+
+def _say(text: str) -> None:
+    Console().print(text, highlight=False, markup=False, soft_wrap=True)

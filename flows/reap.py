@@ -1,0 +1,40 @@
+"""Looks after rented machines on a schedule: ends pods that nobody owns, compares the ledger with RunPod's bill, shows where the money is.
+
+It runs where a worker of local processes is, never on a pod of its own. `fvlm infra reap` does the same without Prefect.
+"""
+
+import base64
+
+from prefect import flow, get_run_logger
+from prefect.artifacts import create_image_artifact, create_table_artifact
+
+from tasks.config import PipelineConfig
+from tasks.rented import account_of, budget_of, budget_plot, budget_table, look_after, rental_of
+
+EVERY_S = 300
+POOL = "fvlm-home"
+"""Pool of local processes for it."""
+
+
+@flow(
+    name="reap",
+    description="End pods that nobody owns; compare the ledger with RunPod's bill; show where the money is.",
+    flow_run_name="{config.name} · reap",
+)
+def reap(*, config: PipelineConfig) -> None:
+    """End pods that nobody owns; compare the ledger with RunPod's bill; show where the money is.
+
+    Args:
+        config: The profile, whose `machine.rental` names the account and the volume.
+    """
+    rental, log = rental_of(config), get_run_logger()
+    account = account_of(rental)
+    budget = budget_of(rental, account.store)
+    for one in look_after(account, budget):
+        log.warning("pod %s: %s; %s", one.pod.id, one.reason, one.problem or "ended")
+    position, now = budget.position(), budget.clock()
+    table = budget_table(position, now)
+    create_table_artifact(table.records(), key="budget-table", description=table.note)
+    picture = base64.b64encode(budget_plot(position, now)).decode()
+    create_image_artifact(f"data:image/png;base64,{picture}", key="budget-plot", description="Spent and promised, by phase")
+    log.info(table.note)

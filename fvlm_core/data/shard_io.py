@@ -1,0 +1,102 @@
+"""Bytes out of shards that may lie on a slow or failing file system (a network volume).
+
+A request that fails is tried again; a sample that cannot be read then is a damaged one, which the loader counts and replaces.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from fvlm_core.data.staging import Staging
+from fvlm_core.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+RETRY_DELAYS_S = (0.1, 1.0)
+"""Waits before a failed request is tried again."""
+GAP_BYTES = 64 * 1024
+"""Samples that are no further apart are read by one request: less than a round trip to a network volume costs."""
+Span = tuple[int, int]
+"""First byte, and the one after the last."""
+
+
+class CorruptSampleError(Exception):
+    """A sample whose bytes are not what the index promises, or cannot be read."""
+
+
+class ShardFile:
+    """A tar that stays open while somebody uses it; a local copy is opened for every request, as it may be evicted."""
+
+    def __init__(self, path: Path, staging: Staging | None = None) -> None:
+        """Raises UserError if there is no such file."""
+        self.path, self.staging, self.descriptor = path, staging, -1
+        if not path.is_file():
+            raise UserError("a shard cannot be opened: it is not there", where=str(path), fix="make the shards again")
+
+    def announce(self, offset: int, size: int) -> None:
+        """Have the kernel start reading, where the file is read in place."""
+        if self.staging is None:
+            try:
+                os.posix_fadvise(self._open(), offset, size, os.POSIX_FADV_WILLNEED)
+            except OSError:  # it is advice; `read` meets whatever is wrong
+                self._close()
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Raises CorruptSampleError, after several tries where another may help."""
+        problem = ""
+        for delay_s in (*RETRY_DELAYS_S, None):
+            try:
+                content, length = self._read(offset, size)
+                if len(content) == size:
+                    return content
+                if length < offset + size:
+                    raise CorruptSampleError("the shard ends within the sample")
+                problem = f"{len(content)} of {size} bytes came"
+            except OSError as error:
+                problem = error.strerror or str(error)
+            self._close()
+            if delay_s is not None:
+                logger.warning("%s: %s; trying again", self.path, problem)
+                time.sleep(delay_s)
+        raise CorruptSampleError(f"the shard cannot be read: {problem}")
+
+    def _read(self, offset: int, size: int) -> tuple[bytes, int]:
+        """What one request brings, and the file's length (only of interest where that is too little)."""
+        local = self.staging and self.staging.open(self.path)
+        descriptor = self._open() if local is None else local
+        try:
+            content = os.pread(descriptor, size, offset)
+            return content, 0 if len(content) == size else os.fstat(descriptor).st_size
+        finally:
+            if local is not None:
+                os.close(local)
+
+    def _open(self) -> int:
+        if self.descriptor < 0:
+            self.descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        return self.descriptor
+
+    def _close(self) -> None:
+        """After an error: a handle may have become stale."""
+        if self.descriptor >= 0:
+            descriptor, self.descriptor = self.descriptor, -1
+            with suppress(OSError):
+                os.close(descriptor)
+
+    def __del__(self) -> None:
+        self._close()
+
+
+def spans(places: Mapping[int, Span]) -> list[tuple[Span, dict[int, Span]]]:
+    """Requests for the places of rows in one shard, neighbours together: what to read, and the rows that it brings."""
+    requests: list[tuple[Span, dict[int, Span]]] = []
+    for row, (first, last) in sorted(places.items(), key=lambda item: item[1]):
+        if requests and first - requests[-1][0][1] <= GAP_BYTES:
+            (start, end), wanted = requests[-1]
+            requests[-1] = ((start, max(end, last)), wanted | {row: (first, last)})
+        else:
+            requests.append(((first, last), {row: (first, last)}))
+    return requests

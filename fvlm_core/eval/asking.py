@@ -1,0 +1,215 @@
+"""Puts a benchmark's items to a model in every condition, in shards that survive being killed.
+
+Items about the same media stand together and are opened once. A shard is a file: a later run takes the finished ones as they are, whatever
+the number of ranks was, and shards do not depend on that number, so one rank or four write the same bytes.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fvlm_core.data.frames import ClipError
+from fvlm_core.errors import UserError
+from fvlm_core.eval.answerers.answerer import ORDERS, Answerer, Ask, Condition, Order
+from fvlm_core.eval.benchmarks.benchmark import LETTERS, Benchmark, Loaded, check_share
+from fvlm_core.eval.items import Item
+from fvlm_core.eval.media import NO_MEDIA, Media
+from fvlm_core.eval.ranks import ALONE, Ranks
+from fvlm_core.eval.records import ItemRecord, Said, read_shard, rounded, write_shard
+from fvlm_core.settings import Settings, hash_json
+
+SHARD_ITEMS = 32
+"""Items of a shard, or those of one video where it has more: what a killed evaluation loses."""
+ANSWER_TOKENS = 24
+"""Longest generated answer to an open question."""
+FORMAT = 1
+"""Of the records; raised when they change, so that old shards are not taken."""
+
+
+class AskSettings(Settings):
+    """How items are asked."""
+
+    orders: list[Order] = list(ORDERS)
+    """Question before or after the video; the first is the headline's and the controls'."""
+    modes: list[str] | None = None
+    """None is every mode the model has."""
+    controls: bool = True
+    """Shuffled frames, no frames, random queries, queries of the question alone."""
+    options_text: bool = True
+    """Likelihood of the options' texts."""
+    letters: bool = True
+    """Likelihood of the options' letters."""
+    generate: bool = False
+    """Generate answers to multiple-choice questions too, and parse them; open questions always are."""
+    answer_tokens: int = ANSWER_TOKENS
+    """Longest generated answer."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Some items."""
+
+    number: int
+    items: list[Item]
+
+
+def shards_of(items: Sequence[Item], size: int = SHARD_ITEMS) -> list[Shard]:
+    """Items in shards of about `size`, those with the same media together, in the order of each medium's first item."""
+    together: dict[str, list[Item]] = {}
+    for place, item in enumerate(items):
+        together.setdefault(f"text:{place}" if item.media is NO_MEDIA else item.media.key, []).append(item)
+    shards: list[list[Item]] = [[]]
+    for group in together.values():
+        if shards[-1] and len(shards[-1]) + len(group) > size:
+            shards.append([])
+        shards[-1].extend(group)
+    return [Shard(number, some) for number, some in enumerate(shards)]
+
+
+def ask_all(
+    answerer: Answerer,
+    loaded: Loaded,
+    settings: AskSettings,
+    folder: Path,
+    *,
+    ranks: Ranks = ALONE,
+    max_missing_share: float = 0.01,
+    done: Callable[[int], None] = lambda items: None,
+) -> None:
+    """Ask the shards of this rank that are not finished yet, each into a file of `folder`; `done` is told of every shard's items.
+
+    Raises UserError where the model lacks a mode, or more than `max_missing_share` of the items could not be decoded.
+    """
+    conditions = answerer.conditions(settings.orders, settings.modes, controls=settings.controls)
+    failed: dict[str, str] = {}
+    for shard in shards_of(loaded.items)[ranks.rank :: ranks.size]:
+        path, key = shard_place(folder, shard), shard_key(answerer, loaded.benchmark, settings, shard)
+        records = read_shard(path, key)
+        if records is None:
+            records = ask_shard(answerer, loaded.benchmark, settings, conditions, shard.items)
+            write_shard(path, key, records)
+        failed |= {record.id: record.error for record in records if record.error}
+        _check_decoded(failed, loaded, max_missing_share)
+        done(len(records))
+
+
+def wait_for_all(answerer: Answerer, loaded: Loaded, settings: AskSettings, folder: Path, *, poll_s: float = 0.5) -> None:
+    """Until the other processes have written their shards; torchrun ends all processes where one of them fails."""
+    for shard in shards_of(loaded.items):
+        key = shard_key(answerer, loaded.benchmark, settings, shard)
+        while read_shard(shard_place(folder, shard), key) is None:
+            time.sleep(poll_s)
+
+
+def collect(answerer: Answerer, loaded: Loaded, settings: AskSettings, folder: Path, *, max_missing_share: float) -> list[ItemRecord]:
+    """The records of all shards. Raises UserError where one is not finished, or too many items could not be decoded."""
+    found = []
+    for shard in shards_of(loaded.items):
+        path = shard_place(folder, shard)
+        records = read_shard(path, shard_key(answerer, loaded.benchmark, settings, shard))
+        if records is None:
+            raise UserError(
+                "a shard of the evaluation is not finished", where=str(path), fix="run the evaluation again: it goes on from there"
+            )
+        found += records
+    _check_decoded({record.id: record.error for record in found if record.error}, loaded, max_missing_share)
+    return found
+
+
+def ask_shard(
+    answerer: Answerer, benchmark: Benchmark, settings: AskSettings, conditions: Sequence[Condition], items: Sequence[Item]
+) -> list[ItemRecord]:
+    """The records of some items; neighbours with the same media are opened once."""
+    records: list[ItemRecord] = []
+    start = 0
+    while start < len(items):
+        stop = start + 1
+        key = items[start].media.key
+        while stop < len(items) and items[stop].media.key == key:
+            stop += 1
+        some = items[start:stop]
+        try:
+            media = some[0].media.load(answerer.rule, answerer.image_repeats)
+        except ClipError as error:
+            records += [_record(item, 0, error=str(error)) for item in some]
+        else:
+            records += _ask(answerer, benchmark, settings, conditions, some, media)
+        start = stop
+    return records
+
+
+def shard_place(folder: Path, shard: Shard) -> Path:
+    """A shard's file."""
+    return folder / f"{shard.number:05d}.jsonl"
+
+
+def shard_key(answerer: Answerer, benchmark: Benchmark, settings: AskSettings, shard: Shard) -> str:
+    """What a shard's records depend on."""
+    items = [[item.id, item.question, item.choices, item.media.key] for item in shard.items]
+    rule = [answerer.rule.frame_px, answerer.rule.fps, answerer.rule.max_frames, answerer.image_repeats]
+    return hash_json([FORMAT, answerer.checkpoint, benchmark.name, benchmark.prompt.hash, settings.hash(), rule, items])
+
+
+def _ask(
+    answerer: Answerer,
+    benchmark: Benchmark,
+    settings: AskSettings,
+    conditions: Sequence[Condition],
+    items: Sequence[Item],
+    media: Media,
+) -> list[ItemRecord]:
+    """Every item about the same media, in every condition."""
+    asks, owners = _asks(benchmark, settings, items)
+    opened = answerer.open(media, items[0].media.key)
+    said: list[dict[str, Said]] = [{} for _ in items]
+    for condition in conditions:
+        for (place, part), reply in zip(owners, opened.replies(asks, condition), strict=True):
+            before = said[place].get(condition.name, Said())
+            if part == "letters":
+                new: dict[str, object] = {"letters": [row[0] for row in rounded(reply)]}
+            elif part == "options":
+                new = {"options": rounded(reply)}
+            else:
+                new = {"text": reply.said}
+            said[place][condition.name] = before.model_copy(update=new)
+    texts = list(dict.fromkeys(choice for item in items for choice in item.choices)) if settings.options_text else []
+    unconditional = dict(zip(texts, answerer.unconditional(texts), strict=True)) if texts else {}
+    records = []
+    for item, of_item in zip(items, said, strict=True):
+        prior = [row[0] + row[2] for choice in item.choices for row in rounded(unconditional[choice])] if texts else []
+        records.append(_record(item, media.n_shown, said=of_item, unconditional=[round(value, 6) for value in prior]))
+    return records
+
+
+def _asks(benchmark: Benchmark, settings: AskSettings, items: Sequence[Item]) -> tuple[list[Ask], list[tuple[int, str]]]:
+    """All questions about some media, and whose (place of the item) and what each is."""
+    asks: list[Ask] = []
+    owners: list[tuple[int, str]] = []
+    for place, item in enumerate(items):
+        wanted: list[tuple[str, Ask]] = []
+        if item.choices:
+            lettered = benchmark.prompt.with_letters(item)
+            if settings.letters and benchmark.answers != "yes_no":
+                wanted.append(("letters", Ask(lettered, tuple(LETTERS[: len(item.choices)]), first_token=True)))
+            if settings.options_text:
+                text = lettered if benchmark.answers == "yes_no" else item.question
+                wanted.append(("options", Ask(text, tuple(item.choices))))
+            if settings.generate:
+                wanted.append(("text", Ask(lettered, max_new_tokens=settings.answer_tokens)))
+        else:
+            wanted.append(("text", Ask(benchmark.prompt.open(item), max_new_tokens=settings.answer_tokens)))
+        asks += [ask for _, ask in wanted]
+        owners += [(place, part) for part, _ in wanted]
+    return asks, owners
+
+
+def _record(item: Item, frames: int, **more: object) -> ItemRecord:
+    values = {"choices": item.choices, "gold": item.gold, "answers": item.answers, "hints": item.hints}
+    return ItemRecord.model_validate({"id": item.id, "clip": item.clip, "groups": item.groups, "frames": frames, **values, **more})
+
+
+def _check_decoded(failed: dict[str, str], loaded: Loaded, share: float) -> None:
+    name = loaded.benchmark.name
+    fix = "replace the media, or allow it: --max-missing-share (max_missing_share)"
+    check_share(failed, loaded.rows, share, what=f"items of {name} could not be decoded", where=name, fix=fix)

@@ -1,0 +1,226 @@
+"""What a benchmark is: how its published rows become items, how it asks, and what is its headline number.
+
+A benchmark is one file of this folder that ends in `BENCHMARK = Benchmark(...)`, and its name in `__init__.py`.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from fvlm_core.errors import UserError
+from fvlm_core.eval.annotations import Row, annotation_files, read_rows
+from fvlm_core.eval.items import Item, UnreadableItemError
+from fvlm_core.eval.media import FrameFolder, Images, Source, VideoFile
+from fvlm_core.settings import hash_json
+
+AnswerKind = Literal["accuracy", "yes_no", "anls", "vqa", "number", "exact"]
+"""How right an answer is: choices by accuracy (`yes_no` adds precision, recall, F1), open answers by the others."""
+Scorer = Literal["letter", "sum", "mean", "pmi"]
+"""How a choice is read off a model; see `fvlm_core.eval.choices`."""
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+OPTION_LINE = re.compile(r"^\s*\(?(?:(?:Option|Caption|Sentence)\s+)?([A-Z]|\d)[.):]\s+(.+?)\s*$")
+EXAMPLES = 5
+"""Rows named in an error or a table."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The text around a question. Its hash is in the results: accuracies of different prompts do not compare."""
+
+    before: str = ""
+    question: str = "{question}"
+    option: str = "{letter}. {text}"
+    after: str = "Answer with the option's letter from the given choices directly."
+    """Below the options."""
+    open_after: str = "Answer the question using a single word or phrase."
+    """Below an open question."""
+
+    def with_letters(self, item: Item) -> str:
+        """The question with its choices by letter."""
+        options = [self.option.format(letter=letter, text=text) for letter, text in zip(LETTERS, item.choices, strict=False)]
+        return _lines(self.before, self.question.format(question=item.question), *options, self.after)
+
+    def open(self, item: Item) -> str:
+        """The question without choices."""
+        return _lines(self.question.format(question=item.question), self.open_after)
+
+    @property
+    def hash(self) -> str:
+        """Of all of it."""
+        return hash_json([self.before, self.question, self.option, self.after, self.open_after])[:12]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark."""
+
+    name: str
+    """As profiles and the command line call it."""
+    title: str
+    """As papers call it."""
+    item: Callable[[Row], Item] | None = None
+    """A row as an item. Raises UnreadableItemError."""
+    files: tuple[str, ...] = ()
+    """Patterns of its annotation files; the first that matches any is used."""
+    skip: str = ""
+    """Files with this in their path are left out."""
+    columns: tuple[str, ...] = ()
+    """Columns that it cannot do without; `a|b` are alternatives."""
+    hub: tuple[str, ...] = ()
+    """Datasets on the hub that have this form."""
+    split: str = "test"
+    prompt: Prompt = field(default_factory=Prompt)
+    answers: AnswerKind = "accuracy"
+    scorer: Scorer = "letter"
+    """What its headline accuracy is read off by."""
+    macro: str = ""
+    """The headline is the mean over this group's values; empty for the mean over questions."""
+    note: str = ""
+    """What a reader of its numbers has to know."""
+    generate: Callable[[Path | None, int], Iterable[Item]] | None = None
+    """Makes its items without annotation files: given the folder, where there is one, and how many are wanted."""
+    needs_folder: bool = True
+
+    def locate(self, folder: Path | None) -> Path | None:
+        """The folder of its files: a local one, or a dataset on the hub, which is fetched. Raises UserError where it is neither."""
+        if folder is None:
+            if self.needs_folder:
+                raise UserError(f"{self.name}: its data are not given", where="--data", fix=f"give a folder that holds {self.name}/")
+            return None
+        if folder.exists():
+            return folder
+        if not HUB_NAME.match(str(folder)):
+            raise UserError(f"{self.name}: its folder is missing", where=str(folder), fix="correct the path, or give OWNER/NAME on the hub")
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(str(folder), repo_type="dataset"))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{self.name}: the hub does not give it: {reason}", where=str(folder), fix="download it by hand") from error
+
+    def annotations(self, folder: Path) -> list[Path]:
+        """Its annotation files. Raises UserError where there are none."""
+        files = annotation_files(folder, self.files, where=self.name)
+        return [file for file in files if not self.skip or self.skip not in file.as_posix()]
+
+    def rows(self, folder: Path) -> Iterator[Row]:
+        """All its rows. Raises UserError for files of another form."""
+        for file in self.annotations(folder):
+            yield from read_rows(file, folder, self.columns, where=self.name)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The items of a benchmark, and what could not be used."""
+
+    benchmark: Benchmark
+    items: list[Item]
+    rows: int
+    """Rows that were considered."""
+    missing: dict[str, str]
+    """Items whose media are not there, and the place."""
+    unreadable: dict[str, str]
+    """Rows that are no items, and why."""
+
+    @property
+    def lost(self) -> int:
+        """Rows that gave no usable item."""
+        return len(self.missing) + len(self.unreadable)
+
+
+def load(benchmark: Benchmark, folder: Path | None, *, limit: int = 0, max_missing_share: float = 0.01) -> Loaded:
+    """Read a benchmark's items, at most `limit` (0: all), spread evenly over its rows.
+
+    Raises UserError for files of another form, and where more than `max_missing_share` of the rows lack media or are no items.
+    """
+    place = benchmark.locate(folder)
+    if benchmark.generate is not None:
+        items = list(benchmark.generate(place, limit))
+        return _checked(Loaded(benchmark, items, len(items), {}, {}), max_missing_share, place)
+    assert place is not None
+    assert benchmark.item is not None
+    rows = list(benchmark.rows(place))
+    if limit and limit < len(rows):
+        rows = [rows[number] for number in np.linspace(0, len(rows) - 1, limit).round().astype(int)]
+    loaded = Loaded(benchmark, [], len(rows), {}, {})
+    for row in rows:
+        name = f"{row.file.name}:{row.number + 1}"
+        try:
+            item = benchmark.item(row)
+        except (UnreadableItemError, ValueError, TypeError, KeyError, SyntaxError) as error:
+            loaded.unreadable[name] = str(error)
+            continue
+        if absent := _absent(item.media):
+            loaded.missing[item.id] = str(absent)
+        else:
+            loaded.items.append(item)
+    return _checked(loaded, max_missing_share, place)
+
+
+def check_share(lost: dict[str, str], total: int, share: float, *, what: str, where: str, fix: str) -> None:
+    """Raises UserError where more than `share` of `total` is lost, with the first few reasons."""
+    if len(lost) > share * total:
+        shown = "".join(f"\n    {name}: {why}" for name, why in list(lost.items())[:EXAMPLES])
+        more = f"\n    and {len(lost) - EXAMPLES} more" if len(lost) > EXAMPLES else ""
+        raise UserError(f"{len(lost)} of {total} {what}; {share:.0%} may be:{shown}{more}", where=where, fix=fix)
+
+
+def video(path: Path, start_s: float | None = None, end_s: float | None = None) -> VideoFile | FrameFolder:
+    """A video file, or a folder of frames."""
+    return FrameFolder(path, start_s=start_s, end_s=end_s) if path.is_dir() else VideoFile(path, start_s, end_s)
+
+
+def inline_options(question: str) -> tuple[str, list[str]]:
+    """A question and the options that are written below it, a line each (`A. text`, `(A) text`, `Option 1: text`)."""
+    lines = question.strip().splitlines()
+    found = [(place, match) for place, line in enumerate(lines) if (match := OPTION_LINE.match(line))]
+    if len(found) < 2:
+        raise UnreadableItemError("neither candidates nor options in the question")
+    head = "\n".join(line for line in lines[: found[0][0]] if line.strip().lower() not in ("options:", "option:", "choices:"))
+    return head.strip(), [match[2] for _, match in found]
+
+
+def without_letter(option: str) -> str:
+    """`A. a cat` -> `a cat`."""
+    return re.sub(r"^\s*\(?[A-Z][.):]\s*", "", option).strip()
+
+
+def _absent(media: Source) -> Path | None:
+    """A file of the item that is not there."""
+    if isinstance(media, VideoFile | FrameFolder):
+        return None if media.path.exists() else media.path
+    if isinstance(media, Images):
+        return next((image for image in media.images if isinstance(image, Path) and not image.is_file()), None)
+    return None
+
+
+def _checked(loaded: Loaded, share: float, place: Path | None) -> Loaded:
+    name, where = loaded.benchmark.name, str(place or loaded.benchmark.name)
+    fix = "complete the download, or allow it: --max-missing-share (max_missing_share)"
+    check_share(loaded.missing, loaded.rows, share, what=f"items of {name} lack their media", where=where, fix=fix)
+    check_share(loaded.unreadable, loaded.rows, share, what=f"rows of {name} are no items", where=where, fix=fix)
+    if not loaded.items:
+        raise UserError(f"{name} has no items", where=where, fix="give the folder as it is published")
+    return loaded
+
+
+def _lines(*parts: str) -> str:
+    return "\n".join(part for part in parts if part)
+
+
+def groups(clip: object, task: object, **more: object) -> dict[str, str]:
+    """An item's groups, without those that are empty."""
+    values = {"clip": clip, "task": task} | more
+    return {name: str(value) for name, value in values.items() if value not in (None, "")}
+
+
+def picked(values: Sequence[object]) -> str:
+    """The first of the values that is not empty, as text."""
+    return next((str(value) for value in values if value not in (None, "")), "")

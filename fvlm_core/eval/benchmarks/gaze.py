@@ -1,0 +1,69 @@
+"""The generated benchmark of gaze (`fvlm_core.data.gaze`): which digits are in one cell of a grid that is redrawn in every frame.
+
+A model that does not look where it is asked cannot tell the nine cells apart. Digits of the validation split, which are never drawn in
+training; nothing has to be downloaded.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from fvlm_core.eval.benchmarks.benchmark import Benchmark, groups
+from fvlm_core.eval.items import Item
+from fvlm_core.eval.media import Rendered
+
+if TYPE_CHECKING:  # it needs scikit-learn
+    from fvlm_core.data.gaze import GazeClip
+
+QUESTIONS = 576
+"""Where no limit is given: 64 clips of nine questions."""
+FRAMES = 3
+SEED = 20_261
+
+
+def items(_folder: Path | None, limit: int) -> Iterator[Item]:
+    """`limit` questions, nine about each clip."""
+    from fvlm_core.data import gaze
+
+    made = 0
+    for number in range(QUESTIONS):
+        clip = clip_of(number)
+        rng = np.random.default_rng([SEED, number, 1])
+        conversations, probes = gaze.cell_questions(clip, rng)
+        media = Rendered(f"gaze-{number}", partial(_frames, number))
+        for [turn], probe in zip(conversations, probes, strict=True):
+            if made == (limit or QUESTIONS):
+                return
+            yield Item(
+                id=f"gaze-{number}/{made}",
+                media=media,
+                question=turn["question"],
+                choices=probe["choices"],
+                gold=probe["answer_index"],
+                groups=groups(media.key, "cell"),
+            )
+            made += 1
+
+
+def clip_of(number: int, *, scale: int = 1) -> "GazeClip":
+    """A clip of the benchmark at `scale` times 42 px."""
+    from fvlm_core.data import gaze
+
+    return gaze.render(np.random.default_rng([SEED, number]), "val", frames=FRAMES, scale=scale)
+
+
+def _frames(number: int, side: int) -> np.ndarray:
+    """The clip's frames, uint8 [T, side, side, 3]: drawn at the largest scale that fits, then enlarged."""
+    from fvlm_core.data import gaze
+
+    frames = clip_of(number, scale=max(1, side // gaze.FRAME_PX)).frames
+    if frames.shape[1] == side:
+        return frames
+    return np.stack([np.asarray(Image.fromarray(frame).resize((side, side), Image.Resampling.BILINEAR)) for frame in frames])
+
+
+BENCHMARK = Benchmark(name="gaze", title="Gaze", generate=items, needs_folder=False, split="generated", scorer="mean")

@@ -1,0 +1,41 @@
+"""MLVU (Zhou et al. 2024, https://arxiv.org/abs/2406.04264), the seven multiple-choice tasks of its development set.
+
+The headline, M-Avg, is the mean of the tasks' accuracies. The open tasks are judged by GPT and left out.
+"""
+
+from fvlm_core.eval.annotations import Row, find_media
+from fvlm_core.eval.benchmarks.benchmark import Benchmark, Prompt, groups, inline_options, picked, video
+from fvlm_core.eval.items import Item, gold_index
+
+
+def item(row: Row) -> Item:
+    """A row of `json/<task>.json` as first published, or of the table on the hub, which may have its options in the question."""
+    task = picked([row.get("task_type"), row.get("question_type"), row.file.stem])
+    name = picked([row.get("video_name"), row.get("video")])
+    question = row.text("question")
+    if candidates := row.get("candidates"):
+        choices = [str(choice) for choice in candidates]
+    else:
+        question, choices = inline_options(question)
+    folders = (f"video/{row.file.stem}", f"video/{task}", f"videos/{task}", "video", "videos", "")
+    return Item(
+        id=f"{task}/{row.file.stem}:{row.number}",
+        media=video(find_media(row.root, name, folders)),
+        question=question,
+        choices=choices,
+        gold=gold_index(choices, row.text("answer")),
+        groups=groups(name, task),
+    )
+
+
+BENCHMARK = Benchmark(
+    name="mlvu",
+    title="MLVU",
+    item=item,
+    files=("json/*.json", "**/*.parquet", "*.jsonl", "*.json"),
+    columns=("video_name|video", "question", "answer", "task_type|question_type"),
+    hub=("MLVU/MVLU", "sy1998/MLVU_dev"),
+    split="dev",
+    prompt=Prompt(option="({letter}) {text}", after="Only give the best option.\nBest option:"),
+    macro="task",
+)

@@ -1,0 +1,65 @@
+"""MVBench (Li et al. 2024, https://arxiv.org/abs/2311.17005): 20 tasks of 200 questions; the headline is the mean of the tasks' accuracies.
+
+NTU RGB+D videos (fine_grained_pose) have to be requested from their owners. Without them 19 tasks (3,800 questions) are left: keep that
+task's annotations out of the folder, and compare with numbers of the same tasks only.
+"""
+
+from fvlm_core.eval.annotations import Row, find_media
+from fvlm_core.eval.benchmarks.benchmark import Benchmark, Prompt, groups, video
+from fvlm_core.eval.items import Item, gold_index
+
+FOLDERS = {
+    "object_interaction": "star/Charades_segment",
+    "action_sequence": "star/Charades_segment",
+    "action_prediction": "star/Charades_segment",
+    "action_localization": "sta/sta_video_segment",
+    "moving_count": "clevrer/video_validation",
+    "fine_grained_pose": "nturgbd_convert",
+    "character_order": "perception/videos",
+    "object_shuffle": "perception/videos",
+    "egocentric_navigation": "vlnqa",
+    "moving_direction": "clevrer/video_validation",
+    "episodic_reasoning": "tvqa/video_fps3_hq_segment",
+    "fine_grained_action": "Moments_in_Time_Raw/videos",
+    "scene_transition": "scene_qa/video",
+    "state_change": "perception/videos",
+    "moving_attribute": "clevrer/video_validation",
+    "action_antonym": "ssv2_video_mp4",
+    "unexpected_action": "FunQA_test/test",
+    "counterfactual_inference": "clevrer/video_validation",
+    "object_existence": "clevrer/video_validation",
+    "action_count": "perception/videos",
+}
+"""Where each task's videos are in the published archive (lmms-eval, tasks/mvbench/utils.py)."""
+WHOLE = "_segment"
+"""Folders whose videos have been cut to the asked part already."""
+
+
+def item(row: Row) -> Item:
+    """A row of a task's file: `json/<task>.json`, or `<task>/test-*.parquet` on the hub."""
+    task = row.file.stem if row.file.suffix == ".json" or row.file.parent == row.root else row.file.parent.name
+    folder = FOLDERS.get(task, task)
+    choices = row.texts("candidates")
+    start, end = (None, None) if folder.endswith(WHOLE) else (row.get("start"), row.get("end"))
+    name = row.text("video")
+    places = (f"video/{folder}", folder, f"data0613/{folder}", f"video/{task}", "video", "videos", "")
+    return Item(
+        id=f"{task}/{row.number}",
+        media=video(find_media(row.root, name, places), start, end),
+        question=row.text("question"),
+        choices=choices,
+        gold=gold_index(choices, row.text("answer")),
+        groups=groups(name, task),
+    )
+
+
+BENCHMARK = Benchmark(
+    name="mvbench",
+    title="MVBench",
+    item=item,
+    files=("json/*.json", "*/test-*.parquet", "*/*.parquet", "*.json", "*.jsonl"),
+    columns=("video", "question", "candidates", "answer"),
+    hub=("OpenGVLab/MVBench",),
+    prompt=Prompt(question="Question: {question}\nOptions:", option="({letter}) {text}", after="Only give the best option."),
+    macro="task",
+)

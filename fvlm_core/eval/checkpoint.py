@@ -1,0 +1,87 @@
+"""Benchmarks on any checkpoint: `python -m fvlm_core.eval.checkpoint job.yaml`, or the same under torchrun; `fvlm eval` is its command.
+
+It leaves `results.json`, `tables.md` and the items' records, as the pipeline's evaluation does, and can be stopped and started again.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+
+from fvlm_core.cli import run_job
+from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
+from fvlm_core.eval.checkpoints import Original, open_checkpoint
+from fvlm_core.eval.outside import digest
+from fvlm_core.eval.parts.benchmarks import Benchmarks, BenchmarksResult, add_up
+from fvlm_core.eval.published import comparison
+from fvlm_core.eval.ranks import ALONE, Ranks
+from fvlm_core.eval.results import TABLES_FILE, Results, measuring_code
+from fvlm_core.eval.stats import Bootstrap
+from fvlm_core.eval.summary import summary
+from fvlm_core.manifest import write_atomically
+from fvlm_core.model.names import MODES
+from fvlm_core.provenance import versions
+from fvlm_core.settings import EXECUTION, Settings
+
+
+class CheckpointJob(Settings):
+    """Which checkpoint, on what."""
+
+    output: Path
+    """Gets `results.json`, `tables.md`, a picture and `items/`."""
+    checkpoint: Path
+    """A run or model folder of ours, a checkpoint of the original, a SmolVLM2 folder."""
+    original: Original = Original()
+    benchmarks: Benchmarks
+    resamples: int = 1000
+    seed: int = 0
+    batch_samples: Annotated[int, EXECUTION] = 64
+    threads: Annotated[int, EXECUTION] = 0
+    device: Annotated[Literal["auto", "cpu", "cuda"], EXECUTION] = "auto"
+
+
+def evaluate_checkpoint(
+    job: CheckpointJob,
+    ranks: Ranks = ALONE,
+    *,
+    start: Callable[[int], None] = lambda items: None,
+    done: Callable[[int], None] = lambda items: None,
+) -> Results | None:
+    """Run a job; other processes than the first only ask, and return None. `start` gets the number of items, `done` those just asked.
+
+    Raises UserError for a checkpoint or data that do not fit, before any item is asked.
+    """
+    if job.threads:
+        torch.set_num_threads(job.threads)
+    loaded = job.benchmarks.load(None)
+    cuda = job.device == "cuda" or (job.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda", ranks.local) if cuda else torch.device("cpu")
+    answerer = open_checkpoint(job.checkpoint, device, original=job.original, batch_samples=job.batch_samples, seed=job.seed)
+    start(sum(len(one.items) for one in loaded.values()))
+    job.benchmarks.ask_items(loaded, answerer, job.output, ranks, done=done)
+    if ranks.rank:
+        return None
+    found = add_up(job.benchmarks, loaded, answerer, job.output, Bootstrap(job.resamples, job.seed))
+    results = Results(
+        run=answerer.name,
+        checkpoint=answerer.checkpoint,
+        code=measuring_code(),
+        versions=versions(),
+        outside={f"benchmarks.{setting}": digest(path) for setting, path in job.benchmarks.outside().items()},
+        seed=job.seed,
+        resamples=job.resamples,
+        frame_px=answerer.rule.frame_px,
+        tokens_per_frame=answerer.tokens_per_frame,
+        looks=isinstance(answerer, FoveatedAnswerer) and answerer.subject.gazes,
+        modes=[mode for mode in MODES if any(one.mode == mode for result in found.values() for one in result.conditions.values())],
+        parts={"benchmarks": BenchmarksResult(benchmarks=found, comparison=comparison(found, answerer, job.output))},
+    )
+    results.write(job.output)
+    write_atomically(job.output / TABLES_FILE, summary(results).encode())
+    return results
+
+
+if __name__ == "__main__":
+    run_job(CheckpointJob, lambda job: evaluate_checkpoint(job, Ranks.of(os.environ)))

@@ -1,0 +1,94 @@
+"""A checkpoint as a model that can be asked: a run or model folder of ours, one of the original fVLM, or a SmolVLM2 folder."""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from fvlm_core.config import Recipe
+from fvlm_core.data.frames import FrameRule
+from fvlm_core.data.tokenizer import chat_format, load_tokenizer
+from fvlm_core.errors import UserError
+from fvlm_core.eval.answerers.answerer import Answerer
+from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
+from fvlm_core.eval.subject import Subject
+from fvlm_core.manifest import sha256_file
+from fvlm_core.model.build import SETTINGS_FILE, WEIGHTS_FILE, load_model
+from fvlm_core.settings import Settings
+from fvlm_core.train.jobs import MODEL_FOLDER, RECIPE_FILE
+
+IMAGE_REPEATS = 8
+"""How often an image is shown where no recipe says (the original's number)."""
+FORMS = (
+    "a run's or model's folder of ours (settings.yaml, model.safetensors), a checkpoint of the original fVLM (with --vision and --llm), "
+    "or a SmolVLM2 folder (config.json)"
+)
+SMOLVLM_TYPES = ("smolvlm",)
+
+
+class Original(Settings):
+    """What a checkpoint of the original does not say about itself."""
+
+    vision: str | None = None
+    """Hub name or folder of the DINOv2 it was built with."""
+    llm: str | None = None
+    """Of the SmolLM2."""
+    frame_px: int = 224
+
+
+def open_checkpoint(
+    path: Path, device: torch.device, *, original: Original | None = None, batch_samples: int = 64, seed: int = 0
+) -> Answerer:
+    """Load a checkpoint of whatever form. Raises UserError where it is of none."""
+    folder = path / MODEL_FOLDER if (path / MODEL_FOLDER / SETTINGS_FILE).is_file() else path
+    if (folder / SETTINGS_FILE).is_file():
+        return _ours(folder, path, device, batch_samples, seed)
+    if not path.exists():
+        raise UserError("there is no checkpoint", where=str(path), fix=f"give {FORMS}")
+    kind = _model_type(path)
+    if kind in SMOLVLM_TYPES:
+        from fvlm_core.eval.answerers.smolvlm import SmolVLMAnswerer
+
+        return SmolVLMAnswerer.load(path, device, seed=seed)
+    if kind:
+        raise UserError(f"a checkpoint of another architecture: {kind}", where=str(path / "config.json"), fix=f"give {FORMS}")
+    return _original(path, device, original or Original(), batch_samples, seed)
+
+
+def _ours(folder: Path, run: Path, device: torch.device, batch_samples: int, seed: int) -> FoveatedAnswerer:
+    model = load_model(folder).eval().requires_grad_(False)
+    tokenizer = load_tokenizer(folder)
+    recipe = Recipe.from_yaml(run / RECIPE_FILE) if (run / RECIPE_FILE).is_file() else None
+    subject = Subject(model.to(device), tokenizer, chat_format(tokenizer), device, batch_samples)
+    return FoveatedAnswerer(
+        subject,
+        name=recipe.name if recipe else run.name,
+        checkpoint=sha256_file(folder / WEIGHTS_FILE),
+        rule=FrameRule(model.settings.vision.frame_px),
+        image_repeats=recipe.data.image_repeats if recipe else IMAGE_REPEATS,
+        seed=seed,
+    )
+
+
+def _original(path: Path, device: torch.device, original: Original, batch_samples: int, seed: int) -> FoveatedAnswerer:
+    from fvlm_core.model.convert import convert_to_ours
+
+    if original.vision is None or original.llm is None:
+        raise UserError(
+            "not a model of ours; a checkpoint of the original fVLM does not say what it was built with",
+            where=str(path),
+            fix=f"give --vision and --llm for that, or {FORMS}",
+        )
+    with TemporaryDirectory(prefix="fvlm-original-") as place:
+        converted = Path(place) / path.stem
+        convert_to_ours(path, converted, vision=original.vision, llm=original.llm, frame_px=original.frame_px)
+        return _ours(converted, converted, device, batch_samples, seed)
+
+
+def _model_type(path: Path) -> str:
+    """What a transformers folder says that it is; empty where there is no config.json."""
+    try:
+        return str(json.loads((path / "config.json").read_text()).get("model_type", "unknown"))
+    except (OSError, ValueError):
+        return ""

@@ -1,0 +1,167 @@
+"""Published benchmarks, the gaze benchmark and your own questions: every mode and order, with controls (`fvlm_core.eval.benchmarks`).
+
+The items' records are kept in `items/`; a killed evaluation goes on from there, and torchrun's other processes write there too.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Self
+
+from pydantic import Field, model_validator
+
+from fvlm_core.errors import UserError
+from fvlm_core.eval.asking import AskSettings, ask_all, collect, wait_for_all
+from fvlm_core.eval.benchmark_result import BenchmarkResult, benchmark_result
+from fvlm_core.eval.benchmark_tables import benchmark_tables
+from fvlm_core.eval.benchmarks import NAMES, benchmark
+from fvlm_core.eval.benchmarks.benchmark import Loaded, load
+from fvlm_core.eval.estimates import Dataset, Estimate, Metric
+from fvlm_core.eval.part import Context, Count, NotMeasuredError, Part, PartResult
+from fvlm_core.eval.ranks import ALONE, Ranks
+from fvlm_core.figures import Figure
+from fvlm_core.model.names import MODES
+from fvlm_core.settings import EXECUTION
+from fvlm_core.tables import Table
+
+if TYPE_CHECKING:  # it needs torch
+    from fvlm_core.eval.answerers.answerer import Answerer
+    from fvlm_core.eval.stats import Bootstrap
+
+ITEMS_FOLDER = "items"
+VALIDATION = "validation"
+SHARE = Annotated[float, Field(ge=0, le=1)]
+
+
+class BenchmarksResult(PartResult):
+    """Every benchmark that was run."""
+
+    title = "Benchmarks"
+
+    benchmarks: dict[str, BenchmarkResult]
+    """By name."""
+    comparison: Figure | None = None
+    """Accuracy over visual tokens per frame, beside published models."""
+
+    def count(self) -> int:
+        """Questions."""
+        return sum(one.questions for one in self.benchmarks.values())
+
+    def headline(self) -> list[Metric]:
+        """Each benchmark's headline number in every mode."""
+        return [metric(one) for one in self.benchmarks.values()]
+
+    def tables(self) -> list[Table]:
+        """All of every benchmark."""
+        return [table for one in self.benchmarks.values() for table in benchmark_tables(one)]
+
+    def figures(self) -> list[Figure]:
+        """The comparison."""
+        return [self.comparison] if self.comparison else []
+
+
+class Benchmarks(Part):
+    """Benchmarks of questions."""
+
+    result = BenchmarksResult
+
+    run: list[str] = []
+    """Names of the benchmarks to measure, e.g. `videomme`; see docs/benchmarks.md."""
+    data: Annotated[dict[str, Path], EXECUTION] = {}
+    """The folder of each, by name (or OWNER/NAME of its dataset on the hub). What its annotation files say is part of the evaluation's
+    identity, where they are is not. `gaze` needs none; `validation` reads the run's own shards by default."""
+    limit: Count = 0
+    """Most items of each, evenly over its rows; 0 is all."""
+    ask: AskSettings = AskSettings()
+    """Orders, controls, ways to read a choice."""
+    max_missing_share: Annotated[SHARE, EXECUTION] = 0.01
+    """Share of a benchmark's items whose media may be missing, or that may be unreadable; more is an error."""
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if unknown := [name for name in [*self.run, *self.data] if name not in NAMES]:
+            raise ValueError(f"there is no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
+        if lacking := [n for n in self.run if n not in self.data and n != VALIDATION and benchmark(n).needs_folder]:
+            raise ValueError(f"data: give the folder of {', '.join(lacking)}")
+        return self
+
+    def in_modes(self, modes: Sequence[str] | None) -> Self:
+        """The same in these modes, unless it names its own."""
+        return self.model_copy(update={"ask": self.ask.model_copy(update={"modes": self.ask.modes or (list(modes) if modes else None)})})
+
+    def outside(self) -> dict[str, Path]:
+        """The folders of what is run."""
+        return {f"data.{name}": self.data[name] for name in self.run if name in self.data}
+
+    def measure(self, context: Context) -> BenchmarksResult:
+        """Ask every item, with the other processes where there are some; add up."""
+        if not self.run:
+            raise NotMeasuredError("no benchmark was asked for (evaluation.benchmarks.run)")
+        from fvlm_core.eval.published import comparison
+
+        loaded = self.load(context.split.shards.folder)
+        self.ask_items(loaded, context.answerer, context.output, context.ranks, context.note)
+        found = add_up(self, loaded, context.answerer, context.output, context.bootstrap)
+        return BenchmarksResult(benchmarks=found, comparison=comparison(found, context.answerer, context.output))
+
+    def load(self, shards: Path | None) -> dict[str, Loaded]:
+        """Every benchmark's items. Raises UserError where data are missing or of another form."""
+        found = {}
+        for name in self.run:
+            folder = self.data.get(name, shards if name == VALIDATION else None)
+            found[name] = load(benchmark(name), folder, limit=self.limit, max_missing_share=self.max_missing_share)
+        return found
+
+    def ask_items(
+        self,
+        loaded: dict[str, Loaded],
+        answerer: "Answerer",
+        output: Path,
+        ranks: Ranks = ALONE,
+        note: Callable[[str], None] = lambda text: None,
+        done: Callable[[int], None] = lambda items: None,
+    ) -> None:
+        """Ask the items of this process's shards; the first process then waits for the others."""
+        for name, one in loaded.items():
+            asked = 0
+
+            def told(items: int, name: str = name, total: int = len(one.items)) -> None:
+                nonlocal asked
+                asked += items
+                note(f"{name}: {asked} of {total} questions")
+                done(items)
+
+            note(f"{name}: 0 of {len(one.items)} questions")
+            ask_all(answerer, one, self.ask, output / ITEMS_FOLDER / name, ranks=ranks, max_missing_share=self.max_missing_share, done=told)
+        if ranks.rank == 0 and ranks.size > 1:
+            for name, one in loaded.items():
+                wait_for_all(answerer, one, self.ask, output / ITEMS_FOLDER / name)
+
+
+def add_up(
+    settings: Benchmarks, loaded: dict[str, Loaded], answerer: "Answerer", output: Path, bootstrap: "Bootstrap"
+) -> dict[str, BenchmarkResult]:
+    """The results of benchmarks whose every shard is finished."""
+    results = {}
+    for name, one in loaded.items():
+        records = collect(answerer, one, settings.ask, output / ITEMS_FOLDER / name, max_missing_share=settings.max_missing_share)
+        if not any(not record.error for record in records):
+            raise UserError(f"none of the items of {name} could be decoded", where=name, fix="replace the media")
+        results[name] = benchmark_result(one, records, bootstrap, fps=answerer.rule.fps, frame_px=answerer.rule.frame_px)
+    return results
+
+
+def metric(result: BenchmarkResult) -> Metric:
+    """A benchmark's line of the result table."""
+    baselines: dict[str, Estimate | float] = {}
+    if result.chance is not None and result.majority is not None:
+        baselines = {"chance": result.chance, "constant": result.majority}
+    if result.blind is not None:
+        baselines["no frames"] = result.blind
+    shown = result.of(result.main_order)
+    return Metric(
+        name=result.title,
+        values={mode: shown[mode].headline for mode in MODES if mode in shown},
+        baselines=baselines,
+        hub_type=result.metric,
+        dataset=Dataset(type=result.dataset, name=result.title, split=result.split),
+    )

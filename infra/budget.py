@@ -1,0 +1,239 @@
+"""The money: a ledger that only grows, and the sum that every pod has to fit into before it is created.
+
+A line of the ledger is one event of one pod or volume. Before a pod is created, its cost to its deadline is written down as reserved, and
+only then is the sum made: of two workers that do this at once, both see both. So the cap holds whatever happens, at the price that both
+may be refused near it. What a pod really cost replaces the reservation when it ends, and RunPod's bill replaces both.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from copy import copy
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from infra.errors import InfraError
+from infra.store import Journal, Store
+
+LEDGER = "budget/ledger"
+"""Folder of the volume; a file per writer in it."""
+WARN_AT = (0.50, 0.80, 0.95)
+"""Shares of the cap at which everybody is warned."""
+HOUR_S = 3600.0
+
+What = Literal["reserved", "storage", "started", "released", "ended", "storage_ended", "billed"]
+ORDER: tuple[What, ...] = get_args(What)
+"""In the life of a pod or volume."""
+
+
+class BudgetError(InfraError):
+    """It would not fit; nothing was started."""
+
+
+class Event(BaseModel):
+    """A line of the ledger."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True)
+
+    what: What
+    name: str
+    """Of the pod, unique for all time; of the volume, its id."""
+    at: float
+    """Seconds since the epoch."""
+    pod: str = ""
+    """RunPod's id, from `started` on."""
+    usd_per_hour: Annotated[float, Field(ge=0)] = 0.0
+    until: float = 0.0
+    """The deadline, of `reserved`."""
+    usd: float = 0.0
+    """Of `billed`: what it cost by RunPod's bill."""
+    phase: str = ""
+    """What it was for."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the ledger knows of one pod or volume."""
+
+    name: str
+    since: float
+    usd_per_hour: float
+    until: float = 0.0
+    pod: str = ""
+    phase: str = ""
+    kind: Literal["pod", "storage"] = "pod"
+    ended: float | None = None
+    started: bool = False
+    released: bool = False
+    billed: float | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether it costs money, as far as is known."""
+        return not self.released and self.ended is None
+
+    def spent(self, now: float) -> float:
+        """USD up to now: by the bill where there is one, else by price and time."""
+        if self.released:
+            return 0.0
+        if self.billed is not None and not self.running:
+            return self.billed
+        used = max(0.0, (self.ended if self.ended is not None else now) - self.since) * self.usd_per_hour / HOUR_S
+        return max(used, self.billed or 0.0)
+
+    def committed(self, now: float, horizon: float) -> float:
+        """USD that will follow if it runs to its deadline; of storage, up to `horizon`."""
+        if not self.running:
+            return 0.0
+        return max(0.0, (horizon if self.kind == "storage" else self.until) - now) * self.usd_per_hour / HOUR_S
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where the money is."""
+
+    cap_usd: float
+    reserve_usd: float
+    spent: float
+    """On pods that have ended and on what running ones have used."""
+    running: float
+    """What running pods may still use, to their deadlines."""
+    storage: float
+    """Spent and to the last deadline."""
+    entries: tuple[Entry, ...] = field(default=(), repr=False)
+
+    @property
+    def committed(self) -> float:
+        """All that is spent or promised."""
+        return self.spent + self.running + self.storage
+
+    @property
+    def left(self) -> float:
+        """USD that a new pod may cost."""
+        return self.cap_usd - self.reserve_usd - self.committed
+
+    def sum(self, new: float = 0.0) -> str:
+        """The sum as text, with a pod of `new` USD where there is one."""
+        parts = [f"spent ${self.spent:.2f}", f"running pods to their deadlines ${self.running:.2f}", f"storage ${self.storage:.2f}"]
+        parts += [f"this pod to its deadline ${new:.2f}"] if new else []
+        limit = self.cap_usd - self.reserve_usd
+        total = f"${self.committed + new:.2f} of ${limit:.2f} (cap ${self.cap_usd:.2f} less a reserve of ${self.reserve_usd:.2f})"
+        return f"{' + '.join(parts)} = {total}"
+
+
+class Budget:
+    """The ledger on a volume, with a cap."""
+
+    def __init__(
+        self, store: Store, *, cap_usd: float, reserve_usd: float, writer: str = "", clock: Callable[[], float] = time.time
+    ) -> None:
+        """`cap_usd` may never be spent. `reserve_usd` of it is for what the sum cannot know: storage after the last pod, late bills."""
+        self.cap_usd, self.reserve_usd, self.clock = cap_usd, reserve_usd, clock
+        self.journal = Journal(store, LEDGER, writer=writer)
+
+    def capped(self, cap_usd: float, reserve_usd: float) -> Self:
+        """The same ledger, written by the same writer, under another cap."""
+        other = copy(self)
+        other.cap_usd, other.reserve_usd = cap_usd, reserve_usd
+        return other
+
+    def reserve(self, name: str, *, usd_per_hour: float, until: float, phase: str = "") -> Position:
+        """Write down that a pod will run to its deadline. Raises BudgetError, with the sum, where that does not fit."""
+        self._write("reserved", name, usd_per_hour=usd_per_hour, until=until, phase=phase)
+        position = self.position()
+        if position.left < -1e-9:
+            self.release(name)
+            new = next(entry for entry in position.entries if entry.name == name).committed(self.clock(), until)
+            before = replace(position, running=position.running - new)
+            raise BudgetError(
+                f"the budget does not allow it: {before.sum(new)}",
+                where="the ledger (fvlm infra budget)",
+                fix="wait for running pods to end, give a shorter maximum run time, a cheaper machine, or another cap (budget.cap_usd)",
+            )
+        return position
+
+    def started(self, name: str, pod: str, *, usd_per_hour: float) -> None:
+        """The pod is there, at this price."""
+        self._write("started", name, pod=pod, usd_per_hour=usd_per_hour)
+
+    def release(self, name: str) -> None:
+        """There is no pod of that name and there never was one."""
+        self._write("released", name)
+
+    def ended(self, name: str, *, at: float | None = None) -> None:
+        """The pod costs no more."""
+        self._write("ended", name, at=at)
+
+    def billed(self, name: str, usd: float) -> None:
+        """What it cost by RunPod's bill."""
+        self._write("billed", name, usd=usd)
+
+    def storage(self, volume: str, usd_per_hour: float, *, since: float | None = None) -> None:
+        """A network volume costs money from now on; nothing where that is known."""
+        if not any(entry.name == volume and entry.running for entry in self.entries()):
+            self._write("storage", volume, usd_per_hour=usd_per_hour, at=since)
+
+    def storage_ended(self, volume: str) -> None:
+        """The volume was deleted."""
+        self._write("storage_ended", volume)
+
+    def entries(self) -> tuple[Entry, ...]:
+        """What the ledger knows, in the order in which things began."""
+        return entries(self.events())
+
+    def events(self) -> list[Event]:
+        """All lines, by time. A line that cannot be read (a writer that was killed half-way) is left out: it was never acted on."""
+        found = []
+        for line in self.journal.lines():
+            try:
+                found.append(Event.model_validate_json(line))
+            except ValidationError:
+                continue
+        return sorted(found, key=lambda event: event.at)
+
+    def position(self) -> Position:
+        """Where the money is now."""
+        now, all_of_it = self.clock(), self.entries()
+        pods, storage = ([one for one in all_of_it if one.kind == kind] for kind in ("pod", "storage"))
+        horizon = max((one.until for one in pods if one.running), default=now)
+        return Position(
+            self.cap_usd,
+            self.reserve_usd,
+            spent=sum(one.spent(now) for one in pods),
+            running=sum(one.committed(now, horizon) for one in pods),
+            storage=sum(one.spent(now) + one.committed(now, horizon) for one in storage),
+            entries=all_of_it,
+        )
+
+    def _write(self, what: What, name: str, *, at: float | None = None, **more: float | str) -> None:
+        event = Event.model_validate({"what": what, "name": name, "at": self.clock() if at is None else at} | more)
+        self.journal.append(event.model_dump_json(exclude_defaults=True))
+
+
+def entries(events: Iterable[Event]) -> tuple[Entry, ...]:
+    """What events say of each pod and volume, whatever the clocks of their writers say of their order."""
+    known: dict[str, Entry] = {}
+    for event in sorted(events, key=lambda event: (ORDER.index(event.what), event.at)):
+        entry = known.get(event.name)
+        if event.what == "reserved":
+            known[event.name] = Entry(event.name, event.at, event.usd_per_hour, until=event.until, phase=event.phase)
+        elif event.what == "storage":
+            known[event.name] = Entry(event.name, event.at, event.usd_per_hour, kind="storage")
+        elif entry is None:
+            continue  # its beginning was lost; the bill will say what it cost
+        elif event.what == "started":
+            known[event.name] = replace(entry, pod=event.pod, usd_per_hour=event.usd_per_hour, started=True, released=False)
+        elif event.what == "released":
+            known[event.name] = entry if entry.started else replace(entry, released=True)
+        elif event.what in ("ended", "storage_ended"):
+            known[event.name] = entry if entry.ended is not None else replace(entry, ended=event.at)
+        elif event.what == "billed":
+            known[event.name] = replace(entry, billed=event.usd)
+    return tuple(known.values())
+
+
+def warnings_between(before: float, after: float, cap_usd: float) -> list[str]:
+    """A line for each share of the cap (WARN_AT) that was passed between two sums."""
+    passed = [share for share in WARN_AT if before < share * cap_usd <= after]
+    return [f"{share:.0%} of the budget is spent or promised: ${after:.2f} of ${cap_usd:.2f}" for share in passed]

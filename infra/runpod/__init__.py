@@ -1,0 +1,11 @@
+"""Rented pods: RunPod's API, a Prefect worker for it, what runs inside a pod, and an emulator of all of it.
+
+models, errors, client   RunPod's REST API, version 2
+settings                 where the API, the volume and the key are
+rent                     from a preference list to one pod, within the budget
+watch                    what a pod's looks mean: started, dead, silent, idle, past its deadline
+worker                   Prefect's work-pool type `runpod`
+pod                      the program of a pod (standard library only)
+reaper                   ends what nobody owns
+emulator/                a local RunPod that runs pods as processes
+"""

@@ -1,0 +1,32 @@
+"""Compares the ledger with RunPod's bill, and takes over what RunPod says."""
+
+from collections import defaultdict
+from datetime import UTC, datetime, timedelta
+
+from infra.budget import Budget
+from infra.runpod.client import RunPod
+
+CENT = 0.01
+
+
+def reconcile(client: RunPod, budget: Budget) -> list[str]:
+    """Write into the ledger what RunPod has billed for each pod and volume. Returns a line for each that differs by a cent or more."""
+    entries = [entry for entry in budget.entries() if not entry.released]
+    if not entries:
+        return []
+    start = datetime.fromtimestamp(min(entry.since for entry in entries), UTC) - timedelta(hours=1)
+    end = datetime.now(UTC) + timedelta(hours=1)
+    billed: dict[str, float] = defaultdict(float)
+    for record in (*client.billed_pods(start, end), *client.billed_volumes(start, end)):
+        billed[record.podId or record.networkVolumeId or ""] += record.totalAmount
+    differences = []
+    for entry in entries:
+        amount = billed.get(entry.pod or entry.name)
+        if amount is None:
+            continue
+        estimate = entry.spent(budget.clock())
+        if not entry.running and entry.billed is None and abs(amount - estimate) >= CENT:
+            differences.append(f"{entry.name}: ${estimate:.2f} by price and time, ${amount:.2f} by RunPod's bill")
+        if entry.billed is None or abs(amount - entry.billed) > CENT / 100:
+            budget.billed(entry.name, amount)
+    return differences

@@ -1,0 +1,57 @@
+"""The code that pods run: an archive of the checkout on the volume, named by its commit, put there once."""
+
+import gzip
+import hashlib
+import io
+import subprocess
+import tarfile
+from pathlib import Path
+
+from infra.errors import RefusedError
+from infra.runpod.pod import CODE
+from infra.store import Store
+
+CLEAN_LENGTH, CHANGES_LENGTH = 16, 8
+LARGEST_BYTES = 50_000_000
+"""Of the archive; more is no code."""
+
+
+def upload_code(checkout: Path, store: Store) -> str:
+    """Put the checkout on the volume, unless it is there; returns its name.
+
+    What git ignores stays here. A checkout with changes gets a name of its own, made of their content.
+    """
+    name, archive = archived(checkout)
+    key = f"{CODE}/{name}.tar.gz"
+    if key not in store.keys(f"{CODE}/"):
+        store.write(key, archive)
+    return name
+
+
+def archived(checkout: Path) -> tuple[str, bytes]:
+    """Name and content of the checkout's archive; equal for equal files."""
+    commit = _git(checkout, "rev-parse", "HEAD").strip()[:CLEAN_LENGTH]
+    files = sorted(set(_git(checkout, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")) - {""})
+    packed = io.BytesIO()
+    with gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as zipped, tarfile.open(fileobj=zipped, mode="w") as archive:
+        for file in files:
+            path = checkout / file
+            if path.is_file() and not path.is_symlink():
+                entry = tarfile.TarInfo(file)
+                entry.size, entry.mode = path.stat().st_size, 0o755 if path.stat().st_mode & 0o100 else 0o644
+                with path.open("rb") as stream:
+                    archive.addfile(entry, stream)
+    content = packed.getvalue()
+    if len(content) > LARGEST_BYTES:
+        raise RefusedError(
+            f"the checkout packs to {len(content) / 1e6:.0f} MB", where=str(checkout), fix="keep data out of it, or list it in .gitignore"
+        )
+    changed = bool(_git(checkout, "status", "--porcelain"))
+    return (f"{commit}-{hashlib.sha256(content).hexdigest()[:CHANGES_LENGTH]}" if changed else commit), content
+
+
+def _git(checkout: Path, *arguments: str) -> str:
+    try:
+        return subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise RefusedError(f"git {arguments[0]} failed: {error}", where=str(checkout), fix="run this in a checkout of fvlm") from error

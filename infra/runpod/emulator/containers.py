@@ -1,0 +1,205 @@
+"""A pod's container as a local process: a root-like folder of its own, the environment that RunPod injects, restarts when its command ends.
+
+Nothing of it outlives the emulator: the command runs under `infra/guard.py`.
+"""
+
+import contextlib
+import os
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+
+from infra import guard
+
+STOP_GRACE_S = 5.0
+"""Between SIGTERM and SIGKILL when a pod is stopped."""
+FULL_BYTES = 2048
+"""Largest file that a container with a full disk can still write."""
+DISK_LOOK_S = 1.0
+NVIDIA_SMI = """#!/bin/sh
+i=0; while [ $i -lt {count} ]; do echo "{name}, 570.00, 81920"; i=$((i + 1)); done
+"""
+"""Answers the query of the pod's preflight: name, driver, memory in MiB of each GPU."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a pod's log."""
+
+    source: str
+    line: str
+    ts: str
+    id: str
+
+
+class Log:
+    """The lines of a pod, for many readers at once."""
+
+    def __init__(self) -> None:
+        self.lines: list[Line] = []
+        self.changed = threading.Condition()
+        self.closed = False
+
+    def add(self, source: str, text: str) -> None:
+        """Append a line."""
+        ts = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        with self.changed:
+            self.lines.append(Line(source, text, ts, f"{ts}/{len(self.lines):012d}"))
+            self.changed.notify_all()
+
+    def close(self) -> None:
+        """There will be no more."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
+
+    def after(self, event: str | None, tail: int) -> int:
+        """Number of the first line to give to a reader who has seen `event`, or wants the last `tail`."""
+        with self.changed:
+            if event:
+                return next((number + 1 for number, line in enumerate(self.lines) if line.id == event), 0)
+            return max(0, len(self.lines) - tail)
+
+    def wait(self, number: int, timeout_s: float) -> Line | None:
+        """The line of that number, when it is there; None after `timeout_s`, or when there will be none."""
+        with self.changed:
+            self.changed.wait_for(lambda: len(self.lines) > number or self.closed, timeout_s)
+            return self.lines[number] if len(self.lines) > number else None
+
+
+class Container:
+    """The process of a pod. `run` starts it and starts it again until `stop`."""
+
+    def __init__(self, root: Path, command: str, environment: Mapping[str, str], *, gpu: tuple[str, int] | None, disk_gb: int) -> None:
+        self.root, self.command, self.disk_gb, self.log = root, command, disk_gb, Log()
+        self.disk_full = False
+        self.starts = 0
+        self.started_at: float | None = None
+        """Of the running command, on the monotonic clock."""
+        self._process: subprocess.Popen[bytes] | None = None
+        self._over = threading.Event()
+        for folder in ("root", "tmp", "bin"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+        if gpu:
+            program = root / "bin" / "nvidia-smi"
+            program.write_text(NVIDIA_SMI.format(name=gpu[0], count=gpu[1]))
+            program.chmod(0o755)
+        python = str(Path(sys.executable).parent)
+        path = os.pathsep.join([str(root / "bin"), python, os.environ.get("PATH", os.defpath)])
+        self.environment = {"PATH": path, "HOME": str(root / "root"), "TMPDIR": str(root / "tmp"), "LANG": "C.UTF-8", **environment}
+
+    def run(self, restart_s: float) -> None:
+        """Run the command, again whenever it ends, until `stop`."""
+        while not self._over.is_set():
+            self._once()
+            if self._over.is_set():
+                break
+            self.log.add("system", f"the container's command ended with status {self._status}; it is started again")
+            self._over.wait(restart_s)
+            for scratch in ("root", "tmp"):  # the disk is wiped at a restart
+                shutil.rmtree(self.root / scratch, ignore_errors=True)
+                (self.root / scratch).mkdir(parents=True, exist_ok=True)
+        self.log.close()
+
+    def stop(self, *, grace_s: float = STOP_GRACE_S) -> None:
+        """End the command and do not start it again."""
+        self._over.set()
+        process = self._process
+        if process is None or process.poll() is not None:
+            return
+        self.resume()
+        process.terminate()
+        try:
+            process.wait(grace_s + 2)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+    def kill(self) -> None:
+        """As a crash of the machine: the command is gone at once, and not started again."""
+        self._over.set()
+        for process in reversed(self._family()):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+    def pause(self) -> None:
+        """Everything in the container stops moving."""
+        for process in self._family():
+            with contextlib.suppress(psutil.Error):
+                process.suspend()
+
+    def resume(self) -> None:
+        """After `pause`."""
+        for process in self._family():
+            with contextlib.suppress(psutil.Error):
+                process.resume()
+
+    @property
+    def uptime_s(self) -> int:
+        """Seconds since the command was started the last time."""
+        return 0 if self.started_at is None else int(time.monotonic() - self.started_at)
+
+    def _once(self) -> None:
+        limit = FULL_BYTES if self.disk_full else resource.RLIM_INFINITY
+        guarded = [sys.executable, "-S", "-E", guard.__file__, str(os.getpid()), str(STOP_GRACE_S), *shlex.split(self.command)]
+        self._process = subprocess.Popen(
+            guarded,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            cwd=self.root,
+            env=self.environment,
+            start_new_session=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)),
+        )
+        self.starts, self.started_at = self.starts + 1, time.monotonic()
+        reader = threading.Thread(target=self._read, args=(self._process,), daemon=True)
+        reader.start()
+        looked = time.monotonic()
+        while self._process.poll() is None:
+            if self._over.wait(0.05):
+                break
+            if time.monotonic() - looked > DISK_LOOK_S:
+                looked = time.monotonic()
+                if _bytes(self.root) > self.disk_gb * 10**9:
+                    self.log.add("system", f"the container's disk of {self.disk_gb} GB is full")
+                    self._process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_GRACE_S + 5)
+        self._status = self._process.returncode
+        reader.join(1)
+
+    def _read(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            self.log.add("container", line.decode(errors="replace").rstrip("\n"))
+
+    def _family(self) -> list[psutil.Process]:
+        """The guard and everything under it."""
+        if self._process is None:
+            return []
+        try:
+            guarding = psutil.Process(self._process.pid)
+            return [guarding, *guarding.children(recursive=True)]
+        except psutil.Error:
+            return []
+
+
+def _bytes(folder: Path) -> int:
+    """Size of the files in a folder; links are not followed."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(place, name)).st_size
+    return total

@@ -1,0 +1,107 @@
+"""RunPod's answers as exceptions: each says what to do, and carries the id by which RunPod's support finds the request."""
+
+import re
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any, NoReturn
+
+import httpx
+
+from infra.errors import InfraError
+
+NO_CAPACITY = re.compile(r"no (longer any )?instances|capacity|not available|unavailable|no resources|out of stock", re.IGNORECASE)
+"""In the text of a status 400; the API has no code of its own for it."""
+DEFAULT_RETRY_AFTER_S = 5.0
+
+
+class RunPodError(InfraError):
+    """An answer that is no success. `status` is 0 where there was none."""
+
+    def __init__(self, what: str, *, where: str, fix: str, status: int = 0, request_id: str = "") -> None:
+        super().__init__(f"{what} (request {request_id})" if request_id else what, where=where, fix=fix)
+        self.status, self.request_id = status, request_id
+
+
+class InvalidRequestError(RunPodError):
+    """422, or a rule broken (400): the same request will fail again."""
+
+
+class NoCapacityError(RunPodError):
+    """400 that says so: another GPU or data centre may have some."""
+
+
+class WrongKeyError(RunPodError):
+    """401: the key is missing, wrong or expired."""
+
+
+class NoBalanceError(RunPodError):
+    """402: no request that costs money will succeed."""
+
+
+class NoAccessError(RunPodError):
+    """403: the key may not do this."""
+
+
+class NotFoundError(RunPodError):
+    """404: it is not there, or no longer."""
+
+
+class WrongStateError(RunPodError):
+    """409: not possible in the state in which the pod is."""
+
+
+class TooManyRequestsError(RunPodError):
+    """429, again and again."""
+
+    retry_after_s: float = DEFAULT_RETRY_AFTER_S
+
+
+class UnavailableError(RunPodError):
+    """5xx or no answer at all, again and again: whether the request was carried out is not known."""
+
+
+def raise_for(response: httpx.Response) -> NoReturn:
+    """Raise the exception of a reply that is no success. Its body need not be what the document says."""
+    status, request_id = response.status_code, response.headers.get("x-request-id", "")
+    problem = _problem(response)
+    detail = str(problem.get("detail") or problem.get("title") or problem.get("message") or f"status {status}")
+    errors = [str(one) for one in problem.get("errors") or []]
+    what = f"RunPod: {detail}" + (f": {'; '.join(errors)}" if errors else "")
+    kind, fix = _kind(status, detail)
+    where = f"{response.request.method} {response.request.url.copy_with(query=None)}"
+    error = kind(what, where=where, fix=fix, status=status, request_id=request_id)
+    if isinstance(error, TooManyRequestsError):
+        error.retry_after_s = retry_after_s(response)
+    raise error
+
+
+def retry_after_s(response: httpx.Response) -> float:
+    """Seconds that the reply asks to wait for; this API sends whole seconds."""
+    try:
+        return max(0.0, float(response.headers["Retry-After"]))
+    except (KeyError, ValueError):
+        return DEFAULT_RETRY_AFTER_S
+
+
+def _problem(response: httpx.Response) -> Mapping[str, Any]:
+    try:
+        body = response.json()
+    except ValueError:
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def _kind(status: int, detail: str) -> tuple[type[RunPodError], str]:
+    if status == HTTPStatus.BAD_REQUEST and NO_CAPACITY.search(detail):
+        return NoCapacityError, "try another GPU or data centre, or again later"
+    kinds: dict[int, tuple[type[RunPodError], str]] = {
+        HTTPStatus.BAD_REQUEST: (InvalidRequestError, "change what the message names; the same request fails again"),
+        HTTPStatus.UNPROCESSABLE_ENTITY: (InvalidRequestError, "change what the message names; the same request fails again"),
+        HTTPStatus.UNAUTHORIZED: (WrongKeyError, "set RUNPOD_API_KEY to a key from https://console.runpod.io/user/settings"),
+        HTTPStatus.PAYMENT_REQUIRED: (NoBalanceError, "add credit at https://console.runpod.io/user/billing; pods need an hour's worth"),
+        HTTPStatus.FORBIDDEN: (NoAccessError, "give the key the missing permission at https://console.runpod.io/user/settings"),
+        HTTPStatus.NOT_FOUND: (NotFoundError, "check the id; what was deleted is gone"),
+        HTTPStatus.CONFLICT: (WrongStateError, "wait for the pod to change its state, or terminate it"),
+        HTTPStatus.TOO_MANY_REQUESTS: (TooManyRequestsError, "wait; other programs may be using the same account"),
+    }
+    return kinds.get(status, (UnavailableError, "try again later; see https://uptime.runpod.io"))

@@ -1,0 +1,434 @@
+"""The program of a pod, from its first second to its end. Only the standard library, in one file: it travels in the pod's environment and
+runs before anything is installed.
+
+A pod costs money until somebody ends it, and RunPod itself ends none: a container whose command ends is started again. So this program
+
+1. starts a watchdog that ends the pod at an absolute time, which a restarted container finds in its environment again;
+2. refuses to run its job twice: the second start of a container only ends the pod;
+3. checks the machine before anything is installed or downloaded (preflight);
+4. makes the Python environment once per lock file, on the volume, whichever pod comes first;
+5. runs the job with every cache, package and temporary file on the volume;
+6. writes how it ended (`outcome.json`, atomically), and ends the pod, by several ways, until one works.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from typing import IO
+
+JOB_VARIABLE = "FVLM_POD_JOB"
+URL_VARIABLE = "FVLM_RUNPOD_URL"
+SHARED_VARIABLE = "FVLM_SHARED_VOLUME"
+"""Tells the job that other hosts work on the volume too."""
+PODS, CODE, ENVIRONMENTS = "pods", "code", "environments"
+"""Folders of the volume: what each pod wrote, the code of each commit, an environment per lock file."""
+STARTED, OUTCOME, LOG = "started", "outcome.json", "log.txt"
+IDENTITY = "fvlm-volume.json"
+"""On every volume that was set up here; a pod that does not see it has no volume, whatever is at the path."""
+GRACE_S = 60.0
+"""For the job to save, when its time is up."""
+LEASE_S = 120.0
+"""After which the maker of an environment that gives no sign is thought dead."""
+BEATS = 8
+"""Signs of life in the time of a lease."""
+USER_AGENT = "fvlm/0.1 pod"
+GB = 10**9
+
+
+class PreflightError(Exception):
+    """The machine is not what was asked for: nothing was run."""
+
+
+class Pod:
+    """This pod: what it is to do, and where."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self.environment = dict(environment)
+        self.job = json.loads(environment[JOB_VARIABLE])
+        self.id = environment.get("RUNPOD_POD_ID", socket.gethostname())
+        self.deadline = float(self.job["deadline"])
+        self.volume = self.job["mount_path"]
+        self.folder = os.path.join(self.volume, PODS, self.id)
+        self.key = environment.get("RUNPOD_API_KEY", "")
+        self.url = environment.get(URL_VARIABLE, "https://api.runpod.io").rstrip("/")
+        self.stopping: str | None = None
+        """Why the job has to end before its time."""
+        self.ending = False
+
+    def run(self) -> tuple[int, str]:
+        """The job; returns its exit status and how it ended in words. The volume is there."""
+        os.makedirs(self.folder, exist_ok=True)
+        if not self.first_start():
+            return 1, "the container was started again: its first start did not end the pod"
+        try:
+            self.preflight()
+            code = self.unpack_code()
+            python = self.python(code)
+            command = [python if word == "{python}" else word for word in self.job["command"]]
+            return self.run_job(command, code, python)
+        except PreflightError as error:
+            return 2, f"preflight: {error}"
+        except subprocess.CalledProcessError as error:
+            return 1, f"the environment could not be made: {error}"
+        except OSError as error:
+            return 1, f"the pod could not be set up: {error}"
+
+    def first_start(self) -> bool:
+        """Whether this container has not run before."""
+        try:
+            with open(os.path.join(self.folder, STARTED), "x") as stream:
+                stream.write(str(time.time()))
+                os.fsync(stream.fileno())
+            return True
+        except FileExistsError:
+            return False
+
+    def preflight(self) -> None:
+        """Raises PreflightError where the machine is not what was asked for."""
+        wanted = self.job.get("gpu")
+        if self.deadline - time.time() < self.job.get("least_s", 0):
+            raise PreflightError("the pod came so late that its time is nearly over")
+        identity = os.path.join(self.volume, IDENTITY)
+        if not os.path.isfile(identity):
+            raise PreflightError(f"there is no volume at {self.volume}: {IDENTITY} is not there; run `fvlm infra setup`")
+        with open(identity) as stream:
+            found = json.load(stream)["id"]
+        if found != self.job["volume"]:
+            raise PreflightError(f"the volume at {self.volume} is {found}, not {self.job['volume']}")
+        for place, least_gb in ((self.volume, self.job["free_volume_gb"]), (os.environ.get("TMPDIR", "/tmp"), self.job["free_disk_gb"])):
+            free = shutil.disk_usage(place).free / GB
+            if free < least_gb:
+                raise PreflightError(f"{free:.1f} GB free at {place}, {least_gb:.1f} GB needed")
+        probe = os.path.join(self.folder, ".probe")
+        with open(probe, "wb") as stream:
+            stream.write(b"0" * 65536)
+            os.fsync(stream.fileno())
+        os.unlink(probe)
+        if wanted:
+            self.check_gpus(wanted["id"], wanted["count"])
+        self.check_network()
+        self.say("preflight: the machine is what was asked for")
+
+    def check_gpus(self, kind: str, count: int) -> None:
+        """That many of that kind."""
+        asked = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits"]
+        try:
+            lines = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=60).stdout.strip().splitlines()
+        except (OSError, subprocess.SubprocessError) as error:
+            raise PreflightError(f"no GPU answers: {error}") from error
+        names = [line.split(",")[0].strip() for line in lines]
+        if len(names) != count:
+            raise PreflightError(f"{len(names)} GPUs, {count} asked for")
+        if any(words(kind) - words(name) and words(name) - words(kind) for name in names):
+            raise PreflightError(f"the GPUs are {', '.join(sorted(set(names)))}, asked for was {kind}")
+        self.say(f"preflight: {count} x {lines[0]}")
+
+    def check_network(self) -> None:
+        """The server that the job reports to answers."""
+        url = self.environment.get("PREFECT_API_URL")
+        if not url:
+            return
+        problem = ""
+        for _ in range(5):
+            try:
+                with urllib.request.urlopen(urllib.request.Request(f"{url}/health", headers={"User-Agent": USER_AGENT}), timeout=10):
+                    return
+            except (urllib.error.URLError, OSError, ValueError) as error:
+                problem = str(error)
+                time.sleep(self.job.get("retry_s", 3.0))
+        raise PreflightError(f"the Prefect API at {url} cannot be reached from the pod: {problem}")
+
+    def unpack_code(self) -> str:
+        """The checkout of the commit, unpacked on the volume once."""
+        name = self.job.get("code")
+        if not name:
+            return self.job.get("code_folder") or os.getcwd()
+        folder = os.path.join(self.volume, CODE, name)
+        if not os.path.isdir(folder):
+            arriving = f"{folder}.{self.id}"
+            with tarfile.open(f"{folder}.tar.gz") as archive:
+                archive.extractall(arriving, filter="data")
+            try:
+                os.rename(arriving, folder)
+            except OSError:  # another pod was faster
+                shutil.rmtree(arriving)
+        return folder
+
+    def python(self, code: str) -> str:
+        """The interpreter that runs the job."""
+        if self.job.get("python"):
+            return self.job["python"]
+        lock = os.path.join(code, self.job["lock"])
+        with open(lock, "rb") as stream:
+            version = f"{sys.version_info.major}.{sys.version_info.minor}"
+            name = hashlib.sha256(stream.read() + version.encode()).hexdigest()[:16]
+        folder = os.path.join(self.volume, ENVIRONMENTS, name)
+        python = os.path.join(folder, "bin", "python")
+        while not os.path.exists(os.path.join(folder, "complete")):
+            with lease(f"{folder}.lease", self.id) as mine:
+                if mine and not os.path.exists(os.path.join(folder, "complete")):
+                    self.make_environment(folder, lock, python)
+            if not mine:
+                time.sleep(self.job.get("retry_s", 3.0))
+        return python
+
+    def make_environment(self, folder: str, lock: str, python: str) -> None:
+        """Everything in the lock file, with this Python."""
+        self.say(f"making the environment {os.path.basename(folder)}; pods with the same lock file find it")
+        began = time.time()
+        shutil.rmtree(folder, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True, env=self.places())
+        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", lock]
+        subprocess.run(pip, check=True, env=self.places())
+        write(os.path.join(folder, "complete"), f"{time.time() - began:.0f} s\n")
+
+    def places(self) -> dict[str, str]:
+        """The environment with everything that grows on the volume: the system's disk is small and does not last."""
+        home, caches = os.path.join(self.volume, "home"), os.path.join(self.volume, "caches")
+        scratch = os.path.join(self.volume, "tmp", self.id)
+        moved = {
+            "HOME": home,
+            "TMPDIR": scratch,
+            "XDG_CACHE_HOME": caches,
+            "PIP_CACHE_DIR": os.path.join(caches, "pip"),
+            "UV_CACHE_DIR": os.path.join(caches, "uv"),
+            "HF_HOME": os.path.join(caches, "huggingface"),
+            "TORCH_HOME": os.path.join(caches, "torch"),
+            "TORCHINDUCTOR_CACHE_DIR": os.path.join(caches, "inductor"),
+            "TRITON_CACHE_DIR": os.path.join(caches, "triton"),
+            "PREFECT_HOME": os.path.join(scratch, "prefect"),
+        }
+        for folder in moved.values():
+            os.makedirs(folder, exist_ok=True)
+        hidden = (JOB_VARIABLE, "RUNPOD_API_KEY", "FVLM_POD_PROGRAM")
+        kept = {name: value for name, value in self.environment.items() if name not in hidden}
+        return kept | moved | {SHARED_VARIABLE: "1"}
+
+    def run_job(self, command: list[str], code: str, python: str) -> tuple[int, str]:
+        """Run the command until it ends or its time is over."""
+        environment = self.places()
+        environment["PATH"] = os.pathsep.join([os.path.dirname(python), environment.get("PATH", os.defpath)])
+        environment["PYTHONPATH"] = code
+        self.say(f"runs {' '.join(command)}")
+        with open(os.path.join(self.folder, LOG), "ab") as log:
+            process = subprocess.Popen(
+                command,
+                cwd=code,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            assert process.stdout is not None
+            reader = threading.Thread(target=copy, args=(process.stdout, log), daemon=True)
+            reader.start()
+            told = None
+            while process.poll() is None:
+                if self.stopping is None and time.time() > self.deadline - GRACE_S:
+                    self.stopping = "its time was over"
+                if self.stopping and told is None:
+                    told = time.time()
+                    signal_group(process, signal.SIGTERM)
+                if told is not None and time.time() - told > self.job.get("grace_s", GRACE_S):
+                    signal_group(process, signal.SIGKILL)
+                time.sleep(0.1)
+            signal_group(process, signal.SIGKILL)  # what it left behind
+            reader.join(5)
+        status = process.returncode
+        ended = f"the command ended with status {status}"
+        return (status or 1, f"{ended}: {self.stopping}") if self.stopping else (status, ended)
+
+    def write_outcome(self, status: int, reason: str) -> None:
+        """How the job ended, for whoever reads the volume: RunPod knows no exit status."""
+        path = os.path.join(self.folder, OUTCOME)
+        if not os.path.exists(path):  # a second start does not write over the first
+            write(path, json.dumps({"pod": self.id, "run": self.job.get("run"), "status": status, "reason": reason, "ended": time.time()}))
+        with contextlib.suppress(OSError):
+            shutil.rmtree(os.path.join(self.volume, "tmp", self.id))
+
+    def end(self) -> None:
+        """End this pod, until one of the ways works. Returns only where the pod has no key, as outside of RunPod."""
+        if not self.key:
+            return
+        self.ending = True
+        ways = (self._terminate, self._delete, self._command)
+        attempt = 0
+        while True:
+            problem = ways[attempt % len(ways)]()
+            self.say(f"ends this pod: {problem or 'accepted'}")
+            attempt += 1
+            time.sleep(min(60.0, self.job.get("retry_s", 3.0) * attempt))
+
+    def _terminate(self) -> str:
+        return self._ask("POST", f"/v2/pods/{self.id}/action", b'{"action": "terminate"}')
+
+    def _delete(self) -> str:
+        return self._ask("DELETE", f"/v2/pods/{self.id}", None)
+
+    def _command(self) -> str:
+        """RunPod's own program, which is in its images."""
+        program = shutil.which("runpodctl")
+        if program is None:
+            return "there is no runpodctl"
+        done = subprocess.run([program, "remove", "pod", self.id], capture_output=True, text=True, timeout=60, check=False)
+        return "" if done.returncode == 0 else f"runpodctl: status {done.returncode}"
+
+    def _ask(self, method: str, path: str, body: bytes | None) -> str:
+        """What went wrong, or nothing."""
+        headers = {"Authorization": f"Bearer {self.key}", "User-Agent": USER_AGENT, "Content-Type": "application/json"}
+        try:
+            with urllib.request.urlopen(urllib.request.Request(self.url + path, body, headers, method=method), timeout=20):
+                return ""
+        except (urllib.error.URLError, OSError, ValueError) as error:
+            return f"{method} {path}: {error}"
+
+    def watch(self) -> None:
+        """The watchdog: touches no file, so that nothing on the volume can hold it up."""
+        while (left := self.deadline - time.time()) > 0:
+            time.sleep(min(left, 60.0))
+        self.say("watchdog: the pod's time is over")
+        self.end()
+
+    def say(self, text: str) -> None:
+        """A line in the container's log."""
+        print(f"[pod] {text}", flush=True)
+
+
+@contextlib.contextmanager
+def lease(path: str, owner: str, lease_s: float = LEASE_S, lost: Callable[[], None] = lambda: None) -> Iterator[bool]:
+    """Hold `path` against other hosts, as long as signs of life are given; yields whether it is held.
+
+    `owner` is unique. `lost` is called, once and from another thread, where another took the lease because no sign came for `lease_s`.
+    """
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if not take(path, owner, lease_s):
+        yield False
+        return
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(lease_s / BEATS):
+            try:
+                with open(path) as stream:
+                    mine = stream.read() == owner
+                if mine:
+                    os.utime(path)
+            except FileNotFoundError:
+                mine = False
+            except OSError:  # the file system is away: there may be time left
+                continue
+            if not mine and not over.is_set():
+                lost()
+                return
+
+    threading.Thread(target=beat, daemon=True).start()
+    try:
+        yield True
+    finally:
+        over.set()
+        with contextlib.suppress(OSError), open(path) as stream:
+            if stream.read() == owner:
+                os.unlink(path)
+
+
+def take(path: str, owner: str, lease_s: float) -> bool:
+    """Make the lease's file, or take the place of one whose owner gives no sign."""
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if age(path) > lease_s:
+                stale = f"{path}.{owner}.stale"
+                os.rename(path, stale)  # of several who try, one succeeds
+                if age(stale) <= lease_s:  # it was another's new one
+                    with contextlib.suppress(FileExistsError):
+                        os.link(stale, path)
+                    os.unlink(stale)
+                    return False
+                os.unlink(stale)
+        with open(path, "x") as stream:
+            stream.write(owner)
+            stream.flush()
+            os.fsync(stream.fileno())
+        return True
+    except OSError:
+        return False
+
+
+def age(path: str) -> float:
+    """Seconds since the last sign, by the file system's clock: hosts' clocks differ."""
+    probe = f"{path}.clock.{os.getpid()}.{threading.get_ident()}"
+    with open(probe, "w") as stream:
+        now = os.fstat(stream.fileno()).st_mtime
+    os.unlink(probe)
+    return now - os.stat(path).st_mtime
+
+
+def copy(source: IO[bytes], log: IO[bytes]) -> None:
+    """What the job prints, to the volume and to the container's log."""
+    for line in source:
+        with contextlib.suppress(OSError):
+            log.write(line)
+            log.flush()
+        sys.stdout.buffer.write(line)
+        sys.stdout.flush()
+
+
+def signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+    """To everything that the process has started and that did not leave its group."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)
+
+
+def write(path: str, text: str) -> None:
+    """Through a temporary name, flushed: readers see all of it or nothing."""
+    temporary = f"{path}.{os.getpid()}.new"
+    with open(temporary, "w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def words(name: str) -> set[str]:
+    """A GPU's name without maker and spelling: catalogue and driver write it differently."""
+    return {word for word in name.upper().replace("-", " ").split() if word not in ("NVIDIA", "GEFORCE")}
+
+
+def main(environment: Mapping[str, str]) -> int:
+    """All of it; ends with the pod."""
+    pod = Pod(environment)
+    threading.Thread(target=pod.watch, name="watchdog", daemon=True).start()
+
+    def stop(number: int, _frame: object) -> None:
+        if pod.ending:
+            os._exit(0)
+        pod.stopping = f"signal {number}"
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    status, reason = 1, "the pod's program failed"
+    try:
+        status, reason = pod.run()
+    except Exception as error:  # whatever it is, the pod has to end
+        reason = f"{type(error).__name__}: {error}"
+    pod.say(f"ended: {reason}")
+    with contextlib.suppress(OSError):
+        pod.write_outcome(status, reason)
+    pod.end()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(os.environ))

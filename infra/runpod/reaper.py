@@ -1,0 +1,83 @@
+"""Ends pods that nobody owns. It needs RunPod's key and nothing else: no flow, no worker, no Prefect server, no volume.
+
+A pod's name says whose it is, for which flow run it works and when it has to end (`naming`). Where Prefect's server answers, a pod whose
+run is over or unknown is ended too; where the ledger can be reached, it is brought up to date.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from uuid import UUID
+
+from infra.budget import Budget
+from infra.runpod.client import RunPod
+from infra.runpod.errors import RunPodError
+from infra.runpod.models import OVER, Pod
+from infra.runpod.naming import PodName
+
+OVERTIME_S = 120.0
+"""After the deadline, for a pod to end itself."""
+YOUNG_S = 300.0
+"""A pod that is younger may belong to a run that is being submitted, and an entry of the ledger to a pod that is being created."""
+
+
+@dataclass(frozen=True)
+class Reaped:
+    """A pod that was ended, or could not be."""
+
+    pod: Pod
+    reason: str
+    problem: str = ""
+
+
+def reap(
+    client: RunPod,
+    owner: str,
+    *,
+    over: Callable[[UUID], str | None] = lambda run: None,
+    budget: Budget | None = None,
+    now: float | None = None,
+    young_s: float = YOUNG_S,
+) -> list[Reaped]:
+    """End the pods of `owner` that nobody owns; returns what was ended. Pods of others are not touched.
+
+    `over` says of a flow run why nobody needs its pod any more; None where somebody does, or where it is not known. It is not asked of pods
+    younger than `young_s`.
+    """
+    now = time.time() if now is None else now
+    reaped, left = [], set()
+    for pod in client.pods():
+        name = PodName.parse(pod.name)
+        if name is None or name.owner != owner:
+            continue
+        reason = _reason(pod, name, over, now, young_s)
+        if reason is None:
+            left.add(pod.name)
+            continue
+        try:
+            client.terminate(pod.id)
+            reaped.append(Reaped(pod, reason))
+        except RunPodError as error:
+            left.add(pod.name)
+            reaped.append(Reaped(pod, reason, error.what))
+    if budget is not None:
+        settle(budget, left, now, young_s)
+    return reaped
+
+
+def settle(budget: Budget, alive: set[str], now: float, young_s: float = YOUNG_S) -> None:
+    """End in the ledger what runs no longer; `alive` are the names of the pods that do."""
+    for entry in budget.entries():
+        if entry.kind == "pod" and entry.running and entry.name not in alive and now - entry.since >= young_s:
+            budget.ended(entry.name, at=min(now, entry.until)) if entry.started else budget.release(entry.name)
+
+
+def _reason(pod: Pod, name: PodName, over: Callable[[UUID], str | None], now: float, young_s: float) -> str | None:
+    """Why the pod has to end; None where it may go on."""
+    if now > name.deadline + OVERTIME_S:
+        return f"it is {(now - name.deadline) / 60:.0f} min past its deadline"
+    if pod.status in OVER:
+        return f"it is {pod.status} and still there"
+    if now - pod.createdAt.timestamp() < young_s:
+        return None
+    return over(name.run)

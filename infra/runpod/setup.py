@@ -1,0 +1,49 @@
+"""Finds or makes the network volume, where its data centre has an S3 side, GPUs in stock, and a price; marks it as ours."""
+
+import json
+from collections.abc import Sequence
+
+from infra.errors import RefusedError
+from infra.runpod.client import RunPod
+from infra.runpod.models import CreateVolume, Volume
+from infra.runpod.pod import IDENTITY
+from infra.runpod.rent import STOCK
+from infra.s3 import DATA_CENTERS
+from infra.store import Store
+
+
+def find_or_create_volume(
+    client: RunPod, name: str, *, size_gb: int, data_centers: Sequence[str], gpus: Sequence[str], gpu_count: int
+) -> Volume:
+    """The volume of that name; made in the wanted data centre that has the best stock of the wanted GPUs. Raises RefusedError."""
+    if found := next((one for one in client.volumes() if name in (one.name, one.id)), None):
+        return found
+    places = choose(client, data_centers, gpus, gpu_count)
+    return client.create_volume(CreateVolume(name=name, size=size_gb, dataCenter=places[0]))
+
+
+def choose(client: RunPod, data_centers: Sequence[str], gpus: Sequence[str], gpu_count: int) -> list[str]:
+    """The data centres for a volume, best first: by stock of the most wanted GPU, then of the next, then as listed."""
+    if unreachable := [place for place in data_centers if place not in DATA_CENTERS]:
+        raise RefusedError(
+            f"volumes in {', '.join(unreachable)} have no S3 side",
+            where="machine.rental.data_centers",
+            fix=f"choose among {', '.join(sorted(DATA_CENTERS))} (upper case)",
+        )
+    there = {one.id: one for one in client.data_centers()}
+    known = [place for place in data_centers if place in there and there[place].networkVolumeTypes]
+    if not known:
+        raise RefusedError(
+            f"none of {', '.join(data_centers)} takes network volumes now",
+            where="machine.rental.data_centers",
+            fix=f"one of {', '.join(there)}",
+        )
+    stocks = {gpu.id: {one.id: one.availability for one in gpu.dataCenters} for gpu in client.gpus(count=gpu_count)}
+    return sorted(known, key=lambda place: [STOCK.get(stocks.get(gpu, {}).get(place, "NONE"), 3) for gpu in gpus])
+
+
+def mark(store: Store, volume: Volume) -> None:
+    """Say on the volume which one it is: a pod that does not see this has no volume, or another."""
+    content = json.dumps({"id": volume.id, "name": volume.name}).encode()
+    if store.read(IDENTITY) != content:
+        store.write(IDENTITY, content)

@@ -1,0 +1,73 @@
+"""What looks at a pod mean, one after the other: that it has started, is dead, idle, or past its time. No clock and no network in here."""
+
+from dataclasses import dataclass
+
+from infra.runpod.models import OVER, Pod, Status
+
+GONE_LOOKS = 2
+"""Lists in a row without the pod: one may come from a copy of the service that does not know it yet."""
+RESTARTS = 3
+"""Of the container; the pod's program ends a pod at the second start, so it does not run at all."""
+
+
+@dataclass
+class Watch:
+    """What is known of a pod so far. `look` with every new list of pods."""
+
+    deadline: float
+    """Seconds since the epoch."""
+    began: float
+    start_timeout_s: float
+    idle_s: float | None = None
+    """How long all GPUs may do nothing."""
+    silent_s: float | None = None
+    """How long the run may give no sign of life. It is set up first: packages are installed, shards are fetched."""
+    overtime_s: float = 120.0
+    """After the deadline, for the pod to end itself."""
+    running: bool = False
+    missing: int = 0
+    restarts: int = 0
+    uptime: int = 0
+    idle_since: float | None = None
+    sign: object = None
+    heard: float | None = None
+
+    def look(self, pod: Pod | None, now: float) -> str | None:
+        """Why the pod is over or has to end; None while it is well. `pod` is None where the list has it no longer."""
+        if pod is None:
+            self.missing += 1
+            return "the pod is gone" if self.missing >= GONE_LOOKS else None
+        self.missing = 0
+        if pod.status in OVER:
+            return f"the pod is {pod.status}"
+        if now > self.deadline + self.overtime_s:
+            return "the pod is past its deadline and did not end itself"
+        if pod.status != Status.RUNNING:
+            late = not self.running and now - self.began > self.start_timeout_s
+            return f"the pod did not start in {self.start_timeout_s:.0f} s; it is {pod.status}" if late else None
+        self.running = True
+        return self._restarts(pod) or self._idle(pod, now)
+
+    def hear(self, sign: object, now: float) -> str | None:
+        """`sign`: anything that is another with every sign of life of the run. Returns why the pod has to end, or None."""
+        if sign != self.sign or self.heard is None:
+            self.sign, self.heard = sign, now
+        silence = now - self.heard
+        return f"its run has given no sign of life for {silence / 60:.0f} min" if self.silent_s and silence > self.silent_s else None
+
+    def _restarts(self, pod: Pod) -> str | None:
+        uptime = pod.runtime.uptime if pod.runtime else None
+        if uptime is None:
+            return None
+        self.restarts += uptime < self.uptime
+        self.uptime = uptime
+        return f"the container was started {self.restarts + 1} times" if self.restarts >= RESTARTS else None
+
+    def _idle(self, pod: Pod, now: float) -> str | None:
+        use = [gpu.util for gpu in pod.runtime.gpus if gpu.util is not None] if pod.runtime else []
+        if self.idle_s is None or not use or any(use):
+            self.idle_since = None
+            return None
+        self.idle_since = now if self.idle_since is None else self.idle_since
+        idle = now - self.idle_since
+        return f"no GPU of the pod has done anything for {idle / 60:.0f} min" if idle >= self.idle_s else None

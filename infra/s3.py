@@ -1,0 +1,244 @@
+"""A network volume's S3 side, as RunPod has it: only the operations that it implements, with the settings that work with it.
+
+It has no DeleteObjects, no presigned URLs, no conditional writes; its first listing of files that pods wrote can take minutes. So small
+things are read by their exact key, and large ones move in parts that can go on after an interruption.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import boto3
+from botocore.client import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from infra.errors import InfraError
+
+DATA_CENTERS = frozenset(
+    (
+        *("EU-CZ-1", "EU-RO-1", "EUR-IS-1", "EUR-NO-1", "US-CA-2", "US-GA-2", "US-IL-1", "US-KS-2"),
+        *("US-MD-1", "US-MO-1", "US-MO-2", "US-NC-1", "US-NC-2", "US-NE-1", "US-WA-1"),
+    )
+)
+"""With an S3 side (docs.runpod.io, August 2026). A volume elsewhere is reached by pods only."""
+OPERATIONS = frozenset(
+    (
+        *(
+            "PutObject",
+            "GetObject",
+            "HeadObject",
+            "CopyObject",
+            "DeleteObject",
+            "ListObjects",
+            "ListObjectsV2",
+            "HeadBucket",
+            "ListBuckets",
+        ),
+        *("CreateMultipartUpload", "UploadPart", "UploadPartCopy", "CompleteMultipartUpload", "AbortMultipartUpload"),
+        *("ListParts", "ListMultipartUploads"),
+    )
+)
+PART_BYTES = 64 * 2**20
+READ_TIMEOUT_S = 600
+"""Putting the parts of a large file together takes minutes."""
+MISSING = ("404", "NoSuchKey", "NotFound")
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes done and all bytes."""
+
+
+class VolumeError(InfraError):
+    """The volume's S3 side refuses, or does not answer."""
+
+
+class UnsupportedOperationError(RuntimeError):
+    """RunPod does not implement this operation; code that calls it would fail there."""
+
+
+def connect(data_center: str, access_key: str, secret_key: str, *, url: str | None = None) -> Any:
+    """A boto3 client for the volumes of a data centre."""
+    if url is None and data_center not in DATA_CENTERS:
+        raise VolumeError(
+            f"volumes in {data_center} have no S3 side",
+            where="the volume",
+            fix=f"make a volume in one of {', '.join(sorted(DATA_CENTERS))}",
+        )
+    config = Config(
+        s3={"addressing_style": "path"},
+        retries={"mode": "standard", "max_attempts": 10},
+        read_timeout=READ_TIMEOUT_S,
+        # RunPod's documents promise no checksums of the newer kind
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    client = boto3.client(
+        "s3",
+        endpoint_url=url or f"https://s3api-{data_center.lower()}.runpod.io/",
+        region_name=data_center,
+        aws_access_key_id=access_key,
+        aws_secret_access_key=secret_key,
+        config=config,
+    )
+    client.meta.events.register("before-call.s3", _check_supported)
+    return client
+
+
+class S3Store:
+    """`infra.store.Store` in a volume's bucket; and its large files."""
+
+    def __init__(self, client: Any, bucket: str) -> None:
+        self.client, self.bucket = client, bucket
+
+    def read(self, key: str) -> bytes | None:
+        try:
+            return self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
+        except ClientError as error:
+            if _code(error) in MISSING:
+                return None
+            self._fail(error, key)
+        except BotoCoreError as error:
+            self._fail(error, key)
+
+    def write(self, key: str, content: bytes) -> None:
+        try:
+            self.client.put_object(Bucket=self.bucket, Key=key, Body=content)
+        except (ClientError, BotoCoreError) as error:
+            self._fail(error, key)
+
+    def keys(self, prefix: str) -> list[str]:
+        return sorted(key for key, _ in self.entries(prefix))
+
+    def entries(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """Keys that begin with `prefix`, and their sizes in bytes; empty folders, which RunPod lists, are left out."""
+        asked: dict[str, Any] = {"Bucket": self.bucket, "Prefix": prefix}
+        try:
+            while True:
+                reply = self.client.list_objects_v2(**asked)
+                yield from ((one["Key"], one["Size"]) for one in reply.get("Contents", []) if not one["Key"].endswith("/"))
+                token = reply.get("NextContinuationToken")
+                if not token or token == asked.get("ContinuationToken"):  # known to come twice: there is no more
+                    return
+                asked["ContinuationToken"] = token
+        except (ClientError, BotoCoreError) as error:
+            self._fail(error, prefix)
+
+    def size(self, key: str) -> int | None:
+        """Bytes; None where there is no such key."""
+        try:
+            return int(self.client.head_object(Bucket=self.bucket, Key=key)["ContentLength"])
+        except ClientError as error:
+            if _code(error) in MISSING:
+                return None
+            self._fail(error, key)
+
+    def delete(self, key: str) -> None:
+        """No error where there is none."""
+        try:
+            self.client.delete_object(Bucket=self.bucket, Key=key)
+        except (ClientError, BotoCoreError) as error:
+            self._fail(error, key)
+
+    def download(self, key: str, path: Path, *, progress: Progress = lambda done, total: None, part_bytes: int = PART_BYTES) -> bool:
+        """Fetch a file; goes on where an earlier try ended. Returns False where the file was there with the same size already.
+
+        The parts go to `PATH.part`, which becomes `path` when it is complete.
+        """
+        total = self.size(key)
+        if total is None:
+            raise VolumeError(f"there is no {key} on the volume", where=self.bucket, fix="see `fvlm volume ls`")
+        if path.is_file() and path.stat().st_size == total:
+            return False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.part")
+        done = part.stat().st_size if part.exists() else 0
+        if done > total:
+            part.unlink()
+            done = 0
+        with part.open("ab") as stream:
+            while done < total:
+                last = min(done + part_bytes, total) - 1
+                try:
+                    reply = self.client.get_object(Bucket=self.bucket, Key=key, Range=f"bytes={done}-{last}")
+                    content = reply["Body"].read()
+                except (ClientError, BotoCoreError) as error:
+                    self._fail(error, key)
+                stream.write(content)
+                stream.flush()
+                done += len(content)
+                progress(done, total)
+        part.replace(path)
+        return True
+
+    def upload(self, path: Path, key: str, *, progress: Progress = lambda done, total: None, part_bytes: int = PART_BYTES) -> bool:
+        """Send a file; goes on with an unfinished upload of the same parts. Returns False where one of the same size is there already."""
+        total = path.stat().st_size
+        if self.size(key) == total:
+            return False
+        try:
+            if total <= part_bytes:
+                self.client.put_object(Bucket=self.bucket, Key=key, Body=path.read_bytes())
+                progress(total, total)
+            else:
+                self._in_parts(path, key, total, part_bytes, progress)
+        except (ClientError, BotoCoreError) as error:
+            self._fail(error, key)
+        return True
+
+    def _in_parts(self, path: Path, key: str, total: int, part_bytes: int, progress: Progress) -> None:
+        upload = self._unfinished(key) or self.client.create_multipart_upload(Bucket=self.bucket, Key=key)["UploadId"]
+        there = {one["PartNumber"]: one["ETag"].strip('"') for one in self._parts(key, upload)}
+        parts = []
+        with path.open("rb") as stream:
+            for number, start in enumerate(range(0, total, part_bytes), 1):
+                content = stream.read(part_bytes)
+                tag = there.get(number)
+                if tag != hashlib.md5(content, usedforsecurity=False).hexdigest():
+                    reply = self.client.upload_part(Bucket=self.bucket, Key=key, UploadId=upload, PartNumber=number, Body=content)
+                    tag = reply["ETag"].strip('"')
+                parts.append({"PartNumber": number, "ETag": tag})
+                progress(min(start + part_bytes, total), total)
+        self.client.complete_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": parts})
+
+    def _unfinished(self, key: str) -> str | None:
+        """An earlier upload to the key that did not end."""
+        found = self.client.list_multipart_uploads(Bucket=self.bucket, Prefix=key).get("Uploads", [])
+        return next((one["UploadId"] for one in found if one["Key"] == key), None)
+
+    def _parts(self, key: str, upload: str) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        marker = 0
+        while True:
+            reply = self.client.list_parts(Bucket=self.bucket, Key=key, UploadId=upload, PartNumberMarker=marker)
+            found += reply.get("Parts", [])
+            if not reply.get("IsTruncated"):
+                return found
+            marker = reply["NextPartNumberMarker"]
+
+    def _fail(self, error: Exception, key: str) -> NoReturn:
+        code = _code(error) if isinstance(error, ClientError) else type(error).__name__
+        hints = {
+            "SignatureDoesNotMatch": "the S3 key is another one than RUNPOD_API_KEY: set RUNPOD_S3_ACCESS_KEY and RUNPOD_S3_SECRET_KEY",
+            "InvalidAccessKeyId": "set RUNPOD_S3_ACCESS_KEY and RUNPOD_S3_SECRET_KEY to an S3 API key of the console's settings",
+            "NoSuchBucket": "check the volume's id and its data centre",
+        }
+        fix = hints.get(code, "try again; see https://uptime.runpod.io")
+        raise VolumeError(f"the volume's S3 side: {code}: {error}", where=f"s3://{self.bucket}/{key}", fix=fix) from error
+
+
+def local_path(folder: Path, key: str) -> Path:
+    """Where a key's file goes under a folder. Raises ValueError for a key that would leave it."""
+    path = Path(os.path.normpath(folder / key))
+    if not path.is_relative_to(folder):
+        raise ValueError(f"the key {key!r} leads out of {folder}")
+    return path
+
+
+def _check_supported(model: Any, **_more: Any) -> None:
+    if model.name not in OPERATIONS:
+        raise UnsupportedOperationError(f"RunPod's S3 side has no {model.name}")
+
+
+def _code(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))

@@ -1,0 +1,207 @@
+"""A plan in dollars: hours on rented machines, their price, the volume's storage, and what would not start because of the cap.
+
+Of a step that trains, hours come from what was measured on the volume; where nothing was, from its FLOPs and a stated share of the GPUs'
+peak, with an interval; where the grid still decides the model's size, as if it were the largest. Of other steps they are stated in the
+profile (`machine.rental.assumed.hours`) until one has run. Nothing in this file knows Prefect or RunPod.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from pydantic import Field
+
+from fvlm_core.settings import Settings
+from fvlm_core.tables import Table
+from tasks.phase import Phase
+from tasks.plan import Plan, StepPlan, duration
+from tasks.rental import Rental
+
+MEASURED_SPREAD = 0.10
+"""Of what was measured: the interval is 10 % to both sides."""
+STATED_SPREAD = 0.50
+STORAGE_PER_GB_MONTH, LARGE_STORAGE_PER_GB_MONTH, SMALL_GB = 0.07, 0.05, 1000
+"""USD (docs.runpod.io, August 2026): the first terabyte, and what is above."""
+DAYS_PER_MONTH = 30.4
+
+
+class Usd(Settings):
+    """An amount with its interval."""
+
+    low: float = 0.0
+    value: float = 0.0
+    high: float = 0.0
+
+    def __add__(self, other: "Usd") -> "Usd":
+        return Usd(low=self.low + other.low, value=self.value + other.value, high=self.high + other.high)
+
+    def times(self, factor: float) -> "Usd":
+        """Of so many hours, say."""
+        return Usd(low=self.low * factor, value=self.value * factor, high=self.high * factor)
+
+    def text(self) -> str:
+        """E.g. `$12.30 [$8.10, $20.50]`."""
+        return f"${self.value:.2f}" if self.low == self.high else f"${self.value:.2f} [${self.low:.2f}, ${self.high:.2f}]"
+
+
+class Line(Settings):
+    """A part of the plan."""
+
+    phase: str
+    what: str
+    """A step, or the pod's own time."""
+    because: str = ""
+    flops: float | None = None
+    hours: Usd = Usd()
+    """Of the pod (an interval as of money)."""
+    usd: Usd = Usd()
+    basis: str = ""
+    """Where the hours come from."""
+
+
+class DollarPlan(Settings):
+    """All of it."""
+
+    lines: list[Line]
+    cap_usd: float
+    reserve_usd: float
+    dropped: list[str] = Field(default_factory=list)
+    """Steps that would not start if everything cost what is expected."""
+    at_risk: list[str] = Field(default_factory=list)
+    """Those that would not start if everything cost the interval's upper end."""
+    unknown: list[str] = Field(default_factory=list)
+    """Steps whose hours nobody knows."""
+
+    @property
+    def total(self) -> Usd:
+        """Of all lines."""
+        return sum((line.usd for line in self.lines), Usd())
+
+    def of(self, phase: str) -> Usd:
+        """What a phase costs."""
+        return sum((line.usd for line in self.lines if line.phase == phase), Usd())
+
+    def table(self, *, steps: bool = True) -> Table:
+        """A line per step that runs, or per phase."""
+        lines = self.lines if steps else list(self._by_phase())
+        rows = [
+            [
+                line.phase,
+                line.what,
+                line.because,
+                f"{line.flops:.2e}" if line.flops else "",
+                _hours(line.hours),
+                line.usd.text(),
+                line.basis,
+            ]
+            for line in lines
+        ]
+        head = ["phase", "step", "because", "FLOPs", "pod hours", "USD", "from"]
+        return Table(title="Plan in dollars", head=head, rows=rows, note=self._note())
+
+    def _by_phase(self) -> Iterator[Line]:
+        for phase in dict.fromkeys(line.phase for line in self.lines):
+            mine = [line for line in self.lines if line.phase == phase]
+            flops = sum(line.flops or 0.0 for line in mine) or None
+            hours = sum((line.hours for line in mine), Usd())
+            yield Line(phase=phase, what=f"{len(mine)} lines", flops=flops, hours=hours, usd=self.of(phase))
+
+    def _note(self) -> str:
+        limit = self.cap_usd - self.reserve_usd
+        lines = [f"Total {self.total.text()} of ${limit:.2f} (cap ${self.cap_usd:.2f} less a reserve of ${self.reserve_usd:.2f})."]
+        lines += [f"The cap binds; these would not start: {', '.join(self.dropped)}."] if self.dropped else []
+        risk = [one for one in self.at_risk if one not in self.dropped]
+        lines += [f"If everything cost the upper end, these would not start: {', '.join(risk)}."] if risk else []
+        lines += [f"Hours are not known of {', '.join(self.unknown)}."] if self.unknown else []
+        return "\n".join(lines)
+
+
+def in_dollars(plan: Plan, phases: Sequence[Phase], rental: Rental) -> DollarPlan:
+    """What a plan costs on rented machines."""
+    lines: list[Line] = []
+    unknown: list[str] = []
+    rates = {"cpu": rental.cpu_usd_per_hour, "gpu": rental.gpu_usd_per_hour}
+    for phase in phases:
+        running = [one for one in plan.steps if one.phase == phase.name and one.state == "runs"]
+        if not running:
+            continue
+        rate = rates[phase.pool]
+        starts = Usd(low=rental.assumed.start_h / 3, value=rental.assumed.start_h, high=rental.assumed.start_h * 3)
+        lines.append(_line(phase.name, "pod starts, environment", starts, rate, basis="stated"))
+        for one in running:
+            hours, basis = hours_of(one, rental)
+            unknown += [one.step] if hours is None else []
+            lines.append(_line(phase.name, one.step, hours or Usd(), rate, because=one.because, flops=one.flops, basis=basis))
+    if lines:
+        hours = sum((line.hours for line in lines), Usd())
+        lines.append(_line("pipeline", "the flow that waits for the phases", hours, rental.pipeline_usd_per_hour, basis="the hours above"))
+        months = rental.days / DAYS_PER_MONTH
+        stored = storage_usd_per_month(rental.volume_gb) * months
+        usd = Usd(low=stored, value=stored, high=stored)
+        lines.append(Line(phase="storage", what=f"{rental.volume_gb} GB for {rental.days:.0f} days", usd=usd, basis="list price"))
+    limit = rental.cap_usd - rental.reserve_usd
+    at_risk = _beyond(lines, limit, lambda usd: usd.high)
+    dropped = _beyond(lines, limit, lambda usd: usd.value)
+    return DollarPlan(
+        lines=lines, cap_usd=rental.cap_usd, reserve_usd=rental.reserve_usd, dropped=dropped, at_risk=at_risk, unknown=unknown
+    )
+
+
+def hours_of(step: StepPlan, rental: Rental) -> tuple[Usd | None, str]:
+    """Hours of a step on its pod, and where they come from."""
+    assumed = rental.assumed
+    if step.seconds is not None:
+        hours = step.seconds / 3600
+        return Usd(low=hours * (1 - MEASURED_SPREAD), value=hours, high=hours * (1 + MEASURED_SPREAD)), "measured"
+    if step.flops is not None:
+        least, most = step.flops_range or (step.flops, step.flops)
+        per_hour = assumed.peak_tflops * 1e12 * rental.gpu_count * 3600
+        mfu = assumed.mfu
+        hours = Usd(low=least / per_hour / mfu.high, value=most / per_hour / mfu.expected, high=most / per_hour / mfu.low)
+        size = ", the largest size" if step.flops_range else ""
+        return hours, f"MFU {mfu.expected:.0%} [{mfu.low:.0%}, {mfu.high:.0%}]{size}"
+    found = _stated(step.step, assumed.hours)
+    if found is None:
+        return None, "not known"
+    return Usd(low=found * (1 - STATED_SPREAD), value=found, high=found * (1 + STATED_SPREAD)), "stated"
+
+
+def storage_usd_per_month(size_gb: int) -> float:
+    """What a network volume costs."""
+    return STORAGE_PER_GB_MONTH * min(size_gb, SMALL_GB) + LARGE_STORAGE_PER_GB_MONTH * max(0, size_gb - SMALL_GB)
+
+
+def bill_against_plan(planned: DollarPlan, billed: Mapping[str, float]) -> Table:
+    """Plan and bill side by side, by phase; `billed` in USD by phase."""
+    names = dict.fromkeys([*(line.phase for line in planned.lines), *billed])
+    rows = []
+    for name in names:
+        usd, paid = planned.of(name), billed.get(name, 0.0)
+        rows.append([name, usd.text(), f"${paid:.2f}", f"{paid / usd.value - 1:+.0%}" if usd.value else ""])
+    total, paid = planned.total, sum(billed.values())
+    rows.append(["total", total.text(), f"${paid:.2f}", f"{paid / total.value - 1:+.0%}" if total.value else ""])
+    return Table(title="Plan against bill", head=["phase", "planned", "billed", "difference"], rows=rows, marked=[len(rows) - 1])
+
+
+def _line(phase: str, what: str, hours: Usd, rate: float, *, because: str = "", flops: float | None = None, basis: str) -> Line:
+    return Line(phase=phase, what=what, because=because, flops=flops, hours=hours, usd=hours.times(rate), basis=basis)
+
+
+def _stated(step: str, hours: Mapping[str, float]) -> float | None:
+    """The stated hours of the longest name that the step's begins with."""
+    names = [name for name in hours if step.startswith(name)]
+    return hours[max(names, key=len)] if names else None
+
+
+def _beyond(lines: Sequence[Line], limit: float, of: Callable[[Usd], float]) -> list[str]:
+    """The steps that would pass the limit, in the order in which they run; storage is paid first."""
+    used = sum(of(line.usd) for line in lines if line.phase == "storage")
+    beyond = []
+    for line in lines:
+        if line.phase == "storage":
+            continue
+        used += of(line.usd)
+        beyond += [line.what] if used > limit else []
+    return beyond
+
+
+def _hours(hours: Usd) -> str:
+    return duration(hours.value * 3600) if hours.value else ""

@@ -1,0 +1,106 @@
+"""`fvlm infra`, `fvlm volume` and `fvlm board` against an emulated RunPod."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+import yaml
+
+from deployments.checks import PROFILES
+from deployments.cli import app
+from fvlm_core.errors import UserError
+from infra.budget import Budget
+from infra.errors import InfraError
+from infra.runpod.client import RunPod
+from infra.runpod.emulator.cloud import Delays
+from infra.runpod.emulator.s3 import S3Side
+from infra.runpod.emulator.server import Emulator
+from infra.runpod.models import CpuRequest, CreatePod, Mounts, NetworkMount
+from infra.runpod.naming import PodName
+from infra.store import FolderStore
+from tests.infra.runpod.conftest import KEY
+
+Fvlm = Callable[..., str]
+
+
+@pytest.fixture
+def cloud(tmp_path: Path) -> Iterator[Emulator]:
+    with Emulator(tmp_path / "cloud", key=KEY, delays=Delays(0.05, 0.05, 0.05)) as cloud:
+        yield cloud
+
+
+@pytest.fixture
+def fvlm(cloud: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Fvlm]:
+    for name, value in (("RUNPOD_API_KEY", KEY), ("RUNPOD_S3_ACCESS_KEY", "user_a"), ("RUNPOD_S3_SECRET_KEY", "rps_a")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    with S3Side(lambda: {one.id: one.folder for one in cloud.cloud.volumes.values()}, access_key="user_a", secret_key="rps_a") as s3:
+        values = yaml.safe_load((PROFILES / "ci.yaml").read_text())
+        rental = {"runpod_url": cloud.url, "s3_url": s3.url, "volume_gb": 100, "data_centers": ["EU-RO-1", "US-KS-2"]}
+        gpu = {"name": "g", "type": "runpod", "job_variables": {"gpus": ["NVIDIA A100-SXM4-80GB"]}}
+        values["machine"] |= {"rental": rental, "pools": {"gpu": gpu}}
+        profile = tmp_path / "rented.yaml"
+        profile.write_text(yaml.safe_dump(values))
+
+        def run(*words: str) -> str:
+            assert app([*words, "--profile", str(profile)], exit_on_error=False, result_action="return_value") == 0
+            return capsys.readouterr().out
+
+        yield run
+
+
+def test_setting_up_working_and_taking_down(fvlm: Fvlm, cloud: Emulator, tmp_path: Path) -> None:
+    shown = fvlm("infra", "setup")
+    (volume,) = cloud.cloud.volumes.values()
+    assert volume.data_center == "US-KS-2", "where the wanted GPU is in stock, not the first one listed"
+    assert "$7.00 a month" in shown
+    fvlm("infra", "setup")
+    assert len(cloud.cloud.volumes) == 1, "found again"
+    assert (volume.folder / "fvlm-volume.json").exists()
+    assert len(list((volume.folder / "code").glob("*.tar.gz"))) == 1
+
+    fvlm("board", "is anybody there?")
+    assert "LOCAL\nis anybody there?" in fvlm("board")
+    (tmp_path / "videos.csv").write_text("url,caption\n")
+    fvlm("volume", "put", str(tmp_path / "videos.csv"), "sources/videos.csv")
+    assert (volume.folder / "sources" / "videos.csv").read_text() == "url,caption\n"
+    for made, text in (("2026-01-01", "old"), ("2026-01-02", "new")):
+        folder = volume.folder / "steps" / f"release-{text}"
+        folder.mkdir(parents=True)
+        (folder / "report.html").write_text(text)
+        (folder / "manifest.json").write_text(f'{{"created_at": "{made}"}}')
+    fvlm("volume", "get", "report", str(tmp_path / "home"))
+    assert [path.read_text() for path in (tmp_path / "home").rglob("report.html")] == ["new"]
+    assert "sources/videos.csv" in fvlm("volume", "ls", "sources")
+    with pytest.raises(UserError, match="there is no 'nothing' on the volume"):
+        fvlm("volume", "get", "nothing")
+
+    name = PodName.new(volume.id, 2_000_000_000, uuid4())
+    mounts = Mounts(network=[NetworkMount(volumeId=volume.id, path=str(volume.folder))])
+    ledger = Budget(FolderStore(volume.folder), cap_usd=500, reserve_usd=15)
+    with RunPod(KEY, cloud.url) as client:
+        cpu = CpuRequest(id="cpu3c", vcpuCount=2)
+        ledger.reserve(str(name), usd_per_hour=0.06, until=ledger.clock() + 3600, phase="train")
+        pod = client.create_pod(CreatePod(name=str(name), image="i", args="sleep 600", cpu=cpu, mounts=mounts))
+        ledger.started(str(name), pod.id, usd_per_hour=pod.cost)
+        shown = fvlm("infra", "budget")
+        assert "train" in shown
+        assert "$0.06" in shown
+        assert fvlm("infra", "reap") == "", "it is young, and nothing says that its run is over"
+        assert f"pod {pod.id}: ended" in fvlm("infra", "down")
+        assert client.pods() == []
+    assert not any(entry.running for entry in ledger.entries() if entry.kind == "pod")
+
+
+def test_what_is_wrong_is_said(fvlm: Fvlm, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InfraError, match="there is no volume called 'fvlm'; there are: none"):
+        fvlm("infra", "budget")
+    monkeypatch.delenv("RUNPOD_S3_SECRET_KEY")
+    with pytest.raises(InfraError, match="no key for the volume's S3 side"):
+        fvlm("infra", "setup")
+    monkeypatch.delenv("RUNPOD_API_KEY")
+    with pytest.raises(InfraError, match="no key for RunPod's API"):
+        fvlm("infra", "setup")
+    with pytest.raises(UserError, match="the profile laptop rents no machines"):
+        app(["infra", "budget", "--profile", "laptop"], exit_on_error=False, result_action="return_value")

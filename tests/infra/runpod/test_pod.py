@@ -1,0 +1,179 @@
+"""The program of a pod, on emulated pods: without Prefect and without a worker."""
+
+import base64
+import io
+import json
+import sys
+import tarfile
+import time
+import zlib
+from typing import Any
+
+import pytest
+
+from infra.runpod.client import RunPod
+from infra.runpod.emulator.faults import Fault
+from infra.runpod.emulator.server import Emulator
+from infra.runpod.models import CpuRequest, CreatePod, GpuRequest, Mounts, NetworkMount, Pod, Volume
+from infra.runpod.pod import CODE, ENVIRONMENTS, IDENTITY, OUTCOME, PODS
+from infra.runpod.worker import PROGRAM_VARIABLE, START
+from infra.stack import REPOSITORY
+from tests.infra.runpod.test_client import until
+
+A100 = "NVIDIA A100 80GB PCIe"
+
+
+class Pods:
+    """Pods with jobs, on the volume of an emulator."""
+
+    def __init__(self, client: RunPod, emulator: Emulator, volume: Volume) -> None:
+        self.client, self.emulator, self.volume = client, emulator, volume
+        self.folder = emulator.cloud.volumes[volume.id].folder
+        (self.folder / IDENTITY).write_text(json.dumps({"id": volume.id}))
+
+    def start(
+        self,
+        command: list[str],
+        *,
+        gpu: GpuRequest | None = None,
+        gpu_asked: dict[str, Any] | None = None,
+        seconds: float = 600.0,
+        **more: Any,
+    ) -> Pod:
+        program = (REPOSITORY / "infra" / "runpod" / "pod.py").read_bytes()
+        job = {
+            "run": "a-run",
+            "deadline": time.time() + seconds,
+            "volume": self.volume.id,
+            "mount_path": str(self.folder),
+            "command": command,
+            "python": sys.executable,
+            "gpu": gpu_asked or ({"id": gpu.id, "count": gpu.count} if gpu else None),
+            "free_volume_gb": 0.0,
+            "free_disk_gb": 0.0,
+            "retry_s": 0.1,
+            "grace_s": 1.0,
+        }
+        environment = {
+            PROGRAM_VARIABLE: base64.b64encode(zlib.compress(program)).decode(),
+            "FVLM_POD_JOB": json.dumps(job | more),
+            "FVLM_RUNPOD_URL": self.emulator.url,
+        }
+        mounts = Mounts(network=[NetworkMount(volumeId=self.volume.id, path=str(self.folder))])
+        machine: dict[str, Any] = {"gpu": gpu} if gpu else {"cpu": CpuRequest(id="cpu3c", vcpuCount=2)}
+        return self.client.create_pod(CreatePod(name="fvlm-test", image="i", args=START, env=environment, mounts=mounts, **machine))
+
+    def outcome(self, pod: Pod) -> dict[str, Any]:
+        """How its job ended, when the pod has ended itself."""
+        until(lambda: pod.id not in [one.id for one in self.client.pods()], f"the pod to end itself\n{self.log(pod)}", timeout_s=90)
+        return json.loads((self.folder / PODS / pod.id / OUTCOME).read_text())
+
+    def log(self, pod: Pod) -> str:
+        return "\n".join(line.line for line in self.emulator.cloud.pods[pod.id].container.log.lines)
+
+
+@pytest.fixture
+def pods(client: RunPod, emulator: Emulator, volume: Volume) -> Pods:
+    return Pods(client, emulator, volume)
+
+
+def test_a_job_runs_once_with_everything_on_the_volume_and_the_pod_ends_itself(pods: Pods) -> None:
+    shown = "import json, os; print('env ' + json.dumps(dict(os.environ)))"
+    pod = pods.start(["{python}", "-c", shown])
+    assert pods.outcome(pod) | {"ended": 0} == {
+        "pod": pod.id,
+        "run": "a-run",
+        "status": 0,
+        "reason": "the command ended with status 0",
+        "ended": 0,
+    }
+    log = (pods.folder / PODS / pod.id / "log.txt").read_text()
+    environment = json.loads(log.removeprefix("env "))
+    for name in ("HOME", "TMPDIR", "PIP_CACHE_DIR", "HF_HOME", "XDG_CACHE_HOME", "TORCH_HOME"):
+        assert environment[name].startswith(str(pods.folder)), name
+    assert "RUNPOD_API_KEY" not in environment, "a job can end no pod"
+    assert pods.emulator.cloud.pods[pod.id].key not in log + pods.log(pod)
+    assert not (pods.folder / "tmp" / pod.id).exists(), "its temporary files are gone"
+
+
+def test_a_container_that_is_started_again_does_not_run_its_job_again(pods: Pods, emulator: Emulator) -> None:
+    emulator.cloud.faults.arm(Fault("restarts", after_s=1.0))
+    pod = pods.start(["sh", "-c", f"echo ran >> {pods.folder}/runs; sleep 60"])
+    assert "started again" in pods.outcome(pod)["reason"]
+    assert (pods.folder / "runs").read_text() == "ran\n"
+    assert emulator.cloud.pods[pod.id].container.starts == 2
+
+
+@pytest.mark.parametrize("how", ["ends", "hangs on to its time"])
+def test_the_deadline_ends_a_job_and_the_pod(pods: Pods, how: str) -> None:
+    command = "sleep 60" if how == "ends" else "trap '' TERM; while true; do sleep 0.1; done"
+    pod = pods.start(["sh", "-c", command], seconds=61.0)  # GRACE_S before its end it is stopped
+    outcome = pods.outcome(pod)
+    assert outcome["status"] != 0
+    assert outcome["reason"].endswith("its time was over")
+
+
+def test_a_pod_whose_key_is_refused_tries_another_way(pods: Pods, emulator: Emulator) -> None:
+    emulator.cloud.faults.arm(Fault("pod_key_refused", times=2))
+    pod = pods.start(["true"])
+    assert pods.outcome(pod)["status"] == 0
+    log = pods.log(pod)
+    assert log.count("403") == 2, log
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"volume": "other"}, "is {volume}, not other"),
+        ({"gpu_asked": {"id": A100, "count": 1}}, "no GPU answers"),
+        ({"free_volume_gb": 1e9}, "GB free at"),
+        ({"least_s": 1e6}, "its time is nearly over"),
+    ],
+)
+def test_a_machine_that_is_not_what_was_asked_for_runs_nothing(pods: Pods, wrong: dict[str, Any], says: str) -> None:
+    pod = pods.start(["touch", str(pods.folder / "ran")], **wrong)
+    outcome = pods.outcome(pod)
+    assert outcome["status"] == 2
+    assert says.format(volume=pods.volume.id) in outcome["reason"]
+    assert not (pods.folder / "ran").exists()
+
+
+def test_gpus_are_counted_and_known_by_name(pods: Pods) -> None:
+    two = GpuRequest(id=A100, count=2)
+    cases = {
+        f"2 x {A100}": {},
+        "2 GPUs, 4 asked for": {"gpu_asked": {"id": A100, "count": 4}},
+        f"the GPUs are {A100}, asked for was": {"gpu_asked": {"id": "NVIDIA H100 80GB HBM3", "count": 2}},
+    }
+    started = {says: pods.start(["true"], gpu=two, **wrong) for says, wrong in cases.items()}
+    for says, pod in started.items():
+        assert (pods.outcome(pod)["status"] == 0) == (not cases[says])
+        assert says in pods.log(pod)
+
+
+def test_an_environment_is_made_once_whichever_pod_comes_first(pods: Pods) -> None:
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as packed:
+        content = b"# nothing to install\n"
+        entry = tarfile.TarInfo("requirements.lock")
+        entry.size = len(content)
+        packed.addfile(entry, io.BytesIO(content))
+    (pods.folder / CODE).mkdir()
+    (pods.folder / CODE / "abc.tar.gz").write_bytes(archive.getvalue())
+    given = {"python": None, "code": "abc", "lock": "requirements.lock"}
+    both = [pods.start(["{python}", "-c", "import sys; print(sys.prefix)"], **given) for _ in range(2)]
+    assert [pods.outcome(pod)["status"] for pod in both] == [0, 0]
+    (folder,) = [one for one in (pods.folder / ENVIRONMENTS).iterdir() if one.is_dir()]
+    prefixes = {(pods.folder / PODS / pod.id / "log.txt").read_text().strip().splitlines()[-1] for pod in both}
+    assert prefixes == {str(folder)}
+    assert sum("making the environment" in pods.log(pod) for pod in both) == 1
+    assert (pods.folder / CODE / "abc" / "requirements.lock").is_file()
+    third = pods.start(["true"], **given)
+    assert pods.outcome(third)["status"] == 0
+    assert "making the environment" not in pods.log(third)
+    assert not list(pods.folder.glob(f"{ENVIRONMENTS}/*.lease*"))
+
+
+def test_the_program_fits_into_an_environment_variable() -> None:
+    packed = base64.b64encode(zlib.compress((REPOSITORY / "infra" / "runpod" / "pod.py").read_bytes(), 9))
+    assert len(packed) < 16_000

@@ -1,0 +1,127 @@
+"""Flow runs on emulated pods, through a real Prefect server and a real worker."""
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.states import Cancelling
+
+from infra.runpod.emulator.faults import Fault
+from infra.runpod.emulator.server import Emulator
+from infra.runpod.models import Pod
+from infra.runpod.naming import PodName
+from infra.runpod.reaper import reap
+from infra.stack import Stack
+from tests.conftest import known_to_clients
+from tests.infra.runpod.conftest import KEY, QUICK
+from tests.infra.runpod.rig import PLANTED, Rig, until, working
+
+pytestmark = pytest.mark.slow(reason="every flow run starts a process with Prefect")
+
+LOST = {
+    "dies": (Fault("dies", after_s=0.5), "the pod is ERROR"),
+    "deleted": (Fault("deleted", after_s=0.5), "the pod is gone"),
+    "full": (Fault("disk_full"), "the pod could not be set up: [Errno 27]"),
+    "stuck": (Fault("never_starts"), "the pod did not start in 3 s; it is PROVISIONING"),
+    "hung": (Fault("hangs", after_s=0.3), "no sign of life"),
+}
+"""Faults of a pod by the name of the run that they strike, and what its state says then."""
+REFUSED = {
+    "no such flavour": ({"cpus": ["cpu9"]}, "'cpu3c'?"),
+    "budget": ({"budget_usd": 15.01}, "this pod to its deadline $0.06"),
+    "no such volume": ({"volume": "elsewhere"}, "there is no volume called 'elsewhere'"),
+    "ceiling": ({"max_usd_per_hour": 0.01}, "above the ceiling of $0.01"),
+    "wrong key": ({"api_key": "rpa_wrong"}, "invalid bearer token"),
+    "too many variables": ({"env": {f"V{number}": "1" for number in range(60)}}, "environment variables; a pod takes"),
+}
+"""Job variables that are refused before anything is rented, and what the run's state says then."""
+
+
+@pytest.fixture(scope="module")
+def rig(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    folder, quick = tmp_path_factory.mktemp("cloud"), {"start_timeout_s": 3.0, "silent_s": 45.0}
+    with Emulator(folder, key=KEY, delays=QUICK) as cloud, known_to_clients(stack), working(Rig(stack, cloud, quick)) as rig:
+        yield rig
+
+
+@pytest.fixture(scope="module")
+def runs(rig: Rig) -> dict[str, FlowRun]:
+    """All of them at once, as a worker has them."""
+    fine = {"good": rig.submit("good"), "bad": rig.submit("bad", fail=True)}
+    lost = {name: rig.submit(name, fault=fault, pieces=1000) for name, (fault, _) in LOST.items()}
+    return fine | lost | {name: rig.submit(name, variables=wrong) for name, (wrong, _) in REFUSED.items()}
+
+
+def pods_of(rig: Rig, run: FlowRun) -> list[Pod]:
+    return [pod for pod in rig.client.pods() if (name := PodName.parse(pod.name)) and name.run == run.id]
+
+
+def secrets_in(rig: Rig, *texts: str) -> list[str]:
+    """Where a planted secret is: logs, the ledger, what pods wrote."""
+    places = {str(path): path.read_text(errors="replace") for path in rig.folder.rglob("*") if path.is_file()}
+    places |= {"worker": rig.log.read_text(), "given": "\n".join(texts)}
+    return [place for place, text in places.items() if any(secret in text for secret in (KEY, PLANTED))]
+
+
+def test_flow_runs_are_pods_that_end_with_them(rig: Rig, runs: dict[str, FlowRun]) -> None:
+    good, bad = runs["good"], runs["bad"]
+    assert rig.finish(good.id).is_completed(), rig.tail()
+    assert rig.finish(bad.id).is_failed()
+    until(lambda: not pods_of(rig, good) + pods_of(rig, bad), "their pods to end")
+    until(lambda: "[pod] runs" in "\n".join(rig.run_logs(good.id)), "the pod's log to reach the run's")
+    lines = rig.run_logs(good.id)
+    assert any(line.startswith("tiny flow on pod") for line in lines), "what the job prints is in the run's log"
+    assert sum("Finished in state Completed" in line for line in lines) == 1, "what the run logs itself is not there twice"
+    assert secrets_in(rig, *lines, *rig.run_logs(bad.id)) == []
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_a_lost_pod_crashes_its_run_with_a_reason_and_is_ended(rig: Rig, runs: dict[str, FlowRun], name: str) -> None:
+    state = rig.finish(runs[name].id)
+    assert state.is_crashed()
+    assert LOST[name][1] in (state.message or "")
+    until(lambda: not pods_of(rig, runs[name]), "its pod to end")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_is_a_crash_before_anything_is_rented(rig: Rig, runs: dict[str, FlowRun], name: str) -> None:
+    state = rig.finish(runs[name].id)
+    assert state.is_crashed()
+    assert REFUSED[name][1] in (state.message or "")
+    assert not [pod for pod in rig.emulator.cloud.pods.values() if runs[name].id.hex in pod.request.name]
+
+
+def test_the_ledger_knows_that_all_of_them_have_ended(rig: Rig, runs: dict[str, FlowRun]) -> None:
+    for run in runs.values():
+        rig.finish(run.id)
+    rig.wait_for_no_pods()
+    until(lambda: not any(entry.running and entry.kind == "pod" for entry in rig.budget.entries()), "the ledger to know")
+    assert {entry.phase for entry in rig.budget.entries() if entry.started} == {"tiny"}
+
+
+def test_cancelling_ends_the_pod(rig: Rig) -> None:
+    run = rig.submit("cancelled", pieces=1000)
+    until(lambda: rig.state(run.id).type == StateType.RUNNING, "the run to run")
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(run.id, Cancelling())
+    until(lambda: not pods_of(rig, run), "its pod to end", timeout_s=60)
+    assert rig.finish(run.id).is_cancelled()
+
+
+def test_a_killed_worker_is_followed_by_another_or_by_the_reaper_alone(rig: Rig) -> None:
+    adopted, left = rig.submit("adopted", pieces=1000), rig.submit("left", pieces=1000)
+    until(lambda: {rig.state(run.id).type for run in (adopted, left)} == {StateType.RUNNING}, "the runs to run")
+    rig.kill_worker(signal.SIGKILL)
+    (pod,), (reaped,) = pods_of(rig, adopted), pods_of(rig, left)
+    for one in (pod, reaped):
+        rig.emulator.cloud.pods[one.id].container.pause()
+    name = PodName.parse(reaped.name)
+    assert name is not None
+    assert reap(rig.client, name.owner, now=name.deadline) == []
+    gone = reap(rig.client, name.owner, over=lambda run: "unknown" if run == left.id else None, now=name.deadline + 60.0)
+    assert [one.pod.id for one in gone] == [reaped.id]
+    rig.start_worker()
+    assert rig.finish(adopted.id).is_crashed(), "the new worker hears nothing of it"
+    rig.wait_for_no_pods()
