@@ -13,14 +13,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
 
 from fvlm_core.config import LossSettings, ModelSettings
 from fvlm_core.data.batch import IGNORE, PackedBatch
 from fvlm_core.model.attention import PackedLayout
 from fvlm_core.model.connector import RANDOM_QUERIES, Connector
 from fvlm_core.model.encoder import Encoder, FrameFeatures
-from fvlm_core.model.linear import speed_up_few_rows
+from fvlm_core.model.llama import Llama
 from fvlm_core.model.names import MODES, Mode, Role
 
 _QUERY_PARAMETERS = {"q_static", "q_init", "q_slot"}
@@ -53,14 +52,11 @@ class Read:
 class FoveatedVLM(nn.Module):
     """Encoder, connector and language model. Build with `build_model` or `load_model`."""
 
-    def __init__(self, settings: ModelSettings, encoder: Encoder, llm: LlamaForCausalLM) -> None:
+    def __init__(self, settings: ModelSettings, encoder: Encoder, llm: Llama) -> None:
         super().__init__()
         self.settings = settings
         self.encoder = encoder
         self.llm = llm
-        speed_up_few_rows(llm)
-        # SmolLM2 names its end-of-turn token for padding, and a padding token's embedding gets no gradient; we never pad
-        llm.model.embed_tokens.padding_idx = None
         self.connector = Connector(settings, encoder.config.hidden_size, encoder.config.num_attention_heads, llm.config.hidden_size)
 
     # the parts that the three modes share
@@ -127,10 +123,10 @@ class FoveatedVLM(nn.Module):
 
     def contextualise(self, embeddings: Tensor, position_ids: Tensor, layout: PackedLayout) -> Tensor:
         """The language model's last hidden states [S, llm width] of packed embeddings [S, llm width]."""
-        out = self.llm.model(inputs_embeds=embeddings[None], position_ids=position_ids[None], use_cache=False, packed=layout)
+        hidden = self.llm(embeddings, position_ids, layout)
         if layout.cache is not None:
             layout.cache.advance(layout)
-        return out.last_hidden_state[0]
+        return hidden
 
     # training
 
@@ -196,12 +192,7 @@ class FoveatedVLM(nn.Module):
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute activations layer by layer in the backward pass."""
         self.encoder.gradient_checkpointing = enabled
-        renamed = hasattr(self.llm, "activation_checkpointing_enable")  # transformers 5.23 deprecates the old name
-        kind = "activation" if renamed else "gradient"
-        if enabled:
-            getattr(self.llm, f"{kind}_checkpointing_enable")({"use_reentrant": False})
-        else:
-            getattr(self.llm, f"{kind}_checkpointing_disable")()
+        self.llm.model.gradient_checkpointing = enabled
 
     # parameters
 
