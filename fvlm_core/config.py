@@ -280,7 +280,7 @@ class RunSettings(Settings):
     """bf16: autocast over fp32 master weights."""
     compile: bool | list[CompiledPart] = False
     """`torch.compile`: nothing, everything (true), or some parts; encoder: its layers; queries: their way through those layers;
-    llm: its layers."""
+    llm: its layers and loss."""
     gradient_checkpointing: bool = False
     sharding: Literal["ddp", "fsdp2"] = "ddp"
     """What several ranks do with weights, gradients and AdamW's state. ddp: each holds them whole; fsdp2: each holds a part, and

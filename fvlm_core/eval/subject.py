@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fvlm_core.data.batch import IGNORE, ChatFormat, PackedBatch, Sample, pack
+from fvlm_core.data.batch import ChatFormat, PackedBatch, Sample, pack
 from fvlm_core.data.tokenizer import encode
 from fvlm_core.model import inference
 from fvlm_core.model.foveated import FoveatedVLM
@@ -58,8 +58,7 @@ class Subject:
         The frames are encoded once for all modes.
         """
         features = self.model.encode(batch.frames) if len(batch.shown_frames) else None
-        positions = (batch.labels != IGNORE).nonzero().flatten().cpu().numpy()
-        samples = np.searchsorted(batch.cu_seqlens.cpu().numpy(), positions, side="right") - 1
+        samples = np.arange(batch.n_samples).repeat(batch.lengths)[batch.labelled]
         counts = np.bincount(samples, minlength=batch.n_samples)
         result: dict[Mode, np.ndarray] = {}
         for mode in modes:

@@ -80,7 +80,7 @@ class PackedLayout:
     def segments(self, device: torch.device) -> "Segments":
         """The samples as the packed kernel takes them; made once for all layers, without waiting for the device."""
         if device not in self._segments:
-            starts = torch.tensor(self.offsets, dtype=torch.int32).to(device, non_blocking=True)
+            starts = send(torch.tensor(self.offsets, dtype=torch.int32), device)
             self._segments[device] = Segments(starts, max(self.lengths))
         return self._segments[device]
 
@@ -116,6 +116,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, segm
         stop = start + layout.cache.lengths[row] + end - begin
         outputs.append(_attend(query[begin:end], keys[start:stop], values[start:stop], scale))
     return torch.cat(outputs)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, without waiting: from page-locked memory, which a copy may still be reading when this returns."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def has_packed_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:

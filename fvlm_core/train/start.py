@@ -67,7 +67,7 @@ def initial_model(recipe: Recipe, shards: ShardSet) -> FoveatedVLM:
 
 
 def compile_parts(model: FoveatedVLM, parts: Collection[CompiledPart]) -> None:
-    """`torch.compile` the encoder's layers, the queries' way through them, and the language model's layers, each as one graph.
+    """`torch.compile` the encoder's layers, the queries' way through them, and the language model's layers and loss, each as one graph.
 
     Shapes are dynamic, because every batch has another number of frames and tokens.
     """
@@ -81,6 +81,8 @@ def compile_parts(model: FoveatedVLM, parts: Collection[CompiledPart]) -> None:
             object.__setattr__(layer, "query", torch.compile(layer.query, dynamic=True))
     for layer in model.llm.model.layers if "llm" in parts else ():
         layer.compile(dynamic=True)
+    if "llm" in parts:
+        model.cross_entropy.compile(dynamic=True)
 
 
 def _continued(recipe: Recipe) -> FoveatedVLM:

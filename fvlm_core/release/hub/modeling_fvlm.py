@@ -95,7 +95,7 @@ class FVLMModel(PreTrainedModel):
         if self.training and labels is not None:
             return FVLMOutput(loss=self.model(batch, self.config.loss_settings).objective / max(1, batch.n_labels))
         hidden = read_batch(self.model, batch, self._mode(mode)).hidden
-        loss = None if labels is None else self.model.logits_losses(hidden, batch.labels).mean()
+        loss = None if labels is None else self.model.logits_losses(hidden, batch).mean()
         return FVLMOutput(loss=loss, logits=self.model.llm.lm_head(hidden))
 
     @torch.no_grad()
@@ -196,6 +196,7 @@ def packed_batch(
         shown_counts=[len(_within(positions[:, 0], start, end)) for start, end in samples],
         query_prefix=[int(_within(sources, start, end).max(initial=start - 1)) + 1 - start for start, end in samples],
         label_prefix=[int(_within(labelled, start, end).max(initial=start - 1)) + 1 - start for start, end in samples],
+        labelled=labelled,
     )
     return batch.to(frames.device)
 
