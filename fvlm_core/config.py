@@ -256,6 +256,14 @@ class MicroBatch(Settings):
     """Positions of the packed sequence, text and visual tokens."""
 
 
+class ProfileSettings(Settings):
+    """Steps that torch's profiler watches: `profile/trace.json` for https://ui.perfetto.dev and `profile/table.txt`, the operations by time."""
+
+    steps: Positive = 3
+    after: Annotated[int, Field(ge=0)] = 10
+    """Steps of this start that come before: compiling and warming up are over."""
+
+
 class RunSettings(Settings):
     """How the run goes: length, batch, evaluation, checkpoints, machine."""
 
@@ -280,13 +288,15 @@ class RunSettings(Settings):
     """bf16: autocast over fp32 master weights."""
     compile: bool | list[CompiledPart] = False
     """`torch.compile`: nothing, everything (true), or some parts; encoder: its layers; queries: their way through those layers;
-    llm: MLPs and norms."""
+    llm: its layers and loss."""
     gradient_checkpointing: bool = False
     sharding: Literal["ddp", "fsdp2"] = "ddp"
     """What several ranks do with weights, gradients and AdamW's state. ddp: each holds them whole; fsdp2: each holds a part, and
     the weights are whole only during a step."""
     wandb: Literal["auto", "offline", "disabled"] = "auto"
     """auto: online where WANDB_API_KEY is set, else offline."""
+    profile: Annotated[ProfileSettings | None, EXECUTION] = None
+    """None: no step is profiled."""
 
     @property
     def compiled_parts(self) -> tuple[CompiledPart, ...]:

@@ -109,6 +109,8 @@ class PackedBatch:
     """Per sample, how many of its first tokens the queries depend on; 0 where no query comes from the LLM."""
     label_prefix: list[int]
     """Per sample, how many of its first tokens the loss depends on; 0 where nothing is labelled."""
+    labelled: np.ndarray
+    """int64 [n labels]: the positions with a label; on the host, because looking for them on a device would wait for it."""
     keys: list[str] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
 
@@ -119,7 +121,7 @@ class PackedBatch:
     @property
     def n_labels(self) -> int:
         """Labelled positions."""
-        return int((self.labels != IGNORE).sum())
+        return len(self.labelled)
 
     def to(self, device: torch.device, *, non_blocking: bool = True) -> "PackedBatch":
         """The same batch on a device."""
@@ -197,6 +199,7 @@ def pack(samples: Sequence[Sample], chat: ChatFormat, *, tokens_per_frame: int =
         shown_counts=[sum(len(indexes) for indexes in sample.media) for sample in samples],
         query_prefix=[int(max(sources[(sources >= a) & (sources < b)], default=a - 1)) + 1 - a for a, b in pairwise(starts)],
         label_prefix=[max((n + 1 for n, label in enumerate(labels[a:b]) if label != IGNORE), default=0) for a, b in pairwise(starts)],
+        labelled=np.flatnonzero(np.array(labels) != IGNORE),
         keys=[sample.key for sample in samples],
         sources=[sample.source for sample in samples],
     )

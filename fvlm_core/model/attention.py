@@ -1,4 +1,4 @@
-"""Causal attention over packed sequences, with or without a KV cache, plugged into transformers' Llama by name.
+"""Causal attention over packed sequences, with or without a KV cache.
 
 The samples of a batch stand one after another in a single sequence; each attends only to itself. On CUDA this is torch's
 `varlen_attn` (bf16, Ampere or newer); on CPU, which has no such kernel, SDPA runs per sample (or once, where all are equally long).
@@ -9,16 +9,12 @@ that is already there.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface
-
-NAME = "fvlm_packed"
-"""The `attn_implementation` that the models here are built with."""
 
 
 class PackedCache:
@@ -74,59 +70,64 @@ class PackedLayout:
     cache: PackedCache | None = None
     rows: list[int] | None = None
     """Which samples of the cache these are; all, in order, by default."""
-    _cu_seqlens: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _segments: dict[torch.device, "Segments"] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def offsets(self) -> list[int]:
         """[N + 1] starts of the samples."""
         return [0, *accumulate(self.lengths)]
 
-    def cu_seqlens(self, device: torch.device) -> Tensor:
-        """`offsets` as int32 [N + 1] on a device; made once for all layers, without waiting for the device."""
-        if device not in self._cu_seqlens:
-            self._cu_seqlens[device] = torch.tensor(self.offsets, dtype=torch.int32).to(device, non_blocking=True)
-        return self._cu_seqlens[device]
+    def segments(self, device: torch.device) -> "Segments":
+        """The samples as the packed kernel takes them; made once for all layers, without waiting for the device."""
+        if device not in self._segments:
+            starts = send(torch.tensor(self.offsets, dtype=torch.int32), device)
+            self._segments[device] = Segments(starts, max(self.lengths))
+        return self._segments[device]
 
     @property
     def cache_rows(self) -> list[int]:
         return list(range(len(self.lengths))) if self.rows is None else self.rows
 
 
-def packed_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    packed: PackedLayout,
-    scaling: float,
-    **_unused: object,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [1, H, S, D], key and value [1, Hkv, S, D] -> [1, S, H, D]."""
-    # rotary embeddings lift queries and keys to fp32 under autocast; values have kept the precision that was asked for
-    query, key, value = (part[0].transpose(0, 1).to(value.dtype) for part in (query, key, value))  # [S, heads, D]
-    if packed.cache is None:
-        if _has_packed_kernel(query):
-            starts = packed.cu_seqlens(query.device)
-            longest = max(packed.lengths)
-            out = varlen_attn(query, key, value, starts, starts, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=True)
-            return out[None], None  # pyright: ignore[reportOptionalSubscript, reportCallIssue, reportArgumentType]
-        return _attend_each(query, key, value, packed.lengths, scaling)[None], None
-    keys, values = packed.cache.append(module.layer_idx, key, value, packed)
+class Segments(NamedTuple):
+    """A layout on a device: all that a compiled layer may know of it, so that other lengths are no other graph."""
+
+    starts: Tensor
+    """int32 [N + 1]."""
+    longest: int
+    """Tokens of the longest sample."""
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, segments: Segments | None, *, layer: int) -> Tensor:
+    """Causal attention within every sample: query [S, H, D], key and value [S, Hkv, D] -> [S, H, D].
+
+    `segments`: run the packed kernel. `layer`: its number, for the layout's cache.
+    """
+    scale = query.shape[-1] ** -0.5
+    if segments is not None:
+        starts, longest = segments
+        return varlen_attn(query, key, value, starts, starts, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=True)  # pyright: ignore[reportReturnType]
+    if layout.cache is None:
+        return _attend_each(query, key, value, layout.lengths, scale)
+    keys, values = layout.cache.append(layer, key, value, layout)
     outputs = []
-    for row, (begin, end) in zip(packed.cache_rows, pairwise(packed.offsets), strict=True):
-        start = packed.cache.starts[row]
-        stop = start + packed.cache.lengths[row] + end - begin
-        outputs.append(_attend(query[begin:end], keys[start:stop], values[start:stop], scaling))
-    return torch.cat(outputs)[None], None
+    for row, (begin, end) in zip(layout.cache_rows, pairwise(layout.offsets), strict=True):
+        start = layout.cache.starts[row]
+        stop = start + layout.cache.lengths[row] + end - begin
+        outputs.append(_attend(query[begin:end], keys[start:stop], values[start:stop], scale))
+    return torch.cat(outputs)
 
 
-def _has_packed_kernel(query: Tensor) -> bool:
-    """Whether `varlen_attn`, which is flash attention, takes such queries [S, heads, D]."""
-    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or query.shape[-1] % 8:
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, without waiting: from page-locked memory, which a copy may still be reading when this returns."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+def has_packed_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether `varlen_attn`, which is flash attention, runs there on heads of that width."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_dim % 8:
         return False
-    return torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _attend_each(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scaling: float) -> Tensor:
@@ -149,6 +150,3 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor
     causal = new > 1 and mask is None
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=True)
     return out[0].transpose(0, 1)
-
-
-AttentionInterface.register(NAME, packed_attention)

@@ -4,7 +4,6 @@ A saved model is a folder of `settings.yaml`, `model.safetensors` and, where it 
 """
 
 import shutil
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,9 +13,9 @@ from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalL
 
 from fvlm_core.config import LLMSettings, ModelSettings, VisionSettings
 from fvlm_core.errors import UserError
-from fvlm_core.model import attention
 from fvlm_core.model.encoder import Encoder
 from fvlm_core.model.foveated import FoveatedVLM
+from fvlm_core.model.llama import Llama
 from fvlm_core.settings import Settings
 
 SETTINGS_FILE, WEIGHTS_FILE = "settings.yaml", "model.safetensors"
@@ -58,9 +57,7 @@ def load_model(folder: Path) -> FoveatedVLM:
 
 def from_shapes(saved: SavedModel) -> FoveatedVLM:
     """A model of these shapes in fp32, for weights to be loaded into."""
-    encoder = Encoder(Dinov2Config(**saved.vision_config))
-    llm = LlamaForCausalLM._from_config(LlamaConfig(**saved.llm_config), attn_implementation=attention.NAME)
-    return FoveatedVLM(saved.model, encoder, llm)
+    return FoveatedVLM(saved.model, Encoder(Dinov2Config(**saved.vision_config)), Llama(LlamaConfig(**saved.llm_config)))
 
 
 def save_model(model: FoveatedVLM, folder: Path, *, tokenizer: Path | None = None, weights: dict[str, Tensor] | None = None) -> None:
@@ -120,12 +117,16 @@ def check_vocabulary(*, held: int, needed: int, where: str) -> None:
         )
 
 
-def _build_llm(settings: LLMSettings, vocab_size: int) -> LlamaForCausalLM:
+def _build_llm(settings: LLMSettings, vocab_size: int) -> Llama:
     if settings.checkpoint is not None:
-        load = partial(_from_checkpoint, attn_implementation=attention.NAME)
-        llm = load(LlamaForCausalLM, settings.checkpoint)
-        check_vocabulary(held=llm.config.vocab_size, needed=vocab_size, where=settings.checkpoint)
-        return llm
+        theirs = _from_checkpoint(LlamaForCausalLM, settings.checkpoint)
+        check_vocabulary(held=theirs.config.vocab_size, needed=vocab_size, where=settings.checkpoint)
+        try:
+            return Llama.from_transformers(theirs)
+        except ValueError as error:
+            raise UserError(
+                f"cannot run {settings.checkpoint!r}: {error}", where="model.llm.checkpoint", fix="give a checkpoint such as SmolLM2's"
+            ) from error
     shape = settings.shape
     assert shape is not None
     config = LlamaConfig(
@@ -140,7 +141,7 @@ def _build_llm(settings: LLMSettings, vocab_size: int) -> LlamaForCausalLM:
         tie_word_embeddings=True,
         initializer_range=init_std(shape.width),
     )
-    return LlamaForCausalLM._from_config(config, attn_implementation=attention.NAME)
+    return Llama.from_transformers(LlamaForCausalLM(config))
 
 
 def init_std(width: int) -> float:
@@ -149,10 +150,10 @@ def init_std(width: int) -> float:
     return width**-0.5
 
 
-def _from_checkpoint(cls: type, checkpoint: str, **options: str):
+def _from_checkpoint(cls: type, checkpoint: str):
     """`cls.from_pretrained` in fp32, complete or not at all."""
     try:
-        model, report = cls.from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True, **options)
+        model, report = cls.from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"cannot load {cls.__name__} from {checkpoint!r}: {str(error).splitlines()[0]}",

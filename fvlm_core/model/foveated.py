@@ -8,19 +8,18 @@ Text-only samples are the same in all passes and run once. How a model is made, 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
 
 from fvlm_core.config import LossSettings, ModelSettings
-from fvlm_core.data.batch import IGNORE, PackedBatch
-from fvlm_core.model.attention import PackedLayout
+from fvlm_core.data.batch import PackedBatch
+from fvlm_core.model.attention import PackedLayout, send
 from fvlm_core.model.connector import RANDOM_QUERIES, Connector
 from fvlm_core.model.encoder import Encoder, FrameFeatures
-from fvlm_core.model.linear import speed_up_few_rows
+from fvlm_core.model.llama import Llama
 from fvlm_core.model.names import MODES, Mode, Role
 
 _QUERY_PARAMETERS = {"q_static", "q_init", "q_slot"}
@@ -53,14 +52,12 @@ class Read:
 class FoveatedVLM(nn.Module):
     """Encoder, connector and language model. Build with `build_model` or `load_model`."""
 
-    def __init__(self, settings: ModelSettings, encoder: Encoder, llm: LlamaForCausalLM) -> None:
+    def __init__(self, settings: ModelSettings, encoder: Encoder, llm: Llama) -> None:
         super().__init__()
         self.settings = settings
         self.encoder = encoder
         self.llm = llm
-        speed_up_few_rows(llm)
-        # SmolLM2 names its end-of-turn token for padding, and a padding token's embedding gets no gradient; we never pad
-        llm.model.embed_tokens.padding_idx = None
+        self.cross_entropy = CrossEntropy()
         self.connector = Connector(settings, encoder.config.hidden_size, encoder.config.num_attention_heads, llm.config.hidden_size)
 
     # the parts that the three modes share
@@ -127,10 +124,10 @@ class FoveatedVLM(nn.Module):
 
     def contextualise(self, embeddings: Tensor, position_ids: Tensor, layout: PackedLayout) -> Tensor:
         """The language model's last hidden states [S, llm width] of packed embeddings [S, llm width]."""
-        out = self.llm.model(inputs_embeds=embeddings[None], position_ids=position_ids[None], use_cache=False, packed=layout)
+        hidden = self.llm(embeddings, position_ids, layout)
         if layout.cache is not None:
             layout.cache.advance(layout)
-        return out.last_hidden_state[0]
+        return hidden
 
     # training
 
@@ -141,8 +138,7 @@ class FoveatedVLM(nn.Module):
         """
         sample_of = None
         if by_sample:
-            lengths = torch.tensor(batch.lengths, device=batch.input_ids.device)
-            sample_of = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+            sample_of = send(torch.from_numpy(np.arange(batch.n_samples).repeat(batch.lengths)), batch.input_ids.device)
         weights = dict(zip(self.pass_names, [loss.coarse, *loss.fine], strict=True))
         total_weight = sum(weights.values())
         visual = [n for n, count in enumerate(batch.shown_counts) if count]
@@ -156,7 +152,7 @@ class FoveatedVLM(nn.Module):
         if text_only:
             kept = _Kept.of(batch, {n: batch.label_prefix[n] for n in text_only})
             states = self.contextualise(text_embeddings[kept.index], batch.position_ids[kept.index], kept.layout)
-            text_sum = self._cross_entropy(states, batch.labels, kept.index, sample_of)
+            text_sum = self._cross_entropy(states, batch, kept, sample_of)
             objective = objective + text_sum.sum()  # equal in every pass, and the weights add up to 1
         for number, (name, weight) in enumerate(weights.items()):
             last = number == len(weights) - 1
@@ -174,7 +170,7 @@ class FoveatedVLM(nn.Module):
             states = self.contextualise(embeddings, batch.position_ids[kept.index], kept.layout) if len(embeddings) else embeddings
             hidden = torch.zeros_like(text_embeddings, dtype=states.dtype).index_copy(0, kept.index, states)
             if weight:
-                sums[name] = self._cross_entropy(states, batch.labels, kept.index, sample_of)
+                sums[name] = self._cross_entropy(states, batch, kept, sample_of)
                 objective = objective + sums[name].sum() * (weight / total_weight)
             if read.weights is not None:
                 entropy = _entropy(read.weights)
@@ -188,20 +184,15 @@ class FoveatedVLM(nn.Module):
         """`coarse`, `fine1`, `fine2`, ..."""
         return ["coarse", *(f"fine{n + 1}" for n in range(self.settings.fine_iterations))]
 
-    def logits_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy [n labelled] fp32 of hidden states [S, D] at their labelled positions, in order."""
-        kept = (labels != IGNORE).nonzero().flatten()
-        return F.linear_cross_entropy(hidden[kept].float(), self.llm.lm_head.weight.float(), labels[kept], reduction="none")
+    def logits_losses(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+        """Cross-entropy [n labelled] fp32 of a batch's hidden states [S, D] at their labelled positions, in order."""
+        kept = send(torch.from_numpy(batch.labelled), hidden.device)
+        return F.linear_cross_entropy(hidden[kept].float(), self.llm.lm_head.weight.float(), batch.labels[kept], reduction="none")
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute activations layer by layer in the backward pass."""
         self.encoder.gradient_checkpointing = enabled
-        renamed = hasattr(self.llm, "activation_checkpointing_enable")  # transformers 5.23 deprecates the old name
-        kind = "activation" if renamed else "gradient"
-        if enabled:
-            getattr(self.llm, f"{kind}_checkpointing_enable")({"use_reentrant": False})
-        else:
-            getattr(self.llm, f"{kind}_checkpointing_disable")()
+        self.llm.model.gradient_checkpointing = enabled
 
     # parameters
 
@@ -233,24 +224,22 @@ class FoveatedVLM(nn.Module):
         square = features.patches[:, 1:].transpose(1, 2).unflatten(2, features.grid)
         return F.adaptive_avg_pool2d(square, side).flatten(2).transpose(1, 2)
 
-    def _cross_entropy(self, hidden: Tensor, labels: Tensor, index: Tensor, sample_of: Tensor | None) -> Tensor:
+    def _cross_entropy(self, hidden: Tensor, batch: PackedBatch, kept: "_Kept", sample_of: Tensor | None) -> Tensor:
         """Sum of cross-entropy over the labelled positions of hidden states [s, D]: logits of the others are not made.
 
-        The states are those at positions `index` of the packed sequence, which `labels` and `sample_of` are of. With
-        `sample_of` it is a sum per sample, [N].
+        The states are those of `kept`. With `sample_of` [S], the sample of every position, it is a sum per sample, [N].
         """
-        labels = labels[index]
-        kept = (labels != IGNORE).nonzero().flatten()
-        if not len(kept):
+        if not kept.n_labels:
             none = hidden.sum() * 0.0
-            return none if sample_of is None else none.expand(int(sample_of[-1]) + 1)
+            return none if sample_of is None else none.expand(batch.n_samples)
         weight = self.llm.lm_head.weight
         dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else weight.dtype
-        cross_entropy = partial(F.linear_cross_entropy, hidden[kept].to(dtype), weight.to(dtype), labels[kept])
+        targets = batch.labels[kept.labelled]
+        states = hidden[kept.rows].to(dtype)
         if sample_of is None:
-            return cross_entropy(reduction="sum").float()
-        sums = torch.zeros(int(sample_of[-1]) + 1, device=hidden.device)
-        return sums.index_add(0, sample_of[index][kept], cross_entropy(reduction="none").float())
+            return self.cross_entropy(states, weight.to(dtype), targets, "sum").float()
+        losses = self.cross_entropy(states, weight.to(dtype), targets, "none").float()
+        return torch.zeros(batch.n_samples, device=hidden.device).index_add(0, sample_of[kept.labelled], losses)
 
     def _touch(self, objective: Tensor, batch: PackedBatch) -> Tensor:
         """Give parameters a batch does not use (no frames, no labels, no `q_init`) a zero gradient: DDP waits for them all."""
@@ -262,21 +251,39 @@ class FoveatedVLM(nn.Module):
         return objective
 
 
+class CrossEntropy(nn.Module):
+    """`F.linear_cross_entropy` as a module, so that it can be compiled: logits are then read twice instead of eleven times."""
+
+    def forward(self, states: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        """Of states [n, D] and output weights [vocabulary, D], against targets int64 [n]; reduced to a sum, or [n]."""
+        return F.linear_cross_entropy(states, weight, targets, reduction=reduction)
+
+
 @dataclass(frozen=True)
 class _Kept:
     """The positions of a packed batch that a pass runs over: the first tokens of some samples."""
 
     index: Tensor
     layout: PackedLayout
+    n_labels: int
+    labelled: Tensor
+    """int64 [n_labels]: those of them with a label, as positions in the batch."""
+    rows: Tensor
+    """int64 [n_labels]: the same, counted among the kept ones."""
 
     @classmethod
     def of(cls, batch: PackedBatch, lengths: dict[int, int]) -> "_Kept":
-        starts = [0]
-        for length in batch.lengths:
-            starts.append(starts[-1] + length)
-        ranges = [torch.arange(starts[n], starts[n] + length) for n, length in lengths.items()]
-        index = torch.cat(ranges) if ranges else torch.zeros(0, dtype=torch.int64)
-        return cls(index.to(batch.input_ids.device, non_blocking=True), PackedLayout(list(lengths.values())))
+        starts, layout = PackedLayout(batch.lengths).offsets, PackedLayout(list(lengths.values()))
+        index, labelled, rows = [], [], []
+        for (n, length), offset in zip(lengths.items(), layout.offsets, strict=False):
+            first, last = np.searchsorted(batch.labelled, (starts[n], starts[n] + length))
+            index.append(np.arange(starts[n], starts[n] + length))
+            labelled.append(batch.labelled[first:last])
+            rows.append(batch.labelled[first:last] - starts[n] + offset)
+        none = np.zeros(0, np.int64)
+        parts = [torch.from_numpy(np.concatenate([none, *part])) for part in (index, labelled, rows)]
+        sent = [send(part, batch.input_ids.device) for part in parts]
+        return cls(sent[0], layout, len(parts[1]), sent[1], sent[2])
 
 
 def _entropy(weights: Tensor) -> Tensor:

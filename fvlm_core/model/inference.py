@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fvlm_core.data.batch import PackedBatch, Showing
-from fvlm_core.model.attention import PackedCache, PackedLayout
+from fvlm_core.model.attention import PackedCache, PackedLayout, send
 from fvlm_core.model.encoder import FrameFeatures
 from fvlm_core.model.foveated import FoveatedVLM, Read
 from fvlm_core.model.names import Mode
@@ -68,7 +68,7 @@ def read_batch(
 @torch.no_grad()
 def token_losses(model: FoveatedVLM, batch: PackedBatch, mode: Mode, *, features: FrameFeatures | None = None) -> Tensor:
     """Cross-entropy [n labelled] fp32 of every labelled position, in order."""
-    return model.logits_losses(read_batch(model, batch, mode, features=features).hidden, batch.labels)
+    return model.logits_losses(read_batch(model, batch, mode, features=features).hidden, batch)
 
 
 @torch.no_grad()
@@ -134,11 +134,11 @@ def _embeddings(model: FoveatedVLM, batch: PackedBatch, read: Read | None) -> Te
 def _query_states(model: FoveatedVLM, batch: PackedBatch, read: Read) -> Tensor:
     """Hidden states [S, llm width] where queries need them, zero elsewhere."""
     embeddings = _embeddings(model, batch, read)
-    starts = batch.cu_seqlens[:-1].tolist()
+    starts = PackedLayout(batch.lengths).offsets[:-1]
     ranges = [torch.arange(start, start + length) for start, length in zip(starts, batch.query_prefix, strict=True) if length]
     if not ranges:
         return torch.zeros_like(embeddings)
-    index = torch.cat(ranges).to(embeddings.device)
+    index = send(torch.cat(ranges), embeddings.device)
     layout = PackedLayout([length for length in batch.query_prefix if length])
     states = model.contextualise(embeddings[index], batch.position_ids[index], layout)
     return torch.zeros_like(embeddings, dtype=states.dtype).index_copy(0, index, states)
@@ -153,7 +153,7 @@ def _autoregressive(model: FoveatedVLM, batch: PackedBatch, features: FrameFeatu
     cache = PackedCache([length + (room or 0) for length in batch.lengths])
     embeddings = model.embed(batch.input_ids)
     hidden = torch.zeros_like(embeddings)
-    done = batch.cu_seqlens[:-1].tolist()  # per sample, the first position the language model has not read
+    *done, _ = PackedLayout(batch.lengths).offsets  # per sample, the first position the language model has not read
     sources, positions = batch.query_sources.tolist(), batch.visual_positions.tolist()
     tokens: list[Tensor] = []
     attended: list[Tensor] = []
@@ -164,7 +164,7 @@ def _autoregressive(model: FoveatedVLM, batch: PackedBatch, features: FrameFeatu
         rows = [row for row, end in until.items() if end > done[row]]
         if not rows:
             return
-        index = torch.cat([torch.arange(done[row], until[row]) for row in rows]).to(embeddings.device)
+        index = send(torch.cat([torch.arange(done[row], until[row]) for row in rows]), embeddings.device)
         layout = PackedLayout([until[row] - done[row] for row in rows], cache, rows)
         hidden[index] = model.contextualise(embeddings[index], batch.position_ids[index], layout).to(hidden.dtype)
         for row in rows:
@@ -181,7 +181,7 @@ def _autoregressive(model: FoveatedVLM, batch: PackedBatch, features: FrameFeatu
         order.extend(now)
         if read.weights is not None:
             attended.append(read.weights)
-    advance(dict(enumerate(batch.cu_seqlens[1:].tolist())))
+    advance(dict(enumerate(PackedLayout(batch.lengths).offsets[1:])))
     back = torch.tensor(order, device=embeddings.device).argsort()
     return Context(hidden, torch.cat(tokens)[back], torch.cat(attended)[back] if attended else None, cache)
 

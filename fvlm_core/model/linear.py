@@ -34,13 +34,6 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
-def speed_up_few_rows(module: nn.Module) -> None:
-    """Turn every plain `nn.Linear` inside a library's module into a `Linear`, in place; parameters and their names stay."""
-    for part in module.modules():
-        if type(part) is nn.Linear:
-            part.__class__ = Linear
-
-
 def _parts(x: Tensor, weight: Tensor) -> int:
     """Into how many parts to cut the output features; 1 where `F.linear` does as well."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.is_cuda or x.dtype != torch.float32:

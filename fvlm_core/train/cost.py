@@ -7,7 +7,7 @@ import numpy as np
 from torch import nn
 
 from fvlm_core.config import DataSettings, LossSettings, ModelSettings, RunSettings
-from fvlm_core.data.batch import IGNORE, PackedBatch, pack
+from fvlm_core.data.batch import PackedBatch, pack
 from fvlm_core.data.plan import MixedSamples
 from fvlm_core.data.shard_io import CorruptSampleError
 from fvlm_core.data.shard_set import ShardSet
@@ -61,7 +61,6 @@ class Cost:
 
 def sample_shapes(batch: PackedBatch, tokens_per_frame: int) -> list[SampleShape]:
     """The shape of every sample of a batch (on CPU)."""
-    labelled = (batch.labels != IGNORE).numpy()
     shown_frames = batch.shown_frames.tolist()
     shapes, token, frame = [], 0, 0
     for length, shown, prefix in zip(batch.lengths, batch.shown_counts, batch.query_prefix, strict=True):
@@ -70,7 +69,7 @@ def sample_shapes(batch: PackedBatch, tokens_per_frame: int) -> list[SampleShape
                 frames=len(set(shown_frames[frame : frame + shown])),
                 shown=shown,
                 text_tokens=length - shown * tokens_per_frame,
-                labels=int(labelled[token : token + length].sum()),
+                labels=int(np.diff(np.searchsorted(batch.labelled, (token, token + length)))[0]),
                 query_prefix=prefix,
             )
         )

@@ -37,14 +37,15 @@ class World:
         if device == "cuda":
             torch.cuda.set_device(place)
         if size > 1:
-            dist.init_process_group("nccl" if device == "cuda" else "gloo", device_id=place if device == "cuda" else None)
+            # numbers of the host are exchanged by gloo on GPUs too: NCCL would make the host wait for all that its device still has to do
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", device_id=place if device == "cuda" else None)
         return cls(rank, size, place)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """The values added up over the ranks, in double precision."""
         if self.size == 1:
             return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return total.tolist()
 
@@ -53,7 +54,7 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
     def union(self, values: set[int]) -> set[int]:

@@ -70,7 +70,7 @@ def initial_model(recipe: Recipe, shards: ShardSet) -> FoveatedVLM:
 
 
 def compile_parts(model: FoveatedVLM, parts: Collection[CompiledPart]) -> None:
-    """`torch.compile` what is made of dense tensors: the encoder's layers, the queries' way through them, the LLM's MLPs and norms.
+    """`torch.compile` the encoder's layers, the queries' way through them, and the language model's layers and loss, each as one graph.
 
     Shapes are dynamic, because every batch has another number of frames and tokens.
     """
@@ -83,8 +83,9 @@ def compile_parts(model: FoveatedVLM, parts: Collection[CompiledPart]) -> None:
         if "queries" in parts:
             object.__setattr__(layer, "query", torch.compile(layer.query, dynamic=True))
     for layer in model.llm.model.layers if "llm" in parts else ():
-        for part in ("mlp", "input_layernorm", "post_attention_layernorm"):
-            layer.get_submodule(part).compile(dynamic=True)
+        layer.compile(dynamic=True)
+    if "llm" in parts:
+        model.cross_entropy.compile(dynamic=True)
 
 
 def _continued(recipe: Recipe) -> FoveatedVLM:

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from fvlm_core.train.divergence import Watch
-from fvlm_core.train.jobs import Divergence
+from fvlm_core.train.jobs import Divergence, OutOfMemory
 
 _JSON = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
@@ -64,6 +64,7 @@ class RunState(BaseModel):
     best_loss: float = math.inf
     resumed_from: list[int] = Field(default_factory=list)
     divergences: list[Divergence] = Field(default_factory=list)
+    out_of_memory: list[OutOfMemory] = Field(default_factory=list)
     window: Window = Field(default_factory=Window)
     watch: Watch = Field(default_factory=Watch)
 

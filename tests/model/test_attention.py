@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from fvlm_core.config import LossSettings
 from fvlm_core.data.batch import PackedBatch, pack
-from fvlm_core.model import attention
+from fvlm_core.model import attention, llama
 from tests.model.build import CHAT, sample, tiny_model
 
 
@@ -35,7 +35,7 @@ def kernel(monkeypatch):
         return torch.cat(outs, dim=1).transpose(0, 1)
 
     monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
-    monkeypatch.setattr(attention, "_has_packed_kernel", lambda query: query.dtype in (torch.bfloat16, torch.float16))
+    monkeypatch.setattr(llama, "has_packed_kernel", lambda _device, dtype, _head_dim: dtype in (torch.bfloat16, torch.float16))
     return calls
 
 

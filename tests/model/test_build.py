@@ -31,7 +31,7 @@ def test_checkpoints_of_transformers_load(tmp_path):
     """Backbones saved by transformers come back with equal outputs; text-only logits are Llama's own."""
     model = tiny_model().float()
     model.encoder.to_dinov2().save_pretrained(tmp_path / "dinov2")
-    model.llm.save_pretrained(tmp_path / "llm")
+    model.llm.to_transformers().save_pretrained(tmp_path / "llm")
     vision = VisionSettings(checkpoint=str(tmp_path / "dinov2"), frame_px=42)
     loaded = build_model(
         tiny_settings().model_copy(update={"vision": vision, "llm": LLMSettings(checkpoint=str(tmp_path / "llm"))}), vocab_size=VOCAB
@@ -40,7 +40,7 @@ def test_checkpoints_of_transformers_load(tmp_path):
         if model.role(name) != "connector":
             assert torch.equal(parameter, model.get_parameter(name)), name
     text = pack([sample(np.random.default_rng(10), frames=0, answer=8)], CHAT)
-    reference = type(model.llm).from_pretrained(tmp_path / "llm", attn_implementation="eager").eval()
+    reference = LlamaForCausalLM.from_pretrained(tmp_path / "llm", attn_implementation="eager").eval()
     with torch.no_grad():
         expected = reference(input_ids=text.input_ids[None]).logits[0]
     torch.testing.assert_close(logits(loaded, text, "coarse_only"), expected, atol=1e-5, rtol=1e-5)
@@ -54,7 +54,7 @@ def test_what_cannot_be_loaded_is_an_error_never_a_random_model(tmp_path):
         with pytest.raises(UserError, match="cannot load"):
             build_model(tiny_settings().model_copy(update=update), vocab_size=VOCAB)
     model = tiny_model().float()
-    model.llm.save_pretrained(tmp_path / "llm")
+    model.llm.to_transformers().save_pretrained(tmp_path / "llm")
     with pytest.raises(UserError, match="97"):
         build_model(tiny_settings().model_copy(update={"llm": LLMSettings(checkpoint=str(tmp_path / "llm"))}), vocab_size=500)
 

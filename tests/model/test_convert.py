@@ -82,13 +82,13 @@ def test_original_weights_have_the_original_function():
     frames = torch.from_numpy(one.frames)
     coarse = original_tokens(model, state, frames, state["q_static"].expand(4, -1))
     torch.testing.assert_close(read_batch(model, batch, "coarse_only").tokens[:, 0], coarse, atol=1e-5, rtol=1e-5)
-    model.llm.set_attn_implementation("eager")
+    llm = model.llm.to_transformers()
+    llm.set_attn_implementation("eager")
     text = model.embed(batch.input_ids[4:])
-    hidden = model.llm.model(inputs_embeds=torch.cat([coarse, text])[None]).last_hidden_state[0]
+    hidden = llm.model(inputs_embeds=torch.cat([coarse, text])[None]).last_hidden_state[0]
     made = F.linear(hidden[:3], state["llm_to_query.weight"], state["llm_to_query.bias"])
     fine = original_tokens(model, state, frames, torch.cat([state["q_init"], made]))
-    expected = model.llm(inputs_embeds=torch.cat([fine, text])[None]).logits[0]
-    model.llm.set_attn_implementation("fvlm_packed")
+    expected = llm(inputs_embeds=torch.cat([fine, text])[None]).logits[0]
     torch.testing.assert_close(logits(model, batch, "coarse_fine"), expected, atol=1e-4, rtol=1e-4)
     kept = batch.labels != IGNORE
     loss = model(batch, LossSettings(coarse=0.0, fine=[1.0])).objective / batch.n_labels

@@ -31,13 +31,10 @@ def test_autoregressive_with_a_cache_equals_recomputed_from_scratch(query, k):
 def _plain_forward(model, batch, tokens):
     """Hidden states by transformers' own eager attention, sample by sample, without packing or cache."""
     embeddings = model.embed(batch.input_ids).index_copy(0, batch.visual_positions.flatten(), tokens.flatten(0, 1))
-    implementation = model.llm.config._attn_implementation
-    model.llm.set_attn_implementation("eager")
-    try:
-        with torch.no_grad():
-            parts = [model.llm.model(inputs_embeds=part[None]).last_hidden_state[0] for part in embeddings.split(batch.lengths)]
-    finally:
-        model.llm.set_attn_implementation(implementation)
+    llm = model.llm.to_transformers()
+    llm.set_attn_implementation("eager")
+    with torch.no_grad():
+        parts = [llm.model(inputs_embeds=part[None]).last_hidden_state[0] for part in embeddings.split(batch.lengths)]
     return torch.cat(parts)
 
 

@@ -76,6 +76,8 @@ def test_batches_are_rebuilt_from_their_tensors(batches):
                 assert torch.equal(found, wanted), one.name
             elif one.name == "showings":
                 assert [(g.frames.tolist(), g.shown.tolist()) for g in found] == [(g.frames.tolist(), g.shown.tolist()) for g in wanted]
+            elif isinstance(wanted, np.ndarray):
+                assert found.tolist() == wanted.tolist(), one.name
             else:
                 assert found == wanted, one.name
 

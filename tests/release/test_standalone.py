@@ -30,7 +30,6 @@ def test_what_is_not_reached_stays_here(folder):
     assert {"FoveatedVLM", "forward", "read_fine", "Read"} <= names
     assert not names & {"save", "load_model", "build_model", "SavedModel"}
     assert "encode_jpeg" not in (folder / "fvlm_frames.py").read_text()
-    assert "AttentionInterface.register(NAME" in (folder / "fvlm_attention.py").read_text()  # kept for its effect
 
 
 def test_every_file_says_where_it_is_from(folder):

@@ -19,14 +19,14 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoProcessor, PreTrainedModel
+from transformers import AutoProcessor, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from fvlm_core.data.batch import IGNORE, PackedBatch, _showings
-from fvlm_core.model.attention import NAME
 from fvlm_core.model.encoder import PIXEL_MEAN, PIXEL_STD, Encoder
 from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.model.inference import gaze, generate, read_batch
+from fvlm_core.model.llama import Llama, RotaryEmbedding
 from fvlm_core.release.hub.configuration_fvlm import FVLMConfig
 
 CACHE_LINE_BYTES = 64
@@ -51,13 +51,12 @@ class FVLMModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _tied_weights_keys: ClassVar[dict[str, str]] = {"model.llm.lm_head.weight": "model.llm.model.embed_tokens.weight"}
-    _no_split_modules: ClassVar[list[str]] = ["EncoderLayer", "LlamaDecoderLayer"]
+    _no_split_modules: ClassVar[list[str]] = ["EncoderLayer", "LlamaLayer"]
 
     def __init__(self, config: FVLMConfig) -> None:
         super().__init__(config)
-        llm = AutoModelForCausalLM.from_config(config.text_config, attn_implementation=NAME)
         settings: Any = config.model_settings
-        self.model = FoveatedVLM(settings, Encoder(config.vision_config), llm)
+        self.model = FoveatedVLM(settings, Encoder(config.vision_config), Llama(config.text_config))
         self.post_init()
 
     @classmethod
@@ -96,7 +95,7 @@ class FVLMModel(PreTrainedModel):
         if self.training and labels is not None:
             return FVLMOutput(loss=self.model(batch, self.config.loss_settings).objective / max(1, batch.n_labels))
         hidden = read_batch(self.model, batch, self._mode(mode)).hidden
-        loss = None if labels is None else self.model.logits_losses(hidden, batch.labels).mean()
+        loss = None if labels is None else self.model.logits_losses(hidden, batch).mean()
         return FVLMOutput(loss=loss, logits=self.model.llm.lm_head(hidden))
 
     @torch.no_grad()
@@ -142,7 +141,7 @@ class FVLMModel(PreTrainedModel):
         return AutoProcessor.from_pretrained(self.config._name_or_path, trust_remote_code=True)
 
     def get_input_embeddings(self) -> torch.nn.Module:
-        return self.model.llm.get_input_embeddings()
+        return self.model.llm.model.embed_tokens
 
     def get_output_embeddings(self) -> torch.nn.Module:
         return self.model.llm.lm_head
@@ -159,6 +158,8 @@ class FVLMModel(PreTrainedModel):
         if isinstance(module, Encoder):
             for buffer, values in ((module.pixel_mean, PIXEL_MEAN), (module.pixel_std, PIXEL_STD)):
                 buffer.copy_(torch.tensor(values, device="cpu").view(3, 1, 1) * 255)
+        elif isinstance(module, RotaryEmbedding):
+            module.reset()
         else:
             super()._init_weights(module)
 
@@ -195,6 +196,7 @@ def packed_batch(
         shown_counts=[len(_within(positions[:, 0], start, end)) for start, end in samples],
         query_prefix=[int(_within(sources, start, end).max(initial=start - 1)) + 1 - start for start, end in samples],
         label_prefix=[int(_within(labelled, start, end).max(initial=start - 1)) + 1 - start for start, end in samples],
+        labelled=labelled,
     )
     return batch.to(frames.device)
 

@@ -1,0 +1,408 @@
+"""The training step on a card that is not here: the least time that its own operations need, eager and compiled, per part.
+
+The step (forward, backward, gradient norm, AdamW) runs on `FakeTensor`s, which have shapes and no numbers; every operation is recorded.
+Each kernel takes the longest of its FLOPs at the card's tensor-core peak, its bytes at the card's bandwidth, both times the share of
+them that kernels reach, and the shortest time of a kernel. Eager, every operation is a kernel, which the host has to launch.
+Compiled, consecutive pointwise operations and reductions of a compiled part are one kernel, which reads what was made outside and
+writes what is used outside; what the backward needs of their results is computed again, as torch's partitioner does. MFU is that
+of `metrics.csv`: FLOPs of the configuration over time and the data sheet's peak.
+
+It also proves that no operation of the step asks the device for a number: FakeTensors have none to give.
+"""
+
+import contextlib
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from transformers import Dinov2Config, LlamaConfig
+
+from benchmarks.report import arguments
+from benchmarks.shapes import NO_TEMPLATE, SMOLLM2, VOCABULARY, model_settings, text_sample
+from benchmarks.train_step import LOSS
+from fvlm_core.config import ModelSettings
+from fvlm_core.data.batch import PackedBatch, pack
+from fvlm_core.model import llama
+from fvlm_core.model.encoder import Encoder
+from fvlm_core.model.foveated import FoveatedVLM
+from fvlm_core.model.llama import Llama, RMSNorm
+from fvlm_core.train.cost import Cost
+from fvlm_core.train.metrics import PEAK_TFLOPS
+
+BANDWIDTH_TB_S = {"A100": 2.04, "H100": 3.35, "H200": 4.8}
+"""Of the SXM cards (A100: 80 GB), NVIDIA's data sheets."""
+MATMUL, ATTENTION, BANDWIDTH = 0.75, 0.5, 0.85
+"""Shares of the peaks that large matrix products, flash attention, and copies reach."""
+KERNEL_US = 2.0
+"""The shortest time that a kernel takes of the device."""
+LAUNCH_US = {"eager": 6.0, "compiled": 4.0}
+"""What the host needs to launch a kernel, autograd included."""
+GOAL_MFU = {"135M": 0.40, "1.7B": 0.50}
+FRAMES, TEXTS = (4, 8, 8, 16), (24, 48, 96, 200)
+"""Of each four samples, as in `benchmarks.train_step`."""
+GROUPS = 14
+"""Of four samples: 504 frames and 5,656 tokens, what fits into the default budget of a micro-batch."""
+MICRO_BATCHES = 4
+"""Of a step: 2,016 frames, as many as 64 clips of 32."""
+ADAMW_BYTES = 28 + 4 + 8
+"""Per fp32 parameter: AdamW reads four numbers and writes three, the norm reads the gradient, clipping reads and writes it."""
+ACCUMULATE_BYTES = 12
+"""Of adding a micro-batch's fp32 gradient to that of those before."""
+
+_ATTENTION = ("_varlen_attn", "scaled_dot_product", "_flash_attention")
+_ANCHORS = ("mm", "convolution", "embedding", "index", "sort", "scatter", "gather", *_ATTENTION)
+"""Parts of names of the operations that are kernels of their own also when compiled."""
+_FREE = ("empty", "detach", "lift_fresh", "alias", "device", "_unsafe_view", "sym_size", "set_")
+"""Operations that run no kernel."""
+
+
+@dataclass
+class Operation:
+    """One operation of the step."""
+
+    name: str
+    part: str
+    group: int | None
+    """The compiled call that it belongs to; None outside."""
+    backward: bool
+    fused: bool
+    """Whether eager PyTorch too has one kernel for the group (RMSNorm on CUDA)."""
+    flops: float
+    reads: dict[int, int]
+    writes: dict[int, int]
+    """Bytes by storage."""
+
+    @property
+    def attention(self) -> bool:
+        return any(part in self.name for part in _ATTENTION)
+
+    @property
+    def pointwise(self) -> bool:
+        return not any(part in self.name for part in _ANCHORS)
+
+
+@dataclass
+class Kernel:
+    """What the device runs at once."""
+
+    part: str
+    flops: float
+    bytes: float
+    attention: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A part of the step on a card."""
+
+    size: str
+    card: str
+    kind: str
+    part: str
+    gflop: float
+    gbyte: float
+    launches: int
+    ms: float
+    bound: str
+    """What its time is mostly: `matmul`, `attention`, `bytes`, `kernels` (their least time), or of the step `host` (launching)."""
+    mfu: float | None = None
+    """Of the step."""
+
+
+class Recorder(TorchDispatchMode):
+    """Records every operation, with the part of the model that it belongs to, also in the backward."""
+
+    def __init__(self, layout_flops: Callable[[Tensor], float]) -> None:
+        super().__init__()
+        self.operations: list[Operation] = []
+        self.stack: list[tuple[str, int | None, bool]] = [("other", None, False)]
+        self.place_of_node: dict[int, tuple[str, int | None, bool]] = {}
+        self.storages: list[Any] = []
+        """Kept, so that no two of them have the same address."""
+        self.layout_flops = layout_flops
+        self.groups = 0
+
+    @contextlib.contextmanager
+    def within(self, part: str | None, *, compiled: bool = False, fused: bool = False) -> Iterator[None]:
+        """The operations inside belong to `part` (None: the one around), and to a compiled call of its own where asked for."""
+        around = self.stack[-1]
+        self.groups += 1
+        group = self.groups if compiled or (fused and around[1] is None) else around[1]
+        self.stack.append((part or around[0], group, fused))
+        try:
+            yield
+        finally:
+            self.stack.pop()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        node = torch._C._current_autograd_node()
+        if node is None:
+            place = self.stack[-1]
+            self.place_of_node[torch.autograd._get_sequence_nr() - 1] = place  # pyright: ignore[reportPrivateImportUsage]
+        else:
+            place = self.place_of_node.get(node._sequence_nr(), ("other", None, False))
+        name = str(func)
+        operation = name.split(".")[1] if "." in name else name
+        if any(operation.startswith(free) for free in _FREE) or func.is_view:
+            return out
+        reads, writes = self._bytes((args, kwargs)), self._bytes(out)
+        if writes:
+            flops = self._flops(func, args, kwargs or {}, out)
+            self.operations.append(Operation(operation, place[0], place[1], node is not None, place[2], flops, reads, writes))
+        return out
+
+    def _bytes(self, values: Any) -> dict[int, int]:
+        found = {}
+        for tensor in tree_leaves(values):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self.storages.append(storage)
+                distinct = 1
+                for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+                    distinct *= size if stride else 1
+                found[storage._cdata] = max(found.get(storage._cdata, 0), distinct * tensor.element_size())
+        return found
+
+    def _flops(self, func: Any, args: Any, kwargs: Any, out: Any) -> float:
+        name = str(func)
+        if "_varlen_attn" in name:
+            backward = "backward" in name
+            query = args[1] if backward else args[0]
+            return (2.5 if backward else 1.0) * self.layout_flops(query)
+        if "scaled_dot_product" in name:  # of the frames, which attend to themselves or are queried: the square is needed
+            backward = "backward" in name
+            query, key = (args[1], args[2]) if backward else (args[0], args[1])
+            return (2.5 if backward else 1.0) * 4.0 * query.numel() * key.shape[-2]
+        packet = func.overloadpacket
+        return float(flop_registry[packet](*args, **kwargs, out_val=out)) if packet in flop_registry else 0.0
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The forward and backward of a micro-batch."""
+
+    operations: list[Operation]
+    model_flops: float
+    """Needed for it by the configuration."""
+    parameters: int
+    tensors: int
+    """Of parameters."""
+
+
+def trace(settings: ModelSettings, *, groups: int = GROUPS) -> Traced:
+    """Run a micro-batch of `groups` times four samples, without numbers, on a model of shapes."""
+    batch = videos(groups)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = FoveatedVLM(settings, *_backbones(settings))
+        total = Cost(model, LOSS).batch(batch)
+        recorder = Recorder(lambda query: _packed_flops(query, batch))
+        with _parts(model, recorder), recorder:
+            with torch.autocast("cpu", torch.bfloat16):
+                objective = model(batch, LOSS).objective
+            objective.backward()
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    return Traced(recorder.operations, total, sum(sizes), len(sizes))
+
+
+def videos(groups: int) -> PackedBatch:
+    """A micro-batch of videos."""
+    rng = np.random.default_rng(0)
+    sizes = list(zip(FRAMES, TEXTS, strict=True)) * groups
+    return pack([text_sample(rng, frames=f, shown=list(range(f)), text=t, labels=t // 2) for f, t in sizes], NO_TEMPLATE)
+
+
+def kernels(operations: list[Operation], *, compiled: bool) -> list[Kernel]:
+    """What the operations become: one kernel each, or one for every run of pointwise operations within a group."""
+    runs: list[list[Operation]] = []
+    for operation in operations:
+        last = runs[-1][-1] if runs else None
+        joins = last is not None and operation.group is not None and (operation.group, operation.backward) == (last.group, last.backward)
+        if joins and operation.pointwise and last is not None and last.pointwise and (compiled or (operation.fused and last.fused)):
+            runs[-1].append(operation)
+        else:
+            runs.append([operation])
+    used: dict[int, set[int]] = defaultdict(set)  # by storage, the runs that read it
+    made: dict[int, int] = {}
+    for number, run in enumerate(runs):
+        for operation in run:
+            for storage in operation.reads:
+                used[storage].add(number)
+            made |= dict.fromkeys(operation.writes, number)
+
+    def again(maker: int, reader: int) -> bool:
+        """Whether the reader computes a forward's pointwise result again instead of reading it."""
+        one, other = runs[maker][0], runs[reader][0]
+        return compiled and one.pointwise and other.pointwise and one.group == other.group and one.group is not None and other.backward
+
+    found = []
+    for number, run in enumerate(runs):
+        inside = {storage for operation in run for storage in operation.writes}
+        reads, writes = {}, {}
+        for operation in run:
+            for storage, size in operation.reads.items():
+                outside = storage not in inside or len(run) == 1
+                if outside and not (storage in made and made[storage] != number and again(made[storage], number)):
+                    reads[storage] = max(size, reads.get(storage, 0))
+            for storage, size in operation.writes.items():
+                readers = used[storage] - {number}
+                if len(run) == 1 or not used[storage] or any(not again(number, reader) for reader in readers):
+                    writes[storage] = max(size, writes.get(storage, 0))
+        flops = sum(operation.flops for operation in run)
+        found.append(Kernel(run[0].part, flops, sum(reads.values()) + sum(writes.values()), run[0].attention))
+    return found
+
+
+def rows(size: str, card: str, traced: Traced, *, micro_batches: int = MICRO_BATCHES) -> Iterator[Row]:
+    """Per part, and of the step, eager and compiled."""
+    peak, bandwidth = PEAK_TFLOPS[card] * 1e12, BANDWIDTH_TB_S[card] * 1e12
+    for kind in ("eager", "compiled"):
+        parts: dict[str, list[Kernel]] = defaultdict(list)
+        for kernel in kernels(traced.operations, compiled=kind == "compiled"):
+            parts[kernel.part] += [kernel] * micro_batches
+        parts["optimizer"].append(Kernel("optimizer", 0.0, ADAMW_BYTES * traced.parameters))
+        added = ACCUMULATE_BYTES * traced.parameters / traced.tensors
+        parts["optimizer"] += [Kernel("optimizer", 0.0, added)] * (traced.tensors * (micro_batches - 1))
+        whole: dict[str, float] = defaultdict(float)
+        made = []
+        for part, members in sorted(parts.items()):
+            times: dict[str, float] = defaultdict(float)
+            for kernel in members:
+                reached = ATTENTION if kernel.attention else MATMUL
+                limits = {
+                    "attention" if kernel.attention else "matmul": kernel.flops / (peak * reached),
+                    "bytes": kernel.bytes / (bandwidth * BANDWIDTH),
+                    "kernels": KERNEL_US * 1e-6,
+                }
+                bound = max(limits, key=lambda name: limits[name])
+                times[bound] += limits[bound]
+            for bound, seconds in times.items():
+                whole[bound] += seconds
+            made.append(_row(size, card, kind, part, members, times))
+        every = [kernel for members in parts.values() for kernel in members]
+        launching = len(every) * LAUNCH_US[kind] * 1e-6
+        step = _row(size, card, kind, "step", every, whole)
+        seconds = max(step.ms / 1e3, launching)
+        bound = "host" if launching > step.ms / 1e3 else step.bound
+        made.append(Row(**asdict(step) | {"ms": seconds * 1e3, "bound": bound, "mfu": traced.model_flops * micro_batches / seconds / peak}))
+        yield from made
+
+
+def _row(size: str, card: str, kind: str, part: str, members: Iterable[Kernel], times: dict[str, float]) -> Row:
+    members = list(members)
+    flops, size_bytes = sum(k.flops for k in members), sum(k.bytes for k in members)
+    bound = max(times, key=lambda name: times[name])
+    return Row(size, card, kind, part, flops / 1e9, size_bytes / 1e9, len(members), sum(times.values()) * 1e3, bound)
+
+
+def _backbones(settings: ModelSettings) -> tuple[Encoder, Llama]:
+    vision, text = settings.vision.shape, settings.llm.shape
+    assert vision is not None
+    assert text is not None
+    encoder = Encoder(
+        Dinov2Config(
+            hidden_size=vision.width,
+            num_hidden_layers=vision.layers,
+            num_attention_heads=vision.heads,
+            patch_size=vision.patch_px,
+            image_size=settings.vision.frame_px,
+        )
+    )
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=text.width,
+        num_hidden_layers=text.layers,
+        num_attention_heads=text.heads,
+        num_key_value_heads=text.kv_heads,
+        intermediate_size=text.mlp_width,
+        tie_word_embeddings=True,
+    )
+    return encoder, Llama(config)
+
+
+@contextlib.contextmanager
+def _parts(model: FoveatedVLM, recorder: Recorder) -> Iterator[None]:
+    """Lets the recorder know which part runs; calls of what `run.compile` compiles are groups. The packed kernel runs, as on a card."""
+
+    def named(part: str | None, *, compiled: bool = False, fused: bool = False) -> Callable[[Any], Any]:
+        def wrap(function: Any) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                with recorder.within(part, compiled=compiled, fused=fused):
+                    return function(*args, **kwargs)
+
+            return call
+
+        return wrap
+
+    with contextlib.ExitStack() as patches:
+
+        def wrap(target: Any, method: str, part: str | None, **kind: bool) -> None:
+            patches.enter_context(patch.object(target, method, named(part, **kind)(getattr(target, method))))
+
+        wrap(model, "encode", "encoder")
+        for layer in model.encoder.layers:
+            wrap(layer, "forward", "encoder", compiled=True)
+            wrap(layer, "query", "queries", compiled=True)
+        wrap(model, "read", "queries")
+        for layer in model.llm.model.layers:
+            wrap(layer, "forward", "llm", compiled=True)
+            wrap(layer.self_attn, "forward", "llm attention")
+            wrap(layer.mlp, "forward", "llm mlp")
+        for module in model.modules():
+            if isinstance(module, RMSNorm):
+                wrap(module, "forward", None, fused=True)
+        wrap(model, "contextualise", "llm")
+        wrap(model, "_cross_entropy", "loss")
+        wrap(model.cross_entropy, "forward", "loss", compiled=True)
+        patches.enter_context(patch.object(llama, "has_packed_kernel", lambda *_: True))
+        yield
+
+
+def _packed_flops(query: Tensor, batch: PackedBatch) -> float:
+    """Of causal attention [S, H, D]: half of every sample's square, in the samples' proportions where only prefixes run."""
+    tokens, heads, width = query.shape[0], query.shape[-2], query.shape[-1]
+    scale = tokens / sum(batch.lengths)
+    return sum(2.0 * heads * width * (length * scale) ** 2 for length in batch.lengths)
+
+
+def main() -> None:
+    options = arguments(
+        __doc__ or "",
+        sizes={"nargs": "+", "choices": list(SMOLLM2), "default": list(SMOLLM2)},
+        cards={"nargs": "+", "choices": list(BANDWIDTH_TB_S), "default": ["H100"]},
+        groups={"type": int, "default": GROUPS, "help": "four videos each, of 36 frames together, in a micro-batch"},
+        micro_batches={"type": int, "default": MICRO_BATCHES, "help": "of a step"},
+    )
+    found = []
+    for size in options.sizes:
+        traced = trace(model_settings(size), groups=options.groups)
+        found += [row for card in options.cards for row in rows(size, card, traced, micro_batches=options.micro_batches)]
+    if options.json:
+        for row in found:
+            print(json.dumps(asdict(row)), flush=True)
+        return
+    table = Table("model", "card", "kind", "part", "GFLOP", "GB", "launches", "ms", "bound", "MFU", "goal")
+    for row in found:
+        mfu, goal = ("" if row.mfu is None else f"{row.mfu:.1%}"), GOAL_MFU.get(row.size)
+        values = f"{row.gflop:,.0f}", f"{row.gbyte:,.1f}", f"{row.launches:,}", f"{row.ms:,.1f}", row.bound, mfu
+        table.add_row(
+            row.size, row.card, row.kind, row.part, *values, f"{goal:.0%}" if goal and mfu else "", end_section=row.part == "step"
+        )
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""The language model: Llama over packed sequences, with the weights and parameter names of transformers' `LlamaForCausalLM`.
+
+Its own modules, because what transformers runs around them (masks, caches, output capturing) is Python between every two kernels
+and stops the compiler: here a layer is one graph, attention and rotary embeddings included. Checkpoints are read and written
+by transformers (`from_transformers`, `to_transformers`).
+
+Llama 2: Touvron et al. 2023, https://arxiv.org/abs/2307.09288; rotary embeddings: Su et al. 2021, https://arxiv.org/abs/2104.09864.
+"""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from fvlm_core.model.attention import PackedLayout, Segments, attend, has_packed_kernel
+from fvlm_core.model.linear import Linear
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Ways to scale rotary frequencies that depend on the configuration alone; the others also depend on a sequence's length."""
+
+
+class Llama(nn.Module):
+    """Embeddings, layers and output layer; raises ValueError for a configuration that is none of Llama's, or scales positions otherwise."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        if config.hidden_act != "silu" or _rope(config)["rope_type"] not in ROPE_TYPES:
+            raise ValueError(f"only Llama with SiLU and rotary embeddings of type {', '.join(ROPE_TYPES)} is supported")
+        self.config = config
+        self.model = LlamaBody(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie()
+
+    @classmethod
+    def from_transformers(cls, theirs: LlamaForCausalLM) -> Self:
+        """Take over the weights, without a copy."""
+        with torch.device("meta"):
+            llama = cls(theirs.config)
+        llama.load_state_dict(theirs.state_dict(), assign=True)
+        llama.tie()
+        llama.model.rotary_emb.reset()
+        return llama
+
+    def to_transformers(self) -> LlamaForCausalLM:
+        """A copy of the weights as transformers' own model."""
+        theirs = LlamaForCausalLM(deepcopy(self.config))
+        nn.Module.to(theirs, self.lm_head.weight.dtype)
+        theirs.load_state_dict(self.state_dict())
+        return theirs
+
+    def tie(self) -> None:
+        """Make input and output embedding one parameter, where the configuration says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, embeddings: Tensor, position_ids: Tensor, layout: PackedLayout) -> Tensor:
+        """Last hidden states [S, D] of packed embeddings [S, D] at positions int64 [S]; new keys and values go to the layout's cache."""
+        return self.model(embeddings, position_ids, layout)
+
+
+class LlamaBody(nn.Module):
+    """All but the output layer."""
+
+    layers: Sequence["LlamaLayer"]
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        # no `padding_idx`: SmolLM2 names its end-of-turn token for padding, and torch gives a padding token's embedding no gradient
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(LlamaLayer(config, number) for number in range(config.num_hidden_layers))  # pyright: ignore[reportAttributeAccessIssue]
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+
+    def forward(self, x: Tensor, position_ids: Tensor, layout: PackedLayout) -> Tensor:
+        """As `Llama.forward`."""
+        cos, sin = self.rotary_emb(position_ids, x.dtype)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        packed = layout.cache is None and has_packed_kernel(x.device, dtype, cos.shape[-1])
+        segments = layout.segments(x.device) if packed else None
+        for layer in self.layers:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, layout, segments, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, layout, segments)
+        return self.norm(x)
+
+
+class LlamaLayer(nn.Module):
+    """Attention and MLP, each behind a norm."""
+
+    def __init__(self, config: LlamaConfig, number: int) -> None:
+        super().__init__()
+        self.self_attn = LlamaAttention(config, number)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout, segments: Segments | None) -> Tensor:
+        """Hidden states [S, D], one layer on; `cos` and `sin` [S, 1, head_dim]; `segments` where the packed kernel is to run."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout, segments)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LlamaAttention(nn.Module):
+    """Causal attention in which several query heads share a key and value head (Ainslie et al. 2023, https://arxiv.org/abs/2305.13245)."""
+
+    def __init__(self, config: LlamaConfig, number: int) -> None:
+        super().__init__()
+        self.number, self.head_dim = number, _head_dim(config)
+        width, bias = config.hidden_size, config.attention_bias
+        kv_heads = config.num_key_value_heads or config.num_attention_heads
+        self.q_proj = Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = Linear(width, kv_heads * self.head_dim, bias=bias)
+        self.v_proj = Linear(width, kv_heads * self.head_dim, bias=bias)
+        self.o_proj = Linear(config.num_attention_heads * self.head_dim, width, bias=bias)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout, segments: Segments | None) -> Tensor:
+        """[S, D] -> [S, D]."""
+        query, key, value = (part(x).unflatten(-1, (-1, self.head_dim)) for part in (self.q_proj, self.k_proj, self.v_proj))
+        # rotating in fp32 is exact enough for any position; attention then runs in the precision that was asked for
+        query, key = (_rotate(part, cos, sin).to(value.dtype) for part in (query, key))
+        return self.o_proj(attend(query, key, value, layout, segments, layer=self.number).flatten(1))
+
+
+class LlamaMLP(nn.Module):
+    """SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        width, hidden, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = Linear(width, hidden, bias=bias)
+        self.up_proj = Linear(width, hidden, bias=bias)
+        self.down_proj = Linear(hidden, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[S, D] -> [S, D]."""
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class RMSNorm(nn.Module):
+    """Division by the root mean square (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D], of the input's precision."""
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class RotaryEmbedding(nn.Module):
+    """Cosine and sine of every position's angles."""
+
+    inv_freq: Tensor
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config, self.scale = config, 1.0
+        self.register_buffer("inv_freq", torch.empty(_head_dim(config) // 2), persistent=False)
+        if not self.inv_freq.is_meta:
+            self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Compute the frequencies, which no file holds, from the configuration."""
+        kind, dim = _rope(self.config)["rope_type"], _head_dim(self.config)
+        with torch.device("cpu"):
+            if kind == "default":
+                frequencies = 1.0 / (_rope(self.config)["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+            else:
+                frequencies, self.scale = ROPE_INIT_FUNCTIONS[kind](self.config, device=torch.device("cpu"))
+        self.inv_freq = frequencies if self.inv_freq.is_meta else frequencies.to(self.inv_freq.device)
+
+    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Positions int64 [S] -> [S, 1, head_dim] twice, computed in fp32."""
+        angles = (position_ids[:, None].float() * self.inv_freq.float()).repeat(1, 2)[:, None]
+        return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn [S, heads, head_dim], whose halves are the two coordinates of every plane, by the angles of [S, 1, head_dim]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def _rope(config: LlamaConfig) -> dict[str, Any]:
+    return dict(config.rope_parameters or {})
+
+
+def _head_dim(config: LlamaConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
