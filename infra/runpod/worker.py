@@ -34,6 +34,7 @@ from prefect.states import Cancelled
 from prefect.workers.base import BaseJobConfiguration, BaseVariables, BaseWorker, BaseWorkerResult
 from pydantic import Field, SecretStr
 
+from infra.board import Board
 from infra.budget import Budget
 from infra.errors import InfraError, RefusedError
 from infra.runpod.account import Account, Place
@@ -234,6 +235,10 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
         tenancy = await self._tenancy(configuration)
         volume, budget = tenancy.volume, tenancy.budget.capped(configuration.budget_usd, configuration.budget_reserve_usd)
 
+        def warn(line: str) -> None:
+            log.warning(line)
+            tenancy.post(line)
+
         def rented() -> tuple[Pod, PodName]:
             budget.storage(volume.id, volume.usd_per_hour)
             return rent(
@@ -247,12 +252,14 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
                 phase=configuration.labels.get("prefect.io/flow-name", ""),
                 wait_s=configuration.capacity_wait_s,
                 say=log.info,
+                warn=warn,
                 environment=lambda deadline, machine: {"FVLM_POD_JOB": configuration.job(flow_run.id, volume, deadline, machine)},
             )
 
         pod, name = await anyio.to_thread.run_sync(rented)
         if task_status is not None:
             task_status.started(pod.id)
+        await anyio.to_thread.run_sync(tenancy.post, f"{flow_run.name} runs on pod {pod.id} for ${pod.cost:.2f}/h")
         return await self._stay(flow_run, configuration, tenancy, pod, name)
 
     async def kill_infrastructure(self, infrastructure_pid: str, configuration: RunPodConfiguration, grace_seconds: int = 30) -> None:
@@ -288,8 +295,10 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
         reason = f"{crashed}{f'; {outcome}' if outcome else ''}" if crashed else ""
         if not crashed:
             log.info("the pod %s has ended", pod.id)
+            await anyio.to_thread.run_sync(tenancy.post, f"{flow_run.name} has ended, and its pod {pod.id} with it")
             return RunPodResult(identifier=pod.id, status_code=0)
         log.error("the pod %s was lost: %s", pod.id, reason)
+        await anyio.to_thread.run_sync(tenancy.post, f"BLOCKER: {flow_run.name}: its pod {pod.id} was lost: {reason}")
         await self._propose_crashed_state(flow_run, f"pod {pod.id}: {reason}")
         return RunPodResult(identifier=pod.id, status_code=1)
 
@@ -363,7 +372,7 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
             volume = await anyio.to_thread.run_sync(account.volume)
             budget = Budget(account.store, cap_usd=configuration.budget_usd, reserve_usd=configuration.budget_reserve_usd)
             poller = Poller(account.client, configuration.poll_s, self._logger.warning)
-            self._tenancies.setdefault(place.identity, Tenancy(account, volume, budget, poller))
+            self._tenancies.setdefault(place.identity, Tenancy(account, volume, budget, poller, Board(account.store, "LOCAL")))
         return self._tenancies[place.identity]
 
 
@@ -375,6 +384,12 @@ class Tenancy:
     volume: Volume
     budget: Budget
     poller: "Poller"
+    board: Board
+
+    def post(self, text: str) -> None:
+        """Tell the volume's board; that it cannot be told stops nothing."""
+        with contextlib.suppress(InfraError, OSError):
+            self.board.post(text)
 
 
 FINAL = frozenset({StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED})
