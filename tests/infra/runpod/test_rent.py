@@ -185,7 +185,7 @@ def test_the_reaper_ends_what_is_over_time_or_unknown_and_nothing_else(
 
 def test_the_bill_replaces_the_ledgers_own_sum(rented, client: RunPod, emulator: Emulator, budget: Budget) -> None:
     emulator.cloud.faults.arm(Fault("billed_on"))
-    pod, name = rented(Wish("i", gpus=[H100], gpu_count=8, args=SLEEP, max_usd_per_hour=30))
+    pod, name = rented(Wish("i", gpus=[H100], gpu_count=8, args=SLEEP, max_usd_per_hour=30), max_runtime_s=600.0)
     client.terminate(pod.id)
     budget.ended(str(name))
     time.sleep(2)  # a cent is 1.5 s
