@@ -26,6 +26,7 @@ from typing import Any
 from uuid import UUID
 
 from prefect.client.schemas.objects import State
+from prefect.context import refresh_global_settings_context
 
 from benchmarks.report import Measurement, show
 from infra.budget import HOUR_S
@@ -35,7 +36,6 @@ from infra.runpod.emulator.server import Emulator
 from infra.runpod.naming import PodName, owner
 from infra.runpod.reaper import OVERTIME_S, reap
 from infra.stack import Stack
-from tests.conftest import known_to_clients
 from tests.infra.runpod.rig import Rig, working
 
 NAME = "runpod_faults"
@@ -90,7 +90,9 @@ def main() -> int:
         try:
             stack.start_server()
             stack.wait_for_server()
-            with Emulator(Path(folder) / "cloud", key="rpa_benchmark", delays=delays) as cloud, known_to_clients(stack):
+            os.environ.update(stack.client_environment())  # for all threads; `temporary_settings` is for one
+            refresh_global_settings_context()
+            with Emulator(Path(folder) / "cloud", key="rpa_benchmark", delays=delays) as cloud:
                 show(measured(Rig(stack, cloud, VARIABLES), kinds, options), as_json=options.json)
         finally:
             stack.stop()

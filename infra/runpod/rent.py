@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
 
-from infra.budget import Budget
+from infra.budget import HOUR_S, Budget, warnings_between
 from infra.errors import InfraError, RefusedError
 from infra.runpod.client import RunPod
 from infra.runpod.errors import InvalidRequestError, NoAccessError, NoCapacityError, UnavailableError
@@ -123,12 +123,13 @@ def rent(
     phase: str = "",
     wait_s: float = 0.0,
     say: Callable[[str], None] = lambda line: None,
+    warn: Callable[[str], None] = lambda line: None,
     environment: Callable[[float, Candidate], dict[str, str]] = lambda deadline, candidate: {},
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[Pod, PodName]:
     """A pod for a flow run, the first of the candidates that can be had; waits up to `wait_s` for one to become free.
 
-    `environment` gives the variables that depend on the deadline and on what is rented.
+    `environment` gives the variables that depend on the deadline and on what is rented. `warn` hears when a share of the cap is passed.
 
     Raises RefusedError, BudgetError, NothingFreeError (with all that was tried), PriceError, or a RunPodError that no other candidate would
     mend. Where it is not known whether there is a pod (UnavailableError), its reservation stands until the reaper has looked.
@@ -140,7 +141,7 @@ def rent(
         for machine in machines:
             deadline = budget.clock() + max_runtime_s
             name = PodName.new(volume.id, deadline, run)
-            budget.reserve(str(name), usd_per_hour=machine.usd_per_hour, until=deadline, phase=phase)
+            position = budget.reserve(str(name), usd_per_hour=machine.usd_per_hour, until=deadline, phase=phase)
             request = _request(wish, machine, str(name), volume, mount_path, environment(deadline, machine))
             try:
                 pod = client.create_pod(request)
@@ -162,6 +163,9 @@ def rent(
                     where=f"pod {pod.id}, which was ended",
                     fix="try again; if it stays so, raise max_usd_per_hour knowingly",
                 )
+            promised = position.committed - max_runtime_s / HOUR_S * machine.usd_per_hour
+            for line in warnings_between(promised, position.committed, budget.cap_usd):
+                warn(line)
             say(f"rented {machine} as pod {pod.id} for ${pod.cost:.2f}/h, until {_clock(deadline)} at the latest")
             return pod, name
         left = wait_s - (time.monotonic() - began)

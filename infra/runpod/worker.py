@@ -18,6 +18,7 @@ import time
 import zlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from importlib import resources
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -26,6 +27,13 @@ from uuid import UUID
 import anyio
 import anyio.abc
 import anyio.to_thread
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    WorkPoolFilter,
+    WorkPoolFilterName,
+)
 from prefect.client.schemas.objects import Flow, FlowRun, StateType, WorkPool
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.events.filters import EventFilter, EventNameFilter, EventResourceFilter
@@ -34,6 +42,7 @@ from prefect.states import Cancelled
 from prefect.workers.base import BaseJobConfiguration, BaseVariables, BaseWorker, BaseWorkerResult
 from pydantic import Field, SecretStr
 
+from infra.board import Board
 from infra.budget import Budget
 from infra.errors import InfraError, RefusedError
 from infra.runpod.account import Account, Place
@@ -51,6 +60,10 @@ DEFAULT_COMMAND = "{python} -m prefect.engine"
 """The flow's code is there already: `prefect flow-run execute`, Prefect's own default, would copy it first."""
 POLL_S = 15.0
 """Between two lists of all pods; RunPod allows 60 requests a minute."""
+RECOVER_S = 15.0
+"""Between two looks for runs that a worker before this one has left."""
+ALIVE = timedelta(seconds=90)
+"""Since a worker's last heartbeat, of which it sends one every 30 seconds; and what a run's submission may take to begin."""
 RUN_LOOK_S = 5.0
 """Between two looks at a flow run's state."""
 HEARTBEAT = "prefect.flow-run.heartbeat"
@@ -208,8 +221,12 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
         self._tenancies: dict[str, Tenancy] = {}
+        self._mine: set[UUID] = set()
+        self._recovery: asyncio.Task[None] | None = None
 
     async def __aexit__(self, *error: Any) -> None:
+        if self._recovery is not None:
+            self._recovery.cancel()
         try:
             await super().__aexit__(*error)
         finally:
@@ -219,8 +236,8 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
     async def _initialize_after_sync(self) -> None:
         first = not self._has_successfully_synced
         await super()._initialize_after_sync()
-        if first and self._has_successfully_synced and self._runs_task_group is not None:
-            self._runs_task_group.start_soon(self._adopt)
+        if first and self._has_successfully_synced and self._recovery is None:
+            self._recovery = asyncio.create_task(self._recover())
 
     async def run(
         self, flow_run: FlowRun, configuration: RunPodConfiguration, task_status: anyio.abc.TaskStatus[Any] | None = None
@@ -230,9 +247,14 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
         What is wrong with the settings, the budget or the keys is raised before anything is rented; the run is Crashed with that message.
         """
         log = self.get_flow_run_logger(flow_run)
+        self._mine.add(flow_run.id)
         _check_reachable(configuration)
         tenancy = await self._tenancy(configuration)
         volume, budget = tenancy.volume, tenancy.budget.capped(configuration.budget_usd, configuration.budget_reserve_usd)
+
+        def warn(line: str) -> None:
+            log.warning(line)
+            tenancy.post(line)
 
         def rented() -> tuple[Pod, PodName]:
             budget.storage(volume.id, volume.usd_per_hour)
@@ -247,12 +269,14 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
                 phase=configuration.labels.get("prefect.io/flow-name", ""),
                 wait_s=configuration.capacity_wait_s,
                 say=log.info,
+                warn=warn,
                 environment=lambda deadline, machine: {"FVLM_POD_JOB": configuration.job(flow_run.id, volume, deadline, machine)},
             )
 
         pod, name = await anyio.to_thread.run_sync(rented)
         if task_status is not None:
             task_status.started(pod.id)
+        await anyio.to_thread.run_sync(tenancy.post, f"{flow_run.name} runs on pod {pod.id} for ${pod.cost:.2f}/h")
         return await self._stay(flow_run, configuration, tenancy, pod, name)
 
     async def kill_infrastructure(self, infrastructure_pid: str, configuration: RunPodConfiguration, grace_seconds: int = 30) -> None:
@@ -288,8 +312,10 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
         reason = f"{crashed}{f'; {outcome}' if outcome else ''}" if crashed else ""
         if not crashed:
             log.info("the pod %s has ended", pod.id)
+            await anyio.to_thread.run_sync(tenancy.post, f"{flow_run.name} has ended, and its pod {pod.id} with it")
             return RunPodResult(identifier=pod.id, status_code=0)
         log.error("the pod %s was lost: %s", pod.id, reason)
+        await anyio.to_thread.run_sync(tenancy.post, f"BLOCKER: {flow_run.name}: its pod {pod.id} was lost: {reason}")
         await self._propose_crashed_state(flow_run, f"pod {pod.id}: {reason}")
         return RunPodResult(identifier=pod.id, status_code=1)
 
@@ -336,6 +362,27 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
         with contextlib.suppress(Exception):
             await self.client.set_flow_run_state(run, Cancelled(message="cancelled; its pod was ended"), force=True)
 
+    async def _recover(self) -> None:
+        """What a worker before this one has left: its pods, and runs that it had taken and not yet given a pod."""
+        await self._adopt()
+        while True:
+            await asyncio.sleep(RECOVER_S)
+            with contextlib.suppress(Exception):  # the server is away; there is a next time
+                await self._crash_forgotten()
+
+    async def _crash_forgotten(self) -> None:
+        """Mark runs Crashed that are pending, and that no living worker of the pool can have taken: nobody else ever would."""
+        now = datetime.now(UTC)
+        for worker in await self.client.read_workers_for_work_pool(self._work_pool_name):
+            if worker.name != self.name and worker.last_heartbeat_time and now - worker.last_heartbeat_time < ALIVE:
+                return
+        pending = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PENDING])))
+        pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[self._work_pool_name]))
+        for run in await self.client.read_flow_runs(flow_run_filter=pending, work_pool_filter=pool):
+            known = run.id in self._mine or run.id in self._submitting_flow_run_ids or run.infrastructure_pid is not None
+            if not known and run.state is not None and now - run.state.timestamp > ALIVE:
+                await self._propose_crashed_state(run, "the worker that had taken the run was lost before it had a pod")
+
     async def _adopt(self) -> None:
         """Go on with pods that a worker before this one rented for runs of this pool."""
         try:
@@ -353,6 +400,7 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
                 run = await self.client.read_flow_run(name.run)
                 if run.work_pool_name == self._work_pool_name and run.infrastructure_pid == pod.id and self._runs_task_group:
                     self._logger.info("goes on with the pod %s of the flow run %s", pod.id, run.name)
+                    self._mine.add(run.id)
                     self._runs_task_group.start_soon(self._stay, run, configuration, tenancy, pod, name)
 
     async def _tenancy(self, configuration: RunPodConfiguration) -> "Tenancy":
@@ -363,7 +411,7 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
             volume = await anyio.to_thread.run_sync(account.volume)
             budget = Budget(account.store, cap_usd=configuration.budget_usd, reserve_usd=configuration.budget_reserve_usd)
             poller = Poller(account.client, configuration.poll_s, self._logger.warning)
-            self._tenancies.setdefault(place.identity, Tenancy(account, volume, budget, poller))
+            self._tenancies.setdefault(place.identity, Tenancy(account, volume, budget, poller, Board(account.store, "LOCAL")))
         return self._tenancies[place.identity]
 
 
@@ -375,6 +423,12 @@ class Tenancy:
     volume: Volume
     budget: Budget
     poller: "Poller"
+    board: Board
+
+    def post(self, text: str) -> None:
+        """Tell the volume's board; that it cannot be told stops nothing."""
+        with contextlib.suppress(InfraError, OSError):
+            self.board.post(text)
 
 
 FINAL = frozenset({StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED})

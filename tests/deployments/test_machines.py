@@ -6,9 +6,11 @@ from uuid import uuid4
 
 import pytest
 import yaml
+from prefect.client.orchestration import get_client
 
-from deployments.checks import PROFILES
+from deployments.checks import PROFILES, load_profile
 from deployments.cli import app
+from flows.reap import reap
 from fvlm_core.errors import UserError
 from infra.budget import Budget
 from infra.errors import InfraError
@@ -18,6 +20,7 @@ from infra.runpod.emulator.s3 import S3Side
 from infra.runpod.emulator.server import Emulator
 from infra.runpod.models import CpuRequest, CreatePod, Mounts, NetworkMount
 from infra.runpod.naming import PodName
+from infra.stack import Stack
 from infra.store import FolderStore
 from tests.infra.runpod.conftest import KEY
 
@@ -91,6 +94,15 @@ def test_setting_up_working_and_taking_down(fvlm: Fvlm, cloud: Emulator, tmp_pat
         assert f"pod {pod.id}: ended" in fvlm("infra", "down")
         assert client.pods() == []
     assert not any(entry.running for entry in ledger.entries() if entry.kind == "pod")
+
+
+def test_the_scheduled_reaper_shows_where_the_money_is(fvlm: Fvlm, prefect_api: Stack, tmp_path: Path) -> None:
+    fvlm("infra", "setup")
+    reap(config=load_profile(str(tmp_path / "rented.yaml")))
+    with get_client(sync_client=True) as client:
+        found = {one.key: one for one in client.read_artifacts()}
+    assert "of $485.00 (cap $500.00 less a reserve of $15.00)" in (found["budget-table"].description or "")
+    assert str(found["budget-plot"].data).startswith("data:image/png;base64,")
 
 
 def test_what_is_wrong_is_said(fvlm: Fvlm, monkeypatch: pytest.MonkeyPatch) -> None:

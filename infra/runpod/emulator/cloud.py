@@ -291,10 +291,10 @@ class Cloud:
         pod.started = datetime.now(UTC)
         pod.container.disk_full = pod.struck_by("disk_full") is not None
         for fault in pod.faults:
-            threading.Thread(target=self._strike, args=(pod, fault), daemon=True).start()
+            threading.Thread(target=self.strike, args=(pod, fault), daemon=True).start()
         pod.container.run(self.delays.restart_s)
 
-    def _strike(self, pod: Pod, fault: Fault) -> None:
+    def strike(self, pod: Pod, fault: Fault) -> None:
         """Something goes wrong in a running pod."""
         if pod.over.wait(fault.after_s):
             return

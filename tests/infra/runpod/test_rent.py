@@ -185,10 +185,10 @@ def test_the_reaper_ends_what_is_over_time_or_unknown_and_nothing_else(
 
 def test_the_bill_replaces_the_ledgers_own_sum(rented, client: RunPod, emulator: Emulator, budget: Budget) -> None:
     emulator.cloud.faults.arm(Fault("billed_on"))
-    pod, name = rented(Wish("i", gpus=[H100], gpu_count=4, args=SLEEP, max_usd_per_hour=20))
+    pod, name = rented(Wish("i", gpus=[H100], gpu_count=8, args=SLEEP, max_usd_per_hour=30), max_runtime_s=600.0)
     client.terminate(pod.id)
     budget.ended(str(name))
-    time.sleep(4)
+    time.sleep(2)  # a cent is 1.5 s
     assert [line for line in reconcile(client, budget) if str(name) in line], "billed on after its end"
     true = sum(usd for _, _, usd in emulator.cloud.pod_bills())
     assert budget.position().spent == pytest.approx(true, abs=0.01)

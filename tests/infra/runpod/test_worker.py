@@ -50,7 +50,8 @@ def rig(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]
 def runs(rig: Rig) -> dict[str, FlowRun]:
     """All of them at once, as a worker has them."""
     fine = {"good": rig.submit("good"), "bad": rig.submit("bad", fail=True)}
-    lost = {name: rig.submit(name, fault=fault, pieces=1000) for name, (fault, _) in LOST.items()}
+    quick = {"hung": {"silent_s": 6.0}}  # before its first heartbeat
+    lost = {name: rig.submit(name, fault=fault, variables=quick.get(name), pieces=1000) for name, (fault, _) in LOST.items()}
     return fine | lost | {name: rig.submit(name, variables=wrong) for name, (wrong, _) in REFUSED.items()}
 
 
@@ -115,13 +116,16 @@ def test_a_killed_worker_is_followed_by_another_or_by_the_reaper_alone(rig: Rig)
     until(lambda: {rig.state(run.id).type for run in (adopted, left)} == {StateType.RUNNING}, "the runs to run")
     rig.kill_worker(signal.SIGKILL)
     (pod,), (reaped,) = pods_of(rig, adopted), pods_of(rig, left)
-    for one in (pod, reaped):
-        rig.emulator.cloud.pods[one.id].container.pause()
+    rig.emulator.cloud.pods[reaped.id].container.pause()
     name = PodName.parse(reaped.name)
     assert name is not None
     assert reap(rig.client, name.owner, now=name.deadline) == []
     gone = reap(rig.client, name.owner, over=lambda run: "unknown" if run == left.id else None, now=name.deadline + 60.0)
     assert [one.pod.id for one in gone] == [reaped.id]
     rig.start_worker()
-    assert rig.finish(adopted.id).is_crashed(), "the new worker hears nothing of it"
+    until(lambda: f"goes on with the pod {pod.id}" in rig.tail(), "the new worker to take it over")
+    rig.emulator.cloud.strike(rig.emulator.cloud.pods[pod.id], Fault("dies"))
+    state = rig.finish(adopted.id)
+    assert state.is_crashed()
+    assert "the pod is ERROR" in (state.message or "")
     rig.wait_for_no_pods()
