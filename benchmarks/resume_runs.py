@@ -94,6 +94,7 @@ def _peer(recipe: Recipe, data: Dataset, **arguments: Any) -> None:
             remove_unused_columns=False,
             disable_tqdm=True,
             logging_strategy="no",
+            accelerator_config={"dispatch_batches": False},  # a packed batch cannot be cut for other ranks, and there are none
             **arguments,
         ),
         train_dataset=data,

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable
+from copy import copy
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ class ShardSet:
 
     def __init__(self, folder: Path, staging: StagingSettings | None = None) -> None:
         """`staging`: where local copies of shards are kept. Raises UserError if the folder has no manifest or no readable index."""
-        self.folder, self.staging_settings = Path(folder), staging
+        self.folder = Path(folder)
         self.manifest = ShardManifest.read(self.folder)
         try:
             self._table = pq.read_table(self.folder / INDEX_FILE)
@@ -52,16 +53,24 @@ class ShardSet:
         )
         self.is_caption = pc.equal(self._table["task"], "caption").to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
         self._offsets, self._sizes = (self._table[name].combine_chunks() for name in ("frame_offsets", "frame_sizes"))
-        self.staging = staging and Staging(self.folder, self.manifest, staging)
-        self._open = lru_cache(maxsize=OPEN_SHARDS)(self._opened)
+        self._read_from(staging)
 
     def __reduce__(self) -> tuple:
         """Loader processes open the folder themselves."""
         return ShardSet, (self.folder, self.staging_settings)
 
     def staged(self, settings: StagingSettings | None) -> "ShardSet":
-        """The same shards, read as `settings` says."""
-        return self if settings == self.staging_settings else ShardSet(self.folder, settings)
+        """The same shards and the same tables, read as `settings` says."""
+        if settings == self.staging_settings:
+            return self
+        other = copy(self)
+        other._read_from(settings)
+        return other
+
+    def _read_from(self, staging: StagingSettings | None) -> None:
+        self.staging_settings = staging
+        self.staging = staging and Staging(self.folder, self.manifest, staging)
+        self._open = lru_cache(maxsize=OPEN_SHARDS)(self._opened)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
