@@ -1,5 +1,6 @@
 """A micro-batch that does not fit into memory is cut, and nothing but rounding changes; the profile of some steps."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def test_out_of_memory_halves_the_budget_and_goes_on(tmp_path: Path, shards: Pat
     assert refused
     budgets = [cut.run.micro_batch.frames, *(event.micro_batch.frames for event in manifest.out_of_memory)]
     assert len(budgets) == 1 + len(refused)
-    assert all(later == earlier // 2 for earlier, later in zip(budgets, budgets[1:], strict=False))
+    assert all(later == earlier // 2 for earlier, later in itertools.pairwise(budgets))
     same_losses(cut, whole)
     assert manifest.counts == expected.counts
 
