@@ -256,6 +256,15 @@ class MicroBatch(Settings):
     """Positions of the packed sequence, text and visual tokens."""
 
 
+class ProfileSettings(Settings):
+    """Steps that torch's profiler watches. They leave `profile/trace.json`, for https://ui.perfetto.dev, and `profile/table.txt`, the
+    operations by time."""
+
+    steps: Positive = 3
+    after: Annotated[int, Field(ge=0)] = 10
+    """Steps of this start that come before: compiling and warming up are over."""
+
+
 class RunSettings(Settings):
     """How the run goes: length, batch, evaluation, checkpoints, machine."""
 
@@ -287,6 +296,8 @@ class RunSettings(Settings):
     the weights are whole only during a step."""
     wandb: Literal["auto", "offline", "disabled"] = "auto"
     """auto: online where WANDB_API_KEY is set, else offline."""
+    profile: Annotated[ProfileSettings | None, EXECUTION] = None
+    """None: no step is profiled."""
 
     @property
     def compiled_parts(self) -> tuple[CompiledPart, ...]:

@@ -34,6 +34,10 @@ class Subject:
         """Whether the model looks anywhere: pooled patches are not queried."""
         return len(self.model.modes) > 1
 
+    def autocast(self) -> torch.autocast:
+        """Around the model's passes: bf16 on a GPU, as in training, which the packed attention kernel needs; fp32 on a CPU."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, without any template or control token."""
         return encode(self.tokenizer, text)
@@ -44,7 +48,8 @@ class Subject:
 
     def pack(self, samples: Sequence[Sample]) -> PackedBatch:
         """One packed batch on the model's device."""
-        return pack(samples, self.chat, tokens_per_frame=self.model.settings.tokens_per_frame).to(self.device)
+        batch = pack(samples, self.chat, tokens_per_frame=self.model.settings.tokens_per_frame)
+        return (batch.pin_memory() if self.device.type == "cuda" else batch).to(self.device)
 
     def batches(self, samples: Sequence[Sample]) -> Iterator[PackedBatch]:
         """All samples in order, `batch_samples` at a time."""
@@ -57,12 +62,15 @@ class Subject:
 
         The frames are encoded once for all modes.
         """
-        features = self.model.encode(batch.frames) if len(batch.shown_frames) else None
+        with self.autocast():
+            features = self.model.encode(batch.frames) if len(batch.shown_frames) else None
         samples = np.arange(batch.n_samples).repeat(batch.lengths)[batch.labelled]
         counts = np.bincount(samples, minlength=batch.n_samples)
         result: dict[Mode, np.ndarray] = {}
         for mode in modes:
-            losses = inference.token_losses(self.model, batch, mode, features=features).double().cpu().numpy()
+            with self.autocast():
+                hidden = inference.read_batch(self.model, batch, mode, features=features).hidden
+            losses = self.model.logits_losses(hidden, batch).double().cpu().numpy()  # logits in fp32
             result[mode] = np.stack([np.bincount(samples, weights=losses, minlength=batch.n_samples), counts], 1)
         return result
 
@@ -75,11 +83,12 @@ class Subject:
     def generate(self, samples: Sequence[Sample], mode: Mode, *, max_new_tokens: int) -> list[str]:
         """Greedy answers, as text, to samples whose last turn has none."""
         stop = self.chat.assistant_close[:1]
-        tokens = [
-            ids
-            for batch in self.batches(samples)
-            for ids in inference.generate(self.model, batch, mode, max_new_tokens=max_new_tokens, stop_ids=stop)
-        ]
+        with self.autocast():
+            tokens = [
+                ids
+                for batch in self.batches(samples)
+                for ids in inference.generate(self.model, batch, mode, max_new_tokens=max_new_tokens, stop_ids=stop)
+            ]
         return [self.decode(ids) for ids in tokens]
 
     @torch.inference_mode()
@@ -87,6 +96,8 @@ class Subject:
         """Per sample, where each shown frame is looked at: float64 [frames, rows, columns], each adding up to 1 (mean of the k queries)."""
         maps: list[np.ndarray] = []
         for batch in self.batches(samples):
-            weights = inference.gaze(self.model, batch, mode).double().mean(1).cpu().numpy()
+            with self.autocast():
+                weights = inference.gaze(self.model, batch, mode)
+            weights = weights.double().mean(1).cpu().numpy()
             maps.extend(np.split(weights, np.cumsum(batch.shown_counts)[:-1]))
         return maps

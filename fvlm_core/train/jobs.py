@@ -53,6 +53,15 @@ class Divergence(Settings):
     """What is frozen from then on: `vision`, then `llm_lower` (the lower half of the language model's layers)."""
 
 
+class OutOfMemory(Settings):
+    """One time that a micro-batch did not fit into the GPU's memory; smaller ones were computed from then on."""
+
+    step: int
+    """Optimizer steps done when it was noticed."""
+    micro_batch: MicroBatch
+    """The budget from then on, half of the one before."""
+
+
 class RunManifest(Manifest):
     """A finished training run."""
 
@@ -79,6 +88,7 @@ class RunManifest(Manifest):
     skipped_steps: int = 0
     """Steps without an update because the loss or a gradient was not finite."""
     divergences: list[Divergence] = Field(default_factory=list)
+    out_of_memory: list[OutOfMemory] = Field(default_factory=list)
 
 
 class Sweep(Settings):

@@ -31,16 +31,17 @@ from fvlm_core.train.cost import Cost
 from fvlm_core.train.display import Display
 from fvlm_core.train.distributed import World
 from fvlm_core.train.divergence import MARGIN_STEPS, frozen_parameters, next_freeze
-from fvlm_core.train.jobs import CHECKPOINTS_FOLDER, METRICS_FILE, Divergence, RunManifest
+from fvlm_core.train.jobs import CHECKPOINTS_FOLDER, METRICS_FILE, Divergence, OutOfMemory, RunManifest
 from fvlm_core.train.metrics import MetricsFile, Tracker, columns, peak_flops, peak_memory_gb
 from fvlm_core.train.objective import Objective, PreferenceLoss, TokenLoss
 from fvlm_core.train.optimizer import build_optimizer, clip_gradients, gradient_norms, optimizer_tensors, set_learning_rates
+from fvlm_core.train.profiling import Profiler
 from fvlm_core.train.reference import make_reference
 from fvlm_core.train.result import write_result
 from fvlm_core.train.schedules import learning_rates
 from fvlm_core.train.spread import spread
 from fvlm_core.train.start import compile_parts, initial_model, prepare
-from fvlm_core.train.state import Clock, RunState, StepResult, Window
+from fvlm_core.train.state import Clock, RunState, StepResult, Window, halved
 from fvlm_core.train.validation import score, validation_losses
 
 _NOTHING = (0.0,) * 6
@@ -69,6 +70,8 @@ class Trainer:
         self.display = Display(recipe.name, self.steps, speaks=world.rank == 0, live=world.size == 1)
         self.state, self.clock = RunState(), Clock()
         self.stop_requested = False
+        self.may_shrink = world.size == 1
+        """Whether a micro-batch that does not fit into memory is cut; not with several ranks, where the others would wait for this one."""
         self.batches: Iterator[list[PackedBatch]] = iter(())
 
     def _objective(self) -> Objective:
@@ -92,7 +95,7 @@ class Trainer:
 
         before = signal.signal(signal.SIGTERM, stop)
         try:
-            with self.display:
+            with self.display, Profiler(self.recipe.run.profile, self.recipe.output, self.world.device) as self.profiler:
                 self._train()
         finally:
             signal.signal(signal.SIGTERM, before)
@@ -119,6 +122,7 @@ class Trainer:
         progress = Progress(self.recipe.output, self.steps, first_step=self.state.step)
         while self.state.step < self.steps:
             loss, trouble = self.step()
+            self.profiler.step()
             step, last = self.state.step, self.state.step == self.steps
             if trouble is None and (last or step % self.run_settings.eval_every == 0):
                 trouble = self._evaluate()
@@ -147,8 +151,7 @@ class Trainer:
             self.damage.check()
             self.state.damaged = sorted(self.damage.samples)
         units, labels, samples, frames, tokens = (int(size) for size in sizes)
-        with self.spread.step():
-            sums = self._accumulate(micro_batches, units)
+        sums = self._gradients(micro_batches, units)
         norms = gradient_norms(self.optimizer)
         norm = torch.stack(list(norms.values())).norm()
         # one transfer from the device for everything that is logged or decided on
@@ -179,6 +182,30 @@ class Trainer:
         self.state.seconds += seconds
         self.clock.add(result, seconds=seconds, waited=waited)
         return result.loss, trouble
+
+    def _gradients(self, micro_batches: list[PackedBatch], units: int) -> Tensor:
+        """`_accumulate`; where a micro-batch does not fit into memory, of smaller ones with the same samples, from now on."""
+        while True:
+            try:
+                with self.spread.step():
+                    return self._accumulate(micro_batches, units)
+            except torch.OutOfMemoryError:
+                if not self.may_shrink:
+                    raise
+                smaller = halved(self.state.budget(self.recipe.run.micro_batch))
+                if smaller is None:
+                    raise
+            # outside of the handler: until it is left, the traceback keeps the forward's tensors
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.world.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.state.out_of_memory.append(OutOfMemory(step=self.state.step, micro_batch=smaller))
+            self._read_from(self.state.step)
+            self.display.say(
+                f"step {self.state.step + 1}: out of memory; micro-batches of {smaller.frames} frames and {smaller.tokens} tokens"
+            )
+            with torch.random.fork_rng(devices=[]):
+                micro_batches = next(self.batches)
 
     def _accumulate(self, micro_batches: list[PackedBatch], units: int) -> Tensor:
         """Forward and backward of this rank's micro-batches; `units`: labelled tokens or pairs of the global batch.
@@ -308,14 +335,18 @@ class Trainer:
         if self.world.rank == 0:
             self.metrics.truncate(state.step)
         self.damage = damage_count(self.shards, self.recipe.data, "train", state.damaged)
+        self._read_from(state.step)
+
+    def _read_from(self, step: int) -> None:
+        """Read the batches from a step on."""
         self.batches = train_steps(
             self.shards,
             self.recipe.data,
-            self.run_settings,
+            self.run_settings.with_changes({"micro_batch": self.state.budget(self.recipe.run.micro_batch).model_dump()}),
             tokens_per_frame=self.recipe.model.tokens_per_frame,
             rank=self.world.rank,
             world_size=self.world.size,
-            first_step=state.step,
+            first_step=step,
             damage=self.damage,
         )
 
@@ -338,6 +369,7 @@ class Trainer:
         else:
             state = RunState.model_validate(found.state)
         state.resumed_from = self.state.resumed_from
+        state.out_of_memory = self.state.out_of_memory
         state.divergences = [*self.state.divergences, Divergence(step=at, reason=reason, back_to=state.step, froze=froze)]
         self.go_to(found, state)
         self.display.say(f"diverged at step {at} ({reason}): back to step {state.step}, {froze} frozen")

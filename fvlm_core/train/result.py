@@ -60,4 +60,5 @@ def write_result(
         resumed_from=state.resumed_from,
         skipped_steps=state.skipped_steps,
         divergences=state.divergences,
+        out_of_memory=state.out_of_memory,
     ).write(recipe.output)

@@ -66,6 +66,7 @@ class Bench:
         if not recipe.run.threads:
             torch.set_num_threads(self.default_threads)
         trainer = Trainer(recipe, self.world, "speed", self.inputs, has_wandb_key=False)
+        trainer.may_shrink = False  # what does not fit is a result here
         trainer.go_to(None, trainer.state)
         for _ in range(self.job.warmup_steps):
             trainer.step()

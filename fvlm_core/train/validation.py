@@ -22,7 +22,7 @@ def score(losses: dict[str, float], best: BestSettings) -> float:
 @torch.no_grad()
 def validation_losses(model: FoveatedVLM, shards: ShardSet, recipe: Recipe, objective: Objective, world: World) -> dict[str, float]:
     """What the objective names (the passes' losses first), per unit. Raises UserError where the set has no units."""
-    sums, units = dict.fromkeys(objective.names, 0.0), 0
+    sums, units = torch.zeros(len(objective.names), dtype=torch.float64, device=world.device), 0
     damage = damage_count(shards, recipe.data.held_out, "val")
     batches = val_batches(
         shards,
@@ -36,12 +36,12 @@ def validation_losses(model: FoveatedVLM, shards: ShardSet, recipe: Recipe, obje
     )
     model.eval()
     for batch in batches:
-        parts = objective(model, batch.to(world.device)).parts
+        pinned = batch.pin_memory() if world.device.type == "cuda" else batch
+        parts = objective(model, pinned.to(world.device)).parts
         units += objective.units(batch)
-        for name in objective.names:
-            sums[name] += float(parts[name])
+        sums += torch.stack([parts[name].double() for name in objective.names])  # fetched once: the next batch is read meanwhile
     model.train()
-    *totals, count, damaged = world.sum([*sums.values(), units, len(damage.new)])
+    *totals, count, damaged = world.sum([*sums.tolist(), units, len(damage.new)])
     if damaged:
         damage.merge(world.union(damage.new))
         damage.check()

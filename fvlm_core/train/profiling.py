@@ -1,0 +1,47 @@
+"""A trace of some training steps, and a table of what takes the time in them."""
+
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from fvlm_core.config import ProfileSettings
+from fvlm_core.manifest import write_atomically
+
+FOLDER, TRACE_FILE, TABLE_FILE = "profile", "trace.json", "table.txt"
+TABLE_ROWS = 40
+
+
+class Profiler:
+    """Watches the steps that the settings name; without settings it does nothing."""
+
+    def __init__(self, settings: ProfileSettings | None, output: Path, device: torch.device) -> None:
+        """Writes into `output/profile` when the last watched step is over."""
+        self.folder, self.sort_by = output / FOLDER, "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        self.profile = None
+        if settings is not None:
+            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+            # one of the steps before is the profiler's own warm-up
+            warm_up = min(1, settings.after)
+            plan = schedule(wait=settings.after - warm_up, warmup=warm_up, active=settings.steps, repeat=1)
+            self.profile = profile(activities=activities, schedule=plan, on_trace_ready=self._write)
+
+    def __enter__(self) -> "Profiler":
+        if self.profile is not None:
+            self.profile.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self.profile is not None:
+            self.profile.stop()
+
+    def step(self) -> None:
+        """Call after every step."""
+        if self.profile is not None:
+            self.profile.step()
+
+    def _write(self, seen: profile) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        seen.export_chrome_trace(str(self.folder / TRACE_FILE))
+        table = seen.key_averages().table(sort_by=self.sort_by, row_limit=TABLE_ROWS)
+        write_atomically(self.folder / TABLE_FILE, (str(table) + "\n").encode())
