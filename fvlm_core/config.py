@@ -257,7 +257,8 @@ class MicroBatch(Settings):
 
 
 class ProfileSettings(Settings):
-    """Steps that torch's profiler watches: `profile/trace.json` for ui.perfetto.dev, and `profile/table.txt`, the operations by time."""
+    """Steps that torch's profiler watches. They leave `profile/trace.json`, for https://ui.perfetto.dev, and `profile/table.txt`, the
+    operations by time."""
 
     steps: Positive = 3
     after: Annotated[int, Field(ge=0)] = 10

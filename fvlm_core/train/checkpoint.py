@@ -14,6 +14,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from fvlm_core.train.distributed import World
 from fvlm_core.train.divergence import MARGIN_STEPS
 
 _TEMPORARY = ".making"
+HASHERS = 8
+"""Files of a checkpoint, one per rank, that are hashed at once."""
 FULL_BYTES = 1_000_000
 """Of free space, below which a checkpoint that could not be written has filled the disk."""
 
@@ -81,7 +84,7 @@ class Checkpoints:
                 shutil.rmtree(temporary)  # what cannot be finished must not go on filling the disk
             raise RuntimeError(f"the checkpoint of step {step} could not be written") from cause
         if self.world.rank == 0:
-            files = file_entries(temporary, ["*.distcp", ".metadata"])
+            files = _hashed(temporary)
             CheckpointManifest(
                 name="checkpoint",
                 settings_hash=self.identity,
@@ -192,6 +195,13 @@ class Checkpoints:
             return CheckpointManifest.read(self._path(step)).score
         except UserError:  # damaged: it is not the best
             return None
+
+
+def _hashed(folder: Path) -> list[FileEntry]:
+    """Entries of a new checkpoint's files; hashing, which lets go of the interpreter's lock, takes a thread per file."""
+    names = sorted(path.name for path in folder.iterdir())
+    with ThreadPoolExecutor(HASHERS) as pool:
+        return [entry for entries in pool.map(lambda name: file_entries(folder, [name]), names) for entry in entries]
 
 
 def rng_tensors(device: torch.device) -> dict[str, Tensor]:

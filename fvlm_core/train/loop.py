@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fvlm_core.config import MicroBatch, Recipe
+from fvlm_core.config import Recipe
 from fvlm_core.data.batch import PackedBatch
 from fvlm_core.data.loader import damage_count, train_steps
 from fvlm_core.data.shard_set import ShardSet
@@ -41,7 +41,7 @@ from fvlm_core.train.result import write_result
 from fvlm_core.train.schedules import learning_rates
 from fvlm_core.train.spread import spread
 from fvlm_core.train.start import compile_parts, initial_model, prepare
-from fvlm_core.train.state import Clock, RunState, StepResult, Window
+from fvlm_core.train.state import Clock, RunState, StepResult, Window, halved
 from fvlm_core.train.validation import score, validation_losses
 
 _NOTHING = (0.0,) * 6
@@ -192,7 +192,7 @@ class Trainer:
             except torch.OutOfMemoryError:
                 if not self.may_shrink:
                     raise
-                smaller = self._half_budget()
+                smaller = halved(self.state.budget(self.recipe.run.micro_batch))
                 if smaller is None:
                     raise
             # outside of the handler: until it is left, the traceback keeps the forward's tensors
@@ -206,19 +206,6 @@ class Trainer:
             )
             with torch.random.fork_rng(devices=[]):
                 micro_batches = next(self.batches)
-
-    def _half_budget(self) -> MicroBatch | None:
-        """Half of the present budget of a micro-batch; None where it is at its least."""
-        now = self._budget
-        if now.frames == now.tokens == 1:
-            return None
-        return MicroBatch(frames=max(1, now.frames // 2), tokens=max(1, now.tokens // 2))
-
-    @property
-    def _budget(self) -> MicroBatch:
-        """Of a micro-batch, after what did not fit."""
-        shrunk = self.state.out_of_memory
-        return shrunk[-1].micro_batch if shrunk else self.recipe.run.micro_batch
 
     def _accumulate(self, micro_batches: list[PackedBatch], units: int) -> Tensor:
         """Forward and backward of this rank's micro-batches; `units`: labelled tokens or pairs of the global batch.
@@ -355,7 +342,7 @@ class Trainer:
         self.batches = train_steps(
             self.shards,
             self.recipe.data,
-            self.run_settings.with_changes({"micro_batch": self._budget.model_dump()}),
+            self.run_settings.with_changes({"micro_batch": self.state.budget(self.recipe.run.micro_batch).model_dump()}),
             tokens_per_frame=self.recipe.model.tokens_per_frame,
             rank=self.world.rank,
             world_size=self.world.size,

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fvlm_core.config import MicroBatch
 from fvlm_core.train.divergence import Watch
 from fvlm_core.train.jobs import Divergence, OutOfMemory
 
@@ -68,10 +69,21 @@ class RunState(BaseModel):
     window: Window = Field(default_factory=Window)
     watch: Watch = Field(default_factory=Watch)
 
+    def budget(self, first: MicroBatch) -> MicroBatch:
+        """Of a micro-batch: `first`, or what is left of it after the times that one did not fit into memory."""
+        return self.out_of_memory[-1].micro_batch if self.out_of_memory else first
+
     @property
     def frozen(self) -> list[str]:
         """What divergences have frozen."""
         return [divergence.froze for divergence in self.divergences]
+
+
+def halved(budget: MicroBatch) -> MicroBatch | None:
+    """Half of a budget; None where it is at its least, a sample at a time."""
+    if budget.frames == budget.tokens == 1:
+        return None
+    return MicroBatch(frames=max(1, budget.frames // 2), tokens=max(1, budget.tokens // 2))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A micro-batch that does not fit into memory is cut, and nothing but rounding changes; the profile of some steps."""
 
-import itertools
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -30,7 +30,7 @@ def test_out_of_memory_halves_the_budget_and_goes_on(tmp_path: Path, shards: Pat
     assert refused
     budgets = [cut.run.micro_batch.frames, *(event.micro_batch.frames for event in manifest.out_of_memory)]
     assert len(budgets) == 1 + len(refused)
-    assert all(later == earlier // 2 for earlier, later in itertools.pairwise(budgets))
+    assert all(later == earlier // 2 for earlier, later in pairwise(budgets))
     same_losses(cut, whole)
     assert manifest.counts == expected.counts
 
