@@ -6,7 +6,6 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from fvlm_core.config import Recipe
 from fvlm_core.data.frames import FrameRule
 from fvlm_core.data.tokenizer import chat_format, load_tokenizer
 from fvlm_core.errors import UserError
@@ -15,7 +14,7 @@ from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
 from fvlm_core.eval.subject import Subject
 from fvlm_core.manifest import sha256_file
 from fvlm_core.model.build import SETTINGS_FILE, WEIGHTS_FILE, load_model
-from fvlm_core.settings import Settings
+from fvlm_core.settings import Settings, read_yaml
 from fvlm_core.train.jobs import MODEL_FOLDER, RECIPE_FILE
 
 IMAGE_REPEATS = 8
@@ -59,14 +58,15 @@ def open_checkpoint(
 def _ours(folder: Path, run: Path, device: torch.device, batch_samples: int, seed: int) -> FoveatedAnswerer:
     model = load_model(folder).eval().requires_grad_(False)
     tokenizer = load_tokenizer(folder)
-    recipe = Recipe.from_yaml(run / RECIPE_FILE) if (run / RECIPE_FILE).is_file() else None
+    # as it stands: a model can be asked whatever version of the code its recipe was written for
+    recipe = read_yaml(run / RECIPE_FILE) if (run / RECIPE_FILE).is_file() else {}
     subject = Subject(model.to(device), tokenizer, chat_format(tokenizer), device, batch_samples)
     return FoveatedAnswerer(
         subject,
-        name=recipe.name if recipe else run.name,
+        name=recipe.get("name", run.name),
         checkpoint=sha256_file(folder / WEIGHTS_FILE),
         rule=FrameRule(model.settings.vision.frame_px),
-        image_repeats=recipe.data.image_repeats if recipe else IMAGE_REPEATS,
+        image_repeats=recipe.get("data", {}).get("image_repeats", IMAGE_REPEATS),
         seed=seed,
     )
 

@@ -180,17 +180,22 @@ def test_order_table_counts_what_a_reader_would(subject: Subject, split: Validat
 
 
 def test_accuracy_is_one_when_the_model_says_the_answer(subject: Subject, split: ValidationSplit):
-    """The questions' answers replaced by what the model generates."""
+    """The questions' answers replaced by what the model generates in as many tokens as it is given."""
     questions = []
     for question in split.places(3):
         bare = without_answer(question.sample, question_first=True)
         (said,) = subject.generate([bare], "coarse_fine", max_new_tokens=8)
-        turns = [Turn(bare.turns[0].question_ids, subject.encode(said) * 2)]
+        turns = [Turn(bare.turns[0].question_ids, [0] * 7)]
         questions.append(replace(question, answer=said, sample=replace(question.sample, turns=turns), cells=[(0, 0)] * 3))
     assert all(question.answer for question in questions)
     first, after = order_results(subject, questions, ["coarse_fine"], Bootstrap(20, 0)).cells
     assert first.accuracy.value == 1
+    assert first.exact is not None
+    assert first.exact.value == 1
     assert after.accuracy.value < 1
+    longer = [replace(question, answer=question.answer[:3], cells=[(0, 0)] * 3) for question in questions]
+    said_more, _ = order_results(subject, longer, ["coarse_fine"], Bootstrap(20, 0)).cells
+    assert said_more.accuracy.value == 0, "an answer that goes on after the right one is another answer"
 
 
 def test_generation_leaves_out_the_end_of_the_turn(subject: Subject, split: ValidationSplit):

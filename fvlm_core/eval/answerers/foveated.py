@@ -20,6 +20,7 @@ from fvlm_core.eval.questions import question_sample
 from fvlm_core.eval.subject import Subject
 from fvlm_core.model import inference
 from fvlm_core.model.attention import PackedCache, PackedLayout
+from fvlm_core.model.decoding import branch
 from fvlm_core.model.encoder import FrameFeatures
 from fvlm_core.model.names import Mode
 
@@ -173,18 +174,3 @@ class OpenedMedia:
         ends = [start + before + len(one.turns[0].question_ids) for start, one in zip(blind.cu_seqlens.tolist(), samples, strict=False)]
         made = model.connector.next_queries(hidden[ends][:, None].expand(-1, model.settings.tokens_per_frame, -1))
         return made.repeat_interleave(torch.tensor(batch.shown_counts, device=made.device), 0)
-
-
-def branch(cache: PackedCache, rows: Sequence[int], room: Sequence[int]) -> PackedCache:
-    """A cache whose sample n holds what sample `rows[n]` of `cache` holds, with room for `room[n]` tokens more; `cache` stays as it is."""
-    lengths = [cache.lengths[row] for row in rows]
-    made = PackedCache([length + more for length, more in zip(lengths, room, strict=True)])
-    for layer, buffers in cache.layers.items():
-        keys, values = (part.new_zeros((made.starts[-1], *part.shape[1:])) for part in buffers)
-        for row, length, start in zip(rows, lengths, made.starts[:-1], strict=True):
-            source = slice(cache.starts[row], cache.starts[row] + length)
-            keys[start : start + length] = buffers[0][source]
-            values[start : start + length] = buffers[1][source]
-        made.layers[layer] = (keys, values)
-    made.lengths = lengths
-    return made

@@ -1,10 +1,12 @@
 """Greedy captions against the references, on the scales of the COCO tools, beside one constant caption for all clips."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fvlm_core.config import Positive
 from fvlm_core.eval.caption_metrics import bleu_from_sums, caption_stats, meteor, meteor_absence
 from fvlm_core.eval.estimates import Estimate, Metric
+from fvlm_core.eval.media import NO_MEDIA
 from fvlm_core.eval.part import Context, Count, Part, PartResult, require
 from fvlm_core.eval.stats import DECIMALS, Bootstrap
 from fvlm_core.markdown import escape
@@ -49,6 +51,8 @@ class CaptionResult(PartResult):
     """Of a few references, the one that scores best (CIDEr-D) when it is said about every clip."""
     constant: CaptionScores
     """Its scores: a model that does not beat them has learned what captions look like, not what is in a clip."""
+    blind: CaptionScores | None = None
+    """What the model says without frames."""
     captions: int
     examples: list[CaptionExample]
 
@@ -62,7 +66,7 @@ class CaptionResult(PartResult):
             Metric(
                 name=name,
                 values={mode: getattr(scores, field) for mode, scores in self.modes.items()},
-                baselines={"constant": getattr(self.constant, field)},
+                baselines={"constant": getattr(self.constant, field)} | ({"no frames": getattr(self.blind, field)} if self.blind else {}),
                 hub_type=hub_type,
             )
             for name, field, hub_type in (("CIDEr-D", "cider_d", "cider"), ("BLEU-4", "bleu_4", "bleu"))
@@ -70,12 +74,12 @@ class CaptionResult(PartResult):
 
     def tables(self) -> list[Table]:
         """All metrics, and what is said about some clips."""
-        columns = [*self.modes.values(), self.constant]
+        columns = [*self.modes.values(), self.constant, *([self.blind] if self.blind else [])]
         names = {"cider_d": "CIDEr-D", **{f"bleu_{n}": f"BLEU-{n}" for n in (1, 2, 3, 4)}, "rouge_l": "ROUGE-L", "meteor": "METEOR"}
         rows = [[name, *(number(getattr(scores, field)) for scores in columns)] for field, name in names.items()]
         examples = [[one.reference, *(one.generated.get(mode, "") for mode in self.modes)] for one in self.examples]
         note = f"{self.captions} captions. The constant caption is “{escape(self.constant_caption)}”."
-        head = ["metric", *self.modes, "constant caption"]
+        head = ["metric", *self.modes, "constant caption", *(["no frames (blind)"] if self.blind else [])]
         return [
             Table(title="Captions", head=head, rows=[row for row in rows if any(row[1:])], note=note),
             Table(title="Caption examples", head=["reference", *self.modes], rows=examples),
@@ -110,10 +114,13 @@ class Captions(Part):
             meteors = {mode: round(meteor(texts, references), DECIMALS) for mode, texts in generated.items()}
             scores = {mode: one.model_copy(update={"meteor": meteors[mode]}) for mode, one in scores.items()}
         constant_caption, constant = _constant(references, clips, bootstrap)
+        bare = [replace(sample, frames=NO_MEDIA.frames, media=[]) for sample in samples]
+        blind = context.subject.generate(bare, "coarse_only", max_new_tokens=self.max_new_tokens)
         return CaptionResult(
             modes=scores,
             constant_caption=constant_caption,
             constant=constant,
+            blind=_scores(blind, references, clips, bootstrap),
             captions=len(questions),
             examples=[
                 CaptionExample(

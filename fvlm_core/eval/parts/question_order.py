@@ -37,6 +37,8 @@ class OrderCell(Settings):
     order: Order
     mode: Mode
     accuracy: Estimate
+    exact: Estimate | None = None
+    """Share of the answers that are right as a whole: a longer one is wrong, whatever it begins with."""
     first_frame: Estimate
     later_frames: Estimate | None = None
     """None where clips have a single frame."""
@@ -92,6 +94,7 @@ class OrderResult(PartResult):
                 words(cell.order),
                 cell.mode,
                 number(cell.accuracy),
+                number(cell.exact),
                 number(cell.first_frame),
                 number(cell.later_frames),
                 number(cell.loss),
@@ -105,7 +108,7 @@ class OrderResult(PartResult):
         note += "frames no mode knows where to look."
         if self.gaze_chance is not None:
             note += f" Gaze on target: share of later frames whose attention peak is on the asked place; by chance {self.gaze_chance:.3f}."
-        head = ["order", "mode", "accuracy", "first frame", "later frames", "loss", "gaze on target", "clips"]
+        head = ["order", "mode", "accuracy", "exact answers", "first frame", "later frames", "loss", "gaze on target", "clips"]
         return [Table(title=self.title, head=head, rows=rows, note=note)]
 
 
@@ -159,10 +162,7 @@ def _cells_of(
     cells = []
     for mode in modes:
         answers = subject.generate(open_ended, mode, max_new_tokens=longest + 1)
-        right = [
-            np.array([given == wanted for given, wanted in zip(answer.ljust(len(question.answer)), question.answer, strict=False)])
-            for answer, question in zip(answers, questions, strict=True)
-        ]
+        right = [_characters(answer, question.answer) for answer, question in zip(answers, questions, strict=True)]
         hits = None
         if subject.gazes:
             maps = subject.gaze(open_ended, mode)
@@ -174,6 +174,7 @@ def _cells_of(
                 order=order,
                 mode=mode,
                 accuracy=_over_frames(right, clips, bootstrap),
+                exact=bootstrap.share([answer == question.answer for answer, question in zip(answers, questions, strict=True)], clips),
                 first_frame=everywhere[0],
                 later_frames=_over_frames([row[1:] for row in right], clips, bootstrap) if len(everywhere) > 1 else None,
                 by_frame=everywhere,
@@ -183,6 +184,13 @@ def _cells_of(
             )
         )
     return cells
+
+
+def _characters(answer: str, wanted: str) -> np.ndarray:
+    """Which characters are right, bool [len(wanted)]; none of an answer that goes on after them: 5285123 is not 528."""
+    if len(answer) > len(wanted):
+        return np.zeros(len(wanted), bool)
+    return np.array([given == character for given, character in zip(answer.ljust(len(wanted)), wanted, strict=True)])
 
 
 def _over_frames(rows: Sequence[np.ndarray], clips: Sequence[str], bootstrap: Bootstrap) -> Estimate:
