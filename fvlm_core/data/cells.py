@@ -9,8 +9,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-CACHE_BYTES, CURSORS = 512 << 20, 32
-"""Values of parquet files that are kept, and row groups that are read at a time."""
+CACHE_BYTES, CURSORS = 128 << 20, 32
+"""Values of parquet files that a process keeps, and row groups that it reads at a time."""
 BATCH_ROWS, BATCH_BYTES = 64, 8 << 20
 """Of a parquet file, read at once: whichever is less."""
 BUFFER_BYTES = 1 << 20

@@ -14,15 +14,18 @@ that was cut into parts is named by the parts that a member lies in, separated b
 several references, a line each; they are read as a tar of images. An address may end with `#t=START,END`: the seconds of the video that
 are meant (the temporal dimension of W3C Media Fragments 1.0).
 
-Needs nothing but pyarrow (and httpx for archives on the web), since video2dataset's environment imports it too.
+Needs nothing but pyarrow, since video2dataset's environment imports it too.
 """
 
+import http.client
 import io
 import os
 import re
 import struct
 import tarfile
 import time
+import urllib.error
+import urllib.request
 import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -201,7 +204,7 @@ class _WebPart:
         return _web_range(self._address, offset, size)[0] if size else b""
 
     def close(self) -> None:
-        """Connections are shared and stay open."""
+        """Nothing stays open."""
 
 
 @cache
@@ -210,28 +213,21 @@ def _web_size(address: str) -> int:
     return _web_range(address, 0, 1)[1]
 
 
-@cache
-def _client() -> Any:
-    import httpx  # video2dataset's environment has none, and opens no archives
-
-    return httpx.Client(follow_redirects=True, timeout=WEB_TIMEOUT_S)
-
-
 def _web_range(address: str, offset: int, size: int) -> tuple[bytes, int]:
     """Bytes of what an address answers with, and how many it has. Raises OSError."""
-    import httpx
-
+    asked = {"Range": f"bytes={offset}-{offset + size - 1}", "User-Agent": "fvlm"}
     for left in reversed(range(WEB_TRIES)):
         try:
-            answer = _client().get(address, headers={"Range": f"bytes={offset}-{offset + size - 1}", "Accept-Encoding": "identity"})
-            if answer.status_code == HTTPStatus.PARTIAL_CONTENT:
-                return answer.content, int(answer.headers["Content-Range"].rpartition("/")[2])
-            what = "it does not answer with parts of files (HTTP ranges)" if answer.is_success else f"HTTP {answer.status_code}"
-            if not left or answer.status_code < HTTPStatus.INTERNAL_SERVER_ERROR:
-                raise OSError(f"{address}: {what}")
-        except httpx.HTTPError as error:
+            with urllib.request.urlopen(urllib.request.Request(address, headers=asked), timeout=WEB_TIMEOUT_S) as answer:
+                if answer.status != HTTPStatus.PARTIAL_CONTENT:
+                    raise OSError(f"{address} does not answer with parts of files (HTTP ranges)")
+                return answer.read(), int(answer.headers["Content-Range"].rpartition("/")[2])
+        except urllib.error.HTTPError as error:
+            if not left or error.code < HTTPStatus.INTERNAL_SERVER_ERROR:
+                raise OSError(f"HTTP {error.code} {error.reason}: {address}") from error
+        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
             if not left:
-                raise OSError(f"{address}: {error}") from error
+                raise OSError(f"ConnectionError: {error}: {address}") from error
         time.sleep(WEB_PAUSE_S)
     raise AssertionError
 

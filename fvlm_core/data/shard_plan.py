@@ -15,6 +15,7 @@ from typing import NamedTuple, Self
 import pyarrow.parquet as pq
 
 from fvlm_core.data.jobs import BadClip
+from fvlm_core.data.media import without_window
 from fvlm_core.data.raw_shards import CONTENT, PLACES
 from fvlm_core.data.rows import Split
 from fvlm_core.data.shard_files import bucket_of, key_of
@@ -82,6 +83,7 @@ class Plan:
         # a plan that a kill has left incomplete is begun anew, so it is made without a journal
         for pragma in (*(("journal_mode=OFF", "synchronous=OFF") if new else ()), f"cache_size=-{CACHE_KB}", "temp_store=FILE"):
             self._db.execute(f"PRAGMA {pragma}")
+        self._db.create_function("video_of", 1, without_window, deterministic=True)  # scenes of one film are of one video
         self._db.create_function("key_of", 3, lambda source, origin, copy: key_of(source, numbered(origin, copy)), deterministic=True)
         self._ordinal = 0
         if new:
@@ -285,8 +287,8 @@ class Plan:
         leaks = "split = 'train' AND reason IS NULL AND content IN (SELECT content FROM sample WHERE split = 'val' AND reason IS NULL)"
         run(f"UPDATE sample SET reason = ? WHERE {leaks}", (LEAK,))
         run(
-            "UPDATE sample SET reason = ? WHERE split = 'train' AND reason IS NULL AND kind != 'text' AND (source, origin) IN "
-            "(SELECT source, origin FROM sample WHERE split = 'val' AND reason IS NULL AND kind != 'text')",
+            "UPDATE sample SET reason = ? WHERE split = 'train' AND reason IS NULL AND kind != 'text' AND (source, video_of(origin)) IN "
+            "(SELECT source, video_of(origin) FROM sample WHERE split = 'val' AND reason IS NULL AND kind != 'text')",
             (SAME_VIDEO,),
         )
         if left := run(f"SELECT COUNT(*) FROM sample WHERE {leaks}").fetchone()[0]:

@@ -323,6 +323,20 @@ def _wait(condition, *, limit_s=60):
         time.sleep(0.02)
 
 
+def test_scenes_of_one_film_are_of_one_split(tmp_path):
+    films = [f"data/train-0.parquet#row={film}" for film in range(12)]
+    rows = [
+        {"origin": f"{film}&t={scene},{scene + 1}", "grey": 20 * number + scene} for number, film in enumerate(films) for scene in range(3)
+    ]
+    manifest = make_shards(job(tmp_path, raw_download(tmp_path / "download", rows), val_share=0.2))
+    shards = ShardSet(tmp_path / "shards")
+    sides = [{shards.record(row)["origin"].split("&")[0] for row in shards.rows(split).index} for split in ("train", "val")]
+    assert sides[0]
+    assert sides[1]
+    assert not sides[0] & sides[1]
+    assert {clip.reason for clip in manifest.bad} == {"its video is in validation"}
+
+
 def test_one_video_with_two_captions_is_two_samples_of_one_split(tmp_path):
     rows = [{"origin": "a.mp4", "caption": caption} for caption in ("one", "two")] + [{} for _ in range(20)]
     make_shards(job(tmp_path, raw_download(tmp_path / "download", rows), val_share=0.5))

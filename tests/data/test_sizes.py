@@ -13,6 +13,7 @@ from fvlm_core.data.sources import ADAPTERS
 from fvlm_core.data.sources.sizes import missing_files, sources_table
 from tasks.mixtures import mixtures
 from tests.data.published import PUBLISHED
+from tests.tiny import PROFILE
 
 RUNPOD = load_profile("runpod")
 
@@ -74,6 +75,13 @@ def test_the_production_profile_is_planned_without_its_files(capsys: pytest.Capt
     assert "Plan in dollars" in shown
 
 
+def test_files_that_a_plan_needs_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert plan(profile=str(PROFILE), videos=tmp_path / "none.csv", volume=tmp_path / "volume") == 0
+    shown = capsys.readouterr().out
+    assert f"videos: {tmp_path / 'none.csv'}" in shown
+    assert "A table of one's own" in shown
+
+
 def test_the_production_profile_has_what_its_stages_read() -> None:
     known = {one.name: one.published.samples for one in RUNPOD.precompute.sources if one.published}
     assert 3.2e6 < sum(known.values()) < 3.4e6
@@ -87,7 +95,7 @@ def test_the_production_profile_has_what_its_stages_read() -> None:
 
 def test_the_third_stage_has_its_shares_in_every_thousand() -> None:
     parts = RUNPOD.stages.stage3.data.mixture
-    mixture = Mixture([part.source for part in parts], [part.share for part in parts], [10**5] * len(parts), seed=0)
+    mixture = Mixture([part.source for part in parts], [part.share for part in parts], [[10**5]] * len(parts), seed=0)
     counts = dict(zip(mixture.names, mixture.counts, strict=True))
     video = counts["llava_video"] + counts["vista"] + counts["finevideo"]
     assert (video, counts["cauldron"], counts["smoltalk"], counts["cauldron_multi"]) == (330, 345, 202, 123)
