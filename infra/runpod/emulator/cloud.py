@@ -182,8 +182,7 @@ class Cloud:
             self._end(pod)
             pod.container.stop()
         elif action == "restart":
-            for process in pod.container._family()[1:]:
-                process.kill()
+            pod.container.restart()
         else:
             raise RuleError(409, "this emulator starts no stopped pod: terminate it and create another one")
 
@@ -309,8 +308,7 @@ class Cloud:
         elif fault.kind == "deleted":
             self.terminate(pod)
         elif fault.kind == "restarts":
-            for process in pod.container._family()[1:]:
-                process.kill()
+            pod.container.restart()
 
     def _become(self, pod: Pod, status: Status) -> bool:
         """Change the state of a pod that is not over."""
