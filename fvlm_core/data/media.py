@@ -212,7 +212,7 @@ def _web_size(address: str) -> int:
 
 @cache
 def _client() -> Any:
-    import httpx  # video2dataset's environment has none, and opens no archives
+    import httpx  # half a second that only archives on the web need
 
     return httpx.Client(follow_redirects=True, timeout=WEB_TIMEOUT_S)
 
