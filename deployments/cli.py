@@ -16,7 +16,7 @@ from fvlm_core.errors import UserError
 from fvlm_core.exit_status import USER_ERROR
 from infra.api import problem_with
 from infra.errors import InfraError, RefusedError
-from infra.stack import Stack, StackError, StackRefusedError, require_access
+from infra.stack import REPOSITORY, Stack, StackError, StackRefusedError, require_access
 from infra.volume import known_volume_id
 
 app = App(
@@ -196,7 +196,10 @@ def recipe(
 
 @app.command
 def deploy(*, profile: Profile = "laptop", volume: Volume = DEFAULT_VOLUME) -> int:
-    """Register the work pools and every deployment of a profile on the server that PREFECT_API_URL names."""
+    """Register the work pools and every deployment of a profile on the server that PREFECT_API_URL names.
+
+    Where its machines are rented, this checkout is put on their volume and runs there: deploy again after a change of the code.
+    """
     url = os.environ.get("PREFECT_API_URL")
     if not url or (problem := problem_with(url)):
         what = f"{url!r} is no server's address: {problem}" if url else "no Prefect server is named"
@@ -209,8 +212,12 @@ def deploy(*, profile: Profile = "laptop", volume: Volume = DEFAULT_VOLUME) -> i
     import asyncio
 
     from deployments.register import ALL_FLOWS, register
+    from infra.runpod.code import upload_code
+    from tasks.rented import account_of
 
-    registered = asyncio.run(register(config, volume.absolute()))
+    rental = config.machine.rental
+    code = upload_code(REPOSITORY, account_of(rental).store) if rental else None
+    registered = asyncio.run(register(config, volume.absolute(), code=code))
     Console().print("\n".join(f"{name}/{registered.deployment}" for name in ALL_FLOWS), highlight=False)
     return 0
 

@@ -51,7 +51,7 @@ class Rental(Settings):
     days: Annotated[float, Field(gt=0)] = 30.0
     """How long the volume is kept, in the plan."""
     gpu_usd_per_hour: Usd = 3.28
-    """Of a GPU pod, in the plan; `fvlm plan` with RUNPOD_API_KEY asks the catalogue."""
+    """Of a GPU pod, in the plan."""
     gpu_count: Annotated[int, Field(ge=1)] = 2
     """GPUs of a GPU pod."""
     cpu_usd_per_hour: Usd = 0.96

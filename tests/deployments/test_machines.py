@@ -116,3 +116,18 @@ def test_what_is_wrong_is_said(fvlm: Fvlm, monkeypatch: pytest.MonkeyPatch) -> N
         fvlm("infra", "setup")
     with pytest.raises(UserError, match="the profile laptop rents no machines"):
         app(["infra", "budget", "--profile", "laptop"], exit_on_error=False, result_action="return_value")
+
+
+def test_a_deployment_on_rented_machines_runs_this_checkout(
+    fvlm: Fvlm, cloud: Emulator, prefect_api: Stack, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    known = prefect_api.client_environment()
+    for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING"):
+        monkeypatch.setenv(name, known[name])
+    fvlm("infra", "setup")
+    deployed = fvlm("deploy", "--volume", str(tmp_path / "volume")).split()
+    (name,) = [name for name in deployed if name.startswith("train/")]
+    with get_client(sync_client=True) as client:
+        code = client.read_deployment_by_name(name).job_variables["code"]
+    (volume,) = cloud.cloud.volumes.values()
+    assert (volume.folder / "code" / f"{code}.tar.gz").is_file()

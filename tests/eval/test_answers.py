@@ -111,7 +111,7 @@ def test_vqa_accuracy_by_the_number_that_agree():
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [  # output of the VQA evaluation's own normalisation (EvalAI's answer processor in lmms-eval 0.7.3)
+    [  # by the rules of the VQA evaluation (visualqa.org/evaluation.html), worked out by hand
         ("The Dog.", "dog"),
         ("two dogs", "2 dogs"),
         ("dont know", "don't know"),
