@@ -61,7 +61,7 @@ def test_a_good_table_passes(tmp_path: Path, name: str) -> None:
         ({"url": ["a.mp4", "b.mp4"], "caption": ["x", "y"]}, "2 of 2 videos are missing"),
         ({"url": ["http://127.0.0.1:9/a.mp4"], "caption": ["x"]}, "no video can be reached"),
         ({"url": ["HTTP://127.0.0.1:9/a.mp4"], "caption": ["x"]}, "no video can be reached"),
-        ({"url": ["a.mp4", "s3://bucket/b.mp4"], "caption": ["x", "y"]}, r"s3:// cannot be fetched: .*\(row 2\)"),
+        ({"url": ["a.mp4", "gs://bucket/b.mp4"], "caption": ["x", "y"]}, r"gs:// cannot be fetched: .*\(row 2\)"),
         ({"url": [__file__, __file__], "caption": ["x", "y"]}, "only one video"),
     ],
 )
