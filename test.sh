@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that must hold: lint, format, types and import rules first, then all tests (unit, integration, end to end).
-# Arguments go to pytest: ./test.sh tests/model, ./test.sh -m "not slow". Without any, what is not end to end is spread over the cores.
+# Arguments go to pytest: ./test.sh tests/model, ./test.sh -m "not slow". Without any, the tests are spread over three processes.
 # Needs what README.md ("What the machine needs") names, Debian's chromium for the browser test included. CONTRIBUTING.md: one test in seconds.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -14,5 +14,4 @@ pyright
 lint-imports
 .venv/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements-test-data.lock
 [ $# -gt 0 ] && exec python -m pytest "$@"
-python -m pytest -m "not e2e" --numprocesses auto --maxprocesses 4 --dist loadfile
-exec python -m pytest -m e2e --numprocesses 2 --dist loadgroup
+exec python -m pytest --numprocesses 3 --dist loadgroup # one more than small machines have cores: end-to-end tests wait a lot

@@ -22,6 +22,14 @@ settings.register_profile("local", deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "local"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of a file share what they prepare, so one process runs them; what takes longest starts first."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+    items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
+
+
 def plain_environment() -> dict[str, str]:
     """This process's, without what it knows of Prefect."""
     return {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
