@@ -52,7 +52,7 @@ def test_a_run_is_started_from_its_form_and_completes_with_its_artifacts(volume:
 
     # a typed form: names, descriptions, values, and what is allowed
     expect(page.get_by_text("The profile's name; appears in the names of runs.")).to_be_visible(timeout=SLOW_MS)
-    for label in ("Precompute", "Ablations", "Stage2", "Micro Batch Samples", "volume"):
+    for label in ("Precompute", "Ablations", "Stage2", "Micro Batch", "volume"):
         assert page.get_by_text(label).count(), label
     page.get_by_text("Run Name", exact=True).locator("xpath=following::input[1]").fill(RUN_NAME)
     page.screenshot(path=tmp_path / "2-form.png", full_page=True)
