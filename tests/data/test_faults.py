@@ -113,7 +113,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ShardManifes
 
 
 @needs_video2dataset
-@pytest.mark.parametrize("name", [*FILES, *(set(REASONS) - set(FILES))])
+@pytest.mark.parametrize("name", [*FILES, *sorted(set(REASONS) - set(FILES))])
 def test_a_clip_is_a_sample_or_left_out_with_its_reason(faulty: tuple[Path, ShardManifest], name: str) -> None:
     folder, manifest = faulty
     shards = ShardSet(folder)
