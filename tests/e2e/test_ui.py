@@ -39,7 +39,8 @@ def page() -> Iterator[Page]:
 
 def test_a_run_is_started_from_its_form_and_completes_with_its_artifacts(volume: Volume, page: Page, tmp_path: Path) -> None:
     address = volume.run("--keep-server").ui
-    shutil.rmtree(volume.step("release", "release"))  # so that the run has something to do
+    for phase, step in (("evaluate", "evaluation"), ("release", "release")):
+        shutil.rmtree(volume.step(phase, step))  # so that the run has something to do, and to show
 
     page.goto(f"{address}/open#{volume.password}")
     page.goto(f"{address}/deployments")
