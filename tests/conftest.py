@@ -2,6 +2,7 @@
 Prefect server for all tests."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -52,6 +53,16 @@ def prefect_api(stack: Stack) -> Iterator[Stack]:
     """The server, and Prefect's clients in this process know it."""
     with known_to_clients(stack):
         yield stack
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_servers() -> Iterator[None]:
+    """Prefect sends a process's events through a client of the server that the first of them went to: each file of tests starts anew."""
+    yield
+    if "prefect.events.worker" in sys.modules:
+        from prefect.events.worker import EventsWorker
+
+        EventsWorker.drain_all(timeout=5)
 
 
 @contextmanager
