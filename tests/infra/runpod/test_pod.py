@@ -16,7 +16,7 @@ from infra.runpod.emulator.faults import Fault
 from infra.runpod.emulator.server import Emulator
 from infra.runpod.models import CpuRequest, CreatePod, GpuRequest, Mounts, NetworkMount, Pod, Volume
 from infra.runpod.pod import CODE, ENVIRONMENTS, IDENTITY, OUTCOME, PODS
-from infra.runpod.worker import PROGRAM_VARIABLE, START
+from infra.runpod.pool import PROGRAM_VARIABLE, START
 from infra.stack import REPOSITORY
 from tests.infra.runpod.test_client import until
 

@@ -1,0 +1,97 @@
+"""Watches pods for the worker: one list of all of them for all runs, the logs of each, and an end for each."""
+
+import asyncio
+import contextlib
+import re
+import threading
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import anyio.to_thread
+
+from infra.budget import Budget
+from infra.runpod.account import Account
+from infra.runpod.client import RunPod
+from infra.runpod.errors import RunPodError
+from infra.runpod.models import Pod
+
+OF_PREFECT = re.compile(r"\d\d:\d\d:\d\d\.\d{3} \| \w+ +\| ")
+"""Lines that the run has sent to the server itself."""
+
+
+class Poller:
+    """One list of all pods for all who watch one; silent while nobody does."""
+
+    def __init__(self, client: RunPod, interval_s: float, warn: Callable[[str], None]) -> None:
+        self.client, self.interval_s, self.warn = client, interval_s, warn
+        self.watched: set[str] = set()
+        self._news = asyncio.Condition()
+        self._pods: dict[str, Pod] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    async def looks(self, pod: str) -> AsyncIterator[dict[str, Pod]]:
+        """All pods by id, again with every new list. While the API is away there is none, and nothing is concluded from that."""
+        self.watched.add(pod)
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._poll())
+        try:
+            while True:
+                async with self._news:
+                    await self._news.wait()
+                yield self._pods
+        finally:
+            self.watched.discard(pod)
+
+    def close(self) -> None:
+        """Look no more."""
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _poll(self) -> None:
+        while self.watched:
+            try:
+                self._pods = {pod.id: pod for pod in await anyio.to_thread.run_sync(self.client.pods)}
+            except RunPodError as error:
+                self.warn(f"RunPod does not answer; pods go on: {error.what}")
+            else:
+                async with self._news:
+                    self._news.notify_all()
+            await asyncio.sleep(self.interval_s)
+
+
+async def ended(account: Account, budget: Budget, pod: str, name: str, warn: Callable[[str], None]) -> None:
+    """End the pod, however long RunPod takes to hear of it, and write it down."""
+    delay_s = 1.0
+    while True:
+        try:
+            await anyio.to_thread.run_sync(account.client.terminate, pod)
+            break
+        except RunPodError as error:
+            warn(f"the pod {pod} could not be ended, tried again: {error.what}")
+            await asyncio.sleep(delay_s)
+            delay_s = min(60.0, delay_s * 2)
+    await anyio.to_thread.run_sync(budget.ended, name)
+
+
+@contextlib.contextmanager
+def reading_logs(client: RunPod, pod: str, say: Callable[[str], None]) -> Any:
+    """While in the block, give what the pod prints to `say`, but for what its run has logged itself."""
+    over = threading.Event()
+
+    def read() -> None:
+        last: str | None = None
+        while not over.is_set():
+            with contextlib.suppress(RunPodError):
+                for line in client.logs(pod, after=last, tail=1000):
+                    last = line.id
+                    if not OF_PREFECT.match(line.line):
+                        say(f"{line.source}: {line.line}" if line.source == "system" else line.line)
+                    if over.is_set():
+                        return
+            over.wait(3.0)
+
+    threading.Thread(target=read, name=f"log-{pod}", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()

@@ -1,0 +1,171 @@
+"""What can be set of a pool of the type `runpod`, and the pod that a flow run gets from it."""
+
+import base64
+import json
+import zlib
+from importlib import resources
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+from uuid import UUID
+
+from prefect.client.schemas.objects import Flow, FlowRun, WorkPool
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.workers.base import BaseJobConfiguration, BaseVariables
+from pydantic import Field, SecretStr
+
+from infra.errors import RefusedError
+from infra.runpod.account import Place
+from infra.runpod.client import API_URL
+from infra.runpod.models import MAX_VARIABLES, GpuRequest, Volume
+from infra.runpod.rent import Candidate, Wish
+
+PROGRAM_VARIABLE = "FVLM_POD_PROGRAM"
+START = f"""python3 -c 'import base64,os,zlib;exec(zlib.decompress(base64.b64decode(os.environ["{PROGRAM_VARIABLE}"])))'"""
+"""The container's command: the pod's program, which its environment holds."""
+DEFAULT_COMMAND = "{python} -m prefect.engine"
+"""The flow's code is there already: `prefect flow-run execute`, Prefect's own default, would copy it first."""
+POLL_S = 15.0
+"""Between two lists of all pods; RunPod allows 60 requests a minute."""
+LOCAL_HOSTS = ("localhost", "127.", "0.0.0.0", "[::1]", "10.", "192.168.")
+KEPT_OF_PREFECT = (
+    "PREFECT__",
+    "PREFECT_API_",
+    "PREFECT_CLIENT_",
+    "PREFECT_FLOWS_",
+    "PREFECT_LOGGING_",
+    "PREFECT_RESULTS_",
+    "PREFECT_TASKS_",
+)
+"""Of the worker's own settings: not its server's database, not its folders."""
+
+
+def _secret(description: str) -> Any:
+    return Field(default=None, description=description)
+
+
+class RunPodVariables(BaseVariables):
+    """What can be set of a pool, a deployment, or a single run."""
+
+    image: str = Field(default="runpod/pytorch:1.0.2-cu1281-torch280-ubuntu2404", description="Container image; a digest pins it.")
+    gpus: list[str] = Field(default_factory=list, description="GPUs in order of preference, by RunPod's ids; none for a CPU pod.")
+    gpu_count: Annotated[int, Field(ge=1)] = Field(default=1, description="GPUs on the pod.")
+    min_cuda: str | None = Field(default=None, description="Lowest CUDA version of the machine, e.g. 12.8.")
+    cpus: list[str] = Field(default_factory=list, description="CPU flavours in order of preference, for a pod without a GPU.")
+    vcpus: Annotated[int, Field(ge=2)] = Field(default=2, description="vCPUs of a CPU pod, a power of two.")
+    disk_gb: Annotated[int, Field(ge=1)] = Field(default=20, description="The container's own disk; wiped at every start.")
+    volume: str = Field(default="fvlm", description="Name or id of the network volume; `fvlm infra setup` makes it.")
+    mount_path: str = Field(default="/workspace", description="Where the volume is mounted.")
+    max_usd_per_hour: Annotated[float, Field(gt=0)] = Field(default=5.0, description="No pod above this price.")
+    max_runtime_h: Annotated[float, Field(gt=0)] = Field(default=24.0, description="Absolute: the pod is ended then, whatever it does.")
+    capacity_wait_s: Annotated[float, Field(ge=0)] = Field(default=1800.0, description="How long to wait for a free machine.")
+    start_timeout_s: Annotated[float, Field(gt=0)] = Field(default=1200.0, description="How long a pod may take to start.")
+    idle_gpu_s: Annotated[float, Field(gt=0)] | None = Field(default=3600.0, description="End a pod whose GPUs do nothing for so long.")
+    silent_s: Annotated[float, Field(gt=0)] | None = Field(default=1800.0, description="End a pod whose run gives no sign of life.")
+    budget_usd: Annotated[float, Field(gt=0)] = Field(default=500.0, description="Nothing starts that could pass this sum.")
+    budget_reserve_usd: Annotated[float, Field(ge=0)] = Field(default=15.0, description="Part of the budget that stays untouched.")
+    code: str | None = Field(default=None, description="Code on the volume, as `fvlm infra code` put it there; none: the image's.")
+    code_folder: str | None = Field(default=None, description="Where the code is in the image, where `code` is not given.")
+    python: str | None = Field(default=None, description="Interpreter in the image; none: an environment on the volume.")
+    lock: str = Field(default="requirements.lock", description="Lock file, in the code, that the environment on the volume is made of.")
+    registry: str | None = Field(default=None, description="Id of RunPod's credentials for a private image.")
+    free_volume_gb: Annotated[float, Field(ge=0)] = Field(default=5.0, description="Space on the volume below which no job starts.")
+    runpod_url: str = Field(default=API_URL, description="RunPod's API, or an emulator's.")
+    s3_url: str | None = Field(default=None, description="The volume's S3 side; none: RunPod's in the volume's data centre.")
+    volume_folder: str | None = Field(default=None, description="Where the volume is mounted at the worker; none: S3.")
+    poll_s: Annotated[float, Field(gt=0)] = Field(default=POLL_S, description="Between two looks at the pods.")
+    api_key: SecretStr | None = _secret("RunPod's key, as a Prefect block: {{ prefect.blocks.secret.NAME }}; none: RUNPOD_API_KEY.")
+    s3_access_key: str | None = Field(default=None, description="Of the volume's S3 side; none: RUNPOD_S3_ACCESS_KEY.")
+    s3_secret_key: SecretStr | None = _secret("Of the volume's S3 side, as a Prefect block; none: RUNPOD_S3_SECRET_KEY.")
+
+
+class RunPodConfiguration(BaseJobConfiguration, RunPodVariables):
+    """A flow run's pod."""
+
+    def prepare_for_flow_run(
+        self,
+        flow_run: FlowRun,
+        deployment: DeploymentResponse | None = None,
+        flow: Flow | None = None,
+        work_pool: WorkPool | None = None,
+        worker_name: str | None = None,
+        worker_id: UUID | None = None,
+    ) -> None:
+        """Fill in what depends on the flow run."""
+        own = set(self.env)
+        super().prepare_for_flow_run(flow_run, deployment, flow, work_pool, worker_name, worker_id=worker_id)
+        kept: dict[str, str | None] = {name: value for name, value in self.env.items() if value and (name in own or _for_pods(name))}
+        if len(kept) > MAX_VARIABLES - 3:
+            raise RefusedError(
+                f"{len(kept)} environment variables; a pod takes {MAX_VARIABLES - 3} beside its own",
+                where="env of the job variables",
+                fix="give fewer",
+            )
+        self.env = kept
+
+    @property
+    def place(self) -> Place:
+        """Where RunPod and the volume are, and the keys to them."""
+        return Place(
+            volume=self.volume,
+            runpod_url=self.runpod_url,
+            s3_url=self.s3_url,
+            folder=self.volume_folder,
+            key=self.api_key,
+            s3_access_key=self.s3_access_key,
+            s3_secret_key=self.s3_secret_key,
+        )
+
+    @property
+    def wish(self) -> Wish:
+        """The machine."""
+        program = resources.files("infra.runpod").joinpath("pod.py").read_bytes()
+        return Wish(
+            image=self.image,
+            gpus=self.gpus,
+            gpu_count=self.gpu_count,
+            cpus=self.cpus,
+            vcpus=self.vcpus,
+            disk_gb=self.disk_gb,
+            max_usd_per_hour=self.max_usd_per_hour,
+            min_cuda=self.min_cuda,
+            registry=self.registry,
+            args=START,
+            env={name: value for name, value in self.env.items() if value is not None}
+            | {PROGRAM_VARIABLE: base64.b64encode(zlib.compress(program, 9)).decode(), "FVLM_RUNPOD_URL": self.runpod_url},
+        )
+
+    def job(self, run: UUID, volume: Volume, deadline: float, machine: Candidate) -> str:
+        """What the pod's program is to do."""
+        command = DEFAULT_COMMAND if self.command in (None, self._base_flow_run_command()) else self.command or ""
+        return json.dumps(
+            {
+                "run": str(run),
+                "deadline": deadline,
+                "volume": volume.id,
+                "mount_path": self.mount_path,
+                "command": command.split(),
+                "code": self.code,
+                "code_folder": self.code_folder,
+                "python": self.python,
+                "lock": self.lock,
+                "gpu": {"id": machine.kind.id, "count": machine.kind.count} if isinstance(machine.kind, GpuRequest) else None,
+                "free_volume_gb": self.free_volume_gb,
+                "free_disk_gb": 0.5,
+            }
+        )
+
+    def check_reachable(self) -> None:
+        """A Prefect server on this machine cannot be reached from a pod elsewhere. Raises RefusedError."""
+        url = self.env.get("PREFECT_API_URL") or ""
+        local = (urlsplit(url).hostname or "").startswith(LOCAL_HOSTS)
+        if local and self.runpod_url == API_URL:
+            raise RefusedError(
+                f"the Prefect API at {url} cannot be reached from a pod",
+                where="PREFECT_API_URL of the worker",
+                fix="use a server that pods can reach: `fvlm infra up`, Prefect Cloud, or any public one",
+            )
+
+
+def _for_pods(name: str) -> bool:
+    """Whether a setting of the worker is meant for the run too."""
+    return not name.startswith("PREFECT_") or name.startswith(KEPT_OF_PREFECT)
