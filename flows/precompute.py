@@ -65,6 +65,7 @@ PRECOMPUTE = Phase(
     prepare=record_sources,
     outside=external_inputs,
     links={"shards": SHARDS},
+    helpers=lambda config: config.machine.precompute_workers - 1,
     schedule="0 3 * * *",
 )
 precompute = phase_flow(PRECOMPUTE, __name__)

@@ -172,6 +172,8 @@ class Machine(Settings):
     """`host:port` of the first node, where there are several."""
     parallel_jobs: Positive = 1
     """Ablation and grid runs at once; they share the ranks. More than 1 is for machines without a GPU."""
+    precompute_workers: Positive = 1
+    """Flow runs that share the download and the frames of precompute, each on a worker (or a rented machine) of the CPU pool."""
     verify: Verify = "sha256"
     """How finished steps are checked before they are trusted: by content, or by file sizes only."""
     on_code_change: OnCodeChange = "warn"

@@ -36,6 +36,10 @@ class How:
     """The GPUs, where several training jobs run at once and each gets its own."""
 
 
+class BusyError(RuntimeError):
+    """Another process is making the step."""
+
+
 class Reporter:
     """Where a step's life is reported; the base class reports nothing."""
 
@@ -45,21 +49,33 @@ class Reporter:
     def progress(self, step: str, report: ProgressReport) -> None:
         """The job of `step` has got this far."""
 
+    def ended(self, step: str, *, succeeded: bool) -> None:
+        """Nobody here works on `step` any more."""
+
 
 def make(
-    step: Step, volume: Path, *, how: How | None = None, stop: threading.Event | None = None, reporter: Reporter | None = None
+    step: Step,
+    volume: Path,
+    *,
+    how: How | None = None,
+    stop: threading.Event | None = None,
+    reporter: Reporter | None = None,
+    wait: bool = True,
 ) -> Made:
     """The step's result: found intact on the volume, or made by its job.
 
     Only one process makes a step at a time. A folder left half-done by a killed process is handed to the job as it is, to go on from; a
     finished one that was damaged is made again from nothing.
 
-    Raises UserError (the job refuses its input, the disk is full), infra.launch.JobError or JobStoppedError.
+    Raises UserError (the job refuses its input, the disk is full), infra.launch.JobError or JobStoppedError; without `wait` BusyError where
+    another process is making it.
     """
     how, reporter = how or How(), reporter or Reporter()
     folder = volume / step.folder
 
     def waiting() -> None:
+        if not wait:
+            raise BusyError(f"{step.name}: another process is making it")
         reporter.log(f"{step.name}: another process is making it; waiting for it to finish or end")
         if stop is not None and stop.wait(1.0):
             raise InterruptedError(f"{step.name} was cancelled while it waited for another process")

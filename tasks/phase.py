@@ -108,6 +108,8 @@ class Phase:
     """Digests of what it reads from outside the volume, by name."""
     links: Mapping[str, str] = field(default_factory=dict)
     """Names on the volume that lead to the newest result of a step."""
+    helpers: Callable[[PipelineConfig], int] = lambda config: 0
+    """More flow runs that make its steps, each on a worker of its own; for steps that need no others."""
     schedule: str | None = None
     """Cron line of its deployment's schedule, which is made paused."""
 

@@ -21,6 +21,7 @@ from infra.devices import Devices
 from infra.launch import JobStoppedError
 from tasks import artifacts
 from tasks.config import PipelineConfig
+from tasks.helpers import helped, share
 from tasks.make import How, Reporter, make
 from tasks.mixtures import check_shards
 from tasks.phase import Phase, PhaseManifest, Results, before_of, conclude, require
@@ -38,14 +39,18 @@ def phase_flow(phase: Phase, module: str) -> Flow[..., None]:
     """The phase's flow, to be a variable of `module` with the phase's name: that is where a worker looks for it."""
 
     # `changes` comes first: in the UI's form the whole profile is several screens long
-    def run(changes: dict[str, JsonValue] | None = None, *, config: PipelineConfig, volume: str) -> None:
+    def run(changes: dict[str, JsonValue] | None = None, *, config: PipelineConfig, volume: str, helper: int | None = None) -> None:
         """
         Args:
             changes: Settings to change in `config`, by dotted path: {"stages.stage2.run.steps": 10}.
             config: What every phase does.
             volume: Folder that holds all results (an absolute path).
+            helper: Set by a run of the phase that shares its steps with others: the number of the other one.
         """
-        run_phase(phase, changed(config, changes), volume)
+        if helper is None:
+            run_phase(phase, changed(config, changes), volume)
+        else:
+            help_phase(phase, config, volume, helper)
 
     run.__name__ = run.__qualname__ = phase.name
     run.__module__ = module
@@ -76,13 +81,43 @@ def run_phase(phase: Phase, config: PipelineConfig, volume: str) -> PhaseManifes
         check_shards(config, ShardManifest.read(root / done["precompute"].steps["shards"].folder))
     steps = phase.steps(config, before_of(phase, config, root, done))
     folder = phase.folder(config, root)
+    helpers = phase.helpers(config)
     with StepRunner(config, root, StatusBoard(phase.name, folder, len(steps)), phase.name) as runner:
-        for wave in in_waves(steps):
-            runner.make([step.bound(runner.made) for step in wave])
+        for number, wave in enumerate(in_waves(steps)):
+            bound = [step.bound(runner.made) for step in wave]
+            if number == 0 and helpers and any(step.find(root, verify).made is None for step in bound):
+                with helped(phase.name, config, volume, helpers):
+                    runner.share(bound, helpers + 1)
+                    runner.make(bound)
+            else:
+                runner.make(bound)
     manifest = conclude(phase, config, Results(root, runner.made), done, seconds=time.monotonic() - started)
     artifacts.publish(phase.name, config.name, manifest.shown, root)
     runner.board.finish()
     return manifest
+
+
+def help_phase(phase: Phase, config: PipelineConfig, volume: str, number: int) -> list[str]:
+    """Make steps of a phase that runs elsewhere, and return their names; steps that need others are left to that run."""
+    root, log = Path(volume), get_run_logger()
+    done = require(phase.ancestors, config, root, by=phase.name, verify="sizes")
+    steps = next(in_waves(phase.steps(config, before_of(phase, config, root, done))), [])
+    stop, machine = threading.Event(), config.machine
+    try:
+        made = share(
+            steps,
+            root,
+            how_of(config),
+            number=number,
+            of=phase.helpers(config) + 1,
+            at_once=machine.parallel_jobs,
+            stop=stop,
+            reporter=RunReporter(),
+        )
+    finally:
+        stop.set()
+    log.info("made %d of %d steps: %s", len(made), len(steps), ", ".join(made))
+    return made
 
 
 def worth_retrying(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
@@ -96,17 +131,34 @@ def result_storage(volume: Path) -> Path:
     return volume / RESULTS
 
 
-class RunReporter(Reporter):
-    """Reports a step to the flow run's log and the phase's status."""
+def how_of(config: PipelineConfig) -> How:
+    """How the profile wants steps to be made."""
+    machine = config.machine
+    return How(
+        verify=machine.verify,
+        on_code_change=machine.on_code_change,
+        min_free_bytes=int(machine.min_free_gb * GB),
+        stop_grace_s=machine.stop_grace_s,
+        devices=Devices(machine.ranks if machine.parallel_jobs > 1 else 0),
+    )
 
-    def __init__(self, board: StatusBoard) -> None:
-        self.board = board
+
+class RunReporter(Reporter):
+    """Reports steps to the run's log and, in the phase's own run, to its status."""
+
+    def __init__(self, board: StatusBoard | None = None) -> None:
+        self.board, self.logger = board, get_run_logger()
 
     def log(self, message: str) -> None:
-        get_run_logger().info(message)
+        self.logger.info(message)
 
-    def progress(self, step: str, report: ProgressReport) -> None:
-        self.board.running(step, report)
+    def progress(self, step: str, report: ProgressReport | None) -> None:
+        if self.board:
+            self.board.running(step, report)
+
+    def ended(self, step: str, *, succeeded: bool) -> None:
+        if self.board:
+            self.board.ended(step, succeeded=succeeded)
 
 
 @task(
@@ -121,29 +173,22 @@ class RunReporter(Reporter):
 )
 def make_step(step: Step, runner: "StepRunner", cache_key: str) -> Made:
     """The step's result, found on the volume or made by its job. Cached by `cache_key`."""
-    runner.board.running(step.name, None)
-    succeeded = False
+    reporter, succeeded = RunReporter(runner.board), False
+    reporter.progress(step.name, None)
     try:
-        made = make(step, runner.volume, how=runner.how, stop=runner.stop, reporter=RunReporter(runner.board))
+        made = make(step, runner.volume, how=runner.how, stop=runner.stop, reporter=reporter)
         succeeded = True
         return made
     finally:
-        runner.board.ended(step.name, succeeded=succeeded)
+        reporter.ended(step.name, succeeded=succeeded)
 
 
 class StepRunner:
     """Makes steps as tasks of the running flow; use as a context manager: no job outlives it."""
 
     def __init__(self, config: PipelineConfig, volume: Path, board: StatusBoard, phase: str) -> None:
-        machine = config.machine
         self.config, self.volume, self.board, self.phase = config, volume, board, phase
-        self.how = How(
-            verify=machine.verify,
-            on_code_change=machine.on_code_change,
-            min_free_bytes=int(machine.min_free_gb * GB),
-            stop_grace_s=machine.stop_grace_s,
-            devices=Devices(machine.ranks if machine.parallel_jobs > 1 else 0),
-        )
+        self.how = how_of(config)
         self.stop = threading.Event()
         self.made: dict[str, Made] = {}
 
@@ -167,6 +212,12 @@ class StepRunner:
             if found.made is None:
                 raise RuntimeError(f"{step.name}: {found.reason}")
             self.made[step.name] = found.made
+
+    def share(self, steps: Sequence[Step], runs: int) -> None:
+        """Make independent steps beside the other `runs`; what they are making, and what fails, is left for `make`."""
+        reporter = RunReporter(self.board)
+        at_once = self.config.machine.parallel_jobs
+        share(steps, self.volume, self.how, number=0, of=runs, at_once=at_once, stop=self.stop, reporter=reporter)
 
     def _submit(self, steps: Sequence[Step]) -> list[Step]:
         """Run the steps' tasks; returns the steps that had no intact result before."""

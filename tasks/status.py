@@ -65,6 +65,7 @@ class StatusBoard:
 
     def __init__(self, phase: str, folder: Path, total: int) -> None:
         self.folder, self.status, self.lock = folder, PhaseStatus(phase=phase, total=total), threading.Lock()
+        self.succeeded: set[str] = set()
         self.artifact = cast(UUID, create_progress_artifact(0.0, key=f"{phase}-progress", description=self.status.text()))
         self.sent = time.monotonic()
         write_atomically(folder / FILE_NAME, self.status.model_dump_json().encode())
@@ -77,7 +78,8 @@ class StatusBoard:
         """`step` runs no longer; `succeeded` if it has its result."""
 
         def change(status: PhaseStatus) -> dict[str, object]:
-            return {"running": {name: report for name, report in status.running.items() if name != step}, "done": status.done + succeeded}
+            self.succeeded |= {step} if succeeded else set()
+            return {"running": {name: report for name, report in status.running.items() if name != step}, "done": len(self.succeeded)}
 
         self._change(change)
 

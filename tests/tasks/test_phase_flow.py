@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from uuid import UUID
 
@@ -214,6 +215,31 @@ def test_a_retried_flow_run_makes_good_what_was_damaged_in_between(tmp_path: Pat
     assert (tmp_path / damaged.folder / "value.txt").read_text() == "3"
     assert len((tmp_path / f"{damaged.folder}.runs").read_text().splitlines()) == 2
     assert current(counted, TESTS, tmp_path, done={}) is not None
+
+
+def test_two_runs_share_the_steps_of_a_phase_and_make_each_once(tmp_path: Path) -> None:
+    steps = [counting(f"{number}-of-six", seconds=0.5) for number in range(6)]
+    shared = replace(phase_of(*steps), helpers=lambda config: 1)
+
+    @flow
+    def helps() -> list[str]:
+        return phase_flow.help_phase(shared, TESTS, str(tmp_path), 1)
+
+    @flow(name=shared.name)
+    def run() -> None:
+        phase_flow.run_phase(shared, TESTS, str(tmp_path))
+
+    with ThreadPoolExecutor(2) as pool:
+        helper, own = pool.submit(helps), pool.submit(run)
+        own.result()
+        made = helper.result()
+    assert made, "the helper has made some"
+    assert "3-of-six" in made, "it began in the middle of the list"
+    runs = {step.name: len((tmp_path / f"{step.folder}.runs").read_text().splitlines()) for step in steps}
+    assert set(runs.values()) == {1}, runs
+    manifest = current(shared, TESTS, tmp_path, done={})
+    assert manifest is not None
+    assert len(manifest.steps) == 7
 
 
 def test_steps_that_report_and_end_at_once_are_all_counted(tmp_path: Path) -> None:
