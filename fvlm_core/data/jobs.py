@@ -1,6 +1,6 @@
 """Settings and manifests of the data jobs: light to import, so flows and reports read them without video or tokenizer libraries."""
 
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -63,15 +63,19 @@ class Source(Settings):
     """What mixtures call it. Rows of a table that name a source of their own are of that one."""
     format: Annotated[str, AfterValidator(_known_format), Field(json_schema_extra={"enum": [*sorted(ADAPTERS)]})] = "user"
     """How its files are read: an adapter of `fvlm_core.data.sources`."""
-    files: Annotated[list[ProfilePath], Field(min_length=1)]
+    files: list[ProfilePath] = Field(default_factory=list)
     """Its files, in order; `*` and `?` stand for several, sorted. In a profile, relative to the profile's file."""
+    stored: list[StoreAddress] = Field(default_factory=list)
+    """More of its files, in an object store, e.g. `s3://bucket/folder/train-*.parquet`: copied to the volume once, and again when they
+    change. Credentials and AWS_ENDPOINT_URL from the environment."""
     media: ProfilePath | None = None
     """Folder that relative addresses of videos start from; by default each file's own."""
     archives: list[ProfilePath] = Field(default_factory=list)
     """Zip and tar files that hold the videos or images; `*` and `?` stand for several. Addresses are names of files in them. An archive
     that was cut into parts is named by all of them."""
-    web_archives: list[Annotated[str, Field(pattern=r"^https?://")]] = Field(default_factory=list)
-    """Addresses of zip files that hold more of them: only the files that are used are fetched out of them, by HTTP ranges."""
+    web_archives: list[Annotated[str, Field(pattern=r"^(https?|s3)://")]] = Field(default_factory=list)
+    """Addresses of zip files, on the web or in an object store, that hold more of them: only the files that are used are fetched out of
+    them, by ranges of bytes."""
     limit: Positive | None = None
     """Rows that are used at most, from the first; None is all."""
     every: Positive = 1
@@ -80,6 +84,12 @@ class Source(Settings):
     """Conditions that a row must meet, all of them."""
     val_share: Share | None = None
     """Share of validation samples among rows that do not say; None is `shards.val_share`."""
+
+    @model_validator(mode="after")
+    def _has_files(self) -> Self:
+        if not self.files and not self.stored:
+            raise ValueError(f"the source {self.name} has no files: give `files` or `stored`")
+        return self
 
     @property
     def kind(self) -> Kind:
@@ -90,7 +100,7 @@ class Source(Settings):
     def published(self) -> Published | None:
         """What its authors say of the size of what is used of it, before its filter; None where nobody does."""
         known = ADAPTERS[self.format].published
-        return known.share(self.files, every=self.every, limit=self.limit) if known else None
+        return known.share([*self.files, *map(PurePath, self.stored)], every=self.every, limit=self.limit) if known else None
 
 
 class GazeSource(Settings):

@@ -9,8 +9,8 @@ A reference is one line of text that says where bytes lie, so that a row of a ta
 | `zip:OFFSET+SIZE:/folder/part.zip` | a member of a zip by its local header; SIZE is that of its content in the zip |
 | `parquet:ROW:ITEM:COLUMN:/folder/train.parquet` | a column's value in a row (from 0); ITEM is its place in a list, else empty |
 
-An archive may lie on the web instead: its address stands for the file, and only the bytes that are meant are fetched (HTTP ranges). One
-that was cut into parts is named by the parts that a member lies in, separated by tabs. Several images of one sample are
+An archive may lie on the web or in an object store instead: its address stands for the file, and only the bytes that are meant are
+fetched. One that was cut into parts is named by the parts that a member lies in, separated by tabs. Several images of one sample are
 several references, a line each; they are read as a tar of images. An address may end with `#t=START,END`: the seconds of the video that
 are meant (the temporal dimension of W3C Media Fragments 1.0).
 
@@ -33,6 +33,8 @@ from functools import cache
 from http import HTTPStatus
 from typing import Any, BinaryIO
 
+from pyarrow.fs import FileSystem
+
 from fvlm_core.data.cells import Cells
 
 RANGE = re.compile(r"(bytes|zip):(\d+)\+(\d+):(.+)", re.DOTALL)
@@ -45,6 +47,7 @@ ZIP_HEADER = struct.Struct("<4s2xHH16xHH")
 ZIP_SIGNATURE, STORED, DEFLATED, ENCRYPTED = b"PK\x03\x04", 0, 8, 1
 BUFFER_BYTES = 1 << 20
 CUT_SHORT = "the archive ends within the file"
+STORE = "s3://"
 WEB_TIMEOUT_S, WEB_TRIES, WEB_PAUSE_S = 60.0, 3, 1.0
 """Of a request for a part of an archive on the web."""
 
@@ -69,8 +72,8 @@ def without_window(address: str) -> str:
 
 
 def is_web(place: str) -> bool:
-    """Whether an archive lies on the web."""
-    return place.startswith(("http://", "https://"))
+    """Whether an archive lies on the web, or in an object store."""
+    return place.startswith(("http://", "https://", STORE))
 
 
 def files_of(reference: str) -> list[str]:
@@ -137,7 +140,7 @@ class JoinedFiles(io.RawIOBase):
 
     def __init__(self, places: Sequence[str]) -> None:
         self._stack = ExitStack()
-        self._parts = [self._stack.enter_context(closing(_WebPart(place) if is_web(place) else _FilePart(place))) for place in places]
+        self._parts = [self._stack.enter_context(closing(_part(place))) for place in places]
         self.sizes = [part.size for part in self._parts]
         self._place, self._end = 0, sum(self.sizes)
 
@@ -184,6 +187,13 @@ def _read_cell(path: str, column: str, row: int, item: int | None) -> bytes:
 _CELLS = Cells()
 
 
+def _part(place: str) -> "_FilePart | _WebPart | _StorePart":
+    """A file, wherever it lies."""
+    if place.startswith(STORE):
+        return _StorePart(place)
+    return _WebPart(place) if is_web(place) else _FilePart(place)
+
+
 class _FilePart:
     def __init__(self, path: str) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -205,6 +215,21 @@ class _WebPart:
 
     def close(self) -> None:
         """Nothing stays open."""
+
+
+class _StorePart:
+    """An object of a store that speaks S3."""
+
+    def __init__(self, address: str) -> None:
+        store, path = FileSystem.from_uri(address)
+        self._file = store.open_input_file(path)
+        self.size = self._file.size()
+
+    def read(self, offset: int, size: int) -> bytes:
+        return self._file.read_at(size, offset)
+
+    def close(self) -> None:
+        self._file.close()
 
 
 @cache

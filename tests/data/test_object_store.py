@@ -1,5 +1,6 @@
 """Videos out of an object store and shards into one, through a real S3 server."""
 
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import webdataset
 
 from fvlm_core.data.clips import make_clips
 from fvlm_core.data.download import download
-from fvlm_core.data.jobs import ClipJob, DownloadJob, PublishJob, ShardManifest
+from fvlm_core.data.jobs import ClipJob, DownloadJob, PublishJob, ShardManifest, Source
+from fvlm_core.data.media import read_media
 from fvlm_core.data.publish import publish
+from fvlm_core.data.sources.record import PATH, SOURCES, read_rows, record, record_folder
+from fvlm_core.data.sources.stored import copies
 from fvlm_core.errors import UserError
 from tests.tiny import tiny_shards
 
@@ -81,3 +85,48 @@ def test_a_store_that_cannot_be_written(store: pyarrow.fs.FileSystem, tmp_path: 
     with pytest.raises(UserError, match="object store cannot be written"):
         publish(PublishJob(output=tmp_path / "publish", shards=shards, to="s3://nobody/shards"))
     assert not (tmp_path / "publish" / "manifest.json").exists()
+
+
+def test_tables_of_a_store_are_copied_once_and_again_when_they_change(store: pyarrow.fs.FileSystem, tmp_path: Path) -> None:
+    def put(name: str, *captions: str) -> None:
+        rows = pd.DataFrame({"url": [f"https://videos.test/{caption}.mp4" for caption in captions], "caption": captions})
+        rows.to_parquet(tmp_path / name)
+        pyarrow.fs.copy_files(str(tmp_path / name), f"fvlm/tables/{name}", destination_filesystem=store)
+
+    def rows_of() -> list[str]:
+        return [caption for batch in read_rows(record_folder(source, tmp_path), ["caption"]) for caption in batch.column(0).to_pylist()]
+
+    source = Source.model_validate({"name": "videos", "stored": ["s3://fvlm/tables/train-*.parquet"]})
+    with pytest.raises(UserError, match="no file is called so"):
+        record(source, tmp_path)
+    put("train-0.parquet", "one", "two")
+    put("train-1.parquet", "three")
+    put("other.parquet", "four")
+    assert record(source, tmp_path).rows == 3
+    assert rows_of() == ["one", "two", "three"]
+    before = {path: path.stat().st_ino for path in copies(source.stored, tmp_path / SOURCES)}
+    put("train-1.parquet", "five", "six")
+    assert record(source, tmp_path).rows == 4
+    assert rows_of() == ["one", "two", "five", "six"]
+    again = {path: path.stat().st_ino for path in copies(source.stored, tmp_path / SOURCES)}
+    assert [before[path] == again[path] for path in before] == [True, False], "what has not changed is not fetched again"
+    store.delete_file("fvlm/tables/train-0.parquet")
+    assert record(source, tmp_path).rows == 2
+
+
+def test_a_zip_archive_of_a_store_is_read_where_it_is(store: pyarrow.fs.FileSystem, tmp_path: Path) -> None:
+    contents = {"clips/one.mp4": b"1" * 5000, "clips/two.mp4": bytes(range(256)) * 50}
+    with zipfile.ZipFile(tmp_path / "clips.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in contents.items():
+            archive.writestr(name, content)
+    pyarrow.fs.copy_files(str(tmp_path / "clips.zip"), "fvlm/clips.zip", destination_filesystem=store)
+    (tmp_path / "videos.csv").write_text("url,caption\none.mp4,a\ntwo.mp4,b\n")
+    source = Source.model_validate({"name": "videos", "files": [tmp_path / "videos.csv"], "web_archives": ["s3://fvlm/clips.zip"]})
+    assert (record(source, tmp_path).local, record(source, tmp_path).missing) == (2, 0)
+    paths = [path for batch in read_rows(record_folder(source, tmp_path), [PATH]) for path in batch.column(0).to_pylist()]
+    assert [read_media(path) for path in paths] == list(contents.values())
+
+
+def test_a_source_has_files_of_some_kind() -> None:
+    with pytest.raises(ValueError, match="has no files: give `files` or `stored`"):
+        Source.model_validate({"name": "videos"})

@@ -3,7 +3,7 @@
 import csv
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pyarrow as pa
 import pyarrow.csv as pacsv
@@ -70,7 +70,7 @@ class Published:
         ]
         return sum(named) or self.samples
 
-    def share(self, files: Collection[Path], *, every: int, limit: int | None) -> "Published":
+    def share(self, files: Collection[PurePath], *, every: int, limit: int | None) -> "Published":
         """Of what is used of those files: every so many rows, up to a limit. Hours and bytes in proportion, bytes to the files only."""
         of_files = self.samples_of(files)
         used = -(-of_files // every)

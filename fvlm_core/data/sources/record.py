@@ -29,6 +29,7 @@ from fvlm_core.data.jobs import Source
 from fvlm_core.data.media import files_of, is_web
 from fvlm_core.data.rows import SCHEMA, Kind
 from fvlm_core.data.sources.reading import RowsDigest, read_source
+from fvlm_core.data.sources.stored import copies, fetch
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import sha256_file, write_atomically
 from fvlm_core.settings import Settings, hash_json
@@ -121,7 +122,8 @@ def record(source: Source, volume: Path) -> Record:
 
     Raises UserError for files that are missing or not of the source's format, and for rows that cannot be used; it names them.
     """
-    files = source_files(source)
+    fetch(source.stored, volume / SOURCES)
+    files = source_files(source, volume)
     folder = _folder(source, files, volume)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
@@ -139,7 +141,7 @@ def recorded(source: Source, volume: Path) -> Record:
 
 def record_folder(source: Source, volume: Path) -> Path:
     """Where the source's record is, or will be. Raises UserError for files that are missing."""
-    return _folder(source, source_files(source), volume)
+    return _folder(source, source_files(source, volume), volume)
 
 
 def read_rows(folder: Path, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
@@ -147,9 +149,12 @@ def read_rows(folder: Path, columns: Sequence[str] | None = None) -> Iterator[pa
     yield from pq.ParquetFile(folder / ROWS).iter_batches(columns=columns)
 
 
-def source_files(source: Source) -> list[Path]:
-    """The source's files, patterns resolved. Raises UserError for what is not there."""
-    return _resolved(source, source.files)
+def source_files(source: Source, volume: Path) -> list[Path]:
+    """The source's files, patterns resolved, and the copies of those in an object store. Raises UserError for what is not there."""
+    fetched = copies(source.stored, volume / SOURCES)
+    if source.stored and not fetched:
+        raise UserError("its files were not fetched yet", where=f"source {source.name}", fix="run precompute, or `fvlm data prepare`")
+    return [*_resolved(source, source.files), *fetched]
 
 
 def _resolved(source: Source, paths: Sequence[Path]) -> list[Path]:
@@ -166,7 +171,7 @@ def _resolved(source: Source, paths: Sequence[Path]) -> list[Path]:
 def _folder(source: Source, files: Sequence[Path], volume: Path) -> Path:
     stats = [(str(path.absolute()), path.stat()) for path in [*files, *_resolved(source, source.archives)]]
     identity = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-    settings = source.model_dump(mode="json", exclude={"files", "archives", "val_share"})
+    settings = source.model_dump(mode="json", exclude={"files", "stored", "archives", "val_share"})
     return volume / SOURCES / f"{source.name}-{hash_json([settings, identity, _code()])[:KEY_LENGTH]}"
 
 

@@ -37,7 +37,8 @@ def _row(source: Source) -> list[str]:
     numbers = ["", "", "", ""]
     if size and adapter.published:
         numbers = [_number(size.samples), _number(adapter.published.samples), _number(size.gigabytes), _number(size.hours)]
-    return [source.name, adapter.title, *numbers, adapter.licence, "not there" if missing_files(source) else "there"]
+    there = "not there" if missing_files(source) else "in a store" if source.stored else "there"
+    return [source.name, adapter.title, *numbers, adapter.licence, there]
 
 
 def _number(value: float | None) -> str:
