@@ -61,7 +61,7 @@ class Published:
     parts: dict[str, int] = field(default_factory=dict)
     """Samples of what can be had alone, by its folder's name, or by a part of its files' names that starts with `_`."""
 
-    def samples_of(self, files: Collection[Path]) -> int:
+    def samples_of(self, files: Collection[PurePath]) -> int:
         """Samples in files of such names; all where the names do not say."""
         named = [
             number
