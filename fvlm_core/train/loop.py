@@ -245,8 +245,10 @@ class Trainer:
 
     def _evaluate(self) -> str | None:
         """Validation losses and a row of `metrics.csv`. Returns why training has diverged, if it has."""
+        started = time.perf_counter()
         with self._autocast(), self.spread.evaluation():
             self.state.val_losses = validation_losses(self.model, self.shards, self.recipe, self.objective, self.world)
+        self.state.validation_s += time.perf_counter() - started
         final = self.state.val_losses[self.recipe.passes[-1]]
         if not math.isfinite(final):
             return f"validation loss {final}"
@@ -256,7 +258,10 @@ class Trainer:
             self.metrics.append(row)
             self.tracker.log(row)
         rate, train_loss = row["samples_per_s"], row["train_loss"]
-        self.display.say(f"step {self.state.step}/{self.steps}  train {train_loss:.4f}  val {final:.4f}  {rate:.1f} samples/s")
+        self.display.say(
+            f"step {self.state.step}/{self.steps}  train {train_loss:.4f}  val {final:.4f}  {rate:.1f} samples/s  "
+            f"validation {self.state.validation_share:.1%} of the time"
+        )
         self.state.window, self.clock = Window(), Clock()
         return None
 
