@@ -4,7 +4,6 @@
 A damaged sample is logged, counted and replaced by the next of its source, up to a limit (`fvlm_core.data.damage`).
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,18 +11,19 @@ from itertools import count, islice
 from math import ceil
 from multiprocessing import get_context
 from multiprocessing.context import BaseContext
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fvlm_core.config import DataSettings, MicroBatch, RunSettings
+from fvlm_core.data.ahead import ahead
 from fvlm_core.data.batch import PackedBatch
 from fvlm_core.data.buffers import FrameBuffers
 from fvlm_core.data.damage import Damage
 from fvlm_core.data.mixture import apportion
-from fvlm_core.data.plan import MixedSamples, Plan, source_rows
+from fvlm_core.data.plan import MixedSamples, Plan, Slot, source_rows
 from fvlm_core.data.reader import Read, Reader
 from fvlm_core.data.rows import Split
 from fvlm_core.data.shard_set import ShardSet
@@ -72,21 +72,7 @@ def train_steps(
     wanted = (
         _Item(step, micro, buffers.take()) for step in _steps(run, first_step) for micro in range(len(plan.micro_batches(step)[rank]))
     )
-    pinned = torch.cuda.is_available()
-    reads: Iterable[Read]
-    if data.workers:
-        reads = DataLoader(
-            items,
-            batch_size=None,
-            sampler=wanted,
-            num_workers=data.workers,
-            prefetch_factor=depth // data.workers,
-            multiprocessing_context=loader_processes(),
-            pin_memory=pinned,
-            collate_fn=_as_it_is,
-        )
-    else:
-        reads = _ahead((lambda item: items[item].pin_memory()) if pinned else items.__getitem__, wanted, depth)
+    reads = _reads(items, wanted, workers=data.workers, depth=depth)
     counted = _counted((read.placed(buffers) for read in reads), damage or items.reader.damage(), check=damage is None)
     with _StagedAhead(plan) as staged:
         for step in _steps(run, first_step):
@@ -113,7 +99,7 @@ def distinct_batches(
     slots = {mixed.content(slot): slot for slot in [*planned, *spare]}
     batches = mixed.in_order([slots[key] for key in sorted(slots)], run.micro_batch)
     numbers = [number for number in range(len(batches)) if wanted(number)]
-    reads = _ahead(lambda number: reader.pack(batches[number]), numbers, AHEAD_BATCHES)
+    reads = ahead(lambda number: reader.pack(batches[number]), numbers, AHEAD_BATCHES)
     for number, batch in zip(numbers, _counted(reads, reader.damage(), check=True), strict=True):
         assert batch is not None
         yield number, batch
@@ -148,7 +134,9 @@ def val_batches(
     batches = mixed.in_order(slots, budget) if budget else []
     if batch_samples:
         batches = [slots[start : start + batch_samples] for start in range(0, len(slots), batch_samples)]
-    reads = _ahead(reader.pack, batches[rank::world_size], AHEAD_BATCHES)
+    own = batches[rank::world_size]
+    workers = min(data.workers, len(own))
+    reads = _reads(_Lists(mixed, tokens_per_frame, own), range(len(own)), workers=workers, depth=AHEAD_BATCHES * max(1, workers))
     yield from (batch for batch in _counted(reads, damage or reader.damage(), check=damage is None) if batch is not None)
 
 
@@ -194,6 +182,30 @@ def _items(
     shards: ShardSet, data: DataSettings, run: RunSettings, tokens_per_frame: int, world_size: int, rank: int, buffers: torch.Tensor
 ) -> _Items:
     return _Items(Plan(shards, data, run, tokens_per_frame=tokens_per_frame, world_size=world_size), rank, buffers)
+
+
+class _Lists(Dataset[Read]):
+    """Batches of given samples, by number; loader processes get the samples with it."""
+
+    def __init__(self, mixed: MixedSamples, tokens_per_frame: int, batches: list[list[Slot]]) -> None:
+        self.mixed, self.tokens_per_frame, self.batches = mixed, tokens_per_frame, batches
+        self.reader = Reader(mixed, tokens_per_frame)
+
+    def __reduce__(self) -> tuple:
+        """The tables of a mixture are larger than what they are made of."""
+        mixed = self.mixed
+        return _lists, (mixed.shards, mixed.data, self.tokens_per_frame, self.batches)
+
+    def __getitem__(self, index: int) -> Read:
+        try:
+            return self.reader.pack(self.batches[index])
+        except UserError as error:
+            return Read(None, {}, (error.what, error.where, error.fix))
+
+
+def _lists(shards: ShardSet, data: DataSettings, tokens_per_frame: int, batches: list[list[Slot]]) -> _Lists:
+    mixed = MixedSamples(shards, data, "val", VAL_SEED, tokens_per_frame=tokens_per_frame)
+    return _Lists(mixed, tokens_per_frame, batches)
 
 
 class _StagedAhead:
@@ -251,21 +263,21 @@ def _counted(reads: Iterable[Read], damage: Damage, *, check: bool) -> Iterator[
         yield read.batch
 
 
-Wanted = TypeVar("Wanted")
-
-
-def _ahead(function: Callable[[Wanted], Item], wanted: Iterable[Wanted], depth: int) -> Iterator[Item]:
-    """Results of `function` in order, computed up to `depth` ahead by a thread."""
-    remaining = iter(wanted)
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as pool:
-        waiting = deque(pool.submit(function, one) for one in islice(remaining, depth))
-        try:
-            while waiting:
-                result = waiting.popleft().result()
-                waiting.extend(pool.submit(function, one) for one in islice(remaining, 1))
-                yield result
-        finally:
-            pool.shutdown(cancel_futures=True)
+def _reads(items: Dataset[Read], wanted: Iterable[Any], *, workers: int, depth: int) -> Iterable[Read]:
+    """Items in order, read up to `depth` ahead by loader processes, or without any by a thread; in page-locked memory for a GPU."""
+    pinned = torch.cuda.is_available()
+    if not workers:
+        return ahead((lambda item: items[item].pin_memory()) if pinned else items.__getitem__, wanted, depth)
+    return DataLoader(
+        items,
+        batch_size=None,
+        sampler=wanted,
+        num_workers=workers,
+        prefetch_factor=depth // workers,
+        multiprocessing_context=loader_processes(),
+        pin_memory=pinned,
+        collate_fn=_as_it_is,
+    )
 
 
 def loader_processes() -> BaseContext:

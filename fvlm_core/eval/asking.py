@@ -7,8 +7,11 @@ the number of ranks was, and shards do not depend on that number, so one rank or
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 
+from fvlm_core.data.ahead import ahead
 from fvlm_core.data.frames import ClipError
 from fvlm_core.errors import UserError
 from fvlm_core.eval.answerers.answerer import ORDERS, Answerer, Ask, Condition, Order
@@ -120,23 +123,23 @@ def collect(answerer: Answerer, loaded: Loaded, settings: AskSettings, folder: P
 def ask_shard(
     answerer: Answerer, benchmark: Benchmark, settings: AskSettings, conditions: Sequence[Condition], items: Sequence[Item]
 ) -> list[ItemRecord]:
-    """The records of some items; neighbours with the same media are opened once."""
+    """The records of some items; neighbours with the same media are opened once, and the next ones are decoded meanwhile."""
+    together = [list(some) for _, some in groupby(items, key=lambda item: item.media.key)]
     records: list[ItemRecord] = []
-    start = 0
-    while start < len(items):
-        stop = start + 1
-        key = items[start].media.key
-        while stop < len(items) and items[stop].media.key == key:
-            stop += 1
-        some = items[start:stop]
-        try:
-            media = some[0].media.load(answerer.rule, answerer.image_repeats)
-        except ClipError as error:
-            records += [_record(item, 0, error=str(error)) for item in some]
+    for some, media in zip(together, ahead(partial(_load, answerer), together, 1), strict=True):
+        if isinstance(media, ClipError):
+            records += [_record(item, 0, error=str(media)) for item in some]
         else:
             records += _ask(answerer, benchmark, settings, conditions, some, media)
-        start = stop
     return records
+
+
+def _load(answerer: Answerer, items: Sequence[Item]) -> Media | ClipError:
+    """The media of some items, or why they could not be decoded."""
+    try:
+        return items[0].media.load(answerer.rule, answerer.image_repeats)
+    except ClipError as error:
+        return error
 
 
 def shard_place(folder: Path, shard: Shard) -> Path:

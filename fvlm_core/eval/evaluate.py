@@ -56,7 +56,7 @@ def evaluate(job: EvalJob, ranks: Ranks = ALONE) -> EvalReport | None:
     context = Context(
         subject=subject,
         answerer=answerer,
-        split=ValidationSplit(shards, image_repeats=recipe.data.image_repeats, seed=job.seed),
+        split=ValidationSplit(shards, image_repeats=recipe.data.image_repeats, seed=job.seed, workers=recipe.data.workers),
         modes=[mode for mode in MODES if mode in (job.modes or subject.model.modes)],
         bootstrap=Bootstrap(job.resamples, job.seed),
         output=job.output,

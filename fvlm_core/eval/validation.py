@@ -44,9 +44,9 @@ class Row:
 class ValidationSplit:
     """The validation split of a set of shards."""
 
-    def __init__(self, shards: ShardSet, *, image_repeats: int, seed: int) -> None:
-        """Raises UserError if there is nothing to evaluate on."""
-        self.shards, self.image_repeats, self.seed = shards, image_repeats, seed
+    def __init__(self, shards: ShardSet, *, image_repeats: int, seed: int, workers: int = 0) -> None:
+        """`workers`: processes that read batches. Raises UserError if there is nothing to evaluate on."""
+        self.shards, self.image_repeats, self.seed, self.workers = shards, image_repeats, seed, workers
         table = shards.rows("val")
         columns = zip(table.index, table["source"], table["kind"], table["task"], table["key"], table["conversation"], strict=True)
         self.rows = [Row(int(number), source, kind, task, key, int(turn)) for number, source, kind, task, key, turn in columns]
@@ -61,6 +61,7 @@ class ValidationSplit:
             mixture=[SourceShare(source=source, share=1 / len(sources)) for source in sources],
             loss_on="answers",
             image_repeats=self.image_repeats,
+            workers=self.workers,
         )
         return val_batches(self.shards, n_samples, data, tokens_per_frame=tokens_per_frame, batch_samples=batch_samples)
 

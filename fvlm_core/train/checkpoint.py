@@ -2,8 +2,10 @@
 
 A checkpoint is a folder `step-00000100`: the tensors (`torch.distributed.checkpoint`, each rank writes its part) and, written
 last, a manifest with every file's sha256 and the run's small state. It is made under a temporary name and renamed, so a kill
-leaves the old ones or the new one, never a part. Kept are the best, the last two, and the newest that is old enough to go
-back to when training diverges: while an alarm is pending, that is the newest from before its first sign.
+leaves the old ones or the new one, never a part. Training waits only while the tensors are copied: threads write them, hash the
+files and write the manifest while it goes on, and a save that fails is an error at the next step. Kept are the best, the last
+two, and the newest that is old enough to go back to when training diverges: while an alarm is pending, that is the newest from
+before its first sign.
 """
 
 import errno
@@ -13,9 +15,7 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,11 @@ from pydantic import ConfigDict
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.tensor import DTensor
 
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import FILE_NAME as MANIFEST
@@ -35,10 +38,15 @@ from fvlm_core.train.distributed import World
 from fvlm_core.train.divergence import MARGIN_STEPS
 
 _TEMPORARY = ".making"
+FILE_BYTES, MOST_FILES = 500_000_000, 8
+"""A rank writes its part as files of about that size, at most so many, a thread each."""
 HASHERS = 8
-"""Files of a checkpoint, one per rank, that are hashed at once."""
+"""Files of a checkpoint that are hashed at once."""
 FULL_BYTES = 1_000_000
 """Of free space, below which a checkpoint that could not be written has filled the disk."""
+
+# torch remarks that a single process saves alone, which is what `no_dist` asks for; for good, because threads share the filters
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 class CheckpointManifest(Manifest):
@@ -57,51 +65,87 @@ class CheckpointManifest(Manifest):
 
 
 class Checkpoints:
-    """The checkpoints of one run. Every method is to be called by all ranks."""
+    """The checkpoints of one run. Every method but `failed` and `settle` is to be called by all ranks."""
 
     def __init__(self, folder: Path, world: World, identity: str) -> None:
         """`identity`: hash of the run's settings and inputs; checkpoints of others are ignored."""
         self.folder, self.world, self.identity = folder, world, identity
+        self.group = world.apart()
+        self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self.saving: Future[None] | None = None
+        """The save under way, on this rank."""
+        pinned = StagingOptions(use_shared_memory=False, use_async_staging=False)
+        self.stager = DefaultStager(pinned) if world.device.type == "cuda" else None
 
     def save(self, step: int, tensors: dict[str, Any], *, healthy_until: int, score: float | None, state: dict[str, Any]) -> None:
-        """Write the checkpoint of `step` (`tensors`: nested dicts of tensors), then delete those no longer kept.
+        """Begin to write the checkpoint of `step` (`tensors`: nested dicts of tensors); returns once they are copied.
 
-        `healthy_until`: the last step without a sign of divergence; before `step` while an alarm is pending.
+        When it is complete, those no longer kept are deleted. A save under way is waited for first. `healthy_until`: the last step without
+        a sign of divergence; before `step` while an alarm is pending. Raises RuntimeError where the save before has failed.
         """
-        temporary, final = self.folder / f"{_TEMPORARY}-{step:08d}", self._path(step)
+        self.wait()
+        flat = _flatten(tensors)
+        temporary = self.folder / f"{_TEMPORARY}-{step:08d}"
         if self.world.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         self.world.wait()
+        files = min(MOST_FILES, 1 + sum(_local_bytes(tensor) for tensor in flat.values()) // FILE_BYTES)
+        writing = async_save(
+            flat,
+            storage_writer=FileSystemWriter(temporary, thread_count=files),
+            process_group=self.group,
+            async_stager=self.stager,
+            no_dist=self.world.size == 1,
+        )
+        assert isinstance(writing, Future)
+        manifest = CheckpointManifest(
+            name="checkpoint", settings_hash=self.identity, step=step, ranks=self.world.size, score=score, state=state
+        )
+        self.saving = self.pool.submit(self._complete, writing, temporary, manifest, healthy_until)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the save under way on this rank has ended with an error, which `wait` will raise."""
+        return self.saving is not None and self.saving.done() and self.saving.exception() is not None
+
+    def wait(self) -> None:
+        """Until the save under way is complete. Raises RuntimeError, on every rank, where it has failed."""
+        if self.saving is None:
+            return
+        self.settle()
+        error, self.saving = self.saving.exception(), None
+        if sum(self.world.sum([error is not None])):
+            raise error or RuntimeError("a checkpoint could not be written on another rank")
+
+    def settle(self) -> None:
+        """Until the save under way on this rank has ended, in whatever way."""
+        if self.saving is not None:
+            wait([self.saving])
+
+    def _complete(self, writing: "Future[Metadata]", temporary: Path, manifest: CheckpointManifest, healthy_until: int) -> None:
+        """In a thread: when all ranks have written, give the checkpoint its manifest and its name."""
         try:
-            with _quiet():
-                save(_flatten(tensors), storage_writer=FileSystemWriter(temporary), no_dist=self.world.size == 1)
-        except CheckpointException as error:
-            cause = next(iter(error.failures.values()))[0]
+            metadata = writing.result()
+            if self.world.rank == 0:
+                _require_complete(metadata)
+                manifest.model_copy(update={"files": _hashed(temporary)}).write(temporary)
+                final = self._path(manifest.step)
+                shutil.rmtree(final, ignore_errors=True)
+                temporary.rename(final)
+                _sync_folder(self.folder)
+                self._prune(healthy_until)
+        except (Exception, CheckpointException) as error:  # the latter is none of the former
+            cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
             if shutil.disk_usage(self.folder).free < FULL_BYTES:  # torch says "unexpected pos"
                 cause = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
             if self.world.rank == 0:
-                shutil.rmtree(temporary)  # what cannot be finished must not go on filling the disk
-            raise RuntimeError(f"the checkpoint of step {step} could not be written") from cause
-        if self.world.rank == 0:
-            files = _hashed(temporary)
-            CheckpointManifest(
-                name="checkpoint",
-                settings_hash=self.identity,
-                files=files,
-                step=step,
-                ranks=self.world.size,
-                score=score,
-                state=state,
-            ).write(temporary)
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
-            _sync_folder(self.folder)
-            self._prune(healthy_until)
-        self.world.wait()
+                shutil.rmtree(temporary, ignore_errors=True)  # what cannot be finished must not go on filling the disk
+            raise RuntimeError(f"the checkpoint of step {manifest.step} could not be written") from cause
 
     def newest(self, *, up_to: int | None = None) -> CheckpointManifest | None:
         """The newest intact checkpoint (of at most step `up_to`), or None. A damaged one is reported and passed over."""
+        self.wait()
         found = None
         if self.world.rank == 0:
             steps = sorted((step for step in self._steps() if up_to is None or step <= up_to), reverse=True)
@@ -110,6 +154,7 @@ class Checkpoints:
 
     def best(self) -> CheckpointManifest | None:
         """The intact checkpoint with the lowest score, the earliest of equal ones, or None. Damaged ones are reported and deleted."""
+        self.wait()
         found = None
         if self.world.rank == 0:
             for _, step in sorted((score, step) for step, score in self._scores().items()):
@@ -121,6 +166,7 @@ class Checkpoints:
 
     def best_score(self) -> tuple[int, float]:
         """Step and score of the kept checkpoint with the lowest score, intact or not; step 0 and infinity where none has one."""
+        self.wait()
         scores = self._scores() if self.world.rank == 0 else {}
         score, step = min(((score, step) for step, score in scores.items()), default=(math.inf, 0))
         return self.world.share((step, score))
@@ -130,11 +176,11 @@ class Checkpoints:
         reader = FileSystemReader(self._path(step))
         held = reader.read_metadata().state_dict_metadata
         wanted = {name: tensor for name, tensor in _flatten(tensors).items() if name in held}
-        with _quiet():
-            load(wanted, storage_reader=reader, no_dist=self.world.size == 1)
+        load(wanted, storage_reader=reader, no_dist=self.world.size == 1)
 
     def drop_after(self, step: int) -> None:
         """Delete the checkpoints later than `step`."""
+        self.wait()
         if self.world.rank == 0:
             for later in self._steps():
                 if later > step:
@@ -234,12 +280,17 @@ def _flatten(tensors: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's remark that a single process saves alone, which is what `no_dist` asks for."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+def _local_bytes(tensor: Tensor) -> int:
+    """Of what this rank holds of it."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
+
+
+def _require_complete(metadata: Metadata) -> None:
+    """Raises RuntimeError where a part was not written: torch's writing threads do not pass their errors on."""
+    parts = sum(len(held.chunks) if isinstance(held, TensorStorageMetadata) else 1 for held in metadata.state_dict_metadata.values())
+    written = len(metadata.storage_data or {})
+    if written != parts:
+        raise RuntimeError(f"only {written} of {parts} parts were written")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -65,6 +65,10 @@ class World:
         dist.all_gather_object(sets, values)
         return set().union(*sets)
 
+    def apart(self) -> dist.ProcessGroup | None:
+        """The same ranks as a group of its own, over gloo: for a thread, whose exchanges must not mix with those of training."""
+        return dist.new_group(backend="gloo") if self.size > 1 else None
+
     def wait(self) -> None:
         """Until every rank is here."""
         if self.size > 1:

@@ -9,7 +9,9 @@ BASE_S = 30.0
 WRITE_BYTES_PER_S = 100e6
 """A checkpoint is written, and read back for its digests. Slow network disks are like that; a local one does twice as much."""
 UNKNOWN_S = 300.0
-"""Where nothing is known of the size: as long as for 27 GB, a checkpoint of 2 billion parameters."""
+"""Where nothing is known of the size: as long as for twice 13.5 GB, checkpoints of a billion parameters."""
+SAVES = 2
+"""The checkpoint that may be under way when the signal comes, and the last one."""
 CHECKPOINT_SHARE = 3.0
 """A checkpoint's size as a multiple of its weights': AdamW keeps two more numbers per parameter."""
 
@@ -19,7 +21,7 @@ def stop_grace_s(output: Path, init_from: Path | None = None) -> float:
     size = _bytes(max((output / CHECKPOINTS_FOLDER).glob("step-*"), default=None))
     if not size and init_from is not None:
         size = CHECKPOINT_SHARE * _bytes(init_from / MODEL_FOLDER)
-    return BASE_S + size / WRITE_BYTES_PER_S if size else UNKNOWN_S
+    return BASE_S + SAVES * size / WRITE_BYTES_PER_S if size else UNKNOWN_S
 
 
 def _bytes(folder: Path | None) -> float:

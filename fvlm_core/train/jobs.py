@@ -83,6 +83,8 @@ class RunManifest(Manifest):
     flops: float
     """Of all training steps, from the configuration."""
     params: int
+    validation_share: float = 0.0
+    """Of the time in training steps and validation, what validation took."""
     resumed_from: list[int] = Field(default_factory=list)
     """The steps of the checkpoints that the run was continued from."""
     skipped_steps: int = 0

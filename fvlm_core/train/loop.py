@@ -99,6 +99,7 @@ class Trainer:
                 self._train()
         finally:
             signal.signal(signal.SIGTERM, before)
+            self.checkpoints.settle()  # nothing writes into the folder any more when its lock is given back
         manifest = None
         of_model = self._choose_weights()
         weights = self.spread.weights()
@@ -133,6 +134,7 @@ class Trainer:
             if self.world.rank == 0:
                 progress.update(self.state.step, loss=loss if math.isfinite(loss) else None)
                 self.display.update(self.state.step, loss=loss, lr=max(group["lr"] for group in self.optimizer.param_groups))
+        self.checkpoints.wait()
 
     # a step
 
@@ -143,7 +145,9 @@ class Trainer:
             micro_batches = next(self.batches)
         waited = time.perf_counter() - started
         own = [sum(sizes) for sizes in zip(_NOTHING, *(self._sizes(batch) for batch in micro_batches), strict=True)]
-        *sizes, flops, damaged, stops = self.world.sum([*own, len(self.damage.new), self.stop_requested])
+        *sizes, flops, damaged, stops, failed = self.world.sum([*own, len(self.damage.new), self.stop_requested, self.checkpoints.failed])
+        if failed:
+            self.checkpoints.wait()
         if stops:
             self._stop()
         if damaged:
@@ -241,8 +245,10 @@ class Trainer:
 
     def _evaluate(self) -> str | None:
         """Validation losses and a row of `metrics.csv`. Returns why training has diverged, if it has."""
+        started = time.perf_counter()
         with self._autocast(), self.spread.evaluation():
             self.state.val_losses = validation_losses(self.model, self.shards, self.recipe, self.objective, self.world)
+        self.state.validation_s += time.perf_counter() - started
         final = self.state.val_losses[self.recipe.passes[-1]]
         if not math.isfinite(final):
             return f"validation loss {final}"
@@ -252,7 +258,10 @@ class Trainer:
             self.metrics.append(row)
             self.tracker.log(row)
         rate, train_loss = row["samples_per_s"], row["train_loss"]
-        self.display.say(f"step {self.state.step}/{self.steps}  train {train_loss:.4f}  val {final:.4f}  {rate:.1f} samples/s")
+        self.display.say(
+            f"step {self.state.step}/{self.steps}  train {train_loss:.4f}  val {final:.4f}  {rate:.1f} samples/s  "
+            f"validation {self.state.validation_share:.1%} of the time"
+        )
         self.state.window, self.clock = Window(), Clock()
         return None
 
@@ -377,6 +386,7 @@ class Trainer:
     def _stop(self) -> None:
         """Save and leave, because of a SIGTERM."""
         self._save()
+        self.checkpoints.wait()
         self.display.say(f"stopped by SIGTERM at step {self.state.step}; start it again to go on")
         self.tracker.finish()
         self.spread.end()

@@ -46,6 +46,7 @@ def write_result(
         counts=counts,
         files=files,
         seconds=state.seconds,
+        validation_share=state.validation_share,
         steps=state.step,
         model_step=of_model.step,
         final_loss=of_model.val_losses[recipe.passes[-1]],

@@ -54,6 +54,8 @@ class RunState(BaseModel):
     label_tokens: int = 0
     flops: float = 0.0
     seconds: float = 0.0
+    """Of training steps."""
+    validation_s: float = 0.0
     skipped_steps: int = 0
     damaged: list[int] = Field(default_factory=list)
     """Numbers of the damaged samples that any rank has met: a resumed run stops at the same number of them."""
@@ -72,6 +74,11 @@ class RunState(BaseModel):
     def budget(self, first: MicroBatch) -> MicroBatch:
         """Of a micro-batch: `first`, or what is left of it after the times that one did not fit into memory."""
         return self.out_of_memory[-1].micro_batch if self.out_of_memory else first
+
+    @property
+    def validation_share(self) -> float:
+        """Of the time in steps and validation."""
+        return self.validation_s / max(self.seconds + self.validation_s, 1e-9)
 
     @property
     def frozen(self) -> list[str]:

@@ -226,6 +226,22 @@ def test_validation_is_one_set_whoever_reads_it(shards):
     assert len(many) == 24
 
 
+def test_validation_by_loader_processes_is_the_same(shards):
+    """With more processes than one of the ranks has batches; a damaged sample's error comes back from there too."""
+    for rank in range(2):
+        alone, by_processes = (
+            list(val_batches(shards, 40, data(workers=workers), tokens_per_frame=1, batch_samples=15, rank=rank, world_size=2))
+            for workers in (0, 2)
+        )
+        assert len(alone) == len(by_processes) > 0
+        for one, other in zip(alone, by_processes, strict=True):
+            assert contents(one) == contents(other)
+            assert torch.equal(one.frames, other.frames)
+    preferences = data({"text": 1.0}, loss_on="preferences", workers=1)
+    with pytest.raises(UserError, match="of 'text' has no rejected answer"):
+        list(val_batches(shards, 4, preferences, tokens_per_frame=1, batch_samples=4))
+
+
 @pytest.mark.parametrize(
     ("settings_", "length", "world_size", "message"),
     [

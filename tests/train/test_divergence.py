@@ -81,6 +81,7 @@ def test_a_run_stopped_in_a_collapse_keeps_its_way_back(tmp_path: Path, shards: 
         trainer.step()
         if step % 10 == 0 or step > 20:
             trainer._save()
+    trainer.checkpoints.wait()
     assert {10, 30} <= set(trainer.checkpoints._steps())
     assert trainer.checkpoints.newest(up_to=30 - trainer.state.watch.suspect_steps - MARGIN_STEPS) is not None
 

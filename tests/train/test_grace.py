@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fvlm_core.train.grace import BASE_S, UNKNOWN_S, WRITE_BYTES_PER_S, stop_grace_s
+from fvlm_core.train.grace import BASE_S, SAVES, UNKNOWN_S, WRITE_BYTES_PER_S, stop_grace_s
 
 
 def file(path: Path, size: float) -> None:
@@ -15,9 +15,9 @@ def test_by_the_newest_checkpoint_else_the_first_model_else_the_default(tmp_path
     run, start = tmp_path / "run", tmp_path / "start"
     assert stop_grace_s(run) == stop_grace_s(run, start) == UNKNOWN_S
     file(start / "model" / "model.safetensors", 7e9)  # 1.7B parameters
-    assert stop_grace_s(run, start) == BASE_S + 21e9 / WRITE_BYTES_PER_S
+    assert stop_grace_s(run, start) == BASE_S + SAVES * 21e9 / WRITE_BYTES_PER_S
     file(run / "checkpoints" / "step-00000050" / "__0_0.distcp", 9e9)
     file(run / "checkpoints" / "step-00000100" / "__0_0.distcp", 1e9)
     file(run / "checkpoints" / "step-00000100" / "__1_0.distcp", 1e9)
     file(run / "checkpoints" / ".making-00000150" / "__0_0.distcp", 5e9)
-    assert stop_grace_s(run, start) == BASE_S + 2e9 / WRITE_BYTES_PER_S
+    assert stop_grace_s(run, start) == BASE_S + SAVES * 2e9 / WRITE_BYTES_PER_S
