@@ -9,7 +9,7 @@ import httpx
 from cyclopts import App
 from rich.console import Console
 
-from deployments import convert, data, data_plan, machines
+from deployments import convert, data, data_plan, machines, scaling
 from deployments.evaluate import evaluate
 from deployments.options import DEFAULT_VOLUME, Changes, Cloud, KeepServer, Port, Profile, Videos, Volume, table_console
 from fvlm_core.errors import UserError
@@ -26,6 +26,7 @@ app = App(
 )
 app.command(convert.app)
 app.command(data.app)
+app.command(scaling.app)
 app.command(machines.app)
 app.command(machines.volume_app)
 app.command(machines.board)

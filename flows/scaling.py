@@ -27,7 +27,7 @@ def steps(config: PipelineConfig, before: Before) -> list[Step]:
     report = Step(
         REPORT,
         "fvlm_core.scaling.grid",
-        settings={"runs": values, "target_flops": scaling.target_flops, "resamples": scaling.resamples},
+        settings={"runs": values, "target_flops": scaling.target_flops, "weights": scaling.weights},
         inputs={f"runs.{number}.run": run for number, run in enumerate(runs)},
     )
     return [*runs, report]

@@ -26,6 +26,7 @@ from fvlm_core.data.jobs import ClipSettings, DownloadSettings, ShardSettings, S
 from fvlm_core.dotted import UnknownPathError, flatten, with_changes
 from fvlm_core.eval.jobs import EvalSettings
 from fvlm_core.release.jobs import ReleaseSettings
+from fvlm_core.scaling.jobs import Weights
 from fvlm_core.settings import ProfilePath, Settings, explain
 from fvlm_core.train.jobs import SpeedSettings, VisionTrainingSettings
 from infra.stack import REPOSITORY
@@ -96,8 +97,8 @@ class Scaling(Settings):
     baseline_tokens_per_frame: Literal[4, 16] = 16
     target_flops: Annotated[float, Field(gt=0)] | None = None
     """Budget of the final training that the size is chosen for; None is the grid's largest."""
-    resamples: Positive = 200
-    """Bootstrap resamples behind every interval of the fits."""
+    weights: Weights = "relative"
+    """What the fits make small: errors as shares of the losses, or in nats (`unit`)."""
 
 
 class Stage(Settings):

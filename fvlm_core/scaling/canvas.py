@@ -20,6 +20,7 @@ STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "legend.frameon": False,
     "legend.fontsize": 9,
+    "svg.hashsalt": "fvlm",  # equal identifiers for equal pictures
 }
 DPI = 130
 WIDTH = 11
@@ -27,10 +28,12 @@ WIDTH = 11
 
 
 @contextmanager
-def canvas(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
-    """A figure of `size` inches in the common style, written to `path` at the end."""
+def canvas(path: Path, size: tuple[float, float], *, vector: bool = False) -> Iterator[Figure]:
+    """A figure of `size` inches in the common style, written to `path` at the end; with `vector` as SVG beside it, too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, dpi=DPI, layout="constrained")
         yield figure
         figure.savefig(path, metadata={"Software": None})  # no version in the file
+        if vector:
+            figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})

@@ -1,37 +1,37 @@
 """Scaling laws of a grid of runs: what can be fitted is fitted, with an interval; what cannot is said plainly.
 
-The joint law is L(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, https://arxiv.org/abs/2203.15556). For given
-exponents it is linear, so they are searched and E, A, B solved for exactly, non-negative (variable projection, which Czech et al.
-2026, https://arxiv.org/abs/2603.22339, recommend over parabolas). The original's own way, Huber loss on logarithms with
-L-BFGS, is the cross-check; it sums and tightens tolerances, since the original stopped early (Besiroglu et al. 2024,
-https://arxiv.org/abs/2404.10102). IsoFLOP parabolas give the best size per budget without any law.
+The joint law is L(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, https://arxiv.org/abs/2203.15556), by variable projection
+(`varpro`), on relative errors (`weights: relative`, of the losses' logarithms to first order) or on nats (`unit`). The original's own
+measure, Huber loss on logarithms, is the cross-check; it sums and tightens tolerances, since the original stopped early (Besiroglu et al.
+2024, https://arxiv.org/abs/2404.10102). IsoFLOP parabolas give the best size per budget without any law; the exponent through their
+vertices is biased (Czech et al. 2026, https://arxiv.org/abs/2603.22339), so it has no interval, and the law's own stands beside it.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
-from typing import Protocol, TypeVar
+from typing import ClassVar
 
 import numpy as np
-from scipy.optimize import least_squares, minimize, nnls
-from scipy.special import logsumexp
+from scipy.optimize import least_squares, minimize_scalar, nnls
+from scipy.special import huber, logsumexp, softmax
 
-from fvlm_core.scaling.jobs import Quantity
+from fvlm_core.scaling.intervals import allowed_squares, profile_interval
+from fvlm_core.scaling.jobs import Quantity, Weights
+from fvlm_core.scaling.varpro import BOUND_MARGIN, EXPONENT_BOUNDS, EXPONENT_GRID, Held, Minimum, Name, Projection
 
-EXPONENT_BOUNDS = (0.02, 3.0)
-"""Searched range of exponents; an optimum at its edge is no finding."""
-BOUND_MARGIN = 1.02
-"""An exponent within this factor of a bound has hit it."""
-EXPONENT_GRID = np.geomspace(*EXPONENT_BOUNDS, 13)
-MIN_SIZES = MIN_BUDGETS = 4
+MIN_SIZES = MIN_AMOUNTS = 4
 """Distinct values that an exponent takes: with three, E, a factor and an exponent fit anything."""
+SPARE_RUNS = 3
+"""Runs above the number of fitted numbers: with fewer, their scatter says nothing of the noise."""
 MIN_TERM_SHARE = 0.01
 """A term that varies by less than this share of the losses' range says nothing about its exponent."""
 HUBER_DELTA = 1e-3
-USABLE_SHARE = 0.8
-"""Of the resamples must identify a number for it to get an interval."""
+HUBER_STARTS, HUBER_EVALUATIONS = 3, 150
 MIN_VERTICES = 3
 """Budgets with a best size inside the grid, for a power law through them."""
+NO_PARABOLA_INTERVAL = "no interval: the exponent through parabolas' vertices is biased; the joint law's has one"
 
 
 class NotIdentifiableError(ValueError):
@@ -48,31 +48,17 @@ class Grid:
     budget: np.ndarray
     """Nominal training FLOPs."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that no law can have."""
+        for name, values in (("params", self.params), ("tokens", self.tokens), ("loss", self.loss), ("budget", self.budget)):
+            if not (np.isfinite(values).all() and (values > 0).all()):
+                raise ValueError(f"{name} must be finite and above 0, got {values[~(np.isfinite(values) & (values > 0))][:3].tolist()}")
+
     def take(self, index: np.ndarray) -> "Grid":
         return Grid(self.params[index], self.tokens[index], self.loss[index], self.budget[index])
 
     def __len__(self) -> int:
         return len(self.loss)
-
-
-class Fitted(Protocol):
-    """What an interval can be put around."""
-
-    @property
-    def degrees(self) -> int:
-        """Fitted numbers."""
-        ...
-
-    def numbers(self) -> dict[str, float]:
-        """Those that are reported."""
-        ...
-
-    def predict(self, grid: Grid) -> np.ndarray:
-        """Predicted loss of the grid's runs, in nats per labelled token."""
-        ...
-
-
-Fit = TypeVar("Fit", bound=Fitted)
 
 
 @dataclass(frozen=True)
@@ -84,16 +70,22 @@ class Law:
     alpha: float
     B: float
     beta: float
+    projection: Projection | None = field(default=None, repr=False, compare=False)
+    """The fit it comes from, to fit resamples of its runs."""
+
+    DEGREES: ClassVar[int] = 5
+
+    @classmethod
+    def of(cls, best: Minimum, projection: Projection) -> "Law":
+        """A fit's minimum as a law."""
+        e, a, b = (float(factor) for factor in best.factors)
+        scaled_a, scaled_b = a * np.exp(best.alpha * projection.scale_n), b * np.exp(best.beta * projection.scale_d)
+        return cls(e, float(scaled_a), best.alpha, float(scaled_b), best.beta, projection)
 
     @property
-    def degrees(self) -> int:
-        return 5
-
-    def numbers(self) -> dict[str, float]:
-        return {"E": self.E, "A": self.A, "alpha": self.alpha, "B": self.B, "beta": self.beta}
-
-    def predict(self, grid: Grid) -> np.ndarray:
-        return self.loss(grid.params, grid.tokens)
+    def ratio(self) -> float:
+        """The exponent of the best size over a budget C ~ N D."""
+        return self.beta / (self.alpha + self.beta)
 
     def loss(self, params: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """Predicted loss of any sizes and amounts of data."""
@@ -112,13 +104,8 @@ class DataLaw:
 
     @property
     def degrees(self) -> int:
+        """Fitted numbers."""
         return 1 + 2 * len(self.sizes)
-
-    def numbers(self) -> dict[str, float]:
-        return {"beta": self.beta}
-
-    def predict(self, grid: Grid) -> np.ndarray:
-        return self.loss(grid.params, grid.tokens)
 
     def loss(self, params: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """Predicted loss of fitted sizes and any amounts of data."""
@@ -161,82 +148,148 @@ class Allocation:
     """N* = factor * C^exponent."""
     parabolas: list[Parabola]
 
-    @property
-    def degrees(self) -> int:
-        return 3 * len(self.parabolas)
 
-    def numbers(self) -> dict[str, float]:
-        return {"exponent": self.exponent}
-
-    def predict(self, grid: Grid) -> np.ndarray:
-        predicted = np.empty_like(grid.loss)
-        for parabola in self.parabolas:
-            here = grid.budget == parabola.budget
-            predicted[here] = parabola.loss(grid.params[here])
-        return predicted
+def fit_law(grid: Grid, weights: Weights = "relative") -> Law:
+    """The joint law by variable projection. Raises NotIdentifiableError."""
+    return _law(grid, _projection(grid, weights))
 
 
-def fit_law(grid: Grid) -> Law:
-    """The joint law by variable projection, on relative errors. Raises NotIdentifiableError."""
+def law_quantities(grid: Grid, weights: Weights = "relative") -> tuple[Law, dict[str, Quantity]]:
+    """The joint law, and its numbers with 95 % intervals; `ratio` is the exponent of the best size over the budget.
+
+    Raises NotIdentifiableError where the runs do not determine the law: also where any value of an exponent fits as well.
+    """
+    projection = _projection(grid, weights)
+    law, best = _law(grid, projection), projection.best
+    allowed = allowed_squares(best.squares, len(grid), Law.DEGREES)
+    found: dict[str, Quantity] = {}
+    for name in ("alpha", "beta", "ratio", "E", "A", "B"):  # exponents first: without them the rest is not asked for
+        low, high = {"E": (0.0, float(grid.loss.max())), "A": (1e-300, 1e300), "B": (1e-300, 1e300), "ratio": (0.001, 0.999)}.get(
+            name, EXPONENT_BOUNDS
+        )
+        found[name] = profile_interval(
+            partial(_profile, projection, name), getattr(law, name), allowed, low=low, high=high, log=name != "E"
+        )
+        if name in ("alpha", "beta") and found[name].low is None and found[name].high is None:
+            raise NotIdentifiableError(f"any {name} from {EXPONENT_BOUNDS[0]} to {EXPONENT_BOUNDS[1]} fits as well")
+    return law, found
+
+
+def _profile(projection: Projection, name: Name) -> Callable[[float], float]:
+    """Value -> the sum of squares of the best law with the number held there; each search starts where the last one ended."""
+    near = (projection.best.alpha, projection.best.beta)
+
+    def squares(value: float) -> float:
+        nonlocal near
+        one = projection.minimum(near, Held(name, value))
+        near = (one.alpha, one.beta)
+        return one.squares
+
+    return squares
+
+
+def _law(grid: Grid, projection: Projection) -> Law:
+    best = projection.best
+    e, a, b = best.factors
+    _inside({"alpha": best.alpha, "beta": best.beta}, {"E": e})
+    terms = projection.terms(best.alpha, best.beta)
+    _matters({"model size": a * terms[:, 1], "data": b * terms[:, 2]}, grid.loss)
+    return Law.of(best, projection)
+
+
+def _projection(grid: Grid, weights: Weights) -> Projection:
+    _enough_for_a_law(grid)
+    return Projection(grid.params, grid.tokens, grid.loss, weight_of(grid, weights))
+
+
+def weight_of(grid: Grid, weights: Weights) -> np.ndarray:
+    """What a run's error is multiplied with, [M]."""
+    return 1 / grid.loss if weights == "relative" else np.ones_like(grid.loss)
+
+
+def _enough_for_a_law(grid: Grid) -> None:
     _enough(grid.params, MIN_SIZES, "model sizes")
-    _enough(grid.budget, MIN_BUDGETS, "budgets")
-    n, d = _centred(grid.params), _centred(grid.tokens)
-
-    def basis(exponents: np.ndarray) -> np.ndarray:
-        return np.stack([np.ones_like(n), np.exp(-exponents[0] * n), np.exp(-exponents[1] * d)], 1)
-
-    (alpha, beta), (e, a, b) = _variable_projection(basis, grid.loss, 2)
-    _inside({"alpha": alpha, "beta": beta}, {"E": e})
-    _matters({"model size": a * np.exp(-alpha * n), "data": b * np.exp(-beta * d)}, grid.loss)
-    scale_n, scale_d = np.log(grid.params).mean(), np.log(grid.tokens).mean()
-    return Law(float(e), float(a * np.exp(alpha * scale_n)), float(alpha), float(b * np.exp(beta * scale_d)), float(beta))
+    _enough(grid.tokens, MIN_AMOUNTS, "amounts of data")
+    if len(grid) < (needed := Law.DEGREES + SPARE_RUNS):
+        raise NotIdentifiableError(f"{len(grid)} runs, at least {needed} are needed for {Law.DEGREES} numbers")
 
 
 def fit_law_huber(grid: Grid) -> Law:
-    """The joint law by Huber loss on log L, L-BFGS from a grid of starts: the cross-check. Raises NotIdentifiableError."""
-    _enough(grid.params, MIN_SIZES, "model sizes")
-    _enough(grid.budget, MIN_BUDGETS, "budgets")
+    """The joint law by Huber loss on log L (Hoffmann et al.'s): the cross-check. Raises NotIdentifiableError.
+
+    Starts are the best of a grid of their own; the search is SciPy's trust region, which ends where L-BFGS does in a tenth of the time.
+    """
+    _enough_for_a_law(grid)
     n, d, target = _centred(grid.params), _centred(grid.tokens), np.log(grid.loss)
 
-    def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
-        """Summed Huber loss of x = (log E, log A, log B, alpha, beta), and its gradient."""
-        terms = np.stack([np.full_like(n, x[0]), x[1] - x[3] * n, x[2] - x[4] * d])
-        predicted = logsumexp(terms, axis=0)
-        error = predicted - target
-        small = np.abs(error) <= HUBER_DELTA
-        value = np.where(small, error**2 / 2, HUBER_DELTA * (np.abs(error) - HUBER_DELTA / 2))
-        slope = np.clip(error, -HUBER_DELTA, HUBER_DELTA)
-        shares = np.exp(terms - predicted) * slope
-        gradient = np.array([shares[0].sum(), shares[1].sum(), shares[2].sum(), -(shares[1] * n).sum(), -(shares[2] * d).sum()])
-        # Huber's delta makes values ~1e-6: scaled up so that the tolerances below mean something
-        return float(value.sum()) / HUBER_DELTA**2, gradient / HUBER_DELTA**2
+    def terms(x: np.ndarray) -> np.ndarray:
+        """Logarithms of the law's terms [3, M], of x = (log E, log A, log B, alpha, beta)."""
+        return np.stack([np.full_like(n, x[0]), x[1] - x[3] * n, x[2] - x[4] * d])
+
+    def residuals(x: np.ndarray) -> np.ndarray:
+        return (logsumexp(terms(x), axis=0) - target) / HUBER_DELTA
+
+    def slopes(x: np.ndarray) -> np.ndarray:
+        shares = softmax(terms(x), axis=0) / HUBER_DELTA
+        return np.stack([*shares, -shares[1] * n, -shares[2] * d], 1)
 
     typical = target.mean()
-    starts = product((typical - 1, typical), (typical - 3, typical - 1), (typical - 3, typical - 1), (0.1, 0.4, 1.0), (0.1, 0.4, 1.0))
-    options = {"ftol": 1e-14, "gtol": 1e-9, "maxiter": 5000, "maxcor": 30}
-    found = [minimize(objective, np.array(start), jac=True, method="L-BFGS-B", options=options) for start in starts]
-    x = min(found, key=lambda result: result.fun).x
+    levels, exponents = (typical - 3, typical - 1), (0.1, 0.4, 1.0)
+    grid_of_starts = product((typical - 1, typical), levels, levels, exponents, exponents)
+    starts = sorted(map(np.array, grid_of_starts), key=lambda start: float(huber(1, residuals(start)).sum()))[:HUBER_STARTS]
+    options = {"loss": "huber", "ftol": 1e-12, "xtol": 1e-12, "gtol": 1e-12, "max_nfev": HUBER_EVALUATIONS}
+    x = min((least_squares(residuals, start, slopes, **options) for start in starts), key=lambda found: found.cost).x
     scale_n, scale_d = np.log(grid.params).mean(), np.log(grid.tokens).mean()
     law = Law(*(float(v) for v in (np.exp(x[0]), np.exp(x[1] + x[3] * scale_n), x[3], np.exp(x[2] + x[4] * scale_d), x[4])))
     _inside({"alpha": law.alpha, "beta": law.beta}, {"E": law.E})
     return law
 
 
-def fit_data_law(grid: Grid) -> DataLaw:
+def fit_data_law(grid: Grid, weights: Weights = "relative") -> DataLaw:
     """Loss against data with one exponent for all sizes. Raises NotIdentifiableError."""
+    return data_law_quantities(grid, weights)[0]
+
+
+def data_law_quantities(grid: Grid, weights: Weights = "relative") -> tuple[DataLaw, dict[str, Quantity]]:
+    """The law of data at every size, and its exponent `beta` with its 95 % interval. Raises NotIdentifiableError.
+
+    Sizes share the exponent, so one with `MIN_AMOUNTS` amounts of data determines it for those with two.
+    """
     sizes, which = np.unique(grid.params, return_inverse=True)
-    for number in range(len(sizes)):
-        _enough(grid.budget[which == number], MIN_BUDGETS, "budgets at every model size")
-    d, member = _centred(grid.tokens), np.eye(len(sizes))[which]
+    amounts = [len(np.unique(grid.tokens[which == number])) for number in range(len(sizes))]
+    if max(amounts) < MIN_AMOUNTS:
+        raise NotIdentifiableError(f"{max(amounts)} amounts of data at a model size, at least {MIN_AMOUNTS} are needed at one")
+    if min(amounts) < 2:
+        raise NotIdentifiableError("1 amount of data at a model size, at least 2 are needed at each")
+    scale, weight = float(np.log(grid.tokens).mean()), weight_of(grid, weights)
+    d = np.log(grid.tokens) - scale
 
-    def basis(exponents: np.ndarray) -> np.ndarray:
-        return np.concatenate([member, member * np.exp(-exponents[0] * d)[:, None]], 1)
+    def solve(beta: float) -> tuple[np.ndarray, float]:
+        """E and B of every size [S, 2], and the sum of squares."""
+        factors, squares = np.empty((len(sizes), 2)), 0.0
+        for number in range(len(sizes)):
+            here = which == number
+            columns = np.stack([np.ones(here.sum()), np.exp(-beta * d[here])], 1) * weight[here, None]
+            factors[number], left = nnls(columns, grid.loss[here] * weight[here])
+            squares += left**2
+        return factors, squares
 
-    (beta,), factors = _variable_projection(basis, grid.loss, 1)
-    e, b = np.split(factors, 2)
+    coarse = [solve(beta)[1] for beta in EXPONENT_GRID]
+    best = int(np.argmin(coarse))
+    edges = np.log([EXPONENT_BOUNDS[0], *EXPONENT_GRID, EXPONENT_BOUNDS[1]])
+    options = {"xatol": 1e-10}
+    found = minimize_scalar(lambda x: solve(float(np.exp(x)))[1], bounds=(edges[best], edges[best + 2]), method="bounded", options=options)
+    beta = float(np.exp(found.x))
+    factors, squares = solve(beta)
+    e, b = factors.T
     _inside({"beta": beta}, {f"E at {size:.3g} parameters": value for size, value in zip(sizes, e, strict=True)})
-    _matters({"data": (member @ b) * np.exp(-beta * d)}, grid.loss)
-    return DataLaw(float(beta), sizes, e, b * np.exp(beta * np.log(grid.tokens).mean()))
+    _matters({"data": b[which] * np.exp(-beta * d)}, grid.loss)
+    law = DataLaw(beta, sizes, e, b * np.exp(beta * scale))
+    if len(grid) <= law.degrees:
+        return law, {"beta": Quantity(value=beta, reason="no interval: as many numbers as runs")}
+    allowed = allowed_squares(squares, len(grid), law.degrees)
+    low, high = EXPONENT_BOUNDS
+    return law, {"beta": profile_interval(lambda: lambda value: solve(value)[1], beta, allowed, low=low, high=high, log=True)}
 
 
 def fit_parabola(grid: Grid, budget: float) -> Parabola:
@@ -280,65 +333,6 @@ def crossover(budgets: Sequence[float], difference: Sequence[float]) -> float:
     (i,) = changes
     share = difference[i] / (difference[i] - difference[i + 1])
     return float(np.exp(np.log(budgets[i]) + share * (np.log(budgets[i + 1]) - np.log(budgets[i]))))
-
-
-def quantities(grid: Grid, fit: Callable[[Grid], Fit], *, resamples: int, seed: int) -> tuple[Fit, dict[str, Quantity]]:
-    """A fit, and its numbers with 95 % intervals: percentiles over resamples of the runs, drawn with replacement.
-
-    Where too few of those still identify the numbers (a grid with the fewest runs that a fit takes), the runs' relative
-    residuals are resampled instead, scaled up for the fit's degrees of freedom; `Quantity.reason` says so. Raises
-    NotIdentifiableError where the grid itself does not identify them.
-    """
-    fitted = fit(grid)
-    numbers = fitted.numbers()
-    rng = np.random.default_rng(seed)
-    drawn = _identified(fit, (grid.take(rng.integers(len(grid), size=len(grid))) for _ in range(resamples)))
-    reason = ""
-    if len(drawn) < USABLE_SHARE * resamples:
-        reason = f"interval from residuals: only {len(drawn)} of {resamples} resamples of the runs identify it"
-        predicted = fitted.predict(grid)
-        if len(grid) <= fitted.degrees:
-            return fitted, {name: Quantity(value=value, reason="no interval: as many numbers as runs") for name, value in numbers.items()}
-        residuals = (grid.loss / predicted - 1) * np.sqrt(len(grid) / (len(grid) - fitted.degrees))
-        noise = (rng.choice(residuals, len(grid)) for _ in range(resamples))
-        drawn = _identified(fit, (replace(grid, loss=predicted * (1 + one)) for one in noise))
-    if len(drawn) < USABLE_SHARE * resamples:
-        reason = f"no interval: only {len(drawn)} of {resamples} resamples identify it"
-        return fitted, {name: Quantity(value=value, reason=reason) for name, value in numbers.items()}
-    intervals = {name: np.percentile([one[name] for one in drawn], [2.5, 97.5]) for name in numbers}
-    return fitted, {
-        name: Quantity(value=numbers[name], low=float(low), high=float(high), reason=reason) for name, (low, high) in intervals.items()
-    }
-
-
-def _identified(fit: Callable[[Grid], Fitted], grids: Iterable[Grid]) -> list[dict[str, float]]:
-    """The numbers of the grids that identify them."""
-    found = []
-    for grid in grids:
-        try:
-            found.append(fit(grid).numbers())
-        except NotIdentifiableError:
-            continue
-    return found
-
-
-def _variable_projection(basis: Callable[[np.ndarray], np.ndarray], loss: np.ndarray, dimensions: int) -> tuple[np.ndarray, np.ndarray]:
-    """Exponents, and non-negative factors of `basis(exponents)` [M, K], that fit `loss` [M] best in relative error."""
-
-    def solve(exponents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        matrix = basis(exponents) / loss[:, None]
-        factors, _ = nnls(matrix, np.ones_like(loss))
-        return factors, matrix @ factors - 1
-
-    def residuals(logarithms: np.ndarray) -> np.ndarray:
-        return solve(np.exp(logarithms))[1]
-
-    coarse = sorted((np.array(point) for point in product(EXPONENT_GRID, repeat=dimensions)), key=lambda p: float((solve(p)[1] ** 2).sum()))
-    bounds = tuple(np.full(dimensions, np.log(bound)) for bound in EXPONENT_BOUNDS)
-    inside = np.clip(np.log(coarse[0]), bounds[0] + 1e-6, bounds[1] - 1e-6)
-    found = least_squares(residuals, inside, bounds=bounds, jac="3-point", ftol=1e-15, xtol=1e-15, gtol=1e-15)
-    exponents = np.exp(found.x)
-    return exponents, solve(exponents)[0]
 
 
 def _centred(values: np.ndarray) -> np.ndarray:

@@ -11,7 +11,6 @@ from fvlm_core.cli import run_job
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import file_entries, write_atomically
 from fvlm_core.progress import Progress
-from fvlm_core.scaling import plots
 from fvlm_core.scaling.choice import choose
 from fvlm_core.scaling.jobs import (
     FITS_FILE,
@@ -19,12 +18,15 @@ from fvlm_core.scaling.jobs import (
     POINTS_FILE,
     SCALING_TEXT,
     VARIANTS,
+    VECTOR_PLOTS,
     GridJob,
     GridPoint,
     GridRun,
     ScalingReport,
     Variant,
+    Weights,
 )
+from fvlm_core.scaling.plots import plot_grid
 from fvlm_core.scaling.results import Fits
 from fvlm_core.scaling.runs import FinishedRun, same_shards
 from fvlm_core.scaling.study import Study, crossover_of, token_ratio_of
@@ -42,32 +44,36 @@ def study(job: GridJob) -> ScalingReport:
     table = points_csv(points).encode()
     write_atomically(job.output / POINTS_FILE, table)
     studies: dict[Variant, Study] = {
-        variant: Study(own, resamples=job.resamples, seed=job.seed)
-        for variant in VARIANTS
-        if (own := [point for point in points if point.variant == variant])
+        variant: Study(own, weights=job.weights) for variant in VARIANTS if (own := [point for point in points if point.variant == variant])
     }
-    chosen, reason = choose(studies, target_flops=job.target_flops)
+    if "foveated" not in studies:
+        raise UserError("no foveated run to choose a size from", where="runs", fix="give at least one run of the variant foveated")
+    foveated = studies["foveated"]
+    choice = choose(list(foveated.points), foveated.grid, target_flops=job.target_flops, weights=job.weights)
     fits = Fits(
         points_sha256=hashlib.sha256(table).hexdigest(),
-        seed=job.seed,
-        resamples=job.resamples,
+        weights=job.weights,
         variants={variant: one.fits for variant, one in studies.items()},
         crossover_flops=crossover_of(studies),
         token_ratio_at_equal_loss=token_ratio_of(studies),
-        chosen=chosen,
-        chosen_reason=reason,
-        notes=["one run and one seed per cell of the grid", "N counts all parameters, D labelled tokens, FLOPs include the vision encoder"],
+        chosen=choice.size,
+        chosen_reason=choice.reason,
+        runner_up=choice.runner_up,
+        margin_nats=choice.margin,
+        wins_share=choice.share,
+        notes=_notes(points, job.weights),
     )
     fits = Fits.model_validate(_rounded(fits.model_dump(mode="json")))
     write_atomically(job.output / FITS_FILE, fits.model_dump_json(indent=2).encode())
     write_atomically(job.output / SCALING_TEXT, scaling_text(points, fits).encode())
-    _plot(job, points, studies, fits)
+    plot_grid(job.output, points, studies, fits.crossover_flops.value)
+    renderings = [SCALING_TEXT, *PLOTS, *VECTOR_PLOTS]
     return ScalingReport(
         name="scaling",
         settings_hash=job.hash(exclude={"output"}),
         inputs={name: run.manifest.digest for name, run in finished.items()},
         counts={"runs": len(points)},
-        files=file_entries(job.output, [POINTS_FILE, FITS_FILE]) + file_entries(job.output, [SCALING_TEXT, *PLOTS], identity=False),
+        files=file_entries(job.output, [POINTS_FILE, FITS_FILE]) + file_entries(job.output, renderings, identity=False),
         seconds=time.monotonic() - started,
         points=points,
         exponents={
@@ -77,12 +83,15 @@ def study(job: GridJob) -> ScalingReport:
                 ("alpha", one.law, "alpha"),
                 ("beta", one.law, "beta"),
                 ("data_beta", one.data, "beta"),
-                ("allocation", one.allocation, "exponent"),
+                ("allocation", one.law, "ratio"),
             )
         },
         crossover_flops=fits.crossover_flops,
-        chosen=chosen,
-        chosen_reason=reason,
+        chosen=fits.chosen,
+        chosen_reason=fits.chosen_reason,
+        runner_up=fits.runner_up,
+        margin_nats=fits.margin_nats,
+        wins_share=fits.wins_share,
         run_seconds=sum(run.manifest.seconds for run in finished.values()),
     ).write(job.output)
 
@@ -90,7 +99,7 @@ def study(job: GridJob) -> ScalingReport:
 def _read(job: GridJob) -> dict[str, FinishedRun]:
     names = [_name(run) for run in job.runs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"given twice: {', '.join(twice)}", where="runs", fix="give every size, budget and variant once")
+        raise UserError(f"given twice: {', '.join(twice)}", where="runs", fix="give every size, budget, variant and seed once")
     progress = Progress(job.output, len(job.runs))
     finished: dict[str, FinishedRun] = {}
     for number, (name, run) in enumerate(zip(names, job.runs, strict=True)):
@@ -101,12 +110,25 @@ def _read(job: GridJob) -> dict[str, FinishedRun]:
 
 
 def _name(run: GridRun) -> str:
-    return f"{run.size} {run.budget_flops:.4e} {run.variant}"
+    seed = f" seed {run.seed}" if run.seed else ""
+    return f"{run.size} {run.budget_flops:.4e} {run.variant}{seed}"
+
+
+def _notes(points: list[GridPoint], weights: Weights) -> list[str]:
+    cells = {(point.size, point.budget_flops, point.variant) for point in points}
+    repeated = len(points) - len(cells)
+    seeds = f"{repeated} of them another seed of a cell" if repeated else "one seed per cell"
+    return [
+        f"{len(points)} runs, {seeds}; every run ended with its learning rate decayed",
+        f"fits by {weights} errors; intervals of 95 % by profiles of the sum of squares",
+        "N counts all parameters, D labelled tokens, FLOPs include the vision encoder",
+    ]
 
 
 def _point(run: GridRun, finished: FinishedRun) -> GridPoint:
     manifest = finished.manifest
     return GridPoint(
+        run_id=_name(run),
         size=run.size,
         variant=run.variant,
         params=run.params or manifest.params,
@@ -117,22 +139,7 @@ def _point(run: GridRun, finished: FinishedRun) -> GridPoint:
         tokens_per_frame=finished.recipe.model.tokens_per_frame,
         tokens=manifest.label_tokens_seen,
         loss=manifest.final_loss,
-    )
-
-
-def _plot(job: GridJob, points: list[GridPoint], studies: dict[Variant, Study], fits: Fits) -> None:
-    iso_flop, crossing, efficiency, data, allocation = (job.output / name for name in PLOTS)
-    plots.plot_iso_flop(iso_flop, points, {variant: one.parabolas for variant, one in studies.items()})
-    plots.plot_crossover(crossing, points, {variant: one.best for variant, one in studies.items()}, fits.crossover_flops.value)
-    plots.plot_token_efficiency(efficiency, points, {variant: one.frontier for variant, one in studies.items()})
-    plots.plot_data_scaling(data, points, {variant: one.data_law for variant, one in studies.items()})
-    plots.plot_allocation(
-        allocation,
-        points,
-        allocations={variant: one.allocation for variant, one in studies.items()},
-        laws={variant: one.law for variant, one in studies.items()},
-        parabolas={variant: one.parabolas for variant, one in studies.items()},
-        costs={variant: one.cost_per_token for variant, one in studies.items()},
+        seed=run.seed,
     )
 
 

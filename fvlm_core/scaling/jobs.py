@@ -10,6 +10,8 @@ from fvlm_core.manifest import Manifest
 from fvlm_core.settings import Settings
 
 Variant = Literal["foveated", "baseline"]
+Weights = Literal["relative", "unit"]
+"""What a fit makes small: errors as shares of the losses, or errors in nats."""
 VARIANTS: tuple[Variant, ...] = ("foveated", "baseline")
 
 ABLATIONS_TABLE, ABLATIONS_TEXT, ABLATIONS_PLOT = "ablations.csv", "ablations.md", "ablations.png"
@@ -22,6 +24,7 @@ SCALING_FIGURES = (
     Figure(file="allocation.png", caption="Best size over the training budget."),
 )
 PLOTS = tuple(figure.file for figure in SCALING_FIGURES)
+VECTOR_PLOTS = tuple(name.replace(".png", ".svg") for name in PLOTS)
 
 
 class AblationRun(Settings):
@@ -104,6 +107,8 @@ class GridRun(Settings):
     """N of the scaling law; None takes the run's own count."""
     budget_flops: Annotated[float, Field(gt=0)]
     variant: Variant
+    seed: int = 0
+    """Of the run: a cell of the grid may have several, which show the noise."""
     run: Path
     """Folder of the finished run."""
 
@@ -115,14 +120,15 @@ class GridJob(Settings):
     runs: Annotated[list[GridRun], Field(min_length=1)]
     target_flops: Annotated[float, Field(gt=0)] | None = None
     """Budget of the final training; None chooses for the grid's largest budget."""
-    resamples: Annotated[int, Field(ge=1)] = 200
-    """Bootstrap resamples (of runs) behind every interval."""
-    seed: int = 0
+    weights: Weights = "relative"
+    """What the fits make small: errors as shares of the losses, or in nats (`unit`)."""
 
 
 class GridPoint(Settings):
     """A finished run of the grid."""
 
+    run_id: str
+    """Name of the run."""
     size: str
     variant: Variant
     params: int
@@ -137,6 +143,7 @@ class GridPoint(Settings):
     """D of the scaling law: labelled text tokens."""
     loss: float
     """Validation loss of the last pass, in nats per labelled token."""
+    seed: int = 0
 
     @property
     def visual_tokens(self) -> int:
@@ -149,10 +156,10 @@ class Quantity(Settings):
 
     value: float | None
     low: float | None = None
-    """95 % bootstrap interval over runs."""
+    """Lower end of the 95 % interval; None where it has none, and where there is no interval."""
     high: float | None = None
     reason: str = ""
-    """Why there is no value, or no interval."""
+    """Why there is no value, or no interval, or no end of it."""
 
 
 class ScalingReport(Manifest):
@@ -167,6 +174,10 @@ class ScalingReport(Manifest):
     chosen: str
     """Name of the chosen size."""
     chosen_reason: str
+    runner_up: str = ""
+    margin_nats: float | None = None
+    wins_share: float | None = None
+    """As in `fits.json`."""
     run_seconds: float
     """Sum over the runs."""
 

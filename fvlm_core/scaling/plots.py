@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 
 from fvlm_core.scaling.canvas import COLOURS, WIDTH, canvas
 from fvlm_core.scaling.fits import Allocation, DataLaw, Law, NotIdentifiableError, Parabola
-from fvlm_core.scaling.jobs import VARIANTS, AblationRow, GridPoint, Variant
+from fvlm_core.scaling.jobs import PLOTS, VARIANTS, AblationRow, GridPoint, Variant
+from fvlm_core.scaling.study import Study
 from fvlm_core.scaling.tables import marked_name
 from fvlm_core.tables import signed
 
@@ -40,6 +41,23 @@ def plot_deltas(path: Path, rows: Sequence[AblationRow], baseline: AblationRow) 
         axes.set_xlabel(f"difference in validation loss to {baseline.name} ({baseline.loss:.4f} nats/token); left is better")
         if any(not row.can_win for row in ordered):
             axes.set_title("grey: control (*) or another validation set (†)", fontsize=9, loc="right", color="#5b6770")
+
+
+def plot_grid(output: Path, points: Sequence[GridPoint], studies: dict[Variant, Study], crossing: float | None) -> None:
+    """The five plots of a grid (`PLOTS`), each as PNG and SVG."""
+    iso_flop, crossover, efficiency, data, allocation = (output / name for name in PLOTS)
+    plot_iso_flop(iso_flop, points, {variant: one.parabolas for variant, one in studies.items()})
+    plot_crossover(crossover, points, {variant: one.best for variant, one in studies.items()}, crossing)
+    plot_token_efficiency(efficiency, points, {variant: one.frontier for variant, one in studies.items()})
+    plot_data_scaling(data, points, {variant: one.data_law for variant, one in studies.items()})
+    plot_allocation(
+        allocation,
+        points,
+        allocations={variant: one.allocation for variant, one in studies.items()},
+        laws={variant: one.law for variant, one in studies.items()},
+        parabolas={variant: one.parabolas for variant, one in studies.items()},
+        costs={variant: one.cost_per_token for variant, one in studies.items()},
+    )
 
 
 def plot_iso_flop(path: Path, points: Sequence[GridPoint], parabolas: dict[Variant, list[Parabola]]) -> None:
@@ -167,13 +185,13 @@ def plot_allocation(
 
 @contextmanager
 def _figure(path: Path, size: tuple[float, float]) -> Iterator[Axes]:
-    with canvas(path, size) as figure:
+    with canvas(path, size, vector=True) as figure:
         yield figure.add_subplot()
 
 
 @contextmanager
 def _panels(path: Path) -> Iterator[tuple[Axes, Axes]]:
-    with canvas(path, (WIDTH, 4.3)) as figure:
+    with canvas(path, (WIDTH, 4.3), vector=True) as figure:
         left, right = figure.subplots(1, 2)
         yield left, right
 

@@ -4,38 +4,46 @@ Every fit is tried and reported; one that the runs do not determine has no value
 """
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
+from scipy.stats import chi2
 
 from fvlm_core.scaling.fits import (
-    Fit,
+    NO_PARABOLA_INTERVAL,
+    Allocation,
+    DataLaw,
     Grid,
+    Law,
     NotIdentifiableError,
     Parabola,
     crossover,
+    data_law_quantities,
     fit_allocation,
     fit_data_law,
     fit_law,
     fit_law_huber,
     fit_parabola,
-    quantities,
+    law_quantities,
 )
-from fvlm_core.scaling.jobs import VARIANTS, GridPoint, Quantity, Variant
+from fvlm_core.scaling.jobs import VARIANTS, GridPoint, Quantity, Variant, Weights
 from fvlm_core.scaling.results import HeldOut, VariantFits
 
-LAW_NUMBERS = ("E", "A", "alpha", "B", "beta")
+LAW_NUMBERS = ("E", "A", "alpha", "B", "beta", "ratio")
+NO_HUBER_INTERVAL = "no interval: the cross-check"
+Fit = TypeVar("Fit")
 
 
 class Study:
     """The fits of one variant, with the objects that plots draw."""
 
-    def __init__(self, points: Sequence[GridPoint], *, resamples: int, seed: int) -> None:
-        self.points = points
+    def __init__(self, points: Sequence[GridPoint], *, weights: Weights) -> None:
+        self.points, self.weights = points, weights
         self.grid = to_grid(points)
         sizes = {point.params: point.size for point in points}
-        self.law, law = self._try(fit_law, LAW_NUMBERS, resamples, seed)
-        self.data_law, data = self._try(fit_data_law, ("beta",), resamples, seed)
-        self.allocation, allocation = self._try(fit_allocation, ("exponent",), resamples, seed)
+        self.law, law = self._try(lambda: law_quantities(self.grid, weights), LAW_NUMBERS)
+        self.data_law, data = self._try(lambda: data_law_quantities(self.grid, weights), ("beta",))
+        self.allocation, allocation = self._try(self._allocation, ("exponent",))
         self.parabolas: list[Parabola] = []
         iso_flop: dict[str, Quantity] = {}
         for budget in np.unique(self.grid.budget):
@@ -49,13 +57,21 @@ class Study:
             data=data,
             iso_flop=iso_flop,
             allocation=allocation,
+            residual=self._residual(),
+            noise=noise_of(points),
             held_out=self._held_out(),
         )
 
     @property
     def best(self) -> dict[float, float]:
-        """Lowest loss of every budget."""
-        return {float(budget): float(self.grid.loss[self.grid.budget == budget].min()) for budget in np.unique(self.grid.budget)}
+        """Lowest loss of every budget, of the means of its cells: the best of several seeds would be luck."""
+        cells: dict[tuple[float, int], list[float]] = {}
+        for point in self.points:
+            cells.setdefault((point.budget_flops, point.params), []).append(point.loss)
+        means = {cell: float(np.mean(losses)) for cell, losses in cells.items()}
+        return {
+            budget: min(mean for (one, _), mean in means.items() if one == budget) for budget in sorted({budget for budget, _ in cells})
+        }
 
     @property
     def frontier(self) -> list[GridPoint]:
@@ -73,17 +89,30 @@ class Study:
         degree = min(2, len(np.unique(self.grid.params)) - 1)
         return np.polyfit(np.log(self.grid.params), np.log(spent), degree)
 
-    def _try(self, fit: Callable[[Grid], Fit], names: Sequence[str], resamples: int, seed: int) -> tuple[Fit | None, dict[str, Quantity]]:
+    def _try(self, fit: Callable[[], tuple[Fit, dict[str, Quantity]]], names: Sequence[str]) -> tuple[Fit | None, dict[str, Quantity]]:
         try:
-            return quantities(self.grid, fit, resamples=resamples, seed=seed)
+            return fit()
         except NotIdentifiableError as error:
             return None, {name: Quantity(value=None, reason=f"not identifiable: {error}") for name in names}
 
+    def _allocation(self) -> tuple[Allocation, dict[str, Quantity]]:
+        found = fit_allocation(self.grid)
+        return found, {"exponent": Quantity(value=found.exponent, reason=NO_PARABOLA_INTERVAL)}
+
     def _huber(self) -> dict[str, Quantity]:
         try:
-            return {name: Quantity(value=value) for name, value in fit_law_huber(self.grid).numbers().items()}
+            law = fit_law_huber(self.grid)
         except NotIdentifiableError as error:
             return {name: Quantity(value=None, reason=f"not identifiable: {error}") for name in LAW_NUMBERS}
+        return {name: Quantity(value=getattr(law, name), reason=NO_HUBER_INTERVAL) for name in LAW_NUMBERS}
+
+    def _residual(self) -> Quantity:
+        law = self.law or self.data_law
+        degrees = Law.DEGREES if self.law else self.data_law.degrees if self.data_law else 0
+        if law is None or len(self.grid) <= degrees:
+            return Quantity(value=None, reason="no law was fitted that leaves runs to spare")
+        errors = law.loss(self.grid.params, self.grid.tokens) / self.grid.loss - 1
+        return Quantity(value=float(np.sqrt((errors**2).sum() / (len(self.grid) - degrees))))
 
     def _parabola(self, budget: float) -> Quantity:
         try:
@@ -95,16 +124,48 @@ class Study:
     def _held_out(self) -> HeldOut | None:
         """None where there is one budget only."""
         budget = float(self.grid.budget.max())
-        known, held = np.flatnonzero(self.grid.budget < budget), np.flatnonzero(self.grid.budget == budget)
+        known, test = self.grid.take(np.flatnonzero(self.grid.budget < budget)), self.grid.take(np.flatnonzero(self.grid.budget == budget))
         if not len(known):
             return None
-        try:
-            test = self.grid.take(held)
-            error = float(np.abs(fit_law(self.grid.take(known)).predict(test) / test.loss - 1).mean())
-            return HeldOut(budget_flops=budget, mean_relative_error=Quantity(value=error))
-        except NotIdentifiableError as reason:
-            nothing = Quantity(value=None, reason=f"without the largest budget the law is not identifiable: {reason}")
-            return HeldOut(budget_flops=budget, mean_relative_error=nothing)
+        reasons = []
+        for name, fit in (("the joint law", fit_law), ("each size's own law over data", fit_data_law)):
+            try:
+                errors = self._errors(fit(known, self.weights), test)
+            except NotIdentifiableError as error:
+                reasons.append(f"{name}: {error}")
+                continue
+            mean, bias = (Quantity(value=float(value.mean()), reason=f"{len(errors)} runs") for value in (np.abs(errors), errors))
+            return HeldOut(budget_flops=budget, law=name, mean_relative_error=mean, bias=bias)
+        nothing = Quantity(value=None, reason=f"without the largest budget no law is identifiable: {'; '.join(reasons)}")
+        return HeldOut(budget_flops=budget, law="", mean_relative_error=nothing, bias=nothing)
+
+    @staticmethod
+    def _errors(law: Law | DataLaw, test: Grid) -> np.ndarray:
+        """Relative errors [M] of what a law says of runs; those of a size that it does not know are left out."""
+        known = np.isin(test.params, law.sizes) if isinstance(law, DataLaw) else np.full(len(test), True)
+        if not known.any():
+            raise NotIdentifiableError("no size of the largest budget was run at another")
+        test = test.take(np.flatnonzero(known))
+        return test.loss / law.loss(test.params, test.tokens) - 1
+
+
+def noise_of(points: Sequence[GridPoint]) -> Quantity:
+    """Standard deviation of the loss over seeds, as a share of the mean, pooled over the cells with several."""
+    cells: dict[tuple[str, float], list[float]] = {}
+    for point in points:
+        cells.setdefault((point.size, point.budget_flops), []).append(point.loss)
+    several = [np.array(losses) / np.mean(losses) for losses in cells.values() if len(losses) > 1]
+    spare = sum(len(losses) - 1 for losses in several)
+    if not spare:
+        return Quantity(value=None, reason="noise not measured: one seed per cell")
+    squares = sum(float(((losses - 1) ** 2).sum()) for losses in several)
+    low, high = chi2.ppf((0.975, 0.025), spare)
+    return Quantity(
+        value=float(np.sqrt(squares / spare)),
+        low=float(np.sqrt(squares / low)),
+        high=float(np.sqrt(squares / high)),
+        reason=f"{len(several)} cells with several seeds",
+    )
 
 
 def to_grid(points: Sequence[GridPoint]) -> Grid:
@@ -120,7 +181,10 @@ def crossover_of(studies: dict[Variant, Study]) -> Quantity:
     ours, theirs = (studies[variant].best for variant in VARIANTS)
     budgets = sorted(ours.keys() & theirs.keys())
     try:
-        return Quantity(value=crossover(budgets, [ours[c] - theirs[c] for c in budgets]), reason="no interval: one run per cell")
+        return Quantity(
+            value=crossover(budgets, [ours[c] - theirs[c] for c in budgets]),
+            reason="no interval: the budgets' best cells are compared as measured",
+        )
     except NotIdentifiableError as error:
         return Quantity(value=None, reason=str(error))
 

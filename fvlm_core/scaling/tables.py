@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from statistics import mean, stdev
 
 from pydantic import JsonValue, TypeAdapter
 
@@ -86,21 +87,32 @@ def points_csv(points: Sequence[GridPoint]) -> str:
 
 
 def losses_table(points: Sequence[GridPoint]) -> Table:
-    """Losses of the grid, a row per variant and size, a column per budget."""
+    """Losses of the grid, a row per variant and size, a column per budget; the mean where a cell has several seeds."""
     budgets = sorted({point.budget_flops for point in points})
-    losses = {(point.variant, point.size, point.budget_flops): point.loss for point in points}
+    cells: dict[tuple[str, str, float], list[float]] = {}
+    for point in points:
+        cells.setdefault((point.variant, point.size, point.budget_flops), []).append(point.loss)
     rows = [
-        [variant, size, f"{params:,}", *(f"{losses[variant, size, c]:.4f}" if (variant, size, c) in losses else "" for c in budgets)]
+        [variant, size, f"{params:,}", *(_cell(cells.get((variant, size, budget), [])) for budget in budgets)]
         for variant, size, params in dict.fromkeys((point.variant, point.size, point.params) for point in points)
     ]
     head = ["variant", "size", "parameters", *(f"{budget:.1e} FLOPs" for budget in budgets)]
-    return Table(title="Validation losses of the grid", head=head, rows=rows, note="Losses in nats per labelled token.")
+    note = "Losses in nats per labelled token."
+    if any(len(losses) > 1 for losses in cells.values()):
+        note += " ± is the standard deviation over the seeds of a cell; the others have one seed."
+    return Table(title="Validation losses of the grid", head=head, rows=rows, note=note)
+
+
+def _cell(losses: list[float]) -> str:
+    if not losses:
+        return ""
+    return f"{mean(losses):.4f}" + (f" ± {stdev(losses):.4f} (n={len(losses)})" if len(losses) > 1 else "")
 
 
 def fits_table(fits: Fits) -> Table:
     """What the runs determine."""
-    found = [[name, f"{q.value:.4g}", show_interval(q)] for name, q in fit_rows(fits) if q.value is not None]
-    return Table(title="Fits", head=["fit", "value", "95 % interval"], rows=found)
+    found = [[name, f"{q.value:.4g}", show_interval(q), q.reason] for name, q in fit_rows(fits) if q.value is not None]
+    return Table(title=f"Fits, by {fits.weights} errors", head=["fit", "value", "95 % interval", "note"], rows=found)
 
 
 def undetermined(fits: Fits) -> dict[str, list[str]]:
@@ -116,11 +128,15 @@ def fit_rows(fits: Fits) -> list[tuple[str, Quantity]]:
     """The headline fits with their names, for tables."""
     rows = []
     for variant, one in fits.variants.items():
-        rows += [(f"{variant}: {name} of the joint law", one.law[name]) for name in ("alpha", "beta", "E")]
+        rows += [(f"{variant}: {name} of the joint law", one.law[name]) for name in ("E", "A", "alpha", "B", "beta")]
+        rows += [(f"{variant}: exponent of the best size over the budget, by the law", one.law["ratio"])]
+        rows += [(f"{variant}: the same through parabolas' vertices", one.allocation["exponent"])]
+        rows += [(f"{variant}: {name} of the joint law, by Huber loss", one.law_huber[name]) for name in ("alpha", "beta")]
         rows += [(f"{variant}: beta at fixed size", one.data["beta"])]
-        rows += [(f"{variant}: exponent of the best size over budget", one.allocation["exponent"])]
+        rows += [(f"{variant}: relative scatter around the law", one.residual), (f"{variant}: relative noise of a seed", one.noise)]
         if one.held_out is not None:
-            rows.append((f"{variant}: held-out error at the largest budget", one.held_out.mean_relative_error))
+            by = f" by {one.held_out.law}" if one.held_out.law else ""
+            rows.append((f"{variant}: mean relative error at the largest budget, held out{by}", one.held_out.mean_relative_error))
     return [
         *rows,
         ("crossover (FLOPs)", fits.crossover_flops),
@@ -129,11 +145,13 @@ def fit_rows(fits: Fits) -> list[tuple[str, Quantity]]:
 
 
 def show_interval(quantity: Quantity) -> str:
-    """Its interval for reading."""
-    if quantity.value is None:
+    """Its interval for reading: nothing but bounds."""
+    low, high = quantity.low, quantity.high
+    if quantity.value is None or (low is None and high is None):
         return ""
-    interval = "" if quantity.low is None or quantity.high is None else f"{quantity.low:.4g} to {quantity.high:.4g}"
-    return "; ".join(part for part in (interval, quantity.reason) if part)
+    if low is None or high is None:
+        return f"below {high:.4g}" if low is None else f"above {low:.4g}"
+    return f"{low:.4g} to {high:.4g}"
 
 
 def scaling_text(points: Sequence[GridPoint], fits: Fits) -> str:

@@ -12,7 +12,7 @@ from fvlm_core.scaling.choice import choose
 from fvlm_core.scaling.fits import Law
 from fvlm_core.scaling.grid import study
 from fvlm_core.scaling.jobs import FITS_FILE, PLOTS, POINTS_FILE, SCALING_TEXT, GridJob, GridPoint, GridRun, ScalingReport
-from fvlm_core.scaling.study import Study
+from fvlm_core.scaling.study import to_grid
 from tests.scaling.build import finished
 
 LAW = Law(E=1.2, A=60.0, alpha=0.35, B=90.0, beta=0.3)
@@ -40,7 +40,7 @@ def grid_job(folder: Path, sizes: dict[str, int], *, baseline_extra=lambda budge
                     losses={"coarse": loss},
                 )
                 runs.append(GridRun(size=size, budget_flops=budget, variant=variant, run=run))
-    return GridJob(output=folder / "out", runs=runs, resamples=10, **fields)
+    return GridJob(output=folder / "out", runs=runs, **fields)
 
 
 def fits_of(job: GridJob) -> dict:
@@ -55,7 +55,8 @@ def test_a_grid_that_obeys_a_law(tmp_path):
     assert report.exponents["foveated.beta"].value == pytest.approx(0.3, abs=1e-4)
     assert report.exponents["foveated.data_beta"].value == pytest.approx(0.3, abs=1e-3)
     assert fits["variants"]["foveated"]["law_huber"]["alpha"]["value"] == pytest.approx(0.35, abs=1e-4)
-    assert fits["variants"]["foveated"]["held_out"]["mean_relative_error"]["value"] is None  # three budgets are left
+    assert fits["variants"]["foveated"]["held_out"]["mean_relative_error"]["value"] < 1e-4
+    assert fits["variants"]["foveated"]["held_out"]["law"] == "the joint law"
     lowest = min(
         (point for point in report.points if point.variant == "foveated" and point.budget_flops == BUDGETS[-1]), key=lambda p: p.loss
     )
@@ -72,6 +73,7 @@ def test_the_final_budget_chooses_by_the_law():
     """At 1000 times the budget a larger size wins than at the grid's largest."""
     points = [
         GridPoint(
+            run_id=f"{size} {budget}",
             size=size,
             variant="foveated",
             params=params,
@@ -86,13 +88,14 @@ def test_the_final_budget_chooses_by_the_law():
         for size, params in SIZES.items()
         for budget in BUDGETS
     ]
-    studies = {"foveated": Study(points, resamples=1, seed=0)}
-    measured, _ = choose(studies, target_flops=None)
-    predicted, reason = choose(studies, target_flops=BUDGETS[-1] * 1000)
-    assert SIZES[predicted] > SIZES[measured]
-    assert "predicted by the joint law" in reason
-    best = min(SIZES, key=lambda size: LAW.loss(np.array(SIZES[size]), np.array(BUDGETS[-1] * 1000 / (6 * SIZES[size]))))
-    assert predicted == best
+    near, far = (choose(points, to_grid(points), target_flops=budget) for budget in (None, BUDGETS[-1] * 1000))
+    assert SIZES[far.size] > SIZES[near.size]
+    assert "the joint law predicts" in far.reason
+    assert "1000 times beyond the grid" in far.reason
+    losses = {size: float(LAW.loss(np.array(n), np.array(BUDGETS[-1] * 1000 / (6 * n)))) for size, n in SIZES.items()}
+    first, second = sorted(losses, key=lambda size: losses[size])[:2]
+    assert (far.size, far.runner_up, far.share) == (first, second, 1.0)
+    assert far.margin == pytest.approx(losses[second] - losses[first], rel=1e-3)
 
 
 def test_the_smallest_grid_says_what_it_cannot_know(tmp_path):
@@ -103,7 +106,7 @@ def test_the_smallest_grid_says_what_it_cannot_know(tmp_path):
     assert "3 model sizes, at least 4 are needed" in alpha["reason"]
     assert report.exponents["foveated.data_beta"].value == pytest.approx(0.3, abs=1e-3)
     assert report.exponents["foveated.data_beta"].low is not None
-    assert "no law could be fitted" in report.chosen_reason
+    assert "each size's own law over data predicts" in report.chosen_reason
     text = (job.output / SCALING_TEXT).read_text()
     assert f"Chosen size: **{report.chosen}**" in text
     assert "foveated: alpha of the joint law" in text
@@ -121,9 +124,25 @@ def test_equal_losses_choose_the_smaller_size(tmp_path):
         GridRun(size=size, budget_flops=1e12, variant="foveated", run=finished(tmp_path / size, 2.0, params=params))
         for size, params in (("big", 2000), ("small", 1000))
     ]
-    report = study(GridJob(output=tmp_path / "out", runs=runs, resamples=2))
+    report = study(GridJob(output=tmp_path / "out", runs=runs))
     assert report.chosen == "small"
     assert report.crossover_flops.reason == "only one variant was run"
+
+
+def test_seeds_of_a_cell_show_the_noise(tmp_path):
+    losses = {0: 2.0, 1: 2.1, 2: 1.9}
+    runs = [
+        GridRun(size="a", budget_flops=1e12, variant="foveated", seed=seed, run=finished(tmp_path / f"a{seed}", loss))
+        for seed, loss in losses.items()
+    ]
+    report = study(GridJob(output=tmp_path / "out", runs=runs))
+    fits = fits_of(GridJob(output=tmp_path / "out", runs=runs))
+    noise = fits["variants"]["foveated"]["noise"]
+    assert noise["value"] == pytest.approx(0.05)
+    assert noise["low"] < 0.05 < noise["high"]
+    assert "2 of them another seed" in " ".join(fits["notes"])
+    assert "2.0000 ± 0.1000 (n=3)" in (tmp_path / "out" / SCALING_TEXT).read_text()
+    assert report.chosen == "a"
 
 
 def test_the_same_runs_give_the_same_bytes(tmp_path):
@@ -147,7 +166,7 @@ def test_points_hold_what_the_fits_use(tmp_path):
 
 def test_params_of_the_job_replace_the_runs_own(tmp_path):
     run = GridRun(size="a", params=77, budget_flops=1e12, variant="foveated", run=finished(tmp_path / "a", 2.0))
-    assert study(GridJob(output=tmp_path / "out", runs=[run], resamples=1)).points[0].params == 77
+    assert study(GridJob(output=tmp_path / "out", runs=[run])).points[0].params == 77
 
 
 def test_unusable_grids_are_named(tmp_path):
@@ -156,7 +175,7 @@ def test_unusable_grids_are_named(tmp_path):
     with pytest.raises(UserError, match=r"given twice: a 1.0000e\+12 foveated"):
         study(GridJob(output=tmp_path / "out", runs=[one, one]))
     with pytest.raises(UserError, match="no foveated run"):
-        study(GridJob(output=tmp_path / "out", runs=[one.model_copy(update={"variant": "baseline"})], resamples=1))
+        study(GridJob(output=tmp_path / "out", runs=[one.model_copy(update={"variant": "baseline"})]))
     other = one.model_copy(update={"size": "b", "budget_flops": 2e12})
     with pytest.raises(UserError, match="no budget was run at every size"):
-        study(GridJob(output=tmp_path / "out", runs=[one, other], resamples=1))
+        study(GridJob(output=tmp_path / "out", runs=[one, other]))

@@ -1,0 +1,44 @@
+"""`fvlm scaling`: scaling laws of anyone's runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+from rich.console import Console
+
+from fvlm_core.scaling.jobs import Weights
+
+app = App(name="scaling", help="Scaling laws of anyone's runs.")
+
+
+@app.command
+def fit(
+    points: Path,
+    /,
+    *,
+    weights: Weights = "relative",
+    target_flops: Annotated[float | None, Parameter(name="--target-flops")] = None,
+    output: Path | None = None,
+) -> int:
+    """Fit L(N, D) = E + A / N^alpha + B / D^beta to a table of finished runs, one row each.
+
+    Parameters
+    ----------
+    points
+        CSV with the columns run_id, size, params, tokens (or samples) and loss; flops too, where they are not 6 params tokens. Every row
+        is the end of a run of its own whose learning rate had decayed.
+    weights
+        What the fit makes small: errors as shares of the losses (relative), or in nats (unit).
+    target_flops
+        Also say which of the sizes is expected to be best at this training budget.
+    output
+        Folder for fits.json and the five plots, as SVG and PNG.
+    """
+    from fvlm_core.scaling.points import fit_points
+
+    found = fit_points(points, weights=weights, target_flops=target_flops, output=output)
+    console = Console(highlight=False)
+    for part in found.shown:
+        console.print(part if isinstance(part, str) else part.terminal())
+    found.require_law()
+    return 0

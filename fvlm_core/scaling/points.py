@@ -1,0 +1,195 @@
+"""Scaling laws of points that anyone brings: a CSV in, tables out; what cannot be fitted is refused or said, never guessed."""
+
+import csv
+import hashlib
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from fvlm_core.errors import UserError
+from fvlm_core.manifest import write_atomically
+from fvlm_core.scaling.choice import choose
+from fvlm_core.scaling.fits import MIN_SIZES
+from fvlm_core.scaling.jobs import FITS_FILE, GridPoint, Variant, Weights
+from fvlm_core.scaling.study import Study
+from fvlm_core.scaling.tables import show_interval
+from fvlm_core.tables import Table
+
+NEEDED = ("run_id", "size", "params", "loss")
+DATA = ("tokens", "samples")
+"""Columns that say how much a run was trained on; the first that is there is used."""
+FLOPS_PER_PARAM_AND_TOKEN = 6.0
+"""Of training, where a table has no `flops` (Kaplan et al. 2020)."""
+SAME_BUDGET = 0.02
+"""Runs whose FLOPs differ by less than this share are of one budget."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a table of points gave."""
+
+    study: Study
+    data: str
+    """What D counts: tokens or samples."""
+    shown: list[Table | str]
+
+    def require_law(self) -> None:
+        """Raises UserError where the joint law was not determined."""
+        if self.study.law is None:
+            reason = self.study.fits.law["alpha"].reason.removeprefix("not identifiable: ")
+            raise UserError(
+                f"these points do not determine the joint law: {reason}",
+                where="the points",
+                fix=f"add runs: {MIN_SIZES} sizes or more, each with several amounts of data, and losses that differ by more than noise",
+            )
+
+
+def read_points(path: Path, *, variant: str | None = None) -> tuple[list[GridPoint], str]:
+    """The runs of a table, and which column is D. Raises UserError that names the row and the column.
+
+    Of a grid's own `points.csv`, which holds several variants, one is read (`variant`, by default foveated).
+    """
+    rows, columns = _rows(path)
+    data = next((name for name in DATA if name in columns), None)
+    missing = [name for name in NEEDED if name not in columns] + ([] if data else ["tokens or samples"])
+    if missing or data is None:
+        raise UserError(
+            f"columns are missing: {', '.join(missing)}",
+            where=str(path),
+            fix=f"give {', '.join(NEEDED)} and {' or '.join(DATA)}; there are {', '.join(columns) or 'none'}",
+        )
+    wanted = variant or ("foveated" if "variant" in columns else None)
+    numbered = [(number, row) for number, row in enumerate(rows, 2) if wanted is None or row.get("variant") == wanted]
+    if not numbered:
+        raise UserError("there is no run in it", where=str(path), fix="give a row per finished run")
+    twice = [name for name, count in Counter(row["run_id"] for _, row in numbered).items() if count > 1]
+    if twice:
+        raise UserError(
+            f"several rows are of one run: {', '.join(twice[:5])}",
+            where=f"{path}, run_id",
+            fix="keep the last row of each run: while the learning rate is high the loss is above what the same tokens give at a decayed "
+            "one, so points along a run bend the law",
+        )
+    points = [_point(row, data, where=f"{path}, line {number}") for number, row in numbered]
+    return _budgets(points), data
+
+
+def fit_points(path: Path, *, weights: Weights = "relative", target_flops: float | None = None, output: Path | None = None) -> Fitted:
+    """Fit the law and the laws of each size to a table, and write them where `output` is given. Raises UserError for unusable points."""
+    points, data = read_points(path)
+    study = Study(points, weights=weights)
+    shown: list[Table | str] = [_law_table(study, data), _size_table(study)]
+    if reasons := _undetermined(study):
+        shown.append("Not determined by these points:\n" + "\n".join(f"* {name}: {reason}" for name, reason in reasons.items()))
+    if target_flops is not None:
+        choice = choose(points, study.grid, target_flops=target_flops, weights=weights)
+        shown.append(f"Size for {target_flops:.2e} FLOPs: {choice.size} ({choice.reason}).")
+    if output is not None:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        write_atomically(output / FITS_FILE, study.fits.model_dump_json(indent=2).encode())
+        write_atomically(output / "points.sha256", f"{digest}  {path.name}\n".encode())
+        _plot(output, points, study)
+    return Fitted(study, data, shown)
+
+
+def _rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream)
+            return list(reader), list(reader.fieldnames or [])
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"the table cannot be read: {error}", where=str(path), fix="give a CSV file in UTF-8") from error
+
+
+def _point(row: dict[str, str], data: str, *, where: str) -> GridPoint:
+    def number(name: str) -> float:
+        text = (row.get(name) or "").strip()
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and value > 0):
+            raise UserError(
+                f"{name} is {text or 'empty'!r}, not a number above 0",
+                where=f"{where}, run {row['run_id']}",
+                fix="leave out runs that diverged or did not end, and correct the number",
+            )
+        return value
+
+    params, tokens = number("params"), number(data)
+    flops = number("flops") if row.get("flops") else FLOPS_PER_PARAM_AND_TOKEN * params * tokens
+    return GridPoint(
+        run_id=row["run_id"],
+        size=row["size"],
+        variant="foveated",
+        params=round(params),
+        budget_flops=number("budget_flops") if row.get("budget_flops") else flops,
+        flops=flops,
+        samples=round(number("samples")) if row.get("samples") else 0,
+        frames=0,
+        tokens_per_frame=1,
+        tokens=round(tokens),
+        loss=number("loss"),
+    )
+
+
+def _budgets(points: list[GridPoint]) -> list[GridPoint]:
+    """The points with budgets that are nearly equal made equal, so that they form IsoFLOP curves."""
+    budgets: list[float] = []
+    for point in sorted(points, key=lambda point: point.budget_flops):
+        if not budgets or point.budget_flops > budgets[-1] * (1 + SAME_BUDGET):
+            budgets.append(point.budget_flops)
+    nearest = {point.budget_flops: max(one for one in budgets if one <= point.budget_flops) for point in points}
+    return [point.model_copy(update={"budget_flops": nearest[point.budget_flops]}) for point in points]
+
+
+def _law_table(study: Study, data: str) -> Table:
+    rows = [
+        [name, "not identified" if q.value is None else f"{q.value:.5g}", show_interval(q), _huber(study, name)]
+        for name, q in study.fits.law.items()
+    ]
+    return Table(
+        title="L(N, D) = E + A / N^alpha + B / D^beta",
+        head=["number", "value", "95 % interval", "by Huber loss"],
+        rows=rows,
+        note=f"{len(study.points)} runs, {study.weights} errors; N in parameters, D in {data}; ratio = beta / (alpha + beta), the exponent "
+        "of the best size over a budget C ~ N D.",
+    )
+
+
+def _huber(study: Study, name: str) -> str:
+    value = study.fits.law_huber[name].value
+    return "" if value is None else f"{value:.5g}"
+
+
+def _size_table(study: Study) -> Table:
+    """E and B of every size, where its points give them."""
+    data, sizes = study.fits.data, {point.size: point.params for point in sorted(study.points, key=lambda point: point.params)}
+    beta = data["beta"]
+    rows = []
+    for size, params in sizes.items():
+        e, b = data.get(f"E.{size}"), data.get(f"B.{size}")
+        runs = sum(point.size == size for point in study.points)
+        rows.append([size, f"{params:,}", str(runs), *("" if q is None or q.value is None else f"{q.value:.5g}" for q in (e, b))])
+    exponent = "not identified" if beta.value is None else f"{beta.value:.4g}, {show_interval(beta) or 'no interval'}"
+    note = f"One beta for all sizes: {exponent}."
+    return Table(title="Each size's own law, L = E + B / D^beta", head=["size", "parameters", "runs", "E", "B"], rows=rows, note=note)
+
+
+def _undetermined(study: Study) -> dict[str, str]:
+    found = {}
+    for title, numbers in (("joint law", study.fits.law), ("each size's own law", study.fits.data), ("parabolas", study.fits.allocation)):
+        for name, quantity in numbers.items():
+            if quantity.value is None:
+                found[f"{title}"] = quantity.reason
+            elif quantity.reason and title == "joint law":
+                found[f"{name} of the joint law"] = quantity.reason
+    return found
+
+
+def _plot(output: Path, points: list[GridPoint], study: Study) -> None:
+    from fvlm_core.scaling.plots import plot_grid  # half a second that only this needs
+
+    variant: Variant = "foveated"
+    plot_grid(output, points, {variant: study}, None)
