@@ -8,3 +8,5 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 Role = Literal["connector", "vision", "llm"]
 """What a parameter belongs to: decides its learning rate."""
 ROLES: tuple[Role, ...] = get_args(Role)
+SHORT_MODES: dict[str, Mode] = {"coarse": "coarse_only", "fine": "coarse_fine", "autoregressive": "autoregressive"}
+"""As a user of a released model may name them."""

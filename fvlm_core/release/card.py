@@ -9,6 +9,7 @@ from fvlm_core import __version__
 from fvlm_core.eval.estimates import Estimate
 from fvlm_core.eval.part import OWN_SPLIT
 from fvlm_core.figures import Figure
+from fvlm_core.model.names import SHORT_MODES
 from fvlm_core.release.evidence import Evidence
 from fvlm_core.release.html import TEMPLATES
 from fvlm_core.release.sections.evaluation import modes_table
@@ -34,7 +35,7 @@ def card(evidence: Evidence, verdict: str, *, picture: Figure | None) -> str:
         frame_px=results.frame_px,
         origins=_origins(evidence),
         looks=results.looks,
-        mode=evidence.best_mode,
+        short_mode=next(name for name, mode in SHORT_MODES.items() if mode == evidence.best_mode),
         modes=modes_table(results).markdown(),
         sources=_sources_table(evidence).markdown(),
         limitations=limitations(evidence),

@@ -1,8 +1,8 @@
-"""Loads a released folder as a stranger would and compares its logits with given ones, bit for bit.
+"""Loads a released folder as a stranger would and compares its logits with given ones, bit for bit, and its answers.
 
 `python -I clean_check.py FOLDER EXPECTED` in a process of its own: it refuses to import this project, so nothing can work
-only because the project is there. EXPECTED holds safetensors files: inputs, and logits by mode. Prints JSON: per mode the
-number of logits compared, and the problems.
+only because the project is there. EXPECTED holds safetensors files: inputs, and logits by mode; and questions with the inputs and
+the answers that they must become. Prints JSON: per mode the number of logits compared, and the problems.
 """
 
 import json
@@ -29,16 +29,23 @@ def main(folder: str, expected: str) -> dict[str, object]:
         inputs = {name.removeprefix("inputs."): tensor for name, tensor in tensors.items() if name.startswith("inputs.")}
         for mode, wanted in logits.items():
             with torch.no_grad():
-                found = model(**inputs, mode=mode).logits
+                found = model(**inputs, mode=mode).logits[inputs["attention_mask"].bool()]
             if torch.equal(found, wanted):
                 equal[mode] = equal.get(mode, 0) + wanted.numel()
             else:
                 problems.append(f"{mode}: logits differ by up to {float((found - wanted).abs().max()):.3g} in {path.stem}")
     for asked in json.loads((Path(expected) / "questions.json").read_text()):
         tensors = load_file(Path(expected) / asked["file"])
-        made = processor(text=asked["question"], videos=tensors.pop("video").numpy(), question_first=asked["question_first"])
+        seen = [{"type": "video", "video": tensors.pop("video")}]
+        content = [{"type": "text", "text": asked["question"]}]
+        messages = [{"role": "user", "content": content + seen if asked["question_first"] else seen + content}]
+        made = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
         if set(made) != set(tensors) or any(not torch.equal(made[name], tensor) for name, tensor in tensors.items()):
             problems.append(f"the processor makes other inputs of {asked['file']}")
+        for mode, answer in asked["answers"].items():
+            given = model.generate(**made, mode=mode, max_new_tokens=len(answer) + 1)[0, made["input_ids"].shape[1] :].tolist()
+            if given[: len(answer)] != answer:
+                problems.append(f"{mode}: the answer to {asked['file']} is {given}, not {answer}")
     return {"equal": equal, "problems": problems, "project_imported": "fvlm_core" in sys.modules and sys.modules["fvlm_core"] is not None}
 
 

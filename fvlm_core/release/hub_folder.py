@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import save_torch_state_dict
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from fvlm_core import __version__
 from fvlm_core.config import Recipe
@@ -22,14 +22,18 @@ AUTO_MAP = {"AutoConfig": "configuration_fvlm.FVLMConfig", "AutoModel": MODEL_CL
 PROCESSOR_MAP = {"AutoProcessor": "processing_fvlm.FVLMProcessor"}
 MAX_SHARD = "5GB"
 """Of a weights file."""
+MAX_NEW_TOKENS = 64
+"""Of an answer, where a call does not say."""
 
 
-def write_hub_folder(folder: Path, model: FoveatedVLM, tokenizer: Path, recipe: Recipe, shards: ShardManifest) -> None:
-    """Write everything but the card into `folder`."""
+def write_hub_folder(
+    folder: Path, model: FoveatedVLM, tokenizer: Path, recipe: Recipe, shards: ShardManifest, *, max_shard: str = MAX_SHARD
+) -> None:
+    """Write everything but the card into `folder`, the weights in files of at most `max_shard`."""
     folder.mkdir(parents=True, exist_ok=True)
     export(folder, __version__)
     weights = {f"model.{name}": tensor for name, tensor in model.weights().items()}
-    save_torch_state_dict(weights, str(folder), max_shard_size=MAX_SHARD)
+    save_torch_state_dict(weights, str(folder), max_shard_size=max_shard)
     tokens = AutoTokenizer.from_pretrained(str(tokenizer))
     FVLMProcessor(
         tokens,
@@ -39,9 +43,9 @@ def write_hub_folder(folder: Path, model: FoveatedVLM, tokenizer: Path, recipe: 
         tokens_per_frame=model.settings.tokens_per_frame,
     ).save_pretrained(folder)
     _add(folder / "processor_config.json", {"auto_map": PROCESSOR_MAP})
-    config = configuration(model, recipe)
-    config.eos_token_id = tokens.convert_tokens_to_ids(TURN_END)
-    config.save_pretrained(folder)
+    end = tokens.convert_tokens_to_ids(TURN_END)
+    GenerationConfig(max_new_tokens=MAX_NEW_TOKENS, do_sample=False, eos_token_id=end, pad_token_id=end).save_pretrained(folder)
+    configuration(model, recipe).save_pretrained(folder)
     _add(folder / "config.json", {"architectures": [MODEL_CLASS.rsplit(".", 1)[1]], "auto_map": AUTO_MAP})
 
 

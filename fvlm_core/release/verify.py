@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,16 +16,18 @@ from fvlm_core.config import Recipe
 from fvlm_core.data.batch import PackedBatch, Sample, Turn, pack
 from fvlm_core.data.loader import val_batches
 from fvlm_core.data.shard_set import ShardSet
+from fvlm_core.data.tokenizer import END_OF_TEXT
 from fvlm_core.errors import UserError
 from fvlm_core.model.foveated import FoveatedVLM
-from fvlm_core.model.inference import logits
+from fvlm_core.model.inference import generate, logits
 from fvlm_core.release import clean_check
+from fvlm_core.release.hub.padded import NO_FRAME
 
-INPUTS = ("frames", "input_ids", "position_ids", "cu_seqlens", "shown_frames", "visual_positions", "query_sources")
-"""What the released processor makes and the released model takes."""
 BATCH_SAMPLES = 4
 QUESTIONS = 2
 """Clips that the released processor must turn into our inputs."""
+MAX_NEW_TOKENS = 8
+"""Of the answers that transformers' generation must give as ours does."""
 TIMEOUT_S = 900
 
 
@@ -52,7 +55,7 @@ def _write_logits(folder: Path, model: FoveatedVLM, shards: ShardSet, recipe: Re
     k = model.settings.tokens_per_frame
     batches = val_batches(shards, samples, recipe.data, tokens_per_frame=k, batch_samples=BATCH_SAMPLES)
     for number, batch in enumerate(batches):
-        tensors = {f"inputs.{name}": tensor for name, tensor in _inputs(batch).items()}
+        tensors = {f"inputs.{name}": tensor for name, tensor in padded_inputs(batch).items()}
         tensors |= {f"logits.{mode}": logits(model, batch, mode) for mode in model.modes}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"batch-{number:03d}.safetensors")
 
@@ -69,13 +72,28 @@ def _write_questions(folder: Path, model: FoveatedVLM, shards: ShardSet) -> None
         open_ended: Sample = replace(sample, turns=[Turn(sample.turns[0].question_ids, [])])
         batch = pack([open_ended], shards.chat, tokens_per_frame=model.settings.tokens_per_frame)
         name = f"question-{number}.tensors"
-        save_file(_inputs(batch) | {"video": torch.from_numpy(sample.frames)}, folder / name)
-        asked.append({"file": name, "question": text, "question_first": sample.question_first})
+        placeholder: Any = shards.tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+        save_file(padded_inputs(batch, placeholder) | {"video": torch.from_numpy(sample.frames)}, folder / name)
+        stop = shards.chat.assistant_close[:1]
+        answers = {mode: generate(model, batch, mode, max_new_tokens=MAX_NEW_TOKENS, stop_ids=stop)[0] for mode in model.modes}
+        asked.append({"file": name, "question": text, "question_first": sample.question_first, "answers": answers})
     (folder / "questions.json").write_text(json.dumps(asked))
 
 
-def _inputs(batch: PackedBatch) -> dict[str, torch.Tensor]:
-    return {name: getattr(batch, name) for name in INPUTS}
+def padded_inputs(batch: PackedBatch, placeholder: int = 0) -> dict[str, torch.Tensor]:
+    """A packed batch as the released model takes it, padded on the left; `placeholder`: token id where a frame's tokens stand."""
+    shape, k = (batch.n_samples, max(batch.lengths)), batch.visual_positions.shape[1]
+    frame_ids, offsets = torch.full_like(batch.input_ids, NO_FRAME), torch.zeros_like(batch.input_ids)
+    frame_ids[batch.visual_positions] = batch.shown_frames[:, None].expand(-1, k)
+    offsets[batch.visual_positions] = torch.where(batch.query_sources >= 0, batch.visual_positions - batch.query_sources, 0)
+    flat = {"input_ids": batch.input_ids.clone(), "frame_ids": frame_ids, "query_offsets": offsets}
+    flat["input_ids"][batch.visual_positions.flatten()] = placeholder
+    mask = torch.arange(shape[1]) >= shape[1] - torch.tensor(batch.lengths)[:, None]
+    made = {"frames": batch.frames, "attention_mask": mask.long()}
+    for name, values in flat.items():
+        made[name] = torch.full(shape, NO_FRAME if name == "frame_ids" else 0)
+        made[name][mask] = values
+    return made
 
 
 def _in_clean_process(folder: Path, expected: Path, temporary: Path) -> dict:

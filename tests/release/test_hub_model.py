@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from fvlm_core.config import Recipe
 from fvlm_core.data.batch import IGNORE, ChatFormat, PackedBatch, Sample, Turn, pack
@@ -20,11 +20,12 @@ from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.data.tokenizer import chat_format
 from fvlm_core.model.attention import PackedLayout
 from fvlm_core.model.build import load_model
-from fvlm_core.model.inference import gaze, generate
-from fvlm_core.release.hub.modeling_fvlm import FVLMModel, packed_batch
+from fvlm_core.model.inference import gaze, generate, token_losses
+from fvlm_core.release.hub.modeling_fvlm import FVLMModel
+from fvlm_core.release.hub.padded import packed_batch
 from fvlm_core.release.hub.processing_fvlm import FVLMProcessor
 from fvlm_core.release.hub_folder import configuration
-from fvlm_core.release.verify import INPUTS
+from fvlm_core.release.verify import padded_inputs
 from tests.release.build import run, shards
 
 
@@ -44,9 +45,8 @@ def ours(folder):
 @pytest.fixture(scope="module")
 def wrapped(folder, ours) -> FVLMModel:
     recipe = Recipe.from_yaml(folder / "run" / "recipe.yaml")
-    config = configuration(ours, recipe)
-    config.eos_token_id = 2
-    model = FVLMModel(config).eval()
+    model = FVLMModel(configuration(ours, recipe)).eval()
+    model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=2)
     model.model.load_state_dict(ours.state_dict())
     return model
 
@@ -63,11 +63,30 @@ def batches(folder) -> list[PackedBatch]:
     return list(val_batches(ShardSet(folder / "shards"), 9, recipe.data, tokens_per_frame=1, batch_samples=4))
 
 
-def test_batches_are_rebuilt_from_their_tensors(batches):
+def labels_of(batch: PackedBatch) -> Tensor:
+    """A packed batch's labels as transformers has them: the tokens themselves, in padded rows."""
+    rows = torch.full((batch.n_samples, max(batch.lengths)), IGNORE)
+    for row, labels in zip(rows, batch.labels.split(batch.lengths), strict=True):
+        row[len(row) - len(labels) + 1 :] = labels[:-1]
+    return rows
+
+
+def padded_on_the_right(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same rows with their padding on the other side."""
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    return {
+        name: values if name == "frames" else torch.stack([row.roll(length) for row, length in zip(values, lengths, strict=True)])
+        for name, values in inputs.items()
+    }
+
+
+@pytest.mark.parametrize("right", [False, True])
+def test_padded_batches_are_the_loaders(batches, right):
     assert any(len(group.shown[0]) > 1 for batch in batches for group in batch.showings)  # images shown often
     assert any(0 in batch.shown_counts for batch in batches)  # text only
     for batch in batches:
-        rebuilt = packed_batch(**{name: getattr(batch, name) for name in INPUTS}, labels=batch.labels)
+        inputs = padded_inputs(batch, placeholder=5) | {"labels": labels_of(batch)}
+        rebuilt = packed_batch(**(padded_on_the_right(inputs) if right else inputs), tokens_per_frame=1)
         for one in fields(PackedBatch):
             if one.name in ("keys", "sources"):
                 continue
@@ -82,19 +101,27 @@ def test_batches_are_rebuilt_from_their_tensors(batches):
                 assert found == wanted, one.name
 
 
+def test_frames_of_several_tokens_need_all_of_them(batches):
+    inputs = padded_inputs(batches[0])
+    with pytest.raises(ValueError, match="tokens of frames, but 64 per frame"):
+        packed_batch(**inputs, tokens_per_frame=64)
+
+
 def test_training_loss_is_the_trainers(batches, wrapped, ours, folder):
     recipe = Recipe.from_yaml(folder / "run" / "recipe.yaml")
     batch = batches[0]
-    inputs = {name: getattr(batch, name) for name in INPUTS}
+    inputs = padded_inputs(batch) | {"labels": labels_of(batch)}
     try:
-        loss = wrapped.train()(**inputs, labels=batch.labels).loss
+        loss = wrapped.train()(**inputs).loss
+        half = wrapped(**inputs, num_items_in_batch=2 * batch.n_labels).loss
     finally:
         wrapped.eval()
     torch.testing.assert_close(loss, ours.train()(batch, recipe.loss).objective / batch.n_labels)
+    torch.testing.assert_close(half * 2, loss)
     ours.eval()
     loss.backward()
     assert wrapped.model.connector.q_static.grad is not None
-    assert wrapped(**inputs, labels=batch.labels, mode="coarse_fine").loss > 0
+    torch.testing.assert_close(wrapped(**inputs, mode="fine").loss, token_losses(ours, batch, "coarse_fine").mean())
 
 
 def test_saved_and_loaded_again(wrapped, batches, tmp_path):
@@ -108,7 +135,7 @@ def test_saved_and_loaded_again(wrapped, batches, tmp_path):
     again = FVLMModel.from_pretrained(tmp_path)
     assert all(parameter.data_ptr() % 64 == 0 for parameter in again.parameters())
     assert again.model.llm.lm_head.weight is again.model.llm.model.embed_tokens.weight
-    inputs = {name: getattr(batches[0], name) for name in INPUTS}
+    inputs = padded_inputs(batches[0])
     with torch.no_grad():
         for mode in wrapped.modes:
             assert torch.equal(again(**inputs, mode=mode).logits, wrapped(**inputs, mode=mode).logits)
@@ -121,7 +148,7 @@ def test_the_padding_tokens_embedding_learns_in_fine_tuning(ours, folder, tmp_pa
     FVLMModel(config).save_pretrained(tmp_path)
     model = FVLMModel.from_pretrained(tmp_path).train()
     batch = pack([Sample("k", "s", np.zeros((0, 42, 42, 3), np.uint8), [], [Turn([2, 5], [6, 7])])], ChatFormat([1], [3], [4], [8], [9]))
-    model(**{name: getattr(batch, name) for name in INPUTS}, labels=batch.labels).loss.backward()
+    model(**padded_inputs(batch), labels=labels_of(batch)).loss.backward()
     llm = model.model.llm
     table = llm.model.embed_tokens.weight.detach().clone().requires_grad_()
     hidden = model.model.contextualise(F.embedding(batch.input_ids, table), batch.position_ids, PackedLayout(batch.lengths))
@@ -136,19 +163,16 @@ def test_answers_equal_our_generation(wrapped, ours, processor):
     questions = ["Which digits?", " Describe the centre of the video. "]
     inputs = processor(text=questions, videos=videos)
     for mode in wrapped.modes:
-        tokens = wrapped.generate(**inputs, mode=mode, max_new_tokens=5)
-        expected = generate(ours, packed_batch(**inputs), mode, max_new_tokens=5, stop_ids=[2])
+        tokens = wrapped.generate(**inputs, mode=mode, max_new_tokens=5)[:, inputs["input_ids"].shape[1] :]
+        batch = packed_batch(**inputs, tokens_per_frame=1)
+        expected = generate(ours, batch, mode, max_new_tokens=5, stop_ids=[2])
         assert [row[: len(answer)].tolist() for row, answer in zip(tokens, expected, strict=True)] == expected
-        assert tokens.shape == (2, max(map(len, expected)))
+        assert tokens.shape == (2, max(len(answer) + (len(answer) < 5) for answer in expected))  # with the token that ends it
     wrapped.processor = processor  # as loaded from the folder
-    assert (
-        wrapped.answer(videos[0], questions[0], max_new_tokens=5)
-        == processor.decode(
-            wrapped.generate(**processor(text=questions[0], videos=videos[0]), max_new_tokens=5)[0], skip_special_tokens=True
-        ).strip()
-    )
-    maps = wrapped.gaze(videos[0], questions[0])
-    torch.testing.assert_close(maps, gaze(ours, packed_batch(**processor(text=questions[0], videos=videos[0])), "coarse_fine"))
+    alone = processor(text=questions[0], videos=videos[0])
+    (expected,) = generate(ours, packed_batch(**alone, tokens_per_frame=1), "coarse_fine", max_new_tokens=5, stop_ids=[2])
+    assert wrapped.answer(videos[0], questions[0], max_new_tokens=5) == processor.decode(expected, skip_special_tokens=True).strip()
+    torch.testing.assert_close(wrapped.gaze(videos[0], questions[0]), gaze(ours, packed_batch(**alone, tokens_per_frame=1), "coarse_fine"))
 
 
 def test_inputs_are_the_loaders(folder, processor):
@@ -160,12 +184,13 @@ def test_inputs_are_the_loaders(folder, processor):
         sample = loader.read(row, image_repeats=1, question_first=question_first)
         made = processor(text=turn["question"], videos=sample.frames, answers=turn["answer"], question_first=question_first)
         wanted = pack([sample], chat_format(processor.tokenizer))
-        for name in (*INPUTS, "labels"):
-            assert torch.equal(made[name], getattr(wanted, name)), name
+        rebuilt = packed_batch(**made, tokens_per_frame=1)
+        for name in ("frames", "input_ids", "position_ids", "shown_frames", "visual_positions", "query_sources", "labels"):
+            assert torch.equal(getattr(rebuilt, name), getattr(wanted, name)), name
         sample.turns[0] = Turn(sample.turns[0].question_ids, [])
         made = processor(text=turn["question"], videos=sample.frames, question_first=question_first)
         assert "labels" not in made
-        assert torch.equal(made["input_ids"], pack([sample], chat_format(processor.tokenizer)).input_ids)
+        assert torch.equal(packed_batch(**made, tokens_per_frame=1).input_ids, pack([sample], chat_format(processor.tokenizer)).input_ids)
 
 
 def test_every_kind_of_video(processor, tmp_path):
@@ -185,9 +210,10 @@ def test_images_and_text(processor):
     picture = np.full((42, 42, 3), 7, np.uint8)
     inputs = processor(text="What is it?", images=picture)
     assert inputs["frames"].shape == (1, 42, 42, 3)
-    assert inputs["shown_frames"].tolist() == [0, 0, 0]
+    assert inputs["frame_ids"][inputs["frame_ids"] >= 0].tolist() == [0, 0, 0]
     alone = processor(text="What is 2 plus 3?")
-    assert len(alone["shown_frames"]) == 0
+    assert (alone["frame_ids"] < 0).all()
+    assert len(alone["frames"]) == 0
 
 
 @pytest.mark.parametrize(

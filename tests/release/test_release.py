@@ -84,7 +84,7 @@ def test_card_metadata(manifest, job):
     assert "first token (ms)" not in found_card.text, "times are of the machine"
     assert f"made from fVLM {__version__};" in found_card.text
     assert re.search(r"\| gaze_cell \| video \| \d+ \| 50% \|", found_card.text)
-    assert 'AutoModel.from_pretrained("path/to/fVLM-tiny", trust_remote_code=True)' in found_card.text
+    assert 'AutoModelForImageTextToText.from_pretrained("path/to/fVLM-tiny", trust_remote_code=True)' in found_card.text
 
 
 def test_base_models_are_those_that_the_hub_knows(job):

@@ -1,35 +1,40 @@
-"""fVLM for transformers: `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
+"""fVLM for transformers: `AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)`.
 
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    model.generate(**inputs, mode="autoregressive", max_new_tokens=64)
+
+or in one line
+
     model.answer("clip.mp4", "What is in the video?")
 
-or in steps, with the processor:
-
-    inputs = processor(text="What is in the video?", videos="clip.mp4")
-    processor.batch_decode(model.generate(**inputs, mode="autoregressive"), skip_special_tokens=True)
-
-Sequences are packed: the samples of a batch stand one after another, without padding.
+A batch is padded outside and packed inside (`padded.py`): the model's passes see no padding.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoProcessor, PreTrainedModel
+from transformers import AutoProcessor, GenerationMixin, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from fvlm_core.data.batch import IGNORE, PackedBatch, _showings
+from fvlm_core.data.batch import PackedBatch
+from fvlm_core.model.attention import PackedLayout
 from fvlm_core.model.encoder import PIXEL_MEAN, PIXEL_STD, Encoder
 from fvlm_core.model.foveated import FoveatedVLM
-from fvlm_core.model.inference import gaze, generate, read_batch
+from fvlm_core.model.inference import gaze, read_batch
 from fvlm_core.model.llama import Llama, RotaryEmbedding
+from fvlm_core.model.names import SHORT_MODES
+from fvlm_core.release.hub.cache import ROOM, FVLMCache
 from fvlm_core.release.hub.configuration_fvlm import FVLMConfig
+from fvlm_core.release.hub.padded import packed_batch, padded
 
 CACHE_LINE_BYTES = 64
+
+
+VISUAL_INPUTS = ("frames", "frame_ids", "query_offsets")
+"""Read with the prompt, and not again."""
 
 
 @dataclass
@@ -39,15 +44,17 @@ class FVLMOutput(ModelOutput):
     loss: Tensor | None = None
     """Mean cross-entropy of the labels: of the mode, or in training the weighted mean of all passes."""
     logits: Tensor | None = None
-    """[S, vocabulary] of all positions of the packed sequence; None in training."""
+    """[B, S, vocabulary], or of the last columns asked for; 0 at padding. None in training."""
+    past_key_values: FVLMCache | None = None
 
 
-class FVLMModel(PreTrainedModel):
+class FVLMModel(PreTrainedModel, GenerationMixin):
     """Encoder, connector and language model."""
 
     config_class = FVLMConfig
     base_model_prefix = ""
-    main_input_name = "frames"
+    main_input_name = "input_ids"
+    accepts_loss_kwargs = True
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _tied_weights_keys: ClassVar[dict[str, str]] = {"model.llm.lm_head.weight": "model.llm.model.embed_tokens.weight"}
@@ -80,46 +87,58 @@ class FVLMModel(PreTrainedModel):
 
     def forward(
         self,
-        frames: Tensor,
         input_ids: Tensor,
-        position_ids: Tensor,
-        cu_seqlens: Tensor,
-        shown_frames: Tensor,
-        visual_positions: Tensor,
-        query_sources: Tensor,
+        attention_mask: Tensor | None = None,
+        frames: Tensor | None = None,
+        frame_ids: Tensor | None = None,
+        query_offsets: Tensor | None = None,
         labels: Tensor | None = None,
         mode: str | None = None,
+        past_key_values: FVLMCache | None = None,
+        logits_to_keep: int = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **_unused: Any,
     ) -> FVLMOutput:
-        """Logits (and loss, with labels) of packed samples as the processor makes them; in training only the loss of all passes."""
-        batch = packed_batch(frames, input_ids, position_ids, cu_seqlens, shown_frames, visual_positions, query_sources, labels)
-        if self.training and labels is not None:
-            return FVLMOutput(loss=self.model(batch, self.config.loss_settings).objective / max(1, batch.n_labels))
-        hidden = read_batch(self.model, batch, self._mode(mode)).hidden
-        loss = None if labels is None else self.model.logits_losses(hidden, batch).mean()
-        return FVLMOutput(loss=loss, logits=self.model.llm.lm_head(hidden))
+        """Logits (and loss, with labels) of what the processor makes; in training, with labels, only the loss of all passes.
 
-    @torch.no_grad()
-    def generate(
-        self,
-        frames: Tensor,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        cu_seqlens: Tensor,
-        shown_frames: Tensor,
-        visual_positions: Tensor,
-        query_sources: Tensor,
-        labels: Tensor | None = None,
-        mode: str | None = None,
-        max_new_tokens: int = 64,
-    ) -> Tensor:
-        """Greedy answers [N, longest], padded on the right with the end-of-turn token."""
-        batch = packed_batch(frames, input_ids, position_ids, cu_seqlens, shown_frames, visual_positions, query_sources, labels)
-        stop = self.config.eos_token_id
-        answers = generate(self.model, batch, self._mode(mode), max_new_tokens=max_new_tokens, stop_ids=[stop])
-        padded = torch.full((len(answers), max(map(len, answers))), stop, dtype=torch.int64, device=input_ids.device)
-        for row, answer in enumerate(answers):
-            padded[row, : len(answer)] = torch.tensor(answer, dtype=torch.int64)
-        return padded
+        Args:
+            input_ids: int64 [B, S].
+            attention_mask: int64 [B, S], 0 at padding.
+            frames: uint8 [F, H, W, 3], the distinct frames of all rows.
+            frame_ids: int64 [B, S], see `padded.py`.
+            query_offsets: int64 [B, S], see `padded.py`.
+            labels: int64 [B, S], the tokens to learn where they stand, -100 elsewhere.
+            mode: `coarse`, `fine` or `autoregressive`; by default the configuration's.
+            past_key_values: A cache to fill, or one to go on from with further tokens of text.
+            logits_to_keep: Of how many last columns; 0 for all.
+            num_items_in_batch: Labels of the global batch, which the sum of losses is then divided by.
+            **_unused: What transformers passes to every model.
+        """
+        if past_key_values is not None and past_key_values.get_seq_length():
+            return self._go_on(input_ids, past_key_values)
+        batch = self._packed(input_ids, attention_mask, frames, frame_ids, query_offsets, labels)
+        count = max(1, batch.n_labels) if num_items_in_batch is None else num_items_in_batch
+        if self.training and labels is not None:
+            return FVLMOutput(loss=self.model(batch, self.config.loss_settings).objective / count)
+        room = None if past_key_values is None else past_key_values.room
+        context = read_batch(self.model, batch, self._mode(mode), room=room)
+        if past_key_values is not None and context.cache is not None:
+            past_key_values.fill(context.cache, input_ids.shape[1])
+        loss = None if labels is None else self.model.logits_losses(context.hidden, batch).sum() / count
+        if logits_to_keep:
+            last = padded(context.hidden, attention_mask, (input_ids.shape[0], input_ids.shape[1]))[:, -logits_to_keep:]
+            return FVLMOutput(loss=loss, logits=self.model.llm.lm_head(last), past_key_values=past_key_values)
+        logits = padded(self.model.llm.lm_head(context.hidden), attention_mask, (input_ids.shape[0], input_ids.shape[1]))
+        return FVLMOutput(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input_ids: Tensor, past_key_values: FVLMCache | None = None, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """What a step of transformers' generation reads: the prompt with its frames, then one token after the other."""
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        passed = ("mode", "logits_to_keep", *(VISUAL_INPUTS if not seen else ()))
+        inputs = {"input_ids": input_ids[:, seen:], "attention_mask": attention_mask, "past_key_values": past_key_values}
+        return inputs | {name: kwargs[name] for name in passed if name in kwargs}
 
     def answer(self, frames: Any, question: str, *, mode: str | None = None, question_first: bool = True, max_new_tokens: int = 64) -> str:
         """Answer a question about a video: the path of a file, an array [T, H, W, 3], or a list of pictures (one second apart).
@@ -127,13 +146,14 @@ class FVLMModel(PreTrainedModel):
         `question_first`: the model reads the question before the frames, and can look for what is asked.
         """
         inputs = self.processor(text=question, videos=frames, question_first=question_first).to(self.device)
-        tokens = self.generate(**inputs, mode=mode, max_new_tokens=max_new_tokens)
-        return self.processor.batch_decode(tokens, skip_special_tokens=True)[0].strip()
+        options = {"mode": mode, "max_new_tokens": max_new_tokens, "do_sample": False}
+        tokens = self.generate(**inputs, **options)  # pyright: ignore[reportAttributeAccessIssue] -- a protocol that no model fits
+        return self.processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
     def gaze(self, frames: Any, question: str, *, mode: str | None = None, question_first: bool = True) -> Tensor:
         """Where the model looks in each frame: [frames, tokens per frame, rows, columns], each adding up to 1."""
         inputs = self.processor(text=question, videos=frames, question_first=question_first).to(self.device)
-        return gaze(self.model, packed_batch(**inputs), self._mode(mode))
+        return gaze(self.model, self._packed(**inputs), self._mode(mode))
 
     @cached_property
     def processor(self) -> Any:
@@ -164,43 +184,38 @@ class FVLMModel(PreTrainedModel):
             super()._init_weights(module)
 
     def _mode(self, mode: str | None) -> Any:
-        return self.config.default_mode if mode is None else mode
+        named = mode or self.config.default_mode
+        return SHORT_MODES.get(named, named)
 
+    def _packed(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        frames: Tensor | None = None,
+        frame_ids: Tensor | None = None,
+        query_offsets: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> PackedBatch:
+        k = self.config.tokens_per_frame
+        return packed_batch(input_ids, attention_mask, frames, frame_ids, query_offsets, labels, tokens_per_frame=k)
 
-def packed_batch(
-    frames: Tensor,
-    input_ids: Tensor,
-    position_ids: Tensor,
-    cu_seqlens: Tensor,
-    shown_frames: Tensor,
-    visual_positions: Tensor,
-    query_sources: Tensor,
-    labels: Tensor | None = None,
-) -> PackedBatch:
-    """The processor's tensors as one batch."""
-    labels = torch.full_like(input_ids, IGNORE) if labels is None else labels
-    samples = list(pairwise(cu_seqlens.tolist()))
-    positions, sources = visual_positions.cpu().numpy(), query_sources.cpu().numpy()
-    labelled = (labels != IGNORE).nonzero().flatten().cpu().numpy()
-    batch = PackedBatch(
-        frames=frames,
-        input_ids=input_ids,
-        labels=labels,
-        position_ids=position_ids,
-        cu_seqlens=cu_seqlens,
-        shown_frames=shown_frames,
-        visual_positions=visual_positions,
-        query_sources=query_sources,
-        showings=_showings(shown_frames.cpu().numpy(), len(frames)),
-        lengths=[end - start for start, end in samples],
-        shown_counts=[len(_within(positions[:, 0], start, end)) for start, end in samples],
-        query_prefix=[int(_within(sources, start, end).max(initial=start - 1)) + 1 - start for start, end in samples],
-        label_prefix=[int(_within(labelled, start, end).max(initial=start - 1)) + 1 - start for start, end in samples],
-        labelled=labelled,
-    )
-    return batch.to(frames.device)
+    @torch.no_grad()
+    def _go_on(self, input_ids: Tensor, cache: FVLMCache) -> FVLMOutput:
+        """Logits [B, n, vocabulary] of n further tokens of every sequence [B, n]."""
+        rows, new = input_ids.shape
+        packed = cache.reserve(new)
+        positions = torch.tensor([length + step for length in packed.lengths for step in range(new)], device=input_ids.device)
+        hidden = self.model.contextualise(self.model.embed(input_ids.flatten()), positions, PackedLayout([new] * rows, packed))
+        cache.columns += new
+        return FVLMOutput(logits=self.model.llm.lm_head(hidden).unflatten(0, (rows, new)), past_key_values=cache)
 
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any) -> None:
+        """transformers' hook: the cache of a generation."""
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = FVLMCache(generation_config.max_new_tokens or ROOM)
 
-def _within(positions: np.ndarray, start: int, end: int) -> np.ndarray:
-    """The positions in [start, end)."""
-    return positions[(positions >= start) & (positions < end)]
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **inputs: Any) -> tuple[Tensor, dict[str, Any]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """transformers' hook: rows are repeated for beams, frames are not."""
+        frames = inputs.pop("frames", None)
+        input_ids, expanded = super()._expand_inputs_for_generation(expand_size=expand_size, **inputs)  # pyright: ignore
+        return input_ids, expanded | {"frames": frames}

@@ -1,4 +1,6 @@
-"""Videos, pictures and questions to the packed tensors that fVLM reads.
+"""Conversations with videos and pictures to the tensors that fVLM reads.
+
+    inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
 
 A video becomes one square frame per second (at most `max_frames`, evenly spaced where it is longer), as in training.
 """
@@ -6,13 +8,27 @@ A video becomes one square frame per second (at most `max_frames`, evenly spaced
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
+from transformers.image_utils import load_image
 
-from fvlm_core.data.batch import Sample, Turn, pack
 from fvlm_core.data.frames import FrameRule, extract_frames
-from fvlm_core.data.tokenizer import chat_format, encode
+from fvlm_core.data.tokenizer import CHAT_TEMPLATE, END_OF_TEXT, TURN_START, chat_format, encode
+from fvlm_core.release.hub.conversation import Row, lay_out, normalised, source
+from fvlm_core.release.hub.padded import NO_FRAME
+
+TIMEOUT_S = 60
+"""For an address to answer."""
+CONTENTS = (
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{{ part['text'] if part['type'] == 'text' else '<' + part['type'] + '>' }}{% endfor %}{% endif %}"
+)
+MESSAGE_TEMPLATE = CHAT_TEMPLATE.replace("' + message['content'] + '", "' }}" + CONTENTS + "{{ '")
+"""The tokenizer's template for messages of several parts; as text only, where `<video>` and `<image>` stand for frames."""
 
 
 class FVLMProcessor(ProcessorMixin):
@@ -39,9 +55,62 @@ class FVLMProcessor(ProcessorMixin):
     ) -> None:
         self.frame_px, self.fps, self.max_frames = frame_px, fps, max_frames
         self.image_repeats, self.tokens_per_frame = image_repeats, tokens_per_frame
-        super().__init__(tokenizer, chat_template=chat_template)
+        super().__init__(tokenizer, chat_template=chat_template or MESSAGE_TEMPLATE)
 
-    def __call__(
+    @property
+    def model_input_names(self) -> list[str]:
+        """What `apply_chat_template` makes."""
+        return ["input_ids", "attention_mask", "frames", "frame_ids", "query_offsets"]
+
+    def apply_chat_template(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        *,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = False,
+        return_dict: bool = True,
+        return_assistant_tokens_mask: bool = False,
+        padding_side: str = "left",
+        **options: Any,
+    ) -> Any:
+        """Tensors of a conversation or a list of conversations; without `tokenize` their text, where `<video>` stands for frames.
+
+        Args:
+            conversation: Messages `{"role", "content"}`; contents are texts, or lists of `{"type": "text", "text": ...}`,
+                `{"type": "image", ...}` and `{"type": "video", ...}` with the picture or video under `image`, `video`, `url` or `path`.
+                What it may be: see `frames` and `square`. Contents stand in the order given: with the question before the video, the
+                model can look for what is asked.
+            chat_template: Another template, for text only.
+            add_generation_prompt: End where an answer begins.
+            continue_final_message: Leave the last message open, to go on with it.
+            tokenize: Make tensors.
+            return_dict: All tensors, not only `input_ids`.
+            return_assistant_tokens_mask: Add `assistant_masks`: 1 where an answer's tokens stand, which is what to train on.
+            padding_side: `left` for generation; training may use either.
+            **options: As transformers has them; without effect on tensors, which are always padded to the longest row, and PyTorch's.
+
+        Raises:
+            ValueError: What is no conversation.
+        """
+        one = isinstance(conversation[0], dict)
+        chats = [normalised(messages) for messages in ([conversation] if one else conversation)]
+        if not tokenize:
+            texts = super().apply_chat_template(
+                chats,
+                chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **options,
+            )
+            return texts[0] if one else texts
+        made = self._tensors(chats, prompt=add_generation_prompt, unfinished=continue_final_message, left=padding_side == "left")
+        if not return_assistant_tokens_mask:
+            del made["assistant_masks"]
+        return made if return_dict else made["input_ids"]
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         images: Any = None,
         text: str | list[str] | None = None,
@@ -54,10 +123,10 @@ class FVLMProcessor(ProcessorMixin):
         """Tensors of one question, or of a list of questions with as many videos or images.
 
         Args:
-            images: A picture (PIL, array [H, W, 3] or path) per question.
+            images: A picture per question; see `square`.
             text: The question, or a list of questions.
-            videos: A video per question: the path of a file, an array [T, H, W, 3], or a list of pictures one second apart.
-            answers: An answer per question, for training; their tokens are the labels.
+            videos: A video per question; see `frames`.
+            answers: An answer per question, for training; their tokens are the `labels`.
             question_first: The question stands before the frames, so the model can look for what is asked.
 
         Raises:
@@ -72,41 +141,108 @@ class FVLMProcessor(ProcessorMixin):
         for name, part in filled.items():
             if len(part) != len(questions):
                 raise ValueError(f"{len(questions)} questions, but {len(part)} {name}: give one each")
-        samples = [
-            self._sample(question, image, video, answer, question_first)
-            for question, image, video, answer in zip(questions, filled["images"], filled["videos"], filled["answers"], strict=True)
-        ]
-        batch = pack(samples, chat_format(self.tokenizer), tokens_per_frame=self.tokens_per_frame)
-        names = ("frames", "input_ids", "position_ids", "cu_seqlens", "shown_frames", "visual_positions", "query_sources")
-        tensors = {name: getattr(batch, name) for name in names}
-        return BatchFeature(tensors if answers is None else tensors | {"labels": batch.labels})
+        chats = []
+        for question, image, video, answer in zip(questions, filled["images"], filled["videos"], filled["answers"], strict=True):
+            seen = [{"type": kind, kind: one} for kind, one in (("image", image), ("video", video)) if one is not None]
+            asked = [{"type": "text", "text": question}]
+            chats.append([{"role": "user", "content": asked + seen if question_first else seen + asked}])
+            if answers is not None:
+                chats[-1].append({"role": "assistant", "content": answer})
+        made = self._tensors([normalised(chat) for chat in chats], prompt=answers is None, unfinished=False, left=True)
+        learned = made.pop("assistant_masks").bool()
+        return made if answers is None else BatchFeature({**made, "labels": made["input_ids"].where(learned, -100)})
 
     def frames(self, video: Any) -> np.ndarray:
-        """The square frames of a video, uint8 [T, frame_px, frame_px, 3]; see `__call__` for what it may be."""
+        """The square frames of a video, uint8 [T, frame_px, frame_px, 3].
+
+        `video`: the path or http address of a file, or its pictures one second apart: an array or tensor [T, H, W, 3] or [T, 3, H, W]
+        (uint8, or floats from 0 to 1), or a list of pictures as `square` takes them.
+        """
         if isinstance(video, str | Path):
             rule = FrameRule(frame_px=self.frame_px, fps=self.fps, max_frames=self.max_frames)
-            return extract_frames(Path(video).read_bytes(), rule).pixels
+            return extract_frames(_content(str(video)), rule).pixels
         picked = np.unique(np.linspace(0, len(video) - 1, min(len(video), self.max_frames)).round().astype(int))
-        return np.stack([self._square(video[index]) for index in picked])
+        return np.stack([self.square(video[index]) for index in picked])
 
-    def _sample(self, question: str, image: Any, video: Any, answer: str | None, question_first: bool) -> Sample:
-        frames, media = np.zeros((0, self.frame_px, self.frame_px, 3), np.uint8), []
-        if image is not None:
-            frames, media = self._square(image)[None], [[0] * self.image_repeats]
-        elif video is not None:
-            frames = self.frames(video)
-            media = [list(range(len(frames)))]
-        turn = Turn(encode(self.tokenizer, question.strip()), encode(self.tokenizer, answer.strip()) if answer else [])
-        return Sample(key="", source="", frames=frames, media=media, turns=[turn], question_first=question_first and bool(media))
+    def square(self, picture: Any) -> np.ndarray:
+        """Short side scaled to `frame_px`, centre cut out: uint8 [frame_px, frame_px, 3].
 
-    def _square(self, picture: Any) -> np.ndarray:
-        """Short side scaled to `frame_px`, centre cut out: uint8 [frame_px, frame_px, 3]."""
+        `picture`: the path or http address of a file, base64, a PIL image, or an array or tensor [H, W, 3] or [3, H, W].
+        """
         if isinstance(picture, str | Path):
-            picture = Image.open(picture)
-        image = (picture if isinstance(picture, Image.Image) else Image.fromarray(np.asarray(picture))).convert("RGB")
+            picture = load_image(str(picture), timeout=TIMEOUT_S)
+        image = (picture if isinstance(picture, Image.Image) else Image.fromarray(_pixels(picture))).convert("RGB")
         side, (width, height) = self.frame_px, image.size
         scale = side / min(width, height)
         if scale != 1:
             image = image.resize((max(side, round(width * scale)), max(side, round(height * scale))), Image.Resampling.BOX)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         return np.asarray(image.crop((left, top, left + side, top + side)))
+
+    def _tensors(self, chats: list[list[dict[str, Any]]], *, prompt: bool, unfinished: bool, left: bool) -> BatchFeature:
+        """Rows of normalised conversations; a picture or video that several show is read once."""
+        kept: list[np.ndarray] = []
+        places: dict[Any, list[int]] = {}
+
+        def frames_of(part: dict[str, Any]) -> list[int]:
+            shown = source(part)
+            key = part["type"], shown if isinstance(shown, str) else id(shown)
+            if key not in places:
+                first = sum(map(len, kept))
+                kept.append(self.square(shown)[None] if part["type"] == "image" else self.frames(shown))
+                places[key] = list(range(first, first + len(kept[-1])))
+            return places[key] * (self.image_repeats if part["type"] == "image" else 1)
+
+        chat = chat_format(self.tokenizer)
+        placeholder = self.tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+        system_open = self.tokenizer.encode(f"{TURN_START}system\n", add_special_tokens=False, split_special_tokens=False)
+        rows = [
+            lay_out(
+                messages,
+                chat,
+                lambda text: encode(self.tokenizer, text),
+                frames_of,
+                placeholder=placeholder,
+                tokens_per_frame=self.tokens_per_frame,
+                system_open=system_open,
+                prompt=prompt,
+                unfinished=unfinished,
+            )
+            for messages in chats
+        ]
+        frames = np.concatenate(kept) if kept else np.zeros((0, self.frame_px, self.frame_px, 3), np.uint8)
+        return BatchFeature({**_columns(rows, self.tokenizer.pad_token_id, left=left), "frames": torch.from_numpy(frames)})
+
+
+def _columns(rows: list[Row], pad: int, *, left: bool) -> dict[str, Tensor]:
+    """Rows as tensors [B, S] of the longest."""
+    longest = max(len(row.ids) for row in rows)
+
+    def column(values: list[list[int]], padding: int) -> Tensor:
+        fill = [[padding] * (longest - len(row)) for row in values]
+        return torch.tensor([more + row if left else row + more for row, more in zip(values, fill, strict=True)])
+
+    return {
+        "input_ids": column([row.ids for row in rows], pad),
+        "attention_mask": column([[1] * len(row.ids) for row in rows], 0),
+        "frame_ids": column([row.frame_ids for row in rows], NO_FRAME),
+        "query_offsets": column([row.query_offsets for row in rows], 0),
+        "assistant_masks": column([row.assistant for row in rows], 0),
+    }
+
+
+def _content(address: str) -> bytes:
+    """The bytes of a file on disk or behind an http address."""
+    if not address.startswith(("http://", "https://")):
+        return Path(address).read_bytes()
+    return httpx.get(address, follow_redirects=True, timeout=TIMEOUT_S).raise_for_status().content
+
+
+def _pixels(picture: Any) -> np.ndarray:
+    """An array or tensor as uint8 [H, W, 3]."""
+    array = np.asarray(picture.detach().cpu() if isinstance(picture, Tensor) else picture)
+    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3):
+        array = array.transpose(1, 2, 0)
+    if np.issubdtype(array.dtype, np.floating):
+        array = (array.clip(0, 1) * 255).round().astype(np.uint8)
+    return array.squeeze(-1) if array.ndim == 3 and array.shape[-1] == 1 else array
