@@ -12,6 +12,7 @@ from rich.console import Console
 from deployments import convert, data, data_plan, machines, scaling
 from deployments.evaluate import evaluate
 from deployments.options import DEFAULT_VOLUME, Changes, Cloud, KeepServer, Port, Profile, Videos, Volume, table_console
+from deployments.use import chat, look
 from fvlm_core.errors import UserError
 from fvlm_core.exit_status import USER_ERROR
 from infra.api import problem_with
@@ -32,6 +33,8 @@ app.command(machines.volume_app)
 app.command(machines.board)
 data.app.command(data_plan.plan)
 app.command(evaluate, name="eval")
+app.command(chat)
+app.command(look)
 
 
 @app.command

@@ -11,14 +11,19 @@ from fvlm_core.model.foveated import FoveatedVLM
 
 def branch(cache: PackedCache, rows: Sequence[int], room: Sequence[int]) -> PackedCache:
     """A cache whose sample n holds what sample `rows[n]` of `cache` holds, with room for `room[n]` tokens more; `cache` stays as it is."""
-    lengths = [cache.lengths[row] for row in rows]
+    return joined([(cache, row) for row in rows], room)
+
+
+def joined(parts: Sequence[tuple[PackedCache, int]], room: Sequence[int]) -> PackedCache:
+    """A cache whose sample n holds what `parts[n]`, a sample of any cache, holds, with room for `room[n]` tokens more."""
+    lengths = [cache.lengths[row] for cache, row in parts]
     made = PackedCache([length + more for length, more in zip(lengths, room, strict=True)])
-    for layer, buffers in cache.layers.items():
+    for layer, buffers in parts[0][0].layers.items() if parts else ():
         keys, values = (part.new_zeros((made.starts[-1], *part.shape[1:])) for part in buffers)
-        for row, length, start in zip(rows, lengths, made.starts[:-1], strict=True):
+        for (cache, row), length, start in zip(parts, lengths, made.starts[:-1], strict=True):
             source = slice(cache.starts[row], cache.starts[row] + length)
-            keys[start : start + length] = buffers[0][source]
-            values[start : start + length] = buffers[1][source]
+            keys[start : start + length] = cache.layers[layer][0][source]
+            values[start : start + length] = cache.layers[layer][1][source]
         made.layers[layer] = (keys, values)
     made.lengths = lengths
     return made

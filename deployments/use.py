@@ -1,0 +1,168 @@
+"""`fvlm chat` and `fvlm look`: a model and a video in the terminal."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.status import Status
+
+from fvlm_core.errors import UserError
+
+Model = Annotated[
+    str,
+    Parameter(
+        help="A released folder, a finished run or its model folder, a checkpoint of the original fVLM (with --vision and --llm), or a "
+        "hub name."
+    ),
+]
+ModeName = Annotated[
+    Literal["coarse", "fine", "autoregressive"] | None,
+    Parameter(help="How frames are read: all alike, each with a query of its own, or as a stream would. By default `fine`."),
+]
+Vision = Annotated[str | None, Parameter(help="Hub name or folder of the DINOv2 that a checkpoint of the original was built with.")]
+Llm = Annotated[str | None, Parameter(help="Hub name or folder of its SmolLM2.")]
+FramePx = Annotated[int, Parameter(help="Side of its frames.")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], Parameter(help="Where to compute.")]
+
+HELP = "A question and return; /new begins a new conversation, /quit ends."
+
+
+def load_model(model: str, vision: str | None, llm: str | None, frame_px: int, device: str, console: Console):
+    """The model that a command's options name, with a spinner."""
+    with Status("loading the model", console=console):
+        from fvlm_core.eval.checkpoints import Original
+        from fvlm_core.serve.load import load
+
+        return load(model, device, original=Original(vision=vision, llm=llm, frame_px=frame_px))
+
+
+def chat(
+    model: Model,
+    video: Path,
+    /,
+    *,
+    ask: tuple[str, ...] = (),
+    mode: ModeName = None,
+    question_first: Annotated[bool, Parameter(negative="")] = False,
+    max_new_tokens: Annotated[int, Parameter(help="Most tokens of an answer.")] = 128,
+    temperature: Annotated[float, Parameter(help="0 takes the likeliest token, more draws.")] = 0.0,
+    seed: int = 0,
+    vision: Vision = None,
+    llm: Llm = None,
+    frame_px: FramePx = 224,
+    device: Device = "auto",
+) -> int:
+    """Ask questions about a video; answers appear as they are computed. Further questions continue the conversation.
+
+    Parameters
+    ----------
+    video
+        A video, a picture, or a folder of frames.
+    ask
+        A question, any number of times; without any they are read from the terminal, or line by line from a pipe.
+    question_first
+        The model reads each question before the video, and can look for what is asked; every question is then a new conversation.
+    seed
+        Of the draws.
+    """
+    if max_new_tokens < 1 or temperature < 0:
+        raise UserError("max_new_tokens must be at least 1, temperature at least 0", where="the options", fix="correct them")
+    console = Console(highlight=False)
+    if not video.exists():
+        raise UserError("there is no such file", where=str(video), fix="give the path of a video, a picture, or a folder of frames")
+    answerer = load_model(model, vision, llm, frame_px, device, console)
+    from fvlm_core.serve.answering import Sampling
+    from fvlm_core.serve.load import checked_mode
+    from fvlm_core.serve.session import Session, open_media
+
+    chosen = checked_mode(answerer, mode)
+    session = Session(answerer, open_media(video, answerer))
+    sampling = Sampling(max_new_tokens, temperature, seed=seed)
+    interactive = not ask and sys.stdin.isatty()
+    console.print(f"[bold]{video.name}[/]: {session.media.n_shown} frames, mode {chosen}. {HELP if interactive else ''}")
+    for question in ask or _questions(console, interactive=interactive):
+        if question == "/quit":
+            break
+        if question == "/new":
+            session.forget()
+            continue
+        if not interactive:
+            console.print(f"[bold cyan]> {_plain(question)}[/]")
+        try:
+            for piece in session.ask(question, mode=chosen, question_first=question_first, sampling=sampling):
+                console.print(piece, end="", markup=False, soft_wrap=True)
+            console.print()
+        except UserError as error:  # the conversation has grown too long: the user can begin a new one
+            if not interactive:
+                raise
+            console.print(f"[red]{_plain(str(error))}[/]")
+    return 0
+
+
+def look(
+    model: Model,
+    video: Path,
+    /,
+    *,
+    output: Annotated[Path, Parameter(name=["--output", "-o"])] = Path("gaze.mp4"),
+    question: str = "What happens in the video?",
+    mode: Literal["fine", "autoregressive"] = "fine",
+    question_first: bool = True,
+    fps: float = 1.0,
+    vision: Vision = None,
+    llm: Llm = None,
+    frame_px: FramePx = 224,
+    device: Device = "auto",
+) -> int:
+    """Write a clip of where the model looks: each frame with coarse attention and the gaze beside it, and the gaze's entropy.
+
+    Parameters
+    ----------
+    video
+        A video, a picture, or a folder of frames.
+    output
+        The clip to write, .mp4 or .gif.
+    question
+        What is asked while it looks.
+    mode
+        Whose gaze.
+    question_first
+        The question comes before the video, so that it directs the gaze.
+    fps
+        Frames of the written clip per second; 1 is the speed of the video, up to 64 seconds.
+    """
+    from fvlm_core.serve.look import check_output, write_clip
+
+    check_output(output)
+    if not 0.01 <= fps <= 60:
+        raise UserError(f"{fps:g} frames per second cannot be shown", where="--fps", fix="use 0.01 to 60")
+    console = Console(highlight=False)
+    answerer = load_model(model, vision, llm, frame_px, device, console)
+    from fvlm_core.serve.load import checked_mode
+    from fvlm_core.serve.session import Session, gaze, open_media
+
+    session = Session(answerer, open_media(video, answerer))
+    with Status("looking", console=console):
+        chosen = checked_mode(answerer, mode) if answerer.subject.gazes else None
+        found = gaze(session, question, mode=chosen, question_first=question_first)
+        write_clip(output, found, title=question, fps=fps)
+    console.print(f"wrote {output}: {len(found.frames)} frames, entropy {found.entropy.mean():.2f} nats on average", soft_wrap=True)
+    return 0
+
+
+def _questions(console: Console, *, interactive: bool):
+    """Lines of the terminal or of a pipe, without empty ones."""
+    while True:
+        try:
+            line = (console.input("[bold cyan]> [/]") if interactive else input()).strip()
+        except EOFError:
+            return
+        if line:
+            yield line
+
+
+def _plain(text: str) -> str:
+    """Text in which rich sees no markup."""
+    return text.replace("[", "\\[")

@@ -1,0 +1,126 @@
+"""A model to be used, by whatever a user has: a released folder, a training run or model folder, a checkpoint of the original fVLM, or the
+name of a repository on the hub."""
+
+import json
+import re
+from pathlib import Path
+from shutil import copyfile
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from fvlm_core.data.frames import FrameRule
+from fvlm_core.data.tokenizer import chat_format, load_tokenizer
+from fvlm_core.errors import UserError
+from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
+from fvlm_core.eval.checkpoints import IMAGE_REPEATS, Original, open_checkpoint
+from fvlm_core.eval.subject import Subject
+from fvlm_core.manifest import sha256_file
+from fvlm_core.model.build import WEIGHTS_FILE
+from fvlm_core.model.convert import WEIGHTS_INDEX, read_original
+from fvlm_core.model.encoder import Encoder
+from fvlm_core.model.foveated import FoveatedVLM
+from fvlm_core.model.llama import Llama
+from fvlm_core.model.names import Mode
+from fvlm_core.release.hub.configuration_fvlm import FVLMConfig
+
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+CONFIG_FILE, PROCESSOR_FILE = "config.json", "processor_config.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+PREFIX = "model."
+"""Of the weights' names in a released folder."""
+BATCH_SAMPLES = 64
+SHORT: dict[str, Mode] = {"coarse": "coarse_only", "fine": "coarse_fine"}
+"""Of two modes' names."""
+FORMS = "give a released folder, a run's or model's folder, a checkpoint of the original fVLM (with --vision and --llm), or a hub name"
+
+
+def load(model: str | Path, device: str | torch.device = "auto", *, original: Original | None = None) -> FoveatedAnswerer:
+    """Model, tokenizer and rule of frames of a folder, file or hub name, in eval mode on a device (`auto`: a GPU where there is one).
+
+    Raises UserError where there is none, or it is of another kind.
+    """
+    place = _device(device)
+    path = Path(model)
+    if not path.exists() and REPOSITORY.fullmatch(str(model)):
+        path = _download(str(model))
+    if _is_released(path):
+        return _released(path, place)
+    loaded = open_checkpoint(path, place, original=original)
+    if not isinstance(loaded, FoveatedAnswerer):
+        raise UserError("this is a baseline's checkpoint, which is evaluated here and not used", where=str(model), fix=FORMS)
+    return loaded
+
+
+def default_mode(answerer: FoveatedAnswerer) -> Mode:
+    """Coarse->fine where the model looks at all."""
+    return "coarse_fine" if answerer.subject.gazes else "coarse_only"
+
+
+def checked_mode(answerer: FoveatedAnswerer, name: str | None) -> Mode:
+    """A mode by its name (`coarse` and `fine` are short for two of them) or the default. Raises UserError for one that the model lacks."""
+    mode = default_mode(answerer) if name is None else SHORT.get(name, name)
+    for known in answerer.subject.model.modes:
+        if mode == known:
+            return known
+    raise UserError(f"the model has no mode {name!r}", where="mode", fix=f"use one of {', '.join(answerer.subject.model.modes)}")
+
+
+def _device(name: str | torch.device) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"there is no device {name!r}", where="device", fix="use auto, cpu or cuda") from error
+
+
+def _download(name: str) -> Path:
+    try:
+        return Path(snapshot_download(name))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"neither a folder nor a repository that can be fetched: {reason}", where=name, fix=FORMS) from error
+
+
+def _is_released(path: Path) -> bool:
+    try:
+        return json.loads((path / CONFIG_FILE).read_text()).get("model_type") == FVLMConfig.model_type
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _released(folder: Path, device: torch.device) -> FoveatedAnswerer:
+    """Our own modules with a released folder's weights: none of the folder's code is run."""
+    fix = "get a complete copy of the folder"
+    try:
+        config = FVLMConfig.from_pretrained(folder)
+        settings: Any = config.model_settings
+        model = FoveatedVLM(settings, Encoder(config.vision_config), Llama(config.text_config))
+        values = json.loads((folder / PROCESSOR_FILE).read_text())
+        rule = FrameRule(values["frame_px"], values["fps"], values.get("max_frames", FrameRule.max_frames))
+        state = {name.removeprefix(PREFIX): tensor.float() for name, tensor in read_original(folder).items()}
+        if config.text_config.tie_word_embeddings:
+            state["llm.lm_head.weight"] = state["llm.model.embed_tokens.weight"]
+        model.load_state_dict(state)
+    except UserError as error:
+        raise UserError(error.what, where=str(folder), fix=fix) from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the released model does not load: {reason}", where=str(folder), fix=fix) from error
+    with TemporaryDirectory(prefix="fvlm-tokenizer-") as place:  # beside config.json, transformers asks whether to run the folder's code
+        for file in TOKENIZER_FILES:
+            if (folder / file).is_file():
+                copyfile(folder / file, Path(place) / file)
+        tokenizer = load_tokenizer(place)
+    index = folder / WEIGHTS_INDEX
+    return FoveatedAnswerer(
+        Subject(model.eval().requires_grad_(False).to(device), tokenizer, chat_format(tokenizer), device, BATCH_SAMPLES),
+        name=folder.resolve().name,
+        checkpoint=sha256_file(index if index.is_file() else folder / WEIGHTS_FILE),
+        rule=rule,
+        image_repeats=values.get("image_repeats", IMAGE_REPEATS),
+    )

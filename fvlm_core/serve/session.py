@@ -1,0 +1,156 @@
+"""A conversation about a video: its frames are encoded once, and every question is answered piece by piece as it is computed.
+
+A question **after** the video goes on from the keys and values of what was said before. A question **before** the video begins a new
+conversation: only what stands before the frames can direct where the model looks in the first of them, so the video is looked at anew for
+it (its encoding is kept).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fvlm_core.data.batch import Sample, Turn
+from fvlm_core.data.frames import ClipError
+from fvlm_core.errors import UserError
+from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
+from fvlm_core.eval.media import IMAGE_SUFFIXES, FrameFolder, Images, Media, VideoFile
+from fvlm_core.model.attention import PackedCache, PackedLayout
+from fvlm_core.model.decoding import joined
+from fvlm_core.model.encoder import FrameFeatures
+from fvlm_core.model.names import Mode
+from fvlm_core.serve.answering import Answer, Answering, ReadSamples, Sampling, TextPieces, read
+from fvlm_core.serve.load import default_mode
+
+
+def open_media(path: Path, answerer: FoveatedAnswerer) -> Media:
+    """The frames of a video, a picture or a folder of frames as the model takes them. Raises UserError where there are none."""
+    if not path.exists():
+        raise UserError("there is no such file", where=str(path), fix="give the path of a video, a picture, or a folder of frames")
+    if path.is_dir():
+        source = FrameFolder(path)
+    elif path.suffix.lower() in IMAGE_SUFFIXES:
+        source = Images((path,))
+    else:
+        source = VideoFile(path)
+    try:
+        return source.load(answerer.rule, answerer.image_repeats)
+    except ClipError as error:
+        raise UserError(f"it cannot be shown: {error}", where=str(path), fix="give an intact video, such as a player plays") from error
+
+
+@dataclass
+class Session:
+    """A model and the media that it is asked about."""
+
+    answerer: FoveatedAnswerer
+    media: Media
+    turns: list[Turn] = field(default_factory=list)
+    """The conversation so far."""
+    _features: FrameFeatures | None = None
+    _mode: Mode | None = None
+    """In which the media were read for this conversation."""
+    _cache: PackedCache | None = None
+    """Keys and values of the conversation up to where the last answer began."""
+
+    def ask(
+        self, question: str, *, mode: Mode | None = None, question_first: bool = False, sampling: Sampling | None = None
+    ) -> Iterator[str]:
+        """The answer in pieces. With a question before the video, or another mode than the last, a new conversation begins.
+
+        Raises UserError where conversation and answer would not fit into the model's context.
+        """
+        mode, sampling = mode or default_mode(self.answerer), sampling or Sampling()
+        subject = self.answerer.subject
+        question_ids = subject.encode(question.strip())
+        if question_first or mode != self._mode:
+            self.forget()
+        self._check_length(question_ids, sampling.max_new_tokens)
+        if self._cache is None:
+            found = self.look(question_ids, mode, question_first=question_first)
+            cache, hidden = found.cache, found.hidden
+        else:
+            cache, hidden = self._go_on(self._cache, question_ids)
+        answer = Answer(sampling, subject.chat.assistant_close[:1])
+        running, pieces = Answering(subject), TextPieces(subject)
+        running.add([answer], cache, hidden)
+        while not answer.finished:
+            yield pieces.piece(answer.tokens)
+            running.step()
+        yield pieces.piece(answer.tokens, last=True)
+        self._mode, self._cache = mode, cache
+        self.turns.append(Turn(question_ids, answer.tokens))
+
+    def look(self, question_ids: Sequence[int], mode: Mode, *, question_first: bool, gaze: bool = False) -> ReadSamples:
+        """Read the media with one question, up to where its answer begins."""
+        subject = self.answerer.subject
+        if self._features is None and len(self.media.frames):
+            with torch.inference_mode(), subject.autocast():
+                self._features = subject.model.encode(torch.from_numpy(self.media.frames).to(subject.device))
+        first = question_first and bool(self.media.shown)
+        sample = Sample("", "", self.media.frames, self.media.shown, [Turn(list(question_ids), [])], question_first=first)
+        return read(subject, [sample], mode, gaze=gaze, features=self._features)
+
+    def forget(self) -> None:
+        """Begin a new conversation about the same media."""
+        self.turns, self._cache, self._mode = [], None, None
+
+    @torch.inference_mode()
+    def _go_on(self, before: PackedCache, question_ids: Sequence[int]) -> tuple[PackedCache, Tensor]:
+        """Read the last answer and the next question behind the conversation so far."""
+        subject, chat = self.answerer.subject, self.answerer.subject.chat
+        last = self.turns[-1].answer_ids
+        tail = [*last, *chat.assistant_close, *chat.user_open, *question_ids, *chat.user_close, *chat.assistant_open]
+        cache = joined([(before, 0)], [len(tail)])
+        positions = torch.arange(before.lengths[0], before.lengths[0] + len(tail), device=subject.device)
+        embedded = subject.model.embed(torch.tensor(tail, device=subject.device))
+        with subject.autocast():
+            hidden = subject.model.contextualise(embedded, positions, PackedLayout([len(tail)], cache))
+        return cache, hidden[-1:]
+
+    def _check_length(self, question_ids: Sequence[int], new_tokens: int) -> None:
+        chat, model = self.answerer.subject.chat, self.answerer.subject.model
+        if self._cache is None:
+            before = len(chat.system) + self.media.n_shown * model.settings.tokens_per_frame
+        else:
+            before = self._cache.lengths[0] + len(self.turns[-1].answer_ids) + len(chat.assistant_close)
+        turn = len(chat.user_open) + len(question_ids) + len(chat.user_close) + len(chat.assistant_open)
+        needed, context = before + turn + new_tokens, model.llm.config.max_position_embeddings
+        if needed > context:
+            raise UserError(
+                f"conversation and answer need {needed} tokens, the model's context has {context}",
+                where="the question",
+                fix="begin a new conversation, ask a shorter question, or allow fewer new tokens",
+            )
+
+
+@dataclass(frozen=True)
+class Gaze:
+    """Where the model looks in every shown frame, at one question."""
+
+    frames: np.ndarray
+    """uint8 [T, H, W, 3]."""
+    coarse: np.ndarray
+    """float [T, rows, columns]: with `q_static`; each adds up to 1."""
+    fine: np.ndarray
+    """The same with the queries that the language model writes."""
+    entropy: np.ndarray
+    """float [T]: of the fine attention to a frame, in nats; even attention to n patches has log(n)."""
+
+
+def gaze(session: Session, question: str, *, mode: Mode | None = None, question_first: bool = True) -> Gaze:
+    """Where the model looks for a question. Raises UserError for a model that does not look."""
+    answerer = session.answerer
+    if not answerer.subject.gazes:
+        fix = "use a model with query deep, shallow or random"
+        raise UserError("this model pools its patches: it does not look anywhere", where=answerer.name, fix=fix)
+    if mode == "coarse_only":
+        raise UserError("coarse attention is shown beside the other modes'", where="mode", fix="use coarse_fine or autoregressive")
+    ids = answerer.subject.encode(question.strip())
+    coarse = session.look(ids, "coarse_only", question_first=question_first, gaze=True)
+    fine = session.look(ids, mode or "coarse_fine", question_first=question_first, gaze=True)
+    shown = [index for indexes in session.media.shown for index in indexes]
+    return Gaze(session.media.frames[shown], coarse.gaze[0], fine.gaze[0], fine.entropy[0])
