@@ -80,7 +80,7 @@ class ModelSettings(Settings):
     query: Literal["deep", "shallow", "random", "pooled"] = "deep"
     """deep: the query attends in every encoder layer; shallow: once, to the last layer; random: deep with fixed random
     queries (control); pooled: no queries, average-pooled patches (baseline)."""
-    tokens_per_frame: Literal[1, 4, 16] = 1
+    tokens_per_frame: Literal[1, 4, 9, 16] = 1
     fine_iterations: Annotated[int, Field(ge=0, le=8)] = 2
     """Fine passes in training after the coarse one; inference uses one. 0 with `pooled`."""
     temperature: Annotated[float, Field(gt=0)] = 1.0

@@ -58,10 +58,11 @@ def gaze_sample(source: str):
     def make(seed: int, split: Split, number: int) -> ShardSample:
         rng = np.random.default_rng([seed, len(source), split == "val", number])
         image = source == "gaze_image"
-        clip = gaze.render(rng, split, frames=1 if image else 3)
-        conversations, probes = gaze.cell_questions(clip, rng)
+        caption = source == "gaze_caption"
+        clip = gaze.render(rng, split, task="caption" if caption else "cell", frames=1 if image else 3)
+        conversations, probes = gaze.questions(clip, rng)
         text = gaze.reading(clip) if image else gaze.caption(clip)
-        if source == "gaze_caption":
+        if caption:
             conversations, probes = [[{"question": "Describe the video.", "answer": text}]], [None]
         return ShardSample(
             source=source,

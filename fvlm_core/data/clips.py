@@ -28,7 +28,6 @@ from fvlm_core.manifest import file_entries
 from fvlm_core.progress import Progress
 
 TABLE = "clips.parquet"
-GAZE_PROMPT = "Which digits are in the video, and where?"
 NATURAL_PROMPT = "What is in the video?"
 READING_PROMPT = "Which digits are in the image, row by row?"
 VIDEO_FPS = 2
@@ -122,12 +121,12 @@ def _render(job: ClipJob, name: str, source: GazeSource, split: Split, number: i
     frames = int(rng.integers(source.min_frames, source.max_frames + 1))
     hard = split == "val" and source.task != "caption"
     clutter = 1.0 if hard else float(rng.uniform(source.min_clutter, source.max_clutter))
-    clip = gaze.render(rng, split, frames=frames, scale=job.scale, clutter=clutter, noise=job.noise)
-    conversations, probes = ([], []) if source.task == "caption" else gaze.cell_questions(clip, rng)
-    caption = gaze.reading(clip) if source.task == "image" else gaze.caption(clip)
-    if source.task != "cell":
-        prompt = READING_PROMPT if source.task == "image" else GAZE_PROMPT
-        conversations, probes = [[{"question": prompt, "answer": caption}], *conversations], [None, *probes]
+    task = "cell" if source.task == "image" else source.task
+    clip = gaze.render(rng, split, task=task, frames=frames, scale=job.scale, clutter=clutter, noise=job.noise)
+    conversations, probes = gaze.questions(clip, rng)
+    caption = gaze.reading(clip) if source.task == "image" else gaze.caption(clip) if task in gaze.OF_A_PLACE else clip.answer
+    if source.task == "image":
+        conversations, probes = [[{"question": READING_PROMPT, "answer": caption}], *conversations], [None, *probes]
     path = f"clips/{name}-{split}-{number:06d}.mp4"
     (job.output / path).write_bytes(encode_mp4(clip.frames))
     extra = {"clutter": round(clutter, 4), "digits": clip.digits.tolist()}

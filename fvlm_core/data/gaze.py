@@ -1,30 +1,42 @@
-"""The generated benchmark of gaze: real handwritten digits on a 3x3 grid, all redrawn in every frame.
+"""The generated benchmark of gaze: real handwritten digits on a grid, all redrawn in every frame, and questions that need looking.
 
 One token per frame cannot hold nine digits, so a question about one cell separates a model that looks where it is asked
-from one that sees the frame as a whole. The digits are scikit-learn's bundled set; those of the validation split are never
-drawn in training. Everything is a pure function of the generator passed in.
+from one that sees the frame as a whole. Every task gives each frame one cell that counts; they differ in how it is to be found:
+
+=======  ==================================================================================================================
+cell     the question names it; it is the same in all frames
+colour   the question names a colour that exactly one digit of every frame has
+hunt     the question names the first; a cross in each frame stands where the next frame's digit counts
+track    the question names the first; later it is the cell beside it with a digit of the same colour as the first
+caption  it is the only one with white digits; the answer names its place too
+=======  ==================================================================================================================
+
+Everything is a pure function of the generator passed in. Digits of the two splits are of different writers (`fvlm_core.data.digits`).
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import NormalDist
+from typing import Literal
 
 import numpy as np
-from PIL import Image
-from sklearn.datasets import load_digits
 
+from fvlm_core.data.digits import digits_of
 from fvlm_core.data.rows import Split
 
+Task = Literal["cell", "colour", "hunt", "track", "caption"]
+TASKS: tuple[Task, ...] = ("cell", "colour", "hunt", "track", "caption")
+OF_A_PLACE: tuple[Task, ...] = ("cell", "caption")
+"""Tasks whose cell is the same in all frames."""
 GRID = 3
-"""Cells per side."""
+"""Cells per side, where no other number is asked for."""
 CELL_PX = 14
 """Side of a cell at scale 1: one patch of DINOv2."""
 FRAME_PX = GRID * CELL_PX
 DIGIT_PX = 12
 """Side of a digit at scale 1; it moves by at most a pixel in its cell."""
-EMPTY = -1
-"""In place of a digit where a cell is empty."""
-VAL_DIGITS = 397
-"""Digits held out of training, of 1797."""
+EMPTY, CROSS = -1, -2
+"""In place of a digit: nothing, and the sign of `hunt`."""
 N_CHOICES = 4
 """Options of a multiple-choice question."""
 COLOURS = {
@@ -35,9 +47,9 @@ COLOURS = {
     "pink": (255, 90, 220),
     "white": (245, 245, 245),
 }
+WHITE = list(COLOURS).index("white")
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "centre", "right")
-CENTRE = (1, 1)
 
 Conversation = list[dict[str, str]]
 """Turns, each `{"question", "answer"}`."""
@@ -50,87 +62,194 @@ class GazeClip:
     frames: np.ndarray
     """uint8 [T, S, S, 3], one frame per second."""
     digits: np.ndarray
-    """int [T, 3, 3]: the digit in each cell, or EMPTY."""
+    """int [T, G, G]: the digit in each cell, or EMPTY, or CROSS."""
     colours: np.ndarray
-    """int [T, 3, 3]: index into COLOURS."""
+    """int [T, G, G]: index into COLOURS."""
+    path: np.ndarray
+    """int [T, 2]: row and column of the cell that counts in each frame; it always has a digit."""
+    task: Task
+
+    @property
+    def answer(self) -> str:
+        """The digits that count, a character a frame."""
+        return "".join(str(digit) for digit in self.digits[np.arange(len(self.path)), *self.path.T])
 
 
-def render(rng: np.random.Generator, split: Split, *, frames: int, scale: int = 1, clutter: float = 1.0, noise: float = 0.05) -> GazeClip:
-    """Draw a clip of `frames` frames at `scale` times 42 px.
+def render(
+    rng: np.random.Generator,
+    split: Split,
+    *,
+    task: Task = "cell",
+    frames: int,
+    grid: int = GRID,
+    scale: int = 1,
+    clutter: float = 1.0,
+    noise: float = 0.05,
+) -> GazeClip:
+    """Draw a clip of `frames` frames of `grid` x `grid` cells, each of `scale` times 14 px.
 
-    One cell (the centre for half of the clips) has a digit in every frame; each other cell has one with probability
-    `clutter`. `noise` is the standard deviation of the dark background, as a share of full brightness.
+    The cell that counts has a digit; each other cell has one with probability `clutter`. `noise` is the standard deviation of the dark
+    background, as a share of full brightness. Raises ValueError for a grid without a second cell.
     """
-    images, labels = digits_of(split, DIGIT_PX * scale)
-    target = CENTRE if rng.random() < 0.5 else tuple(rng.integers(GRID, size=2))
-    present = rng.random((frames, GRID, GRID)) < clutter
-    present[:, target[0], target[1]] = True
-    chosen = rng.integers(len(labels), size=(frames, GRID, GRID))
-    colours = rng.integers(len(COLOURS), size=(frames, GRID, GRID))
-    jitter = rng.integers(-scale, scale + 1, size=(frames, GRID, GRID, 2))
-    background = np.clip(np.abs(rng.normal(0, 255 * noise, (frames, FRAME_PX, FRAME_PX, 3))), 0, 255).astype(np.uint8)
-    pixels = background.repeat(scale, axis=1).repeat(scale, axis=2)
-    palette = np.array(list(COLOURS.values()), np.uint16)
-    size, margin = DIGIT_PX * scale, (CELL_PX - DIGIT_PX) // 2 * scale
-    for t, row, column in np.argwhere(present):
-        y, x = jitter[t, row, column] + (row * CELL_PX * scale + margin, column * CELL_PX * scale + margin)
-        here = pixels[t, y : y + size, x : x + size]
-        np.maximum(here, (images[chosen[t, row, column], ..., None] * palette[colours[t, row, column]] // 255).astype(np.uint8), out=here)
-    return GazeClip(pixels, np.where(present, labels[chosen], EMPTY), colours)
+    if grid < 2:
+        raise ValueError(f"a grid needs at least 2 x 2 cells, not {grid} x {grid}")
+    labels = digits_of(split, DIGIT_PX * scale)[1]
+    shape = frames, grid, grid
+    path = _path(rng, task, frames, grid)
+    times = np.arange(frames)
+    present = rng.random(shape) < clutter
+    chosen = rng.integers(len(labels), size=shape)
+    colours = rng.integers(len(COLOURS), size=shape)
+    jitter = rng.integers(-scale, scale + 1, size=(*shape, 2))
+    sign = rng.integers(grid**2 - 1, size=frames)
+    if task in ("colour", "track", "caption"):  # the colour that counts is nowhere else
+        special = WHITE if task == "caption" else int(rng.integers(len(COLOURS)))
+        colours = (special + 1 + rng.integers(len(COLOURS) - 1, size=shape)) % len(COLOURS)
+        colours[times, *path.T] = special
+    present[times, *path.T] = True
+    digits = np.where(present, labels[chosen], EMPTY)
+    if task == "hunt":  # after the last frame nothing counts: its cross stands anywhere but on its digit
+        last = (path[-1] @ (grid, 1) + 1 + sign[-1]) % grid**2
+        crosses = np.append(path[1:], [divmod(int(last), grid)], axis=0)
+        digits[times, *crosses.T] = CROSS
+    pixels = _draw(split, digits, colours, chosen, jitter, scale)
+    drawn = rng.integers(256, size=(frames, grid * CELL_PX, grid * CELL_PX, 3), dtype=np.uint8)
+    background = _noise(noise)[drawn]
+    if scale > 1:
+        background = background.repeat(scale, axis=1).repeat(scale, axis=2)
+    return GazeClip(np.maximum(pixels, background), digits, colours, path, task)
+
+
+def _path(rng: np.random.Generator, task: Task, frames: int, grid: int) -> np.ndarray:
+    """The cell that counts in each frame: int [T, 2]."""
+    anywhere = rng.integers(grid, size=(frames, 2))
+    if task in OF_A_PLACE:
+        return anywhere[:1].repeat(frames, 0)
+    if task == "hunt":  # never the same twice, because there the cross stands
+        steps = rng.integers(1, grid**2, size=frames)
+        steps[0] = anywhere[0] @ (grid, 1)
+        return np.stack(np.divmod(np.cumsum(steps) % grid**2, grid), 1)
+    if task == "track":
+        path = anywhere
+        for t in range(1, frames):
+            beside = [(row, column) for row, column in np.ndindex(grid, grid) if np.abs(path[t - 1] - (row, column)).max() == 1]
+            path[t] = beside[rng.integers(len(beside))]
+        return path
+    return anywhere
+
+
+def _draw(split: Split, digits: np.ndarray, colours: np.ndarray, chosen: np.ndarray, jitter: np.ndarray, scale: int) -> np.ndarray:
+    """Digits and crosses on black: uint8 [T, S, S, 3]."""
+    cell, size = CELL_PX * scale, DIGIT_PX * scale
+    places = np.arange(cell) - (CELL_PX - DIGIT_PX) // 2 * scale - jitter[..., None]  # [T, G, G, 2, cell]: pixel of the digit
+    places = np.minimum(np.maximum(places, -1), size) + 1  # past a digit's side is its border
+    bright = _bordered(split, size)[chosen[..., None, None], places[..., 0, :, None], places[..., 1, None, :]]  # [T, G, G, cell, cell]
+    bright[digits < 0] = 0
+    bright[digits == CROSS] = _cross(scale)
+    palette = np.array(list(COLOURS.values()), np.uint16)[np.where(digits == CROSS, WHITE, colours)]
+    painted = (bright[..., None] * palette[..., None, None, :] // 255).astype(np.uint8)
+    frames, grid = digits.shape[:2]
+    return painted.swapaxes(2, 3).reshape(frames, grid * cell, grid * cell, 3)
 
 
 @lru_cache(maxsize=4)
-def digits_of(split: Split, size_px: int) -> tuple[np.ndarray, np.ndarray]:
-    """The split's digits: brightness uint16 [N, size_px, size_px] in 0..255 (room for a product with a colour) and labels int [N]."""
-    pixels, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(labels))  # the set is sorted by writer; this split is fixed for ever
-    chosen = order[-VAL_DIGITS:] if split == "val" else order[:-VAL_DIGITS]
-    bright = (np.asarray(pixels)[chosen].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    scaled = [np.asarray(Image.fromarray(image).resize((size_px, size_px), Image.Resampling.BILINEAR)) for image in bright]
-    return np.stack(scaled).astype(np.uint16), np.asarray(labels)[chosen]
+def _bordered(split: Split, size_px: int) -> np.ndarray:
+    """The split's digits with a dark pixel on every side: uint16 [N, size_px + 2, size_px + 2]."""
+    return np.pad(digits_of(split, size_px)[0], ((0, 0), (1, 1), (1, 1)))
+
+
+@lru_cache
+def _noise(std: float) -> np.ndarray:
+    """The brightness of 256 equally likely pixels of the background, uint8 [256]: quantiles of a half-normal distribution."""
+    quantiles = [NormalDist().inv_cdf(0.5 + (number + 0.5) / 512) for number in range(256)]
+    return np.clip(np.array(quantiles) * 255 * std, 0, 255).astype(np.uint8)
+
+
+@lru_cache
+def _cross(scale: int) -> np.ndarray:
+    """Brightness uint16 [cell, cell] of a diagonal cross with strokes of 2 px at scale 1."""
+    here = np.arange(CELL_PX * scale) + 0.5
+    side = CELL_PX * scale
+    strokes = np.minimum(np.abs(here[:, None] - here), np.abs(here[:, None] + here - side)) <= scale
+    inside = np.abs(here - side / 2) <= DIGIT_PX * scale / 2
+    return np.where(strokes & inside & inside[:, None], 255, 0).astype(np.uint16)
+
+
+def cell_name(row: int, column: int, grid: int = GRID) -> str:
+    """E.g. `top left`; on other grids than 3 x 3 `row 2 column 4`."""
+    return f"{ROWS[row]} {COLUMNS[column]}" if grid == GRID else f"row {row + 1} column {column + 1}"
 
 
 def caption(clip: GazeClip) -> str:
-    """What a cell with a digit in every frame shows, e.g. `371 at the top left`: the centre where it has, else the first."""
-    full = (clip.digits != EMPTY).all(0)
-    row, column = CENTRE if full[CENTRE] else np.argwhere(full)[0].tolist()
-    return f"{''.join(map(str, clip.digits[:, row, column]))} at the {cell_name(row, column)}"
+    """What the clip's place shows, e.g. `371 at the top left`; of a clip of `OF_A_PLACE`."""
+    return f"{clip.answer} at the {cell_name(*clip.path[0].tolist(), clip.digits.shape[-1])}"
 
 
 def reading(clip: GazeClip) -> str:
     """All cells of the first frame, row by row, e.g. `371 205 998`; `-` where a cell is empty."""
-    return " ".join("".join("-" if digit == EMPTY else str(digit) for digit in row) for row in clip.digits[0])
+    return " ".join("".join(str(digit) if digit >= 0 else "-" for digit in row) for row in clip.digits[0])
 
 
-def cell_name(row: int, column: int) -> str:
-    """E.g. `top left`."""
-    return f"{ROWS[row]} {COLUMNS[column]}"
-
-
-def cell_questions(clip: GazeClip, rng: np.random.Generator) -> tuple[list[Conversation], list[dict]]:
-    """A question per cell that has a digit in every frame: which digits are there, in order, one character a frame.
-
-    Returns the conversations and their probes: the task, multiple-choice options (the wrong ones are what other cells show, so
-    knowing the digits without their places does not help), the right option's index, and the cell to look at in each frame.
-    """
-    sequences = {
-        (row, column): "".join(map(str, clip.digits[:, row, column]))
-        for row in range(GRID)
-        for column in range(GRID)
-        if (clip.digits[:, row, column] != EMPTY).all()
-    }
+def question(clip: GazeClip) -> str:
+    """What is asked about the clip's path."""
+    if clip.task == "caption":
+        return "Which digits are white, and where?"
     many = "digits are" if len(clip.digits) > 1 else "digit is"
+    place = cell_name(*clip.path[0].tolist(), clip.digits.shape[-1])
+    colour = list(COLOURS)[clip.colours[0, *clip.path[0]]]
+    return {
+        "cell": f"Which {many} at the {place}?",
+        "colour": f"Which {many} {colour}?",
+        "hunt": f"Start at the {place} and go where the cross was. Which {many} there?",
+        "track": f"Start at the {place} and follow its colour. Which {many} there?",
+    }[clip.task]
+
+
+def questions(clip: GazeClip, rng: np.random.Generator) -> tuple[list[Conversation], list[dict | None]]:
+    """The clip's conversations and their probes: the task, multiple-choice options, the right one's index, each frame's cell to look at.
+
+    A caption has no probe. In `cell` clips every cell that has a digit in all frames is asked for, in the others the path. Wrong options
+    are what other cells show, so knowing the digits without their places does not help.
+    """
+    if clip.task == "caption":
+        return [[{"question": question(clip), "answer": caption(clip)}]], [None]
+    paths = [clip.path]
+    if clip.task == "cell":
+        full = np.argwhere((clip.digits >= 0).all(0))
+        paths = [np.repeat(cell[None], len(clip.digits), 0) for cell in full]
     conversations, probes = [], []
-    for cell, answer in sequences.items():
-        wrong = list(dict.fromkeys(text for text in sequences.values() if text != answer))
-        wrong = [wrong[index] for index in rng.permutation(len(wrong))]
-        while len(wrong) < N_CHOICES - 1:
-            invented = "".join(map(str, rng.integers(10, size=len(answer))))
-            if invented != answer and invented not in wrong:
-                wrong.append(invented)
-        choices = wrong[: N_CHOICES - 1]
+    for path in paths:
+        asked = GazeClip(clip.frames, clip.digits, clip.colours, path, clip.task)
+        choices = _wrong(asked, rng)
         place = int(rng.integers(N_CHOICES))
-        choices.insert(place, answer)
-        conversations.append([{"question": f"Which {many} at the {cell_name(*cell)}?", "answer": answer}])
-        probes.append({"task": "cell", "choices": choices, "answer_index": place, "cells": [list(cell)] * len(clip.digits)})
+        choices.insert(place, asked.answer)
+        conversations.append([{"question": question(asked), "answer": asked.answer}])
+        probes.append({"task": clip.task, "choices": choices, "answer_index": place, "cells": path.tolist()})
     return conversations, probes
+
+
+def _wrong(clip: GazeClip, rng: np.random.Generator) -> list[str]:
+    """Wrong options: what other cells show, a cell through all frames where possible, else any digits."""
+    grid = clip.digits.shape[-1]
+    found: list[str] = []
+    for place in rng.permutation(grid**2):
+        row, column = divmod(int(place), grid)
+        here = clip.digits[:, row, column]
+        if clip.task != "cell":  # on other paths, wherever else there are digits
+            others = [frame[(frame >= 0) & ~_only(grid, cell)] for frame, cell in zip(clip.digits, clip.path, strict=True)]
+            here = np.array([rng.choice(other) if len(other) else EMPTY for other in others])
+        text = "".join(map(str, here))
+        if (here >= 0).all() and text != clip.answer and text not in found:
+            found.append(text)
+    while len(found) < N_CHOICES - 1:
+        invented = "".join(map(str, rng.integers(10, size=len(clip.digits))))
+        if invented != clip.answer and invented not in found:
+            found.append(invented)
+    return found[: N_CHOICES - 1]
+
+
+def _only(grid: int, cell: np.ndarray) -> np.ndarray:
+    """True in one cell: bool [G, G]."""
+    mask = np.zeros((grid, grid), bool)
+    mask[*cell] = True
+    return mask

@@ -106,8 +106,9 @@ class Source(Settings):
 class GazeSource(Settings):
     """One source of rendered clips."""
 
-    task: Literal["caption", "cell", "image"]
-    """caption: digits and their place; cell: a question per cell; image: a still, cells and reading of the whole grid."""
+    task: Literal["caption", "cell", "colour", "hunt", "track", "image"]
+    """caption: the white digits and their place; cell: a question per cell; colour: the digits of one colour; hunt: each frame's cross
+    stands where the next digit counts; track: a colour that moves; image: a still, cells and reading of the whole grid."""
     train: Annotated[int, Field(ge=0)]
     """Clips in the training split."""
     val: Annotated[int, Field(ge=0)]

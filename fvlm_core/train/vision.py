@@ -7,6 +7,7 @@ queries never learn to look (own digits alone are not enough).
 """
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,18 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fvlm_core.cli import run_job
-from fvlm_core.config import VisionSettings
+from fvlm_core.config import VisionSettings, VisionShape
 from fvlm_core.data import gaze
 from fvlm_core.data.rows import Split
 from fvlm_core.manifest import Manifest, file_entries
 from fvlm_core.model.build import build_encoder
 from fvlm_core.model.encoder import Encoder
 from fvlm_core.progress import Progress
-from fvlm_core.train.jobs import VisionJob
+from fvlm_core.train.jobs import VisionJob, VisionTrainingSettings
 from fvlm_core.train.schedules import learning_rates
 
-TARGETS = 3
-"""Predictions per patch: its own digit, its right neighbour's, its lower neighbour's."""
+TARGETS = ("own", "right", "below")
+"""Digits that every patch predicts: its own, its right neighbour's, its lower neighbour's."""
 IGNORE = -100
 
 
@@ -33,49 +34,58 @@ def train_vision(job: VisionJob) -> Manifest:
     """Train and write the checkpoint; the manifest's counts hold the accuracy per mille on held-out digits."""
     started = time.monotonic()
     torch.set_num_threads(job.threads)
-    torch.manual_seed(job.seed)
-    rng = np.random.default_rng(job.seed)
-    encoder = build_encoder(VisionSettings(shape=job.shape, frame_px=gaze.FRAME_PX))
-    head = nn.Linear(job.shape.width, TARGETS * 10)
-    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=job.optimizer.lr_vision, fused=True)
     progress = Progress(job.output, job.steps)
-    for step in range(job.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rates(job.optimizer, step, job.steps)["vision"]
-        frames, targets = _batch(rng, "train", job.batch_frames)
-        loss = F.cross_entropy(_logits(encoder, head, frames), targets, ignore_index=IGNORE)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        progress.update(step + 1, loss=loss.item())
-    with torch.no_grad():
-        frames, targets = _batch(rng, "val", 256)
-        right = _logits(encoder, head, frames).argmax(1) == targets
-    accuracy = {
-        f"{name}_per_mille": int(1000 * right[:, n][targets[:, n] != IGNORE].float().mean())
-        for n, name in enumerate(("own", "right", "below"))
-    }
+    encoder, accuracy = pretrained(job, job.shape, lambda step, loss: progress.update(step, loss=loss))
     encoder.to_dinov2().save_pretrained(job.output)
     return Manifest(
         name="vision",
         settings_hash=job.hash(exclude={"output"}),
-        counts={"steps": job.steps, **accuracy},
+        counts={"steps": job.steps, **{f"{name}_per_mille": int(1000 * share) for name, share in accuracy.items()}},
         files=file_entries(job.output, ["config.json", "model.safetensors"]),
         seconds=time.monotonic() - started,
     ).write(job.output)
 
 
+def pretrained(
+    settings: VisionTrainingSettings, shape: VisionShape, each_step: Callable[[int, float], None] | None = None
+) -> tuple[Encoder, dict[str, float]]:
+    """An encoder of a shape after its training, and its accuracy on held-out digits: own, right neighbour's, lower neighbour's.
+
+    `each_step` is called with the number of steps done and the last one's loss.
+    """
+    torch.manual_seed(settings.seed)
+    rng = np.random.default_rng(settings.seed)
+    encoder = build_encoder(VisionSettings(shape=shape, frame_px=gaze.FRAME_PX))
+    head = nn.Linear(shape.width, len(TARGETS) * 10)
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=settings.optimizer.lr_vision, fused=True)
+    for step in range(settings.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rates(settings.optimizer, step, settings.steps)["vision"]
+        frames, targets = _batch(rng, "train", settings.batch_frames)
+        loss = F.cross_entropy(_logits(encoder, head, frames), targets, ignore_index=IGNORE)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if each_step is not None:
+            each_step(step + 1, loss.item())
+    with torch.no_grad():
+        frames, targets = _batch(rng, "val", 256)
+        right = _logits(encoder, head, frames).argmax(1) == targets
+    accuracy = {name: right[:, n][targets[:, n] != IGNORE].float().mean().item() for n, name in enumerate(TARGETS)}
+    return encoder, accuracy
+
+
 def _logits(encoder: Encoder, head: nn.Linear, frames: Tensor) -> Tensor:
-    """Frames uint8 [F, H, W, 3] -> logits [F x patches, 10, TARGETS]."""
+    """Frames uint8 [F, H, W, 3] -> logits [F x patches, 10, targets]."""
     patches = encoder.encode(frames, patches=True).patches
     assert patches is not None
-    return head(patches[:, 1:]).unflatten(-1, (10, TARGETS)).flatten(0, 1)
+    return head(patches[:, 1:]).unflatten(-1, (10, len(TARGETS))).flatten(0, 1)
 
 
 def _batch(rng: np.random.Generator, split: Split, frames: int) -> tuple[Tensor, Tensor]:
-    """Full grids uint8 [frames, H, W, 3] and targets int64 [frames x patches, TARGETS], IGNORE past the edges."""
+    """Full grids uint8 [frames, H, W, 3] and targets int64 [frames x patches, targets], IGNORE past the edges."""
     clip = gaze.render(rng, split, frames=frames)
-    targets = np.full((*clip.digits.shape, TARGETS), IGNORE)
+    targets = np.full((*clip.digits.shape, len(TARGETS)), IGNORE)
     targets[..., 0] = clip.digits
     targets[:, :, :-1, 1] = clip.digits[:, :, 1:]
     targets[:, :-1, :, 2] = clip.digits[:, 1:]

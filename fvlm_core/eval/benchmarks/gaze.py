@@ -33,9 +33,10 @@ def items(_folder: Path | None, limit: int) -> Iterator[Item]:
     for number in range(QUESTIONS):
         clip = clip_of(number)
         rng = np.random.default_rng([SEED, number, 1])
-        conversations, probes = gaze.cell_questions(clip, rng)
+        conversations, probes = gaze.questions(clip, rng)
         media = Rendered(f"gaze-{number}", partial(_frames, number))
         for [turn], probe in zip(conversations, probes, strict=True):
+            assert probe is not None
             if made == (limit or QUESTIONS):
                 return
             yield Item(

@@ -1,0 +1,151 @@
+"""The gaze experiment: does a model with one token a frame look where the question asks, and what does that give?
+
+A model of 0.4 million parameters is trained from scratch on one task of `fvlm_core.data.gaze`, and asked about clips with digits of writers
+whom it has never seen: in its three modes, with the question before and after the video, and beside every control. How each number
+is made, and what was found: docs/research.md.
+
+    python -m benchmarks.gaze                                  # cell, one seed
+    python -m benchmarks.gaze --task cell --seeds 5            # five seeds, and the worst one
+    python -m benchmarks.gaze --no-controls --minutes 2        # the model alone, at most two minutes of processor time a training
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from benchmarks.gaze_measures import CONTROLS, MAIN, Answers, Asked, Row, answers, table
+from benchmarks.gaze_training import Plan, Trained, train
+from fvlm_core.data.gaze import TASKS
+from fvlm_core.eval.stats import Bootstrap
+from fvlm_core.tables import Table, number
+
+ASKED_TASKS = tuple(task for task in TASKS if task != "caption")
+"""Tasks whose answers are one digit a frame."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, ask, print."""
+    options = _options(arguments)
+    torch.set_num_threads(options.threads)
+    console = Console()
+    note = (lambda text: None) if options.json else (lambda text: console.print(text, markup=False, highlight=False))
+    found: list[list[Row]] = []
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
+        plan = Plan(task=options.task, seed=seed, max_cpu_s=60 * options.minutes)
+        if options.steps is not None:
+            plan = replace(plan, steps=options.steps)
+        if options.encoder_steps is not None:
+            plan = replace(plan, encoder_steps=options.encoder_steps)
+        asked = Asked(plan, options.clips)
+        trained = train(plan, note)
+        said = answers(trained, asked)
+        for name, changes in CONTROLS.items() if options.controls else ():
+            note(f"control: {name}")
+            said[name] = control(replace(plan, model=changes), asked, note)
+        rows = table(said, asked, Bootstrap(resamples=2000, seed=0))
+        found.append(rows)
+        if options.json:
+            print(json.dumps(record(plan, trained, asked, rows)), flush=True)
+        else:
+            console.print(*shown(plan, trained, asked, rows).terminal())
+    if len(found) > 1 and not options.json:
+        console.print(over_seeds(found, options.first_seed).rich())
+
+
+def control(plan: Plan, asked: Asked, note=lambda _: None) -> Answers:
+    """What a model with other settings, trained alike, says with the question first: in its fine mode where it has one."""
+    said = answers(train(plan, note), asked)
+    return said.get(MAIN) or said["coarse, question first"]
+
+
+def record(plan: Plan, trained: Trained, asked: Asked, rows: Sequence[Row]) -> dict:
+    """Everything about one seed, for JSON."""
+    return {
+        "task": plan.task,
+        "seed": plan.seed,
+        "clips": len(asked.clips),
+        "steps": trained.steps,
+        "planned_steps": plan.steps,
+        "clutter": round(trained.clutter, 3),
+        "full_clutter_at": trained.full_at,
+        "cpu_s": round(trained.cpu_s, 1),
+        "encoder_cpu_s": round(trained.encoder_cpu_s, 1),
+        "encoder_accuracy": trained.encoder_accuracy,
+        "entropy_at_start": trained.entropy,
+        "constant": round(asked.constant, 4),
+        "bag_ceiling": round(asked.bag_ceiling, 4),
+        "rows": [_plain(row) for row in rows],
+    }
+
+
+def shown(plan: Plan, trained: Trained, asked: Asked, rows: Sequence[Row]) -> Table:
+    """One seed's table."""
+    stopped = f" Stopped by --minutes at step {trained.steps} of {plan.steps}." if trained.steps < plan.steps else ""
+    full = f"reached 1 at step {trained.full_at}" if trained.full_at else f"ended at {trained.clutter:.2f}"
+    note = (
+        f"Best constant answer {asked.constant:.3f}; all digits without their places {asked.bag_ceiling:.3f}; gaze by chance {1 / 9:.3f}. "
+        f"Clutter {full}. Intervals: 95 %, over clips; p: paired sign flips by clip against “{MAIN}”, adjusted by Holm. "
+        f"{trained.cpu_s:.0f} s of one core, the encoder's {trained.encoder_cpu_s:.0f} s before.{stopped}"
+    )
+    head = ["condition", "accuracy", "by frame", "worst cell", "gaze on target", "below fine", "p"]
+    cells = [
+        [
+            row.condition,
+            number(row.accuracy),
+            " ".join(f"{value:.2f}" for value in row.by_frame),
+            f"{np.nanmin(row.by_cell):.3f}",
+            number(row.on_target),
+            number(row.difference),
+            "" if row.p_value is None else f"{row.p_value:.4f}",
+        ]
+        for row in rows
+    ]
+    return Table(title=f"{plan.task}, seed {plan.seed}, {len(asked.clips)} clips", head=head, rows=cells, note=note)
+
+
+def over_seeds(found: Sequence[Sequence[Row]], first_seed: int) -> Table:
+    """Mean, worst and every seed of each condition."""
+    rows = []
+    for same in zip(*found, strict=True):
+        values = [row.accuracy.value for row in same]
+        worst = int(np.argmin(values))
+        rows.append(
+            [
+                same[0].condition,
+                f"{np.mean(values):.3f}",
+                f"{values[worst]:.3f} (seed {first_seed + worst})",
+                f"{min(np.nanmin(row.by_cell) for row in same):.3f}",
+                " ".join(f"{value:.3f}" for value in values),
+            ]
+        )
+    return Table(title="over seeds", head=["condition", "mean", "worst seed", "worst cell of any seed", "each"], rows=rows)
+
+
+def _plain(row: Row) -> dict:
+    values = asdict(row)
+    estimates = {name: one.model_dump() for name in ("accuracy", "on_target", "difference") if (one := getattr(row, name)) is not None}
+    return values | {"on_target": None, "difference": None} | estimates
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=ASKED_TASKS, default="cell")
+    parser.add_argument("--seeds", type=int, default=1, help="so many seeds")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="most processor time of a training")
+    parser.add_argument("--clips", type=int, default=600, help="held-out clips, a question each")
+    parser.add_argument("--steps", type=int, help="of a training")
+    parser.add_argument("--encoder-steps", type=int, help="of the encoder's own training before; 0: random weights")
+    parser.add_argument("--controls", action=argparse.BooleanOptionalAction, default=True, help="train the controls too")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", action="store_true", help="one JSON object a seed")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Accuracy and gaze of a trained model on held-out clips, with everything that the numbers have to be compared with.
+
+Every condition answers the same questions, one a clip, so conditions are compared in pairs; a clip is the unit of all intervals and tests.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from benchmarks.gaze_training import Plan, Trained
+from fvlm_core.data import gaze
+from fvlm_core.data.batch import Sample
+from fvlm_core.eval.estimates import Estimate
+from fvlm_core.eval.parts.question_order import gaze_hits
+from fvlm_core.eval.stats import Bootstrap, holm, sign_flip
+from fvlm_core.model.inference import continue_greedily, read_batch
+from fvlm_core.model.names import Mode
+
+SEED = 20_265
+"""Of the clips that are asked about; training draws from others, and shows no digit of theirs."""
+SHORT: dict[Mode, str] = {"coarse_only": "coarse", "coarse_fine": "fine", "autoregressive": "autoregressive"}
+MAIN = "fine, question first"
+CONTROLS: dict[str, dict[str, object]] = {
+    "trained with random queries": {"query": "random"},
+    "9 pooled tokens": {"query": "pooled", "fine_iterations": 0, "tokens_per_frame": 9},
+    "16 pooled tokens": {"query": "pooled", "fine_iterations": 0, "tokens_per_frame": 16},
+    "mean of patches, modulated by the question": {"query": "shallow", "temperature": 1e6, "film_head_width": 128},
+}
+"""Models that are trained beside the one that is measured, by what they change of it. 9 tokens are the 9 patches of the grid; 16 are four
+of them and averages of neighbours. At a temperature of 1e6 a shallow query weighs all patches alike, and the FiLM head knows the query."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a condition said."""
+
+    right: np.ndarray
+    """bool [clips, frames]."""
+    hits: np.ndarray | None = None
+    """bool [clips, frames]: whether the attention's peak is on the cell that counts."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A condition of the table."""
+
+    condition: str
+    accuracy: Estimate
+    by_frame: list[float]
+    by_cell: list[float]
+    """Row by row; NaN where no frame asks for the cell."""
+    on_target: Estimate | None
+    difference: Estimate | None = None
+    """`MAIN` less this, on the same clips."""
+    p_value: float | None = None
+    """Of that difference, two-sided, adjusted by Holm for all rows of the table."""
+
+
+class Asked:
+    """Held-out clips, all with a full grid, and the questions about them."""
+
+    def __init__(self, plan: Plan, clips: int) -> None:
+        self.plan = plan
+        self.clips = [self._clip(number, 1.0) for number in range(clips)]
+        self.alone = [self._clip(number, 0.0) for number in range(clips)]
+        """The same without the other digits: wherever one looks, there is only the right one."""
+        self.path = np.stack([clip.path for clip in self.clips])
+        self.names = [str(number) for number in range(clips)]
+
+    def _clip(self, number: int, clutter: float) -> gaze.GazeClip:
+        rng = np.random.default_rng([SEED, number])
+        return gaze.render(rng, "val", task=self.plan.task, frames=self.plan.frames, clutter=clutter, noise=self.plan.noise)
+
+    @property
+    def constant(self) -> float:
+        """Accuracy of the digit that is right most often."""
+        digits = "".join(clip.answer for clip in self.clips)
+        return max(map(digits.count, set(digits))) / len(digits)
+
+    @property
+    def bag_ceiling(self) -> float:
+        """Accuracy of who knows every digit of a frame and no place: the most frequent one is as good as any guess."""
+        shares = []
+        for frame in np.concatenate([clip.digits for clip in self.clips]):
+            counts = np.bincount(frame[frame >= 0])
+            shares.append(counts.max() / counts.sum())
+        return float(np.mean(shares))
+
+
+def answers(trained: Trained, asked: Asked) -> dict[str, Answers]:
+    """The model's own modes with the question first and after, and what is taken from it: sight, aim, distraction."""
+    model = trained.subject.model
+    found = {}
+    for order, first in (("first", True), ("after", False)):
+        samples = _samples(trained, asked.clips, first=first)
+        for mode in model.modes:
+            found[f"{SHORT[mode]}, question {order}"] = _ask(trained, asked, samples, mode)
+    samples = _samples(trained, asked.clips, first=True)
+    mode = model.modes[min(1, len(model.modes) - 1)]
+    if trained.subject.gazes:
+        found["fine, random queries"] = Answers(_right(_ask_at_random(trained, samples), asked))
+        found["fine, only the digit that counts"] = _ask(trained, asked, _samples(trained, asked.alone, first=True), mode)
+    found["fine, black frames"] = _ask(trained, asked, [replace(one, frames=np.zeros_like(one.frames)) for one in samples], mode)
+    return found
+
+
+def table(found: dict[str, Answers], asked: Asked, bootstrap: Bootstrap) -> list[Row]:
+    """A row per condition, compared with `MAIN` where that is there."""
+    rows, main = [], found.get(MAIN)
+    others = [name for name in found if name != MAIN and main is not None]
+    gains = {name: main.right.mean(1) - found[name].right.mean(1) for name in others} if main else {}
+    p_values = dict(zip(others, holm([sign_flip(gains[name], asked.names) for name in others]), strict=True))
+    cells = asked.path @ (gaze.GRID, 1)
+    for name, one in found.items():
+        rows.append(
+            Row(
+                condition=name,
+                accuracy=bootstrap.mean(one.right.mean(1), asked.names),
+                by_frame=one.right.mean(0).round(4).tolist(),
+                by_cell=[float(one.right[cells == cell].mean()) if (cells == cell).any() else float("nan") for cell in range(gaze.GRID**2)],
+                on_target=None if one.hits is None else bootstrap.mean(one.hits.mean(1), asked.names),
+                difference=bootstrap.mean(gains[name], asked.names) if name in gains else None,
+                p_value=p_values.get(name),
+            )
+        )
+    return rows
+
+
+def _samples(trained: Trained, clips: Sequence[gaze.GazeClip], *, first: bool) -> list[Sample]:
+    return [trained.asker.sample(clip, question_first=first, answered=False) for clip in clips]
+
+
+def _ask(trained: Trained, asked: Asked, samples: Sequence[Sample], mode: Mode) -> Answers:
+    """Answers in a mode, and where it looked."""
+    said = trained.subject.generate(samples, mode, max_new_tokens=asked.plan.frames + 1)
+    hits = None
+    if trained.subject.gazes:
+        maps = trained.subject.gaze(samples, mode)
+        hits = np.stack([gaze_hits(attention, path.tolist()) for attention, path in zip(maps, asked.path, strict=True)])
+    return Answers(_right(said, asked), hits)
+
+
+@torch.inference_mode()
+def _ask_at_random(trained: Trained, samples: Sequence[Sample]) -> list[str]:
+    """Fine answers whose queries are drawn from a normal distribution of the learned queries' spread."""
+    subject = trained.subject
+    model, stop = subject.model, trained.asker.chat.assistant_close[:1]
+    generator = torch.Generator().manual_seed(SEED)
+    said = []
+    for batch in subject.batches(samples):
+        shape = (len(batch.shown_frames), *model.connector.q_init.shape)
+        queries = torch.randn(shape, generator=generator) * model.connector.q_init.std()
+        context = read_batch(model, batch, "coarse_fine", queries=queries, room=trained.asker.plan.frames + 1)
+        assert context.cache is not None
+        hidden = context.hidden[batch.cu_seqlens[1:].long() - 1]
+        ids = continue_greedily(model, context.cache, hidden, max_new_tokens=trained.asker.plan.frames + 1, stop_ids=stop)
+        said.extend(subject.decode(one) for one in ids)
+    return said
+
+
+def _right(said: Sequence[str], asked: Asked) -> np.ndarray:
+    """Which characters are right, bool [clips, frames]; an answer of another length has none."""
+    frames = asked.plan.frames
+    rows = [
+        [given == wanted for given, wanted in zip(text, clip.answer, strict=True)] if len(text) == frames else [False] * frames
+        for text, clip in zip(said, asked.clips, strict=True)
+    ]
+    return np.array(rows)

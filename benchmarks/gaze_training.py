@@ -1,0 +1,224 @@
+"""Trains the project's model on one task of the generated benchmark of gaze, on clips that are drawn as they are needed.
+
+Model, packing, losses, optimizer and schedule are those of `fvlm_core`. What a run of shards cannot do is here: no clip is shown twice, and
+the clutter grows as fast as the model learns. A digit beside the asked one appears with a probability that starts at 0 and rises a
+little in every step in which questions before the video are answered well enough; dense from the start, nothing is learned.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from fvlm_core.config import LLMSettings, LLMShape, LossSettings, ModelSettings, OptimizerSettings, VisionSettings, VisionShape
+from fvlm_core.data import gaze
+from fvlm_core.data.batch import ChatFormat, Sample, Turn, pack
+from fvlm_core.data.tokenizer import chat_format, encode, render_chat, train_tokenizer
+from fvlm_core.eval.subject import Subject
+from fvlm_core.model.build import build_model
+from fvlm_core.model.encoder import Encoder
+from fvlm_core.train.jobs import VisionTrainingSettings
+from fvlm_core.train.objective import TokenLoss
+from fvlm_core.train.optimizer import build_optimizer, clip_gradients, gradient_norms, set_learning_rates
+from fvlm_core.train.schedules import learning_rates
+from fvlm_core.train.vision import pretrained
+
+VISION = VisionShape(width=64, layers=2, heads=4, patch_px=gaze.CELL_PX)
+LLM = LLMShape(width=96, layers=2, heads=4, kv_heads=4, mlp_width=256, context=512)
+VOCABULARY = 400
+EVAL_BATCH = 128
+RUNNING = 0.9
+"""How much of the running loss is kept at a step."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One training."""
+
+    task: gaze.Task = "cell"
+    seed: int = 0
+    steps: int = 350
+    batch_samples: int = 96
+    """Half of them with the question before the video, half after it."""
+    frames: int = 3
+    noise: float = 0.1
+    encoder_steps: int = 1400
+    """Of the stand-in encoder's own training before; 0 starts from random weights."""
+    learning_rate: float = 2e-3
+    """Of all roles."""
+    warmup_steps: int = 40
+    first_clutter: float = 0.0
+    clutter_step: float = 0.012
+    """What a step adds to the clutter while the running loss of the last pass, question first, is below `clutter_gate`."""
+    clutter_gate: float = 1.1
+    """Nats per digit; chance is 2.30."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Changes of `model_settings`."""
+    wording: str = "sentence"
+    """sentence: the questions and the chat format of the pipeline; words: only what differs between questions, without a system prompt."""
+    max_cpu_s: float = float("inf")
+    """Processor time after which the training stops early."""
+
+    @property
+    def loss(self) -> LossSettings:
+        """Equal weights on all passes, so that queries are made of fine hidden states too."""
+        return LossSettings(fine=[1.0] * self.model_settings.fine_iterations)
+
+    @property
+    def model_settings(self) -> ModelSettings:
+        """The model: 0.4 million parameters, two fine passes."""
+        base = {"vision": VisionSettings(shape=VISION, frame_px=gaze.FRAME_PX), "llm": LLMSettings(shape=LLM)}
+        return ModelSettings.model_validate(base | {"temperature": 4.0, "visual_scale": 0.5, "fine_iterations": 2} | self.model)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, and how it came about."""
+
+    asker: "Asker"
+    subject: Subject
+    steps: int
+    """Fewer than planned where the time was up."""
+    clutter: float
+    """At the last step."""
+    full_at: int | None
+    """The step at which the clutter reached 1."""
+    cpu_s: float
+    """Processor time of the training, without the encoder's."""
+    encoder_cpu_s: float
+    encoder_accuracy: dict[str, float]
+    """On validation digits: own, right neighbour's, lower neighbour's; empty where there was no training."""
+    entropy: dict[str, float]
+    """`entropy_at_start`."""
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Makes samples of clips."""
+
+    plan: Plan
+    tokenizer: Any
+    chat: ChatFormat
+
+    @classmethod
+    def of(cls, plan: Plan) -> "Asker":
+        """With a tokenizer that knows the task's questions."""
+        rng = np.random.default_rng(0)
+        clips = [gaze.render(rng, "train", task=plan.task, frames=plan.frames) for _ in range(400)]
+        words = (render_chat([{"question": _question(plan, clip), "answer": _answer(clip)}]) for clip in clips)
+        tokenizer = train_tokenizer(words, VOCABULARY)
+        chat = chat_format(tokenizer)
+        if plan.wording == "words":
+            chat = ChatFormat([], chat.user_open[:1], chat.user_close[:1], chat.assistant_open[:1], chat.assistant_close[:1])
+        return cls(plan, tokenizer, chat)
+
+    def sample(self, clip: gaze.GazeClip, *, question_first: bool, answered: bool = True) -> Sample:
+        """The question about a clip's path, with its answer or up to where it begins."""
+        turn = Turn(self.ids(_question(self.plan, clip)), self.ids(_answer(clip)) if answered else [])
+        shown = list(range(len(clip.frames)))
+        return Sample("gaze", "gaze", clip.frames, [shown], [turn], question_first=question_first)
+
+    def clip(self, rng: np.random.Generator, split: gaze.Split, clutter: float) -> gaze.GazeClip:
+        """A clip of the task."""
+        plan = self.plan
+        return gaze.render(rng, split, task=plan.task, frames=plan.frames, clutter=clutter, noise=plan.noise)
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        return encode(self.tokenizer, text)
+
+
+@lru_cache(maxsize=8)
+def encoder_of(seed: int, steps: int) -> tuple[Encoder, dict[str, float], float]:
+    """A pre-trained encoder, its accuracy, and the processor time that it took; several trainings of one process share it."""
+    started = time.process_time()
+    settings = VisionTrainingSettings(steps=steps, seed=seed)
+    encoder, accuracy = pretrained(settings, VISION)
+    return encoder, accuracy, time.process_time() - started
+
+
+def train(plan: Plan, say: Callable[[str], None] = lambda _: None) -> Trained:
+    """Train to the end of the plan, or of its time."""
+    asker = Asker.of(plan)
+    model = build_model(plan.model_settings, vocab_size=len(asker.tokenizer), seed=plan.seed)
+    accuracy, encoder_s = {}, 0.0
+    if plan.encoder_steps:
+        encoder, accuracy, encoder_s = encoder_of(plan.seed, plan.encoder_steps)
+        model.encoder.load_state_dict(encoder.state_dict())
+        say(f"encoder: {accuracy}, {encoder_s:.0f} s")
+    subject = Subject(model, asker.tokenizer, asker.chat, torch.device("cpu"), EVAL_BATCH)
+    entropy = entropy_at_start(subject, asker)
+    say(f"attention entropy at step 0: {entropy}")
+    rates = OptimizerSettings(
+        lr_connector=plan.learning_rate, lr_vision=plan.learning_rate, lr_llm=plan.learning_rate, warmup_steps=plan.warmup_steps
+    )
+    optimizer = build_optimizer(model, rates)
+    objective = TokenLoss(plan.loss, model.pass_names)
+    rng = np.random.default_rng([plan.seed, 1])
+    clutter, running, full_at, started = plan.first_clutter, 2.3, None, time.process_time()
+    last, half, done = objective.names[-1], plan.batch_samples // 2, 0
+    model.train()
+    while done < plan.steps and time.process_time() - started < plan.max_cpu_s:
+        losses: dict[str, float] = {}
+        orders = {"first": True, "after": False}
+        batches = {
+            order: pack(
+                [asker.sample(asker.clip(rng, "train", clutter), question_first=first) for _ in range(half)],
+                asker.chat,
+                tokens_per_frame=model.settings.tokens_per_frame,
+            )
+            for order, first in orders.items()
+        }
+        labels = sum(batch.n_labels for batch in batches.values())
+        for order, batch in batches.items():
+            sums = objective(model, batch)
+            (sums.objective / labels).backward()
+            losses[order] = sums.parts[last].item() / half / plan.frames
+        norm = torch.stack(list(gradient_norms(optimizer).values())).norm()
+        clip_gradients(optimizer, rates.clip_norm, norm)
+        set_learning_rates(optimizer, learning_rates(rates, done, plan.steps))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        done += 1
+        running = RUNNING * running + (1 - RUNNING) * losses["first"]
+        if running < plan.clutter_gate:
+            clutter = min(1.0, clutter + plan.clutter_step)
+            full_at = done if full_at is None and clutter == 1.0 else full_at
+        if done % 25 == 0:
+            heard = ", ".join(f"{loss:.2f} with the question {order}" for order, loss in losses.items())
+            say(f"step {done}: clutter {clutter:.2f}; nats per digit: {heard}; {time.process_time() - started:.0f} s")
+    model.eval()
+    return Trained(asker, subject, done, clutter, full_at, time.process_time() - started, encoder_s, accuracy, entropy)
+
+
+@torch.no_grad()
+def entropy_at_start(subject: Subject, asker: Asker, *, clips: int = 64) -> dict[str, float]:
+    """Entropy of the last layer's attention as a share of the uniform's, over full grids: of `q_static`, of the language model's queries.
+
+    Near 0 every query is stuck at one patch and gets no gradient to move. Empty for a model that is not queried.
+    """
+    if not subject.gazes:
+        return {}
+    rng = np.random.default_rng(0)
+    samples = [asker.sample(asker.clip(rng, "train", 1.0), question_first=True) for _ in range(clips)]
+    shares = {}
+    for name, mode in (("coarse", "coarse_only"), ("fine", "coarse_fine")):
+        attention = np.concatenate(subject.gaze(samples, mode)).reshape(clips * asker.plan.frames, -1)
+        shares[name] = round(float(-(attention * np.log(attention + 1e-12)).sum(1).mean() / np.log(attention.shape[1])), 3)
+    return shares
+
+
+def _question(plan: Plan, clip: gaze.GazeClip) -> str:
+    if plan.wording == "sentence" or plan.task == "caption":
+        return gaze.question(clip)
+    if plan.task == "colour":
+        return list(gaze.COLOURS)[clip.colours[0, *clip.path[0]]]
+    return gaze.cell_name(*clip.path[0].tolist(), clip.digits.shape[-1])
+
+
+def _answer(clip: gaze.GazeClip) -> str:
+    return gaze.caption(clip) if clip.task == "caption" else clip.answer

@@ -1,0 +1,159 @@
+"""The pieces of `benchmarks.gaze`: its training at the smallest size, its controls, its numbers against independent ones."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from benchmarks import gaze as experiment
+from benchmarks.gaze_measures import CONTROLS, MAIN, Answers, Asked, answers, table
+from benchmarks.gaze_training import Plan, entropy_at_start, train
+from fvlm_core.data import gaze
+from fvlm_core.data.batch import pack
+from fvlm_core.eval.stats import Bootstrap
+from fvlm_core.model.build import build_model
+
+TINY = Plan(steps=2, batch_samples=8, encoder_steps=2, warmup_steps=1)
+CLIPS = 12
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return train(TINY)
+
+
+@pytest.fixture(scope="module")
+def asked():
+    return Asked(TINY, CLIPS)
+
+
+def test_training_is_a_function_of_the_plan(trained):
+    again, other = train(TINY), train(replace(TINY, seed=1))
+    weights, same, different = (one.subject.model.state_dict() for one in (trained, again, other))
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+    assert any(not torch.equal(weights[name], different[name]) for name in weights)
+
+
+def test_time_is_limited():
+    assert train(replace(TINY, encoder_steps=0, steps=500, max_cpu_s=0.05)).steps < 500
+
+
+def test_clutter_grows_only_while_questions_are_answered():
+    never = train(replace(TINY, encoder_steps=0, clutter_gate=0.0, clutter_step=0.5))
+    always = train(replace(TINY, encoder_steps=0, clutter_gate=99.0, clutter_step=0.5))
+    assert (never.clutter, never.full_at) == (0.0, None)
+    assert (always.clutter, always.full_at) == (1.0, 2)
+
+
+def test_first_query_comes_from_the_question(trained, asked):
+    """With the question first no frame is blind: the first one's query is made of the token before it."""
+    samples = [trained.asker.sample(asked.clips[0], question_first=first) for first in (True, False)]
+    batch = pack(samples, trained.asker.chat)
+    sources, places = batch.query_sources[:, 0], batch.visual_positions[:, 0]
+    assert (sources[:3] == places[:3] - 1).all()
+    assert sources[3] < 0
+    assert (sources[4:] == places[3:5]).all()
+
+
+def test_every_condition_answers_the_same_questions(trained, asked):
+    said = answers(trained, asked)
+    assert {MAIN, "coarse, question after", "fine, random queries", "fine, black frames"} <= set(said)
+    assert all(one.right.shape == (CLIPS, TINY.frames) for one in said.values())
+    assert {name for name, one in said.items() if one.hits is not None} >= {MAIN, "coarse, question first"}
+    rows = table(said, asked, Bootstrap(resamples=50, seed=0))
+    assert [row.condition for row in rows] == list(said)
+    for row in rows:
+        assert row.accuracy.n == CLIPS
+        assert row.accuracy.value == pytest.approx(said[row.condition].right.mean())
+
+
+def test_accuracy_counts_digits_at_their_places(trained, asked, monkeypatch):
+    """Answers that are known beforehand: all right, the first digit wrong, one digit too many."""
+
+    def said(change):
+        texts = [change(clip.answer) for clip in asked.clips]
+        monkeypatch.setattr(type(trained.subject), "generate", lambda *_, **__: texts)
+        return answers(trained, asked)[MAIN].right
+
+    assert said(str).all()
+    assert (said(lambda text: str((int(text[0]) + 1) % 10) + text[1:]) == [False, True, True]).all()
+    assert not said(lambda text: text + "1").any()
+
+
+def test_comparisons_agree_with_scipy(asked):
+    rng = np.random.default_rng(0)
+    found = {name: Answers(rng.random((CLIPS, 3)) < share) for name, share in ((MAIN, 0.9), ("a", 0.3), ("b", 0.7), ("c", 0.85))}
+    rows = {row.condition: row for row in table(found, asked, Bootstrap(resamples=4000, seed=0))}
+    raw = {}
+    for name in "abc":
+        gain = found[MAIN].right.mean(1) - found[name].right.mean(1)
+        test = stats.permutation_test((gain,), np.mean, permutation_type="samples", n_resamples=np.inf)
+        raw[name] = test.pvalue
+        assert rows[name].difference.value == pytest.approx(gain.mean(), abs=1e-6)
+        interval = stats.bootstrap(
+            (gain,), np.mean, method="percentile", n_resamples=4000, rng=np.random.default_rng(1)
+        ).confidence_interval
+        assert (rows[name].difference.low, rows[name].difference.high) == pytest.approx(tuple(interval), abs=0.03)
+    lowest, middle, highest = sorted("abc", key=raw.__getitem__)
+    steps = [min(1, 3 * raw[lowest]), min(1, 2 * raw[middle]), raw[highest]]
+    assert [rows[name].p_value for name in (lowest, middle, highest)] == pytest.approx(np.maximum.accumulate(steps), abs=1e-5)
+    assert rows[MAIN].p_value is None
+
+
+def test_bag_ceiling_is_the_best_guess_without_places():
+    """0.286 for nine digits of ten kinds, by drawing them."""
+    drawn = np.random.default_rng(0).integers(10, size=(40_000, 9))
+    expected = np.mean([np.bincount(row).max() / 9 for row in drawn])
+    assert expected == pytest.approx(0.286, abs=0.002)
+    assert Asked(Plan(), 300).bag_ceiling == pytest.approx(expected, abs=0.01)
+
+
+def test_constant_answer_is_the_most_frequent_digit(asked):
+    digits = [digit for clip in asked.clips for digit in clip.answer]
+    assert asked.constant == max(digits.count(digit) for digit in "0123456789") / len(digits)
+
+
+def test_entropy_is_a_share_of_the_uniform(trained):
+    """Very soft attention is uniform, very hard attention is on one patch."""
+    model = trained.subject.model
+    before = model.connector.temperature
+    try:
+        model.connector.temperature = 1e6
+        assert entropy_at_start(trained.subject, trained.asker, clips=4)["coarse"] == pytest.approx(1, abs=1e-3)
+        model.connector.temperature = 1e-6
+        # heads that look at different patches are averaged: 4 heads on 9 patches
+        assert entropy_at_start(trained.subject, trained.asker, clips=4)["coarse"] <= np.log(4) / np.log(9) + 1e-3
+    finally:
+        model.connector.temperature = before
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_controls_train_and_answer(name, asked):
+    plan = replace(TINY, encoder_steps=0, steps=1, batch_samples=4, model=CONTROLS[name])
+    assert experiment.control(plan, asked).right.shape == (CLIPS, 3)
+
+
+def test_nine_pooled_tokens_are_the_patches():
+    plan = Plan(model=CONTROLS["9 pooled tokens"])
+    model = build_model(plan.model_settings, vocab_size=300)
+    features = model.encode(torch.from_numpy(gaze.render(np.random.default_rng(0), "val", frames=2).frames))
+    assert features.patches is not None
+    assert torch.allclose(model._pool(features), features.patches[:, 1:], atol=1e-6)
+
+
+def test_command_prints_a_record_per_seed(capsys):
+    experiment.main(["--json", "--seeds", "2", "--steps", "1", "--encoder-steps", "1", "--clips", "6", "--no-controls", "--task", "hunt"])
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["seed"] for record in records] == [0, 1]
+    assert {record["task"] for record in records} == {"hunt"}
+    assert records[0]["rows"][0]["accuracy"]["n"] == 6
+
+
+def test_command_prints_tables(capsys):
+    experiment.main(["--seeds", "2", "--steps", "1", "--encoder-steps", "1", "--clips", "6", "--no-controls"])
+    out = capsys.readouterr().out
+    assert "worst seed" in out
+    assert MAIN.split(",")[0] in out
