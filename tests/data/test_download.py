@@ -61,12 +61,13 @@ class WebSite:
     """An HTTP server of clips, with pages of several kinds, and a gate that holds clips back.
 
     `/NAME` is a clip or 404; `/soft...` answers with a page; `/watch/NAME` is a page with the clip in it; `/closed/NAME` turns
-    programs away; `broken` names are 503. What was asked for is in `asked`.
+    programs away; `broken` names are 503, those in `flaky` as often as it says. What was asked for is in `asked`.
     """
 
     def __init__(self, folder: Path) -> None:
         self.gate, self.held = threading.Event(), ()
         self.broken: tuple[str, ...] = ()
+        self.flaky: dict[str, int] = {}
         self.asked: list[str] = []
         self.gate.set()
         site = self
@@ -85,7 +86,8 @@ class WebSite:
                     content, status = f'<html><video src="/clips/{name}.mp4"></video></html>'.encode(), 200
                 elif kind == "closed":
                     status = 403
-                elif path.name in site.broken:
+                elif path.name in site.broken or site.flaky.get(path.name, 0) > 0:
+                    site.flaky[path.name] = site.flaky.get(path.name, 0) - 1
                     content, status = b"try later", 503
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(content)))
@@ -264,6 +266,20 @@ def test_too_many_bad_videos_are_refused_by_reason_and_the_good_ones_kept(clips,
     assert not site.asked
     assert (manifest.counts["good"], manifest.counts["bad"]) == (20, 6)
     assert manifest.digest == download(job(tmp_path / "afresh", table, media=clips, max_bad_share=0.3)).digest
+
+
+@needs_video2dataset
+def test_what_fails_for_a_passing_reason_is_tried_again_after_all_others(clips, site, tmp_path):
+    frame = pd.read_parquet(clips / "clips.parquet")
+    late, gone = Path(frame["url"][0]).name, f"{site.url}/clips/gone.mp4"
+    frame["url"] = site.url + "/" + frame["url"]
+    pd.concat([frame, frame.iloc[:1].assign(url=gone)]).to_parquet(tmp_path / "videos.parquet")
+    site.flaky = {late: 1}
+    manifest = download(job(tmp_path / "download", tmp_path / "videos.parquet", retries=2))
+    assert (manifest.counts["good"], manifest.counts["bad"]) == (len(frame), 1)
+    assert [(clip.url, clip.reason.split(":")[0]) for clip in manifest.bad] == [(gone, "HTTP 404 Not Found")]
+    asked = [Path(path).name for path in site.asked]
+    assert (asked.count(late), asked[-1]) == (2, late), "once more, when the others are done"
 
 
 @needs_video2dataset
