@@ -217,11 +217,10 @@ class Trainer:
         Returns this rank's sums, float64: objective, what the objective names, attention entropy over the shown frames.
         """
         sums = torch.zeros(2 + len(self.objective.names), dtype=torch.float64, device=self.world.device)
-        for number, micro_batch in enumerate(micro_batches):
-            batch = micro_batch.to(self.world.device)
+        for number, batch in enumerate(micro_batches):
             with self.spread.accumulating(number < len(micro_batches) - 1):
                 with self._autocast():
-                    part = self.objective(self.spread, batch)
+                    part = self.objective(self.spread, batch, self.world.device)
                 # the ranks' gradients are averaged, so each rank's share of the global mean is scaled up
                 (part.objective * (self.world.size / max(1, units))).backward()
             named = [part.parts[name] for name in self.objective.names]

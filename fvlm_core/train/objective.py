@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fvlm_core.config import LossSettings
 from fvlm_core.data.batch import PackedBatch
+from fvlm_core.model.attention import send
 from fvlm_core.model.foveated import PassLosses
 from fvlm_core.train.reference import Reference
 
@@ -42,9 +43,9 @@ class TokenLoss:
         """Labelled tokens."""
         return batch.n_labels
 
-    def __call__(self, forward: Forward, batch: PackedBatch) -> Sums:
-        """`forward`: the model's."""
-        losses = forward(batch, self.loss)
+    def __call__(self, forward: Forward, batch: PackedBatch, device: torch.device) -> Sums:
+        """`forward`: the model's, on `device`; `batch` is in the host's memory."""
+        losses = forward(batch.to(device), self.loss)
         return Sums(losses.objective, losses.sums, losses.entropy)
 
 
@@ -61,11 +62,11 @@ class PreferenceLoss:
         """Pairs."""
         return batch.n_samples // 2
 
-    def __call__(self, forward: Forward, batch: PackedBatch) -> Sums:
-        """`forward`: the model's."""
-        losses = forward(batch, self.loss, by_sample=True)
+    def __call__(self, forward: Forward, batch: PackedBatch, device: torch.device) -> Sums:
+        """As `TokenLoss`. The reference is looked up by the host's batch, so that nothing waits for the device."""
+        losses = forward(batch.to(device), self.loss, by_sample=True)
         log_probs = torch.stack([-losses.sums[name] for name in self.passes])
-        gains = log_probs - self.reference.log_probs(batch).to(log_probs)  # [passes, samples]
+        gains = log_probs - send(self.reference.log_probs(batch).to(log_probs.dtype), device)  # [passes, samples]
         margins = gains[:, 0::2] - gains[:, 1::2]
         per_pass = F.softplus(-self.beta * margins).sum(1)
         objective = (per_pass * per_pass.new_tensor(self.weights)).sum()

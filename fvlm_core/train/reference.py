@@ -48,8 +48,8 @@ class Reference:
 
 
 def sample_ids(batch: PackedBatch) -> list[str]:
-    """A name for each sample of a batch (on CPU or not): its key, which stands for its frames, and its tokens in their order."""
-    ids, labels = batch.input_ids.cpu().split(batch.lengths), batch.labels.cpu().split(batch.lengths)
+    """A name for each sample of a batch in the host's memory: its key, which stands for its frames, and its tokens in their order."""
+    ids, labels = batch.input_ids.split(batch.lengths), batch.labels.split(batch.lengths)
     return [
         hashlib.blake2b(key.encode() + tokens.numpy().tobytes() + targets.numpy().tobytes(), digest_size=16).hexdigest()
         for key, tokens, targets in zip(batch.keys, ids, labels, strict=True)
@@ -86,7 +86,8 @@ def _compute(model: FoveatedVLM, shards: ShardSet, recipe: Recipe, run: RunSetti
     for path, batch in _batches(shards, recipe, run, world, folder):
         with torch.autocast(world.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
             sums = model(batch.to(world.device), recipe.loss, by_sample=True).sums
-        columns: dict[str, Any] = {"id": sample_ids(batch)} | {name: (-sums[name]).double().cpu().numpy() for name in recipe.passes}
+        log_probs = -torch.stack([sums[name] for name in recipe.passes]).double().cpu().numpy()
+        columns: dict[str, Any] = {"id": sample_ids(batch)} | dict(zip(recipe.passes, log_probs, strict=True))
         content = io.BytesIO()
         pq.write_table(pa.table(columns), content)
         write_atomically(path, content.getvalue())

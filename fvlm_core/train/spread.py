@@ -1,13 +1,15 @@
 """How a model is spread over the ranks: whole on each (DistributedDataParallel), or in shards (FSDP2, `fully_shard`).
 
-Sharded, a rank keeps its part of the fp32 weights and of AdamW's state. For a step the weights are gathered once (in bf16 where
-that is the precision), all micro-batches run on them, and the gradients are reduced once, in fp32. Gathering and reducing layer
-by layer within the forward and backward would save more memory, but then all ranks must run the same layers in the same order,
-and here they do not: text-only samples run no encoder, and how often a layer is queried depends on the batch.
+Sharded, a rank keeps its part of the fp32 weights and of AdamW's state. For a step the weights are gathered once, all micro-batches
+run on them, and the gradients are reduced once, in fp32. The language model's layers, which every rank runs first in the same order,
+are gathered while the ones before them compute. Weights are gathered in fp32 and cast where they are used, as on a single GPU: gathered in
+bf16, norms and the sums between layers would be bf16 too, and gradients half as much further off. Giving weights back and reducing layer
+by layer within the forward and backward would save more memory, but then all ranks must run the same layers equally often, and here
+they do not: text-only samples run no encoder, and how often a layer is queried depends on the batch.
 """
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -21,6 +23,9 @@ from fvlm_core.config import LossSettings, RunSettings
 from fvlm_core.data.batch import PackedBatch
 from fvlm_core.model.foveated import FoveatedVLM, PassLosses
 from fvlm_core.train.distributed import World
+
+AHEAD_LAYERS = 2
+"""Layers of the language model that are gathered while one computes."""
 
 
 class Spread:
@@ -85,36 +90,44 @@ class Replicated(Spread):
 class Sharded(Spread):
     """Every rank holds a part of every parameter; the model's parameters become DTensors."""
 
-    def __init__(self, model: FoveatedVLM, world: World, *, precision: str) -> None:
+    def __init__(self, model: FoveatedVLM, world: World) -> None:
         super().__init__(model, world)
         mesh = init_device_mesh(world.device.type, (world.size,))
-        policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if precision == "bf16" else None, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         self.root = _Root(model)
         for module in (*model.encoder.layers, *model.llm.model.layers, self.root):
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
         self.parts = [module for module in self.root.modules() if isinstance(module, FSDPModule)]
         for part in self.parts:
             part.set_reshard_after_backward(False, recurse=False)
+        layers = [layer for layer in model.llm.model.layers if isinstance(layer, FSDPModule)]
+        for number, layer in enumerate(layers):
+            layer.set_modules_to_forward_prefetch(layers[number + 1 : number + 1 + AHEAD_LAYERS])
+        self.first = [part for part in self.parts if part not in layers]
+        """Gathered before the forward: not every rank runs the encoder, and it is small."""
 
     def __call__(self, batch: PackedBatch, loss: LossSettings, *, by_sample: bool = False) -> PassLosses:
         return self.root(batch, loss, by_sample=by_sample)
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        with self.evaluation():
+        with self._gathered(self.first):
             self._reduce(False)
             yield
             # A backward of zeros through every parameter: all ranks reduce all parts, in the same order.
             self._reduce(True)
             self.root(None, None).backward()
 
-    @contextmanager
-    def evaluation(self) -> Iterator[None]:
+    def evaluation(self) -> AbstractContextManager[None]:
         """The whole weights on every rank."""
-        for part in self.parts:
-            part.unshard()
+        return self._gathered(self.parts)
+
+    @contextmanager
+    def _gathered(self, parts: Sequence[FSDPModule]) -> Iterator[None]:
+        """With the weights of some parts; on leaving, those of all are given back."""
+        for gathering in [part.unshard(async_op=True) for part in parts]:
+            if gathering is not None:
+                gathering.wait()
         try:
             yield
         finally:
@@ -152,7 +165,7 @@ def spread(model: FoveatedVLM, world: World, run: RunSettings) -> Spread:
     """Spread a model that is the same on all ranks as the recipe says."""
     if world.size == 1:
         return Spread(model, world)
-    return Sharded(model, world, precision=run.precision) if run.sharding == "fsdp2" else Replicated(model, world)
+    return Sharded(model, world) if run.sharding == "fsdp2" else Replicated(model, world)
 
 
 def whole(tensor: Tensor) -> Tensor:

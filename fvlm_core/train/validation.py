@@ -36,7 +36,7 @@ def validation_losses(model: FoveatedVLM, shards: ShardSet, recipe: Recipe, obje
     )
     model.eval()
     for batch in batches:
-        parts = objective(model, batch.to(world.device)).parts
+        parts = objective(model, batch, world.device).parts
         units += objective.units(batch)
         sums += torch.stack([parts[name].double() for name in objective.names])  # fetched once: the next batch is read meanwhile
     model.train()

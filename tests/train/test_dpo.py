@@ -120,7 +120,7 @@ def test_loss_and_gradient(tmp_path: Path, pairs: Path) -> None:
     objective = PreferenceLoss(settings, ["coarse", "fine2"], beta, reference)
     assert objective.units(batch) == len(samples)
     model.zero_grad()
-    sums = objective(model, batch)
+    sums = objective(model, batch, torch.device("cpu"))
     sums.objective.backward()
     assert sums.objective.item() == pytest.approx(expected, rel=1e-5)
     assert sums.objective.item() != pytest.approx(len(samples) * math.log(2), rel=1e-2)
