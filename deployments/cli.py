@@ -92,6 +92,7 @@ def plan(
     from flows.registry import PHASES
     from fvlm_core.data.sources.sizes import missing_files, sources_table
     from tasks.plan import plan as planned
+    from tasks.rented import seen_from_home
 
     config = chosen_profile(profile, videos=videos, changes=changes)
     rental = config.machine.rental
@@ -104,7 +105,8 @@ def plan(
             )
             return 0
     phases = list(PHASES.values())
-    made = planned(phases, config, volume.resolve())
+    there = (seen_from_home(rental) if rental else None) or volume.resolve()
+    made = planned(phases, config, there)
     table_console().print(made.table().terminal())
     if rental:
         from tasks.dollars import in_dollars
@@ -115,13 +117,20 @@ def plan(
 
 @app.command
 def status(*, profile: Profile = "laptop", videos: Videos = None, volume: Volume = DEFAULT_VOLUME, changes: Changes = ()) -> int:
-    """Show how far the phases are on a volume; needs no server."""
+    """Show how far the phases are on a volume, and the results of those that are done; needs no server.
+
+    A volume of rented machines is read through S3 where it is not mounted.
+    """
     from deployments.profile import chosen_profile
-    from deployments.status import status_table
+    from deployments.status import print_results, status_table
     from flows.registry import PHASES
+    from tasks.rented import seen_from_home
 
     config = chosen_profile(profile, videos=videos, changes=changes)
-    table_console().print(status_table(list(PHASES.values()), config, volume.resolve()).terminal())
+    rental, phases, console = config.machine.rental, list(PHASES.values()), table_console()
+    seen = seen_from_home(rental) if rental else None
+    console.print(status_table(phases, config, seen or volume.resolve()).terminal())
+    print_results(phases, config, seen or volume.resolve(), console, away=bool(rental and seen and str(seen) != rental.mount_path))
     return 0
 
 
@@ -213,16 +222,15 @@ def deploy(*, profile: Profile = "laptop", volume: Volume = DEFAULT_VOLUME) -> i
 
     config = chosen_profile(profile)
     require_access(url, os.environ)
-    import asyncio
-
-    from deployments.register import ALL_FLOWS, register
+    from deployments import remote
+    from deployments.register import ALL_FLOWS
     from infra.runpod.code import upload_code
     from tasks.rented import account_of
 
     rental = config.machine.rental
     code = upload_code(REPOSITORY, account_of(rental).store) if rental else None
-    registered = asyncio.run(register(config, volume.absolute(), code=code))
-    Console().print("\n".join(f"{name}/{registered.deployment}" for name in ALL_FLOWS), highlight=False)
+    deployed = remote.deploy(config, volume.absolute(), code)
+    Console().print("\n".join(f"{name}/{deployed}" for name in ALL_FLOWS), highlight=False)
     return 0
 
 

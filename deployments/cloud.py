@@ -14,13 +14,15 @@ from infra.runpod.client import RunPod
 from infra.runpod.emulator.cloud import Delays
 from infra.runpod.emulator.s3 import S3Side
 from infra.runpod.emulator.server import Emulator
+from infra.runpod.naming import owner
+from infra.runpod.reaper import reap
 from infra.runpod.setup import mark
 from infra.stack import REPOSITORY
 from infra.store import FolderStore
 from infra.volume import HOME
 from tasks.config import PipelineConfig, Pool, Pools
-from tasks.rental import Rental
-from tasks.rented import budget_of, budget_table
+from tasks.rental import Assumed, Rental
+from tasks.rented import bill_table, budget_of, budget_table
 
 KEY, S3_ACCESS, S3_SECRET = "emulated", "user_emulated", "rps_emulated"
 """Keys of an account that exists in this process only."""
@@ -28,6 +30,8 @@ DATA_CENTER = "US-KS-2"
 VOLUME_GB = 100
 GPUS = ["NVIDIA A100 80GB PCIe", "NVIDIA A100-SXM4-80GB"]
 CPUS = ["cpu3c"]
+START_S = 15.0
+"""Of an emulated pod, until its flow runs and after it has ended; measured, see docs/log.md."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,17 @@ class Rehearsal:
     rental: Rental
 
     def print_bill(self, console: Console) -> None:
-        """The ledger, after a comparison with the emulator's bill."""
+        """The ledger, after the end of all pods and a comparison with the emulator's bill."""
         ledger = budget_of(self.rental, FolderStore(Path(self.rental.mount_path)))
         with RunPod(KEY, self.emulator.url) as client:
+            # the workers were ended with the server, maybe before the last pod
+            reap(client, owner(self.rental.volume), over=lambda run: "the rehearsal is over", budget=ledger, young_s=0.0)
             for line in reconcile(client, ledger):
                 console.print(line, highlight=False, soft_wrap=True)
-        console.print(budget_table(ledger.position(), ledger.clock()).terminal())
+        position, now = ledger.position(), ledger.clock()
+        console.print(budget_table(position, now).terminal())
+        if table := bill_table(FolderStore(Path(self.rental.mount_path)), position, now):
+            console.print(table.terminal())
 
 
 @contextlib.contextmanager
@@ -68,6 +77,8 @@ def rehearsal(config: PipelineConfig, volume: Path, *, delays: Delays | None = N
                 gpu_count=1,
                 gpu_usd_per_hour=1.64,
                 cpu_usd_per_hour=0.24,
+                days=0.02,
+                assumed=Assumed(start_h=START_S / 3600),
             )
             machine = config.machine.model_copy(update={"pools": pools(), "rental": rental, "crash_retries": 2})
             environment = {

@@ -10,6 +10,7 @@ from cyclopts import App, Parameter
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
+from deployments.options import table_console
 from fvlm_core.errors import UserError
 from infra.board import Board
 from infra.errors import InfraError
@@ -84,14 +85,47 @@ def reap_pods(*, profile: Profile = "runpod", every: Annotated[float | None, Par
 
 
 @app.command
+def up(*, profile: Profile = "runpod", days: Annotated[float | None, Parameter(help="At the longest.")] = None) -> int:
+    """Start the Prefect server and the workers on a small pod, and deploy this checkout there: your own machine may be switched off then.
+
+    Where such a pod runs already, it is used, and this checkout is deployed again.
+    """
+    from deployments import remote
+    from deployments.profile import chosen_profile
+
+    return remote.up(chosen_profile(profile), Console(), days=days)
+
+
+@app.command
+def smoke(*, profile: Profile = "runpod", yes: Annotated[bool, Parameter(negative="", help="Do not ask.")] = False) -> int:
+    """Find out on two small pods, for a few cents, what no document of RunPod's settles. The volume must be there (`fvlm infra setup`)."""
+    from deployments import remote
+    from deployments.profile import chosen_profile
+
+    return remote.smoke(chosen_profile(profile), _bucket(profile), Console(), yes=yes)
+
+
+@app.command
+def env(*, profile: Profile = "runpod") -> int:
+    """Print what a shell needs to reach the server that `up` started, with its password: eval "$(fvlm infra env)"."""
+    from deployments import remote
+    from deployments.profile import chosen_profile
+
+    print(remote.exports(chosen_profile(profile)))
+    return 0
+
+
+@app.command
 def down(*, profile: Profile = "runpod") -> int:
     """End every pod of the volume, whatever it does, and say what everything cost. The volume stays, and costs on."""
+    from deployments import remote
     from deployments.profile import chosen_profile
     from tasks.rented import account_of, budget_of, budget_table, rental_of
 
     rental = rental_of(chosen_profile(profile))
     account = account_of(rental)
     ledger = budget_of(rental, account.store)
+    remote.down(account, ledger, Console())
     for one in reap(account.client, owner(account.volume().id), over=lambda run: "everything is ended", budget=ledger, young_s=0.0):
         _say(f"pod {one.pod.id}: {one.problem or 'ended'}")
     reconcile(account.client, ledger)
@@ -103,16 +137,19 @@ def down(*, profile: Profile = "runpod") -> int:
 
 @app.command
 def budget(*, profile: Profile = "runpod") -> int:
-    """What was spent and what is promised, by phase; after a look at RunPod's bill."""
+    """What was spent and what is promised, by phase; and plan against bill, step by step; after a look at RunPod's bill."""
     from deployments.profile import chosen_profile
-    from tasks.rented import account_of, budget_of, budget_table, rental_of
+    from tasks.rented import account_of, bill_table, budget_of, budget_table, rental_of
 
     rental = rental_of(chosen_profile(profile))
     account = account_of(rental)
     ledger = budget_of(rental, account.store)
     for line in reconcile(account.client, ledger):
         _say(line)
-    Console().print(budget_table(ledger.position(), ledger.clock()).terminal())
+    position, now = ledger.position(), ledger.clock()
+    Console().print(budget_table(position, now).terminal())
+    if table := bill_table(account.store, position, now):
+        table_console().print(table.terminal())
     return 0
 
 

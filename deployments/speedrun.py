@@ -3,10 +3,11 @@
 import asyncio
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 import httpx
@@ -15,11 +16,15 @@ from rich.console import Console
 from deployments.checks import check_phase, check_programs, check_sources, check_volume
 from deployments.pretrained import check_pretrained
 from deployments.profile import chosen_profile
+from deployments.status import print_results
 from infra.stack import GO_ON, Stack, StackError, stop_command
 from infra.volume import is_network_file_system
 from infra.watchdog import watched
 from tasks.config import PipelineConfig
 from tasks.mixtures import check_names, known_sources
+
+if TYPE_CHECKING:
+    from deployments.cloud import Rehearsal
 
 CANCEL_TIMEOUT_S = 20.0
 """How long a cancelled run may take to end by itself."""
@@ -39,8 +44,11 @@ def speedrun(
     changes: Sequence[str] = (),
     phase: str | None = None,
     emulated: bool = False,
+    inspect: "Callable[[Rehearsal], None] | None" = None,
 ) -> int:
-    """Run the whole pipeline, or one phase; returns the exit status. `emulated`: on pods of an emulated RunPod.
+    """Run the whole pipeline, or one phase; returns the exit status.
+
+    `emulated`: on pods of an emulated RunPod; `inspect` gets it at the end, while its books are there.
 
     Raises UserError before anything is started, StackError while it runs.
     """
@@ -57,6 +65,8 @@ def speedrun(
         with rehearsal(config, volume) as cloud:
             status = _with_stack(cloud.config, volume, console, phase, keep_server=False, port=port, environment=cloud.environment)
             cloud.print_bill(console)
+            if inspect is not None:
+                inspect(cloud)
             return status
     return _with_stack(config, volume, console, phase, keep_server=keep_server, port=port, environment={})
 
@@ -142,7 +152,7 @@ def _run(stack: Stack, config: PipelineConfig, volume: Path, console: Console, p
         for line in advice(message(state), stopped=None if keep else stack.ui_url):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         return FAILED
-    watch.print_results(config, volume, console)
+    print_results(list(PHASES.values()), config, volume, console)
     return 0
 
 

@@ -1,9 +1,12 @@
-"""`fvlm status`: how far the phases of a profile are on a volume, read from the volume alone."""
+"""`fvlm status`: how far the phases of a profile are on a volume, and what came of them, read from the volume alone."""
 
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+
+from fvlm_core.manifest import FILE_NAME as MANIFEST
 from fvlm_core.tables import Table
 from tasks.config import PipelineConfig
 from tasks.phase import Phase, PhaseManifest, current
@@ -17,7 +20,7 @@ STALE_S = 60.0
 def status_table(phases: Sequence[Phase], config: PipelineConfig, volume: Path) -> Table:
     """A line per phase: done, running with what its steps do, or how many of its steps are there."""
     steps: dict[str, list[bool]] = {}
-    for one in look(phases, config, volume):
+    for one in look(phases, config, volume, absent=[] if config.machine.rental else None):
         steps.setdefault(one.phase, []).append(one.found.made is not None)
     done: dict[str, PhaseManifest] = {}
     rows = []
@@ -34,6 +37,16 @@ def status_table(phases: Sequence[Phase], config: PipelineConfig, volume: Path) 
         else:
             rows.append([phase.name, "not done", f"{sum(made)} of {len(made)} steps", "", ""])
     return Table(title=f"{config.name} on {volume}", head=["phase", "state", "steps", "took", ""], rows=rows)
+
+
+def print_results(phases: Sequence[Phase], config: PipelineConfig, volume: Path, console: Console, *, away: bool = False) -> None:
+    """The tables and the files that the phases have for the end. `away`: the files are on a volume that is not mounted here."""
+    folders = [phase.folder(config, volume) for phase in phases]
+    manifests = [PhaseManifest.read(folder) for folder in folders if (folder / MANIFEST).is_file()]
+    for table in (table for manifest in manifests for table in manifest.shown.closing):
+        console.print(table.terminal())
+    for name, path in ((name, path) for manifest in manifests for name, path in manifest.shown.outputs.items()):
+        console.print(f"{name:<7} {f'fvlm volume get {path}' if away else volume / path}", highlight=False, soft_wrap=True)
 
 
 def _running(folder: Path) -> PhaseStatus | None:

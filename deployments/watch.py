@@ -1,4 +1,4 @@
-"""A pipeline run seen from outside: trigger it, follow it, cancel it, print what came of it."""
+"""A pipeline run seen from outside: trigger it, follow it, cancel it."""
 
 import time
 from pathlib import Path
@@ -18,10 +18,8 @@ from rich.console import Console
 
 from deployments.display import Display
 from flows.registry import PHASES
-from fvlm_core.manifest import FILE_NAME
 from infra.processes import end_marked
 from tasks.config import PipelineConfig
-from tasks.phase import PhaseManifest
 from tasks.status import PhaseStatus
 
 POLL_S = 1.0
@@ -80,16 +78,6 @@ def cancel(run: UUID, *, timeout_s: float) -> None:
         while (left := _unfinished(client, run)) and time.monotonic() < deadline:
             time.sleep(POLL_S)
         _end(client, left, "interrupted")
-
-
-def print_results(config: PipelineConfig, volume: Path, console: Console) -> None:
-    """The tables and the files that the phases have for the end."""
-    folders = [phase.folder(config, volume) for phase in PHASES.values()]
-    manifests = [PhaseManifest.read(folder) for folder in folders if (folder / FILE_NAME).is_file()]
-    for table in (table for manifest in manifests for table in manifest.shown.closing):
-        console.print(table.terminal())
-    for name, path in ((name, path) for manifest in manifests for name, path in manifest.shown.outputs.items()):
-        console.print(f"{name:<7} {volume / path}", highlight=False, soft_wrap=True)
 
 
 def _end(client: SyncPrefectClient, runs: list[FlowRun], reason: str) -> None:

@@ -8,8 +8,9 @@ import base64
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_image_artifact, create_table_artifact
 
+from tasks.artifacts import publish_bill
 from tasks.config import PipelineConfig
-from tasks.rented import account_of, budget_of, budget_plot, budget_table, look_after, rental_of
+from tasks.rented import account_of, bill_table, budget_of, budget_plot, budget_table, look_after, rental_of
 
 EVERY_S = 300
 POOL = "fvlm-home"
@@ -37,4 +38,5 @@ def reap(*, config: PipelineConfig) -> None:
     create_table_artifact(table.records(), key="budget-table", description=table.note)
     picture = base64.b64encode(budget_plot(position, now)).decode()
     create_image_artifact(f"data:image/png;base64,{picture}", key="budget-plot", description="Spent and promised, by phase")
+    publish_bill(bill_table(account.store, position, now))
     log.info(table.note)

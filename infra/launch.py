@@ -19,12 +19,13 @@ from pathlib import Path
 from infra import guard
 from infra.exit_status import ATTEMPT_VARIABLE, ERROR_FILE, STOPPED, STOPPED_KIND, USER_ERROR, USER_ERROR_KIND
 from infra.processes import JOB_VARIABLE, STACK_VARIABLE, end_marked, mark
+from infra.runpod.pod import SHARED_VARIABLE
 
 LOG_NAME = "log.txt"
 TAIL_LINES = 25
 FULL_BYTES = 1_000_000
 """Of free space, below which a job that failed without a word of its own is said to have filled the disk."""
-KEPT_VARIABLES = ("PATH", "HOME", "USER", "LANG", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV", STACK_VARIABLE)
+KEPT_VARIABLES = ("PATH", "HOME", "USER", "LANG", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV", STACK_VARIABLE, SHARED_VARIABLE)
 KEPT_PREFIXES = (
     *("LC_", "CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "HF_", "WANDB_", "XDG_", "SSL_", "TORCH", "TRITON_"),
     *("http", "no_proxy", "HTTP", "NO_PROXY"),

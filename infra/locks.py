@@ -6,8 +6,9 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from filelock import FileLock, Timeout
 
@@ -17,6 +18,14 @@ POLL_S = 0.5
 """Between two tries to take a lock that another process holds."""
 LEASE_S = 120.0
 """After which the owner of a lease that gives no sign is thought dead, with its host."""
+
+
+class Lock(Protocol):
+    """A lock that is held."""
+
+    def release(self) -> None:
+        """Let go."""
+        ...
 
 
 @contextmanager
@@ -47,9 +56,9 @@ def leased(
 
     `lost` is called where another took the lease; by default this process gets SIGTERM, since what it writes is another's now.
     """
-    owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    owner = _owner()
     while True:
-        with lease(f"{path}.lease", owner, lease_s, lost or (lambda: os.kill(os.getpid(), signal.SIGTERM))) as held:
+        with lease(f"{path}.lease", owner, lease_s, lost or _end_self) as held:
             if held:
                 yield
                 return
@@ -57,14 +66,44 @@ def leased(
         threading.Event().wait(min(POLL_S, lease_s / 4))
 
 
-def try_lock(path: Path) -> FileLock | None:
-    """Take the lock for the rest of this process's life, or until it is released; None if another process has it."""
+def try_lock(path: Path) -> Lock | None:
+    """Take the lock for the rest of this process's life, or until it is released; None if another process has it.
+
+    A lease, as in `locked`, where other hosts work on the volume.
+    """
+    if os.environ.get(SHARED_VARIABLE):
+        return _HeldLease.take(path)
     lock = _lock(path)
     try:
         lock.acquire(blocking=False)
     except Timeout:
         return None
     return lock
+
+
+class _HeldLease:
+    """A lease outside of a `with` block."""
+
+    def __init__(self, block: ExitStack) -> None:
+        self.block = block
+
+    @classmethod
+    def take(cls, path: Path) -> "_HeldLease | None":
+        block = ExitStack()
+        return cls(block) if block.enter_context(lease(f"{path}.lease", _owner(), LEASE_S, _end_self)) else None
+
+    def release(self) -> None:
+        self.block.close()
+
+
+def _owner() -> str:
+    """Of a lease: unique in all the world."""
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _end_self() -> None:
+    """What this process writes is another's now."""
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _lock(path: Path) -> FileLock:

@@ -111,12 +111,17 @@ class S3Store:
         return sorted(key for key, _ in self.entries(prefix))
 
     def entries(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """Keys that begin with `prefix`, and their sizes in bytes; empty folders, which RunPod lists, are left out."""
+        """Keys that begin with `prefix`, and their sizes in bytes."""
+        yield from ((key, size) for key, size, _ in self.objects(prefix))
+
+    def objects(self, prefix: str) -> Iterator[tuple[str, int, float]]:
+        """Keys that begin with `prefix`, sizes in bytes, when they were written (seconds since the epoch); without empty folders."""
         asked: dict[str, Any] = {"Bucket": self.bucket, "Prefix": prefix}
         try:
             while True:
                 reply = self.client.list_objects_v2(**asked)
-                yield from ((one["Key"], one["Size"]) for one in reply.get("Contents", []) if not one["Key"].endswith("/"))
+                there = (one for one in reply.get("Contents", []) if not one["Key"].endswith("/"))
+                yield from ((one["Key"], one["Size"], one["LastModified"].timestamp()) for one in there)
                 token = reply.get("NextContinuationToken")
                 if not token or token == asked.get("ContinuationToken"):  # known to come twice: there is no more
                     return

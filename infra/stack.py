@@ -20,10 +20,9 @@ from urllib.parse import quote, urlsplit
 
 import httpx
 import psutil
-from filelock import FileLock
 
 from infra import api, guard, prefect_settings
-from infra.locks import try_lock
+from infra.locks import Lock, try_lock
 from infra.ports import FIRST_PORT, LOCALHOST, PORTS_TRIED, listen, listen_on_free
 from infra.processes import STACK_VARIABLE, end_marked, marked
 from infra.volume import HOME, PASSWORD_FILE, database_folder, known_volume_id, password, volume_id
@@ -62,12 +61,13 @@ class StackState:
 class Stack:
     """Server and workers of `volume`. Use `start_server`, then `check` now and then, then `stop` or `leave_running`."""
 
-    def __init__(self, volume: Path, *, environment: Mapping[str, str]) -> None:
-        self.volume, self.given = volume.resolve(), dict(environment)
+    def __init__(self, volume: Path, *, environment: Mapping[str, str], address: str | None = None) -> None:
+        """`address`: by which browsers and other hosts reach our server, where that is not this host's own."""
+        self.volume, self.given, self.address = volume.resolve(), dict(environment), address
         self.home = self.volume / HOME
         self.state: StackState | None = None
         self.children: dict[str, subprocess.Popen[bytes]] = {}
-        self.lock: FileLock | None = None
+        self.lock: Lock | None = None
         self.fresh = True
         """False when a stack that was left running was taken over."""
 
@@ -149,7 +149,10 @@ class Stack:
             return self.state.ui_url
         with listener or self._listen(port, host) as listener:
             url = f"http://{LOCALHOST if host in ('0.0.0.0', '::') else host}:{listener.getsockname()[1]}"
-            self.state = StackState(url + self.given.get("PREFECT_SERVER_API_BASE_PATH", "/api"), url, True, {})
+            base = self.given.get("PREFECT_SERVER_API_BASE_PATH", "/api")
+            self.state = StackState(url + base, self.address or url, True, {})
+            if self.address:
+                self.given["PREFECT_SERVER_UI_API_URL"] = self.address + base
             self.database_folder().mkdir(parents=True, exist_ok=True)
             self._spawn("server", self.server_arguments(listener), listener.fileno())
         return url
@@ -224,14 +227,18 @@ class Stack:
         """Whether the server's API answers now."""
         return api.healthy(self.api_url, PROBE_TIMEOUT_S)
 
-    def start_workers(self, pool_types: Mapping[str, str]) -> None:
-        """Start a worker on the volume's queue of each pool of local processes or of RunPod's pods (`pool_types`: type by pool name)."""
+    def start_workers(self, pool_types: Mapping[str, str], *, every_queue: bool = False, more: Mapping[str, str] | None = None) -> None:
+        """Start a worker on the volume's queue of each pool of local processes or of RunPod's pods (`pool_types`: type by pool name).
+
+        `every_queue`: on all queues of the pool, which somebody else makes, also later. `more`: variables of the workers only.
+        """
         if not self.fresh:
             return
         for pool, kind in pool_types.items():
             if kind in OWN_POOLS:
-                who = ["--pool", pool, "--type", kind, "--work-queue", queue_name(self.id), "--name", f"{pool}-{self.id}"]
-                self._spawn(pool, ["-m", "prefect", "worker", "start", *who])
+                queue = ["--no-create-pool-if-not-found"] if every_queue else ["--work-queue", queue_name(self.id)]
+                who = ["--pool", pool, "--type", kind, *queue, "--name", f"{pool}-{self.id}"]
+                self._spawn(pool, ["-m", "prefect", "worker", "start", *who], more=more)
 
     def check(self) -> None:
         """Raise StackError when the server or a worker has ended, or was stopped (SIGSTOP)."""
@@ -273,7 +280,7 @@ class Stack:
         return state if alive and state.processes and api.healthy(state.api_url) else None
 
     def _settings_of_own_server(self) -> dict[str, str]:
-        port = urlsplit(self._running_state().ui_url).port
+        port = urlsplit(self._running_state().api_url).port
         folder = self.database_folder()
         return prefect_settings.of_own_server(
             self.given,
@@ -289,8 +296,8 @@ class Stack:
         except psutil.Error:
             return {}
 
-    def _spawn(self, name: str, arguments: list[str], *handles: int) -> None:
-        """Start a process of the stack, with those file `handles`, in a session of its own: Ctrl-C in the terminal is ours to handle."""
+    def _spawn(self, name: str, arguments: list[str], *handles: int, more: Mapping[str, str] | None = None) -> None:
+        """Start a process of the stack, with those file `handles` and `more` variables, in its own session: Ctrl-C is ours to handle."""
         with (self.home / f"{name}.log").open("ab") as log:
             child = subprocess.Popen(
                 [sys.executable, *arguments],
@@ -298,7 +305,7 @@ class Stack:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 cwd=REPOSITORY,
-                env=self.environment(),
+                env=self.environment() | dict(more or {}),
                 start_new_session=True,
                 pass_fds=[handle for handle in handles if handle >= 0],
             )

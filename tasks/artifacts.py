@@ -5,6 +5,7 @@ from pathlib import Path
 
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 
+from fvlm_core.tables import Table
 from tasks.phase import Shown
 
 PICTURE_BYTES = 400_000
@@ -29,6 +30,12 @@ def publish(phase: str, profile: str, shown: Shown, volume: Path) -> None:
             stem = _slug(path.stem)
             key = stem if stem.startswith(phase) else f"{phase}-{stem}"
             create_image_artifact(data_url(path), key=key, description=figure.caption)
+
+
+def publish_bill(table: Table | None) -> None:
+    """Publish plan against bill, where something was planned."""
+    if table:
+        create_table_artifact(table.records(), key="plan-against-bill", description="Plan against bill, step by step")
 
 
 def data_url(picture: Path) -> str:

@@ -21,6 +21,8 @@ STATED_SPREAD = 0.50
 STORAGE_PER_GB_MONTH, LARGE_STORAGE_PER_GB_MONTH, SMALL_GB = 0.07, 0.05, 1000
 """USD (docs.runpod.io, August 2026): the first terabyte, and what is above."""
 DAYS_PER_MONTH = 30.4
+STARTS, WAITING = "pod starts, environment", "the flow that waits for the phases"
+"""Lines that are no steps."""
 
 
 class Usd(Settings):
@@ -125,14 +127,14 @@ def in_dollars(plan: Plan, phases: Sequence[Phase], rental: Rental) -> DollarPla
             continue
         rate = rates[phase.pool]
         starts = Usd(low=rental.assumed.start_h / 3, value=rental.assumed.start_h, high=rental.assumed.start_h * 3)
-        lines.append(_line(phase.name, "pod starts, environment", starts, rate, basis="stated"))
+        lines.append(_line(phase.name, STARTS, starts, rate, basis="stated"))
         for one in running:
-            hours, basis = hours_of(one, rental)
+            hours, basis = hours_of(one, rental, overlap=plan.overlap.get(phase.name, 1.0))
             unknown += [one.step] if hours is None else []
             lines.append(_line(phase.name, one.step, hours or Usd(), rate, because=one.because, flops=one.flops, basis=basis))
     if lines:
         hours = sum((line.hours for line in lines), Usd())
-        lines.append(_line("pipeline", "the flow that waits for the phases", hours, rental.pipeline_usd_per_hour, basis="the hours above"))
+        lines.append(_line("pipeline", WAITING, hours, rental.pipeline_usd_per_hour, basis="the hours above"))
         months = rental.days / DAYS_PER_MONTH
         stored = storage_usd_per_month(rental.volume_gb) * months
         usd = Usd(low=stored, value=stored, high=stored)
@@ -145,11 +147,11 @@ def in_dollars(plan: Plan, phases: Sequence[Phase], rental: Rental) -> DollarPla
     )
 
 
-def hours_of(step: StepPlan, rental: Rental) -> tuple[Usd | None, str]:
-    """Hours of a step on its pod, and where they come from."""
+def hours_of(step: StepPlan, rental: Rental, *, overlap: float = 1.0) -> tuple[Usd | None, str]:
+    """Hours of a step on its pod, and where they come from. `overlap`: see `Plan.overlap`."""
     assumed = rental.assumed
     if step.seconds is not None:
-        hours = step.seconds / 3600
+        hours = step.seconds * overlap / 3600
         return Usd(low=hours * (1 - MEASURED_SPREAD), value=hours, high=hours * (1 + MEASURED_SPREAD)), "measured"
     if step.flops is not None:
         least, most = step.flops_range or (step.flops, step.flops)
@@ -167,18 +169,6 @@ def hours_of(step: StepPlan, rental: Rental) -> tuple[Usd | None, str]:
 def storage_usd_per_month(size_gb: int) -> float:
     """What a network volume costs."""
     return STORAGE_PER_GB_MONTH * min(size_gb, SMALL_GB) + LARGE_STORAGE_PER_GB_MONTH * max(0, size_gb - SMALL_GB)
-
-
-def bill_against_plan(planned: DollarPlan, billed: Mapping[str, float]) -> Table:
-    """Plan and bill side by side, by phase; `billed` in USD by phase."""
-    names = dict.fromkeys([*(line.phase for line in planned.lines), *billed])
-    rows = []
-    for name in names:
-        usd, paid = planned.of(name), billed.get(name, 0.0)
-        rows.append([name, usd.text(), f"${paid:.2f}", f"{paid / usd.value - 1:+.0%}" if usd.value else ""])
-    total, paid = planned.total, sum(billed.values())
-    rows.append(["total", total.text(), f"${paid:.2f}", f"{paid / total.value - 1:+.0%}" if total.value else ""])
-    return Table(title="Plan against bill", head=["phase", "planned", "billed", "difference"], rows=rows, marked=[len(rows) - 1])
 
 
 def _line(phase: str, what: str, hours: Usd, rate: float, *, because: str = "", flops: float | None = None, basis: str) -> Line:

@@ -27,6 +27,7 @@ from tasks.mixtures import check_shards
 from tasks.phase import Phase, PhaseManifest, Results, before_of, conclude, require
 from tasks.status import StatusBoard
 from tasks.steps import Finding, Made, Step, in_waves
+from tasks.telling import telling
 
 RESULTS = "prefect/results"
 """Folder of the volume where Prefect keeps results of tasks and their cache keys: one for all workers."""
@@ -47,10 +48,12 @@ def phase_flow(phase: Phase, module: str) -> Flow[..., None]:
             volume: Folder that holds all results (an absolute path).
             helper: Set by a run of the phase that shares its steps with others: the number of the other one.
         """
-        if helper is None:
-            run_phase(phase, changed(config, changes), volume)
-        else:
+        if helper is not None:
             help_phase(phase, config, volume, helper)
+            return
+        config = changed(config, changes)
+        with telling(phase.name, config, Path(volume)) as tell:
+            tell(run_phase(phase, config, volume).shown.text or "has nothing to show")
 
     run.__name__ = run.__qualname__ = phase.name
     run.__module__ = module

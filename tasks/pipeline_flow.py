@@ -20,10 +20,15 @@ from pydantic import JsonValue
 from fvlm_core.errors import UserError
 from fvlm_core.settings import hash_json
 from fvlm_core.tables import Table
+from infra.store import FolderStore
 from tasks import artifacts
+from tasks.bill import record_plan
 from tasks.config import PipelineConfig
+from tasks.dollars import in_dollars
 from tasks.phase import Phase, PhaseManifest, Shown, current
 from tasks.phase_flow import changed, result_storage
+from tasks.plan import plan
+from tasks.rented import bill_table, budget_of
 from tasks.waiting import LostRunError, wait_for_run
 
 FIX = "fix:"
@@ -64,6 +69,8 @@ def run_pipeline(phases: Sequence[Phase], config: PipelineConfig, volume: str) -
     root, done = Path(volume), {}
     for phase in phases:
         phase.prepare(config, root)
+    if config.machine.rental:
+        record_plan(FolderStore(root), in_dollars(plan(phases, config, root), phases, config.machine.rental))
     for phase in phases:
         done[phase.name] = phase_result(phase, config, root, done)
         for link, step in phase.links.items():
@@ -71,6 +78,9 @@ def run_pipeline(phases: Sequence[Phase], config: PipelineConfig, volume: str) -
     outputs = {name: path for manifest in done.values() for name, path in manifest.shown.outputs.items()}
     table = Table.of([{"phase": name, "what it found": manifest.shown.text} for name, manifest in done.items()])
     artifacts.publish("pipeline", config.name, Shown(table=table, text="What every phase found.", outputs=outputs), root)
+    if config.machine.rental:
+        ledger = budget_of(config.machine.rental, FolderStore(root))
+        artifacts.publish_bill(bill_table(FolderStore(root), ledger.position(), ledger.clock()))
 
 
 def phase_result(phase: Phase, config: PipelineConfig, volume: Path, done: Mapping[str, PhaseManifest]) -> PhaseManifest:

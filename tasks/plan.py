@@ -30,6 +30,8 @@ TRAINING = "fvlm_core.train"
 PART = re.compile(r"-\d{5}$")
 """How the name of a step ends that does a part of a thing, e.g. `download-openvid-00012`."""
 REASONS_SHOWN = 3
+MOST_AT_ONCE = 8
+"""Steps of a phase that run side by side."""
 HEAD = ["phase", "step", "state", "because", "samples", "FLOPs", "time"]
 
 
@@ -55,6 +57,8 @@ class Plan(Settings):
     steps: list[StepPlan]
     warnings: list[str] = Field(default_factory=list)
     """Results that other code made."""
+    overlap: dict[str, float] = Field(default_factory=dict)
+    """By phase, where it was measured: the time that it took, over the sum of its steps' times. Small runs go on side by side."""
 
     def table(self) -> Table:
         """A line per step that runs, and one per phase for what is cached."""
@@ -141,11 +145,11 @@ def look(phases: Sequence[Phase], config: PipelineConfig, volume: Path, *, absen
         decided[phase.name] = phase.decide(config, Results(volume, made)) if done else _last_decision(phase, volume)
 
 
-def plan(phases: Sequence[Phase], config: PipelineConfig, volume: Path) -> Plan:
-    """What a run of the phases would do now."""
+def plan(phases: Sequence[Phase], config: PipelineConfig, volume: Path, *, measured: Path | None = None) -> Plan:
+    """What a run of the phases would do now. `measured`: the volume whose steps say how long steps take; by default this one."""
     plans: list[StepPlan] = []
     warnings: list[str] = []
-    speeds, rental = Speeds(volume), config.machine.rental
+    speeds, rental = Speeds(measured or volume), config.machine.rental
     absent: list[str] | None = [] if rental else None
     for phase, step, found, undecided in look(phases, config, volume, absent=absent):
         if found.made:
@@ -160,7 +164,8 @@ def plan(phases: Sequence[Phase], config: PipelineConfig, volume: Path) -> Plan:
         costs = {"samples": cost.samples, "flops": cost.flops, "flops_range": (min(sizes), max(sizes)) if sizes else None}
         plans.append(StepPlan(phase=phase, step=step.name, state="runs", because=because, seconds=seconds, **costs))
     warnings += [f"not here, so assumed: {what}" for what in absent or []]
-    return Plan(steps=plans, warnings=warnings)
+    overlap = {phase.name: share for phase in phases if (share := speeds.overlap(phase.name)) is not None}
+    return Plan(steps=plans, warnings=warnings, overlap=overlap)
 
 
 class Speeds:
@@ -173,6 +178,18 @@ class Speeds:
             with suppress(UserError):
                 run = RunManifest.read(folder)
                 self.rates += [run.flops / run.seconds] if run.seconds else []
+
+    def overlap(self, phase: str) -> float | None:
+        """The time that the phase took the last time it made all of its steps, over the sum of their times."""
+        manifest = _last_manifest(phase, self.volume)
+        if manifest is None:
+            return None
+        alone = 0.0
+        for made in manifest.steps.values():
+            with suppress(UserError):
+                alone += made.manifest(self.volume).seconds
+        # less than the longest possible overlap: some of its steps were there already
+        return manifest.seconds / alone if alone and manifest.seconds > alone / MOST_AT_ONCE else None
 
     def seconds(self, step: Step, flops: float | None) -> float | None:
         """Expected seconds of a step: as long as the last one of its name, in proportion to its FLOPs where it trains; a part takes as
@@ -231,11 +248,17 @@ def _newest(volume: Path, name: str) -> Iterable[Path]:
 
 def _last_decision(phase: Phase, volume: Path) -> Changes:
     """What the phase decided when it was last done, whatever the profile was then."""
-    folders = sorted((volume / "phases").glob(f"{phase.name}-*/manifest.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    manifest = _last_manifest(phase.name, volume)
+    return manifest.decided if manifest else {}
+
+
+def _last_manifest(phase: str, volume: Path) -> PhaseManifest | None:
+    """The newest one of the phase that can be read, whatever the profile was then."""
+    folders = sorted((volume / "phases").glob(f"{phase}-*/manifest.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in folders:
         with suppress(UserError):
-            return PhaseManifest.read(path.parent).decided
-    return {}
+            return PhaseManifest.read(path.parent)
+    return None
 
 
 def _waits(names: list[str]) -> str:

@@ -61,6 +61,12 @@ class Rental(Settings):
     runpod_url: str = "https://api.runpod.io"
     s3_url: str | None = None
     """The volume's S3 side; None is RunPod's in the volume's data centre."""
+    server_port: Annotated[int, Field(gt=0, lt=65536)] = 4200
+    """Of the Prefect server that `fvlm infra up` starts on a pod."""
+    server_address: str = "https://{pod}-{port}.proxy.runpod.net"
+    """By which that server is reached from outside: RunPod's proxy."""
+    server_days: Annotated[float, Field(gt=0)] = 7.0
+    """How long that server runs at the longest, unless it is ended before."""
     assumed: Assumed = Assumed()
 
     def job_variables(self, code: str | None) -> dict[str, Any]:

@@ -11,16 +11,20 @@ from fvlm_core.errors import UserError
 from fvlm_core.tables import Table
 from infra import api
 from infra.budget import Budget, Entry, Position
-from infra.runpod.account import Account, Place
+from infra.mirror import mirror
+from infra.runpod.account import KEY_VARIABLE, S3_ACCESS_VARIABLE, S3_SECRET_VARIABLE, Account, Place, mounted
 from infra.runpod.bills import reconcile
 from infra.runpod.naming import owner
-from infra.runpod.pod import IDENTITY
 from infra.runpod.reaper import Reaped, reap
+from infra.s3 import S3Store
 from infra.store import Store
+from tasks.bill import bill_against_plan, billed_by_step, recorded_plan
 from tasks.config import PipelineConfig
 from tasks.rental import Rental
 
 STORAGE, OTHER = "storage", "other"
+LOOKED_AT = ("phases/", "steps/", "sources/")
+"""Folders of the volume that say what is done."""
 
 
 def rental_of(config: PipelineConfig) -> Rental:
@@ -32,15 +36,31 @@ def rental_of(config: PipelineConfig) -> Rental:
 
 def account_of(rental: Rental) -> Account:
     """The account that RUNPOD_API_KEY opens; the volume as a folder where it is mounted here, else through S3."""
-    mounted = (Path(rental.mount_path) / IDENTITY).is_file()
     return Account(
         Place(
             volume=rental.volume,
             runpod_url=rental.runpod_url,
             s3_url=rental.s3_url,
-            folder=rental.mount_path if mounted else None,
+            folder=mounted(rental.mount_path, rental.volume),
         )
     )
+
+
+def seen_from_home(rental: Rental) -> Path | None:
+    """A folder that looks like the volume to whoever reads manifests; None where there are no keys, as before anything is rented."""
+    keys = (KEY_VARIABLE, S3_ACCESS_VARIABLE, S3_SECRET_VARIABLE)
+    if mounted(rental.mount_path, rental.volume):
+        return Path(rental.mount_path)
+    if not all(os.environ.get(name) for name in keys):
+        return None
+    account = account_of(rental)
+    store = account.store
+    assert isinstance(store, S3Store)
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = caches / "fvlm" / account.volume().id
+    folder.mkdir(parents=True, exist_ok=True)
+    mirror(store, folder, LOOKED_AT)
+    return folder
 
 
 def look_after(account: Account, budget: Budget | None) -> list[Reaped]:
@@ -77,6 +97,12 @@ def budget_table(position: Position, now: float) -> Table:
     left = f"${max(0.0, position.left):.2f} can still be promised."
     head = ["for", "pods", "running", "spent", "to their deadlines"]
     return Table(title="Budget", head=head, rows=rows, note=f"{position.sum()}. {left}")
+
+
+def bill_table(store: Store, position: Position, now: float) -> Table | None:
+    """Plan against bill, step by step; None where no run was planned on this volume."""
+    planned = recorded_plan(store)
+    return bill_against_plan(planned, billed_by_step(store, by_phase(position.entries), now)) if planned else None
 
 
 def budget_plot(position: Position, now: float) -> bytes:

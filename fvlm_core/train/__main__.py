@@ -11,7 +11,7 @@ from fvlm_core.cli import run_job
 from fvlm_core.config import Recipe
 from fvlm_core.train.folder import check_folder, claim_folder, input_digests, whole_manifest
 from fvlm_core.train.jobs import RunManifest
-from fvlm_core.train.lock import RunLock, end_with_launcher
+from fvlm_core.train.lock import SHARED_VARIABLE, RunLock, end_with_launcher
 
 
 def train(recipe: Recipe) -> RunManifest:
@@ -23,7 +23,7 @@ def train(recipe: Recipe) -> RunManifest:
     if os.environ.get("WORLD_SIZE", "1") == "1" and (done := whole_manifest(recipe.output, identity)):
         print(f"{recipe.name} is already trained: {recipe.output}")
         return done
-    lock = RunLock(recipe.output)
+    lock = RunLock(recipe.output, shared=bool(os.environ.get(SHARED_VARIABLE)))
     with lock.held() if os.environ.get("RANK", "0") == "0" else nullcontext():
         return _train(recipe, identity, inputs, lock)
 

@@ -5,7 +5,9 @@ settings                 where the API, the volume and the key are
 rent                     from a preference list to one pod, within the budget
 watch                    what a pod's looks mean: started, dead, silent, idle, past its deadline
 worker                   Prefect's work-pool type `runpod`
-pod                      the program of a pod (standard library only)
+pod, program             the program of a pod (standard library only), and how it travels
+home, remote             the pod that keeps the Prefect server: its program, and who starts and ends it
+smoke                    what no document settles, found out on two small pods
 reaper                   ends what nobody owns
 emulator/                a local RunPod that runs pods as processes
 """

@@ -12,12 +12,21 @@ from pydantic import SecretStr
 from infra.errors import RefusedError
 from infra.runpod.client import API_URL, RunPod
 from infra.runpod.models import Volume
-from infra.runpod.pod import OUTCOME, PODS
+from infra.runpod.pod import IDENTITY, OUTCOME, PODS
 from infra.s3 import S3Store, connect
 from infra.store import FolderStore, Store
 
 KEY_VARIABLE = "RUNPOD_API_KEY"
 S3_ACCESS_VARIABLE, S3_SECRET_VARIABLE = "RUNPOD_S3_ACCESS_KEY", "RUNPOD_S3_SECRET_KEY"
+
+
+def mounted(path: str, volume: str) -> str | None:
+    """The path, where the volume of that name or id is mounted there."""
+    try:
+        known = json.loads((Path(path) / IDENTITY).read_text())
+    except (OSError, ValueError):
+        return None
+    return path if volume in (known.get("id"), known.get("name")) else None
 
 
 @dataclass(frozen=True)

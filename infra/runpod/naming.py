@@ -8,6 +8,8 @@ from typing import Self
 from uuid import UUID
 
 PREFIX = "fvlm"
+NO_RUN = UUID(int=0)
+"""In the name of a pod that works for no flow run: of the one that keeps the Prefect server. Its deadline is what ends it."""
 _FORM = re.compile(r"(?P<owner>fvlm-[a-z0-9]+)-(?P<deadline>[0-9a-f]{8})-(?P<run>[0-9a-f]{32})-(?P<chance>[0-9a-f]{4})")
 
 

@@ -5,8 +5,8 @@ A pod costs money until somebody ends it, and RunPod itself ends none: a contain
 
 1. starts a watchdog that ends the pod at an absolute time, which a restarted container finds in its environment again;
 2. refuses to run its job twice: the second start of a container only ends the pod;
-3. checks the machine before anything is installed or downloaded (preflight);
-4. makes the Python environment once per lock file, on the volume, whichever pod comes first;
+3. checks the machine and the shards before anything is installed or downloaded (preflight);
+4. makes the Python environment once per lock file, on the volume, whichever pod comes first, and has several GPUs exchange numbers by NCCL;
 5. runs the job with every cache, package and temporary file on the volume;
 6. writes how it ended (`outcome.json`, atomically), and ends the pod, by several ways, until one works.
 """
@@ -32,6 +32,29 @@ JOB_VARIABLE = "FVLM_POD_JOB"
 URL_VARIABLE = "FVLM_RUNPOD_URL"
 SHARED_VARIABLE = "FVLM_SHARED_VOLUME"
 """Tells the job that other hosts work on the volume too."""
+DISK_VARIABLE = "FVLM_POD_DISK"
+"""Tells the job a folder on the pod's own disk, which does not last: for what cannot be on a network file system."""
+EMULATED_VARIABLE = "FVLM_EMULATED"
+"""Set by an emulator, whose GPUs cannot exchange anything."""
+SHARDS = "shards"
+"""On the volume, a link to the newest shards."""
+HASHED_BYTES = 16 * 2**20
+"""Files up to this size are read in the preflight; of larger ones the size is looked at."""
+EXCHANGE_S = 180.0
+EXCHANGE = """
+import datetime, sys, torch, torch.distributed as group
+rank, ranks, port, backend = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+if backend == "nccl":
+    torch.cuda.set_device(device)
+where, limit = "tcp://127.0.0.1:" + port, datetime.timedelta(seconds=60)
+group.init_process_group(backend, init_method=where, rank=rank, world_size=ranks, timeout=limit)
+numbers = torch.full((1 << 20,), rank + 1.0, device=device)
+group.all_reduce(numbers)
+assert float(numbers.min()) == float(numbers.max()) == ranks * (ranks + 1) / 2, "the sum is wrong"
+group.destroy_process_group()
+"""
+"""Each GPU's part of a sum over all of them."""
 PODS, CODE, ENVIRONMENTS = "pods", "code", "environments"
 """Folders of the volume: what each pod wrote, the code of each commit, an environment per lock file."""
 STARTED, OUTCOME, LOG = "started", "outcome.json", "log.txt"
@@ -76,6 +99,7 @@ class Pod:
             self.preflight()
             code = self.unpack_code()
             python = self.python(code)
+            self.check_exchange(python)
             command = [python if word == "{python}" else word for word in self.job["command"]]
             return self.run_job(command, code, python)
         except PreflightError as error:
@@ -118,6 +142,7 @@ class Pod:
         os.unlink(probe)
         if wanted:
             self.check_gpus(wanted["id"], wanted["count"])
+            self.check_shards()
         self.check_network()
         self.say("preflight: the machine is what was asked for")
 
@@ -134,6 +159,58 @@ class Pod:
         if any(words(kind) - words(name) and words(name) - words(kind) for name in names):
             raise PreflightError(f"the GPUs are {', '.join(sorted(set(names)))}, asked for was {kind}")
         self.say(f"preflight: {count} x {lines[0]}")
+
+    def check_shards(self) -> None:
+        """What the manifest of the newest shards names is there. Before there are any, nothing is looked at."""
+        folder = os.path.join(self.volume, SHARDS)
+        try:
+            with open(os.path.join(folder, "manifest.json")) as stream:
+                files = json.load(stream)["files"]
+        except FileNotFoundError:
+            return
+        for entry in files:
+            path = os.path.join(folder, entry["path"])
+            size = os.path.getsize(path) if os.path.isfile(path) else None
+            if size != entry["bytes"]:
+                found = "is missing" if size is None else f"has {size} bytes and not {entry['bytes']}"
+                raise PreflightError(f"the shards are damaged: {entry['path']} {found}; run the precompute again")
+            if size <= HASHED_BYTES:
+                with open(path, "rb") as stream:
+                    if hashlib.sha256(stream.read()).hexdigest() != entry["sha256"]:
+                        raise PreflightError(f"the shards are damaged: {entry['path']} is not what was made; run the precompute again")
+        self.say(f"preflight: the {len(files)} files of the shards are there")
+
+    def check_exchange(self, python: str) -> None:
+        """Several GPUs can add numbers up among each other: what training does all the time, and what a machine may not be set up for."""
+        count = (self.job.get("gpu") or {}).get("count", 0)
+        if count < 2:
+            return
+        backend = "gloo" if self.environment.get(EMULATED_VARIABLE) else "nccl"
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        parts = [
+            subprocess.Popen(
+                [python, "-c", EXCHANGE, str(rank), str(count), str(port), backend],
+                env=self.places(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(count)
+        ]
+        problems = []
+        for rank, part in enumerate(parts):
+            try:
+                errors = part.communicate(timeout=EXCHANGE_S)[1].strip().splitlines()
+            except subprocess.TimeoutExpired:
+                part.kill()
+                errors = [f"no answer in {EXCHANGE_S:.0f} s"]
+                part.communicate()
+            if part.returncode:
+                problems.append(f"GPU {rank}: {errors[-1] if errors else f'status {part.returncode}'}")
+        if problems:
+            raise PreflightError(f"the GPUs cannot exchange numbers by {backend}: {'; '.join(problems)}")
+        self.say(f"preflight: {count} GPUs add up by {backend}")
 
     def check_network(self) -> None:
         """The server that the job reports to answers."""
@@ -214,7 +291,7 @@ class Pod:
             os.makedirs(folder, exist_ok=True)
         hidden = (JOB_VARIABLE, "RUNPOD_API_KEY", "FVLM_POD_PROGRAM")
         kept = {name: value for name, value in self.environment.items() if name not in hidden}
-        return kept | moved | {SHARED_VARIABLE: "1"}
+        return kept | moved | {SHARED_VARIABLE: "1", DISK_VARIABLE: self.environment.get("TMPDIR", "/tmp")}
 
     def run_job(self, command: list[str], code: str, python: str) -> tuple[int, str]:
         """Run the command until it ends or its time is over."""

@@ -1,9 +1,8 @@
 """What can be set of a pool of the type `runpod`, and the pod that a flow run gets from it."""
 
-import base64
 import json
-import zlib
-from importlib import resources
+import os
+import shlex
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -14,14 +13,14 @@ from prefect.workers.base import BaseJobConfiguration, BaseVariables
 from pydantic import Field, SecretStr
 
 from infra.errors import RefusedError
-from infra.runpod.account import Place
+from infra.runpod.account import Place, mounted
 from infra.runpod.client import API_URL
 from infra.runpod.models import MAX_VARIABLES, GpuRequest, Volume
+from infra.runpod.program import START, program
 from infra.runpod.rent import Candidate, Wish
 
-PROGRAM_VARIABLE = "FVLM_POD_PROGRAM"
-START = f"""python3 -c 'import base64,os,zlib;exec(zlib.decompress(base64.b64decode(os.environ["{PROGRAM_VARIABLE}"])))'"""
-"""The container's command: the pod's program, which its environment holds."""
+PUBLIC_API_VARIABLE = "FVLM_PREFECT_API_URL"
+"""Of the worker: the address by which pods reach the server, where it is not the worker's own."""
 DEFAULT_COMMAND = "{python} -m prefect.engine"
 """The flow's code is there already: `prefect flow-run execute`, Prefect's own default, would copy it first."""
 POLL_S = 15.0
@@ -93,6 +92,8 @@ class RunPodConfiguration(BaseJobConfiguration, RunPodVariables):
         """Fill in what depends on the flow run."""
         own = set(self.env)
         super().prepare_for_flow_run(flow_run, deployment, flow, work_pool, worker_name, worker_id=worker_id)
+        if (public := os.environ.get(PUBLIC_API_VARIABLE)) and "PREFECT_API_URL" not in own:
+            self.env["PREFECT_API_URL"] = public
         kept: dict[str, str | None] = {name: value for name, value in self.env.items() if value and (name in own or _for_pods(name))}
         if len(kept) > MAX_VARIABLES - 3:
             raise RefusedError(
@@ -109,7 +110,7 @@ class RunPodConfiguration(BaseJobConfiguration, RunPodVariables):
             volume=self.volume,
             runpod_url=self.runpod_url,
             s3_url=self.s3_url,
-            folder=self.volume_folder,
+            folder=self.volume_folder or mounted(self.mount_path, self.volume),
             key=self.api_key,
             s3_access_key=self.s3_access_key,
             s3_secret_key=self.s3_secret_key,
@@ -118,7 +119,6 @@ class RunPodConfiguration(BaseJobConfiguration, RunPodVariables):
     @property
     def wish(self) -> Wish:
         """The machine."""
-        program = resources.files("infra.runpod").joinpath("pod.py").read_bytes()
         return Wish(
             image=self.image,
             gpus=self.gpus,
@@ -130,8 +130,7 @@ class RunPodConfiguration(BaseJobConfiguration, RunPodVariables):
             min_cuda=self.min_cuda,
             registry=self.registry,
             args=START,
-            env={name: value for name, value in self.env.items() if value is not None}
-            | {PROGRAM_VARIABLE: base64.b64encode(zlib.compress(program, 9)).decode(), "FVLM_RUNPOD_URL": self.runpod_url},
+            env={name: value for name, value in self.env.items() if value is not None} | program(self.runpod_url),
         )
 
     def job(self, run: UUID, volume: Volume, deadline: float, machine: Candidate) -> str:
@@ -143,7 +142,7 @@ class RunPodConfiguration(BaseJobConfiguration, RunPodVariables):
                 "deadline": deadline,
                 "volume": volume.id,
                 "mount_path": self.mount_path,
-                "command": command.split(),
+                "command": shlex.split(command),
                 "code": self.code,
                 "code_folder": self.code_folder,
                 "python": self.python,

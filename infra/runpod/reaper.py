@@ -13,7 +13,7 @@ from infra.budget import Budget
 from infra.runpod.client import RunPod
 from infra.runpod.errors import RunPodError
 from infra.runpod.models import OVER, Pod
-from infra.runpod.naming import PodName
+from infra.runpod.naming import NO_RUN, PodName
 
 OVERTIME_S = 120.0
 """After the deadline, for a pod to end itself."""
@@ -42,7 +42,7 @@ def reap(
     """End the pods of `owner` that nobody owns; returns what was ended. Pods of others are not touched.
 
     `over` says of a flow run why nobody needs its pod any more; None where somebody does, or where it is not known. It is not asked of pods
-    younger than `young_s`.
+    younger than `young_s`, nor of one that works for no flow run.
     """
     now = time.time() if now is None else now
     reaped, left = [], set()
@@ -78,6 +78,6 @@ def _reason(pod: Pod, name: PodName, over: Callable[[UUID], str | None], now: fl
         return f"it is {(now - name.deadline) / 60:.0f} min past its deadline"
     if pod.status in OVER:
         return f"it is {pod.status} and still there"
-    if now - pod.createdAt.timestamp() < young_s:
+    if name.run == NO_RUN or now - pod.createdAt.timestamp() < young_s:
         return None
     return over(name.run)

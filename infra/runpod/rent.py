@@ -47,6 +47,8 @@ class Wish:
     data_centers: Sequence[str] = ()
     """Without a volume: where it may be. With one: the volume's."""
     registry: str | None = None
+    ports: Sequence[str] = ()
+    """Open to the outside, e.g. `4200/http`."""
     args: str = ""
     env: dict[str, str] = field(default_factory=dict, repr=False)
 
@@ -192,6 +194,7 @@ def _request(wish: Wish, machine: Candidate, name: str, volume: Volume, path: st
             mounts=Mounts(network=[NetworkMount(volumeId=volume.id, path=path)]),
             dataCenterIds=[machine.data_center],
             registry=wish.registry,
+            ports=list(wish.ports) or None,
         )
     except ValueError as error:
         raise InvalidRequestError(f"this is no pod: {error}", where="the job variables", fix="correct them") from None

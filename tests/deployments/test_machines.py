@@ -1,5 +1,6 @@
 """`fvlm infra`, `fvlm volume` and `fvlm board` against an emulated RunPod."""
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
@@ -11,17 +12,24 @@ from prefect.client.orchestration import get_client
 from deployments.checks import PROFILES, load_profile
 from deployments.cli import app
 from flows.reap import reap
+from flows.registry import PHASES
+from fvlm_core.dotted import with_changes
 from fvlm_core.errors import UserError
+from fvlm_core.manifest import Manifest, file_entries
+from fvlm_core.tables import Table
 from infra.budget import Budget
 from infra.errors import InfraError
 from infra.runpod.client import RunPod
 from infra.runpod.emulator.cloud import Delays
+from infra.runpod.emulator.faults import Fault
 from infra.runpod.emulator.s3 import S3Side
 from infra.runpod.emulator.server import Emulator
 from infra.runpod.models import CpuRequest, CreatePod, Mounts, NetworkMount
 from infra.runpod.naming import PodName
 from infra.stack import Stack
 from infra.store import FolderStore
+from tasks.phase import Before, PhaseManifest, Shown
+from tasks.steps import Made
 from tests.infra.runpod.conftest import KEY
 
 Fvlm = Callable[..., str]
@@ -96,6 +104,35 @@ def test_setting_up_working_and_taking_down(fvlm: Fvlm, cloud: Emulator, tmp_pat
     assert not any(entry.running for entry in ledger.entries() if entry.kind == "pod")
 
 
+def test_a_volume_is_looked_at_through_s3(fvlm: Fvlm, cloud: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    fvlm("infra", "setup")
+    (volume,) = cloud.cloud.volumes.values()
+    config, phase = load_profile(str(tmp_path / "rented.yaml")), PHASES["precompute"]
+    clips, *_ = phase.steps(config, Before(volume.folder, {}, {}, {}))
+    folder = volume.folder / clips.folder
+    folder.mkdir(parents=True)
+    (folder / "clip.mp4").write_bytes(b"0" * 2_000_000)
+    manifest = Manifest(name=clips.name, settings_hash="", files=file_entries(folder, ["*.mp4"]), seconds=1234.0).write(folder)
+    made = {clips.name: Made(name=clips.name, folder=clips.folder, digest=manifest.digest)}
+    closing = Table(title="What came of it", head=["n"], rows=[["42"]])
+    shown = Shown(text="eleven videos", closing=[closing], outputs={"report": "steps/x/report.html"})
+    PhaseManifest(name=phase.name, settings_hash="", steps=made, shown=shown).write(phase.folder(config, volume.folder))
+
+    for _ in range(2):  # the second time from what was fetched
+        seen = fvlm("status")
+        for words in ("eleven videos", "What came of it", "42", "fvlm volume get steps/x/report.html"):
+            assert words in seen
+    (here,) = (tmp_path / "caches" / "fvlm").glob("*/steps/*/clip.mp4")
+    assert here.stat().st_size == 2_000_000
+    assert here.stat().st_blocks < 100, "large files are not fetched"
+    assert re.search(r"precompute\W+1 of \d steps\W+cached", fvlm("plan"))
+    (folder / "clip.mp4").write_bytes(b"0")
+    assert "damaged" in fvlm("plan"), "a file that has another size on the volume"
+    (folder / "manifest.json").unlink()
+    assert "begun, not finished" in fvlm("plan")
+
+
 def test_the_scheduled_reaper_shows_where_the_money_is(fvlm: Fvlm, prefect_api: Stack, tmp_path: Path) -> None:
     fvlm("infra", "setup")
     reap(config=load_profile(str(tmp_path / "rented.yaml")))
@@ -116,6 +153,31 @@ def test_what_is_wrong_is_said(fvlm: Fvlm, monkeypatch: pytest.MonkeyPatch) -> N
         fvlm("infra", "setup")
     with pytest.raises(UserError, match="the profile laptop rents no machines"):
         app(["infra", "budget", "--profile", "laptop"], exit_on_error=False, result_action="return_value")
+
+
+def test_the_first_dollar_answers_what_no_document_settles(
+    fvlm: Fvlm, cloud: Emulator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fvlm("infra", "setup")
+    (volume,) = cloud.cloud.volumes.values()
+    more = {"machine.pools.pipeline": {"name": "p", "type": "runpod", "job_variables": {"cpus": ["cpu3c"], "free_volume_gb": 0.0}}}
+    more["machine.rental.mount_path"] = str(volume.folder)
+    profile = tmp_path / "rented.yaml"
+    profile.write_text(yaml.safe_dump(with_changes(yaml.safe_load(profile.read_text()), more)))
+    monkeypatch.setattr("infra.runpod.smoke.LOOK_S", 0.1)
+    cloud.cloud.faults.arm(Fault("pod_key_refused", times=1))
+    shown = " ".join(fvlm("infra", "smoke", "--yes").replace("│", " ").split())
+    for words in (
+        "There are no longer any instances available",
+        "at most 0 s after it was written",
+        "is started again; the pod is RUNNING and costs $0.06/h",
+        "HTTP Error 403: Forbidden; accepted",
+        "credit of the account",
+    ):
+        assert words in shown, shown
+    assert RunPod(KEY, cloud.url).pods() == []
+    ledger = Budget(FolderStore(volume.folder), cap_usd=500, reserve_usd=15)
+    assert [entry.running for entry in ledger.entries() if entry.phase == "smoke"] == [False, False]
 
 
 def test_a_deployment_on_rented_machines_runs_this_checkout(

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
+from tests.browser import SLOW_MS, browser_page
 from tests.e2e.volume import Volume
 
 pytestmark = [
@@ -18,23 +19,15 @@ pytestmark = [
     pytest.mark.xdist_group("pipeline"),
 ]
 
-CHROMIUM = "/usr/bin/chromium"
 RUN_NAME = "from the form"
 """Until the run starts and gets its own."""
-SLOW_MS = 120_000
-"""Of a page on a busy machine; a second on an idle one."""
 RUN_MS = 600_000
 
 
 @pytest.fixture
 def page() -> Iterator[Page]:
-    with sync_playwright() as playwright:
-        options = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
-        page = browser.new_page(viewport={"width": 1400, "height": 1100})
-        page.set_default_timeout(SLOW_MS)
+    with browser_page() as page:
         yield page
-        browser.close()
 
 
 def test_a_run_is_started_from_its_form_and_completes_with_its_artifacts(volume: Volume, page: Page, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from deployments.checks import load_profile
 from flows.registry import PHASES
 from fvlm_core.config import Recipe
 from fvlm_core.train.expected import expected_cost
-from tasks.dollars import Usd, bill_against_plan, in_dollars, storage_usd_per_month
+from tasks.dollars import Usd, in_dollars, storage_usd_per_month
 from tasks.plan import Plan, StepPlan, plan
 from tasks.recipes import stage_recipe
 from tasks.rental import Assumed, Mfu, Rental
@@ -55,6 +55,12 @@ def test_what_was_measured_wins_over_what_is_stated_and_the_longest_name_over_sh
     assert planned.of("evaluate") == Usd(), "what is cached costs nothing"
 
 
+def test_steps_that_ran_side_by_side_are_planned_as_long_as_they_took_together() -> None:
+    steps = [StepPlan(phase="train", step=f"small{number}", state="runs", seconds=1800.0) for number in (1, 2)]
+    planned = in_dollars(Plan(steps=steps, overlap={"train": 0.55}), PHASE_LIST, RENTAL)
+    assert planned.of("train").value == pytest.approx(0.55 * 4.0)
+
+
 def test_while_the_grid_decides_it_is_planned_for_the_largest_size() -> None:
     step = StepPlan(phase="train", step="stage1", state="runs", flops=1e17, flops_range=(1e17, 1e18))
     planned = in_dollars(made(step), PHASE_LIST, RENTAL)
@@ -69,13 +75,6 @@ def test_what_the_cap_leaves_out_is_said() -> None:
     assert planned.dropped == ["stage3", "the flow that waits for the phases"]
     assert "The cap binds; these would not start: stage3" in planned.table().note
     assert in_dollars(made(*steps), PHASE_LIST, RENTAL).dropped == []
-
-
-def test_plan_against_bill() -> None:
-    planned = in_dollars(made(StepPlan(phase="train", step="stage1", state="runs", seconds=3600.0)), PHASE_LIST, RENTAL)
-    rows = bill_against_plan(planned, {"train": 4.2, "other": 1.0}).rows
-    assert ["train", "$4.00 [$3.60, $4.40]", "$4.20", "+5%"] in rows
-    assert ["other", "$0.00", "$1.00", ""] in rows
 
 
 @pytest.mark.parametrize(("size_gb", "usd"), [(500, 35.0), (1000, 70.0), (2000, 120.0)])

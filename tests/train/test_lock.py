@@ -74,12 +74,15 @@ def test_a_second_run_is_refused_and_the_first_goes_on(tmp_path: Path, shards: P
         first.wait(60)
 
 
-def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_lock_dies_with_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
+    """Of a lease the process may be on another host, so nobody asks whether it is there: its signs of life have ended."""
     code = f"""
 import sys, time
 from pathlib import Path
-from fvlm_core.train.lock import RunLock
-with RunLock(Path({str(tmp_path)!r})).held():
+from fvlm_core.train import lock
+lock.LEASE_S = 1.0
+with lock.RunLock(Path({str(tmp_path)!r}), shared={shared}).held():
     print("held", flush=True)
     time.sleep(600)
 """
@@ -88,8 +91,26 @@ with RunLock(Path({str(tmp_path)!r})).held():
     assert holder.stdout.readline() == b"held\n"
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
-    with RunLock(tmp_path).held():
+    monkeypatch.setattr(lock, "LEASE_S", 1.0)
+    with RunLock(tmp_path, shared=shared).held():
         pass
+
+
+def test_a_lease_is_one_run_at_a_time_and_a_run_that_lost_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "LEASE_S", 1.0)
+    monkeypatch.setattr(lock, "WAIT_S", 0.5)
+    ended: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: ended.append(number))
+    with RunLock(tmp_path, shared=True).held():
+        with pytest.raises(UserError, match=f"process {os.getpid()}"), RunLock(tmp_path, shared=True).held():
+            pass
+        assert ended == [], "it has given signs of life for longer than the lease"
+        (tmp_path / lock.LEASE_FILE).unlink()
+        deadline = time.monotonic() + 20
+        while not ended and time.monotonic() < deadline:
+            time.sleep(0.05)
+    signal.signal(signal.SIGTERM, before)
+    assert ended == [signal.SIGTERM]
 
 
 def test_waits_longer_for_a_run_that_is_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from infra.runpod.emulator.containers import Container
 from infra.runpod.emulator.faults import Fault, Faults
 from infra.runpod.emulator.network import Network
 from infra.runpod.models import CreatePod, CreateVolume, Status
+from infra.runpod.pod import EMULATED_VARIABLE
 
 ACTIONS = {
     Status.RUNNING: ["stop", "restart", "terminate"],
@@ -266,6 +267,7 @@ class Cloud:
             "RUNPOD_GPU_COUNT": str(request.gpu.count if request.gpu else 0),
             "RUNPOD_CPU_COUNT": str(request.cpu.vcpuCount if request.cpu else 8),
             "RUNPOD_API_KEY": key,
+            EMULATED_VARIABLE: "1",
             **({"RUNPOD_VOLUME_ID": volume.id} if volume else {}),
         }
         environment = network.through({**request.env, **injected}, FORWARDED)

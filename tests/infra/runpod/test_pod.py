@@ -1,8 +1,10 @@
 """The program of a pod, on emulated pods: without Prefect and without a worker."""
 
 import base64
+import hashlib
 import io
 import json
+import os
 import sys
 import tarfile
 import time
@@ -14,9 +16,10 @@ import pytest
 from infra.runpod.client import RunPod
 from infra.runpod.emulator.faults import Fault
 from infra.runpod.emulator.server import Emulator
-from infra.runpod.models import CpuRequest, CreatePod, GpuRequest, Mounts, NetworkMount, Pod, Volume
-from infra.runpod.pod import CODE, ENVIRONMENTS, IDENTITY, OUTCOME, PODS
-from infra.runpod.pool import PROGRAM_VARIABLE, START
+from infra.runpod.models import CpuRequest, CreatePod, GpuRequest, Mounts, NetworkMount, Volume
+from infra.runpod.models import Pod as RentedPod
+from infra.runpod.pod import CODE, ENVIRONMENTS, IDENTITY, JOB_VARIABLE, OUTCOME, PODS, SHARDS, Pod, PreflightError
+from infra.runpod.program import PROGRAM_VARIABLE, START
 from infra.stack import REPOSITORY
 from tests.infra.runpod.test_client import until
 
@@ -39,7 +42,7 @@ class Pods:
         gpu_asked: dict[str, Any] | None = None,
         seconds: float = 600.0,
         **more: Any,
-    ) -> Pod:
+    ) -> RentedPod:
         program = (REPOSITORY / "infra" / "runpod" / "pod.py").read_bytes()
         job = {
             "run": "a-run",
@@ -63,12 +66,12 @@ class Pods:
         machine: dict[str, Any] = {"gpu": gpu} if gpu else {"cpu": CpuRequest(id="cpu3c", vcpuCount=2)}
         return self.client.create_pod(CreatePod(name="fvlm-test", image="i", args=START, env=environment, mounts=mounts, **machine))
 
-    def outcome(self, pod: Pod) -> dict[str, Any]:
+    def outcome(self, pod: RentedPod) -> dict[str, Any]:
         """How its job ended, when the pod has ended itself."""
         until(lambda: pod.id not in [one.id for one in self.client.pods()], f"the pod to end itself\n{self.log(pod)}", timeout_s=90)
         return json.loads((self.folder / PODS / pod.id / OUTCOME).read_text())
 
-    def log(self, pod: Pod) -> str:
+    def log(self, pod: RentedPod) -> str:
         return "\n".join(line.line for line in self.emulator.cloud.pods[pod.id].container.log.lines)
 
 
@@ -141,7 +144,7 @@ def test_a_machine_that_is_not_what_was_asked_for_runs_nothing(pods: Pods, wrong
 def test_gpus_are_counted_and_known_by_name(pods: Pods) -> None:
     two = GpuRequest(id=A100, count=2)
     cases = {
-        f"2 x {A100}": {},
+        "2 GPUs add up by gloo": {},
         "2 GPUs, 4 asked for": {"gpu_asked": {"id": A100, "count": 4}},
         f"the GPUs are {A100}, asked for was": {"gpu_asked": {"id": "NVIDIA H100 80GB HBM3", "count": 2}},
     }
@@ -149,6 +152,37 @@ def test_gpus_are_counted_and_known_by_name(pods: Pods) -> None:
     for says, pod in started.items():
         assert (pods.outcome(pod)["status"] == 0) == (not cases[says])
         assert says in pods.log(pod)
+
+
+def test_gpus_that_cannot_exchange_numbers_run_nothing(pods: Pods) -> None:
+    """Without the emulator's mark the check is NCCL's, which has no GPU here."""
+    pod = Pod(environment_of(pods, gpu={"id": A100, "count": 2}))
+    with pytest.raises(PreflightError, match=r"cannot exchange numbers by nccl: GPU 0: .*; GPU 1: "):
+        pod.check_exchange(sys.executable)
+
+
+def test_shards_that_are_not_what_was_made_are_found_before_any_work(pods: Pods) -> None:
+    folder = pods.folder / SHARDS
+    folder.mkdir()
+    content = b"one shard"
+    (folder / "a.tar").write_bytes(content)
+    entry = {"path": "a.tar", "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    pod = Pod(environment_of(pods))
+    pod.check_shards()
+    (folder / "manifest.json").write_text(json.dumps({"files": [entry]}))
+    pod.check_shards()
+    cases = {b"two shard": "a.tar is not what was made", b"one": "a.tar has 3 bytes and not 9", None: "a.tar is missing"}
+    for damaged, says in cases.items():
+        (folder / "a.tar").unlink()
+        if damaged is not None:
+            (folder / "a.tar").write_bytes(damaged)
+        with pytest.raises(PreflightError, match=says):
+            pod.check_shards()
+
+
+def environment_of(pods: Pods, **more: Any) -> dict[str, str]:
+    """Of a pod's program that is called here and not on a pod."""
+    return {JOB_VARIABLE: json.dumps({"deadline": 0, "mount_path": str(pods.folder)} | more), "PATH": os.environ["PATH"]}
 
 
 def test_an_environment_is_made_once_whichever_pod_comes_first(pods: Pods) -> None:

@@ -2,11 +2,16 @@
 
 import signal
 from collections.abc import Iterator
+from datetime import timedelta
 
+import psutil
 import pytest
+from playwright.sync_api import expect
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, FlowRunFilter, FlowRunFilterDeploymentId
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.states import Cancelling
+from prefect.types.entrypoint import EntrypointType
 
 from infra.runpod.emulator.faults import Fault
 from infra.runpod.emulator.server import Emulator
@@ -14,9 +19,11 @@ from infra.runpod.models import Pod
 from infra.runpod.naming import PodName
 from infra.runpod.reaper import reap
 from infra.stack import Stack
+from tests.browser import SLOW_MS, browser_page
 from tests.conftest import known_to_clients
 from tests.infra.runpod.conftest import KEY, QUICK
 from tests.infra.runpod.rig import PLANTED, Rig, until, working
+from tests.infra.runpod.tiny_flow import tiny
 
 pytestmark = pytest.mark.slow(reason="every flow run starts a process with Prefect")
 
@@ -60,9 +67,14 @@ def pods_of(rig: Rig, run: FlowRun) -> list[Pod]:
 
 
 def secrets_in(rig: Rig, *texts: str) -> list[str]:
-    """Where a planted secret is: logs, the ledger, what pods wrote."""
+    """Where a planted secret is: logs, the ledger, what pods wrote (results too), artifacts, command lines of processes."""
     places = {str(path): path.read_text(errors="replace") for path in rig.folder.rglob("*") if path.is_file()}
     places |= {"worker": rig.log.read_text(), "given": "\n".join(texts)}
+    with get_client(sync_client=True) as client:
+        places["artifacts"] = "".join(one.model_dump_json() for one in client.read_artifacts())
+        places["states"] = "".join(one.model_dump_json() for one in client.read_flow_runs())
+    for process in psutil.process_iter(["cmdline"]):
+        places[f"process {process.pid}"] = " ".join(process.info["cmdline"] or [])
     return [place for place, text in places.items() if any(secret in text for secret in (KEY, PLANTED))]
 
 
@@ -94,6 +106,17 @@ def test_what_cannot_be_is_a_crash_before_anything_is_rented(rig: Rig, runs: dic
     assert not [pod for pod in rig.emulator.cloud.pods.values() if runs[name].id.hex in pod.request.name]
 
 
+def test_no_secret_is_in_a_log_a_result_an_artifact_or_a_process_list(rig: Rig, runs: dict[str, FlowRun]) -> None:
+    run = rig.submit("shows", pieces=1000, show=True)
+    until(lambda: (rig.folder / "work" / "shows" / "piece1").exists(), "the run to work")
+    assert secrets_in(rig, *rig.run_logs(run.id)) == [], "while a pod runs"
+    its_own = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id]))
+    with get_client(sync_client=True) as client:
+        assert [one.key for one in client.read_artifacts(artifact_filter=its_own)] == ["tiny"]
+        client.set_flow_run_state(run.id, Cancelling())
+    rig.finish(run.id)
+
+
 def test_the_ledger_knows_that_all_of_them_have_ended(rig: Rig, runs: dict[str, FlowRun]) -> None:
     for run in runs.values():
         rig.finish(run.id)
@@ -109,6 +132,39 @@ def test_cancelling_ends_the_pod(rig: Rig) -> None:
         client.set_flow_run_state(run.id, Cancelling())
     until(lambda: not pods_of(rig, run), "its pod to end", timeout_s=60)
     assert rig.finish(run.id).is_cancelled()
+
+
+def test_a_click_in_the_ui_ends_the_pod_within_a_minute(rig: Rig) -> None:
+    run = rig.submit("clicked", pieces=1000)
+    until(lambda: rig.state(run.id).type == StateType.RUNNING, "the run to run")
+    with browser_page() as page:
+        page.goto(rig.stack.opening_link() or "")
+        expect(page.get_by_role("link", name="Deployments")).to_be_visible(timeout=SLOW_MS)  # the UI has read the password
+        page.goto(f"{rig.stack.ui_url}/runs/flow-run/{run.id}")
+        page.get_by_role("button", name="Cancel").first.click()
+        page.get_by_role("button", name="Confirm").click()
+        until(lambda: rig.state(run.id).type in (StateType.CANCELLING, StateType.CANCELLED), "the click to arrive")
+    until(lambda: not pods_of(rig, run), "its pod to end", timeout_s=60)
+    assert rig.finish(run.id).is_cancelled()
+
+
+def test_a_schedule_starts_a_pod_and_ends_it(rig: Rig) -> None:
+    """As the precompute's does, on the pool for CPU pods."""
+    made = tiny.to_deployment(
+        "scheduled",
+        work_pool_name=rig.pool,
+        parameters={"folder": str(rig.folder / "work" / "scheduled")},
+        entrypoint_type=EntrypointType.MODULE_PATH,
+        interval=timedelta(seconds=10),
+    ).apply()
+    by_schedule = FlowRunFilter(deployment_id=FlowRunFilterDeploymentId(any_=[made]))
+    with get_client(sync_client=True) as client:
+        until(lambda: any(run.state and run.state.is_completed() for run in client.read_flow_runs(flow_run_filter=by_schedule)), rig.tail())
+        (first, *_) = [run for run in client.read_flow_runs(flow_run_filter=by_schedule) if run.state and run.state.is_completed()]
+        client.delete_deployment(made)
+    assert first.auto_scheduled
+    until(lambda: not pods_of(rig, first), "its pod to end")
+    assert [pod.request.cpu is not None for pod in rig.emulator.cloud.pods.values() if first.id.hex in pod.request.name] == [True]
 
 
 def test_a_killed_worker_is_followed_by_another_or_by_the_reaper_alone(rig: Rig) -> None:

@@ -1,0 +1,155 @@
+"""`fvlm infra up`: the Prefect server and the workers on a small pod, with everything deployed, so that no machine at home stays on."""
+
+import os
+import shlex
+from pathlib import Path
+from urllib.parse import quote
+
+from rich.console import Console
+
+from fvlm_core.errors import UserError
+from fvlm_core.tables import Table
+from infra.budget import Budget
+from infra.runpod.account import Account
+from infra.runpod.code import upload_code
+from infra.runpod.setup import mark
+from infra.s3 import S3Store
+from infra.stack import PROCESS_POOL, REPOSITORY
+from tasks.config import PipelineConfig
+from tasks.rented import account_of, budget_of, rental_of
+
+
+def up(config: PipelineConfig, console: Console, *, days: float | None = None) -> int:
+    """The server's pod, found or rented; returns when the server answers and the profile is deployed on it."""
+    from infra.runpod.remote import rent_server, server_pod, wait_until_it_answers
+
+    rental = rental_of(config)
+    account = account_of(rental)
+    ledger = budget_of(rental, account.store)
+    volume = account.volume()
+    mark(account.store, volume)
+    code = upload_code(REPOSITORY, account.store)
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    pod = server_pod(account)
+    if pod is None:
+        pod = rent_server(
+            account,
+            ledger,
+            _configuration(config, code),
+            pools=_pool_types(config),
+            port=rental.server_port,
+            address=rental.server_address.replace("{port}", str(rental.server_port)),
+            days=days or rental.server_days,
+            say=say,
+        )
+    else:
+        say(f"the server's pod {pod.id} is there already")
+    address = rental.server_address.format(pod=pod.id, port=rental.server_port)
+    wait_until_it_answers(account, pod, address, say)
+    for name in [name for name in os.environ if name.startswith("PREFECT_")]:
+        del os.environ[name]
+    os.environ.update(variables(account, address))
+    from prefect.context import refresh_global_settings_context
+
+    refresh_global_settings_context()  # Prefect has read the environment when it was imported
+    deploy(config, Path(rental.mount_path), code)
+    _say_where(account, address, console)
+    return 0
+
+
+def variables(account: Account, address: str) -> dict[str, str]:
+    """What a program needs to talk to the server. Raises UserError where the volume has no password of it."""
+    from infra.runpod.remote import PASSWORD
+
+    password = account.store.read(PASSWORD)
+    if not password:
+        raise UserError("the server has no password on the volume", where=PASSWORD, fix="run `fvlm infra up`")
+    return {"PREFECT_API_URL": f"{address}/api", "PREFECT_API_AUTH_STRING": password.decode(), "PREFECT_SERVER_EPHEMERAL_ENABLED": "false"}
+
+
+def exports(config: PipelineConfig) -> str:
+    """Lines for a shell, with the password. Raises UserError where no server runs."""
+    from infra.runpod.remote import server_pod
+
+    rental = rental_of(config)
+    account = account_of(rental)
+    pod = server_pod(account)
+    if pod is None:
+        raise UserError("no pod keeps a Prefect server", where=rental.volume, fix="run `fvlm infra up`")
+    known = variables(account, rental.server_address.format(pod=pod.id, port=rental.server_port))
+    return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in known.items())
+
+
+def down(account: Account, ledger: Budget, console: Console) -> None:
+    """End the server's pod after it has saved its database, where there is one."""
+    from infra.runpod.remote import server_pod, stop_server
+
+    if pod := server_pod(account):
+        console.print(f"pod {pod.id} keeps the server; it saves its database and ends", highlight=False)
+        stop_server(account, ledger, pod)
+
+
+def smoke(config: PipelineConfig, bucket: S3Store, console: Console, *, yes: bool) -> int:
+    """The first-dollar test, after a question; prints what was found out."""
+    from infra.runpod.smoke import most_usd
+    from infra.runpod.smoke import smoke as asked
+
+    rental = rental_of(config)
+    account = account_of(rental)
+    mark(account.store, account.volume())
+    usd = most_usd(rental.pipeline_usd_per_hour)
+    console.print(
+        f"Rents two small CPU pods for some minutes, at most ${usd:.2f}; asks for a GPU that should not be there.", highlight=False
+    )
+    if not yes and console.input("Go on? [y/N] ").strip().lower() not in ("y", "yes"):
+        return 1
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    answers = asked(account, bucket, budget_of(rental, account.store), _configuration(config, None), say=say)
+    rows = [[one.question, one.answer] for one in answers]
+    console.print(Table(title="First dollar", head=["question", "answer"], rows=rows).terminal())
+    return 0
+
+
+def deploy(config: PipelineConfig, volume: Path, code: str | None) -> str:
+    """Register pools and deployments on the server that PREFECT_API_URL names; returns the name of the deployments."""
+    import asyncio
+
+    from deployments.register import register
+
+    return asyncio.run(register(config, volume, code=code)).deployment
+
+
+def _configuration(config: PipelineConfig, code: str | None):
+    """The pod of the pipeline's own flow, which is a small one too, as its pool describes it."""
+    from infra.runpod.pool import RunPodConfiguration
+
+    pool = config.machine.pools.pipeline
+    return RunPodConfiguration.model_validate(rental_of(config).job_variables(code) | pool.job_variables)
+
+
+def _pool_types(config: PipelineConfig) -> dict[str, str]:
+    from flows.reap import POOL
+
+    return {pool.name: pool.type for pool in config.machine.pools.by_role.values()} | {POOL: PROCESS_POOL}
+
+
+def _say_where(account: Account, address: str, console: Console) -> None:
+    """The link that carries the password is for a terminal: what is written to a file is kept and read by others."""
+    from infra.runpod.remote import PASSWORD
+
+    password = variables(account, address)["PREFECT_API_AUTH_STRING"]
+    link = f"{address}/open#{quote(password)}" if console.is_terminal else address
+    lines = [
+        f"Prefect UI: {link}",
+        f"Its password: {PASSWORD} on the volume (`fvlm volume get {PASSWORD}`)",
+        'For other commands: eval "$(fvlm infra env)", then `prefect deployment run pipeline/...`',
+        "It ends with `fvlm infra down`.",
+    ]
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

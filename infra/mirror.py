@@ -1,0 +1,43 @@
+"""A stand-in, in a folder here, of a volume that only pods have mounted: small files are fetched, of others there is name and size.
+
+So whatever reads manifests and looks at files' sizes (status, plan, results) works at home as it does on a pod. Large files are holes of
+the right size; they take no space, and nothing may read them.
+"""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from infra.s3 import S3Store, local_path
+
+SMALL_BYTES = 1_000_000
+READ = (".json", ".yaml", ".csv", ".md")
+"""Endings of files whose content is read by whoever looks at a volume from outside."""
+
+
+def mirror(bucket: S3Store, folder: Path, prefixes: Iterable[str]) -> int:
+    """Make `folder` look like the volume, under the prefixes; returns how many files were fetched.
+
+    A file that was not written since it was fetched is not fetched again; what is no longer on the volume goes.
+    """
+    fetched = 0
+    for prefix in prefixes:
+        there = set()
+        for key, size, written in bucket.objects(prefix):
+            path = local_path(folder, key)
+            there.add(path)
+            if path.is_file() and (path.stat().st_size, path.stat().st_mtime) == (size, written):
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if size <= SMALL_BYTES and key.endswith(READ):
+                path.write_bytes(bucket.read(key) or b"")
+                fetched += 1
+            else:
+                with path.open("wb") as stream:
+                    stream.truncate(size)
+            os.utime(path, (written, written))
+            os.utime(path.parent, (written, written))
+        for path in (folder / prefix).rglob("*") if (folder / prefix).is_dir() else ():
+            if path.is_file() and path not in there:
+                path.unlink()
+    return fetched

@@ -1,0 +1,110 @@
+"""The pod that keeps the Prefect server: found, rented, waited for, and ended. What runs on it is `home`."""
+
+import json
+import os
+import shlex
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from infra import api
+from infra.budget import Budget
+from infra.errors import InfraError
+from infra.runpod.account import KEY_VARIABLE, Account
+from infra.runpod.home import ACCOUNT_KEY_VARIABLE, STOP
+from infra.runpod.models import OVER, Pod
+from infra.runpod.naming import NO_RUN, PodName, owner
+from infra.runpod.pool import RunPodConfiguration
+from infra.runpod.rent import rent
+from infra.stack import StackError
+from infra.volume import HOME, PASSWORD_FILE
+
+PHASE = "server"
+"""What its pod is for, in the ledger."""
+PASSWORD = f"{HOME}/{PASSWORD_FILE}"
+"""Of the server, on the volume."""
+START_TIMEOUT_S = 2400.0
+"""The first pod of a lock file makes the Python environment."""
+STOP_TIMEOUT_S = 90.0
+LOOK_S = 2.0
+
+
+class RemoteServerError(InfraError):
+    """The pod of the server ended, or does not answer."""
+
+
+def server_pod(account: Account) -> Pod | None:
+    """The pod that keeps the server of the account's volume, if there is one."""
+    mine = owner(account.volume().id)
+    for pod in account.client.pods():
+        name = PodName.parse(pod.name)
+        if name and name.owner == mine and name.run == NO_RUN and pod.status not in OVER:
+            return pod
+    return None
+
+
+def rent_server(
+    account: Account,
+    budget: Budget,
+    configuration: RunPodConfiguration,
+    *,
+    pools: Mapping[str, str],
+    port: int,
+    address: str,
+    days: float,
+    say: Callable[[str], None],
+) -> Pod:
+    """A pod as the configuration wants it, with a server on `port` and workers for the `pools`. Raises what `rent` raises."""
+    command = ["{python}", "-m", "infra.runpod.home", "--volume", configuration.mount_path, "--port", str(port)]
+    command += ["--address", address, "--pools", json.dumps(dict(pools), separators=(",", ":"))]
+    volume = account.volume()
+    key = account.place.key.get_secret_value() if account.place.key else os.environ.get(KEY_VARIABLE, "")
+    wish = configuration.wish
+    wish = replace(wish, ports=(f"{port}/http",), env=wish.env | {ACCOUNT_KEY_VARIABLE: key})
+    configuration = configuration.model_copy(update={"command": shlex.join(command)})
+    budget.storage(volume.id, volume.usd_per_hour)
+    pod, _ = rent(
+        account.client,
+        wish,
+        budget,
+        run=NO_RUN,
+        volume=volume,
+        mount_path=configuration.mount_path,
+        max_runtime_s=days * 86400,
+        phase=PHASE,
+        say=say,
+        warn=say,
+        environment=lambda deadline, machine: {"FVLM_POD_JOB": configuration.job(NO_RUN, volume, deadline, machine)},
+    )
+    return pod
+
+
+def wait_until_it_answers(
+    account: Account, pod: Pod, address: str, say: Callable[[str], None], *, timeout_s: float = START_TIMEOUT_S
+) -> None:
+    """Return when the server answers at `address`. Raises RemoteServerError where its pod ends, StackError after `timeout_s`."""
+    deadline, shown = time.monotonic() + timeout_s, ""
+    while not api.healthy(f"{address}/api"):
+        now = server_pod(account)
+        if now is None or now.id != pod.id:
+            raise RemoteServerError(
+                f"the server's pod {pod.id} has ended: {account.outcome(pod.id) or 'it left no reason'}",
+                where=f"pods/{pod.id}/log.txt on the volume",
+                fix="see `fvlm volume get` with that path; then run the command again",
+            )
+        if time.monotonic() > deadline:
+            raise StackError(f"no answer from {address} in {timeout_s:.0f} s; the pod {pod.id} goes on, `fvlm infra down` ends it")
+        if str(now.status) != shown:
+            shown = str(now.status)
+            say(f"pod {pod.id} is {shown}")
+        time.sleep(LOOK_S)
+
+
+def stop_server(account: Account, budget: Budget, pod: Pod, *, timeout_s: float = STOP_TIMEOUT_S) -> None:
+    """Ask the server to save its database and to end, wait for that, and end the pod in any case."""
+    account.store.write(STOP, b"")
+    deadline = time.monotonic() + timeout_s
+    while (found := server_pod(account)) and found.id == pod.id and time.monotonic() < deadline:
+        time.sleep(LOOK_S)
+    account.client.terminate(pod.id)
+    budget.ended(pod.name)

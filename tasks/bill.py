@@ -1,0 +1,124 @@
+"""Plan against bill, step by step: what was planned before anything was rented, and what each step has cost.
+
+RunPod bills pods. A pod works for a phase, so the phase's bill is divided among its steps by the time that each took, as its manifest says;
+what is left is the pod's own time: its start, its environment, its end. The plan is kept on the volume when a pipeline run begins. Nothing
+in this file knows Prefect, and everything is read through a store, so it is the same on a pod and at home.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+
+from pydantic import ValidationError
+
+from fvlm_core.manifest import FILE_NAME, AnyManifest
+from fvlm_core.settings import Settings
+from fvlm_core.tables import Table
+from infra.budget import HOUR_S, Entry
+from infra.store import Store
+from tasks.dollars import STARTS, WAITING, DollarPlan, Line, Usd
+from tasks.phase import PHASES_FOLDER, PhaseManifest
+
+PLANS = "budget/plans"
+"""Folder of the volume with the plan of each pipeline run."""
+UNFINISHED = "not finished"
+
+
+class Bill(Settings):
+    """USD by phase and step."""
+
+    usd: dict[str, dict[str, float]]
+
+    @property
+    def total(self) -> float:
+        """Of everything."""
+        return sum(sum(steps.values()) for steps in self.usd.values())
+
+
+def record_plan(store: Store, planned: DollarPlan, *, now: float | None = None) -> None:
+    """Keep what was planned before a run, if it plans anything."""
+    if planned.lines:
+        moment = time.time() if now is None else now
+        store.write(f"{PLANS}/{moment:.0f}.json", planned.model_dump_json().encode())
+
+
+def recorded_plan(store: Store) -> DollarPlan | None:
+    """What was planned of each step the first time; a run that goes on after a failure plans what is left of it once more."""
+    plans = []
+    for key in store.keys(f"{PLANS}/"):
+        try:
+            plans.append(DollarPlan.model_validate_json(store.read(key) or b""))
+        except ValidationError:
+            continue
+    if not plans:
+        return None
+    lines: dict[tuple[str, str], Line] = {}
+    for line in (line for one in plans for line in one.lines):
+        lines.setdefault((line.phase, line.what if line.phase != "storage" else ""), line)
+    return plans[0].model_copy(update={"lines": list(lines.values())})
+
+
+def billed_by_step(store: Store, paid: Mapping[str, Sequence[Entry]], now: float) -> Bill:
+    """The ledger's amounts (`paid`, by phase) divided among the steps."""
+    manifests = finished_phases(store)
+    usd: dict[str, dict[str, float]] = {}
+    for phase, entries in paid.items():
+        amount = sum(entry.spent(now) for entry in entries)
+        hours = sum((entry.ended if entry.ended is not None else now) - entry.since for entry in entries) / HOUR_S
+        manifest = manifests.get(phase)
+        if phase in ("storage", "pipeline"):
+            usd[phase] = {WAITING if phase == "pipeline" else phase: amount}
+        elif manifest is None or not hours:
+            usd[phase] = {UNFINISHED: amount}
+        else:
+            seconds = {name: step_seconds(store, made.folder) for name, made in manifest.steps.items()}
+            worked = amount * min(1.0, manifest.seconds / HOUR_S / hours)
+            whole = sum(seconds.values()) or 1.0
+            shares = {name: worked * taken / whole for name, taken in seconds.items()}
+            usd[phase] = {STARTS: amount - sum(shares.values()), **shares}
+    return Bill(usd=usd)
+
+
+def finished_phases(store: Store) -> dict[str, PhaseManifest]:
+    """The newest manifest of each phase, by its name."""
+    found: dict[str, PhaseManifest] = {}
+    for key in store.keys(f"{PHASES_FOLDER}/"):
+        if not key.endswith(f"/{FILE_NAME}"):
+            continue
+        try:
+            manifest = PhaseManifest.model_validate_json(store.read(key) or b"")
+        except ValidationError:
+            continue
+        if manifest.name not in found or found[manifest.name].created_at < manifest.created_at:
+            found[manifest.name] = manifest
+    return found
+
+
+def step_seconds(store: Store, folder: str) -> float:
+    """How long a step took, by its manifest."""
+    try:
+        return AnyManifest.model_validate_json(store.read(f"{folder}/{FILE_NAME}") or b"").seconds
+    except ValidationError:
+        return 0.0
+
+
+def bill_against_plan(planned: DollarPlan, bill: Bill) -> Table:
+    """Plan and bill side by side: a line per step, the sum of each phase, and of all."""
+    rows, marked = [], []
+    for phase in dict.fromkeys([*(line.phase for line in planned.lines), *bill.usd]):
+        lines = {line.what if phase != "storage" else phase: line for line in planned.lines if line.phase == phase}
+        paid = bill.usd.get(phase, {})
+        names = dict.fromkeys([*lines, *paid])
+        for name in names if len(names) > 1 else ():
+            usd, amount = (lines[name].usd if name in lines else Usd()), paid.get(name, 0.0)
+            rows.append([phase, name, usd.text(), f"${amount:.2f}", _off(usd.value, amount)])
+        usd, amount = planned.of(phase), sum(paid.values())
+        marked.append(len(rows))
+        rows.append([phase, "all of it", usd.text(), f"${amount:.2f}", _off(usd.value, amount)])
+    marked.append(len(rows))
+    rows.append(["total", "", planned.total.text(), f"${bill.total:.2f}", _off(planned.total.value, bill.total)])
+    return Table(title="Plan against bill", head=["phase", "step", "planned", "billed", "difference"], rows=rows, marked=marked)
+
+
+def _off(planned: float, paid: float) -> str:
+    """How much more the bill is than the plan."""
+    return f"{paid / planned - 1:+.0%}" if planned else ""

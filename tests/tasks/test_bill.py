@@ -1,0 +1,77 @@
+"""Plan against bill: what was planned first stands, a phase's bill is divided by its steps' times, and nothing of it is lost."""
+
+from pathlib import Path
+
+import pytest
+
+from fvlm_core.manifest import AnyManifest
+from infra.budget import Entry
+from infra.store import FolderStore
+from tasks.bill import UNFINISHED, bill_against_plan, billed_by_step, record_plan, recorded_plan
+from tasks.dollars import STARTS, WAITING, DollarPlan, Line, Usd
+from tasks.phase import PhaseManifest
+from tasks.steps import Made
+
+HOUR = 3600.0
+
+
+def planned(**usd: float) -> DollarPlan:
+    lines = [Line(phase="train", what=name, usd=Usd(low=amount, value=amount, high=amount)) for name, amount in usd.items()]
+    return DollarPlan(lines=lines, cap_usd=500, reserve_usd=15)
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> Path:
+    """A phase of an hour's pod: 48 minutes of it for two steps, which took 10 and 30 minutes side by side with others."""
+    steps = {}
+    for name, minutes in (("stage1", 10), ("stage2", 30)):
+        folder = f"steps/{name}-0"
+        AnyManifest(name=name, settings_hash="", seconds=minutes * 60.0).write(tmp_path / folder)
+        steps[name] = Made(name=name, folder=folder, digest="")
+    PhaseManifest(name="train", settings_hash="", steps=steps, seconds=0.8 * HOUR).write(tmp_path / "phases" / "train-0")
+    return tmp_path
+
+
+def pod(phase: str, usd_per_hour: float, *, hours: float = 1.0, billed: float | None = None) -> Entry:
+    return Entry("a", 0.0, usd_per_hour, pod="p", phase=phase, ended=hours * HOUR, started=True, billed=billed)
+
+
+def test_a_phases_bill_is_divided_by_the_time_its_steps_took(volume: Path) -> None:
+    paid = {"train": [pod("train", 4.0)], "pipeline": [pod("pipeline", 0.1)], "evaluate": [pod("evaluate", 2.0)]}
+    bill = billed_by_step(FolderStore(volume), paid, now=9 * HOUR)
+    assert bill.usd["train"] == pytest.approx({STARTS: 0.8, "stage1": 0.8, "stage2": 2.4})
+    assert bill.usd["pipeline"] == pytest.approx({WAITING: 0.1})
+    assert bill.usd["evaluate"] == pytest.approx({UNFINISHED: 2.0}), "it has no manifest"
+    assert bill.total == pytest.approx(6.1)
+
+
+def test_what_runpod_billed_is_divided_and_not_what_was_expected(volume: Path) -> None:
+    bill = billed_by_step(FolderStore(volume), {"train": [pod("train", 4.0, billed=5.0)]}, now=9 * HOUR)
+    assert sum(bill.usd["train"].values()) == pytest.approx(5.0)
+
+
+def test_a_plan_of_the_rest_does_not_replace_the_first(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    assert recorded_plan(store) is None
+    record_plan(store, planned(), now=0)
+    assert recorded_plan(store) is None, "nothing was to run"
+    record_plan(store, planned(stage1=4.0, stage2=8.0), now=1)
+    record_plan(store, planned(stage2=3.0, dpo=1.0), now=2)
+    first = recorded_plan(store)
+    assert first is not None
+    assert {line.what: line.usd.value for line in first.lines} == {"stage1": 4.0, "stage2": 8.0, "dpo": 1.0}
+
+
+def test_both_stand_side_by_side(volume: Path) -> None:
+    bill = billed_by_step(FolderStore(volume), {"train": [pod("train", 4.0)], "other": [pod("other", 1.0)]}, now=9 * HOUR)
+    table = bill_against_plan(planned(stage1=1.0, stage2=2.0), bill)
+    for row in (
+        ["train", "stage1", "$1.00", "$0.80", "-20%"],
+        ["train", "stage2", "$2.00", "$2.40", "+20%"],
+        ["train", STARTS, "$0.00", "$0.80", ""],
+        ["train", "all of it", "$3.00", "$4.00", "+33%"],
+        ["other", "all of it", "$0.00", "$1.00", ""],
+        ["total", "", "$3.00", "$5.00", "+67%"],
+    ):
+        assert row in table.rows
+    assert [table.rows[number][1] for number in table.marked] == ["all of it", "all of it", ""]
