@@ -18,6 +18,7 @@ from fvlm_core.config import (
     VisionShape,
 )
 from fvlm_core.data.frames import FrameRule
+from fvlm_core.data.jobs import TOKENIZER_FOLDER
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
 from fvlm_core.eval.evaluate import load_subject
@@ -117,3 +118,13 @@ def context(subject: Subject, answerer: FoveatedAnswerer, split: ValidationSplit
 @pytest.fixture(scope="session")
 def split(shards: Path) -> ValidationSplit:
     return ValidationSplit(ShardSet(shards), image_repeats=IMAGE_REPEATS, seed=0)
+
+
+@pytest.fixture(scope="session")
+def model_folder(run: Path, shards: Path) -> Path:
+    """The run's model as a folder of its own, with its tokenizer."""
+    folder = shards.parent / "tiny-model"
+    folder.mkdir()
+    for file in [*(run / "model").iterdir(), *(shards / TOKENIZER_FOLDER).iterdir()]:
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder

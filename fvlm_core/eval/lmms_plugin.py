@@ -1,0 +1,157 @@
+"""The lmms-eval plugin: `lmms-eval --model fvlm --model_args pretrained=PATH,mode=autoregressive --tasks ...`.
+
+The entry point group `lmms_eval.models` names this module, so lmms-eval finds it where both are installed (`infra/lmms_env.sh`).
+
+Nearly all of lmms-eval's multiple-choice tasks let a model generate and parse a letter. A model that is asked so can be right and name no
+letter, so by default (`answer=letter`) a prompt that lists options is answered with the letter of the highest likelihood, by the path that
+`fvlm eval` takes. `answer=text` answers with the letter of the option whose text is likeliest (scorer `mean`), with the options taken
+out of the prompt; `answer=generate` always generates. Tasks of the kind `multiple_choice` cannot be run: lmms-eval 0.7.3 turns
+likelihoods into text before it uses them.
+"""
+
+import io
+import os
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]  # in an environment of its own
+from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]
+from PIL.Image import Image
+from tqdm import tqdm
+
+from fvlm_core.data.frames import ClipError
+from fvlm_core.errors import UserError
+from fvlm_core.eval.answerers.answerer import ORDERS, Ask, Opened, Order
+from fvlm_core.eval.benchmarks.benchmark import LETTERS, OPTION_LINE, inline_options, video
+from fvlm_core.eval.checkpoints import Original, open_checkpoint
+from fvlm_core.eval.items import UnreadableItemError
+from fvlm_core.eval.media import NO_MEDIA, Images, Source
+from fvlm_core.eval.ranks import Ranks
+from fvlm_core.eval.records import ItemRecord, Said, option_scores, rounded
+
+Answer = Literal["letter", "text", "generate"]
+CONDITION = "asked"
+MANIFEST = ModelManifest(model_id="fvlm", simple_class_path="fvlm_core.eval.lmms_plugin.FVLM")
+
+
+class FVLM(lmms):
+    """A checkpoint of ours, of the original, or a SmolVLM2 folder, in one mode and order."""
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str,
+        mode: str = "autoregressive",
+        order: Order = "question_first",
+        answer: Answer = "letter",
+        vision: str | None = None,
+        llm: str | None = None,
+        device: str | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        **unknown: Any,
+    ) -> None:
+        """As `--model_args` gives them; the batch sizes, which lmms-eval always gives, mean nothing here: questions come one by one.
+
+        Raises UserError for a checkpoint, mode, order or way to answer that does not exist, or an unknown argument.
+        """
+        super().__init__()
+        if unknown:
+            raise _refused(f"unknown arguments: {', '.join(unknown)}", "leave them out")
+        for name, value, known in (("order", order, ORDERS), ("answer", answer, get_args(Answer))):
+            if value not in known:
+                raise _refused(f"{name} is {value!r}", f"choose of {', '.join(known)}")
+        chosen = device or (f"cuda:{Ranks.of(os.environ).local}" if torch.cuda.is_available() else "cpu")
+        self.answerer = open_checkpoint(Path(pretrained), torch.device(chosen), original=Original(vision=vision, llm=llm))
+        (self.condition,) = self.answerer.conditions([order], [mode], controls=False)
+        self.answer = answer
+        self._opened: tuple[str, Opened] | None = None
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        """Answers to requests of (context, generation settings, visuals of a document, document, task, split).
+
+        Raises UserError for media that cannot be decoded: lmms-eval would count a missing answer as a wrong one.
+        """
+        said: list[str] = []
+        for request in tqdm(requests, desc="fvlm", disable=self.rank != 0):
+            context, settings, visuals_of, document, task, split = request.args
+            opened = self._open(visuals_of(self.task_dict[task][split][document]) or [], f"{task}/{split}/{document}")
+            choice = None if self.answer == "generate" else self._choice(opened, context)
+            said.append(self._generate(opened, context, settings) if choice is None else choice)
+        return said
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        """lmms-eval 0.7.3 cannot use it."""
+        raise UserError(
+            "lmms-eval 0.7.3 turns likelihoods into text before it uses them",
+            where="a task of the kind multiple_choice",
+            fix="use the task's generating form, or `fvlm eval`",
+        )
+
+    def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
+        """One question at a time only."""
+        raise UserError("questions in several rounds are not supported", where="the task", fix="leave the task out")
+
+    def _open(self, visuals: list[Any], name: str) -> Opened:
+        """Media, decoded and encoded once for requests in a row that show the same."""
+        source, key = _source(visuals, name)
+        if self._opened is None or self._opened[0] != key:
+            try:
+                media = source.load(self.answerer.rule, self.answerer.image_repeats)
+            except ClipError as error:
+                fix = "replace the file; lmms-eval would count it as answered wrongly"
+                raise UserError(f"the media of a question cannot be decoded: {error}", where=f"{name}: {key}", fix=fix) from error
+            self._opened = (key, self.answerer.open(media, name))
+        return self._opened[1]
+
+    def _choice(self, opened: Opened, context: str) -> str | None:
+        """The letter of the likeliest of the options that a prompt lists; None where it lists none, or marks them otherwise."""
+        try:
+            question, options = inline_options(context)
+        except UnreadableItemError:
+            return None
+        if [match[1] for line in context.splitlines() if (match := OPTION_LINE.match(line))] != list(LETTERS[: len(options)]):
+            return None
+        if self.answer == "letter":
+            ask = Ask(context, tuple(LETTERS[: len(options)]), first_token=True)
+            said = Said(letters=[row[0] for row in rounded(opened.replies([ask], self.condition)[0])])
+        else:
+            said = Said(options=rounded(opened.replies([Ask(question, tuple(options))], self.condition)[0]))
+        record = ItemRecord(id="", clip="", groups={}, said={CONDITION: said})
+        scores = option_scores(record, CONDITION, "letter" if self.answer == "letter" else "mean")
+        assert scores is not None
+        return LETTERS[int(scores.argmax())]
+
+    def _generate(self, opened: Opened, context: str, settings: dict[str, Any]) -> str:
+        """Greedily, up to the first of the texts that the task stops at."""
+        ask = Ask(context, max_new_tokens=int(settings.get("max_new_tokens", 32)))
+        text = opened.replies([ask], self.condition)[0].said
+        until = settings.get("until") or []
+        for stop in [until] if isinstance(until, str) else until:
+            text = text.split(stop)[0] if stop else text
+        return text.strip()
+
+
+def _source(visuals: list[Any], name: str) -> tuple[Source, str]:
+    """What a task shows (a path of a video, or pictures), and what tells it from others. Raises UserError for anything else."""
+    if not visuals:
+        return NO_MEDIA, ""
+    if all(isinstance(one, Image) for one in visuals):
+        pictures = Images(tuple(_png(one) for one in visuals))
+        return pictures, pictures.key
+    if len(visuals) == 1 and isinstance(visuals[0], str | Path):
+        return video(Path(visuals[0])), str(visuals[0])
+    kinds = ", ".join(dict.fromkeys(type(one).__name__ for one in visuals))
+    raise UserError(f"the task shows {len(visuals)} of {kinds}", where=name, fix="one video's path or PIL images can be shown")
+
+
+def _png(image: Image) -> bytes:
+    stream = io.BytesIO()
+    image.convert("RGB").save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _refused(what: str, fix: str) -> UserError:
+    return UserError(what, where="--model_args of the model fvlm", fix=fix)
