@@ -13,7 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
 import torch
+from PIL import Image
 
 from benchmarks import foveation_world
 from benchmarks.report import Measurement, arguments, show, side_by_side
@@ -76,6 +78,7 @@ def costs(frames: int, rounds: int, rival_frames: int) -> Iterator[Measurement]:
         if frame_px != TILE:
             yield from larger(frame_px, rounds, ours)
     yield stream_rate(ours, min(frames, 32))
+    yield from decoding(rounds)
     if rival_frames:
         model, small = ours, video_question(rival_frames)
         pair = {
@@ -128,6 +131,27 @@ def stream_rate(model: FoveatedVLM, frames: int) -> Measurement:
         taken.append(time.perf_counter() - started)
     rate = 1 / statistics.median(taken)
     return Measurement("foveation", "autoregressive_fps", rate, "frames/s", "10 frames a second", rate / 10)
+
+
+def decoding(rounds: int) -> Iterator[Measurement]:
+    """JPEGs at the glance's size, which the decoder scales on the way by eighths, beside decoding them in full."""
+    rng = np.random.default_rng(0)
+    for frame_px in (224, 448, 896):
+        rough = Image.fromarray(rng.integers(0, 256, (28, 28, 3), dtype=np.uint8))
+        jpeg = simplejpeg.encode_jpeg(np.asarray(rough.resize((frame_px, frame_px), Image.Resampling.BICUBIC)), quality=90)
+
+        def full(jpeg: bytes = jpeg) -> None:
+            for _ in range(20):
+                simplejpeg.decode_jpeg(jpeg)
+
+        def small(jpeg: bytes = jpeg) -> None:
+            for _ in range(20):
+                simplejpeg.decode_jpeg(jpeg, min_height=GLANCE_PX, min_width=GLANCE_PX)
+
+        seconds = side_by_side({"full": full, "small": small}, rounds=rounds)
+        in_full = f"in full: {seconds['full'] * 50:.2f} ms"
+        ratio = seconds["small"] / seconds["full"]
+        yield Measurement("foveation", f"decode_glance_{frame_px}", seconds["small"] * 50, "ms", in_full, ratio)
 
 
 def acuity(grids: Sequence[int], seeds: int, out: Path) -> Iterator[Measurement]:

@@ -384,3 +384,16 @@ def test_the_recipes_for_a_pod_follow_on_each_other():
     assert second.model.glance == first.model.glance.model_copy(update={"train_on": "chosen"})
     assert second.optimizer.lr_connector == first.optimizer.lr_connector / 2
     assert (first.data, first.shards, first.model.vision) == (second.data, second.shards, second.model.vision)
+
+
+@pytest.mark.parametrize("train_on", ["all", "chosen"])
+def test_half_precision_trains(train_on):
+    """Under autocast, as on a GPU: attention's bias has the precision of its queries, and the loss is near that of fp32."""
+    model = glance_model(train_on=train_on, explore=0.0, open=ALL).float().train()
+    batch = packed(model)
+    expected = model(batch, losses(model)).objective.item()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(batch, losses(model)).objective
+    found.backward()
+    assert found.item() == pytest.approx(expected, rel=0.02)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
