@@ -44,9 +44,9 @@ def image_batch() -> PackedBatch:
     return pack([text_sample(rng, frames=1, shown=[0] * 8, text=100, labels=50) for _ in range(8)], NO_TEMPLATE)
 
 
-def video_question(frames: int, tokens: int = 32) -> PackedBatch:
+def video_question(frames: int, tokens: int = 32, *, frame_px: int = FRAME_PX) -> PackedBatch:
     """One video and a question after it."""
     rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (frames, FRAME_PX, FRAME_PX, 3), dtype=np.uint8)
+    pixels = rng.integers(0, 256, (frames, frame_px, frame_px, 3), dtype=np.uint8)
     question = Turn(rng.integers(10, VOCABULARY, tokens).tolist(), [])
     return pack([Sample("benchmark", "benchmark", pixels, [list(range(frames))], [question])], NO_TEMPLATE)

@@ -6,7 +6,7 @@ out of `Recipe.identity`, so a run keeps its identity when the volume moves.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -72,6 +72,35 @@ class LLMSettings(Settings):
         return self
 
 
+class GlanceSettings(Settings):
+    """Gaze before encode: a frame is encoded small, and the query decides which high-resolution patches are encoded at all.
+
+    `vision.frame_px` is `px` x `zoom` ^ `levels`. How it works and what was measured: docs/foveation.md.
+    """
+
+    px: Positive = 112
+    """Side of the glance, the small frame that is always encoded; a multiple of the patch."""
+    zoom: Annotated[int, Field(ge=2, le=16)] = 2
+    """How much finer the patches under a patch are: `zoom` x `zoom` of them."""
+    levels: Annotated[int, Field(ge=1, le=6)] = 1
+    """How often it is gone deeper. Above 1, the opened patches that are read most are opened too: 112 px, zoom 2, 3 levels: 896 px frames,
+    of which the details under a few patches are encoded."""
+    open: Positive = 4
+    """Patches that a query opens at each level at inference, and in training with `train_on: chosen`."""
+    train_on: Literal["all", "chosen"] = "all"
+    """all: every patch is open and weighed by p, the first phase of training; chosen: each query opens its own, what inference does."""
+    explore: Annotated[float, Field(ge=0)] = 1.0
+    """Scale of the Gumbel noise on log p when training on chosen patches; without it choosing collapses."""
+    distill: Annotated[float, Field(ge=0)] = 0.3
+    """Weight, when training on chosen patches, of the cross-entropy from where a query looked to where it had expected to; a query counts
+    as much as a labelled token."""
+
+    @property
+    def shrink(self) -> int:
+        """Sides of the frame over those of the glance."""
+        return self.zoom**self.levels
+
+
 class ModelSettings(Settings):
     """The foveated model and its baselines."""
 
@@ -89,6 +118,26 @@ class ModelSettings(Settings):
     """Standard deviation of visual tokens at the start; about that of the LLM's text embeddings (0.14 for SmolLM2)."""
     film_head_width: Annotated[int, Field(ge=0)] = 0
     """Width of the FiLM-conditioned prediction head (capacity ablation); 0 is none."""
+    glance: GlanceSettings | None = None
+    """None: every frame is encoded in full."""
+
+    def identity_values(self) -> dict[str, Any]:
+        """As of any settings; a model without a glance keeps the identity that it had before there was one."""
+        values = super().identity_values()
+        return values if self.glance else {name: value for name, value in values.items() if name != "glance"}
+
+    @model_validator(mode="after")
+    def _glance_fits(self) -> Self:
+        if self.glance is None:
+            return self
+        if self.query != "deep":
+            raise ValueError("glance needs query 'deep': it is the query's attention in every layer that chooses and reads patches")
+        side = self.glance.px * self.glance.shrink
+        if self.vision.frame_px != side:
+            raise ValueError(f"vision.frame_px {self.vision.frame_px} is not glance.px x glance.zoom ^ glance.levels, {side}")
+        if self.vision.shape is not None and self.glance.px % self.vision.shape.patch_px:
+            raise ValueError(f"glance.px {self.glance.px} is not a multiple of vision.shape.patch_px {self.vision.shape.patch_px}")
+        return self
 
     @model_validator(mode="after")
     def _passes(self) -> Self:

@@ -39,6 +39,9 @@ class Connector(nn.Module):
             _start(self.query_head, 1.0)
             # k queries of one hidden state (the question's last) must differ; with one there is nothing to tell apart
             self.q_slot = nn.Parameter(torch.randn(k, vision_width)) if k > 1 else None
+        if settings.glance is not None:
+            # tells opened patches from the glance's, whose positions they share; zero, so that DINOv2 starts as it is
+            self.scale_embeddings = nn.Parameter(torch.zeros(settings.glance.levels, vision_width))
 
     def next_queries(self, hidden: Tensor) -> Tensor:
         """Queries [V, k, D] of the hidden states [V, k, llm width] before them."""

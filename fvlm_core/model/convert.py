@@ -205,9 +205,10 @@ def _first_lines(error: Exception) -> str:
 
 def _check(model: FoveatedVLM) -> None:
     settings = model.settings
-    if settings.query != "deep" or settings.tokens_per_frame != 1 or settings.film_head_width or settings.temperature != 1:
+    odd = settings.tokens_per_frame != 1 or settings.film_head_width or settings.temperature != 1 or settings.glance is not None
+    if settings.query != "deep" or odd:
         raise UserError(
-            "the original fVLM has deep queries, one token per frame, no FiLM head and temperature 1",
+            "the original fVLM has deep queries, one token per frame, no FiLM head, temperature 1, and encodes every frame in full",
             where="model settings",
             fix="convert with such a model",
         )

@@ -103,21 +103,37 @@ class EncoderLayer(nn.Module):
         key, value = self._project(self.norm1(x), slice(x.shape[-1], None))
         return key, value
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Patches [F, N, D] one layer on, and the keys and values they attended to."""
-        query, key, value = self._project(self.norm1(x), slice(None))
-        return self._finish(x, F.scaled_dot_product_attention(query, key, value)), key, value
+    def forward(
+        self, x: Tensor, context_key: Tensor | None = None, context_value: Tensor | None = None, seen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Patches [F, N, D] one layer on, and their keys and values.
 
-    def query(self, q: Tensor, key: Tensor, value: Tensor, temperature: float) -> Tensor:
-        """Queries [F, Q, D] one layer on: they attend to the frame's keys and values, not to each other."""
+        They attend to each other, or to M context patches and each other where `seen` bool [N, M + N] says so.
+        """
+        query, key, value = self._project(self.norm1(x), slice(None))
+        if context_key is None or context_value is None:
+            return self._finish(x, F.scaled_dot_product_attention(query, key, value)), key, value
+        around = torch.cat([context_key, key], dim=2), torch.cat([context_value, value], dim=2)
+        return self._finish(x, F.scaled_dot_product_attention(query, *around, attn_mask=seen)), key, value
+
+    def query(self, q: Tensor, key: Tensor, value: Tensor, temperature: float, bias: Tensor | None = None) -> Tensor:
+        """Queries [F, Q, D] one layer on: they attend to the frame's keys and values, not to each other.
+
+        `bias` [F, 1, Q, N] is added to the logits, whatever the temperature.
+        """
         (query,) = self._project(self.norm1(q), slice(0, q.shape[-1]))
         scale = query.shape[-1] ** -0.5 / temperature
-        return self._finish(q, F.scaled_dot_product_attention(query, key, value, scale=scale))
+        return self._finish(q, F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale))
 
-    def weights(self, q: Tensor, key: Tensor, temperature: float) -> Tensor:
+    def weights(self, q: Tensor, key: Tensor, temperature: float, bias: Tensor | None = None) -> Tensor:
         """Attention weights [F, heads, Q, N] of queries [F, Q, D]."""
+        return self.logits(q, key, temperature, bias).float().softmax(-1)
+
+    def logits(self, q: Tensor, key: Tensor, temperature: float, bias: Tensor | None = None) -> Tensor:
+        """What the attention weights [F, heads, Q, N] of queries [F, Q, D] are the softmax of."""
         (query,) = self._project(self.norm1(q), slice(0, q.shape[-1]))
-        return (query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 / temperature)).float().softmax(-1)
+        logits = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 / temperature)
+        return logits if bias is None else logits + bias
 
     def _project(self, x: Tensor, part: slice) -> tuple[Tensor, ...]:
         """Rows `part` of the fused projection, as tensors [F, heads, N, head_dim]."""
@@ -190,7 +206,9 @@ class Encoder(nn.Module):
         return dinov2
 
     def encode(self, frames: Tensor, *, patches: bool = False) -> FrameFeatures:
-        """Encode frames uint8 [F, H, W, 3]; `patches` also keeps the last layer's output for what does not query deeply.
+        """Encode frames [F, H, W, 3] of 0..255, uint8 or float.
+
+        `patches` also keeps the last layer's output for what does not query deeply.
 
         Raises ValueError where a side is not a multiple of the patch size.
         """

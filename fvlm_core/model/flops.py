@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-from fvlm_core.config import LossSettings, ModelSettings
+from fvlm_core.config import GlanceSettings, LossSettings, ModelSettings
 
 Backbone = Literal["vision", "llm"]
 
@@ -104,7 +104,7 @@ def sample_flops(
 ) -> Flops:
     """Cost of one sample in a training step (`.train`, with these backbones frozen) or of its forward (`.forward`)."""
     cost = Flops()
-    k = model.tokens_per_frame
+    k, glance = model.tokens_per_frame, model.glance
     _encode(cost, model, dims, shape.frames, frozen="vision" in frozen)
     length = shape.text_tokens + k * shape.shown
     weights = [loss.coarse, *loss.fine]
@@ -119,7 +119,10 @@ def sample_flops(
         queries = k * (shape.shown if number else shape.frames)
         if number and model.query != "random":
             cost.products += 2 * queries * dims.llm_width * dims.vision_width
-        _query(cost, model, dims, queries, watched=last, frozen="vision" in frozen)
+        if number and glance is not None:
+            taught = glance.train_on == "chosen" and glance.distill > 0
+            _open(cost, glance, dims, queries, watched=last or taught, frozen="vision" in frozen)
+        _query(cost, model, dims, queries, opened=number > 0, watched=last, frozen="vision" in frozen)
         read = _llm(dims, max(0 if last else shape.query_prefix, length if weight else 0), shape.labels if weight else 0)
         cost.add(read.frozen(reached=True) if "llm" in frozen else read)
     return cost
@@ -132,23 +135,75 @@ def samples_for(budget_flops: float, flops_per_sample: float) -> int:
 
 def _encode(cost: Flops, model: ModelSettings, dims: ModelDims, frames: int, *, frozen: bool) -> None:
     encode = Flops()
-    width, tokens = dims.vision_width, dims.patches + 1
+    width, patches = dims.vision_width, _encoded(model, dims)
+    tokens = patches + 1
     needs_patches = model.query in ("pooled", "shallow")
     full_layers = dims.vision_layers - (0 if needs_patches else 1)
-    encode.half_backward += frames * 2 * dims.patches * 3 * dims.patch_px**2 * width
+    encode.half_backward += frames * 2 * patches * 3 * dims.patch_px**2 * width
     encode.products += frames * full_layers * 2 * tokens * width * (4 * width + 2 * dims.vision_mlp)
     encode.attention += frames * full_layers * 4 * tokens**2 * width
     keys_values = frames * 2 * tokens * width * 2 * width
     if not needs_patches:
         encode.products += keys_values
     cost.add(encode.frozen(reached=False) if frozen else encode)
+    if model.glance is not None and model.glance.train_on == "all":
+        for children in _children(model.glance, patches):
+            cost.add(_tower(dims, frames, children, children + tokens, frozen=frozen))
     if model.query == "shallow":  # its own keys and values
         cost.add(Flops(half_backward=keys_values) if frozen else Flops(products=keys_values))
 
 
-def _query(cost: Flops, model: ModelSettings, dims: ModelDims, queries: int, *, watched: bool, frozen: bool) -> None:
-    """`watched`: the attention weights are computed once more, for their entropy. `frozen`: the encoder is."""
-    width, tokens = dims.vision_width, dims.patches + 1
+def _encoded(model: ModelSettings, dims: ModelDims) -> int:
+    """Patches of a frame that are encoded whatever the query says."""
+    return dims.patches if model.glance is None else dims.patches // model.glance.shrink**2
+
+
+def _children(glance: GlanceSettings, patches: int) -> list[int]:
+    """Patches of each level that are encoded: every one in training on all, those under the chosen ones otherwise."""
+    children = []
+    for _ in range(glance.levels):
+        patches = glance.zoom**2 * (patches if glance.train_on == "all" else min(glance.open, patches))
+        children.append(patches)
+    return children
+
+
+def _tower(dims: ModelDims, times: int, patches: int, seen: int, *, frozen: bool) -> Flops:
+    """Opened patches, embedded and up to their keys and values, each attending to `seen` tokens."""
+    width, layers = dims.vision_width, dims.vision_layers - 1
+    embed = times * 2 * patches * 3 * dims.patch_px**2 * width
+    inner = Flops(
+        products=times * (layers * 2 * patches * width * (4 * width + 2 * dims.vision_mlp) + 2 * patches * width * 2 * width),
+        attention=times * layers * 4 * patches * seen * width,
+    )
+    cost = Flops(forward_only=embed) if frozen else Flops(half_backward=embed)
+    cost.add(inner.frozen(reached=True) if frozen else inner)  # what tells the resolutions apart is trained, and added before
+    return cost
+
+
+def _open(cost: Flops, glance: GlanceSettings, dims: ModelDims, queries: int, *, watched: bool, frozen: bool) -> None:
+    """What queries cost before and beside the read that makes the token: choosing, level by level, and opening what was chosen."""
+    width, tokens = dims.vision_width, dims.patches // glance.shrink**2 + 1
+    glance_tokens = tokens
+    for children in _children(glance, tokens - 1):
+        through = Flops(
+            products=queries * (dims.vision_layers - 1) * 2 * width * (2 * width + 2 * dims.vision_mlp)
+            + queries * 2 * width * (width + tokens),
+            attention=queries * (dims.vision_layers - 1) * 4 * tokens * width,
+        )
+        cost.add(through.frozen(reached=True) if frozen else through)
+        if glance.train_on == "chosen":
+            cost.add(_tower(dims, queries, children, children + glance_tokens, frozen=frozen))
+        tokens += children
+    if watched:
+        cost.forward_only += queries * 2 * width * (width + tokens)
+
+
+def _query(cost: Flops, model: ModelSettings, dims: ModelDims, queries: int, *, opened: bool, watched: bool, frozen: bool) -> None:
+    """`opened`: patches were. `watched`: the attention weights are computed once more, for their entropy. `frozen`: the encoder is."""
+    width, tokens = dims.vision_width, _encoded(model, dims) + 1
+    if model.glance is not None and opened:
+        tokens += sum(_children(model.glance, tokens - 1))
+        watched = False  # counted with what chose them
     cost.products += queries * 2 * width * dims.llm_width
     if model.film_head_width:
         cost.products += queries * 2 * width * 4 * model.film_head_width

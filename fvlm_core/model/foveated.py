@@ -19,11 +19,12 @@ from fvlm_core.data.batch import PackedBatch
 from fvlm_core.model.attention import PackedLayout, send
 from fvlm_core.model.connector import RANDOM_QUERIES, Connector
 from fvlm_core.model.encoder import Encoder, FrameFeatures
+from fvlm_core.model.glance import Chooser, GlanceFeatures, foveate, likeliest, look, with_everything
 from fvlm_core.model.llama import Llama
 from fvlm_core.model.names import MODES, Mode, Role
 
 _QUERY_PARAMETERS = {"q_static", "q_init", "q_slot"}
-_POSITION_PARAMETERS = {"cls_token", "position_embeddings"}
+_POSITION_PARAMETERS = {"cls_token", "position_embeddings", "scale_embeddings"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,11 @@ class Read:
     tokens: Tensor
     """[V, k, llm width]."""
     weights: Tensor | None
-    """Attention of the last layer, [V, heads, k, N], where asked for; None for pooled patches."""
+    """Attention of the last layer, [V, heads, k, N], where asked for; None for pooled patches. With a glance, N is the glance's."""
+    opened: Tensor | None = None
+    """int64 [V, k, open]: the glance patches that each query opened, where it did."""
+    selection_loss: Tensor | None = None
+    """Scalar: sum over queries of what teaches the glance where they looked, when training on chosen patches."""
 
 
 class FoveatedVLM(nn.Module):
@@ -57,6 +62,8 @@ class FoveatedVLM(nn.Module):
         self.settings = settings
         self.encoder = encoder
         self.llm = llm
+        self.chooser: Chooser = likeliest
+        """Which patches a query opens, with a glance; another one for controls."""
         self.cross_entropy = CrossEntropy()
         self.connector = Connector(settings, encoder.config.hidden_size, encoder.config.num_attention_heads, llm.config.hidden_size)
 
@@ -68,7 +75,12 @@ class FoveatedVLM(nn.Module):
         return ("coarse_only",) if self.settings.query == "pooled" else MODES
 
     def encode(self, frames: Tensor) -> FrameFeatures:
-        """Encode frames uint8 [F, H, W, 3]."""
+        """Encode frames uint8 [F, H, W, 3]; with a glance, their glance, and the rest too where training reads all of it."""
+        if self.settings.glance is not None:
+            small = look(self.encoder, frames, self.settings.glance)
+            if not self.training or self.settings.glance.train_on == "chosen":
+                return small
+            return with_everything(self.encoder, small, self.settings.glance, self.connector.scale_embeddings)
         features = self.encoder.encode(frames, patches=self.settings.query in ("pooled", "shallow"))
         return features if self.connector.shallow is None else self.connector.shallow.keys_values(features)
 
@@ -79,14 +91,14 @@ class FoveatedVLM(nn.Module):
             return Read(self.connector.tokens(pooled, pooled)[batch.shown_frames], None)
         n_frames = len(features.keys[0])
         queries = self.connector.q_static.expand(n_frames, -1, -1)
-        read = self.read(features, queries, weights=weights)
+        read = self.read(features, queries, weights=weights, opening=False)
         attended = None if read.weights is None else read.weights.index_select(0, batch.shown_frames)
         return Read(read.tokens.index_select(0, batch.shown_frames), attended)
 
     def read_fine(self, features: FrameFeatures, queries: Tensor, batch: PackedBatch, *, weights: bool = False) -> Read:
         """Tokens of every shown frame, each read with its own queries [V, k, D]."""
         k = self.settings.tokens_per_frame
-        tokens, attended, places = [], [], []
+        tokens, attended, places, opened, losses = [], [], [], [], []
         for group in batch.showings:
             times = group.shown.shape[1]
             picked = queries[group.shown.flatten()].unflatten(0, (-1, times)).flatten(1, 2)  # [f, m * k, D]
@@ -95,14 +107,28 @@ class FoveatedVLM(nn.Module):
             tokens.append(read.tokens.unflatten(1, (times, k)).flatten(0, 1))
             if read.weights is not None:
                 attended.append(read.weights.unflatten(2, (times, k)).transpose(1, 2).flatten(0, 1))
+            if read.opened is not None:
+                opened.append(read.opened.unflatten(1, (times, k)).flatten(0, 1))
+            if read.selection_loss is not None:
+                losses.append(read.selection_loss)
             places.append(group.shown.flatten())
         order = torch.cat(places).argsort()
-        return Read(torch.cat(tokens)[order], torch.cat(attended)[order] if attended else None)
+        return Read(
+            torch.cat(tokens)[order],
+            torch.cat(attended)[order] if attended else None,
+            torch.cat(opened)[order] if opened else None,
+            torch.stack(losses).sum() if losses else None,
+        )
 
-    def read(self, features: FrameFeatures, queries: Tensor, *, weights: bool = False) -> Read:
-        """Read f frames with queries [f, Q, D] -> tokens [f, Q, llm width], and weights [f, heads, Q, N] where asked for."""
+    def read(self, features: FrameFeatures, queries: Tensor, *, weights: bool = False, opening: bool = True) -> Read:
+        """Read f frames with queries [f, Q, D] -> tokens [f, Q, llm width], and weights [f, heads, Q, N] where asked for.
+
+        `opening`: with a glance, patches are opened; without, only the glance is read.
+        """
         projected = self.connector.query_input_proj(queries)
         temperature = self.connector.temperature
+        if opening and isinstance(features, GlanceFeatures):
+            return self._open(features, queries, projected, weights=weights)
         if self.connector.shallow is not None:
             read = self.connector.shallow(features, projected, temperature)
             attended = self.connector.shallow.attention(features, projected, temperature) if weights else None
@@ -172,6 +198,8 @@ class FoveatedVLM(nn.Module):
             if weight:
                 sums[name] = self._cross_entropy(states, batch, kept, sample_of)
                 objective = objective + sums[name].sum() * (weight / total_weight)
+            if weight and read.selection_loss is not None and self.settings.glance is not None:
+                objective = objective + read.selection_loss.float() * (self.settings.glance.distill * weight / total_weight)
             if read.weights is not None:
                 entropy = _entropy(read.weights)
         reported = {name: sums.get(name, 0.0) + text_sum for name, weight in weights.items() if weight}
@@ -216,6 +244,25 @@ class FoveatedVLM(nn.Module):
         return state
 
     # the rest is detail
+
+    def _open(self, features: GlanceFeatures, queries: Tensor, projected: Tensor, *, weights: bool) -> Read:
+        """`read` with patches opened; training explores and teaches the glance."""
+        chosen = self.settings.glance
+        assert chosen is not None
+        choosing = self.training and chosen.train_on == "chosen"
+        found = foveate(
+            self.encoder,
+            features,
+            projected,
+            chosen,
+            self.connector.scale_embeddings,
+            self.connector.temperature,
+            chooser=self.chooser,
+            explore=chosen.explore if choosing else 0.0,
+            weights=weights,
+            teach=choosing and chosen.distill > 0,
+        )
+        return Read(self.connector.tokens(found.read, queries), found.weights, found.opened, found.selection_loss)
 
     def _pool(self, features: FrameFeatures) -> Tensor:
         """Average-pooled patches [F, k, D]."""

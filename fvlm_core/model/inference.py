@@ -30,6 +30,8 @@ class Context:
     """[V, heads, k, N]: attention of the last layer, where asked for."""
     cache: PackedCache | None
     """Keys and values of every token, where asked for."""
+    opened: Tensor | None = None
+    """int64 [V, k, open]: the glance patches that every shown frame's queries opened, in a model that opens patches."""
 
 
 @torch.no_grad()
@@ -123,7 +125,7 @@ def _context(model: FoveatedVLM, batch: PackedBatch, read: Read | None, room: in
     cache = None if room is None else PackedCache([length + room for length in batch.lengths])
     hidden = model.contextualise(embeddings, batch.position_ids, PackedLayout(batch.lengths, cache))
     tokens = embeddings.new_zeros(0, 1, embeddings.shape[-1]) if read is None else read.tokens
-    return Context(hidden, tokens, None if read is None else read.weights, cache)
+    return Context(hidden, tokens, None if read is None else read.weights, cache, None if read is None else read.opened)
 
 
 def _embeddings(model: FoveatedVLM, batch: PackedBatch, read: Read | None) -> Tensor:
@@ -157,6 +159,7 @@ def _autoregressive(model: FoveatedVLM, batch: PackedBatch, features: FrameFeatu
     sources, positions = batch.query_sources.tolist(), batch.visual_positions.tolist()
     tokens: list[Tensor] = []
     attended: list[Tensor] = []
+    opened: list[Tensor] = []
     order: list[int] = []
 
     def advance(until: dict[int, int]) -> None:
@@ -181,9 +184,12 @@ def _autoregressive(model: FoveatedVLM, batch: PackedBatch, features: FrameFeatu
         order.extend(now)
         if read.weights is not None:
             attended.append(read.weights)
+        if read.opened is not None:
+            opened.append(read.opened)
     advance(dict(enumerate(PackedLayout(batch.lengths).offsets[1:])))
     back = torch.tensor(order, device=embeddings.device).argsort()
-    return Context(hidden, torch.cat(tokens)[back], torch.cat(attended)[back] if attended else None, cache)
+    looked = [torch.cat(parts)[back] if parts else None for parts in (attended, opened)]
+    return Context(hidden, torch.cat(tokens)[back], looked[0], cache, looked[1])
 
 
 def _steps(batch: PackedBatch) -> Iterator[list[tuple[int, int]]]:

@@ -61,6 +61,7 @@ def configuration(model: FoveatedVLM, recipe: Recipe) -> FVLMConfig:
         query_temperature=settings.temperature,
         visual_scale=settings.visual_scale,
         film_head_width=settings.film_head_width,
+        glance=None if settings.glance is None else settings.glance.model_dump(),
         loss_weights=[recipe.loss.coarse, *recipe.loss.fine],
         default_mode="coarse_fine" if "coarse_fine" in model.modes else "coarse_only",
         dtype="float32",

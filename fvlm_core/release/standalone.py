@@ -19,6 +19,7 @@ ROOTS = (f"{HUB}.configuration_fvlm", f"{HUB}.modeling_fvlm", f"{HUB}.processing
 CONFIGURATION = f"{HUB}.configuration_fvlm"
 REPLACED = {
     (f"{PACKAGE}.config", "ModelSettings"): (CONFIGURATION, "ModelSettings"),
+    (f"{PACKAGE}.config", "GlanceSettings"): (CONFIGURATION, "GlanceSettings"),
     (f"{PACKAGE}.config", "LossSettings"): (CONFIGURATION, "LossSettings"),
 }
 """What has another form on the hub: (module, name) here -> there."""

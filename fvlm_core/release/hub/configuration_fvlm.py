@@ -18,6 +18,7 @@ class FVLMConfig(PretrainedConfig):
         query_temperature: Divides the query's attention logits (plain `temperature` would be a setting of sampling).
         visual_scale: Standard deviation of visual tokens at the start of training.
         film_head_width: Width of the FiLM head, 0 for none.
+        glance: Values of `GlanceSettings`, where frames are encoded small and a query chooses which of their patches are opened.
         loss_weights: Weight of every pass in the training loss, coarse first.
         default_mode: `coarse_only`, `coarse_fine` or `autoregressive`, where a call does not say.
     """
@@ -35,6 +36,7 @@ class FVLMConfig(PretrainedConfig):
         query_temperature: float = 1.0,
         visual_scale: float = 0.14,
         film_head_width: int = 0,
+        glance: dict[str, Any] | None = None,
         loss_weights: list[float] | None = None,
         default_mode: str = "coarse_fine",
         **kwargs: Any,
@@ -47,6 +49,7 @@ class FVLMConfig(PretrainedConfig):
         self.query_temperature = query_temperature
         self.visual_scale = visual_scale
         self.film_head_width = film_head_width
+        self.glance = glance
         self.loss_weights = [1.0] * (1 + fine_iterations) if loss_weights is None else loss_weights
         self.default_mode = default_mode
         kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
@@ -62,6 +65,7 @@ class FVLMConfig(PretrainedConfig):
             temperature=self.query_temperature,
             visual_scale=self.visual_scale,
             film_head_width=self.film_head_width,
+            glance=None if self.glance is None else GlanceSettings(**self.glance),
         )
 
     @property
@@ -69,6 +73,27 @@ class FVLMConfig(PretrainedConfig):
         """The training loss's weights."""
         coarse, *fine = self.loss_weights
         return LossSettings(coarse, fine)
+
+
+@dataclass(frozen=True)
+class GlanceSettings:
+    """How frames are opened: a glance of `px`, whose likeliest `open` patches are opened, `zoom` times finer, `levels` times over.
+
+    The others are of training: whether it reads every patch or chosen ones, the noise of its choice, and the weight of what teaches it.
+    """
+
+    px: int
+    zoom: int
+    levels: int
+    open: int
+    train_on: str
+    explore: float
+    distill: float
+
+    @property
+    def shrink(self) -> int:
+        """Sides of the frame over those of the glance."""
+        return self.zoom**self.levels
 
 
 @dataclass(frozen=True)
@@ -81,6 +106,7 @@ class ModelSettings:
     temperature: float
     visual_scale: float
     film_head_width: int
+    glance: GlanceSettings | None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,182 @@
+"""Gaze before encode (`model.glance`) at DINOv2-small + SmolLM2-135M, random weights: what it saves, and what a larger frame costs.
+
+64 frames and a question of 32 tokens, a glance of 112 px and 16 opened patches a query, against encoding every 224 px frame in full. At
+448 px and above the same number of patches or fewer is opened, spread over more levels. Downscaling to the glance is timed apart: a JPEG
+decoder does it on the way. `--world 6 9 12` trains the learning experiment of `foveation_world` (an hour and more on a core, resumed where
+its results are in `--out`), or shows the results that are there.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image
+
+from benchmarks import foveation_world
+from benchmarks.report import Measurement, arguments, show, side_by_side
+from benchmarks.shapes import NO_TEMPLATE, VOCABULARY, model_settings, video_question
+from benchmarks.smolvlm2 import first_token
+from fvlm_core.config import GlanceSettings, VisionSettings, VisionShape
+from fvlm_core.model.build import build_model
+from fvlm_core.model.flop_counter import count_flops
+from fvlm_core.model.foveated import FoveatedVLM
+from fvlm_core.model.glance import shrunk
+from fvlm_core.model.inference import read_batch
+from fvlm_core.serve.stream import FrameStream
+
+FULL_GFLOP = 768.7
+"""Of 64 frames and a question, every frame encoded in full: what `benchmarks.inference` counts."""
+GLANCE_PX = 112
+OPENED = {224: (1, 4), 448: (2, 2), 896: (3, 1), 3584: (5, 1)}
+"""Frame size -> levels and patches opened at each: 16, 16, 12 and 20 patches a query in all. 3584 px is 4K's long side, cut to patches."""
+FOUR_K, TILE = 3584, 224
+RIVAL = "SmolVLM2-256M"
+
+
+def main() -> None:
+    options = arguments(
+        __doc__ or "",
+        rounds={"type": int, "default": 3},
+        frames={"type": int, "default": 64},
+        rival_frames={"type": int, "default": 0, "help": "also compare the first token with SmolVLM2-256M's, over so many frames"},
+        world={"type": int, "nargs": "*", "default": [], "help": "grids of the learning experiment"},
+        seeds={"type": int, "default": 1},
+        out={"type": Path, "default": Path("foveation-world"), "help": "folder of the learning experiment's weights and results"},
+        skip_costs={"action": "store_true"},
+    )
+    if not options.skip_costs:
+        show(costs(options.frames, options.rounds, options.rival_frames), as_json=options.json)
+    if options.world:
+        show(acuity(options.world, options.seeds, options.out), as_json=options.json)
+
+
+def glance_model(frame_px: int = TILE) -> FoveatedVLM:
+    """The model for frames of that size."""
+    levels, opened = OPENED[frame_px]
+    glance = GlanceSettings(px=GLANCE_PX, zoom=2, levels=levels, open=opened)
+    vision = VisionSettings(shape=VisionShape(), frame_px=frame_px)
+    return build_model(model_settings(vision=vision, glance=glance), vocab_size=VOCABULARY).eval().requires_grad_(False)
+
+
+def costs(frames: int, rounds: int, rival_frames: int) -> Iterator[Measurement]:
+    """FLOPs and seconds beside encoding in full, of larger frames, and of a stream."""
+    full = build_model(model_settings(), vocab_size=VOCABULARY).eval().requires_grad_(False)
+    ours, batch = glance_model(), video_question(frames)
+    runs = {name: (lambda model=model: read_batch(model, batch, "coarse_fine")) for name, model in (("full", full), ("ours", ours))}
+    gflop = {name: count_flops(run) / 1e9 for name, run in runs.items()}
+    against = f"every frame in full, {frames} frames: {gflop['full']:.1f} GFLOP"
+    yield Measurement("foveation", "flops_vs_full", gflop["ours"], "GFLOP", against, gflop["ours"] / gflop["full"])
+    seconds = side_by_side(runs, rounds=rounds)
+    against = f"every frame in full: {seconds['full']:.2f} s"
+    yield Measurement("foveation", "seconds_vs_full", seconds["ours"], "s", against, seconds["ours"] / seconds["full"])
+    for frame_px in OPENED:
+        if frame_px != TILE:
+            yield from larger(frame_px, rounds, ours)
+    yield stream_rate(ours, min(frames, 32))
+    yield from decoding(rounds)
+    if rival_frames:
+        model, small = ours, video_question(rival_frames)
+        pair = {
+            "ours": lambda: model.llm.lm_head(read_batch(model, small, "coarse_fine", room=1).hidden[-1:]).argmax(-1),
+            RIVAL: first_token(RIVAL, rival_frames),
+        }
+        taken = side_by_side(pair, rounds=1)
+        against = f"{RIVAL}, {rival_frames} frames: {taken[RIVAL]:.2f} s"
+        yield Measurement("foveation", "ttft_vs_smolvlm2", taken["ours"], "s", against, taken["ours"] / taken[RIVAL])
+
+
+def larger(frame_px: int, rounds: int, small: FoveatedVLM) -> Iterator[Measurement]:
+    """Frames of another size beside those of 224 px, as many of each."""
+    frames = 4 if frame_px == FOUR_K else 16
+    model, batch, usual = glance_model(frame_px), video_question(frames, frame_px=frame_px), video_question(frames)
+    gflop = [count_flops(lambda m=m, b=b: read_batch(m, b, "coarse_fine")) / 1e9 for m, b in ((model, batch), (small, usual))]
+    name = "4k" if frame_px == FOUR_K else str(frame_px)
+    yield Measurement(
+        "foveation", f"cost_{name}_vs_224", gflop[0], "GFLOP", f"224 px, {frames} frames: {gflop[1]:.1f} GFLOP", gflop[0] / gflop[1]
+    )
+    seconds = side_by_side(
+        {
+            "large": lambda: read_batch(model, batch, "coarse_fine"),
+            "large_shrunk": lambda: shrunk(batch.frames, frame_px // GLANCE_PX),
+            "small": lambda: read_batch(small, usual, "coarse_fine"),
+            "small_shrunk": lambda: shrunk(usual.frames, TILE // GLANCE_PX),
+        },
+        rounds=rounds,
+    )
+    ratio = (seconds["large"] - seconds["large_shrunk"]) / (seconds["small"] - seconds["small_shrunk"])
+    shrinking = f"besides downscaling, {seconds['large_shrunk'] / frames * 1000:.1f} ms a frame; 224 px: {seconds['small']:.2f} s"
+    yield Measurement("foveation", f"seconds_{name}_vs_224", seconds["large"] - seconds["large_shrunk"], "s", shrinking, ratio)
+    if frame_px == FOUR_K:
+        full = build_model(model_settings(), vocab_size=VOCABULARY).eval().requires_grad_(False)
+        tile = count_flops(lambda: full.encode(usual.frames[:1])) / 1e9
+        ours = count_flops(lambda: read_batch(model, batch, "coarse_fine")) / 1e9 / frames
+        tiles = (FOUR_K // TILE) ** 2
+        yield Measurement("foveation", "flops_4k_vs_tiles", ours, "GFLOP", f"{tiles} tiles of 224 px, encoded only", ours / (tile * tiles))
+
+
+@torch.no_grad()
+def stream_rate(model: FoveatedVLM, frames: int) -> Measurement:
+    """Frames a second of a stream that knows its question: a frame is looked at, opened and read before the next one comes."""
+    stream = FrameStream(model, NO_TEMPLATE, task_ids=[1])
+    picture = np.random.default_rng(0).integers(0, 256, (TILE, TILE, 3), dtype=np.uint8)
+    taken = []
+    for _ in range(frames):
+        started = time.perf_counter()
+        stream.push(picture)
+        taken.append(time.perf_counter() - started)
+    rate = 1 / statistics.median(taken)
+    return Measurement("foveation", "autoregressive_fps", rate, "frames/s", "10 frames a second", rate / 10)
+
+
+def decoding(rounds: int) -> Iterator[Measurement]:
+    """JPEGs at the glance's size, which the decoder scales on the way by eighths, beside decoding them in full."""
+    rng = np.random.default_rng(0)
+    for frame_px in (224, 448, 896):
+        rough = Image.fromarray(rng.integers(0, 256, (28, 28, 3), dtype=np.uint8))
+        jpeg = simplejpeg.encode_jpeg(np.asarray(rough.resize((frame_px, frame_px), Image.Resampling.BICUBIC)), quality=90)
+
+        def full(jpeg: bytes = jpeg) -> None:
+            for _ in range(20):
+                simplejpeg.decode_jpeg(jpeg)
+
+        def small(jpeg: bytes = jpeg) -> None:
+            for _ in range(20):
+                simplejpeg.decode_jpeg(jpeg, min_height=GLANCE_PX, min_width=GLANCE_PX)
+
+        seconds = side_by_side({"full": full, "small": small}, rounds=rounds)
+        in_full = f"in full: {seconds['full'] * 50:.2f} ms"
+        ratio = seconds["small"] / seconds["full"]
+        yield Measurement("foveation", f"decode_glance_{frame_px}", seconds["small"] * 50, "ms", in_full, ratio)
+
+
+def acuity(grids: Sequence[int], seeds: int, out: Path) -> Iterator[Measurement]:
+    """Accuracies of the learning experiment: every grid from the one before it, every seed by itself."""
+    for seed in range(seeds):
+        before: Path | None = None
+        for grid in grids:
+            result = out / f"world_{grid}_{seed}.json"
+            if not result.exists():
+                run = foveation_world.Run(grid, seed, say=lambda _: None)
+                foveation_world.experiment(run, out, start=before)
+            before = out / f"chosen_{grid}_{seed}.pt"
+            yield from compared(json.loads(result.read_text()))
+
+
+def compared(result: dict) -> Iterator[Measurement]:
+    """The figures of one grid and seed."""
+    k2, where = result["k2"], f"{result['grid']} x {result['grid']} cells, seed {result['seed']}"
+    for name, other in (("dense", "dense"), ("random", "random2"), ("glance", "glance_only"), ("oracle", "oracle2")):
+        value = result[other]["accuracy"]
+        yield Measurement("foveation", f"acuity_k2_vs_{name}", k2["accuracy"], "", f"{where}: {value:.3f}", k2["accuracy"] - value)
+    yield Measurement("foveation", "open_hit_rate", k2["hit"], "", where)
+    value = result["k2_autoregressive"]["accuracy"]
+    yield Measurement("foveation", "acuity_autoregressive_vs_fine", value, "", where, value - k2["accuracy"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+"""The learning experiment of `foveation`: does a query learn where to open, in a world that only full resolution can read?
+
+Worlds of G x G cells (`fvlm_core.data.cells_world`), a glance at a third of the side. The recipe: an encoder that has learned to see at
+both resolutions; training with every patch open and weighed by p, clutter raised as the reader gets better; then on two chosen patches a
+query, with Gumbel noise and the reader's own attention as p's teacher. Compared at the end on digits never seen: glance only, random
+openings (trained as long), ours with k = 1, 2, 4, an oracle that opens the right patch, and everything open.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fvlm_core.config import GlanceSettings, LLMSettings, LLMShape, LossSettings, ModelSettings, VisionSettings, VisionShape
+from fvlm_core.data import cells_world
+from fvlm_core.data.batch import IGNORE, PackedBatch, pack
+from fvlm_core.data.cells_world import CHAT, World, vocabulary
+from fvlm_core.data.gaze import CELL_PX
+from fvlm_core.data.rows import Split
+from fvlm_core.model.build import build_model
+from fvlm_core.model.foveated import FoveatedVLM
+from fvlm_core.model.glance import likeliest, look, with_everything
+from fvlm_core.model.inference import read_batch
+from fvlm_core.model.names import Mode
+
+ZOOM = 3
+WIDTH, LAYERS, HEADS = 64, 2, 4
+FRAMES, BATCH = 3, 64
+PRETRAIN, WARMUP, LR = 300, 40, 2e-3
+DIGITS, PLACES = 10, 3
+"""A patch learns its own digit, and those to its right and below under the same parent: they make its attention carry where things are."""
+LOSS = LossSettings(coarse=1.0, fine=[1.0, 1.0])
+GATE, CLUTTER_STEP = 1.0, 0.03
+"""Clutter rises while the last pass's loss, in nats a labelled token, is below the gate."""
+
+
+@dataclass
+class Run:
+    """One seed on one grid: settings, what it has learned, and a log line per 20 steps."""
+
+    grid: int
+    seed: int
+    say: Callable[[str], None] = print
+    model: FoveatedVLM = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rng = np.random.default_rng([self.grid, self.seed])
+        torch.manual_seed(self.seed)
+        self.model = build_model(settings(self.grid), vocab_size=vocabulary(self.grid), seed=self.seed)
+        start_positions(self.model, self.grid)
+
+    def batch(self, split: Split, clips: int, clutter: float, rng: np.random.Generator | None = None) -> tuple[World, PackedBatch]:
+        """Rendered clips, packed."""
+        world = cells_world.render(rng or self.rng, split, grid=self.grid, clips=clips, frames=FRAMES, clutter=clutter)
+        return world, pack(list(cells_world.samples(world)), CHAT)
+
+    def use(self, **changes: object) -> None:
+        """Change the glance's settings."""
+        glance = self.model.settings.glance
+        assert glance is not None
+        self.model.settings = self.model.settings.model_copy(update={"glance": glance.model_copy(update=changes)})
+
+    def pretrain(self, steps: int) -> None:
+        """Teach the encoder to see at both resolutions."""
+        model, cells = self.model, ZOOM**2
+        fine, coarse = nn.Linear(2 * WIDTH, PLACES * (DIGITS + 1)), nn.Linear(2 * WIDTH, cells)
+        parameters = [*model.encoder.parameters(), model.connector.scale_embeddings, *fine.parameters(), *coarse.parameters()]
+        optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.98), weight_decay=0.01)
+        started = time.monotonic()
+        for step in range(steps):
+            schedule(optimizer, LR, step, steps)
+            world = cells_world.render(self.rng, "train", grid=self.grid, clips=16, frames=FRAMES, clutter=0.7)
+            frames = torch.from_numpy(world.frames).flatten(0, 1)
+            glance = model.settings.glance
+            assert glance is not None
+            features = with_everything(model.encoder, look(model.encoder, frames, glance), glance, model.connector.scale_embeddings)
+            (opened,) = features.everything
+            digits = torch.from_numpy(world.digits).flatten(0, 1)
+            here = torch.where(digits < 0, DIGITS, digits)
+            right, below = (F.pad(here, pad, value=IGNORE) for pad in ((0, 1), (0, 0, 0, 1)))
+            right, below = right[:, :, 1:].clone(), below[:, 1:].clone()
+            right[:, :, ZOOM - 1 :: ZOOM] = below[:, ZOOM - 1 :: ZOOM] = IGNORE
+            targets = torch.stack([here, right, below], -1).flatten(1, 2)
+            seen = fine(kept(opened.keys[-1], opened.values[-1])).unflatten(-1, (PLACES, -1))
+            picked = targets.gather(1, opened.places[..., None].expand(-1, -1, PLACES))
+            loss = F.cross_entropy(seen.flatten(0, 2), picked.flatten(), ignore_index=IGNORE)
+            glimpsed = coarse(kept(features.keys[-1], features.values[-1])[:, 1:])
+            loss = loss + F.binary_cross_entropy_with_logits(glimpsed, tiles((digits >= 0).float()))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if step % 20 == 19:
+                found = (seen.argmax(-1) == picked)[picked != IGNORE].float().mean().item()
+                self.say(f"pretrain {step + 1} loss {loss.item():.3f} patches {found:.3f} ({time.monotonic() - started:.0f} s)")
+
+    def train(self, steps: int, *, lr: float, clutter: float, until_full: int | None = None, decay: bool = True) -> tuple[float, int]:
+        """Train with the model's present settings; with `until_full`, at most so many steps after clutter is full.
+
+        Returns clutter and steps done.
+        """
+        model, started = self.model.train(), time.monotonic()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+        running, full, step = 2.0, 0, 0
+        for step in range(steps):
+            schedule(optimizer, lr, step, steps if decay else None)
+            _, batch = self.batch("train", BATCH, clutter)
+            losses = model(batch, LOSS)
+            optimizer.zero_grad()
+            (losses.objective / batch.n_labels).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            last = losses.sums["fine2"].item() / batch.n_labels
+            running = 0.8 * running + 0.2 * last
+            clutter = min(1.0, clutter + CLUTTER_STEP) if running < GATE else clutter
+            full += clutter >= 1.0
+            if step % 20 == 19:
+                self.say(f"train {step + 1} loss {running:.3f} clutter {clutter:.2f} ({time.monotonic() - started:.0f} s)")
+            if until_full is not None and full >= until_full and running < GATE:
+                break
+        model.eval()
+        return clutter, step + 1
+
+    @torch.no_grad()
+    def accuracy(self, mode: Mode, *, everything: bool = False, opener: str = "ours", clips: int = 256) -> dict[str, float]:
+        """Share of right digits on clips of unseen digits (frames 1 and 2; frame 0 too), and of right patches opened."""
+        model, rng = self.model.eval(), np.random.default_rng([self.grid, 1])
+        right = hits = total = opened = 0.0
+        for _ in range(clips // BATCH):
+            world, batch = self.batch("val", BATCH, 1.0, rng)
+            wanted = torch.from_numpy(world.cells // ZOOM) @ torch.tensor([self.grid // ZOOM, 1])
+            wanted = wanted.repeat_interleave(FRAMES)
+            model.chooser = {"ours": likeliest, "random": at_random, "oracle": partial(oracle, wanted)}[opener]
+            features = model.encode(batch.frames)
+            if everything:
+                assert model.settings.glance is not None
+                features = with_everything(model.encoder, features, model.settings.glance, model.connector.scale_embeddings)  # pyright: ignore[reportArgumentType]
+            read = read_batch(model, batch, mode, features=features)
+            said = model.llm.lm_head(read.hidden[torch.from_numpy(batch.labelled)]).argmax(-1)
+            correct = (said == batch.labels[torch.from_numpy(batch.labelled)]).unflatten(0, (BATCH, FRAMES + 1))[:, :FRAMES]
+            right, total = right + correct.sum().item(), total + correct.numel()
+            if read.opened is not None:
+                found = (read.opened[:, 0] == wanted[:, None]).any(1)
+                hits, opened = hits + found.sum().item(), opened + len(found)
+        model.chooser = likeliest
+        return {"accuracy": right / total, "hit": hits / opened if opened else math.nan}
+
+
+def settings(grid: int) -> ModelSettings:
+    """The model: a glance of a third of the side, two layers of width 64 that see, two of width 96 that answer."""
+    side = grid * CELL_PX
+    return ModelSettings(
+        vision=VisionSettings(shape=VisionShape(width=WIDTH, layers=LAYERS, heads=HEADS), frame_px=side),
+        llm=LLMSettings(shape=LLMShape(width=96, layers=2, heads=4, kv_heads=4, mlp_width=256, context=64)),
+        visual_scale=0.5,
+        glance=GlanceSettings(px=side // ZOOM, zoom=ZOOM, open=2),
+    )
+
+
+@torch.no_grad()
+def start_positions(model: FoveatedVLM, grid: int) -> None:
+    """Positions and the question's tokens start as the same sines and cosines, up to `grid` / 2 cycles a frame."""
+    places = fourier((torch.arange(grid) + 0.5) / grid, grid)  # [G, 32]
+    zero = torch.zeros_like(places)
+    encoder, table = model.encoder, model.llm.model.embed_tokens.weight
+    encoder.position_embeddings[0, 1:] = torch.cat([places[:, None].expand(-1, grid, -1), places[None].expand(grid, -1, -1)], -1).flatten(
+        0, 1
+    )
+    encoder.patches.weight *= 1 / 3  # as large as the positions
+    table *= 0.5 / table.std()
+    first = cells_world.FIRST_PLACE
+    table[first : first + grid, :WIDTH] = torch.cat([places, zero], -1) * 0.5
+    table[first + grid :, :WIDTH] = torch.cat([zero, places], -1) * 0.5
+
+
+def fourier(x: Tensor, grid: int) -> Tensor:
+    """[n] in 0..1 -> [n, WIDTH / 2] of standard deviation 1."""
+    frequencies = torch.linspace(0.5, grid / 2, WIDTH // 4)
+    angles = 2 * math.pi * x[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], -1) * 2**0.5
+
+
+def tiles(cells: Tensor) -> Tensor:
+    """Cells [F, G, G] -> those under every glance patch [F, (G / ZOOM)^2, ZOOM^2]."""
+    return cells.unflatten(1, (-1, ZOOM)).unflatten(3, (-1, ZOOM)).transpose(2, 3).flatten(3).flatten(1, 2)
+
+
+def kept(key: Tensor, value: Tensor) -> Tensor:
+    """Keys and values [F, heads, N, d] side by side, [F, N, 2 heads d]."""
+    return torch.cat([part.transpose(1, 2).flatten(2) for part in (key, value)], -1)
+
+
+def schedule(optimizer: torch.optim.Optimizer, lr: float, step: int, steps: int | None) -> None:
+    """Warm up, then cosine to 5 % (or stay)."""
+    rate = lr * min(1.0, (step + 1) / WARMUP)
+    if steps is not None:
+        rate *= 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def at_random(log_p: Tensor, k: int) -> Tensor:
+    """Any k patches."""
+    return torch.rand_like(log_p).topk(k).indices
+
+
+def oracle(wanted: Tensor, log_p: Tensor, k: int) -> Tensor:
+    """The wanted patch, and the likeliest others."""
+    return log_p.scatter(1, wanted[:, None], math.inf).topk(k).indices
+
+
+def experiment(
+    run: Run, out: Path, *, start: Path | None = None, pretrain: int = PRETRAIN, dense_steps: int = 500, chosen_steps: int = 100
+) -> dict:
+    """Train as the recipe says and compare; weights and results are left in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    started, done = time.monotonic(), {"grid": run.grid, "seed": run.seed, "start": str(start) if start else None}
+    dense_file = out / f"dense_{run.grid}_{run.seed}.pt"
+    if dense_file.exists():
+        run.model.load_state_dict(torch.load(dense_file))
+    else:
+        if start is not None:
+            transfer(run.model, torch.load(start))
+        run.pretrain(pretrain)
+        run.use(train_on="all")
+        clutter, done["dense_steps"] = run.train(dense_steps, lr=LR, clutter=0.0, until_full=60)
+        done["clutter"] = clutter
+        torch.save(run.model.state_dict(), dense_file)
+    done["seconds_dense"] = time.monotonic() - started
+    done["dense"] = run.accuracy("coarse_fine", everything=True)
+    done["dense_autoregressive"] = run.accuracy("autoregressive", everything=True)
+    run.use(open=1)
+    done["dense_read_at_1"] = run.accuracy("coarse_fine")
+    run.say(json.dumps(done))
+    state = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    run.use(train_on="chosen", open=2)
+    run.train(chosen_steps, lr=LR / 2, clutter=1.0)
+    torch.save(run.model.state_dict(), out / f"chosen_{run.grid}_{run.seed}.pt")
+    done["glance_only"] = run.accuracy("coarse_only")
+    for k in (1, 2, 4):
+        run.use(open=k)
+        done[f"k{k}"] = run.accuracy("coarse_fine")
+        done[f"k{k}_autoregressive"] = run.accuracy("autoregressive")
+        done[f"oracle{k}"] = run.accuracy("coarse_fine", opener="oracle")
+    run.use(open=2)
+    done["random2_untrained"] = run.accuracy("coarse_fine", opener="random")
+    run.say(json.dumps(done))
+    run.model.load_state_dict(state)
+    run.model.chooser = at_random
+    run.train(chosen_steps, lr=LR / 2, clutter=1.0)
+    done["random2"] = run.accuracy("coarse_fine", opener="random")
+    done["seconds"] = time.monotonic() - started
+    (out / f"world_{run.grid}_{run.seed}.json").write_text(json.dumps(done, indent=1))
+    run.say(json.dumps(done))
+    return done
+
+
+def transfer(model: FoveatedVLM, state: dict[str, Tensor]) -> None:
+    """Weights of a smaller world's model; what depends on the grid (positions, the question's tokens) stays as it started."""
+    own = model.state_dict()
+    model.load_state_dict({name: tensor for name, tensor in state.items() if own[name].shape == tensor.shape}, strict=False)
+    first = cells_world.FIRST_PLACE
+    own["llm.model.embed_tokens.weight"][:first] = state["llm.model.embed_tokens.weight"][:first]
+
+
+if __name__ == "__main__":
+    import argparse
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--grid", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path)
+    parser.add_argument("--pretrain", type=int, default=PRETRAIN)
+    parser.add_argument("--dense", type=int, default=500)
+    parser.add_argument("--chosen", type=int, default=100)
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    run = Run(chosen.grid, chosen.seed, say=lambda text: print(text, flush=True))
+    experiment(run, chosen.out, dense_steps=chosen.dense, chosen_steps=chosen.chosen, start=chosen.start, pretrain=chosen.pretrain)

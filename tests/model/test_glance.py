@@ -1,0 +1,399 @@
+"""Gaze before encode: opening all equals all open, parents do not disturb each other, the gradient reaches the choice."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from fvlm_core.config import GlanceSettings, LossSettings, ModelSettings, Recipe
+from fvlm_core.data.batch import IGNORE, Sample, pack
+from fvlm_core.errors import UserError
+from fvlm_core.model.attention import PackedLayout
+from fvlm_core.model.build import build_model, load_model, save_model
+from fvlm_core.model.convert import to_original
+from fvlm_core.model.encoder import Encoder
+from fvlm_core.model.flop_counter import count_flops
+from fvlm_core.model.flops import ModelDims, SampleShape, sample_flops
+from fvlm_core.model.foveated import FoveatedVLM
+from fvlm_core.model.glance import GlanceFeatures, foveate, look, open_patches, positions_at, selection, with_everything
+from fvlm_core.model.inference import gaze, read_batch
+from fvlm_core.serve.stream import FrameStream
+from tests.model.build import CHAT, VOCAB, sample, tiny_model, tiny_settings
+from tests.model.test_foveated import losses, mixed
+
+GLANCE_PX, ALL = 42, 9
+RECIPES = Path(__file__).parents[2] / "deployments" / "recipes"
+DEEPEST = [{"zoom": 2, "levels": 1}, {"zoom": 3, "levels": 1}, {"zoom": 2, "levels": 2}]
+"""Frames of 84, 126 and 168 px over a glance of 3 x 3 patches."""
+
+
+def glance_settings(**changes) -> ModelSettings:
+    """A tiny model's settings; `k` is its tokens per frame."""
+    k = changes.pop("k", 1)
+    glance = GlanceSettings(**({"px": GLANCE_PX, "zoom": 2, "open": 2} | changes))
+    small = tiny_settings(tokens_per_frame=k)
+    vision = small.vision.model_copy(update={"frame_px": GLANCE_PX * glance.shrink})
+    return ModelSettings.model_validate(small.model_dump() | {"vision": vision.model_dump(), "glance": glance.model_dump()})
+
+
+def glance_model(**changes) -> FoveatedVLM:
+    """In float64 with sizeable weights, those that start at zero too."""
+    model = build_model(glance_settings(**changes), vocab_size=VOCAB, seed=3).double().eval()
+    rng = np.random.default_rng(7)
+    for parameter in model.parameters():
+        parameter.data += parameter.new_tensor(rng.normal(0, 0.05, tuple(parameter.shape)))
+    return model
+
+
+def large(samples: list[Sample], model: FoveatedVLM) -> list[Sample]:
+    """The samples with random frames of the model's size."""
+    side, rng = model.settings.vision.frame_px, np.random.default_rng(5)
+    return [
+        Sample(s.key, s.source, rng.integers(0, 256, (len(s.frames), side, side, 3), dtype=np.uint8), s.media, s.turns, s.question_first,
+               s.label_questions)
+        for s in samples
+    ]  # fmt: skip
+
+
+def packed(model: FoveatedVLM, samples: list[Sample] | None = None):
+    """A batch with everything in it."""
+    given = mixed(np.random.default_rng(1)) if samples is None else samples
+    return pack(large(given, model), CHAT, tokens_per_frame=model.settings.tokens_per_frame)
+
+
+def frames_of(model: FoveatedVLM, n: int) -> torch.Tensor:
+    side = model.settings.vision.frame_px
+    return torch.from_numpy(np.random.default_rng(8).integers(0, 256, (n, side, side, 3), dtype=np.uint8))
+
+
+def everything(model: FoveatedVLM, frames: torch.Tensor) -> GlanceFeatures:
+    assert model.settings.glance is not None
+    small = look(model.encoder, frames, model.settings.glance)
+    return with_everything(model.encoder, small, model.settings.glance, model.connector.scale_embeddings)
+
+
+# an independent reference: transformers' Dinov2Model for its weights, attention written out, one patch's children at a time
+
+
+def reference_tokens(model: FoveatedVLM, frame: torch.Tensor, queries: torch.Tensor, *, opened: bool) -> torch.Tensor:
+    """Tokens [Q, llm width] of one frame uint8 [H, W, 3] read with queries [Q, D], everything open or nothing; one level."""
+    glance, dino = model.settings.glance, model.encoder.to_dinov2().double()
+    assert glance is not None
+    size, mean, std = 14, model.encoder.pixel_mean, model.encoder.pixel_std
+    small = frame.double().permute(2, 0, 1)[None]
+    small = F.avg_pool2d(small, glance.zoom)
+    with torch.no_grad():
+        outputs = dino((small - mean) / std, output_hidden_states=True)
+    glance_states = [state[0] for state in outputs.hidden_states[:-1]]  # entering each layer
+    side, children = small.shape[-1] // size, {}
+    table = dino.embeddings.position_embeddings[0, 1:].view(side * glance.zoom, side * glance.zoom, -1)
+    for parent in range(side**2 if opened else 0):
+        row, column = divmod(parent, side)
+        states = []
+        for i in range(glance.zoom):
+            for j in range(glance.zoom):
+                y, x = row * glance.zoom + i, column * glance.zoom + j
+                pixels = frame[y * size : (y + 1) * size, x * size : (x + 1) * size].double().permute(2, 0, 1)[None]
+                embedded = dino.embeddings.patch_embeddings((pixels - mean) / std)[0, 0]
+                states.append(embedded + table[y, x] + model.connector.scale_embeddings[0])
+        x, layers = torch.stack(states), []
+        for number, layer in enumerate(dino_layers(dino)):
+            layers.append(x)
+            x = one_layer(layer, x, torch.cat([glance_states[number], x]), None, 1.0)
+        children[parent] = layers
+    q, seen = queries @ model.connector.query_input_proj.weight.T, glance_states
+    bias = None
+    if opened:
+        probe = q
+        for number, layer in enumerate(dino_layers(dino)):
+            probe, weights = one_layer(layer, probe, seen[number], None, 1.0), attention(layer, probe, seen[number], None, 1.0)
+        p = weights.mean(0)[:, 1:]
+        p = p / p.sum(-1, keepdim=True)
+        bias = torch.cat([torch.zeros(len(q), side**2 + 1), (p + 1e-6).log().repeat_interleave(glance.zoom**2, 1)], 1).double()
+        seen = [torch.cat([seen[number], *(children[parent][number] for parent in range(side**2))]) for number in range(len(seen))]
+    for number, layer in enumerate(dino_layers(dino)):
+        q = one_layer(layer, q, seen[number], bias, 1.0)
+    return dino.layernorm(q) @ model.connector.visual_proj.weight.T + model.connector.visual_proj.bias
+
+
+def dino_layers(dino):
+    """In transformers before and after 5.18."""
+    return dino.encoder.layer if hasattr(dino, "encoder") else dino.layers
+
+
+def parts_of(layer):
+    """The query, key, value and output projections of a transformers layer of either release."""
+    inner = getattr(layer.attention, "attention", layer.attention)
+    names = ("q_proj", "k_proj", "v_proj") if hasattr(inner, "q_proj") else ("query", "key", "value")
+    out = layer.attention.o_proj if hasattr(layer.attention, "o_proj") else layer.attention.output.dense
+    return *(getattr(inner, name) for name in names), out
+
+
+def attention(layer, q, seen, bias, temperature):
+    """Weights [heads, Q, N]."""
+    to_q, to_k, *_ = parts_of(layer)
+    split = lambda x: x.view(len(x), 2, -1).transpose(0, 1)  # noqa: E731
+    logits = split(to_q(layer.norm1(q))) @ split(to_k(layer.norm1(seen))).transpose(1, 2) / (16**0.5 * temperature)
+    return (logits if bias is None else logits + bias).softmax(-1)
+
+
+def one_layer(layer, q, seen, bias, temperature):
+    """q [Q, D] after it has attended to tokens [N, D]."""
+    *_, to_v, out = parts_of(layer)
+    values = to_v(layer.norm1(seen)).view(len(seen), 2, -1).transpose(0, 1)
+    attended = (attention(layer, q, seen, bias, temperature) @ values).transpose(0, 1).flatten(1)
+    q = q + layer.layer_scale1(out(attended))
+    return q + layer.layer_scale2(layer.mlp(layer.norm2(q)))
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@torch.no_grad()
+def test_fine_with_everything_open_equals_plain_pytorch(k):
+    """Encoder, choice and read against the reference; the language model is the project's own, tested elsewhere."""
+    model = glance_model(open=ALL, k=k)
+    batch = packed(model)
+    shown = [batch.frames[n] for n in batch.shown_frames.tolist()]
+    coarse = read_batch(model, batch, "coarse_only")
+    expected = torch.stack([reference_tokens(model, frame, model.connector.q_static, opened=False) for frame in shown])
+    torch.testing.assert_close(coarse.tokens, expected, rtol=1e-5, atol=1e-6)
+    queries = model.queries(coarse.hidden, batch)
+    expected = torch.stack([reference_tokens(model, frame, q, opened=True) for frame, q in zip(shown, queries, strict=True)])
+    torch.testing.assert_close(read_batch(model, batch, "coarse_fine").tokens, expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_autoregressive_equals_frame_by_frame():
+    """Every frame's query is recomputed from all tokens before it, its frame read by the reference; a stream says the same."""
+    model = glance_model(open=ALL)
+    clip = large([sample(np.random.default_rng(2), frames=4, question_first=True, answer=0)], model)[0]
+    batch = pack([clip], CHAT)
+    found = read_batch(model, batch, "autoregressive")
+    embeddings = model.embed(batch.input_ids)
+    for number in range(4):
+        hidden = model.contextualise(embeddings, batch.position_ids, PackedLayout(batch.lengths))
+        query = model.queries(hidden, batch)[number]
+        token = reference_tokens(model, batch.frames[number], query, opened=True)
+        embeddings[batch.visual_positions[number]] = token
+        torch.testing.assert_close(found.tokens[number], token, rtol=1e-5, atol=1e-6)
+    stream = FrameStream(model, CHAT, task_ids=clip.turns[0].question_ids, reserve=32)
+    for frame in clip.frames:
+        stream.push(frame)
+    torch.testing.assert_close(torch.stack(stream.tokens), found.tokens)
+
+
+@pytest.mark.parametrize("shape", DEEPEST, ids=str)
+@pytest.mark.parametrize("n_queries", [1, 3])
+@torch.no_grad()
+def test_opening_all_equals_all_open(shape, n_queries):
+    model = glance_model(**shape, open=1000)
+    full = everything(model, frames_of(model, 2))
+    queries = torch.randn(2, n_queries, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    chosen, scales = model.settings.glance, model.connector.scale_embeddings
+    assert chosen is not None
+    expected = foveate(model.encoder, full, queries, chosen, scales, weights=True)
+    found = foveate(model.encoder, look(model.encoder, full.frames, chosen), queries, chosen, scales, weights=True)
+    torch.testing.assert_close(found.read, expected.read, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.weights, expected.weights, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.weights.sum(-1), torch.ones(2, 2, n_queries))
+    assert found.opened.shape == (2, n_queries, ALL)
+
+
+@settings(max_examples=15, deadline=None)
+@given(k=st.integers(1, ALL), seed=st.integers(0, 99), shape=st.sampled_from(DEEPEST[:2]))
+@torch.no_grad()
+def test_a_parents_keys_and_values_do_not_depend_on_what_else_is_open(k, seed, shape):
+    model = glance_model(**shape)
+    full = everything(model, frames_of(model, 2))
+    chosen = torch.stack([torch.randperm(ALL, generator=torch.Generator().manual_seed(seed + row))[:k] for row in range(2)])
+    places = torch.arange(ALL).expand(2, -1)
+    assert model.settings.glance is not None
+    opened = open_patches(model.encoder, full, model.settings.glance, model.connector.scale_embeddings, 0, chosen, places, places)
+    children = shape["zoom"] ** 2
+    index = (chosen[..., None] * children + torch.arange(children)).flatten(1)
+    (every,) = full.everything
+    assert torch.equal(opened.places, every.places.gather(1, index))
+    assert torch.equal(opened.roots, opened.parents)
+    for some, all_ in zip(opened.keys + opened.values, list(every.keys) + list(every.values), strict=True):
+        torch.testing.assert_close(some, all_.gather(2, index[:, None, :, None].expand_as(some)), rtol=1e-10, atol=1e-11)
+
+
+def test_the_finest_patches_are_the_frames_own_pixels():
+    """With two levels, the patches of the last one cover the frame, and the first one's are their means."""
+    model = glance_model(zoom=2, levels=2)
+    frames = frames_of(model, 1)
+    _, finest = everything(model, frames).everything
+    assert sorted(finest.places[0].tolist()) == list(range(144))
+    encoder, at = model.encoder, 17
+    place = int(finest.places[0, at])
+    alone = frames.unflatten(1, (12, 14)).unflatten(3, (12, 14)).transpose(2, 3)[0, place // 12, place % 12]
+    x = encoder.patches((alone.double().permute(2, 0, 1)[None] - encoder.pixel_mean) / encoder.pixel_std)[0, :, 0, 0]
+    x = x + encoder.position_embeddings[0, 1 + place] + model.connector.scale_embeddings[1]
+    key, _ = encoder.layers[0].keys_values(x[None, None])
+    torch.testing.assert_close(finest.keys[0][0, :, at], key[0, :, 0])
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (3, 5), (6, 6), (13, 13)])
+def test_positions_at_patches_are_those_of_the_grid(grid):
+    encoder: Encoder = glance_model().encoder.float()
+    down, right = (part.flatten() for part in torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij"))
+    torch.testing.assert_close(positions_at(encoder, grid, down, right), encoder.positions(grid)[0, 1:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", DEEPEST, ids=str)
+def test_gradient_reaches_the_choice(shape):
+    """By finite differences: p moves with the query, so a gradient that stopped at p would be found wrong."""
+    model = glance_model(**shape)
+    full = everything(model, frames_of(model, 1))
+    chosen, scales = model.settings.glance, model.connector.scale_embeddings.detach()
+    assert chosen is not None
+    queries = torch.randn(1, 2, 32, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(2))
+    assert torch.autograd.gradcheck(lambda q: foveate(model.encoder, full, q, chosen, scales).read, (queries,), fast_mode=True)
+    p = selection(model.encoder, full.keys, full.values, queries, 1.0, None, ALL)
+    torch.testing.assert_close(p.sum(-1), torch.ones(1, 2, dtype=torch.float64))
+    (gradient,) = torch.autograd.grad(p[0, 0, 0], queries)
+    assert gradient[0, 0].abs().max() > 1e-6
+    assert not gradient[0, 1].any()
+
+
+def test_what_a_query_saw_teaches_the_glance():
+    """The teaching loss of chosen patches is cross-entropy from where it looked to p: its gradient moves p there."""
+    model = glance_model(train_on="chosen", explore=0.0).train()
+    batch = packed(model)
+    out = model(batch, losses(model))
+    quiet = glance_model(train_on="chosen", explore=0.0, distill=0.0).train()(batch, losses(model))
+    assert out.sums == quiet.sums
+    assert out.objective > quiet.objective
+    out.objective.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_noise_explores_in_training_only():
+    model = glance_model(train_on="chosen", explore=1.0, open=1)
+    features = model.encode(frames_of(model, 8))
+    queries = torch.randn(8, 1, 32, dtype=torch.float64)
+    twice = [model.eval().read(features, queries).opened for _ in range(2)]
+    assert torch.equal(*twice)
+    explored = {str(model.train().read(features, queries).opened.tolist()) for _ in range(5)}
+    assert len(explored) > 1
+
+
+@pytest.mark.parametrize("train_on", ["all", "chosen"])
+@pytest.mark.parametrize("k", [1, 4])
+def test_packed_equals_one_by_one(train_on, k):
+    model = glance_model(train_on=train_on, explore=0.0, k=k).train()
+    samples = large(mixed(np.random.default_rng(1)), model)
+    together = model(pack(samples, CHAT, tokens_per_frame=k), losses(model))
+    alone = [model(pack([s], CHAT, tokens_per_frame=k), losses(model)) for s in samples]
+    torch.testing.assert_close(together.objective, sum(part.objective for part in alone))
+    together.objective.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    sum(part.objective for part in alone).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("frozen", [(), ("vision",)], ids=str)
+@pytest.mark.parametrize("train_on", ["all", "chosen"])
+@pytest.mark.parametrize("shape", DEEPEST, ids=str)
+def test_configuration_says_what_a_step_costs(shape, train_on, frozen):
+    model = glance_model(**shape, train_on=train_on).float().train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(model.role(name) not in frozen)
+    loss = LossSettings(coarse=1.0, fine=[0.0, 1.0])
+    samples = large(mixed(np.random.default_rng(1)), model)
+    batch = pack(samples, CHAT)
+    dims = ModelDims.from_configs(model.encoder.config.to_dict(), model.llm.config.to_dict(), model.settings.vision.frame_px)
+    labels = [int((part != IGNORE).sum()) for part in batch.labels.split(batch.lengths)]
+    costs = [
+        sample_flops(model.settings, dims, SampleShape(len(s.frames), shown, length - shown, n_labels, prefix), loss, frozen=frozen)
+        for s, shown, length, n_labels, prefix in zip(
+            samples, batch.shown_counts, batch.label_prefix, labels, batch.query_prefix, strict=True
+        )
+    ]
+    assert sum(c.forward for c in costs) == pytest.approx(count_flops(lambda: model(batch, loss)), rel=0.005)
+    assert sum(c.train for c in costs) == pytest.approx(count_flops(lambda: model(batch, loss).objective.backward()), rel=0.02)
+
+
+def test_gaze_is_over_the_glance_with_what_was_opened_below():
+    model = glance_model(k=4)
+    maps = gaze(model, packed(model), "autoregressive")
+    assert maps.shape[1:] == (4, 3, 3)
+    torch.testing.assert_close(maps.sum((-1, -2)), torch.ones(maps.shape[:2]), check_dtype=False)
+
+
+def test_checkpointing_changes_no_gradient():
+    model = glance_model(train_on="all").train()
+    batch = packed(model)
+    gradients = []
+    for enabled in (False, True):
+        model.set_gradient_checkpointing(enabled)
+        model.zero_grad()
+        model(batch, losses(model)).objective.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name in gradients[0]:
+        torch.testing.assert_close(gradients[0][name], gradients[1][name], msg=name)
+
+
+def test_a_saved_model_comes_back_and_the_original_is_refused(tmp_path):
+    model = build_model(glance_settings(levels=2), vocab_size=VOCAB)
+    save_model(model, tmp_path / "model")
+    again = load_model(tmp_path / "model")
+    assert again.settings.glance == model.settings.glance
+    assert {name for name in model.state_dict() if name.startswith("encoder.")} == {
+        f"encoder.{name}" for name in tiny_model().encoder.state_dict()
+    }
+    with pytest.raises(UserError, match="encodes every frame in full"):
+        to_original(model)
+
+
+def test_a_model_without_a_glance_is_what_it_was():
+    """Its identity, which decides what is made again, has no trace of the setting."""
+    assert "glance" not in tiny_settings().identity_values()
+    assert glance_settings().identity_values()["glance"]["px"] == GLANCE_PX
+    assert not hasattr(tiny_model().connector, "scale_embeddings")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"px": 40}, "is not glance.px"), ({"zoom": 3, "levels": 2}, "is not glance.px"), ({"levels": 0}, "greater than or equal to 1")],
+)
+def test_settings_that_do_not_fit_are_refused(changes, message):
+    values = glance_settings().model_dump()
+    with pytest.raises(ValidationError, match=message):
+        ModelSettings.model_validate(values | {"glance": values["glance"] | changes})
+    with pytest.raises(ValidationError, match="needs query 'deep'"):
+        ModelSettings.model_validate(values | {"query": "shallow"})
+
+
+def test_frames_of_another_size_are_refused():
+    model = glance_model()
+    with pytest.raises(ValueError, match="not a multiple of 28"):
+        model.encode(torch.zeros(1, 98, 84, 3, dtype=torch.uint8))
+
+
+def test_the_recipes_for_a_pod_follow_on_each_other():
+    first, second = (Recipe.from_yaml(RECIPES / f"glance_{name}.yaml") for name in ("all", "chosen"))
+    assert second.init_from == first.output
+    assert first.model.glance is not None
+    assert second.model.glance == first.model.glance.model_copy(update={"train_on": "chosen"})
+    assert second.optimizer.lr_connector == first.optimizer.lr_connector / 2
+    assert (first.data, first.shards, first.model.vision) == (second.data, second.shards, second.model.vision)
+
+
+@pytest.mark.parametrize("train_on", ["all", "chosen"])
+def test_half_precision_trains(train_on):
+    """Under autocast, as on a GPU: attention's bias has the precision of its queries, and the loss is near that of fp32."""
+    model = glance_model(train_on=train_on, explore=0.0, open=ALL).float().train()
+    batch = packed(model)
+    expected = model(batch, losses(model)).objective.item()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(batch, losses(model)).objective
+    found.backward()
+    assert found.item() == pytest.approx(expected, rel=0.02)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
