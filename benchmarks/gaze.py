@@ -52,9 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.json:
             print(json.dumps(record(plan, trained, asked, rows)), flush=True)
         else:
-            console.print(*shown(plan, trained, asked, rows).terminal())
+            console.print(shown(plan, trained, asked, rows).terminal())
     if len(found) > 1 and not options.json:
-        console.print(over_seeds(found, options.first_seed).rich())
+        console.print(over_seeds(found, options.first_seed).terminal())
 
 
 def control(plan: Plan, asked: Asked, note=lambda _: None) -> Answers:

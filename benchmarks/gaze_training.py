@@ -21,6 +21,7 @@ from fvlm_core.data.tokenizer import chat_format, encode, render_chat, train_tok
 from fvlm_core.eval.subject import Subject
 from fvlm_core.model.build import build_model
 from fvlm_core.model.encoder import Encoder
+from fvlm_core.model.names import Mode
 from fvlm_core.train.jobs import VisionTrainingSettings
 from fvlm_core.train.objective import TokenLoss
 from fvlm_core.train.optimizer import build_optimizer, clip_gradients, gradient_norms, set_learning_rates
@@ -204,7 +205,8 @@ def entropy_at_start(subject: Subject, asker: Asker, *, clips: int = 64) -> dict
     rng = np.random.default_rng(0)
     samples = [asker.sample(asker.clip(rng, "train", 1.0), question_first=True) for _ in range(clips)]
     shares = {}
-    for name, mode in (("coarse", "coarse_only"), ("fine", "coarse_fine")):
+    modes: dict[str, Mode] = {"coarse": "coarse_only", "fine": "coarse_fine"}
+    for name, mode in modes.items():
         attention = np.concatenate(subject.gaze(samples, mode)).reshape(clips * asker.plan.frames, -1)
         shares[name] = round(float(-(attention * np.log(attention + 1e-12)).sum(1).mean() / np.log(attention.shape[1])), 3)
     return shares
@@ -213,9 +215,7 @@ def entropy_at_start(subject: Subject, asker: Asker, *, clips: int = 64) -> dict
 def _question(plan: Plan, clip: gaze.GazeClip) -> str:
     if plan.wording == "sentence" or plan.task == "caption":
         return gaze.question(clip)
-    if plan.task == "colour":
-        return list(gaze.COLOURS)[clip.colours[0, *clip.path[0]]]
-    return gaze.cell_name(*clip.path[0].tolist(), clip.digits.shape[-1])
+    return clip.colour if plan.task == "colour" else clip.place
 
 
 def _answer(clip: gaze.GazeClip) -> str:
