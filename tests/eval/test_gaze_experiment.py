@@ -67,7 +67,7 @@ def test_every_condition_answers_the_same_questions(trained, asked):
     assert [row.condition for row in rows] == list(said)
     for row in rows:
         assert row.accuracy.n == CLIPS
-        assert row.accuracy.value == pytest.approx(said[row.condition].right.mean())
+        assert row.accuracy.value == pytest.approx(said[row.condition].right.mean(), abs=1e-6)
 
 
 def test_accuracy_counts_digits_at_their_places(trained, asked, monkeypatch):
@@ -144,16 +144,16 @@ def test_nine_pooled_tokens_are_the_patches():
     assert torch.allclose(model._pool(features), features.patches[:, 1:], atol=1e-6)
 
 
-def test_command_prints_a_record_per_seed(capsys):
-    experiment.main(["--json", "--seeds", "2", "--steps", "1", "--encoder-steps", "1", "--clips", "6", "--no-controls", "--task", "hunt"])
-    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [record["seed"] for record in records] == [0, 1]
-    assert {record["task"] for record in records} == {"hunt"}
-    assert records[0]["rows"][0]["accuracy"]["n"] == 6
+QUICK = ["--steps", "1", "--encoder-steps", "0", "--clips", "4", "--no-controls"]
 
 
-def test_command_prints_tables(capsys):
-    experiment.main(["--seeds", "2", "--steps", "1", "--encoder-steps", "1", "--clips", "6", "--no-controls"])
-    out = capsys.readouterr().out
-    assert "worst seed" in out
-    assert MAIN.split(",")[0] in out
+def test_command_prints_a_record_of_each_seed(capsys):
+    experiment.main([*QUICK, "--json", "--task", "hunt", "--first-seed", "3"])
+    [record] = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert (record["task"], record["seed"], record["clips"]) == ("hunt", 3, 4)
+    assert record["rows"][0]["accuracy"]["n"] == 4
+
+
+def test_command_names_the_worst_seed(capsys):
+    experiment.main([*QUICK, "--seeds", "2"])
+    assert "worst seed" in capsys.readouterr().out
