@@ -22,6 +22,7 @@ from fvlm_core.eval.subject import Subject
 from fvlm_core.model.build import build_model
 from fvlm_core.model.encoder import Encoder
 from fvlm_core.model.names import Mode
+from fvlm_core.train.cost import Cost
 from fvlm_core.train.jobs import VisionTrainingSettings
 from fvlm_core.train.objective import TokenLoss
 from fvlm_core.train.optimizer import build_optimizer, clip_gradients, gradient_norms, set_learning_rates
@@ -90,6 +91,8 @@ class Trained:
     """At the last step."""
     full_at: int | None
     """The step at which the clutter reached 1."""
+    flops: float
+    """Of the training, from the configuration, without the encoder's own."""
     cpu_s: float
     """Processor time of the training, without the encoder's."""
     encoder_cpu_s: float
@@ -161,6 +164,7 @@ def train(plan: Plan, say: Callable[[str], None] = lambda _: None) -> Trained:
     )
     optimizer = build_optimizer(model, rates)
     objective = TokenLoss(plan.loss, model.pass_names)
+    cost, flops = Cost(model, plan.loss), 0.0
     rng = np.random.default_rng([plan.seed, 1])
     clutter, running, full_at, started = plan.first_clutter, 2.3, None, time.process_time()
     last, half, done = objective.names[-1], plan.batch_samples // 2, 0
@@ -177,6 +181,7 @@ def train(plan: Plan, say: Callable[[str], None] = lambda _: None) -> Trained:
             sums = objective(model, batch)
             (sums.objective / labels).backward()
             losses[order] = sums.parts[last].item() / half / plan.frames
+            flops += cost.batch(batch)
         norm = torch.stack(list(gradient_norms(optimizer).values())).norm()
         clip_gradients(optimizer, rates.clip_norm, norm)
         set_learning_rates(optimizer, learning_rates(rates, done, plan.steps))
@@ -191,7 +196,17 @@ def train(plan: Plan, say: Callable[[str], None] = lambda _: None) -> Trained:
             heard = ", ".join(f"{loss:.2f} with the question {order}" for order, loss in losses.items())
             say(f"step {done}: clutter {clutter:.2f}; nats per digit: {heard}; {time.process_time() - started:.0f} s")
     model.eval()
-    return Trained(asker, subject, done, clutter, full_at, time.process_time() - started, encoder_s, accuracy, entropy)
+    return Trained(asker, subject, done, clutter, full_at, flops, time.process_time() - started, encoder_s, accuracy, entropy)
+
+
+def step_flops(plan: Plan) -> float:
+    """Training FLOPs of a step, from the configuration."""
+    asker = Asker.of(plan)
+    model = build_model(plan.model_settings, vocab_size=len(asker.tokenizer))
+    rng = np.random.default_rng(0)
+    samples = [asker.sample(asker.clip(rng, "train", 1.0), question_first=first) for first in (True, False)]
+    batch = pack(samples, asker.chat, tokens_per_frame=model.settings.tokens_per_frame)
+    return Cost(model, plan.loss).batch(batch) / 2 * plan.batch_samples
 
 
 @torch.no_grad()

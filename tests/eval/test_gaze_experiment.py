@@ -10,7 +10,7 @@ from scipy import stats
 
 from benchmarks import gaze as experiment
 from benchmarks.gaze_measures import CONTROLS, MAIN, Answers, Asked, answers, table
-from benchmarks.gaze_training import Plan, entropy_at_start, train
+from benchmarks.gaze_training import Plan, entropy_at_start, step_flops, train
 from fvlm_core.data import gaze
 from fvlm_core.data.batch import pack
 from fvlm_core.eval.stats import Bootstrap
@@ -35,6 +35,11 @@ def test_training_is_a_function_of_the_plan(trained):
     weights, same, different = (one.subject.model.state_dict() for one in (trained, again, other))
     assert all(torch.equal(weights[name], same[name]) for name in weights)
     assert any(not torch.equal(weights[name], different[name]) for name in weights)
+
+
+def test_steps_cost_what_their_batches_cost(trained):
+    """Questions of other cells have as many tokens, give or take one."""
+    assert trained.flops / trained.steps == pytest.approx(step_flops(TINY), rel=0.05)
 
 
 def test_time_is_limited():
