@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ class Plan:
 
     task: gaze.Task = "cell"
     seed: int = 0
-    steps: int = 350
+    steps: int = 700
     batch_samples: int = 96
     """Half of them with the question before the video, half after it."""
     frames: int = 3
@@ -56,14 +56,14 @@ class Plan:
     first_clutter: float = 0.0
     mixed_clutter: bool = False
     """Draw every clip's clutter evenly from 0 to 1 instead."""
-    clutter_step: float = 0.012
+    clutter_step: float = 0.01
     """What a step adds to the clutter while the running loss of the last pass, question first, is below `clutter_gate`."""
     clutter_gate: float = 1.1
     """Nats per digit; chance is 2.30."""
     model: dict[str, Any] = field(default_factory=dict)
     """Changes of `model_settings`."""
-    wording: str = "sentence"
-    """sentence: the questions and the chat format of the pipeline; words: only what differs between questions, without a system prompt."""
+    wording: Literal["words", "sentence"] = "words"
+    """words: only what differs between questions, without a system prompt; sentence: the questions and the chat format of the pipeline."""
     max_cpu_s: float = float("inf")
     """Processor time after which the training stops early."""
 
