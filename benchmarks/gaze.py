@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.gaze_measures import CONTROLS, MAIN, Answers, Asked, Row, answers, table
-from benchmarks.gaze_training import Plan, Trained, train
+from benchmarks.gaze_training import Plan, Trained, step_flops, train
 from fvlm_core.data.gaze import TASKS
 from fvlm_core.eval.stats import Bootstrap
 from fvlm_core.tables import Table, number
@@ -45,16 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         trained = train(plan, note)
         said = answers(trained, asked)
         for name, changes in CONTROLS.items() if options.controls else ():
-            note(f"control: {name}")
-            said[name] = control(replace(plan, model=changes), asked, note)
+            other = replace(plan, model=changes)
+            if options.equal_flops:
+                other = replace(other, steps=round(plan.steps * step_flops(plan) / step_flops(other)))
+            note(f"control: {name}, {other.steps} steps")
+            said[name] = control(other, asked, note)
         rows = table(said, asked, Bootstrap(resamples=2000, seed=0))
         found.append(rows)
         if options.json:
             print(json.dumps(record(plan, trained, asked, rows)), flush=True)
         else:
-            console.print(*shown(plan, trained, asked, rows).terminal())
+            console.print(shown(plan, trained, asked, rows).terminal())
     if len(found) > 1 and not options.json:
-        console.print(over_seeds(found, options.first_seed).rich())
+        console.print(over_seeds(found, options.first_seed).terminal())
 
 
 def control(plan: Plan, asked: Asked, note=lambda _: None) -> Answers:
@@ -73,6 +76,7 @@ def record(plan: Plan, trained: Trained, asked: Asked, rows: Sequence[Row]) -> d
         "planned_steps": plan.steps,
         "clutter": round(trained.clutter, 3),
         "full_clutter_at": trained.full_at,
+        "train_gflop": round(trained.flops / 1e9, 1),
         "cpu_s": round(trained.cpu_s, 1),
         "encoder_cpu_s": round(trained.encoder_cpu_s, 1),
         "encoder_accuracy": trained.encoder_accuracy,
@@ -90,7 +94,8 @@ def shown(plan: Plan, trained: Trained, asked: Asked, rows: Sequence[Row]) -> Ta
     note = (
         f"Best constant answer {asked.constant:.3f}; all digits without their places {asked.bag_ceiling:.3f}; gaze by chance {1 / 9:.3f}. "
         f"Clutter {full}. Intervals: 95 %, over clips; p: paired sign flips by clip against “{MAIN}”, adjusted by Holm. "
-        f"{trained.cpu_s:.0f} s of one core, the encoder's {trained.encoder_cpu_s:.0f} s before.{stopped}"
+        f"Training: {trained.flops / 1e9:,.0f} GFLOP, {trained.cpu_s:.0f} s of one core, the encoder's {trained.encoder_cpu_s:.0f} s "
+        f"before.{stopped}"
     )
     head = ["condition", "accuracy", "by frame", "worst cell", "gaze on target", "below fine", "p"]
     cells = [
@@ -142,6 +147,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="of a training")
     parser.add_argument("--encoder-steps", type=int, help="of the encoder's own training before; 0: random weights")
     parser.add_argument("--controls", action=argparse.BooleanOptionalAction, default=True, help="train the controls too")
+    parser.add_argument("--equal-flops", action="store_true", help="train controls for as many FLOPs, not steps")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="one JSON object a seed")
     return parser.parse_args(arguments)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from fvlm_core.data.tokenizer import chat_format, encode, render_chat, train_tok
 from fvlm_core.eval.subject import Subject
 from fvlm_core.model.build import build_model
 from fvlm_core.model.encoder import Encoder
+from fvlm_core.model.names import Mode
+from fvlm_core.train.cost import Cost
 from fvlm_core.train.jobs import VisionTrainingSettings
 from fvlm_core.train.objective import TokenLoss
 from fvlm_core.train.optimizer import build_optimizer, clip_gradients, gradient_norms, set_learning_rates
@@ -41,7 +43,7 @@ class Plan:
 
     task: gaze.Task = "cell"
     seed: int = 0
-    steps: int = 350
+    steps: int = 700
     batch_samples: int = 96
     """Half of them with the question before the video, half after it."""
     frames: int = 3
@@ -52,14 +54,16 @@ class Plan:
     """Of all roles."""
     warmup_steps: int = 40
     first_clutter: float = 0.0
-    clutter_step: float = 0.012
+    mixed_clutter: bool = False
+    """Draw every clip's clutter evenly from 0 to 1 instead."""
+    clutter_step: float = 0.01
     """What a step adds to the clutter while the running loss of the last pass, question first, is below `clutter_gate`."""
     clutter_gate: float = 1.1
     """Nats per digit; chance is 2.30."""
     model: dict[str, Any] = field(default_factory=dict)
     """Changes of `model_settings`."""
-    wording: str = "sentence"
-    """sentence: the questions and the chat format of the pipeline; words: only what differs between questions, without a system prompt."""
+    wording: Literal["words", "sentence"] = "words"
+    """words: only what differs between questions, without a system prompt; sentence: the questions and the chat format of the pipeline."""
     max_cpu_s: float = float("inf")
     """Processor time after which the training stops early."""
 
@@ -87,6 +91,8 @@ class Trained:
     """At the last step."""
     full_at: int | None
     """The step at which the clutter reached 1."""
+    flops: float
+    """Of the training, from the configuration, without the encoder's own."""
     cpu_s: float
     """Processor time of the training, without the encoder's."""
     encoder_cpu_s: float
@@ -158,26 +164,24 @@ def train(plan: Plan, say: Callable[[str], None] = lambda _: None) -> Trained:
     )
     optimizer = build_optimizer(model, rates)
     objective = TokenLoss(plan.loss, model.pass_names)
+    cost, flops = Cost(model, plan.loss), 0.0
     rng = np.random.default_rng([plan.seed, 1])
     clutter, running, full_at, started = plan.first_clutter, 2.3, None, time.process_time()
     last, half, done = objective.names[-1], plan.batch_samples // 2, 0
     model.train()
     while done < plan.steps and time.process_time() - started < plan.max_cpu_s:
         losses: dict[str, float] = {}
-        orders = {"first": True, "after": False}
-        batches = {
-            order: pack(
-                [asker.sample(asker.clip(rng, "train", clutter), question_first=first) for _ in range(half)],
-                asker.chat,
-                tokens_per_frame=model.settings.tokens_per_frame,
-            )
-            for order, first in orders.items()
-        }
+        batches = {}
+        for order, first in (("first", True), ("after", False)):
+            clips = [asker.clip(rng, "train", rng.random() if plan.mixed_clutter else clutter) for _ in range(half)]
+            samples = [asker.sample(clip, question_first=first) for clip in clips]
+            batches[order] = pack(samples, asker.chat, tokens_per_frame=model.settings.tokens_per_frame)
         labels = sum(batch.n_labels for batch in batches.values())
         for order, batch in batches.items():
             sums = objective(model, batch)
             (sums.objective / labels).backward()
             losses[order] = sums.parts[last].item() / half / plan.frames
+            flops += cost.batch(batch)
         norm = torch.stack(list(gradient_norms(optimizer).values())).norm()
         clip_gradients(optimizer, rates.clip_norm, norm)
         set_learning_rates(optimizer, learning_rates(rates, done, plan.steps))
@@ -192,7 +196,17 @@ def train(plan: Plan, say: Callable[[str], None] = lambda _: None) -> Trained:
             heard = ", ".join(f"{loss:.2f} with the question {order}" for order, loss in losses.items())
             say(f"step {done}: clutter {clutter:.2f}; nats per digit: {heard}; {time.process_time() - started:.0f} s")
     model.eval()
-    return Trained(asker, subject, done, clutter, full_at, time.process_time() - started, encoder_s, accuracy, entropy)
+    return Trained(asker, subject, done, clutter, full_at, flops, time.process_time() - started, encoder_s, accuracy, entropy)
+
+
+def step_flops(plan: Plan) -> float:
+    """Training FLOPs of a step, from the configuration."""
+    asker = Asker.of(plan)
+    model = build_model(plan.model_settings, vocab_size=len(asker.tokenizer))
+    rng = np.random.default_rng(0)
+    samples = [asker.sample(asker.clip(rng, "train", 1.0), question_first=first) for first in (True, False)]
+    batch = pack(samples, asker.chat, tokens_per_frame=model.settings.tokens_per_frame)
+    return Cost(model, plan.loss).batch(batch) / 2 * plan.batch_samples
 
 
 @torch.no_grad()
@@ -206,7 +220,8 @@ def entropy_at_start(subject: Subject, asker: Asker, *, clips: int = 64) -> dict
     rng = np.random.default_rng(0)
     samples = [asker.sample(asker.clip(rng, "train", 1.0), question_first=True) for _ in range(clips)]
     shares = {}
-    for name, mode in (("coarse", "coarse_only"), ("fine", "coarse_fine")):
+    modes: dict[str, Mode] = {"coarse": "coarse_only", "fine": "coarse_fine"}
+    for name, mode in modes.items():
         attention = np.concatenate(subject.gaze(samples, mode)).reshape(clips * asker.plan.frames, -1)
         shares[name] = round(float(-(attention * np.log(attention + 1e-12)).sum(1).mean() / np.log(attention.shape[1])), 3)
     return shares
@@ -215,9 +230,7 @@ def entropy_at_start(subject: Subject, asker: Asker, *, clips: int = 64) -> dict
 def _question(plan: Plan, clip: gaze.GazeClip) -> str:
     if plan.wording == "sentence" or plan.task == "caption":
         return gaze.question(clip)
-    if plan.task == "colour":
-        return list(gaze.COLOURS)[clip.colours[0, *clip.path[0]]]
-    return gaze.cell_name(*clip.path[0].tolist(), clip.digits.shape[-1])
+    return clip.colour if plan.task == "colour" else clip.place
 
 
 def _answer(clip: gaze.GazeClip) -> str:

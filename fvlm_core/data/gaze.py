@@ -74,6 +74,17 @@ class GazeClip:
         """The digits that count, a character a frame."""
         return "".join(str(digit) for digit in self.digits[np.arange(len(self.path)), *self.path.T])
 
+    @property
+    def place(self) -> str:
+        """Name of the first frame's cell that counts."""
+        row, column = self.path[0].tolist()
+        return cell_name(row, column, self.digits.shape[-1])
+
+    @property
+    def colour(self) -> str:
+        """Colour of the first digit that counts."""
+        return list(COLOURS)[self.colours[0, *self.path[0]]]
+
 
 def render(
     rng: np.random.Generator,
@@ -182,7 +193,7 @@ def cell_name(row: int, column: int, grid: int = GRID) -> str:
 
 def caption(clip: GazeClip) -> str:
     """What the clip's place shows, e.g. `371 at the top left`; of a clip of `OF_A_PLACE`."""
-    return f"{clip.answer} at the {cell_name(*clip.path[0].tolist(), clip.digits.shape[-1])}"
+    return f"{clip.answer} at the {clip.place}"
 
 
 def reading(clip: GazeClip) -> str:
@@ -195,13 +206,11 @@ def question(clip: GazeClip) -> str:
     if clip.task == "caption":
         return "Which digits are white, and where?"
     many = "digits are" if len(clip.digits) > 1 else "digit is"
-    place = cell_name(*clip.path[0].tolist(), clip.digits.shape[-1])
-    colour = list(COLOURS)[clip.colours[0, *clip.path[0]]]
     return {
-        "cell": f"Which {many} at the {place}?",
-        "colour": f"Which {many} {colour}?",
-        "hunt": f"Start at the {place} and go where the cross was. Which {many} there?",
-        "track": f"Start at the {place} and follow its colour. Which {many} there?",
+        "cell": f"Which {many} at the {clip.place}?",
+        "colour": f"Which {many} {clip.colour}?",
+        "hunt": f"Start at the {clip.place} and go where the cross was. Which {many} there?",
+        "track": f"Start at the {clip.place} and follow its colour. Which {many} there?",
     }[clip.task]
 
 

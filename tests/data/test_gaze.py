@@ -1,8 +1,10 @@
+import json
 import re
 from difflib import SequenceMatcher
 from itertools import pairwise
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,8 +13,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import SVC
 
 from fvlm_core.data import digits, gaze
-from fvlm_core.data.clips import encode_mp4
+from fvlm_core.data.clips import TABLE, encode_mp4, make_clips
 from fvlm_core.data.frames import FrameRule, extract_frames
+from fvlm_core.data.jobs import ClipJob, GazeSource
 
 CLIPS = {
     "seed": st.integers(0, 2**32 - 1),
@@ -196,3 +199,22 @@ def test_digits_stay_readable_through_h264_and_scaling():
             cells.append(np.roll(cell, shift, (0, 1)).ravel())
         truth.extend(clip.digits.ravel())
     assert (classifier.predict(np.array(cells)) == truth).mean() > 0.87
+
+
+def test_every_task_is_a_source_of_clips(tmp_path):
+    sources = {f"gaze_{task}": GazeSource(task=task, train=1, val=1) for task in gaze.TASKS}
+    make_clips(ClipJob(output=tmp_path, sources=sources, scale=2))
+    rows = pd.read_parquet(tmp_path / TABLE).to_dict("records")
+    assert len(rows) == 2 * len(gaze.TASKS)
+    for row in rows:
+        task = row["source"].removeprefix("gaze_")
+        asked = list(zip(json.loads(row["conversations"]), json.loads(row["probes"]), strict=True))
+        digits = np.array(json.loads(row["extra"])["digits"])
+        for [turn], probe in asked:
+            if task == "caption":
+                assert (probe, turn["answer"]) == (None, row["caption"])
+            else:
+                assert probe["task"] == task
+                assert turn["answer"] == "".join(str(digits[t, r, c]) for t, (r, c) in enumerate(probe["cells"]))
+        if task not in gaze.OF_A_PLACE:
+            assert row["caption"] == asked[0][0][0]["answer"]

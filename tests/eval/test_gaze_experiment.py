@@ -10,7 +10,7 @@ from scipy import stats
 
 from benchmarks import gaze as experiment
 from benchmarks.gaze_measures import CONTROLS, MAIN, Answers, Asked, answers, table
-from benchmarks.gaze_training import Plan, entropy_at_start, train
+from benchmarks.gaze_training import Plan, entropy_at_start, step_flops, train
 from fvlm_core.data import gaze
 from fvlm_core.data.batch import pack
 from fvlm_core.eval.stats import Bootstrap
@@ -35,6 +35,11 @@ def test_training_is_a_function_of_the_plan(trained):
     weights, same, different = (one.subject.model.state_dict() for one in (trained, again, other))
     assert all(torch.equal(weights[name], same[name]) for name in weights)
     assert any(not torch.equal(weights[name], different[name]) for name in weights)
+
+
+def test_steps_cost_what_their_batches_cost(trained):
+    """Questions of other cells have as many tokens, give or take one."""
+    assert trained.flops / trained.steps == pytest.approx(step_flops(TINY), rel=0.05)
 
 
 def test_time_is_limited():
@@ -67,7 +72,7 @@ def test_every_condition_answers_the_same_questions(trained, asked):
     assert [row.condition for row in rows] == list(said)
     for row in rows:
         assert row.accuracy.n == CLIPS
-        assert row.accuracy.value == pytest.approx(said[row.condition].right.mean())
+        assert row.accuracy.value == pytest.approx(said[row.condition].right.mean(), abs=1e-6)
 
 
 def test_accuracy_counts_digits_at_their_places(trained, asked, monkeypatch):
@@ -144,16 +149,16 @@ def test_nine_pooled_tokens_are_the_patches():
     assert torch.allclose(model._pool(features), features.patches[:, 1:], atol=1e-6)
 
 
-def test_command_prints_a_record_per_seed(capsys):
-    experiment.main(["--json", "--seeds", "2", "--steps", "1", "--encoder-steps", "1", "--clips", "6", "--no-controls", "--task", "hunt"])
-    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [record["seed"] for record in records] == [0, 1]
-    assert {record["task"] for record in records} == {"hunt"}
-    assert records[0]["rows"][0]["accuracy"]["n"] == 6
+QUICK = ["--steps", "1", "--encoder-steps", "0", "--clips", "4", "--no-controls"]
 
 
-def test_command_prints_tables(capsys):
-    experiment.main(["--seeds", "2", "--steps", "1", "--encoder-steps", "1", "--clips", "6", "--no-controls"])
-    out = capsys.readouterr().out
-    assert "worst seed" in out
-    assert MAIN.split(",")[0] in out
+def test_command_prints_a_record_of_each_seed(capsys):
+    experiment.main([*QUICK, "--json", "--task", "hunt", "--first-seed", "3"])
+    [record] = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert (record["task"], record["seed"], record["clips"]) == ("hunt", 3, 4)
+    assert record["rows"][0]["accuracy"]["n"] == 4
+
+
+def test_command_names_the_worst_seed(capsys):
+    experiment.main([*QUICK, "--seeds", "2"])
+    assert "worst seed" in capsys.readouterr().out
