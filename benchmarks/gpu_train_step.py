@@ -21,12 +21,10 @@ import torch
 
 from benchmarks.report import Measurement, arguments, show
 from benchmarks.shapes import FRAME_PX, SMOLLM2, VOCABULARY, model_settings
+from benchmarks.small_shards import write_small
 from fvlm_core.config import ModelSettings, Recipe
-from fvlm_core.data.jobs import SHARD_FILES, ShardManifest
 from fvlm_core.data.rows import SPLITS
-from fvlm_core.data.shard_files import ShardSample, write_shards
-from fvlm_core.data.tokenizer import render_chat, train_tokenizer
-from fvlm_core.manifest import file_entries
+from fvlm_core.data.shard_files import ShardSample
 from fvlm_core.train.jobs import SpeedJob, SpeedRow
 from fvlm_core.train.speed import Bench
 
@@ -101,19 +99,7 @@ def write_videos(folder: Path, *, frame_px: int, videos: int, vocabulary: int) -
 
     counts = {"train": videos * len(FRAMES), "val": len(FRAMES)}
     samples = [sample(split, number) for split in SPLITS for number in range(counts[split])]
-    tokenizer = train_tokenizer((render_chat(turns) for made in samples for turns in made.conversations), 1024)
-    sources, dropped = write_shards(folder, samples, tokenizer)
-    ShardManifest(
-        name="shards",
-        settings_hash="benchmark",
-        files=file_entries(folder, SHARD_FILES),
-        sources=sources,
-        frame_px=frame_px,
-        fps=1.0,
-        vocab_size=vocabulary,
-        bad=dropped,
-    ).write(folder)
-    return folder
+    return write_small(folder, samples, identity="benchmark", frame_px=frame_px, tokens=1024, vocab_size=vocabulary, samples_per_shard=1000)
 
 
 def speed_job(folder: Path, shards: Path, model: ModelSettings, *, steps: int, workers: int, **run: Any) -> SpeedJob:

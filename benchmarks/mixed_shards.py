@@ -8,12 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from benchmarks.small_shards import write_small
 from fvlm_core.config import DataSettings, SourceShare
-from fvlm_core.data.jobs import SHARD_FILES, ShardManifest
 from fvlm_core.data.rows import Kind, Split
-from fvlm_core.data.shard_files import ShardSample, write_shards
-from fvlm_core.data.tokenizer import render_chat, train_tokenizer
-from fvlm_core.manifest import file_entries
+from fvlm_core.data.shard_files import ShardSample
 
 SHARES = {"video": 0.46, "image": 0.34, "text": 0.20}
 """SmolVLM2's last stage with its two kinds of image sample in one; see docs/data-sources.md."""
@@ -36,19 +34,7 @@ def write_mixed(folder: Path, *, clips: int, frame_px: int = 224, samples_per_sh
     kinds: tuple[Kind, ...] = ("video", "image", "text")
     counts: dict[Split, int] = {"train": clips, "val": VAL_CLIPS}
     samples = [_sample(rng, kind, split, n, frame_px) for split, count in counts.items() for kind in kinds for n in range(count)]
-    tokenizer = train_tokenizer((render_chat(turns) for sample in samples for turns in sample.conversations), 512)
-    sources, dropped = write_shards(folder, samples, tokenizer, samples_per_shard=samples_per_shard)
-    ShardManifest(
-        name="shards",
-        settings_hash="benchmark",
-        files=file_entries(folder, SHARD_FILES),
-        sources=sources,
-        frame_px=frame_px,
-        fps=1.0,
-        vocab_size=len(tokenizer),
-        bad=dropped,
-    ).write(folder)
-    return folder
+    return write_small(folder, samples, identity="benchmark", frame_px=frame_px, tokens=512, samples_per_shard=samples_per_shard)
 
 
 def _sample(rng: np.random.Generator, kind: Kind, split: Split, number: int, frame_px: int) -> ShardSample:

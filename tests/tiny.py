@@ -7,13 +7,11 @@ import numpy as np
 import simplejpeg
 import yaml
 
+from benchmarks.small_shards import write_small
 from fvlm_core.data import gaze
-from fvlm_core.data.jobs import SHARD_FILES, ShardManifest
 from fvlm_core.data.rows import SPLITS, Split
-from fvlm_core.data.shard_files import ShardSample, write_shards
+from fvlm_core.data.shard_files import ShardSample
 from fvlm_core.data.text import text_chats
-from fvlm_core.data.tokenizer import render_chat, train_tokenizer
-from fvlm_core.manifest import file_entries
 
 VOCABULARY = 400
 PROFILE = Path(__file__).with_name("profile.yaml")
@@ -36,20 +34,7 @@ def tiny_shards(folder: Path, *, clips: int = 24, seed: int = 0) -> Path:
     samples.extend(
         ShardSample("text", "text", split, f"{split}-{number}", [[turn]], [None]) for split, number, turn in text_chats(seed, clips, clips)
     )
-    tokenizer = train_tokenizer((render_chat(turns) for sample in samples for turns in sample.conversations), VOCABULARY)
-    counts, dropped = write_shards(folder, samples, tokenizer, samples_per_shard=16)
-    ShardManifest(
-        name="shards",
-        settings_hash=f"tiny {clips} {seed}",
-        counts={"samples": len(samples)},
-        files=file_entries(folder, SHARD_FILES),
-        sources=counts,
-        frame_px=gaze.FRAME_PX,
-        fps=1.0,
-        vocab_size=len(tokenizer),
-        bad=dropped,
-    ).write(folder)
-    return folder
+    return write_small(folder, samples, identity=f"tiny {clips} {seed}", frame_px=gaze.FRAME_PX, tokens=VOCABULARY)
 
 
 def gaze_sample(source: str):

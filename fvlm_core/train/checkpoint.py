@@ -61,7 +61,7 @@ class CheckpointManifest(Manifest):
     score: float | None
     """What the recipe's `best` makes of the validation losses at this step, or None where it was not evaluated or an alarm was pending."""
     state: dict[str, Any]
-    """The run's small state (`fvlm_core.train.loop.RunState`)."""
+    """The run's small state (`fvlm_core.train.state.RunState`)."""
 
 
 class Checkpoints:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import os
 import resource
 from collections.abc import Sequence
@@ -9,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim import AdamW
 
-from fvlm_core.config import Recipe
+from fvlm_core.config import OptimizerSettings, Recipe
 from fvlm_core.manifest import write_atomically
 from fvlm_core.model.names import ROLES
+from fvlm_core.train.distributed import World
+from fvlm_core.train.schedules import learning_rates
+from fvlm_core.train.state import Clock, RunState
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "A6000": 155, "4090": 165, "5090": 209, "B200": 2250}
 """Dense bf16 tensor-core peaks from NVIDIA's data sheets, by a part of the device's name."""
@@ -27,6 +32,33 @@ def columns(passes: Sequence[str]) -> list[str]:
         *(f"lr_{role}" for role in ROLES),
         *("entropy", "skipped_steps", "samples_per_s", "frames_per_s", "tokens_per_s", "mfu", "data_wait_share", "peak_memory_gb"),
     ]
+
+
+def metrics_row(
+    state: RunState, clock: Clock, optimizer: AdamW, settings: OptimizerSettings, *, steps: int, val_loss: float, world: World
+) -> dict[str, Any]:
+    """A row of `metrics.csv`: the state after its step, and what was summed since the last one. `steps`: of the run."""
+    window, rates = state.window, learning_rates(settings, state.step - 1, steps)
+    units = max(1, window.units) if window.steps else math.nan  # nothing is known where every step was skipped
+    trained = {group["role"] for group in optimizer.param_groups}
+    peak = peak_flops(world.device)
+    return {
+        "step": state.step,
+        "samples": state.samples,
+        "frames": state.frames,
+        "label_tokens": state.label_tokens,
+        "flops": state.flops,
+        "val_loss": val_loss,
+        **{f"val_{name}": value for name, value in state.val_losses.items()},
+        "train_loss": window.objective / units,
+        **{f"train_{name}": value / units for name, value in window.losses.items()},
+        **{f"grad_norm_{role}": value / window.steps for role, value in window.norms.items()},
+        **{f"lr_{role}": rate if role in trained else 0.0 for role, rate in rates.items()},
+        "entropy": window.entropy / window.frames if window.frames else None,
+        "skipped_steps": state.skipped_steps,
+        **clock.rates(peak * world.size if peak else None),
+        "peak_memory_gb": peak_memory_gb(world.device),
+    }
 
 
 class MetricsFile:

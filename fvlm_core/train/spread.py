@@ -100,7 +100,7 @@ class Sharded(Spread):
         self.parts = [module for module in self.root.modules() if isinstance(module, FSDPModule)]
         for part in self.parts:
             part.set_reshard_after_backward(False, recurse=False)
-        layers = [layer for layer in model.llm.model.layers if isinstance(layer, FSDPModule)]
+        layers: list[FSDPModule] = [layer for layer in model.llm.model.layers if isinstance(layer, FSDPModule)]
         for number, layer in enumerate(layers):
             layer.set_modules_to_forward_prefetch(layers[number + 1 : number + 1 + AHEAD_LAYERS])
         self.first = [part for part in self.parts if part not in layers]

@@ -13,23 +13,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.small_shards import write_small
 from fvlm_core.config import Recipe
 from fvlm_core.data.download import download
 from fvlm_core.data.frames import FrameRule, encode_jpeg, extract_frames
-from fvlm_core.data.jobs import SHARD_FILES, DownloadJob, ShardJob, ShardManifest, Source
+from fvlm_core.data.jobs import DownloadJob, ShardJob, Source
 from fvlm_core.data.loader import train_steps
 from fvlm_core.data.media import read_media, time_window
 from fvlm_core.data.mixture import BLOCK_SAMPLES, Mixture
 from fvlm_core.data.parts import Part, incomplete
 from fvlm_core.data.rows import SPLITS, Kind
-from fvlm_core.data.shard_files import ShardSample, write_shards
+from fvlm_core.data.shard_files import ShardSample
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.data.shards import make_shards
 from fvlm_core.data.sources import ADAPTERS
 from fvlm_core.data.sources.record import PATH, Record, read_rows, record, record_folder
-from fvlm_core.data.tokenizer import render_chat, train_tokenizer
 from fvlm_core.errors import UserError
-from fvlm_core.manifest import file_entries
 from fvlm_core.train.distributed import World
 from fvlm_core.train.loop import Trainer
 from tests.data.published import PUBLISHED, RATE, clip, rlaif_v_formatted
@@ -88,19 +87,7 @@ def shards(rows: dict[str, list[dict[str, Any]]], tmp_path_factory: pytest.TempP
     """Shards of all of them."""
     folder = tmp_path_factory.mktemp("mixed") / "shards"
     samples = [sample for name in FORMATS for sample in samples_of(rows[name])]
-    tokenizer = train_tokenizer((render_chat(turns) for sample in samples for turns in sample.conversations), 400)
-    counts, dropped = write_shards(folder, samples, tokenizer, samples_per_shard=16)
-    assert not dropped
-    ShardManifest(
-        name="shards",
-        settings_hash="published",
-        files=file_entries(folder, SHARD_FILES),
-        sources=counts,
-        frame_px=FRAME_PX,
-        fps=1.0,
-        vocab_size=len(tokenizer),
-    ).write(folder)
-    return ShardSet(folder)
+    return ShardSet(write_small(folder, samples, identity="published", frame_px=FRAME_PX, tokens=400))
 
 
 def recipe_of(folder: Path, shards: ShardSet, mixture: list[dict[str, Any]], **changes: Any) -> Recipe:

@@ -12,16 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.small_shards import write_small
 from fvlm_core.config import LossSettings, Recipe
 from fvlm_core.data.batch import Sample, Turn, pack
-from fvlm_core.data.jobs import SHARD_FILES, ShardManifest
 from fvlm_core.data.rows import SPLITS
-from fvlm_core.data.shard_files import ShardSample, write_shards
+from fvlm_core.data.shard_files import ShardSample
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.data.text import text_chats
-from fvlm_core.data.tokenizer import render_chat, train_tokenizer
 from fvlm_core.errors import UserError
-from fvlm_core.manifest import Manifest, file_entries
+from fvlm_core.manifest import Manifest
 from fvlm_core.model.build import build_model
 from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.model.inference import token_losses
@@ -43,19 +42,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     samples = [_with_rejected(gaze_sample("gaze_cell")(0, split, number)) for split in SPLITS for number in range(CLIPS)]
     for split, number, turn in text_chats(0, CLIPS, CLIPS):
         samples.append(ShardSample("chats", "text", split, f"{split}-{number}", [[turn | {"rejected": "I do not know."}]], [None]))
-    tokenizer = train_tokenizer((render_chat(turns) for sample in samples for turns in sample.conversations), 400)
-    counts, dropped = write_shards(folder, samples, tokenizer, samples_per_shard=16)
-    ShardManifest(
-        name="shards",
-        settings_hash="pairs",
-        files=file_entries(folder, SHARD_FILES),
-        sources=counts,
-        frame_px=42,
-        fps=1.0,
-        vocab_size=len(tokenizer),
-        bad=dropped,
-    ).write(folder)
-    return folder
+    return write_small(folder, samples, identity="pairs", frame_px=42, tokens=400)
 
 
 def _with_rejected(sample: ShardSample) -> ShardSample:
