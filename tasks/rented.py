@@ -53,13 +53,15 @@ def account_of(rental: Rental) -> Account:
 
 
 def seen_from_home(rental: Rental) -> Path | None:
-    """A folder that looks like the volume to whoever reads manifests; None where there are no keys, as before anything is rented."""
+    """A folder that looks like the volume to whoever reads manifests; None where there are no keys or no volume yet."""
     keys = (KEY_VARIABLE, S3_ACCESS_VARIABLE, S3_SECRET_VARIABLE)
     if mounted(rental.mount_path, rental.volume):
         return Path(rental.mount_path)
     if not all(os.environ.get(name) for name in keys):
         return None
     account = account_of(rental)
+    if not any(rental.volume in (one.id, one.name) for one in account.client.volumes()):
+        return None
     store = account.store
     assert isinstance(store, S3Store)
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -116,7 +116,7 @@ def test_a_volume_is_looked_at_through_s3(fvlm: Fvlm, cloud: Emulator, tmp_path:
     (folder / "clip.mp4").write_bytes(b"0" * 2_000_000)
     manifest = Manifest(name=clips.name, settings_hash="", files=file_entries(folder, ["*.mp4"]), seconds=1234.0).write(folder)
     made = {clips.name: Made(name=clips.name, folder=clips.folder, digest=manifest.digest)}
-    closing = Table(title="Found", head=["n"], rows=[["42"]])
+    closing = Table(title="Found", head=["share of right answers"], rows=[["42"]])
     shown = Shown(text="eleven videos", closing=[closing], outputs={"report": "steps/x/report.html"})
     PhaseManifest(name=phase.name, settings_hash="", steps=made, shown=shown).write(phase.folder(config, volume.folder))
 
