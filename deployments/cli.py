@@ -11,7 +11,7 @@ from rich.console import Console
 
 from deployments import convert, data, data_plan, machines, scaling
 from deployments.evaluate import evaluate
-from deployments.options import DEFAULT_VOLUME, Changes, Cloud, KeepServer, Port, Profile, Videos, Volume, table_console
+from deployments.options import DEFAULT_VOLUME, Changes, Cloud, KeepServer, Live, Port, Profile, Videos, Volume, table_console
 from deployments.use import chat, look
 from fvlm_core.errors import UserError
 from fvlm_core.exit_status import USER_ERROR
@@ -86,8 +86,9 @@ def plan(
     videos: Videos = None,
     volume: Volume = DEFAULT_VOLUME,
     changes: Changes = (),
+    live: Live = False,
 ) -> int:
-    """Show what a run would do, and because of what, before it does anything."""
+    """Show what a run would do, and because of what, before it does anything; for rented machines in dollars too."""
     from deployments.profile import chosen_profile
     from flows.registry import PHASES
     from fvlm_core.data.sources.sizes import missing_files, sources_table
@@ -110,7 +111,9 @@ def plan(
     table_console().print(made.table().terminal())
     if rental:
         from tasks.dollars import in_dollars
+        from tasks.rented import at_live_prices
 
+        rental = at_live_prices(config) if live else rental
         table_console().print(in_dollars(made, phases, rental).table().terminal())
     return 0
 

@@ -21,6 +21,7 @@ Cloud = Annotated[
     Literal["emulator"] | None,
     Parameter(help="`emulator`: rehearse a rented run on pods of an emulated RunPod, which are processes of this machine; costs nothing."),
 ]
+Live = Annotated[bool, Parameter(negative="", help="Of rented machines: today's prices from the catalogue (needs RUNPOD_API_KEY).")]
 Changes = Annotated[
     tuple[str, ...],
     Parameter(

@@ -129,7 +129,7 @@ def _configuration(config: PipelineConfig, code: str | None):
     """The pod of the pipeline's own flow, which is a small one too, as its pool describes it."""
     from infra.runpod.pool import RunPodConfiguration
 
-    pool = config.machine.pools.pipeline
+    pool = config.machine.pools.by_role["pipeline"]
     return RunPodConfiguration.model_validate(rental_of(config).job_variables(code) | pool.job_variables)
 
 

@@ -7,6 +7,8 @@ import io
 import os
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from fvlm_core.errors import UserError
 from fvlm_core.tables import Table
 from infra import api
@@ -14,15 +16,19 @@ from infra.budget import Budget, Entry, Position
 from infra.mirror import mirror
 from infra.runpod.account import KEY_VARIABLE, S3_ACCESS_VARIABLE, S3_SECRET_VARIABLE, Account, Place, mounted
 from infra.runpod.bills import reconcile
+from infra.runpod.client import RunPod
 from infra.runpod.naming import owner
 from infra.runpod.reaper import Reaped, reap
+from infra.runpod.rent import Wish, candidates
 from infra.s3 import S3Store
 from infra.store import Store
 from tasks.bill import bill_against_plan, billed_by_step, recorded_plan
-from tasks.config import PipelineConfig
+from tasks.config import PipelineConfig, Pool
 from tasks.rental import Rental
 
 STORAGE, OTHER = "storage", "other"
+MACHINE = ("gpus", "gpu_count", "cpus", "vcpus", "max_usd_per_hour", "min_cuda")
+"""Job variables that say which machine a pool wants."""
 LOOKED_AT = ("phases/", "steps/", "sources/")
 """Folders of the volume that say what is done."""
 
@@ -47,13 +53,15 @@ def account_of(rental: Rental) -> Account:
 
 
 def seen_from_home(rental: Rental) -> Path | None:
-    """A folder that looks like the volume to whoever reads manifests; None where there are no keys, as before anything is rented."""
+    """A folder that looks like the volume to whoever reads manifests; None where there are no keys or no volume yet."""
     keys = (KEY_VARIABLE, S3_ACCESS_VARIABLE, S3_SECRET_VARIABLE)
     if mounted(rental.mount_path, rental.volume):
         return Path(rental.mount_path)
     if not all(os.environ.get(name) for name in keys):
         return None
     account = account_of(rental)
+    if not any(rental.volume in (one.id, one.name) for one in account.client.volumes()):
+        return None
     store = account.store
     assert isinstance(store, S3Store)
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -61,6 +69,27 @@ def seen_from_home(rental: Rental) -> Path | None:
     folder.mkdir(parents=True, exist_ok=True)
     mirror(store, folder, LOOKED_AT)
     return folder
+
+
+def at_live_prices(config: PipelineConfig) -> Rental:
+    """The profile's rental with today's prices from the catalogue: of each pool's first machine that is in stock where the volume may be.
+
+    Raises RefusedError where a pool's machines are all above its own ceiling, WrongKeyError without RUNPOD_API_KEY.
+    """
+    rental, pools = rental_of(config), config.machine.pools.by_role
+    with RunPod(os.environ.get(KEY_VARIABLE, ""), rental.runpod_url) as client:
+
+        def usd_per_hour(pool: Pool) -> float:
+            given = {name: pool.job_variables[name] for name in MACHINE if name in pool.job_variables}
+            wish = TypeAdapter(Wish).validate_python({"image": "", "data_centers": rental.data_centers} | given)
+            return candidates(client, wish, None)[0].usd_per_hour
+
+        prices = {
+            "gpu_usd_per_hour": usd_per_hour(pools["gpu"]),
+            "cpu_usd_per_hour": usd_per_hour(pools["cpu"]),
+            "pipeline_usd_per_hour": usd_per_hour(pools["pipeline"]),
+        }
+    return rental.model_copy(update=prices)
 
 
 def look_after(account: Account, budget: Budget | None) -> list[Reaped]:

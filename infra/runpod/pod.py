@@ -171,7 +171,7 @@ class Pod:
         for entry in files:
             path = os.path.join(folder, entry["path"])
             size = os.path.getsize(path) if os.path.isfile(path) else None
-            if size != entry["bytes"]:
+            if size is None or size != entry["bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes and not {entry['bytes']}"
                 raise PreflightError(f"the shards are damaged: {entry['path']} {found}; run the precompute again")
             if size <= HASHED_BYTES:

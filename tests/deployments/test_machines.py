@@ -29,6 +29,7 @@ from infra.runpod.naming import PodName
 from infra.stack import Stack
 from infra.store import FolderStore
 from tasks.phase import Before, PhaseManifest, Shown
+from tasks.rented import at_live_prices
 from tasks.steps import Made
 from tests.infra.runpod.conftest import KEY
 
@@ -115,13 +116,13 @@ def test_a_volume_is_looked_at_through_s3(fvlm: Fvlm, cloud: Emulator, tmp_path:
     (folder / "clip.mp4").write_bytes(b"0" * 2_000_000)
     manifest = Manifest(name=clips.name, settings_hash="", files=file_entries(folder, ["*.mp4"]), seconds=1234.0).write(folder)
     made = {clips.name: Made(name=clips.name, folder=clips.folder, digest=manifest.digest)}
-    closing = Table(title="What came of it", head=["n"], rows=[["42"]])
+    closing = Table(title="Found", head=["share of right answers"], rows=[["42"]])
     shown = Shown(text="eleven videos", closing=[closing], outputs={"report": "steps/x/report.html"})
     PhaseManifest(name=phase.name, settings_hash="", steps=made, shown=shown).write(phase.folder(config, volume.folder))
 
     for _ in range(2):  # the second time from what was fetched
         seen = fvlm("status")
-        for words in ("eleven videos", "What came of it", "42", "fvlm volume get steps/x/report.html"):
+        for words in ("eleven videos", "Found", "42", "fvlm volume get steps/x/report.html"):
             assert words in seen
     (here,) = (tmp_path / "caches" / "fvlm").glob("*/steps/*/clip.mp4")
     assert here.stat().st_size == 2_000_000
@@ -131,6 +132,19 @@ def test_a_volume_is_looked_at_through_s3(fvlm: Fvlm, cloud: Emulator, tmp_path:
     assert "damaged" in fvlm("plan"), "a file that has another size on the volume"
     (folder / "manifest.json").unlink()
     assert "begun, not finished" in fvlm("plan")
+
+
+def test_a_plan_at_the_prices_of_today(fvlm: Fvlm, cloud: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile, wanted = tmp_path / "rented.yaml", {"gpus": ["NVIDIA A100-SXM4-80GB"], "gpu_count": 2}
+    pools = {"gpu": wanted, "cpu": {"cpus": ["cpu5c"], "vcpus": 8}, "pipeline": {"cpus": ["cpu3c"]}}
+    made = {name: {"name": name, "type": "runpod", "job_variables": variables} for name, variables in pools.items()}
+    profile.write_text(yaml.safe_dump(with_changes(yaml.safe_load(profile.read_text()), {"machine.pools": made})))
+    rental = at_live_prices(load_profile(str(profile)))
+    assert (rental.gpu_usd_per_hour, rental.cpu_usd_per_hour, rental.pipeline_usd_per_hour) == pytest.approx((3.78, 0.28, 0.06))
+    assert "Plan in dollars" in fvlm("plan", "--live")
+    monkeypatch.setenv("RUNPOD_API_KEY", "")
+    with pytest.raises(InfraError, match="no key for RunPod's API"):
+        fvlm("plan", "--live")
 
 
 def test_the_scheduled_reaper_shows_where_the_money_is(fvlm: Fvlm, prefect_api: Stack, tmp_path: Path) -> None:
@@ -160,10 +174,12 @@ def test_the_first_dollar_answers_what_no_document_settles(
 ) -> None:
     fvlm("infra", "setup")
     (volume,) = cloud.cloud.volumes.values()
-    more = {"machine.pools.pipeline": {"name": "p", "type": "runpod", "job_variables": {"cpus": ["cpu3c"], "free_volume_gb": 0.0}}}
-    more["machine.rental.mount_path"] = str(volume.folder)
+    pool = {"name": "p", "type": "runpod", "job_variables": {"cpus": ["cpu3c"], "free_volume_gb": 0.0}}
     profile = tmp_path / "rented.yaml"
-    profile.write_text(yaml.safe_dump(with_changes(yaml.safe_load(profile.read_text()), more)))
+    values = yaml.safe_load(profile.read_text())
+    values["machine"]["pools"]["pipeline"] = pool
+    values["machine"]["rental"]["mount_path"] = str(volume.folder)
+    profile.write_text(yaml.safe_dump(values))
     monkeypatch.setattr("infra.runpod.smoke.LOOK_S", 0.1)
     cloud.cloud.faults.arm(Fault("pod_key_refused", times=1))
     shown = " ".join(fvlm("infra", "smoke", "--yes").replace("│", " ").split())

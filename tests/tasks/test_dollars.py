@@ -93,7 +93,7 @@ def test_the_production_plan_agrees_with_the_budget(tmp_path) -> None:
     assert 5 <= planned.of("precompute").value + planned.of("release").value <= 17
     gpu = sum(planned.of(phase).value for phase in ("speed", "ablations", "scaling", "train", "evaluate"))
     assert 150 <= gpu <= 260
-    assert planned.total.value <= 310
+    assert planned.total.value <= planned.total.high <= 310
 
 
 def test_assumed_samples_cost_what_the_flop_counter_says() -> None:
