@@ -92,6 +92,8 @@ def plan(
     from deployments.profile import chosen_profile
     from flows.registry import PHASES
     from fvlm_core.data.sources.sizes import missing_files, sources_table
+    from tasks.grid import grid_table
+    from tasks.grid import planned as planned_grid
     from tasks.plan import plan as planned
     from tasks.rented import seen_from_home
 
@@ -109,6 +111,8 @@ def plan(
     there = (seen_from_home(rental) if rental else None) or volume.resolve()
     made = planned(phases, config, there)
     table_console().print(made.table().terminal())
+    shards = volume.resolve() / "shards"
+    table_console().print(grid_table(planned_grid(config, {}, shards if shards.exists() else None)).terminal())
     if rental:
         from tasks.dollars import in_dollars
         from tasks.rented import at_live_prices

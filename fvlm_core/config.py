@@ -63,12 +63,16 @@ class LLMSettings(Settings):
 
     checkpoint: NameOrFolder | None = None
     """Hub name or local folder of a Llama, e.g. `HuggingFaceTB/SmolLM2-135M-Instruct`."""
+    layers: Positive | None = None
+    """Keep the checkpoint's first so many layers, a size between the published ones; None: all."""
     shape: LLMShape | None = None
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         if (self.checkpoint is None) == (self.shape is None):
             raise ValueError("give exactly one of checkpoint and shape")
+        if self.layers is not None and self.shape is not None:
+            raise ValueError("layers is of a checkpoint; a shape has its own")
         return self
 
 
@@ -276,9 +280,13 @@ class OptimizerSettings(Settings):
     """0 freezes the vision encoder."""
     lr_llm: Annotated[float, Field(ge=0)] = 1e-5
     """0 freezes the language model."""
+    backbone_scale: Annotated[float, Field(ge=0)] = 1.0
+    """Multiplies both backbones' learning rates; 0 trains the connector alone."""
     schedule: Literal["cosine", "constant", "wsd", "converging"] = "cosine"
     """wsd: warm up, stay, decay over the last fifth; converging: the connector's rate falls to the backbones' own."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_share: Share = 0.0
+    """In place of `warmup_steps`: warm-up as a share of the run's steps, so that runs of any length leave it."""
     final_share: Share = 0.05
     """Learning rate at the end as a share of the peak (cosine, wsd)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -286,6 +294,22 @@ class OptimizerSettings(Settings):
     beta1: Share = 0.9
     beta2: Share = 0.98
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
+
+    @property
+    def peaks(self) -> dict[str, float]:
+        """The peak learning rate of each role."""
+        scale = self.backbone_scale
+        return {"connector": self.lr_connector, "vision": self.lr_vision * scale, "llm": self.lr_llm * scale}
+
+    def warmup_of(self, steps: int) -> int:
+        """Warm-up steps of a run of so many."""
+        return max(1, round(self.warmup_share * steps)) if self.warmup_share else self.warmup_steps
+
+    @model_validator(mode="after")
+    def _one_warm_up(self) -> Self:
+        if self.warmup_share and self.warmup_steps:
+            raise ValueError("give one of warmup_steps and warmup_share")
+        return self
 
 
 CompiledPart = Literal["encoder", "queries", "llm"]

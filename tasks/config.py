@@ -28,8 +28,10 @@ from fvlm_core.eval.jobs import EvalSettings
 from fvlm_core.release.jobs import ReleaseSettings
 from fvlm_core.scaling.jobs import Weights
 from fvlm_core.settings import ProfilePath, Settings, explain
+from fvlm_core.train.expected import MeanSample
 from fvlm_core.train.jobs import SpeedSettings, VisionTrainingSettings
 from infra.stack import REPOSITORY
+from tasks.grid import check_grid
 from tasks.rental import Rental
 from tasks.steps import OnCodeChange, Verify
 
@@ -86,15 +88,33 @@ class Size(Settings):
 
     name: Name
     llm: LLMSettings
+    budgets_flops: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = None
+    """Those of the grid's budgets at which it is run; None: all. A large size has too few steps at a small budget."""
+    lr_scale: Annotated[float, Field(gt=0)] | None = None
+    """Of the language model's learning rate over the base's; None: the base's width over its own (see `tasks.grid`)."""
 
 
 class Scaling(Settings):
-    """The grid: every size at every budget, foveated and as the baseline with pooled tokens."""
+    """The grid: sizes at budgets, foveated and as the baseline with pooled tokens."""
 
     sizes: Annotated[list[Size], Field(min_length=1)]
     budgets_flops: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
     """Training FLOPs of each run."""
-    baseline_tokens_per_frame: Literal[4, 16] = 16
+    baseline_tokens_per_frame: Literal[1, 4, 9, 16] = 16
+    """Of the baseline, averages of the same patches: each of equally many, so its square root divides the patches along a side."""
+    warmup_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
+    """Warm-up of every run, as a share of its steps."""
+    min_steps: Positive = 20
+    """A run of fewer steps is refused before anything starts: it would say how warm-up goes, not what the size can do."""
+    corner_seeds: Positive = 1
+    """Seeds of the smallest and the largest size, each at its smallest and its largest budget: they measure the noise."""
+    batch_samples: Positive | None = None
+    """Samples per step at the largest budget; None: the base's."""
+    batch_exponent: Annotated[float, Field(ge=0, lt=1)] = 0.3271
+    """Samples per step grow as budget^exponent, up to `batch_samples` at the largest; DeepSeek LLM's (https://arxiv.org/abs/2401.02954)."""
+    samples: dict[str, MeanSample] = Field(default_factory=dict)
+    """A mean sample of each source of the base's mixture, from which a run's steps are known before there are shards; where it is empty,
+    `machine.rental.assumed.samples`."""
     target_flops: Annotated[float, Field(gt=0)] | None = None
     """Budget of the final training that the size is chosen for; None is the grid's largest."""
     weights: Weights = "relative"
@@ -287,6 +307,12 @@ class PipelineConfig(Settings):
     def _vision_shape(self) -> Self:
         if self.precompute.vision and not self.model.vision.shape:
             raise ValueError("precompute.vision trains an encoder of model.vision.shape: give that, not a checkpoint")
+        return self
+
+    @model_validator(mode="after")
+    def _a_grid_that_can_be_compared(self) -> Self:
+        """Every run of the grid leaves warm-up, ends decayed and has steps enough, as far as that is known before there are shards."""
+        check_grid(self)
         return self
 
     @model_validator(mode="after")

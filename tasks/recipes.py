@@ -5,9 +5,8 @@ from typing import Any
 
 from fvlm_core.config import Recipe
 from fvlm_core.dotted import with_changes
-from fvlm_core.scaling.jobs import Variant
 from fvlm_core.settings import Settings
-from tasks.config import Ablation, Base, PipelineConfig, Size, Stage, Values, fitted
+from tasks.config import Ablation, Base, PipelineConfig, Stage, Values, fitted
 
 AN_INPUT = "input"
 """Stands for the path of an input, which is known when the job starts."""
@@ -23,14 +22,6 @@ def base_recipe(config: PipelineConfig, name: str, phase: str, changes: Mapping[
 def ablation_recipe(config: PipelineConfig, ablation: Ablation, changes: Mapping[str, Any]) -> Recipe:
     """The base recipe with `changes` and then the ablation's one change."""
     return base_recipe(config, f"ablation-{ablation.name}", "ablations", {**changes, **ablation.change})
-
-
-def grid_recipe(config: PipelineConfig, size: Size, budget_flops: float, *, variant: Variant, changes: Mapping[str, Any]) -> Recipe:
-    """A run of the scaling grid: a size trained for a budget, foveated or as the baseline of pooled tokens."""
-    pooled = {"model.query": "pooled", "model.tokens_per_frame": config.scaling.baseline_tokens_per_frame}
-    length = {"model.llm": size.llm.model_dump(mode="json"), "run.steps": None, "run.budget_flops": budget_flops}
-    name = f"grid-{size.name}-{budget_flops:.2e}-{variant}".replace("+", "")
-    return base_recipe(config, name, "scaling", {**changes, **length, **(pooled if variant == "baseline" else {})})
 
 
 def stage_recipe(config: PipelineConfig, name: str, *, changes: Mapping[str, Any], start: bool) -> Recipe:

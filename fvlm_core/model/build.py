@@ -121,6 +121,8 @@ def _build_llm(settings: LLMSettings, vocab_size: int) -> Llama:
     if settings.checkpoint is not None:
         theirs = _from_checkpoint(LlamaForCausalLM, settings.checkpoint)
         check_vocabulary(held=theirs.config.vocab_size, needed=vocab_size, where=settings.checkpoint)
+        if settings.layers is not None:
+            _keep_layers(theirs, settings.layers, where=settings.checkpoint)
         try:
             return Llama.from_transformers(theirs)
         except ValueError as error:
@@ -142,6 +144,14 @@ def _build_llm(settings: LLMSettings, vocab_size: int) -> Llama:
         initializer_range=init_std(shape.width),
     )
     return Llama.from_transformers(LlamaForCausalLM(config))
+
+
+def _keep_layers(model: LlamaForCausalLM, layers: int, *, where: str) -> None:
+    """Drop all layers after the first so many."""
+    if layers > (held := len(model.model.layers)):
+        raise UserError(f"{layers} layers are to be kept of {held}", where=where, fix=f"give model.llm.layers up to {held}")
+    model.model.layers = model.model.layers[:layers]
+    model.config.num_hidden_layers = layers
 
 
 def init_std(width: int) -> float:

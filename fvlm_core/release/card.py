@@ -52,8 +52,8 @@ def _origins(evidence: Evidence) -> list[str]:
     model, optimizer = evidence.recipe.model, evidence.recipe.optimizer
     sentences = []
     parts = (
-        ("language model", model.llm.checkpoint, optimizer.lr_llm),
-        ("vision encoder", model.vision.checkpoint, optimizer.lr_vision),
+        ("language model", model.llm.checkpoint, optimizer.peaks["llm"]),
+        ("vision encoder", model.vision.checkpoint, optimizer.peaks["vision"]),
     )
     for name, checkpoint, rate in parts:
         start = "random weights" if checkpoint is None else checkpoint if HUB_NAME.match(checkpoint) else "a local checkpoint"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from scipy.optimize import least_squares, minimize_scalar, nnls
@@ -237,10 +237,17 @@ def fit_law_huber(grid: Grid) -> Law:
     levels, exponents = (typical - 3, typical - 1), (0.1, 0.4, 1.0)
     grid_of_starts = product((typical - 1, typical), levels, levels, exponents, exponents)
     starts = sorted(map(np.array, grid_of_starts), key=lambda start: float(huber(1, residuals(start)).sum()))[:HUBER_STARTS]
-    options = {"loss": "huber", "ftol": 1e-12, "xtol": 1e-12, "gtol": 1e-12, "max_nfev": HUBER_EVALUATIONS}
-    x = min((least_squares(residuals, start, slopes, **options) for start in starts), key=lambda found: found.cost).x
+    options: dict[str, Any] = {"loss": "huber", "ftol": 1e-12, "xtol": 1e-12, "gtol": 1e-12, "max_nfev": HUBER_EVALUATIONS}
+    fits = [least_squares(residuals, start, jac=slopes, **options) for start in starts]  # type: ignore[arg-type]
+    x = min(fits, key=lambda found: found.cost).x
     scale_n, scale_d = np.log(grid.params).mean(), np.log(grid.tokens).mean()
-    law = Law(*(float(v) for v in (np.exp(x[0]), np.exp(x[1] + x[3] * scale_n), x[3], np.exp(x[2] + x[4] * scale_d), x[4])))
+    law = Law(
+        E=float(np.exp(x[0])),
+        A=float(np.exp(x[1] + x[3] * scale_n)),
+        alpha=float(x[3]),
+        B=float(np.exp(x[2] + x[4] * scale_d)),
+        beta=float(x[4]),
+    )
     _inside({"alpha": law.alpha, "beta": law.beta}, {"E": law.E})
     return law
 

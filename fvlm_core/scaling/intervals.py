@@ -60,6 +60,7 @@ def _end(profile: Callable[[float], float], value: float, allowed: float, sign: 
         outside = centre + sign * step
         outside = max(outside, limit) if sign < 0 else min(outside, limit)
         if excess(outside) > 0:
-            return float(back(brentq(excess, inside, outside, xtol=1e-4 * abs(outside - centre), rtol=1e-6)))
+            crossing = brentq(excess, inside, outside, xtol=1e-4 * abs(outside - centre))
+            return float(back(float(crossing)))  # type: ignore[arg-type]
         inside, step = outside, 2 * step
     return None

@@ -112,13 +112,13 @@ def plot_token_efficiency(path: Path, points: Sequence[GridPoint], frontiers: di
     """Loss over the visual tokens that the language model read in training, with the frontier of each variant."""
     with _figure(path, (WIDTH, 4.6)) as axes:
         for colour, variant in zip(COLOURS, VARIANTS, strict=False):
-            here = _of(points, variant)
+            here = [point for point in _of(points, variant) if point.visual_tokens]  # points of others may have none
             if not here:
                 continue
             tokens = sorted({point.tokens_per_frame for point in here})
             label = f"{variant}, {'/'.join(map(str, tokens))} token{'s' if tokens != [1] else ''} per frame"
             axes.plot([p.visual_tokens for p in here], [p.loss for p in here], MARKERS[variant], color=colour, alpha=0.45, label=label)
-            front = frontiers.get(variant, [])
+            front = [point for point in frontiers.get(variant, []) if point.visual_tokens]
             axes.plot([p.visual_tokens for p in front], [p.loss for p in front], LINES[variant], color=colour, linewidth=2)
         _finish(axes, "token-efficiency frontier", "visual tokens read in training", LOSS)
 

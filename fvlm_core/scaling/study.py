@@ -38,7 +38,8 @@ class Study:
     """The fits of one variant, with the objects that plots draw."""
 
     def __init__(self, points: Sequence[GridPoint], *, weights: Weights) -> None:
-        self.points, self.weights = points, weights
+        self.points = points
+        self.weights: Weights = weights
         self.grid = to_grid(points)
         sizes = {point.params: point.size for point in points}
         self.law, law = self._try(lambda: law_quantities(self.grid, weights), LAW_NUMBERS)

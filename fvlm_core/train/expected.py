@@ -42,13 +42,16 @@ class ExpectedCost:
     flops: float | None
 
 
-def expected_cost(recipe: Recipe, shards: Path | None, assumed: Mapping[str, MeanSample] | None = None) -> ExpectedCost:
+def expected_cost(
+    recipe: Recipe, shards: Path | None, assumed: Mapping[str, MeanSample] | None = None, *, vocab_size: int | None = None
+) -> ExpectedCost:
     """What the recipe will cost on the shards in a folder (None: they are not made yet; then on `assumed` samples, by source).
 
+    `vocab_size`: of a language model that is built from a shape, as long as there are no shards.
     FLOPs are of mean samples of each source, so a few percent off the run's own count; of a recipe with a budget they are exact.
     """
     run = recipe.run
-    per_sample = _per_sample(recipe, shards, assumed or {}) if shards or assumed else None
+    per_sample = _per_sample(recipe, shards, assumed or {}, vocab_size) if shards or assumed else None
     if run.steps is not None:
         samples = run.steps * run.batch_samples
         return ExpectedCost(samples, None if per_sample is None else samples * per_sample)
@@ -57,16 +60,16 @@ def expected_cost(recipe: Recipe, shards: Path | None, assumed: Mapping[str, Mea
     return ExpectedCost(None if steps is None else steps * run.batch_samples, run.budget_flops)
 
 
-def _per_sample(recipe: Recipe, shards: Path | None, assumed: Mapping[str, MeanSample]) -> float | None:
+def _per_sample(recipe: Recipe, shards: Path | None, assumed: Mapping[str, MeanSample], vocab_size: int | None) -> float | None:
     vision, llm = _vision_config(recipe.model.vision), _llm_config(recipe.model.llm)
     if vision is None or llm is None:
         return None
-    vocab = llm.get("vocab_size") or (ShardManifest.read(shards).vocab_size if shards else None)
+    vocab = llm.get("vocab_size") or (ShardManifest.read(shards).vocab_size if shards else vocab_size)
     if vocab is None:
         return None
     dims = ModelDims.from_configs(vision, llm | {"vocab_size": vocab}, recipe.model.vision.frame_px)
-    rates: dict[Backbone, float] = {"vision": recipe.optimizer.lr_vision, "llm": recipe.optimizer.lr_llm}
-    frozen: list[Backbone] = [backbone for backbone, rate in rates.items() if not rate]
+    backbones: tuple[Backbone, ...] = ("vision", "llm")
+    frozen: list[Backbone] = [backbone for backbone in backbones if not recipe.optimizer.peaks[backbone]]
     costs, lengths = [], []
     parts = [part for part in recipe.data.mixture if part.share]
     for part in parts:
@@ -105,9 +108,22 @@ def _vision_config(vision: VisionSettings) -> dict[str, Any] | None:
 def _llm_config(llm: LLMSettings) -> dict[str, Any] | None:
     shape = llm.shape
     if shape is None:
-        return _read_config(llm.checkpoint)
+        config = _read_config(llm.checkpoint)
+        return config if config is None or llm.layers is None else config | {"num_hidden_layers": llm.layers}
     heads = {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads}
     return heads | {"hidden_size": shape.width, "intermediate_size": shape.mlp_width, "num_hidden_layers": shape.layers}
+
+
+def llm_width(llm: LLMSettings) -> int | None:
+    """Width of a language model's hidden states; None where its configuration is not known here."""
+    config = _llm_config(llm)
+    return None if config is None else config["hidden_size"]
+
+
+def patches_per_side(vision: VisionSettings) -> int | None:
+    """Patches along a frame's side; None where the encoder's configuration is not known here."""
+    config = _vision_config(vision)
+    return None if config is None else vision.frame_px // config["patch_size"]
 
 
 def _read_config(checkpoint: str | None) -> dict[str, Any] | None:
@@ -115,6 +131,7 @@ def _read_config(checkpoint: str | None) -> dict[str, Any] | None:
     if checkpoint is None:
         return None
     path = Path(checkpoint) / "config.json"
-    cached = None if path.is_file() else try_to_load_from_cache(checkpoint, "config.json") if "/" in checkpoint else None
+    on_hub = "/" in checkpoint and not Path(checkpoint).is_absolute()
+    cached = try_to_load_from_cache(checkpoint, "config.json") if on_hub and not path.is_file() else None
     found = path if path.is_file() else Path(cached) if isinstance(cached, str) else None
     return json.loads(found.read_text()) if found else PUBLISHED.get(checkpoint)

@@ -23,7 +23,7 @@ def build_optimizer(model: FoveatedVLM, settings: OptimizerSettings, *, frozen: 
     Each group carries its `role` and its parameters' names (`param_names`). Raises UserError for a role without parameters
     and when nothing is left to train.
     """
-    peaks = {"connector": settings.lr_connector, "vision": settings.lr_vision, "llm": settings.lr_llm}
+    peaks = settings.peaks
     members: dict[str, list[tuple[str, nn.Parameter]]] = {role: [] for role in ROLES}
     for name, parameter in model.named_parameters():
         members[model.role(name)].append((name, parameter))

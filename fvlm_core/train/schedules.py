@@ -15,10 +15,10 @@ WSD_DECAY_SHARE = 0.2
 
 def learning_rates(settings: OptimizerSettings, step: int, steps: int) -> dict[str, float]:
     """The learning rate of each role at `step` of `steps`. Raises UserError for `converging` without a backbone to converge to."""
-    peaks = {"connector": settings.lr_connector, "vision": settings.lr_vision, "llm": settings.lr_llm}
-    factor = warmup(step, settings.warmup_steps)
+    peaks, warmup_steps = settings.peaks, settings.warmup_of(steps)
+    factor = warmup(step, warmup_steps)
     if settings.schedule == "cosine":
-        factor = min(factor, cosine(step, steps, settings.warmup_steps, settings.final_share))
+        factor = min(factor, cosine(step, steps, warmup_steps, settings.final_share))
     elif settings.schedule == "wsd":
         factor = min(factor, stable_decay(step, steps, settings.final_share))
     rates = {role: peak * factor for role, peak in peaks.items()}

@@ -17,10 +17,11 @@ from fvlm_core.data.sources.record import Record, RowCount
 from fvlm_core.dotted import with_changes
 from fvlm_core.errors import UserError
 from tasks.config import PipelineConfig, fitted
+from tasks.grid import cells, planned
 from tasks.mixtures import Known, check_names, check_shards, known_sources
 from tasks.pipeline_flow import point
 from tasks.plan import look
-from tasks.recipes import AN_INPUT, ablation_recipe, base_recipe, grid_recipe, stage_recipe
+from tasks.recipes import AN_INPUT, ablation_recipe, base_recipe, stage_recipe
 from tests.tiny import profile_values
 
 TESTS: dict[str, Any] = profile_values()
@@ -51,11 +52,10 @@ def test_shipped_profiles_load_and_all_their_recipes_are_valid(profile: str) -> 
     base_recipe(loaded, "base", "speed", {})
     for ablation in loaded.ablations:
         ablation_recipe(loaded, ablation, {})
-    for size in loaded.scaling.sizes:
-        for budget in loaded.scaling.budgets_flops:
-            pooled = grid_recipe(loaded, size, budget, variant="baseline", changes={})
-            assert (pooled.model.query, pooled.model.fine_iterations, pooled.run.steps) == ("pooled", 0, None)
-            assert grid_recipe(loaded, size, budget, variant="foveated", changes={}).model.query != "pooled"
+    for one in planned(loaded, {}):
+        pooled = one.recipe.model.query == "pooled"
+        assert pooled == (one.cell.variant == "baseline") == (one.recipe.model.fine_iterations == 0)
+        assert (one.recipe.run.steps, one.recipe.run.budget_flops) == (None, one.cell.budget_flops)
     for stage in ("stage1", "stage2", "stage3"):
         stage_recipe(loaded, stage, changes={}, start=stage != "stage1")
 
@@ -63,7 +63,10 @@ def test_shipped_profiles_load_and_all_their_recipes_are_valid(profile: str) -> 
 def test_laptop_and_runpod_have_the_grid_and_the_ablations_that_are_promised() -> None:
     for profile in ("laptop", "runpod"):
         loaded = load_profile(profile)
-        assert len(loaded.scaling.sizes) * len(loaded.scaling.budgets_flops) * 2 == 24
+        grid = cells(loaded.scaling)
+        assert len([cell for cell in grid if cell.seed == 0]) == 24
+        assert len({cell.size.name for cell in grid}) >= 4
+        assert len({(cell.size.name, cell.budget_flops) for cell in grid if cell.seed}) == 4
         assert len(loaded.ablations) >= 6
 
 

@@ -46,6 +46,23 @@ def test_checkpoints_of_transformers_load(tmp_path):
     torch.testing.assert_close(logits(loaded, text, "coarse_only"), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_the_first_layers_of_a_checkpoint_are_a_size_of_its_own(tmp_path):
+    config = LlamaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64)
+    theirs = LlamaForCausalLM(config)
+    theirs.save_pretrained(tmp_path / "llm")
+    cut = tiny_settings().model_copy(update={"llm": LLMSettings(checkpoint=str(tmp_path / "llm"), layers=2)})
+    model = build_model(cut, vocab_size=VOCAB)
+    assert len(model.llm.model.layers) == model.llm.config.num_hidden_layers == 2
+    kept = theirs.state_dict()["model.layers.1.mlp.up_proj.weight"]
+    assert torch.equal(model.llm.state_dict()["model.layers.1.mlp.up_proj.weight"], kept)
+    save_model(model, tmp_path / "saved")
+    assert len(load_model(tmp_path / "saved").llm.model.layers) == 2
+    with pytest.raises(UserError, match="4 layers are to be kept of 3"):
+        build_model(cut.model_copy(update={"llm": LLMSettings(checkpoint=str(tmp_path / "llm"), layers=4)}), vocab_size=VOCAB)
+    with pytest.raises(ValueError, match="layers is of a checkpoint"):
+        LLMSettings(shape=tiny_settings().llm.shape, layers=1)
+
+
 def test_what_cannot_be_loaded_is_an_error_never_a_random_model(tmp_path):
     for update in (
         {"llm": LLMSettings(checkpoint="nobody/no-such-model")},
