@@ -13,6 +13,7 @@ from deployments import convert, data, data_plan, machines, scaling
 from deployments.evaluate import evaluate
 from deployments.options import DEFAULT_VOLUME, Changes, Cloud, KeepServer, Port, Profile, Videos, Volume, table_console
 from deployments.use import chat, look
+from deployments.push import push
 from fvlm_core.errors import UserError
 from fvlm_core.exit_status import USER_ERROR
 from infra.api import problem_with
@@ -35,6 +36,7 @@ data.app.command(data_plan.plan)
 app.command(evaluate, name="eval")
 app.command(chat)
 app.command(look)
+app.command(push)
 
 
 @app.command
