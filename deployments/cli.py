@@ -12,8 +12,8 @@ from rich.console import Console
 from deployments import convert, data, data_plan, machines, scaling
 from deployments.evaluate import evaluate
 from deployments.options import DEFAULT_VOLUME, Changes, Cloud, KeepServer, Port, Profile, Videos, Volume, table_console
-from deployments.use import chat, look
 from deployments.push import push
+from deployments.use import chat, look
 from fvlm_core.errors import UserError
 from fvlm_core.exit_status import USER_ERROR
 from infra.api import problem_with
