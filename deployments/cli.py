@@ -12,6 +12,7 @@ from rich.console import Console
 from deployments import convert, data, data_plan, machines, scaling
 from deployments.evaluate import evaluate
 from deployments.options import DEFAULT_VOLUME, Changes, Cloud, KeepServer, Live, Port, Profile, Videos, Volume, table_console
+from deployments.push import push
 from deployments.use import chat, look
 from fvlm_core.errors import UserError
 from fvlm_core.exit_status import USER_ERROR
@@ -35,6 +36,7 @@ data.app.command(data_plan.plan)
 app.command(evaluate, name="eval")
 app.command(chat)
 app.command(look)
+app.command(push)
 
 
 @app.command

@@ -2,14 +2,16 @@
 
 import re
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fvlm_core import __version__
-from fvlm_core.eval.estimates import Estimate
+from fvlm_core.data.sources import ADAPTERS
+from fvlm_core.eval.estimates import Dataset, Estimate, Metric
 from fvlm_core.eval.part import OWN_SPLIT
 from fvlm_core.figures import Figure
-from fvlm_core.model.names import SHORT_MODES
+from fvlm_core.model.names import SHORT_MODES, Mode
 from fvlm_core.release.evidence import Evidence
 from fvlm_core.release.html import TEMPLATES
 from fvlm_core.release.sections.evaluation import modes_table
@@ -17,6 +19,7 @@ from fvlm_core.release.sections.limitations import limitations
 from fvlm_core.tables import Table
 
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+DATASETS_AT = "https://huggingface.co/datasets/"
 TAGS = ["fvlm", "foveated", "video", "vision-language-model", "dinov2", "smollm2", "custom_code"]
 
 
@@ -67,6 +70,27 @@ def base_models(evidence: Evidence) -> list[str]:
     return [name for name in parts if name is not None and HUB_NAME.match(name)]
 
 
+def hub_datasets(evidence: Evidence) -> list[str]:
+    """The hub names of the datasets that the released run's sources are."""
+    homepages = (ADAPTERS[source.name].homepage for source in evidence.shards.sources if source.name in ADAPTERS)
+    return sorted({homepage.removeprefix(DATASETS_AT) for homepage in homepages if homepage.startswith(DATASETS_AT)})
+
+
+def hub_results(evidence: Evidence) -> str:
+    """Results on datasets of the hub, as its `.eval_results/*.yaml` has them; empty where there are none."""
+    entries = [
+        EvalResultEntry(
+            dataset_id=dataset.type,
+            task_id=dataset.split,
+            value=value.value if isinstance(value, Estimate) else value,
+            notes=f"{metric.name}, {mode}, weights {evidence.results.checkpoint[:12]}",
+        )
+        for metric, dataset, mode, value in _card_results(evidence)
+        if HUB_NAME.match(dataset.type)
+    ]
+    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else ""
+
+
 def _metadata(evidence: Evidence) -> ModelCardData:
     job = evidence.job
     return ModelCardData(
@@ -75,6 +99,7 @@ def _metadata(evidence: Evidence) -> ModelCardData:
         library_name="transformers",
         pipeline_tag="video-text-to-text",
         base_model=base_models(evidence) or None,
+        datasets=hub_datasets(evidence) or None,
         tags=TAGS,
         model_name=job.name,
         eval_results=_eval_results(evidence),
@@ -96,9 +121,16 @@ def _eval_results(evidence: Evidence) -> list[EvalResult]:
             metric_name=f"{metric.name} ({mode})",
             metric_value=value.value if isinstance(value, Estimate) else value,
         )
+        for metric, dataset, mode, value in _card_results(evidence)
+    ]
+
+
+def _card_results(evidence: Evidence) -> list[tuple[Metric, Dataset, Mode, Estimate | float]]:
+    """The card's numbers, all of them from the checkpoint's `results.json`."""
+    return [
+        (metric, metric.dataset or part.dataset, mode, value)
         for part in evidence.results.parts.values()
         for metric in part.card_results()
-        for dataset in [metric.dataset or part.dataset]
         for mode, value in metric.values.items()
     ]
 

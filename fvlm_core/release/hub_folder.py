@@ -15,6 +15,7 @@ from fvlm_core.manifest import write_atomically
 from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.release.hub.configuration_fvlm import FVLMConfig
 from fvlm_core.release.hub.processing_fvlm import FVLMProcessor
+from fvlm_core.release.names import WEIGHTS_PREFIX
 from fvlm_core.release.standalone import export
 
 MODEL_CLASS = "modeling_fvlm.FVLMModel"
@@ -32,7 +33,7 @@ def write_hub_folder(
     """Write everything but the card into `folder`, the weights in files of at most `max_shard`."""
     folder.mkdir(parents=True, exist_ok=True)
     export(folder, __version__)
-    weights = {f"model.{name}": tensor for name, tensor in model.weights().items()}
+    weights = {f"{WEIGHTS_PREFIX}{name}": tensor for name, tensor in model.weights().items()}
     save_torch_state_dict(weights, str(folder), max_shard_size=max_shard)
     tokens = AutoTokenizer.from_pretrained(str(tokenizer))
     FVLMProcessor(

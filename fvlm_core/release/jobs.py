@@ -11,6 +11,7 @@ from fvlm_core.settings import EXECUTION, Settings
 
 HUB_FOLDER = "model"
 CARD_FILE = f"{HUB_FOLDER}/README.md"
+PUSH_PLAN = "push.txt"
 REPORT_JSON, REPORT_HTML, REPORT_TEXT = "report.json", "report.html", "report.md"
 
 
@@ -33,7 +34,9 @@ class ReleaseSettings(Settings):
     verify_samples: Positive = 8
     """Validation samples whose logits must be equal in a clean process before anything is released."""
     push_to: str | None = None
-    """`owner/name` on the hub; pushed as a private repository, and only where a token is given."""
+    """`owner/name` on the hub, as the card names it. What would be sent there is listed in `push.txt`."""
+    push: bool = False
+    """Send it, as a private repository, where a token is given; `fvlm push` does it later."""
 
 
 class ReleaseJob(ReleaseSettings):

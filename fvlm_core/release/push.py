@@ -1,31 +1,106 @@
-"""Pushing a released folder to the hub: a private repository, one commit."""
+"""Pushing a released folder to the hub: checked and listed first, sent only when asked to, into a private repository.
 
+`plan` sends nothing. It refuses a folder whose weights are not those that its `results.json` was measured on: the weights are written
+once more as training had written them, and that file's sha256 is compared.
+"""
+
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from fvlm_core.errors import UserError
+from fvlm_core.eval.results import FILE_NAME, Results
+from fvlm_core.manifest import sha256_file
+from fvlm_core.release.names import WEIGHTS_PREFIX
 
 NO_RIGHT = (401, 403)
 """HTTP statuses of a token that may not do this."""
 
 
-def push(folder: Path, repository: str, *, token: str, endpoint: str | None = None, message: str) -> str:
-    """Create the repository where it does not exist, upload the folder; returns its URL.
+@dataclass(frozen=True)
+class Push:
+    """What would be sent."""
 
-    Raises UserError where the token may not; other failures of the network are raised as they are and can be retried.
+    folder: Path
+    repository: str
+    """`owner/name`."""
+    checkpoint: str
+    """sha256 of the weights that the folder's results were measured on."""
+    files: dict[str, int]
+    """Bytes by path in the repository."""
+
+    @property
+    def tag(self) -> str:
+        """Of the commit: the same weights have the same tag."""
+        return f"weights-{self.checkpoint[:12]}"
+
+    @property
+    def text(self) -> str:
+        """For a person who decides whether to send it."""
+        lines = [f"{size:>14,} {path}" for path, size in sorted(self.files.items())]
+        return "\n".join([f"to {self.repository} (private), tag {self.tag}:", *lines, f"{sum(self.files.values()):>14,} bytes in all"])
+
+
+def plan(folder: Path, repository: str) -> Push:
+    """What `send` would send. Raises UserError where the folder is no released model or its results are another checkpoint's."""
+    if not (folder / FILE_NAME).is_file():
+        raise UserError(f"no {FILE_NAME}: this is no released model", where=str(folder), fix="give the folder `model` of a release")
+    measured, packaged = Results.read(folder).checkpoint, _checkpoint(folder)
+    if measured != packaged:
+        raise UserError(
+            f"the results are another checkpoint's: they were measured on {measured[:12]}, the weights here are {packaged[:12]}",
+            where=str(folder),
+            fix="evaluate these weights and release them again; nothing was sent",
+        )
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    return Push(folder, repository, packaged, files)
+
+
+def send(push: Push, *, token: str, endpoint: str | None = None, message: str, public: bool = False) -> str:
+    """Create the repository (private) where it does not exist, upload the folder in one commit, tag it; returns the repository's URL.
+
+    Raises UserError where the token may not, or the repository can be seen by all and `public` is not set; other failures of the network
+    are raised as they are and can be retried.
     """
     api = HfApi(endpoint=endpoint, token=token)
     try:
-        url = api.create_repo(repository, private=True, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+        if not public and _is_public(api, push.repository):
+            raise UserError(
+                "the repository is public: what is sent can be seen at once",
+                where=push.repository,
+                fix="name a private one, or say --public",
+            )
+        url = api.create_repo(push.repository, private=True, exist_ok=True)
+        commit = api.upload_folder(repo_id=push.repository, folder_path=push.folder, commit_message=message)
+        api.create_tag(push.repository, tag=push.tag, revision=commit.oid, exist_ok=True)
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code in NO_RIGHT:
             raise UserError(
                 f"the hub refused: {error.server_message or error}",
-                where=repository,
+                where=push.repository,
                 fix="give a token that may write to this repository",
             ) from error
         raise
     return str(url)
+
+
+def _is_public(api: HfApi, repository: str) -> bool:
+    try:
+        return not api.repo_info(repository).private
+    except RepositoryNotFoundError:
+        return False
+
+
+def _checkpoint(folder: Path) -> str:
+    """sha256 of the folder's weights as training writes them: one file, under the names of training."""
+    from safetensors.torch import load_file, save_file
+
+    files = sorted(folder.glob("*.safetensors"))
+    weights = {name.removeprefix(WEIGHTS_PREFIX): tensor for file in files for name, tensor in load_file(file).items()}
+    with TemporaryDirectory(prefix="fvlm-push-") as temporary:
+        again = Path(temporary) / "model.safetensors"
+        save_file(weights, again, metadata={"format": "pt"})
+        return sha256_file(again)

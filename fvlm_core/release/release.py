@@ -5,18 +5,20 @@ import time
 
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.eval.parts.gaze import GAZE_PICTURE
+from fvlm_core.eval.results import FILE_NAME as RESULTS_FILE
 from fvlm_core.figures import Figure
 from fvlm_core.manifest import file_entries, write_atomically
 from fvlm_core.model.build import load_model
 from fvlm_core.progress import Progress
-from fvlm_core.release.card import card
+from fvlm_core.release.card import card, hub_results
 from fvlm_core.release.evidence import Evidence
 from fvlm_core.release.figures import FOLDER as FIGURES_FOLDER
 from fvlm_core.release.figures import Figures
 from fvlm_core.release.html import html
 from fvlm_core.release.hub_folder import write_hub_folder
-from fvlm_core.release.jobs import CARD_FILE, HUB_FOLDER, REPORT_HTML, REPORT_JSON, REPORT_TEXT, ReleaseJob, ReleaseManifest
-from fvlm_core.release.push import push
+from fvlm_core.release.jobs import CARD_FILE, HUB_FOLDER, PUSH_PLAN, REPORT_HTML, REPORT_JSON, REPORT_TEXT, ReleaseJob, ReleaseManifest
+from fvlm_core.release.names import EVAL_RESULTS_FILE
+from fvlm_core.release.push import plan, send
 from fvlm_core.release.sections import build
 from fvlm_core.release.verify import verify
 from fvlm_core.train.jobs import MODEL_FOLDER
@@ -26,7 +28,7 @@ LOOKS = Figure(file=GAZE_PICTURE, caption="Where the model looks in a clip of th
 
 
 def release(job: ReleaseJob, *, token: str | None = None, endpoint: str | None = None) -> ReleaseManifest:
-    """Make the release. Pushes only where the job names a repository and `token` is given.
+    """Make the release. Pushes only where the job names a repository and says so, and `token` is given.
 
     Raises UserError where something is missing or damaged, the evaluation is of another checkpoint, or the released folder
     does not give our logits in a clean process; then `model/` is removed again.
@@ -54,20 +56,26 @@ def release(job: ReleaseJob, *, token: str | None = None, endpoint: str | None =
         shutil.copyfile(looks, folder / LOOKS.file)
     text = card(evidence, report.verdict, picture=LOOKS if looks.is_file() else None)
     write_atomically(job.output / CARD_FILE, text.encode())
+    shutil.copyfile(job.evaluation / RESULTS_FILE, folder / RESULTS_FILE)
+    if entries := hub_results(evidence):
+        (folder / EVAL_RESULTS_FILE).parent.mkdir()
+        write_atomically(folder / EVAL_RESULTS_FILE, entries.encode())
     progress.update(3, note="described")
     pushed_to = None
-    if job.push_to is not None and token:
-        pushed_to = push(
-            folder, job.push_to, token=token, endpoint=endpoint, message=f"{job.name}, weights {evidence.results.checkpoint[:12]}"
-        )
+    if job.push_to is not None:
+        push = plan(folder, job.push_to)
+        write_atomically(job.output / PUSH_PLAN, f"{push.text}\n".encode())
+        if job.push and token:
+            pushed_to = send(push, token=token, endpoint=endpoint, message=f"{job.name}, {push.tag}")
     progress.update(STEPS, note=f"pushed to {pushed_to}" if pushed_to else "done")
     reports = [REPORT_JSON, REPORT_TEXT, REPORT_HTML, f"{FIGURES_FOLDER}/*.png"]
+    packaged = [f"{HUB_FOLDER}/*", f"{HUB_FOLDER}/{EVAL_RESULTS_FILE}"]
     return ReleaseManifest(
         name="release",
         settings_hash=job.hash(exclude={"output"}),
         inputs=evidence.inputs,
         counts={"verified_logits": sum(verified.values())},
-        files=file_entries(job.output, [f"{HUB_FOLDER}/*"]) + file_entries(job.output, reports, identity=False),
+        files=file_entries(job.output, packaged) + file_entries(job.output, reports, identity=False),
         seconds=time.monotonic() - started,
         verdict=report.verdict,
         outputs={"model": HUB_FOLDER, "report": REPORT_HTML},

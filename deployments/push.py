@@ -1,0 +1,39 @@
+"""`fvlm push`: a released model to the hub."""
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+from fvlm_core.errors import UserError
+
+
+def push(folder: Path, repository: str, *, really: bool = False, public: bool = False, message: str = "") -> int:
+    """Check and list what would be sent to the hub; with --really, send it to a private repository.
+
+    Parameters
+    ----------
+    folder
+        The `model/` of a release.
+    repository
+        `owner/name` on the hub; made, as a private one, where it does not exist.
+    really
+        Send it. Needs HF_TOKEN; HF_ENDPOINT names another hub.
+    public
+        Send it although the repository is public.
+    message
+        Of the commit.
+    """
+    from fvlm_core.release.push import plan, send
+
+    planned = plan(folder, repository)
+    Console().print(planned.text, highlight=False, soft_wrap=True)
+    if not really:
+        Console().print("nothing was sent; --really sends it", highlight=False)
+        return 0
+    token = os.environ.get("HF_TOKEN")
+    if not token:
+        raise UserError("no token", where="HF_TOKEN", fix="set it to a token that may write to the repository")
+    url = send(planned, token=token, endpoint=os.environ.get("HF_ENDPOINT"), message=message or planned.tag, public=public)
+    Console().print(f"sent to {url}", highlight=False)
+    return 0

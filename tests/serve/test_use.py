@@ -1,0 +1,39 @@
+"""The three lines of Python: whatever a user has, the same answers."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from fvlm_core import FoveatedVLM
+from fvlm_core.errors import UserError
+from fvlm_core.serve.answering import Sampling
+from fvlm_core.serve.session import Session, open_media
+
+
+@pytest.mark.parametrize("form", ["released", "run", "original.safetensors"])
+def test_every_form_of_a_model_answers_as_the_session_does(root, answerer, form):
+    options = {"vision": str(root / "dinov2"), "llm": str(root / "smollm2"), "frame_px": 42} if form.startswith("original") else {}
+    model = FoveatedVLM.from_pretrained(root / form, device="cpu", **options)
+    session = Session(answerer, open_media(root / "clip.mp4", answerer))
+    for name, mode in (("coarse", "coarse_only"), ("fine", "coarse_fine"), ("autoregressive", "autoregressive")):
+        expected = "".join(session.ask("Which digits?", mode=mode, question_first=True, sampling=Sampling(6)))
+        assert model.ask(root / "clip.mp4", "Which digits?", mode=name, max_new_tokens=6) == expected.strip()
+    maps = model.gaze(root / "clip.mp4", "Which digits?")
+    assert len(maps) == 5
+    np.testing.assert_allclose(maps.sum((1, 2)), 1, rtol=1e-5)
+
+
+def test_what_cannot_be_asked_is_named(root):
+    model = FoveatedVLM.from_pretrained(str(root / "run"), device="cpu")
+    with pytest.raises(UserError, match="no mode 'sharp'"):
+        model.ask(root / "clip.mp4", "What?", mode="sharp")
+    with pytest.raises(UserError, match="no such file"):
+        model.ask(root / "no.mp4", "What?")
+
+
+def test_importing_the_package_imports_nothing_large():
+    code = "import sys, fvlm_core; print(sorted({'torch', 'transformers', 'numpy', 'pydantic'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
