@@ -127,6 +127,9 @@ class Trainer:
             step, last = self.state.step, self.state.step == self.steps
             if trouble is None and (last or step % self.run_settings.eval_every == 0):
                 trouble = self._evaluate()
+            if trouble is not None and self.run_settings.on_divergence == "end":
+                self._end_diverged(trouble)
+                break
             if trouble is not None:
                 self._roll_back(trouble)
             elif last or (step % self.run_settings.checkpoint_every == 0 and not self.state.watch.alarmed):
@@ -358,6 +361,14 @@ class Trainer:
             damage=self.damage,
         )
 
+    def _end_diverged(self, reason: str) -> None:
+        """Go back to the last good checkpoint, and let that be what the run made: that it diverged is its result."""
+        self._go_back(reason, froze="")
+        if self.state.evaluated != self.state.step or not self.state.val_losses:
+            losses = validation_losses(self.model, self.shards, self.recipe, self.objective, self.world)
+            self.state.val_losses, self.state.evaluated = losses, self.state.step
+        self.display.say(f"ends at step {self.state.step}, because it diverged ({reason})")
+
     def _roll_back(self, reason: str) -> None:
         """Go back to the last good checkpoint and freeze the next part. Raises UserError when there is nothing left to freeze."""
         at, frozen = self.state.step, self.state.frozen
@@ -368,6 +379,12 @@ class Trainer:
                 where=str(self.recipe.output),
                 fix="lower the learning rates or lengthen the warm-up (optimizer.lr_*, optimizer.warmup_steps)",
             )
+        self._go_back(reason, froze=froze)
+        self.display.say(f"diverged at step {at} ({reason}): back to step {self.state.step}, {froze} frozen")
+
+    def _go_back(self, reason: str, *, froze: str) -> None:
+        """The last good checkpoint's weights and state, with the divergence noted."""
+        at = self.state.step
         healthy_until = at - max(1, self.state.watch.suspect_steps)
         found = self.checkpoints.newest(up_to=healthy_until - MARGIN_STEPS)
         if found is None:
@@ -380,7 +397,6 @@ class Trainer:
         state.out_of_memory = self.state.out_of_memory
         state.divergences = [*self.state.divergences, Divergence(step=at, reason=reason, back_to=state.step, froze=froze)]
         self.go_to(found, state)
-        self.display.say(f"diverged at step {at} ({reason}): back to step {state.step}, {froze} frozen")
 
     def _stop(self) -> None:
         """Save and leave, because of a SIGTERM."""
