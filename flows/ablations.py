@@ -4,31 +4,37 @@ from flows.precompute import PRECOMPUTE, training_inputs
 from flows.speed import SPEED
 from flows.training import training
 from fvlm_core.scaling.jobs import AblationReport
+from fvlm_core.scaling.tables import ablations_summary
 from fvlm_core.tables import Table
 from tasks.config import PipelineConfig
 from tasks.phase import Before, Changes, Phase, Results, Shown
 from tasks.phase_flow import phase_flow
-from tasks.recipes import ablation_recipe, base_recipe
+from tasks.recipes import ablation_recipe, baseline_recipe
 from tasks.steps import Step
 
 BASELINE = "baseline"
 """Name of the table's first run: the base recipe itself."""
 REPORT = "ablation-report"
-COLUMNS = {"name", "change", "value", "loss", "delta", "control"}
+COLUMNS = {"name", "change", "value", "seeds", "loss", "delta", "low", "high", "verdict", "control"}
 
 
 def steps(config: PipelineConfig, before: Before) -> list[Step]:
     inputs = training_inputs(before)
-    recipes = {BASELINE: base_recipe(config, f"ablation-{BASELINE}", "ablations", before.changes)}
-    recipes |= {one.name: ablation_recipe(config, one, before.changes) for one in config.ablations}
-    runs = [training(recipe, config.machine, inputs, shared=True) for recipe in recipes.values()]
-    values = [{"name": BASELINE, "run": None}]
+    seeds, runs, values = config.ablation_seeds, [], []
+    for seed in range(seeds.baseline):
+        runs.append(baseline_recipe(config, seed, before.changes))
+        values.append({"name": BASELINE, "seed": seed, "run": None})
     for one in config.ablations:
-        values.append({"name": one.name, "change": one.path, "value": one.change[one.path], "control": one.control, "run": None})
+        said = {"change": one.path, "value": one.change[one.path], "hypothesis": one.hypothesis, "control": one.control}
+        for seed in range(seeds.others):
+            runs.append(ablation_recipe(config, one, seed, before.changes))
+            values.append({"name": one.name, "seed": seed, "run": None} | said)
+    runs = [training(recipe, config.machine, inputs, shared=True) for recipe in runs]
+    limits = {"relevance": config.ablation_relevance, "min_gain": config.ablation_min_gain}
     report = Step(
         REPORT,
         "fvlm_core.scaling.ablations",
-        settings={"baseline": BASELINE, "runs": values, "min_gain": config.ablation_min_gain},
+        settings={"baseline": BASELINE, "runs": values} | limits,
         inputs={f"runs.{number}.run": run for number, run in enumerate(runs)},
     )
     return [*runs, report]
@@ -42,22 +48,21 @@ def decide(config: PipelineConfig, results: Results) -> Changes:
 
 def show(config: PipelineConfig, results: Results) -> Shown:
     report = AblationReport.read(results.folder(REPORT))
-    change = f"`{report.winner_change}` = `{report.winner_value}`" if report.winner_change else "the base recipe as it is"
     table = Table.of([row.model_dump(mode="json", include=COLUMNS) for row in report.rows])
     winner = [number for number, row in enumerate(report.rows) if row.name == report.winner]
     return Shown(
         table=table.model_copy(update={"marked": winner}),
-        text=f"Every run differs from the baseline in one setting. Winner: **{report.winner}** ({change}).",
+        text=f"{ablations_summary(report)} Every run differs from the baseline in one setting.",
         figures=results.figures(REPORT, AblationReport),
     )
 
 
 ABLATIONS = Phase(
     name="ablations",
-    purpose="Train the base recipe and every ablation for the same samples, compare them on the same validation set, pick the winner.",
+    purpose="Train the base recipe and every ablation on the same samples and seeds, compare them on one validation set, pick the winner.",
     pool="gpu",
     after=(PRECOMPUTE, SPEED),
-    reads=("model", "base", "ablations", "ablation_min_gain"),
+    reads=("model", "base", "ablations", "ablation_seeds", "ablation_relevance", "ablation_min_gain"),
     steps=steps,
     decide=decide,
     show=show,

@@ -369,6 +369,9 @@ class RunSettings(Settings):
     the weights are whole only during a step."""
     wandb: Literal["auto", "offline", "disabled"] = "auto"
     """auto: online where WANDB_API_KEY is set, else offline."""
+    on_divergence: Literal["freeze", "end"] = "freeze"
+    """What a run does that diverges. freeze: it goes back to the last good checkpoint and freezes the next part of the model; end: it ends
+    with that checkpoint and says so, because a run that is compared must not become another experiment."""
     profile: Annotated[ProfileSettings | None, EXECUTION] = None
     """None: no step is profiled."""
 

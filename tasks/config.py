@@ -61,15 +61,31 @@ class Base(Settings):
 
 
 class Ablation(Settings):
-    """One run that differs from the base recipe in exactly one setting."""
+    """A run that differs from the base recipe in exactly one setting."""
 
     name: Name
+    hypothesis: Annotated[str, Field(min_length=1)]
+    """What is expected of it, and why; it stands beside the result."""
     path: str
     """Dotted path of the setting in a recipe, e.g. `optimizer.lr_llm`."""
     value: Value
     """Its value in this run."""
     control: bool = False
     """A control or baseline (random queries, several tokens per frame): compared, but never the winner."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _exactly_one_change(cls, values: Any) -> Any:
+        """`changes: {PATH: VALUE}` is another way to write it; two changes, or none, are no ablation."""
+        if not isinstance(values, dict):
+            return values
+        given = values.get("changes") or {}
+        changes = [*given, *([values["path"]] if values.get("path") else [])]
+        if len(changes) != 1:
+            said = f"{len(changes)}: {', '.join(map(str, changes))}" if changes else "none"
+            raise ValueError(f"an ablation has exactly one change, {values.get('name', 'this one')} has {said}")
+        rest = {name: value for name, value in values.items() if name != "changes"}
+        return rest | {"path": changes[0], "value": given[changes[0]]} if given else rest
 
     @field_validator("value")
     @classmethod
@@ -81,6 +97,20 @@ class Ablation(Settings):
     def change(self) -> dict[str, Any]:
         """Its one change as plain values, by dotted path."""
         return {self.path: self.model_dump(mode="json")["value"]}
+
+
+class AblationSeeds(Settings):
+    """Seeds of the ablations' runs. One of each measures no noise, and so gives no verdict."""
+
+    baseline: Positive = 1
+    others: Positive = 1
+    """Of every ablation: the first so many of the baseline's, so that runs are pairs."""
+
+    @model_validator(mode="after")
+    def _pairs(self) -> Self:
+        if self.others > self.baseline:
+            raise ValueError(f"others {self.others} is more than baseline {self.baseline}: a seed that the baseline lacks has no pair")
+        return self
 
 
 class Size(Settings):
@@ -285,8 +315,11 @@ class PipelineConfig(Settings):
     base: Base
     speed: SpeedSettings
     ablations: Annotated[list[Ablation], Field(min_length=1)]
+    ablation_seeds: AblationSeeds = AblationSeeds()
+    ablation_relevance: Annotated[float, Field(ge=0, lt=1)] = 0.003
+    """A difference below this share of the baseline's loss is called neither better nor worse, however sure it is."""
     ablation_min_gain: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    """An ablation wins only with a loss below the baseline's by more than this share: less is the noise of one seed."""
+    """An ablation that is better is adopted by later phases only with a loss below the baseline's by more than this share."""
     scaling: Scaling
     stages: Stages
     evaluation: EvalSettings

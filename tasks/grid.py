@@ -78,6 +78,7 @@ def grid_changes(config: "PipelineConfig", cell: Cell, base: Recipe) -> dict[str
         "run.budget_flops": cell.budget_flops,
         "run.batch_samples": batch,
         "run.seed": base.run.seed + cell.seed,
+        "run.on_divergence": "end",
         **(pooled if cell.variant == "baseline" else {}),
     }
 

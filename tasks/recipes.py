@@ -19,9 +19,24 @@ def base_recipe(config: PipelineConfig, name: str, phase: str, changes: Mapping[
     return _recipe(name, phase, config, config.base, changes)
 
 
-def ablation_recipe(config: PipelineConfig, ablation: Ablation, changes: Mapping[str, Any]) -> Recipe:
-    """The base recipe with `changes` and then the ablation's one change."""
-    return base_recipe(config, f"ablation-{ablation.name}", "ablations", {**changes, **ablation.change})
+def baseline_recipe(config: PipelineConfig, seed: int, changes: Mapping[str, Any]) -> Recipe:
+    """The base recipe with `changes`, as ablations are compared with it; `seed` is added to its own."""
+    return base_recipe(config, f"ablation-baseline{_seeded(seed)}", "ablations", {**changes, **_compared(config, seed)})
+
+
+def ablation_recipe(config: PipelineConfig, ablation: Ablation, seed: int, changes: Mapping[str, Any]) -> Recipe:
+    """The baseline of the same seed with the ablation's one change."""
+    name = f"ablation-{ablation.name}{_seeded(seed)}"
+    return base_recipe(config, name, "ablations", {**changes, **_compared(config, seed), **ablation.change})
+
+
+def _compared(config: PipelineConfig, seed: int) -> Values:
+    """What all runs of a comparison have; that one diverges is a result."""
+    return {"run.seed": config.base.run.seed + seed, "run.on_divergence": "end"}
+
+
+def _seeded(seed: int) -> str:
+    return f"-seed{seed}" if seed else ""
 
 
 def stage_recipe(config: PipelineConfig, name: str, *, changes: Mapping[str, Any], start: bool) -> Recipe:

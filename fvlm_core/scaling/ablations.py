@@ -1,80 +1,152 @@
 """The ablation table: every run against the baseline, one change each, nothing hidden.
 
-`python -m fvlm_core.scaling.ablations job.yaml` writes the table as CSV and markdown, a plot of the sorted deltas, and names
-the winner: the comparable run with the lowest validation loss, or the baseline where none is clearly better. Runs that
-turned out worse stay in.
+`python -m fvlm_core.scaling.ablations job.yaml` writes the table as CSV and markdown and a plot of the sorted differences, says of each
+whether it is better, worse, or not to be told from noise (`comparison`), and names the winner: the comparable run that is better by
+most, or the baseline where none is. Runs that turned out worse, or diverged, stay in.
 """
 
 import time
+from collections import defaultdict
+from statistics import mean
+
+import numpy as np
 
 from fvlm_core.cli import run_job
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import file_entries, write_atomically
 from fvlm_core.progress import Progress
-from fvlm_core.scaling.jobs import ABLATIONS_PLOT, ABLATIONS_TABLE, ABLATIONS_TEXT, AblationJob, AblationReport, AblationRow, AblationRun
+from fvlm_core.scaling.comparison import Comparison, Difference, compare_losses
+from fvlm_core.scaling.jobs import (
+    ABLATIONS_PLOT,
+    ABLATIONS_TABLE,
+    ABLATIONS_TEXT,
+    AblationJob,
+    AblationReport,
+    AblationRow,
+    AblationRun,
+    Verdict,
+)
 from fvlm_core.scaling.plots import plot_deltas
-from fvlm_core.scaling.runs import FinishedRun, differences, same_shards
+from fvlm_core.scaling.runs import FinishedRun, differences, metrics_rows, same_shards
 from fvlm_core.scaling.tables import ablations_csv, ablations_text
+
+SIGNIFICANCE = 0.05
+Runs = dict[int, FinishedRun]
+"""By seed."""
 
 
 def compare(job: AblationJob) -> AblationReport:
-    """Compare the runs. Raises UserError for a missing baseline or run, a name given twice, or runs that cannot be compared."""
+    """Compare the runs. Raises UserError for a missing baseline or run, one given twice, or runs that cannot be compared."""
     started = time.monotonic()
-    names = [run.name for run in job.runs]
-    if len(set(names)) < len(names) or job.baseline not in names:
+    names = [(run.name, run.seed) for run in job.runs]
+    if len(set(names)) < len(names) or job.baseline not in {name for name, _ in names}:
         raise UserError(
-            f"the baseline {job.baseline!r} must be one of the runs, and every name must appear once: {', '.join(names)}",
+            f"the baseline {job.baseline!r} must be one of the runs, and every name must appear once with a seed: "
+            + ", ".join(dict.fromkeys(name for name, _ in names)),
             where="runs",
             fix="correct the names",
         )
     progress = Progress(job.output, len(job.runs))
-    finished: dict[str, FinishedRun] = {}
+    finished: dict[str, Runs] = defaultdict(dict)
     for number, run in enumerate(job.runs):
-        finished[run.name] = FinishedRun.read(run.run)
+        finished[run.name][run.seed] = FinishedRun.read(run.run)
         progress.update(number + 1, note=run.name)
-    same_shards(finished)
-    rows = [_row(run, finished[run.name], finished[job.baseline]) for run in job.runs]
+    same_shards({f"{name} (seed {seed})" if seed else name: run for name, runs in finished.items() for seed, run in runs.items()})
+    losses = {name: {seed: run.manifest.final_loss for seed, run in runs.items()} for name, runs in finished.items()}
+    comparison = compare_losses(losses, job.baseline)
+    first = {run.name: run for run in reversed(job.runs)}
+    rows = [_row(first[name], runs, finished[job.baseline], comparison, job) for name, runs in finished.items()]
     baseline = next(row for row in rows if row.name == job.baseline)
-    better = [row for row in rows if row.can_win and row.loss < baseline.loss * (1 - job.min_gain)]
-    winner = min(better, key=lambda row: row.loss, default=baseline)
-    write_atomically(job.output / ABLATIONS_TABLE, ablations_csv(rows).encode())
-    write_atomically(job.output / ABLATIONS_TEXT, ablations_text(rows, baseline.name, winner.name).encode())
-    plot_deltas(job.output / ABLATIONS_PLOT, rows, baseline)
-    return AblationReport(
+    better = [row for row in rows if row.can_win and row.verdict == "better" and row.delta < -baseline.loss * job.min_gain]
+    winner = min(better, key=lambda row: row.delta, default=baseline)
+    report = AblationReport(
         name="ablations",
         settings_hash=job.hash(exclude={"output"}),
-        inputs={name: run.manifest.digest for name, run in finished.items()},
-        counts={"runs": len(rows)},
-        files=file_entries(job.output, [ABLATIONS_TABLE]) + file_entries(job.output, [ABLATIONS_TEXT, ABLATIONS_PLOT], identity=False),
-        seconds=time.monotonic() - started,
+        inputs={f"{name}-{seed}": run.manifest.digest for name, runs in finished.items() for seed, run in runs.items()},
+        counts={"runs": len(job.runs), "comparisons": len(rows) - 1},
         baseline=baseline.name,
         rows=rows,
+        method=comparison.method,
+        noise=comparison.noise,
         winner=winner.name,
         winner_change=winner.change,
         winner_value=winner.value,
-    ).write(job.output)
+    )
+    write_atomically(job.output / ABLATIONS_TABLE, ablations_csv(rows).encode())
+    write_atomically(job.output / ABLATIONS_TEXT, ablations_text(report).encode())
+    plot_deltas(job.output / ABLATIONS_PLOT, rows, baseline)
+    files = file_entries(job.output, [ABLATIONS_TABLE]) + file_entries(job.output, [ABLATIONS_TEXT, ABLATIONS_PLOT], identity=False)
+    return report.model_copy(update={"files": files, "seconds": time.monotonic() - started}).write(job.output)
 
 
-def _row(run: AblationRun, finished: FinishedRun, baseline: FinishedRun) -> AblationRow:
-    manifest = finished.manifest
-    changed = differences(finished, baseline)
-    return AblationRow(
+def _row(run: AblationRun, runs: Runs, baseline: Runs, comparison: Comparison, job: AblationJob) -> AblationRow:
+    shared = sorted(runs.keys() & baseline.keys()) or [min(runs)]
+    one, other = runs[shared[0]], baseline.get(shared[0], next(iter(baseline.values())))
+    changed = differences(one, other)
+    manifests = [found.manifest for found in runs.values()]
+    difference = comparison.differences.get(run.name, Difference(0.0))
+    passes = {name: mean(m.losses[name] for m in manifests) for name in manifests[0].losses}
+    ordered = list(passes.values())
+    row = AblationRow(
         name=run.name,
+        hypothesis=run.hypothesis,
         change=run.change,
         value=run.value,
-        loss=manifest.final_loss,
-        delta=manifest.final_loss - baseline.manifest.final_loss,
-        losses=manifest.losses,
-        params=manifest.params,
-        flops=manifest.flops,
-        samples=manifest.samples_seen,
-        frames_per_s=finished.frames_per_s(),
-        seconds=manifest.seconds,
+        seeds=len(runs),
+        loss=mean(m.final_loss for m in manifests),
+        by_seed={seed: found.manifest.final_loss for seed, found in sorted(runs.items())},
+        delta=difference.delta,
+        low=difference.low,
+        high=difference.high,
+        p_value=difference.p_value,
+        threshold=difference.threshold,
+        verdict="baseline",
+        delta_equal_flops=_at_equal_flops(runs, baseline) if run.name != job.baseline else None,
+        losses=passes,
+        mode_gain=passes["coarse"] - ordered[-1] if "coarse" in passes and len(ordered) > 1 else None,
+        drift=ordered[-1] - ordered[-2] if len(ordered) > 1 else None,
+        params=manifests[0].params,
+        flops=mean(m.flops for m in manifests),
+        samples=manifests[0].samples_seen,
+        frames_per_s=one.frames_per_s(),
+        seconds=mean(m.seconds for m in manifests),
         control=run.control,
-        other_validation=finished.validated_on != baseline.validated_on,
+        other_validation=one.validated_on != other.validated_on,
         also_changed=[path for path in changed if path != run.change and not path.startswith(f"{run.change}.")] if run.change else changed,
-        divergences=len(manifest.divergences),
+        divergences=sum(len(m.divergences) for m in manifests),
     )
+    reference = mean(found.manifest.final_loss for found in baseline.values())
+    return row if run.name == job.baseline else row.model_copy(update={"verdict": _verdict(row, reference, job.relevance)})
+
+
+def _verdict(row: AblationRow, reference: float, relevance: float) -> Verdict:
+    if row.divergences:
+        return "diverged"
+    if row.other_validation:
+        return "other validation"
+    if row.p_value is None:
+        return "no verdict"
+    if row.p_value >= SIGNIFICANCE or abs(row.delta) < relevance * reference:
+        return "no evidence"
+    return "better" if row.delta < 0 else "worse"
+
+
+def _at_equal_flops(runs: Runs, baseline: Runs) -> float | None:
+    """Mean difference over the pairs at the FLOPs of the cheaper run, interpolated along the other's curve in log FLOPs."""
+    found = []
+    for seed in runs.keys() & baseline.keys():
+        curves = [
+            [(float(row["flops"]), float(row["val_loss"])) for row in metrics_rows(run.folder) if row.get("flops") and row.get("val_loss")]
+            for run in (runs[seed], baseline[seed])
+        ]
+        if not all(curves):
+            return None
+        spent = min(curve[-1][0] for curve in curves)
+        if any(curve[0][0] > spent for curve in curves):
+            return None
+        ours, theirs = (np.interp(np.log(spent), *np.array([(np.log(flops), loss) for flops, loss in curve]).T) for curve in curves)
+        found.append(float(ours - theirs))
+    return mean(found) if found else None
 
 
 if __name__ == "__main__":

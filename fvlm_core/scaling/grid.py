@@ -40,7 +40,8 @@ def study(job: GridJob) -> ScalingReport:
     """Fit, plot, choose. Raises UserError for runs that are missing, given twice, or cannot be compared."""
     started = time.monotonic()
     finished = _read(job)
-    points = [_point(run, finished[_name(run)]) for run in job.runs]
+    diverged = [name for name, run in finished.items() if run.manifest.divergences]
+    points = [_point(run, finished[_name(run)]) for run in job.runs if _name(run) not in diverged]
     table = points_csv(points).encode()
     write_atomically(job.output / POINTS_FILE, table)
     studies: dict[Variant, Study] = {
@@ -61,7 +62,7 @@ def study(job: GridJob) -> ScalingReport:
         runner_up=choice.runner_up,
         margin_nats=choice.margin,
         wins_share=choice.share,
-        notes=_notes(points, job.weights),
+        notes=[*_notes(points, job.weights), *(f"left out, because it diverged: {name}" for name in diverged)],
     )
     fits = Fits.model_validate(_rounded(fits.model_dump(mode="json")))
     write_atomically(job.output / FITS_FILE, fits.model_dump_json(indent=2).encode())

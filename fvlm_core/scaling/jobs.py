@@ -27,6 +27,17 @@ PLOTS = tuple(figure.file for figure in SCALING_FIGURES)
 VECTOR_PLOTS = tuple(name.replace(".png", ".svg") for name in PLOTS)
 
 
+class Quantity(Settings):
+    """A fitted number, or plainly why there is none."""
+
+    value: float | None
+    low: float | None = None
+    """Lower end of the 95 % interval; None where it has none, and where there is no interval."""
+    high: float | None = None
+    reason: str = ""
+    """Why there is no value, or no interval, or no end of it."""
+
+
 class AblationRun(Settings):
     """One run of the comparison."""
 
@@ -35,6 +46,10 @@ class AblationRun(Settings):
     """Dotted path of the one setting that differs from the baseline's; empty for the baseline."""
     value: JsonValue = None
     """Its value in this run."""
+    hypothesis: str = ""
+    """What was expected of it, and why."""
+    seed: int = 0
+    """A name may have several seeds; runs of equal seeds are pairs."""
     run: Path
     """Folder of the finished run."""
     control: bool = False
@@ -48,29 +63,54 @@ class AblationJob(Settings):
     baseline: str
     """Name of the run that the others are compared with."""
     runs: Annotated[list[AblationRun], Field(min_length=2)]
+    relevance: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """A difference below this share of the baseline's loss is called neither better nor worse, however sure it is."""
     min_gain: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """A run wins only with a loss below the baseline's by more than this share: less is the noise of one seed."""
+    """A run that is better is adopted only with a loss below the baseline's by more than this share."""
+
+
+Verdict = Literal["baseline", "better", "worse", "no evidence", "no verdict", "diverged", "other validation"]
+"""no evidence: the difference is within the threshold, or below what is relevant; no verdict: the noise was not measured."""
 
 
 class AblationRow(Settings):
-    """A line of the table."""
+    """A line of the table: the runs of one name."""
 
     name: str
+    hypothesis: str = ""
     change: str
     value: JsonValue
+    seeds: int
+    """Runs behind the numbers."""
     loss: float
-    """Validation loss of the last pass, in nats per labelled token."""
+    """Validation loss of the last pass, in nats per labelled token; the mean over seeds."""
+    by_seed: dict[int, float]
     delta: float
-    """Loss minus the baseline's: below 0 is better."""
+    """Difference to the baseline over pairs of equal seeds: below 0 is better."""
+    low: float | None = None
+    """95 % interval of the difference; None where the noise was not measured."""
+    high: float | None = None
+    p_value: float | None = None
+    """Two-sided t test of the difference, adjusted for all comparisons by Holm's method."""
+    threshold: float | None = None
+    """The smallest difference that would count with as many comparisons (Bonferroni's, Holm's first step)."""
+    verdict: Verdict
+    delta_equal_flops: float | None = None
+    """Difference at the FLOPs of the cheaper of the two, along the validation curves; None where the curves do not reach it."""
     losses: dict[str, float]
-    """Validation loss of every pass (`coarse`, `fine1`, ...)."""
+    """Validation loss of every pass (`coarse`, `fine1`, ...), means over seeds."""
+    mode_gain: float | None = None
+    """Loss of the coarse pass minus that of the last fine one: what looking brings, with questions in both orders."""
+    drift: float | None = None
+    """Loss of the last pass minus that of the one before: queries made of fine instead of earlier hidden states."""
     params: int
     flops: float
-    """Training FLOPs of the run."""
+    """Training FLOPs of a run."""
     samples: int
     frames_per_s: float | None
     """Median over the run's evaluation points; None where the run did not log it."""
     seconds: float
+    """Of a run, the mean."""
     control: bool = False
     other_validation: bool = False
     """The change alters the validation set too (mixture, question order, labels), so the delta compares different questions."""
@@ -81,7 +121,7 @@ class AblationRow(Settings):
     @property
     def can_win(self) -> bool:
         """Whether the row's loss is comparable with the baseline's and meant to be adopted."""
-        return not (self.control or self.other_validation)
+        return not (self.control or self.other_validation or self.divergences)
 
 
 class AblationReport(Manifest):
@@ -91,8 +131,12 @@ class AblationReport(Manifest):
     baseline: str
     rows: list[AblationRow]
     """In the order of the job."""
+    method: str
+    """How verdicts were made, or why there are none."""
+    noise: Quantity
+    """Standard deviation of a run's loss over seeds, nats."""
     winner: str
-    """Name of the comparable run with the lowest loss; the baseline's where nothing beats it."""
+    """Name of the comparable run that is better by most; the baseline's where none is."""
     winner_change: str
     """The winner's changed setting; empty for the baseline."""
     winner_value: JsonValue
@@ -149,17 +193,6 @@ class GridPoint(Settings):
     def visual_tokens(self) -> int:
         """Visual tokens that the language model read."""
         return self.frames * self.tokens_per_frame
-
-
-class Quantity(Settings):
-    """A fitted number, or plainly why there is none."""
-
-    value: float | None
-    low: float | None = None
-    """Lower end of the 95 % interval; None where it has none, and where there is no interval."""
-    high: float | None = None
-    reason: str = ""
-    """Why there is no value, or no interval, or no end of it."""
 
 
 class ScalingReport(Manifest):

@@ -27,20 +27,25 @@ def plot_deltas(path: Path, rows: Sequence[AblationRow], baseline: AblationRow) 
     ordered = sorted((row for row in rows if row.name != baseline.name), key=lambda row: row.delta, reverse=True)
     with _figure(path, (WIDTH, 1.2 + 0.36 * len(ordered))) as axes:
         deltas = [row.delta for row in ordered]
-        colours = [NEUTRAL if not row.can_win else BETTER if row.delta < 0 else WORSE for row in ordered]
+        colours = [{"better": BETTER, "worse": WORSE}.get(row.verdict, NEUTRAL) for row in ordered]
         axes.barh(range(len(ordered)), deltas, color=colours, height=0.66)
+        for place, row in enumerate(ordered):
+            if row.low is not None and row.high is not None:
+                axes.plot([row.low, row.high], [place, place], color="#30363d", linewidth=1)
         axes.set_yticks(range(len(ordered)), [marked_name(row) for row in ordered])
         axes.axvline(0, color="#30363d", linewidth=1)
-        reach = max(map(abs, deltas), default=0) or 1.0
+        reach = max(map(abs, (*deltas, *(end for row in ordered for end in (row.low, row.high) if end is not None))), default=0) or 1.0
         for place, delta in enumerate(deltas):
-            beside = delta + np.copysign(0.015 * reach, delta)
+            ends = [end for end in (delta, ordered[place].low, ordered[place].high) if end is not None]
+            beside = (max(ends) if delta >= 0 else min(ends)) + np.copysign(0.015 * reach, delta)
             axes.text(beside, place, signed(delta), va="center", ha="left" if delta >= 0 else "right", fontsize=9)
-        low, high = min(0.0, *deltas), max(0.0, *deltas)
+        drawn = [0.0, *deltas, *(end for row in ordered for end in (row.low, row.high) if end is not None)]
+        low, high = min(drawn), max(drawn)
         axes.set_xlim(low - (0.3 * reach if low < 0 else 0.05 * reach), high + (0.3 * reach if high > 0 else 0.05 * reach))
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(f"difference in validation loss to {baseline.name} ({baseline.loss:.4f} nats/token); left is better")
-        if any(not row.can_win for row in ordered):
-            axes.set_title("grey: control (*) or another validation set (†)", fontsize=9, loc="right", color="#5b6770")
+        title = "grey: not to be told from noise; lines: 95 % intervals; *: control; †: another validation set"
+        axes.set_title(title, fontsize=9, loc="right", color="#5b6770")
 
 
 def plot_grid(output: Path, points: Sequence[GridPoint], studies: dict[Variant, Study], crossing: float | None) -> None:

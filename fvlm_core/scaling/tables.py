@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from pydantic import JsonValue, TypeAdapter
 
 from fvlm_core.config import SourceShares
-from fvlm_core.scaling.jobs import AblationRow, GridPoint, Quantity
+from fvlm_core.scaling.jobs import AblationReport, AblationRow, GridPoint, Quantity
 from fvlm_core.scaling.results import Fits
 from fvlm_core.tables import Table, signed
 
@@ -17,46 +17,79 @@ from fvlm_core.tables import Table, signed
 def ablations_csv(rows: list[AblationRow]) -> str:
     """The table without timings: equal runs give equal bytes."""
     passes = list(dict.fromkeys(name for row in rows for name in row.losses))
-    columns = ["name", "change", "value", "loss", "delta", *(f"loss_{name}" for name in passes)]
-    columns += ["params", "flops", "samples", "control", "other_validation", "also_changed", "divergences"]
+    columns = ["name", "hypothesis", "change", "value", "seeds", "loss", "delta", "low", "high", "p_value", "threshold", "verdict"]
+    columns += ["delta_equal_flops", *(f"loss_{name}" for name in passes), "mode_gain", "drift", "params", "flops", "samples"]
+    columns += ["control", "other_validation", "also_changed", "divergences", "by_seed"]
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     for row in rows:
         values = row.model_dump(include=set(columns)) | {f"loss_{name}": loss for name, loss in row.losses.items()}
-        writer.writerow(values | {"value": show_value(row.value), "also_changed": " ".join(row.also_changed)})
+        seeds = " ".join(f"{seed}:{loss}" for seed, loss in row.by_seed.items())
+        writer.writerow(values | {"value": show_value(row.value), "also_changed": " ".join(row.also_changed), "by_seed": seeds})
     return text.getvalue()
 
 
-def ablations_table(rows: Sequence[AblationRow], baseline: str, winner: str) -> Table:
+def ablations_table(report: AblationReport) -> Table:
     """Every run, best first, worse ones too."""
-    ordered = sorted(rows, key=lambda row: row.loss)
-    passes = list(dict.fromkeys(name for row in rows for name in row.losses))
-    note = "Losses in nats per labelled token; one change, one run and one seed each."
-    if any(row.control for row in rows):
+    ordered = sorted(report.rows, key=lambda row: row.loss)
+    passes = list(dict.fromkeys(name for row in report.rows for name in row.losses))
+    note = f"Losses in nats per labelled token, means over seeds (n); one change each. {report.method}."
+    if report.noise.value is not None:
+        note += f" A run's loss scatters by {report.noise.value:.4f} over seeds."
+    note += " Equal FLOPs: along validation curves, where the longer run's rate had not decayed."
+    if any(row.control for row in report.rows):
         note += " With a star: a control, compared, never adopted."
-    if any(row.other_validation for row in rows):
+    if any(row.other_validation for row in report.rows):
         note += " With a dagger: changes the validation set too, so its loss is of other samples and cannot win."
     cells = [
         [
             marked_name(row),
-            change_text(row, baseline),
+            change_text(row, report.baseline),
+            str(row.seeds),
             f"{row.loss:.4f}",
-            "" if row.name == baseline else signed(row.delta),
+            "" if row.name == report.baseline else _with_interval(row),
+            "" if row.threshold is None else f"{row.threshold:.4f}",
+            row.verdict,
+            "" if row.delta_equal_flops is None else signed(row.delta_equal_flops),
             *(f"{row.losses[name]:.4f}" if name in row.losses else "" for name in passes),
+            "" if row.mode_gain is None else signed(row.mode_gain),
+            "" if row.drift is None else signed(row.drift),
             "" if row.frames_per_s is None else f"{row.frames_per_s:.1f}",
             f"{row.params:,}",
             f"{row.flops:.2e}",
         ]
         for row in ordered
     ]
+    head = ["run", "change", "n", "validation loss", "difference", "threshold", "verdict", "at equal FLOPs", *passes]
     return Table(
         title="Ablations",
-        head=["run", "change", "validation loss", "difference", *passes, "frames/s", "parameters", "FLOPs"],
+        head=[*head, "fine over coarse", "drift", "frames/s", "parameters", "FLOPs"],
         rows=cells,
-        marked=[number for number, row in enumerate(ordered) if row.name == winner],
+        marked=[number for number, row in enumerate(ordered) if row.name == report.winner],
         note=note,
     )
+
+
+def ablations_summary(report: AblationReport) -> str:
+    """The first lines: a control that beats the baseline, then the winner."""
+    controls = [row for row in report.rows if row.control and row.delta < 0 and row.verdict in ("better", "no verdict")]
+    sure = "" if report.noise.value is not None else f" ({report.noise.reason})"
+    lines = [
+        f"**The control {row.name} beats the baseline** by {-row.delta:.4f} nats{sure}: what it leaves out brought nothing here."
+        for row in controls
+    ]
+    diverged = [row.name for row in report.rows if row.divergences]
+    if diverged:
+        lines.append(f"Diverged: {', '.join(diverged)}.")
+    why = report.noise.reason if report.noise.value is None else f"no other run was shown to be better by enough; {report.method}"
+    lines.append(f"Winner: **{report.winner}**" + (f" ({why})." if report.winner == report.baseline else "."))
+    return " ".join(lines)
+
+
+def _with_interval(row: AblationRow) -> str:
+    interval = "" if row.low is None or row.high is None else f" [{signed(row.low)}, {signed(row.high)}]"
+    return signed(row.delta) + interval
 
 
 def marked_name(row: AblationRow) -> str:
@@ -165,6 +198,6 @@ def scaling_text(points: Sequence[GridPoint], fits: Fits) -> str:
     return "\n\n".join([*parts, "\n".join(f"* {note}" for note in fits.notes)]) + "\n"
 
 
-def ablations_text(rows: Sequence[AblationRow], baseline: str, winner: str) -> str:
+def ablations_text(report: AblationReport) -> str:
     """`ablations.md`."""
-    return f"Winner: **{winner}**.\n\n{ablations_table(rows, baseline, winner).markdown()}\n"
+    return f"{ablations_summary(report)}\n\n{ablations_table(report).markdown()}\n"

@@ -50,7 +50,8 @@ class Divergence(Settings):
     back_to: int
     """Step of the checkpoint that training went back to; 0 is the start."""
     froze: str
-    """What is frozen from then on: `vision`, then `llm_lower` (the lower half of the language model's layers)."""
+    """What is frozen from then on: `vision`, then `llm_lower` (the lower half of the language model's layers); empty where the run
+    ended by it (`run.on_divergence`)."""
 
 
 class OutOfMemory(Settings):

@@ -90,6 +90,9 @@ class Trainer(Run):
             step, last = self.state.step, self.state.step == self.steps
             if trouble is None and (last or step % self.run_settings.eval_every == 0):
                 trouble = self._evaluate()
+            if trouble is not None and self.run_settings.on_divergence == "end":
+                self._end_diverged(trouble)
+                break
             if trouble is not None:
                 self._roll_back(trouble)
             elif last or (step % self.run_settings.checkpoint_every == 0 and not self.state.watch.alarmed):
@@ -202,10 +205,7 @@ class Trainer(Run):
 
     def _evaluate(self) -> str | None:
         """Validation losses and a row of `metrics.csv`. Returns why training has diverged, if it has."""
-        started = time.perf_counter()
-        with self._autocast(), self.spread.evaluation():
-            self.state.val_losses = validation_losses(self.model, self.shards, self.recipe, self.objective, self.world)
-        self.state.validation_s += time.perf_counter() - started
+        self._validate()
         final = self.state.val_losses[self.recipe.passes[-1]]
         if not math.isfinite(final):
             return f"validation loss {final}"
@@ -221,6 +221,21 @@ class Trainer(Run):
         )
         self.state.window, self.clock = Window(), Clock()
         return None
+
+    def _validate(self) -> None:
+        """Validation losses of the present step, into the state."""
+        started = time.perf_counter()
+        with self._autocast(), self.spread.evaluation():
+            self.state.val_losses = validation_losses(self.model, self.shards, self.recipe, self.objective, self.world)
+        self.state.validation_s += time.perf_counter() - started
+
+    def _end_diverged(self, reason: str) -> None:
+        """Go back to the last good checkpoint, and let that be what the run made: that it diverged is its result."""
+        self._go_back(reason, froze="")
+        if self.state.evaluated != self.state.step or not self.state.val_losses:
+            self._validate()
+            self.state.evaluated = self.state.step
+        self.display.say(f"ends at step {self.state.step}, because it diverged ({reason})")
 
     def _stop(self) -> None:
         """Save and leave, because of a SIGTERM."""

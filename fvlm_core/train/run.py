@@ -144,6 +144,12 @@ class Run:
                 where=str(self.recipe.output),
                 fix="lower the learning rates or lengthen the warm-up (optimizer.lr_*, optimizer.warmup_steps)",
             )
+        self._go_back(reason, froze=froze)
+        self.display.say(f"diverged at step {at} ({reason}): back to step {self.state.step}, {froze} frozen")
+
+    def _go_back(self, reason: str, *, froze: str) -> None:
+        """The last good checkpoint's weights and state, with the divergence noted."""
+        at = self.state.step
         healthy_until = at - max(1, self.state.watch.suspect_steps)
         found = self.checkpoints.newest(up_to=healthy_until - MARGIN_STEPS)
         if found is None:
@@ -156,7 +162,6 @@ class Run:
         state.out_of_memory = self.state.out_of_memory
         state.divergences = [*self.state.divergences, Divergence(step=at, reason=reason, back_to=state.step, froze=froze)]
         self.go_to(found, state)
-        self.display.say(f"diverged at step {at} ({reason}): back to step {state.step}, {froze} frozen")
 
     def _spread(self) -> None:
         """A new optimizer and the model on all ranks, with what the state says is frozen."""

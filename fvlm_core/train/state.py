@@ -83,7 +83,7 @@ class RunState(BaseModel):
     @property
     def frozen(self) -> list[str]:
         """What divergences have frozen."""
-        return [divergence.froze for divergence in self.divergences]
+        return [divergence.froze for divergence in self.divergences if divergence.froze]
 
 
 def halved(budget: MicroBatch) -> MicroBatch | None:

@@ -21,10 +21,11 @@ from tasks.grid import cells, planned
 from tasks.mixtures import Known, check_names, check_shards, known_sources
 from tasks.pipeline_flow import point
 from tasks.plan import look
-from tasks.recipes import AN_INPUT, ablation_recipe, base_recipe, stage_recipe
+from tasks.recipes import AN_INPUT, ablation_recipe, base_recipe, baseline_recipe, stage_recipe
 from tests.tiny import profile_values
 
 TESTS: dict[str, Any] = profile_values()
+ABLATION = {"name": "warm", "hypothesis": "a softer start", "path": "model.temperature", "value": 2}
 
 
 def changed(path: str, value: Any) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def test_shipped_profiles_load_and_all_their_recipes_are_valid(profile: str) -> 
     assert loaded.name == profile
     base_recipe(loaded, "base", "speed", {})
     for ablation in loaded.ablations:
-        ablation_recipe(loaded, ablation, {})
+        ablation_recipe(loaded, ablation, 0, {})
     for one in planned(loaded, {}):
         pooled = one.recipe.model.query == "pooled"
         assert pooled == (one.cell.variant == "baseline") == (one.recipe.model.fine_iterations == 0)
@@ -81,11 +82,20 @@ def test_laptop_and_runpod_have_the_grid_and_the_ablations_that_are_promised() -
         ("base.data.validation.mixture.0.share", 0.9, ["base.data.validation", "add up to 1"]),
         ("ablations.1.value.0.share", 0.5, ["ablations.1.value", "add up to 1"]),
         ("ablations.0.path", "optimizer.lr_conector", ["'optimizer.lr_conector'", "optimizer.lr_connector"]),
-        ("ablations.0", {"name": "same", "path": "optimizer.warmup_steps", "value": 4}, ["same", "already"]),
-        ("ablations.0", {"name": "bad", "path": "model.query", "value": "sideways"}, ["model.query", "'deep'"]),
+        ("ablations.0", ABLATION | {"name": "same", "path": "optimizer.warmup_steps", "value": 4}, ["same", "already"]),
+        ("ablations.0", ABLATION | {"path": "model.query", "value": "sideways"}, ["model.query", "'deep'"]),
+        ("ablations.0", {"name": "none", "hypothesis": "x"}, ["an ablation has exactly one change, none has none"]),
+        (
+            "ablations.0",
+            {"name": "two", "hypothesis": "x", "changes": {"model.temperature": 0.5, "model.query": "shallow"}},
+            ["exactly one change, two has 2: model.query, model.temperature"],
+        ),
+        ("ablations.0", ABLATION | {"changes": {"model.query": "shallow"}}, ["exactly one change, warm has 2"]),
+        ("ablations.0.hypothesis", "", ["ablations.0.hypothesis", "at least 1"]),
+        ("ablation_seeds", {"baseline": 1, "others": 2}, ["a seed that the baseline lacks has no pair"]),
         ("ablations.1.name", TESTS["ablations"][0]["name"], ["ablations", TESTS["ablations"][0]["name"], "twice"]),
         ("precompute.clips.sources.gaze_cell.trian", 3, ["precompute.clips.sources.gaze_cell.trian", "allowed here", "train"]),
-        ("ablations.0", {"name": "warm", "path": "model.temperature", "value": -1}, ["ablations: warm", "model.temperature"]),
+        ("ablations.0", ABLATION | {"value": -1}, ["ablations: warm", "model.temperature"]),
         ("name", "Mein Profil", ["name", "pattern"]),
         ("evaluation.captions.sample", 5, ["evaluation.captions.sample", "samples"]),
         ("precompute.sources", [{"name": "mine", "files": ["a.csv"], "format": "xml"}], ["precompute.sources.0.format", "webvid"]),
@@ -132,9 +142,9 @@ def test_a_change_reaches_its_phase_and_those_after_it_and_no_other(path: str, v
 def test_every_ablation_differs_from_the_base_in_its_one_setting_and_what_follows_from_it() -> None:
     loaded = load_profile("laptop")
     follows = {"model.fine_iterations": {"loss.fine"}, "model.query": {"model.fine_iterations", "loss.fine"}}
-    base = flat(base_recipe(loaded, "x", "ablations", {}).model_dump(mode="json"))
+    base = flat(baseline_recipe(loaded, 1, {}).model_dump(mode="json") | {"name": "x"})
     for ablation in loaded.ablations:
-        recipe = flat(ablation_recipe(loaded, ablation, {}).model_dump(mode="json") | {"name": "x"})
+        recipe = flat(ablation_recipe(loaded, ablation, 1, {}).model_dump(mode="json") | {"name": "x"})
         differing = {path for path in base if base[path] != recipe[path]}
         assert ablation.path in differing
         assert differing - {ablation.path} <= follows.get(ablation.path, set()), ablation.name

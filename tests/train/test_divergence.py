@@ -57,6 +57,18 @@ def test_goes_back_to_a_checkpoint_not_to_the_start(tmp_path: Path, shards: Path
     assert math.isfinite(manifest.final_loss)
 
 
+def test_a_run_that_is_compared_ends_by_it(tmp_path: Path, shards: Path) -> None:
+    """Frozen and continued it would be another experiment: it ends with what it had, and says why."""
+    recipe = tiny_recipe(tmp_path / "run", shards, optimizer__lr_vision=1e30, run__steps=12, run__on_divergence="end")
+    manifest = train(recipe)
+    (divergence,) = manifest.divergences
+    assert (divergence.froze, divergence.back_to) == ("", 0)
+    assert "nan" in divergence.reason
+    assert manifest.steps == 0
+    assert math.isfinite(manifest.final_loss)
+    assert manifest.problems(recipe.output) == []
+
+
 @pytest.mark.parametrize("checkpoint_every", [1, 5, 10])
 def test_a_collapse_goes_back_to_before_it_and_not_to_the_start(tmp_path: Path, shards: Path, checkpoint_every: int) -> None:
     """Checkpoints made while the alarm is pending take no good one's place: neither the way back nor the best."""

@@ -42,10 +42,13 @@ def limitations(evidence: Evidence) -> list[str]:
         found.append(f"Autoregressive inference is worse than coarse→fine: {difference(gap.difference)} nats per token.")
     ablations = evidence.report("ablations", AblationReport)
     if ablations is not None:
-        worse = sorted((row for row in ablations.manifest.rows if row.delta > 0), key=lambda row: row.delta)
-        if worse:
-            listed = ", ".join(f"{row.name} ({signed(row.delta)})" for row in worse)
-            found.append(f"Ablations that did not help, in validation loss: {listed}.")
+        rows = ablations.manifest.rows
+        for verdict, said in (("worse", "Ablations that are worse than the baseline"), ("diverged", "Ablations that diverged")):
+            listed = ", ".join(f"{row.name} ({signed(row.delta)})" for row in rows if row.verdict == verdict)
+            found += [f"{said}, in validation loss: {listed}."] if listed else []
+        unclear = [row.name for row in rows if row.verdict in ("no evidence", "no verdict")]
+        if unclear:
+            found.append(f"Ablations that were not shown to differ from the baseline ({ablations.manifest.method}): {', '.join(unclear)}.")
     divergences = sum(len(stage.manifest.divergences) for stage in evidence.stages.values())
     if divergences:
         found.append(f"Training diverged {divergences} time(s) and went back to an earlier checkpoint.")
