@@ -2,13 +2,14 @@
 
 64 frames and a question of 32 tokens, a glance of 112 px and 16 opened patches a query, against encoding every 224 px frame in full. At
 448 px and above the same number of patches or fewer is opened, spread over more levels. Downscaling to the glance is timed apart: a JPEG
-decoder does it on the way. `--world 6 9 12` trains the learning experiment of `foveation_world` (an hour and more on a core, resumed where
-its results are in `--out`), or shows the results that are there.
+decoder does it on the way. `--parts` picks what is measured. `--world 6 9 12` trains the learning experiment of `foveation_world` (an hour
+and more on a core, resumed where its results are in `--out`), or shows the results that are there.
 """
 
 import json
 import statistics
 import time
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -35,6 +36,8 @@ GLANCE_PX = 112
 OPENED = {224: (1, 4), 448: (2, 2), 896: (3, 1), 3584: (5, 1)}
 """Frame size -> levels and patches opened at each: 16, 16, 12 and 20 patches a query in all. 3584 px is 4K's long side, cut to patches."""
 FOUR_K, TILE = 3584, 224
+LARGER = [frame_px for frame_px in OPENED if frame_px != TILE]
+PARTS = ("costs", "larger", "stream", "decoding", "rival")
 RIVAL = "SmolVLM2-256M"
 
 
@@ -43,16 +46,28 @@ def main() -> None:
         __doc__ or "",
         rounds={"type": int, "default": 3},
         frames={"type": int, "default": 64},
-        rival_frames={"type": int, "default": 0, "help": "also compare the first token with SmolVLM2-256M's, over so many frames"},
+        parts={"nargs": "*", "choices": PARTS, "default": list(PARTS)},
+        rival_frames={"type": int, "default": 64},
         world={"type": int, "nargs": "*", "default": [], "help": "grids of the learning experiment"},
         seeds={"type": int, "default": 1},
         out={"type": Path, "default": Path("foveation-world"), "help": "folder of the learning experiment's weights and results"},
-        skip_costs={"action": "store_true"},
     )
-    if not options.skip_costs:
-        show(costs(options.frames, options.rounds, options.rival_frames), as_json=options.json)
-    if options.world:
-        show(acuity(options.world, options.seeds, options.out), as_json=options.json)
+    show(measure(options), as_json=options.json)
+
+
+def measure(options: Namespace) -> Iterator[Measurement]:
+    """The parts that were asked for, and the learning experiment."""
+    if "costs" in options.parts:
+        yield from costs(options.frames, options.rounds)
+    for frame_px in LARGER if "larger" in options.parts else ():
+        yield from larger(frame_px, options.rounds)
+    if "stream" in options.parts:
+        yield stream_rate(min(options.frames, 32))
+    if "decoding" in options.parts:
+        yield from decoding(options.rounds)
+    if "rival" in options.parts:
+        yield first_tokens(options.rival_frames)
+    yield from acuity(options.world, options.seeds, options.out)
 
 
 def glance_model(frame_px: int = TILE) -> FoveatedVLM:
@@ -63,8 +78,8 @@ def glance_model(frame_px: int = TILE) -> FoveatedVLM:
     return build_model(model_settings(vision=vision, glance=glance), vocab_size=VOCABULARY).eval().requires_grad_(False)
 
 
-def costs(frames: int, rounds: int, rival_frames: int) -> Iterator[Measurement]:
-    """FLOPs and seconds beside encoding in full, of larger frames, and of a stream."""
+def costs(frames: int, rounds: int) -> Iterator[Measurement]:
+    """FLOPs and seconds beside encoding in full."""
     full = build_model(model_settings(), vocab_size=VOCABULARY).eval().requires_grad_(False)
     ours, batch = glance_model(), video_question(frames)
     runs = {name: (lambda model=model: read_batch(model, batch, "coarse_fine")) for name, model in (("full", full), ("ours", ours))}
@@ -74,26 +89,25 @@ def costs(frames: int, rounds: int, rival_frames: int) -> Iterator[Measurement]:
     seconds = side_by_side(runs, rounds=rounds)
     against = f"every frame in full: {seconds['full']:.2f} s"
     yield Measurement("foveation", "seconds_vs_full", seconds["ours"], "s", against, seconds["ours"] / seconds["full"])
-    for frame_px in OPENED:
-        if frame_px != TILE:
-            yield from larger(frame_px, rounds, ours)
-    yield stream_rate(ours, min(frames, 32))
-    yield from decoding(rounds)
-    if rival_frames:
-        model, small = ours, video_question(rival_frames)
-        pair = {
-            "ours": lambda: model.llm.lm_head(read_batch(model, small, "coarse_fine", room=1).hidden[-1:]).argmax(-1),
-            RIVAL: first_token(RIVAL, rival_frames),
-        }
-        taken = side_by_side(pair, rounds=1)
-        against = f"{RIVAL}, {rival_frames} frames: {taken[RIVAL]:.2f} s"
-        yield Measurement("foveation", "ttft_vs_smolvlm2", taken["ours"], "s", against, taken["ours"] / taken[RIVAL])
 
 
-def larger(frame_px: int, rounds: int, small: FoveatedVLM) -> Iterator[Measurement]:
+def first_tokens(frames: int) -> Measurement:
+    """Time to the first token beside SmolVLM2's."""
+    model, batch = glance_model(), video_question(frames)
+    pair = {
+        "ours": lambda: model.llm.lm_head(read_batch(model, batch, "coarse_fine", room=1).hidden[-1:]).argmax(-1),
+        RIVAL: first_token(RIVAL, frames),
+    }
+    taken = side_by_side(pair, rounds=1)
+    against = f"{RIVAL}, {frames} frames: {taken[RIVAL]:.2f} s"
+    return Measurement("foveation", "ttft_vs_smolvlm2", taken["ours"], "s", against, taken["ours"] / taken[RIVAL])
+
+
+def larger(frame_px: int, rounds: int) -> Iterator[Measurement]:
     """Frames of another size beside those of 224 px, as many of each."""
     frames = 4 if frame_px == FOUR_K else 16
-    model, batch, usual = glance_model(frame_px), video_question(frames, frame_px=frame_px), video_question(frames)
+    model, batch = glance_model(frame_px), video_question(frames, frame_px=frame_px)
+    small, usual = glance_model(), video_question(frames)
     gflop = [count_flops(lambda m=m, b=b: read_batch(m, b, "coarse_fine")) / 1e9 for m, b in ((model, batch), (small, usual))]
     name = "4k" if frame_px == FOUR_K else str(frame_px)
     yield Measurement(
@@ -120,9 +134,9 @@ def larger(frame_px: int, rounds: int, small: FoveatedVLM) -> Iterator[Measureme
 
 
 @torch.no_grad()
-def stream_rate(model: FoveatedVLM, frames: int) -> Measurement:
+def stream_rate(frames: int) -> Measurement:
     """Frames a second of a stream that knows its question: a frame is looked at, opened and read before the next one comes."""
-    stream = FrameStream(model, NO_TEMPLATE, task_ids=[1])
+    stream = FrameStream(glance_model(), NO_TEMPLATE, task_ids=[1])
     picture = np.random.default_rng(0).integers(0, 256, (TILE, TILE, 3), dtype=np.uint8)
     taken = []
     for _ in range(frames):

@@ -74,6 +74,11 @@ class FoveatedVLM(nn.Module):
         """The modes this model has: pooled patches are not queried, so only coarse."""
         return ("coarse_only",) if self.settings.query == "pooled" else MODES
 
+    @property
+    def gaze_px(self) -> int:
+        """Side of the squares of a frame that attention maps are over: the patches, or those of the glance."""
+        return self.encoder.patch_px * (1 if self.settings.glance is None else self.settings.glance.shrink)
+
     def encode(self, frames: Tensor) -> FrameFeatures:
         """Encode frames uint8 [F, H, W, 3]; with a glance, their glance, and the rest too where training reads all of it."""
         if self.settings.glance is not None:

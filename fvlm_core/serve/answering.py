@@ -154,7 +154,7 @@ def _gaze(weights: Tensor | None, batch: PackedBatch, subject: Subject) -> tuple
     """Maps and entropy of every sample, of attention weights [V, heads, k, N]."""
     if weights is None:
         return [np.zeros((0, 0, 0))] * batch.n_samples, [np.zeros(0)] * batch.n_samples
-    side = subject.model.encoder.patch_px
+    side = subject.model.gaze_px
     grid = (batch.frames.shape[1] // side, batch.frames.shape[2] // side)
     patches = weights.float().mean(1)[..., -grid[0] * grid[1] :]
     patches = patches / patches.sum(-1, keepdim=True)

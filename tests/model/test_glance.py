@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from fvlm_core.config import GlanceSettings, LossSettings, ModelSettings, Recipe
 from fvlm_core.data.batch import IGNORE, Sample, pack
 from fvlm_core.errors import UserError
+from fvlm_core.eval.subject import Subject
 from fvlm_core.model.attention import PackedLayout
 from fvlm_core.model.build import build_model, load_model, save_model
 from fvlm_core.model.convert import to_original
@@ -22,6 +23,10 @@ from fvlm_core.model.flops import ModelDims, SampleShape, sample_flops
 from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.model.glance import GlanceFeatures, foveate, look, open_patches, positions_at, selection, with_everything
 from fvlm_core.model.inference import gaze, read_batch
+from fvlm_core.release.hub.configuration_fvlm import FVLMConfig
+from fvlm_core.release.hub.modeling_fvlm import FVLMModel
+from fvlm_core.release.hub_folder import configuration
+from fvlm_core.serve.answering import read
 from fvlm_core.serve.stream import FrameStream
 from tests.model.build import CHAT, VOCAB, sample, tiny_model, tiny_settings
 from tests.model.test_foveated import losses, mixed
@@ -327,6 +332,16 @@ def test_gaze_is_over_the_glance_with_what_was_opened_below():
     torch.testing.assert_close(maps.sum((-1, -2)), torch.ones(maps.shape[:2]), check_dtype=False)
 
 
+def test_serving_shows_the_gaze():
+    """What `fvlm look` draws: a map a frame, over the glance."""
+    model = glance_model(zoom=3)
+    subject = Subject(model, None, CHAT, torch.device("cpu"), batch_samples=4)  # pyright: ignore[reportArgumentType]
+    clips = large([sample(np.random.default_rng(3), frames=n, answer=0) for n in (2, 3)], model)
+    maps = read(subject, clips, "autoregressive", gaze=True, room=1).gaze
+    assert [part.shape for part in maps] == [(2, 3, 3), (3, 3, 3)]
+    assert np.concatenate(maps).sum((1, 2)) == pytest.approx(np.ones(5))
+
+
 def test_checkpointing_changes_no_gradient():
     model = glance_model(train_on="all").train()
     batch = packed(model)
@@ -350,6 +365,18 @@ def test_a_saved_model_comes_back_and_the_original_is_refused(tmp_path):
     }
     with pytest.raises(UserError, match="encodes every frame in full"):
         to_original(model)
+
+
+def test_the_released_configuration_makes_the_same_model(tmp_path):
+    """Through the JSON file that a released folder holds."""
+    model = glance_model(levels=2).float()
+    recipe = Recipe.from_yaml(RECIPES / "glance_all.yaml").with_changes({"model": model.settings.model_dump(mode="json")})
+    configuration(model, recipe).save_pretrained(tmp_path)
+    released = FVLMModel(FVLMConfig.from_pretrained(tmp_path)).eval()
+    released.model.load_state_dict(model.state_dict())
+    batch = packed(model)
+    for mode in model.modes:
+        assert torch.equal(read_batch(released.model, batch, mode).tokens, read_batch(model, batch, mode).tokens)
 
 
 def test_a_model_without_a_glance_is_what_it_was():
