@@ -178,7 +178,7 @@ def train(plan: Plan, say: Callable[[str], None] = lambda _: None) -> Trained:
             batches[order] = pack(samples, asker.chat, tokens_per_frame=model.settings.tokens_per_frame)
         labels = sum(batch.n_labels for batch in batches.values())
         for order, batch in batches.items():
-            sums = objective(model, batch)
+            sums = objective(model, batch, subject.device)
             (sums.objective / labels).backward()
             losses[order] = sums.parts[last].item() / half / plan.frames
             flops += cost.batch(batch)
