@@ -103,7 +103,7 @@ def shown(plan: Plan, trained: Trained, asked: Asked, rows: Sequence[Row]) -> Ta
             row.condition,
             number(row.accuracy),
             " ".join(f"{value:.2f}" for value in row.by_frame),
-            f"{np.nanmin(row.by_cell):.3f}",
+            f"{row.worst_cell:.3f}",
             number(row.on_target),
             number(row.difference),
             "" if row.p_value is None else f"{row.p_value:.4f}",
@@ -124,7 +124,7 @@ def over_seeds(found: Sequence[Sequence[Row]], first_seed: int) -> Table:
                 same[0].condition,
                 f"{np.mean(values):.3f}",
                 f"{values[worst]:.3f} (seed {first_seed + worst})",
-                f"{min(np.nanmin(row.by_cell) for row in same):.3f}",
+                f"{min(row.worst_cell for row in same):.3f}",
                 " ".join(f"{value:.3f}" for value in values),
             ]
         )
