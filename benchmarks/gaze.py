@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     note = (lambda text: None) if options.json else (lambda text: console.print(text, markup=False, highlight=False))
     found: list[list[Row]] = []
     for seed in range(options.first_seed, options.first_seed + options.seeds):
-        plan = Plan(task=options.task, seed=seed, max_cpu_s=60 * options.minutes)
+        plan = Plan(task=options.task, seed=seed, wording=options.wording, max_cpu_s=60 * options.minutes)
         if options.steps is not None:
             plan = replace(plan, steps=options.steps)
         if options.encoder_steps is not None:
@@ -103,7 +103,7 @@ def shown(plan: Plan, trained: Trained, asked: Asked, rows: Sequence[Row]) -> Ta
             row.condition,
             number(row.accuracy),
             " ".join(f"{value:.2f}" for value in row.by_frame),
-            f"{np.nanmin(row.by_cell):.3f}",
+            f"{row.worst_cell:.3f}",
             number(row.on_target),
             number(row.difference),
             "" if row.p_value is None else f"{row.p_value:.4f}",
@@ -124,7 +124,7 @@ def over_seeds(found: Sequence[Sequence[Row]], first_seed: int) -> Table:
                 same[0].condition,
                 f"{np.mean(values):.3f}",
                 f"{values[worst]:.3f} (seed {first_seed + worst})",
-                f"{min(np.nanmin(row.by_cell) for row in same):.3f}",
+                f"{min(row.worst_cell for row in same):.3f}",
                 " ".join(f"{value:.3f}" for value in values),
             ]
         )
@@ -147,6 +147,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="of a training")
     parser.add_argument("--encoder-steps", type=int, help="of the encoder's own training before; 0: random weights")
     parser.add_argument("--controls", action=argparse.BooleanOptionalAction, default=True, help="train the controls too")
+    parser.add_argument("--wording", choices=("words", "sentence"), default="words", help="of the questions: bare, or the pipeline's")
     parser.add_argument("--equal-flops", action="store_true", help="train controls for as many FLOPs, not steps")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="one JSON object a seed")

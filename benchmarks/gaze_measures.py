@@ -49,13 +49,18 @@ class Row:
     condition: str
     accuracy: Estimate
     by_frame: list[float]
-    by_cell: list[float]
-    """Row by row; NaN where no frame asks for the cell."""
+    by_cell: list[float | None]
+    """Row by row; None where no frame asks for the cell."""
     on_target: Estimate | None
     difference: Estimate | None = None
     """`MAIN` less this, on the same clips."""
     p_value: float | None = None
     """Of that difference, two-sided, adjusted by Holm for all rows of the table."""
+
+    @property
+    def worst_cell(self) -> float:
+        """Accuracy of the cell with the lowest."""
+        return min(share for share in self.by_cell if share is not None)
 
 
 class Asked:
@@ -119,7 +124,7 @@ def table(found: dict[str, Answers], asked: Asked, bootstrap: Bootstrap) -> list
                 condition=name,
                 accuracy=bootstrap.mean(one.right.mean(1), asked.names),
                 by_frame=one.right.mean(0).round(4).tolist(),
-                by_cell=[float(one.right[cells == cell].mean()) if (cells == cell).any() else float("nan") for cell in range(gaze.GRID**2)],
+                by_cell=[float(one.right[cells == cell].mean()) if (cells == cell).any() else None for cell in range(gaze.GRID**2)],
                 on_target=None if one.hits is None else bootstrap.mean(one.hits.mean(1), asked.names),
                 difference=bootstrap.mean(gains[name], asked.names) if name in gains else None,
                 p_value=p_values.get(name),

@@ -54,8 +54,6 @@ class Plan:
     """Of all roles."""
     warmup_steps: int = 40
     first_clutter: float = 0.0
-    mixed_clutter: bool = False
-    """Draw every clip's clutter evenly from 0 to 1 instead."""
     clutter_step: float = 0.01
     """What a step adds to the clutter while the running loss of the last pass, question first, is below `clutter_gate`."""
     clutter_gate: float = 1.1
@@ -173,12 +171,12 @@ def train(plan: Plan, say: Callable[[str], None] = lambda _: None) -> Trained:
         losses: dict[str, float] = {}
         batches = {}
         for order, first in (("first", True), ("after", False)):
-            clips = [asker.clip(rng, "train", rng.random() if plan.mixed_clutter else clutter) for _ in range(half)]
+            clips = [asker.clip(rng, "train", clutter) for _ in range(half)]
             samples = [asker.sample(clip, question_first=first) for clip in clips]
             batches[order] = pack(samples, asker.chat, tokens_per_frame=model.settings.tokens_per_frame)
         labels = sum(batch.n_labels for batch in batches.values())
         for order, batch in batches.items():
-            sums = objective(model, batch)
+            sums = objective(model, batch, subject.device)
             (sums.objective / labels).backward()
             losses[order] = sums.parts[last].item() / half / plan.frames
             flops += cost.batch(batch)

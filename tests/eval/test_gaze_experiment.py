@@ -153,7 +153,7 @@ QUICK = ["--steps", "1", "--encoder-steps", "0", "--clips", "4", "--no-controls"
 
 
 def test_command_prints_a_record_of_each_seed(capsys):
-    experiment.main([*QUICK, "--json", "--task", "hunt", "--first-seed", "3"])
+    experiment.main([*QUICK, "--json", "--task", "hunt", "--first-seed", "3", "--wording", "sentence"])
     [record] = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert (record["task"], record["seed"], record["clips"]) == ("hunt", 3, 4)
     assert record["rows"][0]["accuracy"]["n"] == 4
