@@ -12,7 +12,20 @@ from tasks.recipes import base_recipe
 from tasks.steps import Step
 
 REPORT = "speed-report"
-COLUMNS = {"variant", "steps", "step_s", "samples_per_s", "gflops_per_s", "mfu", "gpu_busy", "peak_memory_gb", "data_wait_share"}
+COLUMNS = {
+    "variant",
+    "steps",
+    "step_s",
+    "step_s_low",
+    "step_s_high",
+    "over",
+    "gain",
+    "gain_low",
+    "gain_high",
+    "samples_per_s",
+    "gflops_per_s",
+}
+COLUMNS |= {"mfu", "gpu_busy", "peak_memory_gb", "data_wait_share"}
 
 
 def steps(config: PipelineConfig, before: Before) -> list[Step]:
@@ -30,9 +43,12 @@ def decide(config: PipelineConfig, results: Results) -> Changes:
 def show(config: PipelineConfig, results: Results) -> Shown:
     report = SpeedReport.read(results.folder(REPORT))
     chosen = ", ".join(f"`{path}` = `{value}`" for path, value in report.chosen.items())
+    advice = (
+        f"A checkpoint takes {report.checkpoint.write_s:.1f} s to write: every {report.checkpoint.steps:,} steps would lose the least time."
+    )
     return Shown(
         table=Table.of([row.model_dump(mode="json", include=COLUMNS) for row in report.rows]),
-        text=f"Tuned training is **{report.speedup:.2f}x** as fast as naive on {report.device}. Chosen: {chosen}.",
+        text=f"{report.summary()} Chosen: {chosen}. {advice}",
         figures=results.figures(REPORT, SpeedReport),
     )
 

@@ -31,7 +31,7 @@ class Cost:
         self._of = lru_cache(maxsize=4096)(lambda shape, frozen: sample_flops(self.model, self.dims, shape, self.loss, frozen=frozen).train)
 
     def batch(self, batch: PackedBatch) -> float:
-        """FLOPs of training on a batch (on CPU); frames that samples have in common are counted for each, those of a pair once."""
+        """FLOPs of training on a batch (on CPU): a frame that several samples show is encoded, and counted, once."""
         shapes = sample_shapes(batch, self.model.tokens_per_frame)
         if self.pairs:
             shapes = [replace(shape, frames=0) if number % 2 else shape for number, shape in enumerate(shapes)]
@@ -60,18 +60,21 @@ class Cost:
 
 
 def sample_shapes(batch: PackedBatch, tokens_per_frame: int) -> list[SampleShape]:
-    """The shape of every sample of a batch (on CPU)."""
+    """The shape of every sample of a batch (on CPU); frames are those that no sample before it shows."""
     shown_frames = batch.shown_frames.tolist()
     shapes, token, frame = [], 0, 0
+    encoded: set[int] = set()
     for length, shown, prefix in zip(batch.lengths, batch.shown_counts, batch.query_prefix, strict=True):
+        own = set(shown_frames[frame : frame + shown])
         shapes.append(
             SampleShape(
-                frames=len(set(shown_frames[frame : frame + shown])),
+                frames=len(own - encoded),
                 shown=shown,
                 text_tokens=length - shown * tokens_per_frame,
                 labels=int(np.diff(np.searchsorted(batch.labelled, (token, token + length)))[0]),
                 query_prefix=prefix,
             )
         )
+        encoded |= own
         token, frame = token + length, frame + shown
     return shapes

@@ -30,15 +30,6 @@ SWEPT = {
     "gradient_checkpointing": "run.gradient_checkpointing",
 }
 """What a sweep may turn, in the order it is tuned, and the recipe's path of each. None of it changes the samples of a step."""
-NAIVE: dict[str, Any] = {
-    "run.micro_batch": {"frames": 1, "tokens": 1},  # a sample at a time
-    "run.threads": 0,
-    "run.precision": "fp32",
-    "run.compile": False,
-    "data.workers": 0,
-    "run.gradient_checkpointing": False,
-}
-"""What a plain first implementation does."""
 
 
 class Divergence(Settings):
@@ -116,12 +107,18 @@ class SpeedSettings(Settings):
 
     sweep: Sweep = Sweep()
     warmup_steps: Positive = 2
-    steps: Positive = 6
-    """Measured steps per variant; medians are reported."""
+    steps: Positive = 20
+    """Steps of naive and of tuned that are measured in turn at the end; medians are reported."""
+    sweep_steps: Positive = 6
+    """The same of a setting that is tried and the best so far; with fewer than 6 no gain can be shown."""
     max_variant_s: Annotated[float, Field(gt=0)] = 30.0
-    """A variant's measuring stops after this time, with at least two steps."""
-    min_gain: Annotated[float, Field(ge=0)] = 0.03
-    """A setting replaces the best so far when it is faster by this share; below it, timings are noise."""
+    """A variant's measuring stops after this time, with at least 6 steps."""
+    min_gain: Annotated[float, Field(ge=0)] = 0.02
+    """A setting replaces the best so far when the lower end of its gain is above this share."""
+    most_batches: Positive = 16
+    """On a GPU the largest micro-batch that fits is searched up to so many times the recipe's."""
+    hours_to_failure: Annotated[float, Field(gt=0)] = 24.0
+    """Mean time between losses of a machine, for the interval of checkpoints that is advised."""
 
 
 class SpeedJob(SpeedSettings):
@@ -142,6 +139,17 @@ class SpeedRow(Settings):
     """Steps measured; 0 where it failed."""
     step_s: float | None = None
     """Median."""
+    step_s_low: float | None = None
+    """Lower quartile."""
+    step_s_high: float | None = None
+    """Upper quartile."""
+    over: str = ""
+    """The variant that it was measured in turn with."""
+    gain: float | None = None
+    """Times as fast as that one: median over pairs of steps, with its 95 % interval."""
+    gain_low: float | None = None
+    gain_high: float | None = None
+    pairs: int = 0
     samples_per_s: float | None = None
     frames_per_s: float | None = None
     tokens_per_s: float | None = None
@@ -160,18 +168,58 @@ class SpeedRow(Settings):
     failure: str = ""
 
 
+class CheckpointAdvice(Settings):
+    """How often to write checkpoints (Young 1974, Daly 2006), from this machine's step and disk; `run.checkpoint_every` is yours to set,
+    because it decides which checkpoints can be the best."""
+
+    bytes: int
+    """Of a checkpoint: weights and AdamW's state."""
+    bytes_per_s: float
+    """Written to the output's disk and waited for."""
+    write_s: float
+    hours_to_failure: float
+    steps: int
+    """Between checkpoints."""
+
+
 class SpeedReport(Manifest):
-    """`speed.csv`, `speed.png` (timings: not part of its identity) and `chosen.yaml`."""
+    """`chosen.yaml`; and, as timings no part of its identity, `speed.csv`, `speed.png`, operations and traces of naive and tuned."""
 
     figures: ClassVar[tuple[Figure, ...]] = (Figure(file=PLOT_FILE, caption="Training samples per second of every variant."),)
     device: str
     rows: list[SpeedRow]
-    """`naive` first, `tuned` last: both measured once more, side by side."""
-    naive_samples_per_s: float
+    """`naive` first, `tuned` last: measured in turn."""
+    naive_samples_per_s: float | None
+    """None where the padded step does not fit into memory."""
     tuned_samples_per_s: float
-    speedup: float
+    speedup: float | None
+    """Median over pairs of steps, with its 95 % interval."""
+    speedup_low: float | None
+    speedup_high: float | None
+    pairs: int
+    target: float = 2.0
+    """What was to be reached."""
+    bound: str
+    """What a faster step would have to shorten."""
+    parts: dict[str, dict[str, float]]
+    """Share of a step's time by part, for naive and tuned."""
+    largest_micro_batch: MicroBatch | None = None
+    """On a GPU, where it was searched: the largest that fits."""
+    checkpoint: CheckpointAdvice
     chosen: dict[str, Any]
     """Recipe paths and values to train with, e.g. `{"run.threads": 2}`; the samples of a step stay the same."""
+
+    def summary(self) -> str:
+        """The result in words: a gain within the spread is none."""
+        if self.speedup is None or self.speedup_low is None:
+            return f"The padded step does not fit on {self.device}, the tuned one does: {self.tuned_samples_per_s:.1f} samples/s."
+        high = "" if self.speedup_high is None else f"{self.speedup_high:.2f}"
+        interval = f"[{self.speedup_low:.2f}, {high}], n={self.pairs} pairs of steps"
+        if self.speedup_low <= 1.0:
+            return f"No gain beyond the spread on {self.device}: {self.speedup:.2f}x {interval}. {self.bound}."
+        met = "met" if self.speedup_low >= self.target else "not shown" if self.speedup >= self.target else "not met"
+        said = f"**{self.speedup:.2f}x** {interval} as fast as naive on {self.device}"
+        return f"{said}; the target of {self.target:.0f}x is {met}: {self.bound}."
 
 
 class VisionTrainingSettings(Settings):

@@ -10,7 +10,7 @@ from fvlm_core.data.loader import train_steps
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.train.jobs import SWEPT, SpeedJob, SpeedReport, Sweep
 from fvlm_core.train.speed import candidates, run
-from tests.train.conftest import ONE_SAMPLE, tiny_recipe
+from tests.train.conftest import tiny_recipe
 
 
 def keys(recipe: Recipe) -> list[list[str]]:
@@ -22,7 +22,14 @@ def keys(recipe: Recipe) -> list[list[str]]:
 @pytest.mark.slow(reason="measures several variants of the training step")
 def test_report(tmp_path: Path, shards: Path) -> None:
     recipe = tiny_recipe(tmp_path / "untouched", shards)
-    job = SpeedJob(output=tmp_path / "speed", recipe=recipe, sweep=Sweep(threads=[1]), warmup_steps=1, steps=3)
+    job = SpeedJob(
+        output=tmp_path / "speed",
+        recipe=recipe,
+        sweep=Sweep(threads=[1], micro_batch=[MicroBatch(frames=64)]),
+        warmup_steps=1,
+        steps=8,
+        sweep_steps=6,
+    )
     report = run(job)
     assert SpeedReport.read_whole(job.output) == report
     table = pd.read_csv(job.output / "speed.csv")
@@ -30,8 +37,21 @@ def test_report(tmp_path: Path, shards: Path) -> None:
     assert (table[["step_s", "samples_per_s", "frames_per_s", "gflops_per_s", "peak_memory_gb"]] > 0).all(axis=None)
     assert (table["samples_per_s"] * table["step_s"]).tolist() == pytest.approx([8.0] * len(table))
     assert report.chosen.keys() == set(SWEPT.values())
-    assert report.speedup == report.tuned_samples_per_s / report.naive_samples_per_s
-    assert report.chosen["run.micro_batch"] != ONE_SAMPLE  # eight batches of one sample are never the fastest
+    assert (report.pairs, report.rows[-1].over) == (8, "naive")
+    assert report.speedup is not None
+    assert report.speedup_low is not None
+    assert report.speedup_low <= report.speedup
+    assert report.summary().count("n=8 pairs") == 1
+    assert set(report.parts) == {"naive", "tuned"}
+    for shares in report.parts.values():
+        assert sum(shares.values()) == pytest.approx(1)
+        assert min(shares["encode"], shares["query"], shares["LLM"], shares["loss"], shares["optimizer"]) > 0
+    for name in report.parts:
+        assert "aten::" in (job.output / f"{name}-operations.txt").read_text()
+        assert (job.output / f"{name}-trace.json.gz").stat().st_size > 1000
+    assert report.checkpoint.steps >= 1
+    assert report.checkpoint.bytes > 4 * 3 * 1000
+    assert report.chosen["run.precision"] == recipe.run.precision
     assert keys(recipe.with_changes(report.chosen)) == keys(recipe)
     assert not recipe.output.exists()
 

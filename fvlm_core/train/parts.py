@@ -1,0 +1,77 @@
+"""Where a training step's time goes: by part of the model, and by operation.
+
+Parts are timed by clocks around the model's own methods, with the device waited for; what is neither of them is the backward pass and the
+loop around it. The profiler's table and trace have the operations.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from fvlm_core.manifest import write_atomically
+from fvlm_core.train.loop import Trainer
+from fvlm_core.train.profiling import TABLE_ROWS
+
+METHODS = {"encode": ("encode",), "query": ("read_coarse", "read_fine", "queries"), "LLM": ("contextualise",), "loss": ("_cross_entropy",)}
+"""The model's methods whose forward is a part."""
+REST = "backward and the rest"
+STEPS = 2
+
+
+def time_parts(trainer: Trainer) -> dict[str, float]:
+    """Share of a step's time by part: data, the forward's parts, backward, optimizer; adds up to 1."""
+    device, seconds = trainer.world.device, dict.fromkeys(["data", *METHODS, "optimizer"], 0.0)
+
+    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **named: Any) -> Any:
+            _finish(device)
+            started = time.perf_counter()
+            try:
+                return function(*args, **named)
+            finally:
+                _finish(device)
+                seconds[part] += time.perf_counter() - started
+
+        return call
+
+    for part, names in METHODS.items():
+        for name in names:
+            setattr(trainer.model, name, timed(part, getattr(trainer.model, name)))
+    take, waited = trainer.optimizer.step, trainer.clock.waited
+    trainer.optimizer.step = timed("optimizer", take)  # type: ignore[method-assign]
+    try:
+        started = time.perf_counter()
+        for _ in range(STEPS):
+            trainer.step()
+        _finish(device)
+        total = time.perf_counter() - started
+    finally:
+        trainer.optimizer.step = take  # type: ignore[method-assign]
+        for names in METHODS.values():
+            for name in names:
+                delattr(trainer.model, name)
+    seconds["data"] = trainer.clock.waited - waited
+    seconds[REST] = max(0.0, total - sum(seconds.values()))
+    return {part: value / total for part, value in seconds.items()}
+
+
+def profile_steps(trainer: Trainer, output: Path, name: str) -> list[str]:
+    """Write `NAME-operations.txt` and `NAME-trace.json.gz` of one step, for https://ui.perfetto.dev; returns their names."""
+    gpu = trainer.world.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as seen:
+        trainer.step()
+        _finish(trainer.world.device)
+    files = [f"{name}-operations.txt", f"{name}-trace.json.gz"]
+    table = seen.key_averages().table(sort_by="self_cuda_time_total" if gpu else "self_cpu_time_total", row_limit=TABLE_ROWS)
+    write_atomically(output / files[0], (str(table) + "\n").encode())
+    seen.export_chrome_trace(str(output / files[1]))
+    return files
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
