@@ -250,7 +250,7 @@ def naive_settings(recipe: Recipe) -> dict[str, Any]:
     """What a sweep turns, as an ordinary implementation has it: the recipe's batch and precision, eager, a plain loader."""
     return {
         "run.micro_batch": recipe.run.micro_batch.model_dump(),
-        "run.threads": 0,
+        "run.threads": recipe.run.threads,
         "run.precision": recipe.run.precision,
         "run.compile": False,
         "data.workers": 0,
