@@ -41,7 +41,7 @@ from infra.runpod.naming import PodName, owner
 from infra.runpod.poller import Poller, ended, reading_logs
 from infra.runpod.pool import RunPodConfiguration, RunPodVariables
 from infra.runpod.rent import rent
-from infra.runpod.watch import Watch
+from infra.runpod.watch import GONE_LOOKS, Watch
 
 RECOVER_S = 15.0
 """Between two looks for runs that a worker before this one has left."""
@@ -256,6 +256,23 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
                     self._logger.info("goes on with the pod %s of the flow run %s", pod.id, run.name)
                     self._mine.add(run.id)
                     self._runs_task_group.start_soon(self._stay, run, configuration, tenancy, pod, name)
+        with contextlib.suppress(Exception):  # the server or RunPod is away
+            await self._crash_orphaned(tenancy, configuration.poll_s)
+
+    async def _crash_orphaned(self, tenancy: "Tenancy", poll_s: float) -> None:
+        """Mark runs Crashed whose pod ended while neither a worker nor the server was there: they would fill the pool's limit for ever."""
+        running = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.CANCELLING])))
+        pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[self._work_pool_name]))
+        found = await self.client.read_flow_runs(flow_run_filter=running, work_pool_filter=pool)
+        orphans = [run for run in found if run.infrastructure_pid and run.id not in self._mine]
+        for _ in range(GONE_LOOKS):  # after the runs were read: a run that was known then had its pod already
+            alive = {pod.id for pod in await anyio.to_thread.run_sync(tenancy.account.client.pods)}
+            orphans = [run for run in orphans if run.infrastructure_pid not in alive]
+            await asyncio.sleep(poll_s if orphans else 0)
+        for run in orphans:
+            state, _ = await self._run_of(run.id)
+            if state in (StateType.RUNNING, StateType.CANCELLING):
+                await self._propose_crashed_state(run, f"pod {run.infrastructure_pid}: it is gone, and nobody was there to see it end")
 
     async def _tenancy(self, configuration: RunPodConfiguration) -> "Tenancy":
         """What all runs of this worker with the same account and volume share."""

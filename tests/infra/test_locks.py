@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from infra.locks import leased, locked, try_lock
+from infra.runpod.pod import SHARED_VARIABLE
 from infra.stack import REPOSITORY
 
 HOLD = """
@@ -108,3 +109,16 @@ def test_a_lease_outlives_its_owner_for_its_time_and_no_longer(tmp_path: Path) -
         with leased(path, lease_s=1.5):
             pass
     assert not [file.name for file in tmp_path.iterdir()]
+
+
+def test_a_lock_for_life_is_a_lease_where_other_hosts_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SHARED_VARIABLE, "1")
+    held = try_lock(tmp_path / "stack.lock")
+    assert held is not None
+    assert (tmp_path / "stack.lock.lease").is_file()
+    assert try_lock(tmp_path / "stack.lock") is None
+    held.release()
+    again = try_lock(tmp_path / "stack.lock")
+    assert again is not None
+    again.release()
+    assert list(tmp_path.iterdir()) == []

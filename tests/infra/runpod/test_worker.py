@@ -10,7 +10,6 @@ from playwright.sync_api import expect
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, FlowRunFilter, FlowRunFilterDeploymentId
 from prefect.client.schemas.objects import FlowRun, StateType
-from prefect.states import Cancelling
 from prefect.types.entrypoint import EntrypointType
 
 from infra.runpod.emulator.faults import Fault
@@ -106,17 +105,6 @@ def test_what_cannot_be_is_a_crash_before_anything_is_rented(rig: Rig, runs: dic
     assert not [pod for pod in rig.emulator.cloud.pods.values() if runs[name].id.hex in pod.request.name]
 
 
-def test_no_secret_is_in_a_log_a_result_an_artifact_or_a_process_list(rig: Rig, runs: dict[str, FlowRun]) -> None:
-    run = rig.submit("shows", pieces=1000, show=True)
-    until(lambda: (rig.folder / "work" / "shows" / "piece1").exists(), "the run to work")
-    assert secrets_in(rig, *rig.run_logs(run.id)) == [], "while a pod runs"
-    its_own = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id]))
-    with get_client(sync_client=True) as client:
-        assert [one.key for one in client.read_artifacts(artifact_filter=its_own)] == ["tiny"]
-        client.set_flow_run_state(run.id, Cancelling())
-    rig.finish(run.id)
-
-
 def test_the_ledger_knows_that_all_of_them_have_ended(rig: Rig, runs: dict[str, FlowRun]) -> None:
     for run in runs.values():
         rig.finish(run.id)
@@ -125,18 +113,13 @@ def test_the_ledger_knows_that_all_of_them_have_ended(rig: Rig, runs: dict[str, 
     assert {entry.phase for entry in rig.budget.entries() if entry.started} == {"tiny"}
 
 
-def test_cancelling_ends_the_pod(rig: Rig) -> None:
-    run = rig.submit("cancelled", pieces=1000)
-    until(lambda: rig.state(run.id).type == StateType.RUNNING, "the run to run")
+def test_no_secret_shows_and_a_click_in_the_ui_ends_the_pod_within_a_minute(rig: Rig) -> None:
+    run = rig.submit("clicked", pieces=1000, show=True)
+    until((rig.folder / "work" / "clicked" / "piece1").exists, "the run to work")
+    its_own = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id]))
     with get_client(sync_client=True) as client:
-        client.set_flow_run_state(run.id, Cancelling())
-    until(lambda: not pods_of(rig, run), "its pod to end", timeout_s=60)
-    assert rig.finish(run.id).is_cancelled()
-
-
-def test_a_click_in_the_ui_ends_the_pod_within_a_minute(rig: Rig) -> None:
-    run = rig.submit("clicked", pieces=1000)
-    until(lambda: rig.state(run.id).type == StateType.RUNNING, "the run to run")
+        assert [one.key for one in client.read_artifacts(artifact_filter=its_own)] == ["tiny"]
+    assert secrets_in(rig, *rig.run_logs(run.id)) == [], "while a pod runs"
     with browser_page() as page:
         page.goto(rig.stack.opening_link() or "")
         expect(page.get_by_role("link", name="Deployments")).to_be_visible(timeout=SLOW_MS)  # the UI has read the password
@@ -168,11 +151,13 @@ def test_a_schedule_starts_a_pod_and_ends_it(rig: Rig) -> None:
 
 
 def test_a_killed_worker_is_followed_by_another_or_by_the_reaper_alone(rig: Rig) -> None:
-    adopted, left = rig.submit("adopted", pieces=1000), rig.submit("left", pieces=1000)
-    until(lambda: {rig.state(run.id).type for run in (adopted, left)} == {StateType.RUNNING}, "the runs to run")
+    adopted, left, vanished = (rig.submit(name, pieces=1000) for name in ("adopted", "left", "vanished"))
+    until(lambda: {rig.state(run.id).type for run in (adopted, left, vanished)} == {StateType.RUNNING}, "the runs to run")
     rig.kill_worker(signal.SIGKILL)
     (pod,), (reaped,) = pods_of(rig, adopted), pods_of(rig, left)
     rig.emulator.cloud.pods[reaped.id].container.pause()
+    (gone_pod,) = pods_of(rig, vanished)
+    rig.client.terminate(gone_pod.id)
     name = PodName.parse(reaped.name)
     assert name is not None
     assert reap(rig.client, name.owner, now=name.deadline) == []
@@ -184,4 +169,7 @@ def test_a_killed_worker_is_followed_by_another_or_by_the_reaper_alone(rig: Rig)
     state = rig.finish(adopted.id)
     assert state.is_crashed()
     assert "the pod is ERROR" in (state.message or "")
+    state = rig.finish(vanished.id)
+    assert state.is_crashed()
+    assert f"pod {gone_pod.id}: it is gone" in (state.message or "")
     rig.wait_for_no_pods()
