@@ -43,7 +43,8 @@ class Opened:
     def select(self, rows: Tensor) -> "Opened":
         """Some rows."""
         keys, values = ([part.index_select(0, rows) for part in parts] for parts in (self.keys, self.values))
-        return Opened(keys, values, *(part.index_select(0, rows) for part in (self.parents, self.roots, self.places)))
+        parents, roots, places = (part.index_select(0, rows) for part in (self.parents, self.roots, self.places))
+        return Opened(keys, values, parents, roots, places)
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,8 @@ def open_patches(
                 x, key, value = layer(x, *context, seen)
         keys.append(key)
         values.append(value)
-    spread = [part.repeat_interleave(zoom**2, dim=1) for part in (chosen, roots.gather(1, chosen))]
-    return Opened(keys, values, *spread, down * (columns * zoom) + right)
+    parents, under = (part.repeat_interleave(zoom**2, dim=1) for part in (chosen, roots.gather(1, chosen)))
+    return Opened(keys, values, parents, under, down * (columns * zoom) + right)
 
 
 def foveate(
