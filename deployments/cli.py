@@ -13,7 +13,9 @@ from deployments import convert, data, data_plan, machines, scaling
 from deployments.evaluate import evaluate
 from deployments.options import DEFAULT_VOLUME, Changes, Cloud, KeepServer, Live, Port, Profile, Videos, Volume, table_console
 from deployments.push import push
-from deployments.use import chat, look
+from deployments.space import space
+from deployments.stream import stream
+from deployments.use import chat, look, serve
 from fvlm_core.errors import UserError
 from fvlm_core.exit_status import USER_ERROR
 from infra.api import problem_with
@@ -37,6 +39,9 @@ app.command(evaluate, name="eval")
 app.command(chat)
 app.command(look)
 app.command(push)
+app.command(serve)
+app.command(space)
+app.command(stream)
 
 
 @app.command

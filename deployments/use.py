@@ -1,5 +1,7 @@
-"""`fvlm chat` and `fvlm look`: a model and a video in the terminal."""
+"""`fvlm chat`, `fvlm look` and `fvlm serve`: a model, asked in the terminal or over the web."""
 
+import os
+import socket
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -89,7 +91,7 @@ def chat(
             session.forget()
             continue
         if not interactive:
-            console.print(f"[bold cyan]> {_plain(question)}[/]")
+            console.print(f"[bold cyan]> {plain(question)}[/]")
         try:
             for piece in session.ask(question, mode=chosen, question_first=question_first, sampling=sampling):
                 console.print(piece, end="", markup=False, soft_wrap=True)
@@ -97,7 +99,7 @@ def chat(
         except UserError as error:  # the conversation has grown too long: the user can begin a new one
             if not interactive:
                 raise
-            console.print(f"[red]{_plain(str(error))}[/]")
+            console.print(f"[red]{plain(str(error))}[/]")
     return 0
 
 
@@ -152,6 +154,68 @@ def look(
     return 0
 
 
+def serve(
+    model: Model,
+    /,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    upload_mb: int = 32,
+    video_s: int = 1800,
+    new_tokens: int = 1024,
+    running: int = 8,
+    waiting: int = 16,
+    allow_internal: Annotated[bool, Parameter(negative="")] = False,
+    vision: Vision = None,
+    llm: Llm = None,
+    frame_px: FramePx = 224,
+    device: Device = "auto",
+) -> int:
+    """Serve a model: a web page, and OpenAI's /v1/chat/completions with videos. FVLM_API_KEY, where it is set, is asked of every request.
+
+    Parameters
+    ----------
+    host
+        Address to listen at; 0.0.0.0 lets other machines in.
+    port
+        Port to listen at.
+    upload_mb
+        Largest video or picture.
+    video_s
+        Longest video.
+    new_tokens
+        Longest answer.
+    running
+        Answers that are computed together.
+    waiting
+        Requests that wait beside them; more are refused with status 429.
+    allow_internal
+        Addresses of videos may lead to this machine and its private networks.
+    """
+    import uvicorn
+
+    smallest = {"upload_mb": upload_mb, "video_s": video_s, "new_tokens": new_tokens, "running": running, "waiting": waiting + 1}
+    if wrong := [name for name, value in smallest.items() if value < 1]:
+        raise UserError(f"{', '.join(wrong)} must be at least 1 (waiting: 0)", where="the options", fix="correct them")
+    console = Console(highlight=False)
+    try:
+        listening = socket.create_server((host, port))
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot listen there: {error}", where=f"{host}:{port}", fix="choose another --port or --host") from error
+    answerer = load_model(model, vision, llm, frame_px, device, console)
+    from fvlm_core.serve.app import create_app
+    from fvlm_core.serve.limits import Limits
+
+    key = os.environ.get("FVLM_API_KEY")
+    limits = Limits(upload_mb, video_s, new_tokens=new_tokens, running=running, waiting=waiting, allow_internal=allow_internal)
+    console.print(f"{answerer.name}: web page at http://{host}:{port}, OpenAI's API at http://{host}:{port}/v1", soft_wrap=True)
+    if not key and host not in ("127.0.0.1", "localhost", "::1"):
+        console.print("[yellow]anyone who reaches this address can use it; set FVLM_API_KEY to ask for a key[/]")
+    with listening:
+        uvicorn.Server(uvicorn.Config(create_app(answerer, limits, api_key=key), log_level="warning")).run([listening])
+    return 0
+
+
 def _questions(console: Console, *, interactive: bool):
     """Lines of the terminal or of a pipe, without empty ones."""
     while True:
@@ -163,6 +227,6 @@ def _questions(console: Console, *, interactive: bool):
             yield line
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text in which rich sees no markup."""
     return text.replace("[", "\\[")

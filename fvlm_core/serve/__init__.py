@@ -1,1 +1,1 @@
-"""Using a model: streams of frames, questions at any time."""
+"""Using a model: conversations, where it looks, a server for many, streams of frames."""

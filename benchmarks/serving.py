@@ -1,0 +1,116 @@
+"""`fvlm serve` at DINOv2-small + SmolLM2-135M with random weights, over HTTP: eight clients at once against one after the other, each with
+a video and a question of its own; and uploads that are refused.
+
+Reference for eight at once: four times what one alone takes. The videos are as long as `--frames` seconds; the encoder's work cannot be
+shared between different videos, decoding is.
+"""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from statistics import median
+
+import httpx
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from benchmarks.bad_uploads import bad_uploads
+from benchmarks.chat_server import about, data_url, running
+from benchmarks.report import Measurement, arguments, show
+from benchmarks.shapes import FRAME_PX, VOCABULARY, model_settings
+from fvlm_core.data.clips import encode_mp4
+from fvlm_core.data.frames import FrameRule
+from fvlm_core.data.tokenizer import SPECIAL_TOKENS, TURN_END, chat_format
+from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
+from fvlm_core.eval.subject import Subject
+from fvlm_core.model.build import build_model
+from fvlm_core.serve.app import create_app
+from fvlm_core.serve.limits import Limits
+
+CLIENTS = 8
+ALONE = 4
+"""What one client takes, so many times, is what eight may take."""
+NAME = "benchmark"
+TIMEOUT_S = 600
+
+
+def main() -> None:
+    options = arguments(
+        __doc__ or "",
+        frames={"type": int, "default": 8},
+        tokens={"type": int, "default": 64},
+        uploads={"type": int, "default": 100},
+        rounds={"type": int, "default": 1},
+    )
+    show(measure(options.frames, options.tokens, options.uploads, options.rounds), as_json=options.json)
+
+
+def measure(frames: int, tokens: int, uploads: int, rounds: int) -> Iterator[Measurement]:
+    """Videos of `frames` frames, answers of `tokens` tokens; `uploads` bad ones."""
+    limits = Limits(upload_mb=8, video_s=600, running=CLIENTS, waiting=CLIENTS)
+    videos = [data_url(_video(frames, seed)) for seed in range(CLIENTS)]
+    with running(create_app(_answerer(), limits)) as address, httpx.Client(base_url=address, timeout=TIMEOUT_S) as client:
+
+        def ask(n: int, tokens: int = tokens) -> str:
+            body = {"model": NAME, "messages": about(videos[n], f"{n}: what happens?"), "max_tokens": tokens}
+            answer = client.post("/v1/chat/completions", json=body)
+            return answer.json()["choices"][0]["message"]["content"] if answer.is_success else f"error {answer.status_code} of client {n}"
+
+        for n in range(CLIENTS):
+            ask(n, 1)  # every video is decoded, for one at a time and for all at once
+        alone_s, together_s, equal = [], [], CLIENTS
+        for _ in range(rounds):
+            alone, together = [], []
+            for n in range(CLIENTS):
+                started = time.perf_counter()
+                alone.append(ask(n))
+                alone_s.append(time.perf_counter() - started)
+            started = time.perf_counter()
+            with ThreadPoolExecutor(CLIENTS) as pool:
+                together = list(pool.map(ask, range(CLIENTS)))
+            together_s.append(time.perf_counter() - started)
+            same = [one == other and not one.startswith("error ") for one, other in zip(alone, together, strict=True)]
+            equal = min(equal, sum(same))
+        yield Measurement("serving", "clients_ok", equal, "clients", f"{CLIENTS} clients, answers as alone", equal / CLIENTS)
+        ratio = median(together_s) / (ALONE * median(alone_s))
+        yield Measurement("serving", "eight_at_once_vs_four_alone", median(together_s), "s", f"{ALONE} times one alone", ratio)
+
+        good = _video(frames, 0)
+        kinds = len(list(bad_uploads(good, each=1)))
+        refused = 0
+        for _, content, kind in islice(bad_uploads(good, each=-(-uploads // kinds), huge_bytes=limits.upload_bytes), uploads):
+            body = {"model": NAME, "messages": about(data_url(content), "?", kind=kind), "max_tokens": 1}
+            answer = client.post("/v1/chat/completions", json=body)
+            refused += answer.is_client_error and bool(answer.json()["error"]["message"])
+        refused *= ask(0) == alone[0]  # none counts if the server no longer answers as before
+        yield Measurement("serving", "bad_uploads_survived", refused, "uploads", f"{uploads} sent", refused / uploads)
+
+
+def _answerer() -> FoveatedAnswerer:
+    model = build_model(model_settings(), vocab_size=VOCABULARY).eval().requires_grad_(False)
+    tokenizer = _tokenizer()
+    subject = Subject(model, tokenizer, chat_format(tokenizer), torch.device("cpu"), CLIENTS)
+    return FoveatedAnswerer(subject, name=NAME, checkpoint="", rule=FrameRule(FRAME_PX))
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes, the special tokens, and as many words as SmolLM2 has, so that every token shows in an answer."""
+    known = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    vocabulary = {token: number for number, token in enumerate([*known, *(f"Ġword{n}" for n in range(VOCABULARY - len(known)))])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[reportAttributeAccessIssue]
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=TURN_END, pad_token=TURN_END)
+
+
+def _video(frames: int, seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (frames, 14, 14, 3), dtype=np.uint8).repeat(16, 1).repeat(16, 2)
+    return encode_mp4(pixels)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""`fvlm stream`: a model watches a file, a camera or an address, and is asked at any time."""
+
+import queue
+import sys
+import threading
+import time
+from collections import deque
+from statistics import median
+from typing import Annotated, Literal
+
+import psutil
+from cyclopts import Parameter
+from rich.console import Console
+from rich.status import Status
+
+from deployments.use import Device, FramePx, Llm, Model, Vision, load_model, plain
+from fvlm_core.errors import UserError
+
+RECENT = 30
+"""Frames whose median time is shown."""
+RESERVED_FOR_QUESTION = 192
+"""Tokens of the context that are kept free for a question."""
+PIPED_EVERY = 60
+"""Without a terminal, a line for so many frames."""
+
+
+def stream(
+    model: Model,
+    source: str,
+    /,
+    *,
+    fps: float = 1.0,
+    task: str = "",
+    ask: tuple[str, ...] = (),
+    fast: Annotated[bool, Parameter(negative="")] = False,
+    frames: int = 0,
+    when_full: Literal["slide", "thin"] = "slide",
+    context: int | None = None,
+    max_new_tokens: int = 64,
+    vision: Vision = None,
+    llm: Llm = None,
+    frame_px: FramePx = 224,
+    device: Device = "auto",
+) -> int:
+    """Watch a source as it goes on, a token per frame; type a question and return at any time, /quit ends.
+
+    Shows the time that a frame took (the last, and the median of the last 30), how full the context is, and the process's memory, which
+    does not grow once the context is full. After the end of the source, questions are answered until the input ends.
+
+    Parameters
+    ----------
+    source
+        A file, a camera (/dev/video0), or an address that ffmpeg reads (http, rtsp, ...).
+    fps
+        Frames looked at per second of the source.
+    task
+        A question known before the first frame, which directs where the model looks.
+    ask
+        A question at the end, any number of times; then none are read from the input.
+    fast
+        Read a file as fast as it can be looked at, not at its own speed.
+    frames
+        Stop after so many; 0 does not.
+    when_full
+        What a full context forgets: `slide` the older half, `thin` every second frame.
+    context
+        Tokens kept at most; by default as many as the model can.
+    max_new_tokens
+        Most tokens of an answer.
+    """
+    if not 0.01 <= fps <= 60 or frames < 0 or max_new_tokens < 1:
+        raise UserError("fps must be 0.01 to 60, frames at least 0, max_new_tokens at least 1", where="the options", fix="correct them")
+    console = Console(highlight=False)
+    answerer = load_model(model, vision, llm, frame_px, device, console)
+    from fvlm_core.serve.live import live_frames
+    from fvlm_core.serve.stream import FrameStream
+
+    subject = answerer.subject
+    most = subject.model.llm.config.max_position_embeddings
+    reserve = min(max_new_tokens + RESERVED_FOR_QUESTION, most // 2)
+    try:
+        watching = FrameStream(
+            subject.model,
+            subject.chat,
+            task_ids=subject.encode(task.strip()) if task else (),
+            context=min(context or most, most),
+            reserve=reserve,
+            when_full=when_full,
+        )
+    except ValueError as error:
+        raise UserError(str(error), where="the model or --context", fix="use a model that looks, and a larger context") from error
+    asked: queue.Queue[str | None] = queue.Queue()
+    if not ask:
+        threading.Thread(target=_read_questions, args=(asked,), daemon=True).start()
+    process, taken = psutil.Process(), deque[float](maxlen=RECENT)
+
+    def answer(question: str) -> None:
+        console.print(f"[bold cyan]> {plain(question)}[/] [dim]after {watching.seen} frames[/]")
+        try:
+            with subject.autocast():
+                tokens = watching.ask(subject.encode(question), max_new_tokens=max_new_tokens)
+            console.print(subject.decode(tokens), markup=False, soft_wrap=True)
+        except ValueError as error:
+            console.print(f"[red]{plain(str(error))}[/]")
+
+    def state(dropped: int) -> str:
+        memory = process.memory_info().rss / 1e6
+        text = f"frame {watching.seen}: {taken[-1] * 1000:.0f} ms, median {median(taken) * 1000:.0f} ms; "
+        text += f"context {watching.length} of {watching.limit} tokens; memory {memory:,.0f} MB"
+        return text + (f"; {dropped} frames dropped" if dropped else "")
+
+    quit_now, dropped = False, 0
+    with Status("waiting for the first frame", console=console) as status:
+        for frame in live_frames(source, fps=fps, frame_px=answerer.rule.frame_px, pace=not fast):
+            started = time.perf_counter()
+            with subject.autocast():
+                watching.push(frame.pixels)
+            taken.append(time.perf_counter() - started)
+            dropped = frame.dropped
+            status.update(state(dropped))
+            if not console.is_terminal and watching.seen % PIPED_EVERY == 0:
+                console.print(state(dropped), soft_wrap=True)
+            while not quit_now and not asked.empty():
+                question = asked.get()
+                quit_now = question == "/quit"
+                if question and not quit_now:
+                    answer(question)
+                elif question is None:
+                    asked.put(None)
+                    break
+            if quit_now or watching.seen == frames:
+                break
+    console.print(state(dropped), soft_wrap=True)
+    for question in ask:
+        answer(question)
+    while not ask and not quit_now and (question := asked.get()) not in (None, "/quit"):
+        answer(question)
+    return 0
+
+
+def _read_questions(asked: "queue.Queue[str | None]") -> None:
+    """Lines of the input, then None."""
+    for line in sys.stdin:
+        if line.strip():
+            asked.put(line.strip())
+    asked.put(None)

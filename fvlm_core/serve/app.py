@@ -1,0 +1,314 @@
+"""The server: OpenAI's chat completions with videos, and a web page for people.
+
+A request is counted before its body is read, so that those that wait are few, whatever they bring. Media are fetched and decoded beside the
+engine's thread; equal media of the last requests are kept, so that requests about one video encode it together.
+"""
+
+import asyncio
+import base64
+import hmac
+import json
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from hashlib import sha256
+from http import HTTPStatus
+from pathlib import Path
+from threading import Lock, Semaphore
+from typing import Any
+from uuid import uuid4
+
+import anyio.to_thread
+import numpy as np
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from pydantic import ValidationError
+
+from fvlm_core.data.frames import encode_jpeg
+from fvlm_core.errors import UserError
+from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
+from fvlm_core.serve import engine
+from fvlm_core.serve.answering import TextPieces
+from fvlm_core.serve.chat_request import ChatRequest, understand
+from fvlm_core.serve.decode import Kind, decode
+from fvlm_core.serve.fetch import read_url
+from fvlm_core.serve.limits import MB, Limits, RefusedError
+from fvlm_core.serve.load import checked_mode
+
+PAGE = Path(__file__).with_name("page.html")
+DECODERS = 2
+"""Videos and pictures that are decoded at the same time."""
+KEPT_MEDIA = 16
+"""Decoded videos and pictures; 64 frames of 224 px are 10 MB."""
+HEARTBEAT_S = 1.0
+"""How often a waiting request is looked at: is somebody still there?"""
+PAGE_POLICY = "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; media-src blob:"
+
+
+class Server:
+    """What the endpoints share."""
+
+    def __init__(self, answerer: FoveatedAnswerer, limits: Limits, api_key: str | None) -> None:
+        self.answerer, self.limits, self.api_key = answerer, limits, api_key
+        self.engine = engine.Engine(answerer.subject, running=limits.running, frames_at_once=limits.frames_at_once)
+        self.inside = 0
+        """Requests that were let in and are not answered yet."""
+        self.media: OrderedDict[str, np.ndarray] = OrderedDict()
+        self.decoding: dict[str, Lock] = {}
+        self.lock, self.decoders = Lock(), Semaphore(DECODERS)
+        self.threads = anyio.CapacityLimiter(limits.running + limits.waiting)
+        self.created = int(time.time())
+
+    def check_key(self, request: Request) -> None:
+        """Raise RefusedError for a request without the key, where there is one."""
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if self.api_key and not hmac.compare_digest(given.encode(), self.api_key.encode()):
+            raise RefusedError("the API key is missing or wrong", HTTPStatus.UNAUTHORIZED, code="invalid_api_key")
+
+    async def body(self, request: Request) -> ChatRequest:
+        """The request, read within the limits. Raises RefusedError."""
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            # also what keeps other sites' pages out: browsers ask before they send this type elsewhere, and are not allowed
+            raise RefusedError("the content type must be application/json", HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(self.limits.body_s):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > self.limits.body_bytes:
+                        what = f"the request is larger than {self.limits.body_bytes // MB} MB, which is this server's limit"
+                        raise RefusedError(what, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, code="too_large")
+                    parts.append(part)
+        except TimeoutError as error:
+            what = f"the request did not arrive within {self.limits.body_s:g} s"
+            raise RefusedError(what, HTTPStatus.REQUEST_TIMEOUT) from error
+        try:
+            return await anyio.to_thread.run_sync(ChatRequest.model_validate_json, b"".join(parts))
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(str(place) for place in first["loc"])
+            raise RefusedError(f"{where or 'the body'}: {first['msg']}") from error
+
+    def frames_of(self, url: str, kind: Kind) -> np.ndarray:
+        """The frames of an address; called in a thread. Raises RefusedError."""
+        content = read_url(url, self.limits)
+        key = f"{kind} {sha256(content).hexdigest()}"
+        with self.lock:
+            mine = self.decoding.setdefault(key, Lock())
+        try:
+            with mine:  # who brings the same at the same time waits for it
+                if (found := self.media.get(key)) is None:
+                    with self.decoders:
+                        found = decode(content, kind, self.answerer.rule, self.limits)
+                with self.lock:
+                    self.media[key] = found
+                    if len(self.media) > KEPT_MEDIA:
+                        self.media.popitem(last=False)
+        finally:
+            with self.lock:
+                self.decoding.pop(key, None)
+        return found
+
+    async def ask(self, request: Request, body: ChatRequest) -> "Asking":
+        """Fetch the media and hand the request to the engine. Raises RefusedError."""
+        if body.model != self.answerer.name:
+            what = f"there is no model {body.model!r}; this server has {self.answerer.name!r}"
+            raise RefusedError(what, HTTPStatus.NOT_FOUND, code="model_not_found")
+        try:
+            mode = checked_mode(self.answerer, body.mode)
+        except UserError as error:
+            raise RefusedError(f"{error.what}; {error.fix}") from error
+        work = partial(understand, body, self.answerer, self.limits, self.frames_of)
+        asked = await anyio.to_thread.run_sync(work, limiter=self.threads)
+        events: asyncio.Queue[engine.Event] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        asking = engine.Request(
+            asked.sample, asked.chat, mode, asked.sampling, lambda event: loop.call_soon_threadsafe(events.put_nowait, event), body.gaze
+        )
+        self.engine.submit(asking)
+        return Asking(self, request, body, asking, events)
+
+
+class Asking:
+    """An answer on its way to one client."""
+
+    def __init__(
+        self, server: Server, request: Request, body: ChatRequest, asking: engine.Request, events: "asyncio.Queue[engine.Event]"
+    ) -> None:
+        self.server, self.request, self.body, self.asking, self.events = server, request, body, asking, events
+        self.id, self.created = f"chatcmpl-{uuid4().hex}", int(time.time())
+        self.prompt_tokens = self.completion_tokens = 0
+        self.looked: dict[str, Any] | None = None
+        self.finished = ""
+
+    async def pieces(self) -> AsyncIterator[str]:
+        """The answer's text, piece by piece; an empty one first, once the request was read. Raises RefusedError."""
+        text, stops = TextPieces(self.server.answerer.subject), self.body.stops
+        held = ""
+        longest = max(map(len, stops), default=1)
+        try:
+            while not self.finished:
+                event = await self._event()
+                if isinstance(event, engine.Failed):
+                    raise RefusedError("the answer could not be computed", HTTPStatus.INTERNAL_SERVER_ERROR, code="internal_error")
+                if isinstance(event, engine.Started):
+                    self.prompt_tokens = event.prompt_tokens
+                    self.looked = self._look(event) if self.body.gaze else None
+                    yield ""
+                    continue
+                self.completion_tokens, self.finished = len(event.tokens), event.finished
+                held += text.piece(event.tokens, last=bool(event.finished))
+                if ends := [held.find(stop) for stop in stops if stop in held]:
+                    held, self.finished = held[: min(ends)], "stop"
+                keep = 0 if self.finished else longest - 1  # the beginning of a stop text may be at the end
+                said, held = held[: len(held) - keep], held[len(held) - keep :] if keep else ""
+                if said:
+                    yield said
+        finally:
+            self.asking.cancelled = True
+
+    def completion(self, text: str) -> dict[str, Any]:
+        """The complete answer as OpenAI's `chat.completion`."""
+        message = {"role": "assistant", "content": text, "refusal": None}
+        choice = {"index": 0, "message": message, "finish_reason": self.finished, "logprobs": None}
+        return self._head("chat.completion") | {"choices": [choice], "usage": self.usage()} | self._extra()
+
+    def chunk(self, delta: dict[str, str], *, end: bool = False) -> dict[str, Any]:
+        """A piece as OpenAI's `chat.completion.chunk`."""
+        choice = {"index": 0, "delta": delta, "finish_reason": self.finished if end else None, "logprobs": None}
+        return self._head("chat.completion.chunk") | {"choices": [choice]}
+
+    async def stream(self) -> AsyncIterator[str]:
+        """Server-sent events of the answer; an error after the first of them is an event too."""
+        first = True
+        try:
+            async for piece in self.pieces():
+                delta = {"role": "assistant", "content": piece} if first else {"content": piece}
+                yield _event(self.chunk(delta) | (self._extra() if first else {}))
+                first = False
+            yield _event(self.chunk({}, end=True))
+            if self.body.stream_options and self.body.stream_options.include_usage:
+                yield _event(self._head("chat.completion.chunk") | {"choices": [], "usage": self.usage()})
+        except RefusedError as error:
+            yield _event(_error(error))
+        yield "data: [DONE]\n\n"
+
+    def usage(self) -> dict[str, int]:
+        total = self.prompt_tokens + self.completion_tokens
+        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens, "total_tokens": total}
+
+    async def _event(self) -> engine.Event:
+        while True:
+            try:
+                return await asyncio.wait_for(self.events.get(), HEARTBEAT_S)
+            except TimeoutError:
+                if await self.request.is_disconnected():
+                    self.asking.cancelled = True
+                    raise RefusedError("the client has gone", HTTPStatus.REQUEST_TIMEOUT) from None
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.server.answerer.name}
+
+    def _extra(self) -> dict[str, Any]:
+        return {"fvlm": self.looked} if self.looked else {}
+
+    def _look(self, event: engine.Started) -> dict[str, Any]:
+        """The shown frames as JPEG, where the model looks in each (adding up to 1), and the entropy of that in nats."""
+        sample = self.asking.sample
+        shown = [index for indexes in sample.media for index in indexes]
+        jpegs = [base64.b64encode(encode_jpeg(frame)).decode() for frame in sample.frames]
+        return {
+            "mode": self.asking.mode,
+            "question_first": sample.question_first,
+            "frames": [f"data:image/jpeg;base64,{jpegs[index]}" for index in shown],
+            "gaze": np.round(event.gaze.astype(float), 5).tolist(),
+            "entropy": np.round(event.entropy.astype(float), 4).tolist(),
+        }
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events; the request counts until they have ended, however they do."""
+
+    def __init__(self, asking: Asking) -> None:
+        super().__init__(asking.stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self.asking = asking
+
+    async def __call__(self, *arguments: Any) -> None:
+        try:
+            await super().__call__(*arguments)
+        finally:
+            self.asking.asking.cancelled = True
+            self.asking.server.inside -= 1
+
+
+def create_app(answerer: FoveatedAnswerer, limits: Limits | None = None, *, api_key: str | None = None) -> FastAPI:
+    """The application, whose engine runs as long as it does."""
+    server = Server(answerer, limits or Limits(), api_key)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        server.engine.start()
+        yield
+        await asyncio.to_thread(server.engine.close)
+
+    app = FastAPI(title="fVLM", lifespan=lifespan, openapi_url=None)
+
+    @app.exception_handler(RefusedError)
+    async def refused(_: Request, error: RefusedError) -> JSONResponse:
+        headers = {"Retry-After": "1"} if error.status == HTTPStatus.TOO_MANY_REQUESTS else None
+        return JSONResponse(_error(error), error.status, headers)
+
+    @app.get("/", response_class=HTMLResponse)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(PAGE.read_text(), headers={"Content-Security-Policy": PAGE_POLICY})
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return {"status": "ok", "inside": server.inside}
+
+    def model() -> dict[str, Any]:
+        modes = {"modes": list(answerer.subject.model.modes), "upload_mb": server.limits.upload_mb, "video_s": server.limits.video_s}
+        return {"id": answerer.name, "object": "model", "created": server.created, "owned_by": "fvlm", "fvlm": modes}
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> dict[str, Any]:
+        server.check_key(request)
+        return {"object": "list", "data": [model()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str, request: Request) -> dict[str, Any]:
+        server.check_key(request)
+        if name != answerer.name:
+            raise RefusedError(f"there is no model {name!r}", HTTPStatus.NOT_FOUND, code="model_not_found")
+        return model()
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def complete(request: Request) -> Response:
+        server.check_key(request)
+        if server.inside >= server.limits.running + server.limits.waiting:
+            raise RefusedError("too many requests are waiting; try again later", HTTPStatus.TOO_MANY_REQUESTS, code="rate_limit_exceeded")
+        server.inside += 1
+        streaming = False
+        try:
+            body = await server.body(request)
+            asking = await server.ask(request, body)
+            if body.stream:
+                streaming = True
+                return _Stream(asking)
+            return JSONResponse(asking.completion("".join([piece async for piece in asking.pieces()])))
+        finally:
+            if not streaming:
+                server.inside -= 1
+
+    return app
+
+
+def _error(error: RefusedError) -> dict[str, Any]:
+    kind = "server_error" if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
+    return {"error": {"message": error.message, "type": kind, "param": None, "code": error.code}}
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value)}\n\n"

@@ -1,0 +1,184 @@
+"""The body of `POST /v1/chat/completions`: OpenAI's, with videos, and what it means for the model.
+
+https://platform.openai.com/docs/api-reference/chat. Beyond it: content parts of type `video_url`, and the fields `mode`, `question_first`
+and `gaze`. What changes an answer and cannot be done here is refused, not ignored.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from http import HTTPStatus
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from fvlm_core.data.batch import ChatFormat, Sample, Turn
+from fvlm_core.data.tokenizer import TURN_END, TURN_START
+from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
+from fvlm_core.serve.answering import MAX_NEW_TOKENS, Sampling
+from fvlm_core.serve.decode import Kind
+from fvlm_core.serve.limits import Limits, RefusedError
+
+MAX_STOPS = 4
+CHARACTERS_PER_TOKEN = 32
+"""More than any text has on average."""
+URLS: dict[str, Kind] = {"video_url": "video", "image_url": "image"}
+
+
+class Part(BaseModel):
+    """A text, a video or an image."""
+
+    type: Literal["text", "video_url", "image_url"]
+    text: str = ""
+    video_url: "Url | str | None" = None
+    image_url: "Url | str | None" = None
+
+    @property
+    def url(self) -> str | None:
+        """The address, where it is no text."""
+        given = self.video_url if self.type == "video_url" else self.image_url if self.type == "image_url" else None
+        return given.url if isinstance(given, Url) else given
+
+
+class Url(BaseModel):
+    """An address: `data:`, https or http."""
+
+    url: str
+
+
+class Message(BaseModel):
+    """One turn."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part] | None = None
+
+    @property
+    def parts(self) -> list[Part]:
+        if isinstance(self.content, str):
+            return [Part(type="text", text=self.content)]
+        return self.content or []
+
+    @property
+    def text(self) -> str:
+        return "\n".join(part.text for part in self.parts if part.type == "text").strip()
+
+
+class StreamOptions(BaseModel):
+    """Of a streamed answer."""
+
+    include_usage: bool = False
+
+
+class ChatRequest(BaseModel):
+    """What is asked."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float = Field(0.0, ge=0, le=2)
+    """0, the default, takes the likeliest token."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int = 0
+    stop: str | list[str] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Literal[1] = 1
+    mode: str | None = None
+    """`coarse_only`, `coarse_fine` or `autoregressive`."""
+    question_first: bool | None = None
+    """The question stands before the video; by default as the first message's parts are ordered."""
+    gaze: bool = False
+    """Return the frames and where the model looks in them."""
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+UNSUPPORTED = ("tools", "functions", "logprobs", "top_logprobs", "response_format", "logit_bias", "audio", "prediction")
+NEUTRAL: tuple[Any, ...] = (None, False, 0, [], {}, {"type": "text"})
+"""Values of these that ask for nothing."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request as the model takes it."""
+
+    sample: Sample
+    chat: ChatFormat
+    sampling: Sampling
+
+
+def understand(request: ChatRequest, answerer: FoveatedAnswerer, limits: Limits, frames_of: Callable[[str, Kind], np.ndarray]) -> Asked:
+    """Turns, media and format of a request; `frames_of` gets an address and what it should be. Raises RefusedError."""
+    for name in UNSUPPORTED:
+        if (request.model_extra or {}).get(name) not in NEUTRAL:
+            raise RefusedError(f"{name} is not supported")
+    if len(request.stops) > MAX_STOPS or any(not stop for stop in request.stops):
+        raise RefusedError(f"stop must be at most {MAX_STOPS} texts that are not empty")
+    system = "\n".join(message.text for message in request.messages if message.role in ("system", "developer"))
+    messages = [message for message in request.messages if message.role in ("user", "assistant")]
+    if [message.role for message in messages] != (["user", "assistant"] * len(messages))[: len(messages)] or len(messages) % 2 == 0:
+        raise RefusedError("messages must alternate between user and assistant, and begin and end with user")
+    if any(part.type != "text" for message in messages[1:] for part in message.parts):
+        raise RefusedError("videos and images belong into the first user message: the model sees them before the conversation goes on")
+    addressed = [part for part in messages[0].parts if part.type != "text"]
+    if len(addressed) > limits.media:
+        raise RefusedError(f"{len(addressed)} videos and images; this server takes {limits.media} in a request")
+    texts = [message.text for message in messages]
+    if any(not text for message, text in zip(messages, texts, strict=True) if message.role == "user"):
+        raise RefusedError("a user message has no text")
+    _check_length(sum(map(len, [system, *texts])) // CHARACTERS_PER_TOKEN, answerer)  # before tokens are made of it
+    encode, chat = answerer.subject.encode, answerer.subject.chat
+    turns = [Turn(encode(user), encode(answer)) for user, answer in zip(texts[::2], [*texts[1::2], ""], strict=True)]
+    if system:
+        tokenizer = answerer.subject.tokenizer
+        opened = tokenizer.encode(f"{TURN_START}system\n", add_special_tokens=False, split_special_tokens=False)
+        closed = tokenizer.encode(f"{TURN_END}\n", add_special_tokens=False, split_special_tokens=False)
+        chat = replace(chat, system=[*opened, *encode(system), *closed])
+    sampling = Sampling(
+        request.max_completion_tokens or request.max_tokens or min(MAX_NEW_TOKENS, limits.new_tokens),
+        request.temperature,
+        request.top_p,
+        request.seed,
+    )
+    if sampling.max_new_tokens > limits.new_tokens:
+        raise RefusedError(f"an answer of {sampling.max_new_tokens} tokens; this server gives at most {limits.new_tokens}")
+    text_tokens = len(chat.system) + sum(len(turn.question_ids) + len(turn.answer_ids) + 8 for turn in turns)
+    _check_length(text_tokens + sampling.max_new_tokens, answerer)
+    loaded = [frames_of(_address(part), URLS[part.type]) for part in addressed]
+    frames, media = _joined(loaded, [URLS[part.type] for part in addressed], answerer.image_repeats)
+    shown = sum(map(len, media)) * answerer.tokens_per_frame
+    _check_length(text_tokens + sampling.max_new_tokens + shown, answerer)
+    first = request.question_first
+    if first is None:
+        order = [part.type == "text" for part in messages[0].parts]
+        first = bool(order) and order[0]
+    return Asked(Sample("", "", frames, media, turns, question_first=first and bool(media)), chat, sampling)
+
+
+def _address(part: Part) -> str:
+    if not part.url:
+        raise RefusedError(f"a part of type {part.type} has no address: {{'type': '{part.type}', '{part.type}': {{'url': ...}}}}")
+    return part.url
+
+
+def _joined(loaded: list[np.ndarray], kinds: list[Kind], image_repeats: int) -> tuple[np.ndarray, list[list[int]]]:
+    """Frames one after the other, and which of them are shown; of one video, the array itself, so that requests share it."""
+    media, start = [], 0
+    for frames, kind in zip(loaded, kinds, strict=True):
+        media.append([start] * image_repeats if kind == "image" else list(range(start, start + len(frames))))
+        start += len(frames)
+    if not loaded:
+        return np.zeros((0, 1, 1, 3), np.uint8), []
+    return loaded[0] if len(loaded) == 1 else np.concatenate(loaded), media
+
+
+def _check_length(tokens: int, answerer: FoveatedAnswerer) -> None:
+    context = answerer.subject.model.llm.config.max_position_embeddings
+    if tokens > context:
+        what = f"messages and answer need {tokens} tokens; the model's context has {context}"
+        raise RefusedError(what, HTTPStatus.BAD_REQUEST, code="context_length_exceeded")

@@ -1,0 +1,149 @@
+"""Media of strangers, decoded in a process of its own: `python -m fvlm_core.serve.decode`.
+
+Decoders are C code that reads what anyone sends. A process that crashes, hangs or takes too much memory is ended, and the server goes on.
+Only formats that hold all they show are opened: ffmpeg would follow a playlist (HLS, concat) to files and addresses.
+"""
+
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+from http import HTTPStatus
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from fvlm_core.data.frames import ClipError, FrameRule, extract_frames
+from fvlm_core.eval.media import Images
+from fvlm_core.serve.limits import MB, Limits, RefusedError
+
+Kind = Literal["video", "image"]
+FRAMES, REFUSED = b"frames\n", b"refused\n"
+"""How the process begins its answer."""
+LENGTH_TOLERANCE_S = 1.0
+
+
+def decode(content: bytes, kind: Kind, rule: FrameRule, limits: Limits) -> np.ndarray:
+    """The frames [T, frame_px, frame_px, 3] of a video, or the one of a picture. Raises RefusedError."""
+    if not content:
+        raise RefusedError(f"the {kind} is empty")
+    if container_of(content, kind) is None:
+        known = "mp4, mov, mkv, webm, avi, ts, ogg, flv, wmv, gif" if kind == "video" else "jpeg, png, webp, bmp, gif"
+        raise RefusedError(f"not a {kind} of a known format ({known})", HTTPStatus.UNSUPPORTED_MEDIA_TYPE, code="unsupported_media")
+    settings = {"kind": kind, "frame_px": rule.frame_px, "fps": rule.fps, "max_frames": rule.max_frames}
+    settings |= {"video_s": limits.video_s, "pixels": limits.pixels, "decode_s": limits.decode_s, "decode_mb": limits.decode_mb}
+    command = [sys.executable, "-m", "fvlm_core.serve.decode", json.dumps(settings)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    too_much = RefusedError(f"the {kind} takes too much time or memory to decode", HTTPStatus.UNPROCESSABLE_ENTITY, code="unreadable_media")
+    try:
+        done = subprocess.run(command, input=content, capture_output=True, timeout=limits.decode_s, env=environment, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise too_much from error
+    if done.stdout.startswith(FRAMES):
+        return np.load(io.BytesIO(done.stdout[len(FRAMES) :]), allow_pickle=False)
+    if done.stdout.startswith(REFUSED):
+        message, status = json.loads(done.stdout[len(REFUSED) :])
+        raise RefusedError(message, HTTPStatus(status), code="unreadable_media")
+    raise too_much
+
+
+def container_of(content: bytes, kind: Kind) -> str | None:
+    """The name of the container or picture format by its first bytes, or None where it is not one that is opened."""
+    if kind == "image":
+        found = _PICTURES
+    else:
+        if content[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"):
+            return "mov"
+        if content[:1] == b"G" and content[188:189] == b"G" and content[376:377] in (b"G", b""):
+            return "mpegts"
+        found = _VIDEOS
+    return next((name for mark, at, more, where, name in found if content.startswith(mark, at) and content.startswith(more, where)), None)
+
+
+_PICTURES = (
+    (b"\xff\xd8\xff", 0, b"", 0, "jpeg"),
+    (b"\x89PNG\r\n\x1a\n", 0, b"", 0, "png"),
+    (b"RIFF", 0, b"WEBP", 8, "webp"),
+    (b"BM", 0, b"", 0, "bmp"),
+    (b"GIF8", 0, b"", 0, "gif"),
+)
+_VIDEOS = (
+    (b"\x1a\x45\xdf\xa3", 0, b"", 0, "matroska"),
+    (b"RIFF", 0, b"AVI ", 8, "avi"),
+    (b"GIF8", 0, b"", 0, "gif"),
+    (b"OggS", 0, b"", 0, "ogg"),
+    (b"FLV", 0, b"", 0, "flv"),
+    (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", 0, b"", 0, "asf"),
+    (b"\x00\x00\x01\xba", 0, b"", 0, "mpeg"),
+)
+"""Two marks and where they stand, and the format's name."""
+
+
+def _main() -> None:
+    """Decode what comes on standard input, by the settings in the first argument, within its limits."""
+    settings = json.loads(sys.argv[1])
+    memory, seconds = settings["decode_mb"] * MB, settings["decode_s"]
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    content = sys.stdin.buffer.read()
+    rule = FrameRule(settings["frame_px"], settings["fps"], settings["max_frames"])
+    try:
+        if settings["kind"] == "image":
+            frames = _image(content, rule, settings["pixels"])
+        else:
+            frames = _video(content, rule, settings["pixels"], settings["video_s"])
+    except RefusedError as error:
+        sys.stdout.buffer.write(REFUSED + json.dumps([error.message, int(error.status)]).encode())
+        return
+    buffer = io.BytesIO()
+    np.save(buffer, frames)
+    sys.stdout.buffer.write(FRAMES + buffer.getvalue())
+
+
+def _image(content: bytes, rule: FrameRule, pixels: int) -> np.ndarray:
+    Image.MAX_IMAGE_PIXELS = None  # the limit is ours, and the size is checked before a pixel is decoded
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            _check_pixels(image.width, image.height, pixels)
+        return Images((content,)).load(rule, 1).frames
+    except (ClipError, OSError, ValueError, SyntaxError) as error:
+        raise RefusedError("not a readable picture", HTTPStatus.UNPROCESSABLE_ENTITY) from error
+
+
+def _video(content: bytes, rule: FrameRule, pixels: int, video_s: float) -> np.ndarray:
+    import av
+    import av.error
+
+    try:
+        with av.open(io.BytesIO(content), "r") as container:
+            if not container.streams.video:
+                raise RefusedError("the file has no video stream", HTTPStatus.UNPROCESSABLE_ENTITY)
+            stream = container.streams.video[0]
+            _check_pixels(stream.codec_context.width, stream.codec_context.height, pixels)
+            lengths = [float(stream.duration * stream.time_base)] if stream.duration and stream.time_base else []
+            lengths += [container.duration / av.time_base] if container.duration else []
+            if (length := max(lengths, default=0.0)) > video_s + LENGTH_TOLERANCE_S:
+                what = f"the video is {length:.0f} s long; this server takes {video_s} s"
+                raise RefusedError(what, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+        found = extract_frames(content, rule)
+        if found.duration_s > video_s + LENGTH_TOLERANCE_S:
+            what = f"the video is {found.duration_s:.0f} s long; this server takes {video_s} s"
+            raise RefusedError(what, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+        return found.pixels
+    except (ClipError, av.error.FFmpegError, ValueError) as error:
+        reason = str(error) if isinstance(error, ClipError) else "it cannot be decoded"
+        raise RefusedError(f"not a readable video: {reason}", HTTPStatus.UNPROCESSABLE_ENTITY) from error
+
+
+def _check_pixels(width: int, height: int, most: int) -> None:
+    if width * height > most:
+        what = f"pictures of {width} x {height} pixels are larger than this server takes ({most} pixels)"
+        raise RefusedError(what, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,138 @@
+"""Media by address: `data:` addresses, and http(s) ones without a way into this machine or its networks.
+
+A host's name is resolved once, every address it has is checked, and the connection goes to a checked address (not to the name, which could
+mean another one by then). Redirects are connections like the first. Nothing else than http and https is spoken; proxies of the
+environment are not used, since they would connect for us.
+"""
+
+import base64
+import binascii
+import ipaddress
+import socket
+import time
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import unquote_to_bytes, urljoin, urlsplit
+
+import httpcore
+
+from fvlm_core.serve.limits import MB, Limits, RefusedError
+
+REDIRECTS = 3
+REDIRECTING = (301, 302, 303, 307, 308)
+AGENT = b"fvlm"
+
+
+def read_url(url: str, limits: Limits) -> bytes:
+    """The bytes of an address. Raises RefusedError."""
+    scheme = url[:8].lower().partition(":")[0]
+    if scheme == "data":
+        return _data(url, limits)
+    if scheme in ("http", "https"):
+        return _fetch(url, limits)
+    raise RefusedError("an address must begin with https://, http:// or data:; files of the server cannot be read")
+
+
+def check_address(host: str, port: int, *, allow_internal: bool) -> str:
+    """The IP address to connect to. Raises RefusedError where the name has none, or one that is not of the public internet."""
+    try:
+        found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    except (OSError, UnicodeError) as error:
+        raise RefusedError(f"the host {host!r} cannot be found") from error
+    if not found:
+        raise RefusedError(f"the host {host!r} cannot be found")
+    if not allow_internal and not all(is_public(address) for address in found):
+        raise RefusedError(f"the host {host!r} is not on the public internet", HTTPStatus.FORBIDDEN, code="address_refused")
+    return found[0]
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the public internet; one that stands for an IPv4 address is as that one."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
+        if ip in ipaddress.ip_network("64:ff9b::/96"):
+            inner.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
+        if any(part is not None and not is_public(str(part)) for part in inner):
+            return False
+        if ip.ipv4_mapped is not None:
+            return True
+    return ip.is_global and not ip.is_multicast
+
+
+class _Checked(httpcore.SyncBackend):
+    """Connects to checked addresses only."""
+
+    def __init__(self, allow_internal: bool) -> None:
+        self.allow_internal = allow_internal
+
+    def connect_tcp(self, host: str, port: int, *arguments: Any, **options: Any) -> httpcore.NetworkStream:
+        return super().connect_tcp(check_address(host, port, allow_internal=self.allow_internal), port, *arguments, **options)
+
+
+def _fetch(url: str, limits: Limits) -> bytes:
+    deadline = time.monotonic() + limits.fetch_s
+    with httpcore.ConnectionPool(network_backend=_Checked(limits.allow_internal), max_keepalive_connections=0) as pool:
+        for _ in range(REDIRECTS + 1):
+            answer = _get(pool, url, deadline, limits)
+            if isinstance(answer, bytes):
+                return answer
+            url = urljoin(url, answer)
+    raise RefusedError(f"the address redirects more than {REDIRECTS} times")
+
+
+def _get(pool: httpcore.ConnectionPool, url: str, deadline: float, limits: Limits) -> bytes | str:
+    """The content of an address, or where it redirects to."""
+    try:
+        parts = urlsplit(url)
+        host = parts.netloc.rpartition("@")[2]
+        if parts.scheme.lower() not in ("http", "https") or not host:
+            raise RefusedError("the address leads to something that is neither http nor https")
+        left = max(0.1, deadline - time.monotonic())
+        timeouts = dict.fromkeys(("connect", "read", "write", "pool"), left)
+        headers = [(b"Host", host.encode("idna" if not host.isascii() else "ascii")), (b"User-Agent", AGENT), (b"Accept", b"*/*")]
+        target = parts._replace(netloc=host, fragment="").geturl()
+        with pool.stream("GET", target, headers=headers, extensions={"timeout": timeouts}) as response:
+            location = next((value.decode("latin-1") for name, value in response.headers if name.lower() == b"location"), None)
+            if response.status in REDIRECTING and location:
+                return location
+            if response.status != HTTPStatus.OK:
+                raise RefusedError(f"the address answers with status {response.status}")
+            return _content(response, deadline, limits)
+    except (httpcore.TimeoutException, TimeoutError) as error:
+        raise RefusedError(f"the address did not answer within {limits.fetch_s:g} s") from error
+    except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.UnsupportedProtocol, OSError, ValueError) as error:
+        raise RefusedError("the address cannot be fetched") from error
+
+
+def _content(response: httpcore.Response, deadline: float, limits: Limits) -> bytes:
+    parts, size = [], 0
+    for part in response.iter_stream():
+        size += len(part)
+        if size > limits.upload_bytes:
+            raise _too_large(limits)
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _data(url: str, limits: Limits) -> bytes:
+    head, comma, body = url.partition(",")
+    if not comma:
+        raise RefusedError("a data: address must have the form data:TYPE;base64,CONTENT")
+    if not head.lower().endswith(";base64"):
+        content = unquote_to_bytes(body)
+    else:
+        try:
+            content = base64.b64decode(body, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise RefusedError("the data: address is not valid base64") from error
+    if len(content) > limits.upload_bytes:
+        raise _too_large(limits)
+    return content
+
+
+def _too_large(limits: Limits) -> RefusedError:
+    what = f"larger than {limits.upload_bytes // MB} MB, which is this server's limit"
+    return RefusedError(what, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, code="too_large")
