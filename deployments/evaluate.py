@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fvlm_core.errors import UserError
 from fvlm_core.eval.benchmarks import NAMES, benchmark
+from fvlm_core.eval.generation import Method
 from fvlm_core.model.names import MODES
 
 ALL = "all"
@@ -23,6 +24,11 @@ def evaluate(
     output: Path = Path("evaluation"),
     limit: int = 0,
     generate: Annotated[bool, Parameter(negative="")] = False,
+    method: Method = "greedy",
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    beams: int = 4,
+    seed: int = 0,
     max_missing_share: float = 0.01,
     vision: str | None = None,
     llm: str | None = None,
@@ -46,6 +52,16 @@ def evaluate(
         Most questions of each benchmark, evenly over its rows; 0 is all.
     generate
         Generate answers to multiple-choice questions too, and read the choice from them.
+    method
+        How answers are generated: always the likeliest token, draws, or beam search.
+    temperature
+        Of draws: above 1 they are bolder.
+    top_p
+        Of draws: from the likeliest tokens whose probabilities add up to that.
+    beams
+        Answers that beam search follows at a time.
+    seed
+        Of draws, shuffled frames, random queries and intervals.
     max_missing_share
         Share of a benchmark's items that may lack their media or be unreadable.
     vision
@@ -65,6 +81,7 @@ def evaluate(
     if not names:
         raise UserError("no benchmark is named", where="--benchmarks", fix=f"name some of {', '.join(NAMES)}")
     modes = None if mode == ALL else [part.strip() for part in mode.split(",")]
+    generation = {"method": method, "temperature": temperature, "top_p": top_p, "beams": beams, "seed": seed}
     job_values = {
         "output": output,
         "checkpoint": checkpoint,
@@ -73,9 +90,10 @@ def evaluate(
             "run": names,
             "data": {} if data is None else {name: data / name for name in names if benchmark(name).needs_folder},
             "limit": limit,
-            "ask": {"modes": modes, "generate": generate},
+            "ask": {"modes": modes, "generate": generate, "generation": generation},
             "max_missing_share": max_missing_share,
         },
+        "seed": seed,
         "device": device,
         "batch_samples": batch_samples,
     }

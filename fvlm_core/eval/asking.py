@@ -16,6 +16,7 @@ from fvlm_core.data.frames import ClipError
 from fvlm_core.errors import UserError
 from fvlm_core.eval.answerers.answerer import ORDERS, Answerer, Ask, Condition, Order
 from fvlm_core.eval.benchmarks.benchmark import LETTERS, Benchmark, Loaded, check_share
+from fvlm_core.eval.generation import GREEDY, Generation
 from fvlm_core.eval.items import Item
 from fvlm_core.eval.media import NO_MEDIA, Media
 from fvlm_core.eval.ranks import ALONE, Ranks
@@ -47,6 +48,8 @@ class AskSettings(Settings):
     """Generate answers to multiple-choice questions too, and parse them; open questions always are."""
     answer_tokens: int = ANSWER_TOKENS
     """Longest generated answer."""
+    generation: Generation = GREEDY
+    """How answers are generated."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,12 @@ def ask_all(
 ) -> None:
     """Ask the shards of this rank that are not finished yet, each into a file of `folder`; `done` is told of every shard's items.
 
-    Raises UserError where the model lacks a mode, or more than `max_missing_share` of the items could not be decoded.
+    Raises UserError where the model lacks a mode or a way to generate, or more than `max_missing_share` of the items could not be decoded.
     """
     conditions = answerer.conditions(settings.orders, settings.modes, controls=settings.controls)
+    if settings.generation.method not in answerer.methods:
+        fix = f"choose of {', '.join(answerer.methods)}"
+        raise UserError(f"{answerer.name} does not generate by {settings.generation.method}", where="ask.generation.method", fix=fix)
     failed: dict[str, str] = {}
     for shard in shards_of(loaded.items)[ranks.rank :: ranks.size]:
         path, key = shard_place(folder, shard), shard_key(answerer, loaded.benchmark, settings, shard)
@@ -199,9 +205,9 @@ def _asks(benchmark: Benchmark, settings: AskSettings, items: Sequence[Item]) ->
                 text = lettered if benchmark.answers == "yes_no" else item.question
                 wanted.append(("options", Ask(text, tuple(item.choices))))
             if settings.generate:
-                wanted.append(("text", Ask(lettered, max_new_tokens=settings.answer_tokens)))
+                wanted.append(("text", Ask(lettered, max_new_tokens=settings.answer_tokens, generation=settings.generation)))
         else:
-            wanted.append(("text", Ask(benchmark.prompt.open(item), max_new_tokens=settings.answer_tokens)))
+            wanted.append(("text", Ask(benchmark.prompt.open(item), max_new_tokens=settings.answer_tokens, generation=settings.generation)))
         asks += [ask for _, ask in wanted]
         owners += [(place, part) for part, _ in wanted]
     return asks, owners

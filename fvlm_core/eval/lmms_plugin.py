@@ -25,6 +25,7 @@ from fvlm_core.errors import UserError
 from fvlm_core.eval.answerers.answerer import ORDERS, Ask, Opened, Order
 from fvlm_core.eval.benchmarks.benchmark import LETTERS, OPTION_LINE, inline_options, video
 from fvlm_core.eval.checkpoints import Original, open_checkpoint
+from fvlm_core.eval.generation import GREEDY, Generation, Method
 from fvlm_core.eval.items import UnreadableItemError
 from fvlm_core.eval.media import NO_MEDIA, Images, Source
 from fvlm_core.eval.ranks import Ranks
@@ -125,13 +126,25 @@ class FVLM(lmms):
         return LETTERS[int(scores.argmax())]
 
     def _generate(self, opened: Opened, context: str, settings: dict[str, Any]) -> str:
-        """Greedily, up to the first of the texts that the task stops at."""
-        ask = Ask(context, max_new_tokens=int(settings.get("max_new_tokens", 32)))
+        """As the task's settings say, up to the first of the texts that it stops at."""
+        ask = Ask(context, max_new_tokens=int(settings.get("max_new_tokens", 32)), generation=self._generation(settings))
         text = opened.replies([ask], self.condition)[0].said
         until = settings.get("until") or []
         for stop in [until] if isinstance(until, str) else until:
             text = text.split(stop)[0] if stop else text
         return text.strip()
+
+    def _generation(self, settings: dict[str, Any]) -> Generation:
+        """lmms-eval's settings are those of transformers. Raises UserError where the model does not generate in such a way."""
+        beams, drawn = int(settings.get("num_beams") or 1), bool(settings.get("do_sample")) and (settings.get("temperature") or 0) > 0
+        method: Method = "beams" if beams > 1 else "sample" if drawn else "greedy"
+        if method not in self.answerer.methods:
+            raise UserError(
+                f"the model does not generate by {method}", where="the task's generation_kwargs", fix="--gen_kwargs do_sample=False"
+            )
+        if method == "beams":
+            return Generation(method=method, beams=beams)
+        return Generation(method=method, temperature=settings["temperature"], top_p=settings.get("top_p") or 1.0) if drawn else GREEDY
 
 
 def _source(visuals: list[Any], name: str) -> tuple[Source, str]:

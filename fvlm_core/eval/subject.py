@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fvlm_core.data.batch import ChatFormat, PackedBatch, Sample, pack
 from fvlm_core.data.tokenizer import encode
+from fvlm_core.eval.generation import GREEDY, Generation, go_on
 from fvlm_core.model import inference
 from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.model.names import Mode
@@ -80,15 +81,24 @@ class Subject:
         return {mode: np.concatenate([np.zeros((0, 2)), *(part[mode] for part in parts)]) for mode in modes}
 
     @torch.inference_mode()
-    def generate(self, samples: Sequence[Sample], mode: Mode, *, max_new_tokens: int) -> list[str]:
-        """Greedy answers, as text, to samples whose last turn has none."""
-        stop = self.chat.assistant_close[:1]
-        with self.autocast():
-            tokens = [
-                ids
-                for batch in self.batches(samples)
-                for ids in inference.generate(self.model, batch, mode, max_new_tokens=max_new_tokens, stop_ids=stop)
-            ]
+    def generate(self, samples: Sequence[Sample], mode: Mode, *, max_new_tokens: int, generation: Generation = GREEDY) -> list[str]:
+        """Answers, as text, to samples whose last turn has none."""
+        tokens: list[list[int]] = []
+        for start in range(0, len(samples), self.batch_samples):
+            some = samples[start : start + self.batch_samples]
+            with self.autocast():
+                batch = self.pack(some)
+                context = inference.read_batch(self.model, batch, mode, room=max_new_tokens)
+                assert context.cache is not None
+                tokens += go_on(
+                    self.model,
+                    context.cache,
+                    context.hidden[batch.cu_seqlens[1:].long() - 1],
+                    generation,
+                    max_new_tokens=max_new_tokens,
+                    stop_ids=self.chat.assistant_close[:1],
+                    seeds=[generation.seed_of(sample.key, sample.turns[-1].question_ids) for sample in some],
+                )
         return [self.decode(ids) for ids in tokens]
 
     @torch.inference_mode()

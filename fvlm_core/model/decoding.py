@@ -39,17 +39,17 @@ def continue_sampling(
     stop_ids: Sequence[int],
     temperature: float = 1.0,
     top_p: float = 1.0,
-    seed: int = 0,
+    seeds: Sequence[int],
 ) -> list[list[int]]:
     """Draw answers from the last hidden states [N, llm width] of the samples in a cache; the stop token is left out.
 
     `top_p` keeps the likeliest tokens whose probabilities add up to that (Holtzman et al. 2020, https://arxiv.org/abs/1904.09751). Every
-    sample has a generator of its own, so its answer does not depend on what else is in the batch. Raises ValueError for a temperature or
-    share that is not above 0.
+    sample has a generator of its own (`seeds`), so its answer does not depend on what else is in the batch. Raises ValueError for a
+    temperature or share that is not above 0.
     """
     if temperature <= 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature {temperature} and top_p {top_p} must be above 0, top_p at most 1")
-    generators = [torch.Generator().manual_seed(seed + row) for row in range(len(hidden))]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     answers: list[list[int]] = [[] for _ in range(len(hidden))]
     rows = list(range(len(hidden)))
     for step in range(max_new_tokens):

@@ -1,4 +1,4 @@
-"""Small folders in the form in which benchmarks are published, with real mp4 files and pictures; and gaze items in some of these forms."""
+"""Small folders in the form in which benchmarks are published, with real mp4 files and pictures."""
 
 import io
 import json
@@ -11,8 +11,6 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from fvlm_core.data.clips import encode_mp4
-from fvlm_core.eval.benchmarks import gaze
-from fvlm_core.eval.items import Item
 
 PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -56,33 +54,3 @@ def videomme_row(video: str, number: int, **changes: Any) -> dict[str, Any]:
     row |= {"videoID": video, "question_id": f"{video}-{number}", "task_type": "Counting Problem", "question": "How many?"}
     row |= {"options": ["A. Apples.", "B. Candles.", "C. Berries.", "D. U.S. flags."], "answer": "C"}
     return row | changes
-
-
-def gaze_items(clips: int) -> list[Item]:
-    return list(gaze.items(None, 9 * clips))
-
-
-def gaze_files(folder: Path, form: str, clips: int = 2) -> Path:
-    """The gaze benchmark's clips as mp4 files, and its questions in the form of another benchmark."""
-    items = gaze_items(clips)
-    places = {"videomme": "data", "mlvu": "video/count", "mvbench": "video/clevrer/video_validation"}
-    for number in range(clips):
-        file = folder / places[form] / f"gaze-{number}.mp4"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(encode_mp4(gaze.clip_of(number, scale=4).frames))
-    rows = []
-    for item in items:
-        assert item.gold is not None
-        if form == "videomme":
-            options = [f"{letter}. {text}" for letter, text in zip("ABCD", item.choices, strict=True)]
-            rows.append(videomme_row(item.clip, 0, question_id=item.id, question=item.question, options=options, answer="ABCD"[item.gold]))
-        else:
-            row = {"video": f"{item.clip}.mp4", "question": item.question, "candidates": item.choices, "answer": item.choices[item.gold]}
-            rows.append(row | ({"duration": 3, "question_type": "count"} if form == "mlvu" else {}))
-    if form == "videomme":
-        parquet(folder / "videomme" / "test-00000-of-00001.parquet", rows)
-    else:
-        file = folder / "json" / ("count.json" if form == "mlvu" else "moving_count.json")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(rows))
-    return folder

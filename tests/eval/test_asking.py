@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.gaze_forms import items as gaze_items
 from fvlm_core.errors import UserError
 from fvlm_core.eval.answerers.answerer import Ask, Condition
 from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
@@ -19,18 +20,21 @@ from fvlm_core.eval.benchmark_result import benchmark_result, chosen
 from fvlm_core.eval.benchmarks import benchmark
 from fvlm_core.eval.benchmarks.benchmark import Loaded
 from fvlm_core.eval.evaluate import evaluate
+from fvlm_core.eval.generation import GREEDY, Generation
 from fvlm_core.eval.items import Item
 from fvlm_core.eval.media import NO_MEDIA, Media, VideoFile
+from fvlm_core.eval.questions import question_sample
 from fvlm_core.eval.ranks import Ranks
 from fvlm_core.eval.records import ItemRecord, Said, option_scores, rounded
 from fvlm_core.eval.results import EvalReport
 from fvlm_core.eval.stats import Bootstrap
 from fvlm_core.model import inference
 from fvlm_core.model.build import build_model
+from fvlm_core.model.decoding import continue_sampling, continue_with_beams
 from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.model.names import MODES
 from tests.eval.conftest import small_job
-from tests.eval.published import gaze_items, mp4
+from tests.eval.published import mp4
 
 GAZE = benchmark("gaze")
 WORDS = ["red", "digit", "left", "top", "seven", "centre", "shows", "right", "bottom", "video", "three", "white", "pink", "nine"]
@@ -61,11 +65,38 @@ def test_every_mode_in_every_order_and_all_controls(answerer: FoveatedAnswerer):
 def test_a_letter_costs_no_pass_and_is_the_next_token(answerer: FoveatedAnswerer):
     subject = answerer.subject
     (reply,) = answerer.open(media(3), "m").replies([Ask("Which?", ("A", "B"), first_token=True)], Condition("coarse_fine"))
-    from fvlm_core.eval.questions import question_sample
-
     batch = subject.pack([question_sample("m", media(3), subject.encode("Which?"), question_first=True)])
     scores = inference.logits(subject.model, batch, "coarse_fine")[-1].float().log_softmax(-1)
     assert reply.sums[:, 0] == pytest.approx([float(scores[subject.encode(letter)[0]]) for letter in "AB"], abs=1e-4)
+
+
+def test_an_answer_is_generated_in_the_way_asked_for(answerer: FoveatedAnswerer):
+    """Beams and draws against the decoders themselves; a question's draws do not depend on what is asked beside it."""
+    opened, condition = answerer.open(media(3), "m"), Condition("coarse_fine")
+    subject = answerer.subject
+    texts = ["Which digits are at the top left?", "Which are at the top right?"]
+    for generation in (GREEDY, Generation(method="beams", beams=3), Generation(method="sample", temperature=2.0, seed=3)):
+        asks = [Ask(text, max_new_tokens=6, generation=generation) for text in texts]
+        together = [reply.said for reply in opened.replies(asks, condition)]
+        assert together == [opened.replies([ask], condition)[0].said for ask in asks]
+        beside = opened.replies([Ask(texts[1], max_new_tokens=4), asks[0]], condition)
+        assert beside[1].said == together[0], "asks of another kind in the same batch"
+        batch = subject.pack([question_sample("m", media(3), subject.encode(text), question_first=True) for text in texts])
+        context = inference.read_batch(subject.model, batch, "coarse_fine", room=6)
+        assert context.cache is not None
+        hidden, stop = context.hidden[batch.cu_seqlens[1:].long() - 1], subject.chat.assistant_close[:1]
+        options = {"max_new_tokens": 6, "stop_ids": stop}
+        if generation.method == "beams":
+            ids = continue_with_beams(subject.model, context.cache, hidden, beams=3, **options)
+        elif generation.method == "sample":
+            seeds = [generation.seed_of("m", subject.encode(text)) for text in texts]
+            assert len(set(seeds)) == 2
+            ids = continue_sampling(subject.model, context.cache, hidden, temperature=2.0, seeds=seeds, **options)
+        else:
+            ids = inference.continue_greedily(subject.model, context.cache, hidden, **options)
+        assert together == [subject.decode(answer) for answer in ids]
+    other = Generation(method="sample", temperature=2.0, seed=4)
+    assert opened.replies([Ask(texts[0], max_new_tokens=6, generation=other)], condition)[0].said != together[0]
 
 
 def test_controls_are_what_they_say(answerer: FoveatedAnswerer):

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.gaze_forms import items as gaze_items
+from benchmarks.gaze_forms import write as gaze_files
 from fvlm_core.data.frames import ClipError, FrameRule
 from fvlm_core.errors import UserError
 from fvlm_core.eval.benchmarks import NAMES, benchmark
 from fvlm_core.eval.benchmarks.benchmark import Loaded, load
 from fvlm_core.eval.items import Item
 from fvlm_core.eval.media import NO_MEDIA, FrameFolder, Images, VideoFile
-from tests.eval.published import gaze_files, gaze_items, jsonl, mp4, parquet, picture, png, videomme_row
+from tests.eval.published import jsonl, mp4, parquet, picture, png, videomme_row
 
 RULE = FrameRule(42)
 
@@ -229,7 +231,7 @@ def test_your_own_questions(tmp_path: Path):
 
 @pytest.mark.parametrize("form", ["videomme", "mlvu", "mvbench"])
 def test_gaze_items_are_the_same_in_every_form(form: str, tmp_path: Path):
-    wanted, found = gaze_items(2), read(form, gaze_files(tmp_path, form)).items
+    wanted, found = gaze_items(2), read(form, gaze_files(tmp_path, form, 2)).items
     assert [(one.question, one.choices, one.gold) for one in found] == [(one.question, one.choices, one.gold) for one in wanted]
     for one, item in zip(found[::9], wanted[::9], strict=True):
         drawn = item.media.load(FrameRule(168), 1).frames

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks import gaze_forms
 from fvlm_core.eval.benchmark_result import chosen
 from fvlm_core.eval.benchmarks import benchmark
 from fvlm_core.eval.benchmarks.benchmark import LETTERS
@@ -15,7 +16,7 @@ from fvlm_core.eval.checkpoint import CheckpointJob, evaluate_checkpoint
 from fvlm_core.eval.parts.benchmarks import BenchmarksResult
 from fvlm_core.eval.records import ItemRecord
 from infra.stack import REPOSITORY
-from tests.eval.published import gaze_files, gaze_items, jsonl, png
+from tests.eval.published import jsonl, png
 
 PROGRAM = REPOSITORY / ".venv-lmms" / "bin" / "lmms-eval"
 pytestmark = [
@@ -59,7 +60,7 @@ def write_tasks(folder: Path, data: Path) -> None:
     """The gaze items as lmms-eval's tasks: with Video-MME's prompt, with nothing but question and options, an open one, a broken file."""
     prompt = benchmark("videomme").prompt
     tasks: dict[str, list[dict[str, str]]] = {LETTERED: [], PLAIN: []}
-    for item in gaze_items(2):
+    for item in gaze_forms.items(2):
         options = [f"{letter}. {text}" for letter, text in zip(LETTERS, item.choices, strict=False)]
         for name, asked in ((LETTERED, prompt.with_letters(item)), (PLAIN, "\n".join([item.question, *options]))):
             tasks[name].append({"video": str(data / "data" / f"{item.clip}.mp4"), "prompt": asked, "answer": LETTERS[item.gold or 0]})
@@ -76,7 +77,7 @@ def write_tasks(folder: Path, data: Path) -> None:
 def ours(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, BenchmarksResult]:
     """The items' folder, the evaluation's folder, and what `fvlm eval` finds."""
     folder = tmp_path_factory.mktemp("ours")
-    data = gaze_files(folder / "videomme", "videomme", 2)
+    data = gaze_forms.write(folder / "videomme", "videomme", 2)
     ask = {"controls": False, "modes": ["autoregressive"], "orders": ["question_first"]}
     job = {
         "output": folder / "evaluation",

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import Idefics3VisionConfig, LlamaConfig, SmolVLMConfig, SmolVLMForConditionalGeneration
 
+from benchmarks.gaze_forms import items as gaze_items
 from fvlm_core.data.tokenizer import train_tokenizer
 from fvlm_core.errors import UserError
 from fvlm_core.eval.answerers.answerer import Ask, Condition
@@ -15,7 +16,6 @@ from fvlm_core.eval.checkpoint import CheckpointJob, evaluate_checkpoint
 from fvlm_core.eval.checkpoints import open_checkpoint
 from fvlm_core.eval.media import Media
 from fvlm_core.eval.parts.benchmarks import BenchmarksResult
-from tests.eval.published import gaze_items
 
 CPU = torch.device("cpu")
 SIDE = 64
@@ -94,6 +94,10 @@ def test_it_runs_through_the_same_items_as_ours(folder: Path, tmp_path: Path):
 
 
 def test_its_folder_has_to_be_complete(folder: Path, tmp_path: Path):
+    job = {"output": tmp_path / "drawn", "checkpoint": folder, "resamples": 50, "device": "cpu"}
+    asked = {"run": ["gaze"], "limit": 9, "ask": {"generation": {"method": "sample"}}}
+    with pytest.raises(UserError, match="does not generate by sample"):
+        evaluate_checkpoint(CheckpointJob.model_validate(job | {"benchmarks": asked}))
     with pytest.raises(UserError, match="SmolVLM2 has no mode coarse_fine"):
         open_checkpoint(folder, CPU).conditions(["question_first"], ["coarse_fine"], controls=False)
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())

@@ -70,7 +70,9 @@ def test_a_cold_or_narrow_sample_is_greedy(model: FoveatedVLM):
     cache, hidden = start(model)
     greedy = continue_greedily(model, branch(cache, [0, 1], [MOST] * 2), hidden, max_new_tokens=MOST, stop_ids=[STOP])
     for options in ({"temperature": 1e-3}, {"top_p": 1e-6}):
-        made = continue_sampling(model, branch(cache, [0, 1], [MOST] * 2), hidden, max_new_tokens=MOST, stop_ids=[STOP], **options)
+        made = continue_sampling(
+            model, branch(cache, [0, 1], [MOST] * 2), hidden, max_new_tokens=MOST, stop_ids=[STOP], seeds=[0, 1], **options
+        )
         assert made == greedy
 
 
@@ -79,15 +81,15 @@ def test_samples_come_as_often_as_they_are_likely(model: FoveatedVLM):
     probabilities = model.llm.lm_head(hidden[:1]).float().softmax(-1)[0].detach().numpy()
     counts = np.zeros(VOCABULARY)
     for seed in range(600):
-        (one, _) = continue_sampling(model, cache, hidden, max_new_tokens=1, stop_ids=[], seed=7 * seed)
+        (one, _) = continue_sampling(model, cache, hidden, max_new_tokens=1, stop_ids=[], seeds=[7 * seed, 7 * seed + 1])
         counts[one[0]] += 1
     assert counts / 600 == pytest.approx(probabilities, abs=0.07)
 
 
 def test_a_samples_answer_does_not_depend_on_its_batch(model: FoveatedVLM):
     cache, hidden = start(model)
-    both = continue_sampling(model, branch(cache, [0, 1], [MOST] * 2), hidden, max_new_tokens=MOST, stop_ids=[STOP], seed=5)
-    alone = continue_sampling(model, branch(cache, [0], [MOST]), hidden[:1], max_new_tokens=MOST, stop_ids=[STOP], seed=5)
+    both = continue_sampling(model, branch(cache, [0, 1], [MOST] * 2), hidden, max_new_tokens=MOST, stop_ids=[STOP], seeds=[5, 6])
+    alone = continue_sampling(model, branch(cache, [0], [MOST]), hidden[:1], max_new_tokens=MOST, stop_ids=[STOP], seeds=[5])
     assert both[0] == alone[0]
 
 
@@ -96,7 +98,7 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_its_share():
     assert found[0].tolist() == pytest.approx([0, 0.625, 0.375, 0])
     assert nucleus(torch.tensor([[0.2, 0.8]]), 1.0)[0].tolist() == pytest.approx([0.2, 0.8])
     with pytest.raises(ValueError, match="must be above 0"):
-        continue_sampling(None, None, torch.zeros(1, 1), max_new_tokens=1, stop_ids=[], temperature=0)  # pyright: ignore
+        continue_sampling(None, None, torch.zeros(1, 1), max_new_tokens=1, stop_ids=[], seeds=[0], temperature=0)  # pyright: ignore
 
 
 def test_branches_leave_the_cache_as_it_was(model: FoveatedVLM):

@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from fvlm_core.data.frames import FrameRule
+from fvlm_core.eval.generation import GREEDY, Generation, Method
 from fvlm_core.eval.media import Media
 
 Order = Literal["question_first", "question_after"]
@@ -47,6 +48,8 @@ class Ask:
     """Only that of each continuation's first token: letters, which need no pass of their own."""
     max_new_tokens: int = 0
     """Generate an answer of at most so many tokens; 0 generates none."""
+    generation: Generation = GREEDY
+    """How."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ class Answerer(Protocol):
     rule: FrameRule
     image_repeats: int
     tokens_per_frame: int
+    methods: tuple[Method, ...]
+    """Ways to generate that it has."""
 
     def conditions(self, orders: Sequence[Order], modes: Sequence[str] | None, *, controls: bool) -> list[Condition]:
         """Those that this model has: each mode in each order, and the controls. Raises UserError for a mode that it lacks."""

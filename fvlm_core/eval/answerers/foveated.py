@@ -6,6 +6,7 @@ Each option goes on from a copy of the question's keys and values, all of them i
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import get_args
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from fvlm_core.data.batch import PackedBatch, Sample
 from fvlm_core.data.frames import FrameRule
 from fvlm_core.errors import UserError
 from fvlm_core.eval.answerers.answerer import Ask, Condition, Order, Reply
+from fvlm_core.eval.generation import Method, go_on
 from fvlm_core.eval.media import NO_MEDIA, Media
 from fvlm_core.eval.questions import question_sample
 from fvlm_core.eval.subject import Subject
@@ -36,6 +38,7 @@ class FoveatedAnswerer:
     image_repeats: int = 8
     seed: int = 0
     tokens_per_frame: int = field(init=False)
+    methods: tuple[Method, ...] = get_args(Method)
 
     def __post_init__(self) -> None:
         self.tokens_per_frame = self.subject.model.settings.tokens_per_frame
@@ -111,10 +114,28 @@ class OpenedMedia:
         sums = self._continuations(asks, hidden, context.cache)
         said = [""] * len(asks)
         if room:
-            stop = subject.chat.assistant_close[:1]
-            answers = inference.continue_greedily(model, context.cache, hidden, max_new_tokens=room, stop_ids=stop)
-            said = [subject.decode(ids[: ask.max_new_tokens]) for ids, ask in zip(answers, asks, strict=True)]
+            said = self._said(samples, asks, hidden, context.cache)
         return [Reply(rows, text) for rows, text in zip(sums, said, strict=True)]
+
+    def _said(self, samples: Sequence[Sample], asks: Sequence[Ask], hidden: Tensor, cache: PackedCache) -> list[str]:
+        """Generated answers; those that are generated alike, and equally long, together."""
+        subject, said = self.subject, [""] * len(asks)
+        kinds = dict.fromkeys((ask.max_new_tokens, ask.generation) for ask in asks if ask.max_new_tokens)
+        for most, generation in kinds:
+            rows = [row for row, ask in enumerate(asks) if (ask.max_new_tokens, ask.generation) == (most, generation)]
+            alone = len(rows) == len(asks)
+            answers = go_on(
+                subject.model,
+                cache if alone else branch(cache, rows, [most] * len(rows)),
+                hidden if alone else hidden[rows],
+                generation,
+                max_new_tokens=most,
+                stop_ids=subject.chat.assistant_close[:1],
+                seeds=[generation.seed_of(self.name, samples[row].turns[-1].question_ids) for row in rows],
+            )
+            for row, ids in zip(rows, answers, strict=True):
+                said[row] = subject.decode(ids)
+        return said
 
     def _continuations(self, asks: Sequence[Ask], hidden: Tensor, cache: PackedCache) -> list[np.ndarray]:
         """Per question, float64 [continuations, 3]; see `Reply.sums`. `hidden` [N, llm width]: at the end of each question."""

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerBase, S
 from fvlm_core.data.frames import FrameRule
 from fvlm_core.errors import UserError
 from fvlm_core.eval.answerers.answerer import Ask, Condition, Order, Reply
+from fvlm_core.eval.generation import Method
 from fvlm_core.eval.media import NO_MEDIA, Media
 from fvlm_core.manifest import sha256_file
 
@@ -43,6 +44,7 @@ class SmolVLMAnswerer:
     seed: int = 0
     image_repeats: int = 1
     tokens_per_frame: int = field(init=False)
+    methods: tuple[Method, ...] = ("greedy",)
 
     def __post_init__(self) -> None:
         config = self.model.config

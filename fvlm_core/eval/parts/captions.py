@@ -6,6 +6,7 @@ from dataclasses import replace
 from fvlm_core.config import Positive
 from fvlm_core.eval.caption_metrics import bleu_from_sums, caption_stats, meteor, meteor_absence
 from fvlm_core.eval.estimates import Estimate, Metric
+from fvlm_core.eval.generation import GREEDY, Generation
 from fvlm_core.eval.media import NO_MEDIA
 from fvlm_core.eval.part import Context, Count, Part, PartResult, require
 from fvlm_core.eval.stats import DECIMALS, Bootstrap
@@ -95,6 +96,8 @@ class Captions(Part):
     """Clips and images to caption; 0 leaves captions out."""
     max_new_tokens: Positive = 48
     """Longest generated caption, in tokens."""
+    generation: Generation = GREEDY
+    """How captions are generated."""
 
     def measure(self, context: Context) -> CaptionResult:
         """Caption the same clips in every mode."""
@@ -105,7 +108,8 @@ class Captions(Part):
         require(len(questions), self.samples, "captions")
         samples = [without_answer(question.sample, question_first=False) for question in questions]
         generated: dict[Mode, list[str]] = {
-            mode: context.subject.generate(samples, mode, max_new_tokens=self.max_new_tokens) for mode in context.modes
+            mode: context.subject.generate(samples, mode, max_new_tokens=self.max_new_tokens, generation=self.generation)
+            for mode in context.modes
         }
         references = [[question.answer] for question in questions]
         clips = [question.clip for question in questions]
@@ -115,7 +119,7 @@ class Captions(Part):
             scores = {mode: one.model_copy(update={"meteor": meteors[mode]}) for mode, one in scores.items()}
         constant_caption, constant = _constant(references, clips, bootstrap)
         bare = [replace(sample, frames=NO_MEDIA.frames, media=[]) for sample in samples]
-        blind = context.subject.generate(bare, "coarse_only", max_new_tokens=self.max_new_tokens)
+        blind = context.subject.generate(bare, "coarse_only", max_new_tokens=self.max_new_tokens, generation=self.generation)
         return CaptionResult(
             modes=scores,
             constant_caption=constant_caption,
