@@ -93,6 +93,7 @@ def small_job(run: Path, shards: Path, output: Path, **changes: object) -> EvalJ
         "multiple_choice": {"questions": 12},
         "question_order": {"questions": 8},
         "gaze": {"heatmaps": 2},
+        "drift": {"clips": 2, "frames": [4]},
         "latency": {"clips": 2},
         "benchmarks": {"run": ["gaze"], "limit": 12},
         "resamples": 100,

@@ -15,6 +15,7 @@ from fvlm_core.eval.evaluate import evaluate
 from fvlm_core.eval.parts import RESULTS
 from fvlm_core.eval.parts.benchmarks import BenchmarksResult
 from fvlm_core.eval.parts.captions import CaptionResult
+from fvlm_core.eval.parts.drift import DriftResult
 from fvlm_core.eval.parts.gaze import GazeResult
 from fvlm_core.eval.parts.latency import LatencyResult
 from fvlm_core.eval.parts.losses import LossResult
@@ -66,8 +67,12 @@ def test_everything_is_there(report: tuple[Path, EvalReport], run: Path):
     assert set(results.not_measured()) <= {"meteor"}
     assert len(part(results, GazeResult).heatmaps) == 2
     assert results.figures()[0].file == "gaze.png"
+    assert [figure.file for figure in results.figures() if "Where the model looks" not in figure.caption] == ["drift.png"]
+    assert [point.frames for point in part(results, DriftResult).points] == [4]
+    for timed in part(results, LatencyResult).modes.values():
+        assert timed.peak_memory_gb is not None
+        assert timed.peak_memory_gb > 0.05, "the process's memory, torch included"
     for figure in results.figures():
-        assert "Where the model looks" in figure.caption
         with Image.open(folder / figure.file) as image:
             assert min(image.size) > 100
 
@@ -147,10 +152,11 @@ def test_pooled_model_has_one_mode_and_no_gaze(shards: Path, tmp_path: Path):
 
 def test_parts_can_be_left_out(run: Path, shards: Path, tmp_path: Path):
     off = {"captions": {"samples": 0}, "multiple_choice": {"questions": 0}, "question_order": {"questions": 0}, "latency": {"clips": 0}}
-    evaluate(small_job(run, shards, tmp_path, modes=["coarse_fine"], gaze={"heatmaps": 0}, benchmarks={}, **off))
+    evaluate(small_job(run, shards, tmp_path, modes=["coarse_fine"], gaze={"heatmaps": 0}, drift={}, benchmarks={}, **off))
     results = Results.read(tmp_path)
     assert list(results.parts) == ["losses", "gaze"]
-    assert results.absent == dict.fromkeys(off, "switched off") | {"benchmarks": "no benchmark was asked for (evaluation.benchmarks.run)"}
+    reasons = {"benchmarks": "no benchmark was asked for (evaluation.benchmarks.run)", "drift": "mode autoregressive was not asked for"}
+    assert results.absent == dict.fromkeys(off, "switched off") | reasons
     assert results.not_measured()["heatmaps"] == "switched off"
     assert verdict(results).text == "Whether looking helps was not measured."
 

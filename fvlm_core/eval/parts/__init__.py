@@ -6,6 +6,7 @@ The name of a line is the part's key in the profile (`evaluation.NAME`) and in `
 from fvlm_core.eval.part import Part, PartResult
 from fvlm_core.eval.parts.benchmarks import Benchmarks
 from fvlm_core.eval.parts.captions import Captions
+from fvlm_core.eval.parts.drift import Drift
 from fvlm_core.eval.parts.gaze import Gaze
 from fvlm_core.eval.parts.latency import Latency
 from fvlm_core.eval.parts.losses import Losses
@@ -23,6 +24,7 @@ class Parts(Settings):
     benchmarks: Benchmarks = Benchmarks()
     question_order: QuestionOrder = QuestionOrder()
     gaze: Gaze = Gaze()
+    drift: Drift = Drift()
     latency: Latency = Latency()
 
     def parts(self) -> dict[str, Part]:
