@@ -97,7 +97,7 @@ def meteor(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> fl
 def meteor_absence() -> str | None:
     """Why METEOR cannot be computed here, or None if it can."""
     missing = [name for name, there in (("java", shutil.which("java")), ("pycocoevalcap", find_spec("pycocoevalcap"))) if not there]
-    return f"not installed: {', '.join(missing)}" if missing else None
+    return f"not installed: {', '.join(missing)} (the extra `meteor`, and a Java)" if missing else None
 
 
 def _ngrams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM, PretrainedConfig
@@ -50,7 +51,7 @@ def load_model(folder: Path) -> FoveatedVLM:
         if model.llm.config.tie_word_embeddings:
             state["llm.lm_head.weight"] = state["llm.model.embed_tokens.weight"]
         model.load_state_dict(state)
-    except (OSError, RuntimeError, KeyError) as error:
+    except (OSError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"the weights do not load: {error}", where=str(folder / WEIGHTS_FILE), fix="make the model again") from error
     return model
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from sacrebleu.metrics import BLEU
 
-from fvlm_core.eval.caption_metrics import CaptionStats, bleu_from_sums, caption_stats, tokenize
+from fvlm_core.eval.caption_metrics import CaptionStats, bleu_from_sums, caption_stats, meteor, meteor_absence, tokenize
 
 HYPOTHESES = [
     "this is the model generated sentence1 which seems good enough",
@@ -35,6 +35,12 @@ def test_nlg_eval_example():
     assert [bleu(stats, n) for n in (1, 2, 3, 4)] == pytest.approx([0.55, 0.428174, 0.284043, 0.201143], abs=1e-6)
     assert stats.rouge_l.mean() == pytest.approx(0.522104, abs=1e-6)
     assert stats.cider_d.mean() == pytest.approx(1.242192, abs=1e-6)
+
+
+@pytest.mark.slow(reason="METEOR's Java program loads its paraphrases, half a minute")
+@pytest.mark.skipif(meteor_absence() is not None, reason=f"METEOR is {meteor_absence()}")
+def test_nlg_eval_meteor():
+    assert meteor(HYPOTHESES, REFERENCES) == pytest.approx(0.295797, abs=1e-6)
 
 
 def test_nlg_eval_single_caption():
