@@ -122,10 +122,11 @@ def down(*, profile: Profile = "runpod") -> int:
     from deployments.profile import chosen_profile
     from tasks.rented import account_of, budget_of, budget_table, rental_of
 
-    rental = rental_of(chosen_profile(profile))
+    config = chosen_profile(profile)
+    rental = rental_of(config)
     account = account_of(rental)
     ledger = budget_of(rental, account.store)
-    remote.down(account, ledger, Console())
+    remote.down(config, account, ledger, Console())
     for one in reap(account.client, owner(account.volume().id), over=lambda run: "everything is ended", budget=ledger, young_s=0.0):
         _say(f"pod {one.pod.id}: {one.problem or 'ended'}")
     reconcile(account.client, ledger)

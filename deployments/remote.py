@@ -1,5 +1,6 @@
 """`fvlm infra up`: the Prefect server and the workers on a small pod, with everything deployed, so that no machine at home stays on."""
 
+import contextlib
 import os
 import shlex
 from pathlib import Path
@@ -49,12 +50,7 @@ def up(config: PipelineConfig, console: Console, *, days: float | None = None) -
         say(f"the server's pod {pod.id} is there already")
     address = rental.server_address.format(pod=pod.id, port=rental.server_port)
     wait_until_it_answers(account, pod, address, say)
-    for name in [name for name in os.environ if name.startswith("PREFECT_")]:
-        del os.environ[name]
-    os.environ.update(variables(account, address))
-    from prefect.context import refresh_global_settings_context
-
-    refresh_global_settings_context()  # Prefect has read the environment when it was imported
+    _use(variables(account, address))
     deploy(config, Path(rental.mount_path), code)
     _say_where(account, address, console)
     return 0
@@ -83,12 +79,22 @@ def exports(config: PipelineConfig) -> str:
     return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in known.items())
 
 
-def down(account: Account, ledger: Budget, console: Console) -> None:
-    """End the server's pod after it has saved its database, where there is one."""
+def down(config: PipelineConfig, account: Account, ledger: Budget, console: Console) -> None:
+    """End the server's pod after it has saved its database, where there is one; what runs is marked Crashed before."""
+    import asyncio
+
+    import httpx
+
     from infra.runpod.remote import server_pod, stop_server
 
+    rental = rental_of(config)
     if pod := server_pod(account):
         console.print(f"pod {pod.id} keeps the server; it saves its database and ends", highlight=False)
+        with contextlib.suppress(UserError, httpx.HTTPError):  # a server that does not answer has no say
+            _use(variables(account, rental.server_address.format(pod=pod.id, port=rental.server_port)))
+            from deployments.register import crash_stale_runs
+
+            asyncio.run(crash_stale_runs(Path(rental.mount_path)))
         stop_server(account, ledger, pod)
 
 
@@ -123,6 +129,16 @@ def deploy(config: PipelineConfig, volume: Path, code: str | None) -> str:
     from deployments.register import register
 
     return asyncio.run(register(config, volume, code=code)).deployment
+
+
+def _use(server: dict[str, str]) -> None:
+    """Prefect's clients in this process talk to that server from now on."""
+    for name in [name for name in os.environ if name.startswith("PREFECT_")]:
+        del os.environ[name]
+    os.environ.update(server)
+    from prefect.context import refresh_global_settings_context
+
+    refresh_global_settings_context()  # Prefect may have read the environment when it was imported
 
 
 def _configuration(config: PipelineConfig, code: str | None):

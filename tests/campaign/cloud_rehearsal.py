@@ -10,6 +10,7 @@ What is finished in DIR is not run again: after an interruption the same command
 """
 
 import argparse
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from fvlm_core.manifest import FILE_NAME, AnyManifest
 from infra.runpod.bills import reconcile
 from infra.runpod.client import RunPod
 from infra.runpod.emulator.cloud import disk_cost
+from infra.stack import REPOSITORY
 from infra.store import FolderStore
 from tasks.bill import bill_against_plan, billed_by_step, finished_phases
 from tasks.dollars import DollarPlan, in_dollars
@@ -40,17 +42,21 @@ def main() -> int:
     parser.add_argument("--profile", default="ci")
     parser.add_argument("--set", dest="changes", action="append", default=[], metavar="PATH=VALUE")
     options = parser.parse_args()
-    console, home, away = Console(), options.folder / "local", options.folder / "cloud"
-    given = {"console": console, "keep_server": False, "port": None, "changes": options.changes}
-    if speedrun(options.profile, None, home, **given):
+    folder = options.folder.resolve()
+    console, home, away = Console(), folder / "local", folder / "cloud"
+    command = [sys.executable, "-m", "deployments.cli", "speedrun", "--profile", options.profile, "--volume", str(home)]
+    command += [word for change in options.changes for word in ("--set", change)]
+    # a process of its own: Prefect's settings in this one will be those of the second server
+    if subprocess.run(command, cwd=REPOSITORY, check=False).returncode:
         return 1
     problems: list[str] = []
 
     def check(cloud: Rehearsal) -> None:
         problems.extend(bills(cloud, planned, console))
 
-    planned = planned_from(options.profile, options.changes, home, options.folder / "empty")
-    if speedrun(options.profile, None, away, emulated=True, inspect=check, **given):
+    planned = planned_from(options.profile, options.changes, home, folder / "empty")
+    more = {"keep_server": False, "port": None, "changes": options.changes}
+    if speedrun(options.profile, None, away, console=console, emulated=True, inspect=check, **more):
         return 1
     problems += results(home, away, console)
     for problem in problems:

@@ -5,17 +5,22 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from prefect.types.entrypoint import EntrypointType
+from pydantic import SecretStr
 
 from deployments.checks import PROFILES
+from infra.api import healthy
+from infra.runpod.account import Account, Place
 from infra.runpod.client import RunPod
 from infra.runpod.emulator.s3 import S3Side
 from infra.runpod.emulator.server import Emulator
@@ -23,9 +28,11 @@ from infra.runpod.home import ADDRESS, DATABASE, Home
 from infra.runpod.naming import owner
 from infra.runpod.pod import CODE
 from infra.runpod.reaper import reap
+from infra.runpod.remote import server_pod
 from infra.runpod.setup import mark
-from infra.stack import REPOSITORY
+from infra.stack import REPOSITORY, volume_tag
 from infra.store import FolderStore
+from infra.volume import volume_id
 from tests.conftest import plain_environment
 from tests.infra.runpod.conftest import KEY, QUICK
 from tests.infra.runpod.rig import until
@@ -77,11 +84,14 @@ def remote(tmp_path: Path) -> Iterator[Remote]:
             yield Remote(tmp_path, cloud, s3.url)
 
 
-@pytest.mark.slow(reason="starts a server and workers twice, and a flow run")
+@pytest.mark.slow(reason="starts a server twice, workers, and two flow runs")
 def test_a_server_on_a_pod_runs_flows_ends_and_goes_on(remote: Remote, tmp_path: Path) -> None:
     shown = remote("infra", "up", "--days", "0.05")
     (pod,) = remote.client.pods()
     assert f"Prefect UI: {remote.address}" in shown
+    found = server_pod(Account(Place(remote.id, remote.cloud.url, key=SecretStr(KEY))))
+    assert found, "what a second `up` finds"
+    assert found.id == pod.id
     assert reap(remote.client, owner(remote.id), over=lambda _: "unknown", young_s=0.0) == [], "the reaper lets it be"
     known = dict(line.removeprefix("export ").split("=", 1) for line in remote("infra", "env").splitlines())
     settings = {PREFECT_API_URL: known["PREFECT_API_URL"], PREFECT_API_AUTH_STRING: known["PREFECT_API_AUTH_STRING"]}
@@ -94,6 +104,9 @@ def test_a_server_on_a_pod_runs_flows_ends_and_goes_on(remote: Remote, tmp_path:
             until(lambda: (state := client.read_flow_run(run).state) and state.is_final(), f"the run to end\n{remote.logs()}")
             assert (state := client.read_flow_run(run).state)
             assert state.is_completed(), remote.logs()
+            tags = [volume_tag(volume_id(remote.volume))]
+            left = client.create_flow_run_from_deployment(made, parameters={"folder": str(tmp_path / "left"), "pieces": 1000}, tags=tags).id
+            until((tmp_path / "left" / "piece1").exists, f"another run to work\n{remote.logs()}")
     assert len(list((tmp_path / "work").glob("piece*"))) == 3
     files = [path for path in remote.volume.rglob("*") if path.is_file() and not path.is_relative_to(remote.volume / CODE)]
     everything = "\n".join(path.read_text(errors="replace") for path in files)
@@ -103,13 +116,21 @@ def test_a_server_on_a_pod_runs_flows_ends_and_goes_on(remote: Remote, tmp_path:
     assert remote.client.pods() == []
     assert not (remote.volume / ADDRESS).exists()
     with closing(sqlite3.connect(remote.volume / DATABASE)) as database:
-        assert database.execute("select state_type from flow_run where id = ?", [str(run)]).fetchall() == [("COMPLETED",)]
+        known_runs = dict(database.execute("select id, state_type from flow_run where state_type != 'SCHEDULED'").fetchall())
+    assert (known_runs[str(run)], known_runs[str(left)]) == ("COMPLETED", "CRASHED"), "nothing goes on in the records that has no pod"
 
-    assert "is there already" not in remote("infra", "up")
-    (second,) = remote.client.pods()
-    assert second.id != pod.id
-    with temporary_settings(settings), get_client(sync_client=True) as client:
-        assert client.read_flow_run(run).deployment_id == made, "what an earlier server knew, this one knows"
+    # what the next pod runs
+    port = urlsplit(remote.address).port or 0
+    home = Home(remote.volume, tmp_path / "disk", port=port, address=remote.address, pools={}, environment=plain_environment())
+    serving = threading.Thread(target=home.run)
+    serving.start()
+    try:
+        until(lambda: healthy(f"{remote.address}/api"), "the next server")
+        with temporary_settings(settings), get_client(sync_client=True) as client:
+            assert client.read_flow_run(run).deployment_id == made, "what an earlier server knew, this one knows"
+    finally:
+        home.over.set()
+        serving.join()
 
 
 def test_the_copy_of_the_database_is_whole_while_it_is_written(tmp_path: Path) -> None:
