@@ -1,11 +1,11 @@
-"""`fvlm convert`: checkpoints of the original fVLM to models of ours, and back."""
+"""`fvlm convert`: checkpoints of the original fVLM to models of ours, and back; models of ours to ONNX."""
 
 from pathlib import Path
 
 from cyclopts import App
 from rich.console import Console
 
-app = App(name="convert", help="Convert checkpoints of the original fVLM to models of ours, and back.")
+app = App(name="convert", help="Convert checkpoints of the original fVLM to models of ours, and back; models of ours to ONNX.")
 
 
 @app.command
@@ -57,4 +57,23 @@ def original(model_folder: Path, out: Path) -> int:
 
     convert_to_original(model_folder, out)
     Console().print(f"wrote {out}", highlight=False)
+    return 0
+
+
+@app.command
+def onnx(model_folder: Path, out: Path) -> int:
+    """Write a model folder's reading of frames and its coarse mode as graphs for onnxruntime. Needs the extra `onnx`.
+
+    Parameters
+    ----------
+    model_folder
+        The `model/` of a finished run.
+    out
+        Folder for `read.onnx` and `coarse.onnx`.
+    """
+    from fvlm_core.model.build import load_model
+    from fvlm_core.release.onnx_export import export_onnx
+
+    for path in export_onnx(load_model(model_folder).eval(), out):
+        Console().print(f"wrote {path}", highlight=False)
     return 0

@@ -251,7 +251,7 @@ class Encoder(nn.Module):
         grid = (frames.shape[1] // self.patch_px, frames.shape[2] // self.patch_px)
         pixels = (frames.permute(0, 3, 1, 2).to(self.patches.weight.dtype) - self.pixel_mean) / self.pixel_std
         x = self.patches(pixels).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + self.positions(grid).to(x.dtype)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1) + self.positions(grid).to(x.dtype)
         keys, values = [], []
         for number, layer in enumerate(self.layers):
             if number == len(self.layers) - 1 and not patches:

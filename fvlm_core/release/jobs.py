@@ -12,7 +12,7 @@ from fvlm_core.settings import EXECUTION, Settings
 HUB_FOLDER = "model"
 CARD_FILE = f"{HUB_FOLDER}/README.md"
 PUSH_PLAN = "push.txt"
-REPORT_JSON, REPORT_HTML, REPORT_TEXT = "report.json", "report.html", "report.md"
+REPORT_JSON, REPORT_HTML, REPORT_TEXT, BLOG = "report.json", "report.html", "report.md", "blog.md"
 
 
 class ReleaseSettings(Settings):
@@ -43,7 +43,7 @@ class ReleaseJob(ReleaseSettings):
     """Package one trained and evaluated run."""
 
     output: Path
-    """Gets `model/` (ready to push), `report.html`, `report.md`, `report.json`, `manifest.json`."""
+    """Gets `model/` (ready to push), `report.html`, `report.md`, `report.json`, `blog.md`, `manifest.json`."""
     run: Path
     """Folder of the finished training run."""
     evaluation: Path

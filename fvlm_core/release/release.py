@@ -10,13 +10,24 @@ from fvlm_core.figures import Figure
 from fvlm_core.manifest import file_entries, write_atomically
 from fvlm_core.model.build import load_model
 from fvlm_core.progress import Progress
+from fvlm_core.release.blog import blog
 from fvlm_core.release.card import card, hub_results
 from fvlm_core.release.evidence import Evidence
 from fvlm_core.release.figures import FOLDER as FIGURES_FOLDER
 from fvlm_core.release.figures import Figures
 from fvlm_core.release.html import html
 from fvlm_core.release.hub_folder import write_hub_folder
-from fvlm_core.release.jobs import CARD_FILE, HUB_FOLDER, PUSH_PLAN, REPORT_HTML, REPORT_JSON, REPORT_TEXT, ReleaseJob, ReleaseManifest
+from fvlm_core.release.jobs import (
+    BLOG,
+    CARD_FILE,
+    HUB_FOLDER,
+    PUSH_PLAN,
+    REPORT_HTML,
+    REPORT_JSON,
+    REPORT_TEXT,
+    ReleaseJob,
+    ReleaseManifest,
+)
 from fvlm_core.release.names import EVAL_RESULTS_FILE
 from fvlm_core.release.push import plan, send
 from fvlm_core.release.sections import build
@@ -51,6 +62,7 @@ def release(job: ReleaseJob, *, token: str | None = None, endpoint: str | None =
     write_atomically(job.output / REPORT_JSON, report.model_dump_json(indent=2).encode())
     write_atomically(job.output / REPORT_TEXT, report.markdown().encode())
     write_atomically(job.output / REPORT_HTML, html(report, job.output).encode())
+    write_atomically(job.output / BLOG, blog(evidence, report).encode())
     looks = job.evaluation / LOOKS.file
     if looks.is_file():
         shutil.copyfile(looks, folder / LOOKS.file)
@@ -68,7 +80,7 @@ def release(job: ReleaseJob, *, token: str | None = None, endpoint: str | None =
         if job.push and token:
             pushed_to = send(push, token=token, endpoint=endpoint, message=f"{job.name}, {push.tag}")
     progress.update(STEPS, note=f"pushed to {pushed_to}" if pushed_to else "done")
-    reports = [REPORT_JSON, REPORT_TEXT, REPORT_HTML, f"{FIGURES_FOLDER}/*.png"]
+    reports = [REPORT_JSON, REPORT_TEXT, REPORT_HTML, BLOG, f"{FIGURES_FOLDER}/*.png"]
     packaged = [f"{HUB_FOLDER}/*", f"{HUB_FOLDER}/{EVAL_RESULTS_FILE}"]
     return ReleaseManifest(
         name="release",

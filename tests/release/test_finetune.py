@@ -1,4 +1,4 @@
-"""The example of fine-tuning with transformers' Trainer: the loss falls, and what it saves is a released folder again."""
+"""The example of fine-tuning with transformers' Trainer and TRL: the loss falls, and what it saves is a released folder again."""
 
 import json
 import runpy
@@ -23,7 +23,8 @@ STEPS = 12
 pytestmark = pytest.mark.slow(reason="trains")
 
 
-def test_the_loss_falls_and_the_result_loads_as_a_stranger_would(tmp_path):
+@pytest.mark.parametrize("with_trl", [False, True])
+def test_the_loss_falls_and_the_result_loads_as_a_stranger_would(tmp_path, with_trl):
     shards(tmp_path / "shards")
     made = run(tmp_path / "run", tmp_path / "shards")
     recipe, manifest = Recipe.from_yaml(made / "recipe.yaml"), ShardManifest.read(tmp_path / "shards")
@@ -36,7 +37,7 @@ def test_the_loss_falls_and_the_result_loads_as_a_stranger_would(tmp_path):
     (tmp_path / "clips.jsonl").write_text("\n".join(map(json.dumps, rows)))
     example = runpy.run_path(str(EXAMPLE))
     data, output = tmp_path / "clips.jsonl", tmp_path / "tuned"
-    trainer = example["finetune"](str(tmp_path / "released"), data, output, steps=STEPS, batch=4, rate=3e-3)
+    trainer = example["finetune"](str(tmp_path / "released"), data, output, steps=STEPS, batch=4, rate=3e-3, with_trl=with_trl)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == STEPS
     assert losses[-1] < 0.6 * losses[0]

@@ -6,20 +6,22 @@ import runpy
 import subprocess
 import sys
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from fvlm_core import __version__
 from fvlm_core.config import LLMSettings, VisionSettings
 from fvlm_core.errors import UserError
+from fvlm_core.eval.estimates import Dataset
 from fvlm_core.eval.parts.losses import LossResult
 from fvlm_core.eval.results import Results
 from fvlm_core.release import verify as verify_module
-from fvlm_core.release.card import base_models, card
+from fvlm_core.release.card import base_models, card, hub_datasets, hub_results
 from fvlm_core.release.evidence import Evidence
-from fvlm_core.release.jobs import CARD_FILE, HUB_FOLDER, REPORT_HTML, REPORT_JSON, REPORT_TEXT, ReleaseJob, ReleaseManifest
+from fvlm_core.release.jobs import BLOG, CARD_FILE, HUB_FOLDER, REPORT_HTML, REPORT_JSON, REPORT_TEXT, ReleaseJob, ReleaseManifest
 from fvlm_core.release.release import release
 from tests.release.build import POOLED, evaluation, full_job, run
 
@@ -145,6 +147,38 @@ def test_reports_hold_the_numbers(manifest, job, form):
     assert "optimizer.lr_vision = 0.0" in text
     assert "Said by the job." in text
     assert "./speedrun.sh --profile ci" in text
+
+
+def test_the_draft_of_a_blog_post_says_what_the_report_says(manifest, job):
+    text, report = (job.output / BLOG).read_text(), json.loads((job.output / REPORT_JSON).read_text())
+    assert report["verdict"] in text
+    losses = Results.read(job.evaluation).part(LossResult)
+    assert losses is not None
+    for mode in losses.modes.values():
+        assert f"{mode.loss.value:.3f} [{mode.loss.low:.3f}, {mode.loss.high:.3f}]" in text
+    for value in ("720 frames seen", "7 min 00 s", "+0.1357", "Said by the job.", Results.read(job.evaluation).checkpoint):
+        assert value in text, value
+    linked = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
+    assert linked
+    assert all((job.output / path).is_file() for path in linked)
+
+
+def test_results_in_the_folder_are_the_checkpoints(manifest, job):
+    """What the folder says of itself is what was evaluated; nothing of the hub's own datasets was, so it has no `.eval_results`."""
+    folder = job.output / HUB_FOLDER
+    assert (folder / "results.json").read_bytes() == (job.evaluation / "results.json").read_bytes()
+    assert not (folder / ".eval_results").exists()
+
+
+def test_results_on_datasets_of_the_hub_are_said_as_it_reads_them(job):
+    evidence = Evidence.read(job)
+    part = evidence.results.parts["multiple_choice"]
+    named = Dataset(type="OpenGVLab/MVBench", name="MVBench", split="test")
+    with patch.object(type(part), "dataset", named):
+        entries = parse_eval_result_entries(yaml.safe_load(hub_results(evidence)))
+        assert hub_datasets(evidence) == []
+    assert [(one.dataset_id, one.task_id, one.value) for one in entries] == [("OpenGVLab/MVBench", "test", 0.654)] * 3
+    assert {one.notes.split(", ")[1] for one in entries} == {"coarse_only", "coarse_fine", "autoregressive"}
 
 
 def test_markdown_links_pictures_that_exist(manifest, job):

@@ -166,7 +166,8 @@ class FVLMModel(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> torch.nn.Module:
         return self.model.llm.lm_head
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(self, *_options: Any, **_more: Any) -> None:
+        """Every layer's activations are recomputed; which options there are depends on the release of transformers."""
         self.model.set_gradient_checkpointing(True)
 
     def gradient_checkpointing_disable(self) -> None:

@@ -9,8 +9,8 @@ from fvlm_core.release.words import fenced
 
 def section(evidence: Evidence, figures: Figures) -> Section:
     load = [
-        "from transformers import AutoModel",
-        f'model = AutoModel.from_pretrained("{evidence.job.push_to or HUB_FOLDER}", trust_remote_code=True)',
+        "from transformers import AutoModelForImageTextToText",
+        f'model = AutoModelForImageTextToText.from_pretrained("{evidence.job.push_to or HUB_FOLDER}", trust_remote_code=True)',
         f'print(model.answer("clip.mp4", "What is in the video?", mode="{evidence.best_mode}"))',
     ]
     blocks = ["Make this release again:", fenced("\n".join(commands(evidence.job)), "sh")]

@@ -1,0 +1,83 @@
+"""The model elsewhere than in torch's fp32: ONNX graphs in onnxruntime, and 8-bit weights."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from fvlm_core.data.batch import pack
+from fvlm_core.errors import UserError
+from fvlm_core.model.inference import generate, logits
+from fvlm_core.release.int8 import Int8Linear, int8_weights, weight_bytes
+from fvlm_core.release.onnx_export import export_onnx
+from tests.model.build import CHAT, FRAME_PX, tiny_model
+from tests.model.build import sample as make_sample
+from tests.model.test_glance import glance_model
+
+pytestmark = pytest.mark.slow(reason="exports")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model().float()
+
+
+@pytest.fixture(scope="module")
+def graphs(model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("onnx")
+    assert [path.name for path in export_onnx(model, folder)] == ["read.onnx", "coarse.onnx"]
+    return folder
+
+
+@pytest.mark.parametrize("frames", [1, 2, 11])
+def test_frames_are_read_as_in_torch(model, graphs, frames):
+    """Any number of them; torch reads them in parts."""
+    rng = np.random.default_rng(frames)
+    pixels = rng.integers(0, 256, (frames, FRAME_PX, FRAME_PX, 3), dtype=np.uint8)
+    queries = rng.normal(size=(frames, 1, 32)).astype(np.float32)
+    (tokens,) = onnxruntime.InferenceSession(graphs / "read.onnx").run(None, {"frames": pixels, "queries": queries})
+    with torch.no_grad():
+        wanted = model.read(model.encode(torch.from_numpy(pixels)), torch.from_numpy(queries)).tokens
+    np.testing.assert_allclose(tokens, wanted.numpy(), atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("frames", [1, 5])
+@pytest.mark.parametrize("question_first", [True, False])
+def test_the_coarse_mode_is_that_of_torch(model, graphs, frames, question_first):
+    batch = pack([make_sample(np.random.default_rng(frames), frames=frames, question_first=question_first)], CHAT)
+    inputs = {"frames": batch.frames, "input_ids": batch.input_ids, "visual_positions": batch.visual_positions.flatten()}
+    (found,) = onnxruntime.InferenceSession(graphs / "coarse.onnx").run(None, {name: part.numpy() for name, part in inputs.items()})
+    np.testing.assert_allclose(found, logits(model, batch, "coarse_only").numpy(), atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "why"), [(partial(tiny_model, query="pooled"), "pools its patches"), (glance_model, "chooses which patches")]
+)
+def test_what_cannot_be_exported_is_named(tmp_path, make, why):
+    with pytest.raises(UserError, match=why):
+        export_onnx(make(), tmp_path / "graphs")
+    assert not (tmp_path / "graphs").exists()
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17])
+def test_an_int8_layer_is_its_rounded_weights(rows):
+    """At most half a step from the weights, in the kernel for few rows and in the product for many."""
+    linear = torch.nn.Linear(96, 40)
+    layer, x = Int8Linear(linear), torch.randn(2, rows, 96)[:1]
+    steps = linear.weight.abs().amax(1, keepdim=True) / 127
+    assert ((layer.weight - linear.weight).abs() <= 0.501 * steps).all()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, linear.bias), atol=1e-4, rtol=1e-4)
+
+
+def test_int8_weights_are_smaller_and_nearly_the_same(model):
+    small = int8_weights(model)
+    batch = pack([make_sample(np.random.default_rng(n), frames=3, question_first=bool(n)) for n in range(2)], CHAT)
+    for mode in model.modes:
+        wanted, found = logits(model, batch, mode), logits(small, batch, mode)
+        assert 0 < (found - wanted).norm() / wanted.norm() < 0.05
+        assert len(generate(small, batch, mode, max_new_tokens=3, stop_ids=[])) == 2
+    assert weight_bytes(small) < 0.6 * weight_bytes(model)
