@@ -1,10 +1,15 @@
 """`fvlm chat` and `fvlm look` as typed, on a released folder and a real video."""
 
 import io
+import os
+import signal
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
 import av
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -79,3 +84,25 @@ def test_errors_say_what_where_and_what_to_do(root, arguments, message):
     with pytest.raises(UserError) as caught:
         run(*(argument.format(root=root) for argument in arguments))
     assert message in str(caught.value)
+
+
+@pytest.mark.slow(reason="a process that imports torch")
+def test_serve_answers_with_its_key_and_ends_on_a_signal(root):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match="cannot listen there"):
+            run("serve", root / "run", "--port", str(port))
+    command = [sys.executable, "-m", "deployments.cli", "serve", str(root / "released"), "--port", str(port)]
+    server = subprocess.Popen(command, env=os.environ | {"FVLM_API_KEY": "secret"}, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        assert f"http://127.0.0.1:{port}/v1" in server.stdout.readline()
+        address = f"http://127.0.0.1:{port}/v1/models"
+        assert httpx.get(address, timeout=60).status_code == 401
+        (model,) = httpx.get(address, headers={"Authorization": "Bearer secret"}).json()["data"]
+        assert model["id"] == "released"
+        server.send_signal(signal.SIGINT)
+        assert server.wait(30) in (0, 130, -signal.SIGINT)
+    finally:
+        server.kill()
+        server.wait()
