@@ -3,8 +3,9 @@
 from flows.precompute import PRECOMPUTE, training_inputs
 from flows.speed import SPEED
 from flows.training import training
+from fvlm_core.experiments import Experiment
 from fvlm_core.scaling.jobs import AblationReport
-from fvlm_core.scaling.tables import ablations_summary
+from fvlm_core.scaling.tables import ablations_summary, change_text, difference_text, marked_name
 from fvlm_core.tables import Table
 from tasks.config import PipelineConfig
 from tasks.phase import Before, Changes, Phase, Results, Shown
@@ -57,6 +58,20 @@ def show(config: PipelineConfig, results: Results) -> Shown:
     )
 
 
+def learn(config: PipelineConfig, results: Results) -> list[Experiment]:
+    report = AblationReport.read(results.folder(REPORT))
+    return [
+        Experiment(
+            run=marked_name(row),
+            hypothesis=row.hypothesis or "what the others are compared with",
+            change=change_text(row, report.baseline),
+            result=f"{row.loss:.4f} nats (n={row.seeds})" + ("" if row.name == report.baseline else f", {difference_text(row)}"),
+            verdict=row.verdict,
+        )
+        for row in report.rows
+    ]
+
+
 ABLATIONS = Phase(
     name="ablations",
     purpose="Train the base recipe and every ablation on the same samples and seeds, compare them on one validation set, pick the winner.",
@@ -66,5 +81,6 @@ ABLATIONS = Phase(
     steps=steps,
     decide=decide,
     show=show,
+    learn=learn,
 )
 ablations = phase_flow(ABLATIONS, __name__)

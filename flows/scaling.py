@@ -4,6 +4,7 @@ from flows.ablations import ABLATIONS
 from flows.precompute import PRECOMPUTE, training_inputs
 from flows.speed import SPEED
 from flows.training import training
+from fvlm_core.experiments import Experiment
 from fvlm_core.scaling.jobs import ScalingReport
 from fvlm_core.tables import Table
 from tasks.config import PipelineConfig
@@ -49,6 +50,29 @@ def show(config: PipelineConfig, results: Results) -> Shown:
     )
 
 
+def learn(config: PipelineConfig, results: Results) -> list[Experiment]:
+    report = ScalingReport.read(results.folder(REPORT))
+    runs = [
+        Experiment(
+            run=point.run_id,
+            hypothesis="its loss follows from parameters and labelled tokens",
+            change=f"{point.params:,} parameters, {point.tokens:,} tokens, seed {point.seed}",
+            result=f"{point.loss:.4f} nats (n=1)",
+            verdict="a point of the fits",
+        )
+        for point in report.points
+    ]
+    sure = "not resampled" if report.wins_share is None else f"ahead of {report.runner_up} in {report.wins_share:.0%} of resamples"
+    choice = Experiment(
+        run="choice of the size",
+        hypothesis="the fits say which size is best at the final budget",
+        change=f"{len(report.points)} runs",
+        result=report.chosen_reason,
+        verdict=f"{report.chosen}, {sure}",
+    )
+    return [*runs, choice]
+
+
 SCALING = Phase(
     name="scaling",
     purpose="Train sizes at FLOP budgets, foveated and as the baseline; fit power laws and choose the size.",
@@ -58,5 +82,6 @@ SCALING = Phase(
     steps=steps,
     decide=decide,
     show=show,
+    learn=learn,
 )
 scaling = phase_flow(SCALING, __name__)

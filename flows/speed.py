@@ -3,6 +3,7 @@
 import os
 
 from flows.precompute import PRECOMPUTE, training_inputs
+from fvlm_core.experiments import Experiment
 from fvlm_core.tables import Table
 from fvlm_core.train.jobs import SpeedReport
 from tasks.config import PipelineConfig
@@ -53,6 +54,26 @@ def show(config: PipelineConfig, results: Results) -> Shown:
     )
 
 
+def learn(config: PipelineConfig, results: Results) -> list[Experiment]:
+    report = SpeedReport.read(results.folder(REPORT))
+    entries = []
+    for row in report.rows:
+        if not row.over and not row.failure:
+            continue
+        low, high = row.gain_low or 0.0, row.gain_high
+        interval = f"[{low:.2f}, {'' if high is None else f'{high:.2f}'}]"
+        entries.append(
+            Experiment(
+                run=row.variant,
+                hypothesis=f"faster than {row.over or 'without'}",
+                change=", ".join(f"{path} = {value}" for path, value in row.settings.items()) if row.variant == "tuned" else row.variant,
+                result=row.failure or f"{row.gain or 0:.2f}x {interval}, n={row.pairs} pairs of steps",
+                verdict="failed" if row.failure else "faster" if low > 1 else "slower" if high is not None and high < 1 else "no gain",
+            )
+        )
+    return entries
+
+
 SPEED = Phase(
     name="speed",
     purpose="Measure the base recipe naive and tuned, one setting after the other, and choose the fastest.",
@@ -62,5 +83,6 @@ SPEED = Phase(
     steps=steps,
     decide=decide,
     show=show,
+    learn=learn,
 )
 speed = phase_flow(SPEED, __name__)

@@ -5,6 +5,7 @@ from flows.precompute import PRECOMPUTE, training_inputs
 from flows.scaling import SCALING
 from flows.speed import SPEED
 from flows.training import training
+from fvlm_core.experiments import Experiment
 from fvlm_core.scaling.jobs import CurvesManifest
 from fvlm_core.tables import Table
 from fvlm_core.train.jobs import RunManifest
@@ -46,6 +47,17 @@ def show(config: PipelineConfig, results: Results) -> Shown:
     )
 
 
+def learn(config: PipelineConfig, results: Results) -> list[Experiment]:
+    entries = []
+    for name in config.stages.present:
+        run = RunManifest.read(results.folder(name))
+        diverged = f"diverged {len(run.divergences)} times" if run.divergences else "trained to its end"
+        said = f"{run.final_loss:.4f} nats (n=1) at step {run.model_step} of {run.steps}"
+        expected = "the winning configuration at the chosen size learns this stage's data"
+        entries.append(Experiment(run=name, hypothesis=expected, change=f"{run.samples_seen:,} samples", result=said, verdict=diverged))
+    return entries
+
+
 TRAIN = Phase(
     name="train",
     purpose="Train the stages one after the other, each from the model of the one before.",
@@ -54,5 +66,6 @@ TRAIN = Phase(
     reads=("model", "base", "stages"),
     steps=steps,
     show=show,
+    learn=learn,
 )
 train = phase_flow(TRAIN, __name__)

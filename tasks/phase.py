@@ -13,11 +13,13 @@ from pydantic import Field, JsonValue
 
 from fvlm_core.dotted import value_at
 from fvlm_core.errors import UserError
+from fvlm_core.experiments import Experiment
 from fvlm_core.figures import Figure
 from fvlm_core.manifest import Manifest
 from fvlm_core.settings import Settings, hash_json
 from fvlm_core.tables import Table
 from tasks.config import PipelineConfig
+from tasks.knowledge import append_experiments
 from tasks.steps import KEY_LENGTH, Input, Made, Step, Verify
 
 PHASES_FOLDER = "phases"
@@ -102,6 +104,8 @@ class Phase:
     """Phases whose results it uses."""
     decide: Callable[[PipelineConfig, Results], Changes] = lambda config, results: {}
     """Changes that later phases apply to their recipes."""
+    learn: Callable[[PipelineConfig, Results], Sequence[Experiment]] = lambda config, results: ()
+    """What its runs were to show and what they showed, for the experiment log."""
     prepare: Callable[[PipelineConfig, Path], object] = lambda config, volume: None
     """Looks at what is outside the volume, once before a run; `outside` and `steps` rely on what it noted on the volume."""
     outside: Callable[[PipelineConfig, Path], Mapping[str, str]] = lambda config, volume: {}
@@ -143,6 +147,8 @@ class PhaseManifest(Manifest):
     decided: dict[str, JsonValue] = Field(default_factory=dict)
     """Changes that later phases apply to their recipes, by dotted path."""
     shown: Shown = Shown()
+    experiments: list[Experiment] = Field(default_factory=list)
+    """Its entries of the experiment log."""
 
     @property
     def digest(self) -> str:
@@ -171,15 +177,18 @@ def before_of(phase: Phase, config: PipelineConfig, volume: Path, done: Mapping[
 
 def conclude(phase: Phase, config: PipelineConfig, results: Results, done: Mapping[str, PhaseManifest], *, seconds: float) -> PhaseManifest:
     """Write the manifest of a phase whose steps are all made; `done` are the phases before it."""
-    return PhaseManifest(
+    manifest = PhaseManifest(
         name=phase.name,
         settings_hash=phase.key(config),
         inputs=phase.inputs(config, results.volume, done),
         steps=dict(results.made),
         decided=dict(phase.decide(config, results)),
         shown=phase.show(config, results),
+        experiments=list(phase.learn(config, results)),
         seconds=seconds,
     ).write(phase.folder(config, results.volume))
+    append_experiments(results.volume, phase.name, manifest.digest, manifest.created_at, manifest.experiments)
+    return manifest
 
 
 def current(phase: Phase, config: PipelineConfig, volume: Path, *, done: Mapping[str, PhaseManifest]) -> PhaseManifest | None:

@@ -20,7 +20,9 @@ from fvlm_core.tables import Table
 
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 DATASETS_AT = "https://huggingface.co/datasets/"
-TAGS = ["fvlm", "foveated", "video", "vision-language-model", "dinov2", "smollm2", "custom_code"]
+TAGS = ["fvlm", "foveated", "video", "vision-language-model", "custom_code"]
+BACKBONE_TAGS = ("dinov2", "smollm2")
+"""Of a model that was built from such a checkpoint: one of the same architecture and random weights is neither."""
 
 
 def card(evidence: Evidence, verdict: str, *, picture: Figure | None) -> str:
@@ -100,7 +102,7 @@ def _metadata(evidence: Evidence) -> ModelCardData:
         pipeline_tag="video-text-to-text",
         base_model=base_models(evidence) or None,
         datasets=hub_datasets(evidence) or None,
-        tags=TAGS,
+        tags=[*TAGS, *(tag for tag in BACKBONE_TAGS if any(tag in name.lower() for name in base_models(evidence)))],
         model_name=job.name,
         eval_results=_eval_results(evidence),
     )

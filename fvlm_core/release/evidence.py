@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from pydantic import JsonValue
+from pydantic import Field, JsonValue
 
 from fvlm_core.config import Recipe
 from fvlm_core.data.jobs import ShardManifest
 from fvlm_core.errors import UserError
 from fvlm_core.eval.parts.latency import LatencyResult
 from fvlm_core.eval.results import EvalReport, Results
+from fvlm_core.experiments import Experiment
 from fvlm_core.manifest import AnyManifest, Manifest
 from fvlm_core.model.names import MODES, Mode
 from fvlm_core.release.jobs import ReleaseJob
@@ -25,6 +26,8 @@ class PhaseRecord(AnyManifest):
 
     steps: dict[str, JsonValue]
     """By name."""
+    experiments: list[Experiment] = Field(default_factory=list)
+    """Its entries of the experiment log."""
 
 
 @dataclass(frozen=True)

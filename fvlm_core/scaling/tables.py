@@ -48,7 +48,7 @@ def ablations_table(report: AblationReport) -> Table:
             change_text(row, report.baseline),
             str(row.seeds),
             f"{row.loss:.4f}",
-            "" if row.name == report.baseline else _with_interval(row),
+            "" if row.name == report.baseline else difference_text(row),
             "" if row.threshold is None else f"{row.threshold:.4f}",
             row.verdict,
             "" if row.delta_equal_flops is None else signed(row.delta_equal_flops),
@@ -87,7 +87,8 @@ def ablations_summary(report: AblationReport) -> str:
     return " ".join(lines)
 
 
-def _with_interval(row: AblationRow) -> str:
+def difference_text(row: AblationRow) -> str:
+    """The difference to the baseline, with its interval where there is one."""
     interval = "" if row.low is None or row.high is None else f" [{signed(row.low)}, {signed(row.high)}]"
     return signed(row.delta) + interval
 

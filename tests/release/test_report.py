@@ -117,7 +117,13 @@ def test_long_code_is_folded_and_code_cannot_end_its_block():
 def test_a_section_without_its_step_says_so(evidence, figures):
     bare = replace(evidence, reports={}, phases={})
     sections = {section.title: section for section in (write(bare, figures) for write in SECTIONS)}
-    assert [title for title, section in sections.items() if section.missing] == ["Ablations", "Scaling", "Speed", "Published models"]
+    assert [title for title, section in sections.items() if section.missing] == [
+        "Ablations",
+        "Scaling",
+        "Speed",
+        "Experiment log",
+        "Published models",
+    ]
     assert sections["Scaling"].markdown() == "Missing: no scaling grid was run."
     assert len(sections) == len(SECTIONS)
 

@@ -30,6 +30,11 @@ def limitations(evidence: Evidence) -> list[str]:
     random = [name for name, part in (("vision encoder", model.vision), ("language model", model.llm)) if part.checkpoint is None]
     if random:
         found.append(f"The {' and the '.join(random)} started from random weights, not from a pretrained checkpoint.")
+    if any(one.manifest.name == "vision" for one in evidence.reports.values()):
+        found.append(
+            "The vision encoder stands in for DINOv2: before the stages it was trained with labels of the rendered digits and of their "
+            "neighbours, which DINOv2 never has."
+        )
     if results.frame_px < FULL_FRAME_PX:
         found.append(f"Frames are {results.frame_px} px wide; real runs use {FULL_FRAME_PX} px.")
     losses = results.part(LossResult)

@@ -13,7 +13,9 @@ def section(evidence: Evidence, figures: Figures) -> Section:
         f'model = AutoModelForImageTextToText.from_pretrained("{evidence.job.push_to or HUB_FOLDER}", trust_remote_code=True)',
         f'print(model.answer("clip.mp4", "What is in the video?", mode="{evidence.best_mode}"))',
     ]
-    blocks = ["Make this release again:", fenced("\n".join(commands(evidence.job)), "sh")]
+    commit = evidence.run.manifest.commit
+    again = f"Make this release again (the model was trained at the commit {commit}):" if commit else "Make this release again:"
+    blocks = [again, fenced("\n".join(commands(evidence.job)), "sh")]
     return Section(title="Reproduce", blocks=[*blocks, "Use the model:", fenced("\n".join(load), "python")])
 
 
