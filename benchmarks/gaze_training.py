@@ -43,7 +43,7 @@ class Plan:
 
     task: gaze.Task = "cell"
     seed: int = 0
-    steps: int = 700
+    steps: int = 1200
     batch_samples: int = 96
     """Half of them with the question before the video, half after it."""
     frames: int = 3
