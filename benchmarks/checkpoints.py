@@ -41,7 +41,7 @@ def measure(size: str, rounds: int, folder: Path) -> Iterator[Measurement]:
         stall = time.perf_counter() - started
         started = time.perf_counter()
         for _ in range(work):
-            left @ right
+            torch.mm(left, right)
         seconds = time.perf_counter() - started
         started = time.perf_counter()
         checkpoints.wait()
@@ -67,7 +67,7 @@ def measure(size: str, rounds: int, folder: Path) -> Iterator[Measurement]:
 
 def main() -> None:
     options = arguments(
-        __doc__,
+        __doc__ or "",
         size={"choices": sorted(PARAMETERS), "default": "135M"},
         rounds={"type": int, "default": 3},
         folder={"type": Path, "default": None, "help": "on the disk that is meant; default: a temporary one"},

@@ -67,7 +67,9 @@ class World:
 
     def apart(self) -> dist.ProcessGroup | None:
         """The same ranks as a group of its own, over gloo: for a thread, whose exchanges must not mix with those of training."""
-        return dist.new_group(backend="gloo") if self.size > 1 else None
+        group = dist.new_group(backend="gloo") if self.size > 1 else None
+        assert not isinstance(group, int)  # which a process outside of the group would get
+        return group
 
     def wait(self) -> None:
         """Until every rank is here."""
