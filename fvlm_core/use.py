@@ -5,6 +5,7 @@ model = FoveatedVLM.from_pretrained("fVLM-135M")
 model.ask("clip.mp4", "What happens?")
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
 from fvlm_core.eval.checkpoints import Original
+from fvlm_core.release.int8 import int8_weights
 from fvlm_core.serve.answering import MAX_NEW_TOKENS, Sampling
 from fvlm_core.serve.load import checked_mode, load
 from fvlm_core.serve.session import Session, gaze, open_media
@@ -25,13 +27,21 @@ class FoveatedVLM:
 
     @classmethod
     def from_pretrained(
-        cls, model: str | Path, *, device: str = "auto", vision: str | None = None, llm: str | None = None, frame_px: int = 224
+        cls,
+        model: str | Path,
+        *,
+        device: str = "auto",
+        int8: bool = False,
+        vision: str | None = None,
+        llm: str | None = None,
+        frame_px: int = 224,
     ) -> Self:
         """Load a released folder, a training run or its model folder, a hub name, or a checkpoint of the original fVLM.
 
         Args:
             model: Folder, file or hub name.
             device: `auto` takes a GPU where there is one.
+            int8: 8-bit weights, on the CPU: smaller, and a little other in its numbers; see `fvlm_core.release.int8`.
             vision: For the original's checkpoints: hub name or folder of the DINOv2 it was built with; only the configuration is read.
             llm: The same of the SmolLM2.
             frame_px: The same: side of its frames.
@@ -39,7 +49,10 @@ class FoveatedVLM:
         Raises:
             UserError: There is none, or it is of another kind.
         """
-        return cls(load(model, device, original=Original(vision=vision, llm=llm, frame_px=frame_px)))
+        answerer = load(model, "cpu" if int8 else device, original=Original(vision=vision, llm=llm, frame_px=frame_px))
+        if int8:
+            answerer = replace(answerer, subject=replace(answerer.subject, model=int8_weights(answerer.subject.model)))
+        return cls(answerer)
 
     def ask(
         self,

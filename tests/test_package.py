@@ -15,6 +15,7 @@ NEEDED = (
     "deployments/profiles/ci.yaml",
     "deployments/recipes/tiny.yaml",
     "fvlm_core/eval/published.yaml",
+    "fvlm_core/serve/page.html",
     "fvlm_core/release/templates/card.md.j2",
     "fvlm_core/data/templates/look.html.j2",
     "infra/lock.sh",

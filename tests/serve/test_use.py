@@ -25,6 +25,15 @@ def test_every_form_of_a_model_answers_as_the_session_does(root, answerer, form)
     np.testing.assert_allclose(maps.sum((1, 2)), 1, rtol=1e-5)
 
 
+def test_int8_weights_answer_too(root):
+    """They look where the others look, nearly."""
+    full, small = (FoveatedVLM.from_pretrained(root / "run", device="cpu", int8=int8) for int8 in (False, True))
+    assert isinstance(small.ask(root / "clip.mp4", "Which digits?", max_new_tokens=4), str)
+    maps = [model.gaze(root / "clip.mp4", "Which digits?") for model in (full, small)]
+    assert not np.array_equal(*maps)
+    np.testing.assert_allclose(*maps, atol=0.02)
+
+
 def test_what_cannot_be_asked_is_named(root):
     model = FoveatedVLM.from_pretrained(str(root / "run"), device="cpu")
     with pytest.raises(UserError, match="no mode 'sharp'"):
