@@ -64,13 +64,14 @@ def test_what_cannot_be_exported_is_named(tmp_path, make, why):
 
 @pytest.mark.parametrize("rows", [1, 16, 17])
 def test_an_int8_layer_is_its_rounded_weights(rows):
-    """At most half a step from the weights, in the kernel for few rows and in the product for many."""
+    """At most half a step from the weights; the kernel for few rows rounds them to bf16 too."""
     linear = torch.nn.Linear(96, 40)
     layer, x = Int8Linear(linear), torch.randn(2, rows, 96)[:1]
     steps = linear.weight.abs().amax(1, keepdim=True) / 127
     assert ((layer.weight - linear.weight).abs() <= 0.501 * steps).all()
     with torch.no_grad():
-        torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, linear.bias), atol=1e-4, rtol=1e-4)
+        wanted = torch.nn.functional.linear(x, layer.weight, linear.bias)
+        torch.testing.assert_close(layer(x), wanted, atol=1e-5 if rows > 16 else 0.03, rtol=1e-5)
 
 
 def test_int8_weights_are_smaller_and_nearly_the_same(model):
