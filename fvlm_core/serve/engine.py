@@ -5,6 +5,7 @@ All of it runs in one thread of its own; who asks gets events through a function
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from fvlm_core.model.names import Mode
 from fvlm_core.serve.answering import Answer, Answering, Sampling, read
 
 log = logging.getLogger(__name__)
+GATHER_S = 0.01
+"""How long the first request after a pause waits for others, so that those that come together are read together."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,9 @@ class Engine:
                     self._change.wait()
                 if self._closed:
                     return
+            if not self._running:
+                time.sleep(GATHER_S)
+            with self._change:
                 group = self._group()
             self._leave([request for request in self._running.values() if request.cancelled])
             if group:
