@@ -184,7 +184,7 @@ def acuity(grids: Sequence[int], seeds: int, out: Path) -> Iterator[Measurement]
 def compared(result: dict) -> Iterator[Measurement]:
     """The figures of one grid and seed."""
     k2, where = result["k2"], f"{result['grid']} x {result['grid']} cells, seed {result['seed']}"
-    for name, other in (("dense", "dense"), ("random", "random2"), ("glance", "glance_only"), ("oracle", "oracle2")):
+    for name, other in (("dense", "dense_as_long"), ("random", "random2"), ("glance", "glance_only"), ("oracle", "oracle2")):
         value = result[other]["accuracy"]
         yield Measurement("foveation", f"acuity_k2_vs_{name}", k2["accuracy"], "", f"{where}: {value:.3f}", k2["accuracy"] - value)
     yield Measurement("foveation", "open_hit_rate", k2["hit"], "", where)
