@@ -4,6 +4,7 @@
 nothing.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,7 +15,5 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> object:
     if name == "FoveatedVLM":
-        from fvlm_core.use import FoveatedVLM
-
-        return FoveatedVLM
+        return import_module("fvlm_core.use").FoveatedVLM  # by name: a job that imports the package is not made of what this needs
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -79,9 +79,9 @@ def changes(code: Mapping[str, str], made_with: Mapping[str, str]) -> list[str]:
 
 
 def _imports(name: str, path: Path) -> Iterator[str]:
-    """Names of the package's modules that a file imports, anywhere in it."""
+    """Names of the package's modules that a file imports, anywhere in it but for the type checker only."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_bytes())):
+    for node in _nodes(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -89,6 +89,14 @@ def _imports(name: str, path: Path) -> Iterator[str]:
             module = ".".join(part for part in (above, node.module) if part)
             yield module
             yield from (f"{module}.{alias.name}" for alias in node.names)  # each may be a module or something in one
+
+
+def _nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """All of a tree's, without what is under `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"):
+            yield node
+            yield from _nodes(node)
 
 
 def _file_of(module: str) -> Path | None:

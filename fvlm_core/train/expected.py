@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 from fvlm_core.config import LLMSettings, Recipe, VisionSettings
 from fvlm_core.data.jobs import INDEX_FILE, ShardManifest
@@ -121,9 +122,9 @@ def llm_width(llm: LLMSettings) -> int | None:
 
 
 def patches_per_side(vision: VisionSettings) -> int | None:
-    """Patches along a frame's side; None where the encoder's configuration is not known here."""
+    """Patches along a frame's side; None where the encoder's configuration is not known here, or the frame is no multiple of its patch."""
     config = _vision_config(vision)
-    return None if config is None else vision.frame_px // config["patch_size"]
+    return None if config is None or vision.frame_px % config["patch_size"] else vision.frame_px // config["patch_size"]
 
 
 def _read_config(checkpoint: str | None) -> dict[str, Any] | None:
@@ -132,6 +133,9 @@ def _read_config(checkpoint: str | None) -> dict[str, Any] | None:
         return None
     path = Path(checkpoint) / "config.json"
     on_hub = "/" in checkpoint and not Path(checkpoint).is_absolute()
-    cached = try_to_load_from_cache(checkpoint, "config.json") if on_hub and not path.is_file() else None
+    try:
+        cached = try_to_load_from_cache(checkpoint, "config.json") if on_hub and not path.is_file() else None
+    except HFValidationError:  # no name that the hub could have; who loads it says so
+        cached = None
     found = path if path.is_file() else Path(cached) if isinstance(cached, str) else None
     return json.loads(found.read_text()) if found else PUBLISHED.get(checkpoint)

@@ -98,9 +98,11 @@ class Run:
         if self.recipe.best.use == "last" or state.best_step in (0, state.step):
             return state
         found = self.checkpoints.best()
-        if found is None or found.score is None or found.step == state.step:
+        if found is None or found.score is None:
             return state
         state.best_step, state.best_loss = found.step, found.score  # another one than before where that was damaged
+        if found.step == state.step:
+            return state
         tensors = self._tensors()
         self.checkpoints.load(found.step, {name: tensors[name] for name in ("parameters", "buffers")})
         self.display.say(f"the model is of step {found.step}, the best by the recipe's measure ({found.score:.4f})")

@@ -36,7 +36,8 @@ def test_a_run_is_started_from_its_form_and_completes_with_its_artifacts(volume:
         shutil.rmtree(volume.step(phase, step))  # so that the run has something to do, and to show
 
     page.goto(f"{address}/open#{volume.password}")
-    page.get_by_role("link", name="Deployments").click()  # once the UI has read the password
+    expect(page.get_by_role("link", name="Deployments")).to_be_visible(timeout=SLOW_MS)  # the UI has read the password
+    page.goto(f"{address}/deployments")
     page.get_by_placeholder("Search deployments").fill("pipeline")
     expect(page.get_by_text("1 Deployment", exact=True)).to_be_visible(timeout=SLOW_MS)
     page.screenshot(path=tmp_path / "1-deployments.png")

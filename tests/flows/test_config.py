@@ -99,7 +99,7 @@ def test_laptop_and_runpod_have_the_grid_and_the_ablations_that_are_promised() -
         ("name", "Mein Profil", ["name", "pattern"]),
         ("evaluation.captions.sample", 5, ["evaluation.captions.sample", "samples"]),
         ("precompute.sources", [{"name": "mine", "files": ["a.csv"], "format": "xml"}], ["precompute.sources.0.format", "webvid"]),
-        ("precompute.sources", [{"name": "mine", "files": []}], ["precompute.sources.0.files", "at least 1"]),
+        ("precompute.sources", [{"name": "mine", "files": []}], ["precompute.sources.0", "the source mine has no files"]),
         ("precompute.sources", [{"name": "mine", "files": ["a.csv"]}] * 2, ["the name mine appears twice"]),
         ("precompute.sources", [{"name": "gaze_cell", "files": ["a.csv"]}], ["gaze_cell", "rendered clips or generated text"]),
         ("precompute.sources", [{"name": "text", "files": ["a.csv"]}], ["text", "rendered clips or generated text"]),

@@ -239,7 +239,7 @@ def test_a_pooled_baseline_with_nothing_else(job, tmp_path):
     )
     manifest = release(small)
     assert set(manifest.verified) == {"coarse_only"}
-    assert manifest.missing == ["Ablations", "Scaling", "Speed", "Published models"]
+    assert manifest.missing == ["Ablations", "Scaling", "Speed", "Experiment log", "Published models"]
     text = (small.output / REPORT_TEXT).read_text()
     assert "does not look anywhere" in text
     assert "Missing: no ablations were run." in text

@@ -1,5 +1,6 @@
 """A phase inside a real Prefect flow: cached steps, damage, retries, parallel runs, artifacts."""
 
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -221,12 +222,16 @@ def test_two_runs_share_the_steps_of_a_phase_and_make_each_once(tmp_path: Path) 
     steps = [counting(f"{number}-of-six", seconds=0.5) for number in range(6)]
     shared = replace(phase_of(*steps), helpers=lambda config: 1)
 
+    both = threading.Barrier(2, timeout=60)
+
     @flow
     def helps() -> list[str]:
+        both.wait()
         return phase_flow.help_phase(shared, TESTS, str(tmp_path), 1)
 
     @flow(name=shared.name)
     def run() -> None:
+        both.wait()
         phase_flow.run_phase(shared, TESTS, str(tmp_path))
 
     with ThreadPoolExecutor(2) as pool:
