@@ -86,8 +86,16 @@ def gaze(model: FoveatedVLM, batch: PackedBatch, mode: Mode) -> Tensor:
     weights = read_batch(model, batch, mode, features=features, weights=True).weights
     if weights is None:
         raise ValueError(f"a model with query {model.settings.query!r} does not gaze")
-    patches = weights.mean(1)[..., -features.grid[0] * features.grid[1] :]
-    return (patches / patches.sum(-1, keepdim=True)).unflatten(-1, features.grid)
+    return over_patches(weights, features.grid[0] * features.grid[1]).unflatten(-1, features.grid)
+
+
+def over_patches(weights: Tensor, patches: int) -> Tensor:
+    """Attention weights [V, heads, k, 1 + patches] as shares of the patches [V, k, patches], mean of heads.
+
+    All zero where the CLS token has everything: nothing is looked at, and there is nothing to divide by.
+    """
+    read = weights.float().mean(1)[..., -patches:]
+    return read / read.sum(-1, keepdim=True).clamp(min=torch.finfo(read.dtype).tiny)
 
 
 @torch.no_grad()

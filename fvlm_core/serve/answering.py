@@ -18,7 +18,7 @@ from fvlm_core.eval.subject import Subject
 from fvlm_core.model.attention import PackedCache, PackedLayout
 from fvlm_core.model.decoding import joined, nucleus
 from fvlm_core.model.encoder import FrameFeatures
-from fvlm_core.model.inference import read_batch
+from fvlm_core.model.inference import over_patches, read_batch
 from fvlm_core.model.names import Mode
 
 MAX_NEW_TOKENS = 128
@@ -156,9 +156,7 @@ def _gaze(weights: Tensor | None, batch: PackedBatch, subject: Subject) -> tuple
         return [np.zeros((0, 0, 0))] * batch.n_samples, [np.zeros(0)] * batch.n_samples
     side = subject.model.gaze_px
     grid = (batch.frames.shape[1] // side, batch.frames.shape[2] // side)
-    patches = weights.float().mean(1)[..., -grid[0] * grid[1] :]
-    patches = patches / patches.sum(-1, keepdim=True)
-    maps = patches.mean(1).unflatten(-1, grid).cpu().numpy()
+    maps = over_patches(weights, grid[0] * grid[1]).mean(1).unflatten(-1, grid).cpu().numpy()
     entropy = torch.special.entr(weights.float()).sum(-1).mean((1, 2)).cpu().numpy()
     cuts = np.cumsum(batch.shown_counts)[:-1]
     return np.split(maps, cuts), np.split(entropy, cuts)
