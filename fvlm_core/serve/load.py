@@ -24,17 +24,14 @@ from fvlm_core.model.convert import WEIGHTS_INDEX, read_original
 from fvlm_core.model.encoder import Encoder
 from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.model.llama import Llama
-from fvlm_core.model.names import Mode
+from fvlm_core.model.names import SHORT_MODES, Mode
 from fvlm_core.release.hub.configuration_fvlm import FVLMConfig
+from fvlm_core.release.names import WEIGHTS_PREFIX
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 CONFIG_FILE, PROCESSOR_FILE = "config.json", "processor_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-PREFIX = "model."
-"""Of the weights' names in a released folder."""
 BATCH_SAMPLES = 64
-SHORT: dict[str, Mode] = {"coarse": "coarse_only", "fine": "coarse_fine"}
-"""Of two modes' names."""
 FORMS = "give a released folder, a run's or model's folder, a checkpoint of the original fVLM (with --vision and --llm), or a hub name"
 
 
@@ -62,7 +59,7 @@ def default_mode(answerer: FoveatedAnswerer) -> Mode:
 
 def checked_mode(answerer: FoveatedAnswerer, name: str | None) -> Mode:
     """A mode by its name (`coarse` and `fine` are short for two of them) or the default. Raises UserError for one that the model lacks."""
-    mode = default_mode(answerer) if name is None else SHORT.get(name, name)
+    mode = default_mode(answerer) if name is None else SHORT_MODES.get(name, name)
     for known in answerer.subject.model.modes:
         if mode == known:
             return known
@@ -102,7 +99,7 @@ def _released(folder: Path, device: torch.device) -> FoveatedAnswerer:
         model = FoveatedVLM(settings, Encoder(config.vision_config), Llama(config.text_config))
         values = json.loads((folder / PROCESSOR_FILE).read_text())
         rule = FrameRule(values["frame_px"], values["fps"], values.get("max_frames", FrameRule.max_frames))
-        state = {name.removeprefix(PREFIX): tensor.float() for name, tensor in read_original(folder).items()}
+        state = {name.removeprefix(WEIGHTS_PREFIX): tensor.float() for name, tensor in read_original(folder).items()}
         if config.text_config.tie_word_embeddings:
             state["llm.lm_head.weight"] = state["llm.model.embed_tokens.weight"]
         model.load_state_dict(state)
