@@ -83,7 +83,7 @@ class LlamaBody(nn.Module):
         cos, sin = self.rotary_emb(position_ids, x.dtype)
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        packed = layout.cache is None and has_packed_kernel(x.device, dtype, cos.shape[-1])
+        packed = layout.packable and has_packed_kernel(x.device, dtype, cos.shape[-1])
         segments = layout.segments(x.device) if packed else None
         for layer in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
