@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Dinov2Config, Dinov2Model
 
-from fvlm_core.model.linear import Linear, linear
+from fvlm_core.model.linear import Linear, linear, scaled, summed
 
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
@@ -98,23 +98,29 @@ class EncoderLayer(nn.Module):
         self.fc2 = Linear(hidden, width)
         self.scale2 = nn.Parameter(torch.ones(width))
 
-    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [F, heads, N, head_dim] of patches [F, N, D], without their queries."""
-        key, value = self._project(self.norm1(x), slice(x.shape[-1], None))
+    def keys_values(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values [F, heads, N, head_dim] of patches [F, N, D], a sum as in `forward`, without their queries."""
+        key, value = self._project(self.norm1(summed(x, added)), slice(x.shape[-1], None))
         return key, value
 
     def forward(
-        self, x: Tensor, context_key: Tensor | None = None, context_value: Tensor | None = None, seen: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Patches [F, N, D] one layer on, and their keys and values.
+        self,
+        x: Tensor,
+        added: Tensor | None = None,
+        context_key: Tensor | None = None,
+        context_value: Tensor | None = None,
+        seen: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Patches one layer on, as a sum of two [F, N, D] that the next layer adds up, and their keys and values.
 
         They attend to each other, or to M context patches and each other where `seen` bool [N, M + N] says so.
         """
+        x = summed(x, added)
         query, key, value = self._project(self.norm1(x), slice(None))
         if context_key is None or context_value is None:
-            return self._finish(x, F.scaled_dot_product_attention(query, key, value)), key, value
+            return *self._attended(x, F.scaled_dot_product_attention(query, key, value)), key, value
         around = torch.cat([context_key, key], dim=2), torch.cat([context_value, value], dim=2)
-        return self._finish(x, F.scaled_dot_product_attention(query, *around, attn_mask=seen)), key, value
+        return *self._attended(x, F.scaled_dot_product_attention(query, *around, attn_mask=seen)), key, value
 
     def query(self, q: Tensor, key: Tensor, value: Tensor, temperature: float, bias: Tensor | None = None) -> Tensor:
         """Queries [F, Q, D] one layer on: they attend to the frame's keys and values, not to each other.
@@ -141,9 +147,12 @@ class EncoderLayer(nn.Module):
         projected = linear(x, self.qkv.weight[part], bias)
         return tuple(p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in projected.split(x.shape[-1], dim=-1))
 
+    def _attended(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + scaled(attended.transpose(1, 2).flatten(2), self.out, self.scale1)
+        return x, scaled(F.gelu(self.fc1(self.norm2(x))), self.fc2, self.scale2)
+
     def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        x = x + self.out(attended.transpose(1, 2).flatten(2)) * self.scale1
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x)))) * self.scale2
+        return summed(*self._attended(x, attended))
 
 
 class Encoder(nn.Module):
@@ -248,21 +257,27 @@ class Encoder(nn.Module):
         return torch.cat([table[:, :1], resampled.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
     def _encode(self, frames: Tensor, patches: bool) -> FrameFeatures:
-        grid = (frames.shape[1] // self.patch_px, frames.shape[2] // self.patch_px)
-        pixels = (frames.permute(0, 3, 1, 2).to(self.patches.weight.dtype) - self.pixel_mean) / self.pixel_std
-        x = self.patches(pixels).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1) + self.positions(grid).to(x.dtype)
+        x = self.embed(frames)
+        added = None
         keys, values = [], []
         for number, layer in enumerate(self.layers):
             if number == len(self.layers) - 1 and not patches:
-                key, value = layer.keys_values(x)
+                key, value = layer.keys_values(x, added)
             elif self.gradient_checkpointing and torch.is_grad_enabled():
-                x, key, value = checkpoint(layer, x, use_reentrant=False)
+                x, added, key, value = checkpoint(layer, summed(x, added), use_reentrant=False)
             else:
-                x, key, value = layer(x)
+                x, added, key, value = layer(x, added)
             keys.append(key)
             values.append(value)
-        return FrameFeatures(keys, values, self.norm(x) if patches else None, grid)
+        grid = (frames.shape[1] // self.patch_px, frames.shape[2] // self.patch_px)
+        return FrameFeatures(keys, values, self.norm(summed(x, added)) if patches else None, grid)
+
+    def embed(self, frames: Tensor) -> Tensor:
+        """Frames [F, H, W, 3] as what the first layer takes, [F, N, D]: the CLS token and the patches, with their positions."""
+        grid = (frames.shape[1] // self.patch_px, frames.shape[2] // self.patch_px)
+        pixels = (frames.permute(0, 3, 1, 2).to(self.patches.weight.dtype) - self.pixel_mean) / self.pixel_std
+        x = self.patches(pixels).flatten(2).transpose(1, 2)
+        return torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1) + self.positions(grid).to(x.dtype)
 
 
 def _side(px: object) -> int:

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fvlm_core.model.attention import PackedLayout, Segments, attend, has_packed_kernel
-from fvlm_core.model.linear import Linear
+from fvlm_core.model.linear import Linear, joint, summed
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Ways to scale rotary frequencies that depend on the configuration alone; the others also depend on a sequence's length."""
@@ -85,12 +85,13 @@ class LlamaBody(nn.Module):
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         packed = layout.packable and has_packed_kernel(x.device, dtype, cos.shape[-1])
         segments = layout.segments(x.device) if packed else None
+        added = None
         for layer in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, layout, segments, use_reentrant=False)
+                x, added = checkpoint(layer, summed(x, added), None, cos, sin, layout, segments, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, layout, segments)
-        return self.norm(x)
+                x, added = layer(x, added, cos, sin, layout, segments)
+        return self.norm(summed(x, added))
 
 
 class LlamaLayer(nn.Module):
@@ -103,10 +104,16 @@ class LlamaLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout, segments: Segments | None) -> Tensor:
-        """Hidden states [S, D], one layer on; `cos` and `sin` [S, 1, head_dim]; `segments` where the packed kernel is to run."""
+    def forward(
+        self, x: Tensor, added: Tensor | None, cos: Tensor, sin: Tensor, layout: PackedLayout, segments: Segments | None
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states, one layer on, as a sum of two [S, D] that the next layer adds up: compiled with its norm, they are read once less.
+
+        `cos` and `sin` [S, 1, head_dim]; `segments` where the packed kernel is to run; `added` is None before the first layer.
+        """
+        x = summed(x, added)
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout, segments)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x, self.mlp(self.post_attention_layernorm(x))
 
 
 class LlamaAttention(nn.Module):
@@ -124,7 +131,8 @@ class LlamaAttention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout, segments: Segments | None) -> Tensor:
         """[S, D] -> [S, D]."""
-        query, key, value = (part(x).unflatten(-1, (-1, self.head_dim)) for part in (self.q_proj, self.k_proj, self.v_proj))
+        projected = joint(x, (self.q_proj, self.k_proj, self.v_proj))
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in projected)
         # rotating in fp32 is exact enough for any position; attention then runs in the precision that was asked for
         query, key = (_rotate(part, cos, sin).to(value.dtype) for part in (query, key))
         return self.o_proj(attend(query, key, value, layout, segments, layer=self.number).flatten(1))
@@ -142,7 +150,7 @@ class LlamaMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[S, D] -> [S, D]."""
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = joint(x, (self.gate_proj, self.up_proj))
         return self.down_proj(F.silu(gate) * up)
 
 
