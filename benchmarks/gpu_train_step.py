@@ -1,5 +1,5 @@
 """The training step on a GPU at DINOv2-small + SmolLM2 135M, 360M and 1.7B: samples/s, MFU, peak memory, and how long it waits
-for data; eager and compiled, each with the batch that fills the card (found by doubling).
+for data; eager, compiled and autotuned, each with the batch that fills the card (found by doubling).
 
 It is the trainer itself, on shards written for it: videos of 4, 8, 8 and 16 frames of 224 px, texts of the lengths of
 `benchmarks.train_step`, in bf16 with fp32 masters, read and decoded by the loader's processes while it runs. Goals: MFU of 40 %
@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import simplejpeg
 import torch
 
+from benchmarks.kernels import Kind
 from benchmarks.report import Measurement, arguments, show
 from benchmarks.shapes import FRAME_PX, SMOLLM2, VOCABULARY, model_settings
 from benchmarks.small_shards import write_small
@@ -45,10 +46,10 @@ DICTIONARY = 200
 
 @dataclass(frozen=True)
 class Filled:
-    """The largest batch of a model that fits, eager or compiled."""
+    """The largest batch of a model that fits, of a kind."""
 
     size: str
-    kind: str
+    kind: Kind
     batch: int
     row: SpeedRow
 
@@ -118,15 +119,20 @@ def speed_job(folder: Path, shards: Path, model: ModelSettings, *, steps: int, w
     return SpeedJob(output=folder, recipe=recipe, warmup_steps=3, steps=steps, max_variant_s=120.0)
 
 
-def fill(size: str, job: SpeedJob, *, largest: int = 4096, kinds: Sequence[str] = ("eager", "compiled")) -> list[Filled]:
-    """The batch doubled until it does not fit, eager; then compiled, from where eager ended, up or down."""
+def fill(size: str, job: SpeedJob, *, largest: int = 4096, kinds: Sequence[Kind] = get_args(Kind)) -> list[Filled]:
+    """The batch doubled until it does not fit, eager; then compiled and autotuned, from where the kind before ended, up or down."""
     bench = Bench(job)
 
     found: list[Filled] = []
     for kind in kinds:
         batch, best, too_much = found[-1].batch if found else SMALLEST_BATCH, None, largest + 1
         while SMALLEST_BATCH <= batch < too_much:
-            settings = {"run.batch_samples": batch, "run.micro_batch": WHOLE_BATCH, "run.compile": kind == "compiled"}
+            settings = {
+                "run.batch_samples": batch,
+                "run.micro_batch": WHOLE_BATCH,
+                "run.compile": kind != "eager",
+                "run.autotune": kind == "autotuned",
+            }
             row = bench.measure(f"{size} {kind} {batch}", settings, busy=True)
             print(f"{row.variant}: {row.failure or f'{row.samples_per_s:.1f} samples/s'}", file=sys.stderr)
             if not row.failure:

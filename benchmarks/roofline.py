@@ -2,10 +2,8 @@
 
 The step (forward, backward, gradient norm, AdamW) runs on `FakeTensor`s, which have shapes and no numbers; every operation is recorded.
 Each kernel takes the longest of its FLOPs at the card's tensor-core peak, its bytes at the card's bandwidth, both times the share of
-them that kernels reach, and the shortest time of a kernel. Eager, every operation is a kernel, which the host has to launch.
-Compiled, consecutive pointwise operations and reductions of a compiled part are one kernel, which reads what was made outside and
-writes what is used outside; what the backward needs of their results is computed again, as torch's partitioner does. MFU is that
-of `metrics.csv`: FLOPs of the configuration over time and the data sheet's peak.
+them that kernels reach, and the shortest time of a kernel. Which operations are one kernel, eager and compiled: `benchmarks.kernels`.
+The host has to launch them all. MFU is that of `metrics.csv`: FLOPs of the configuration over time and the data sheet's peak.
 
 It also proves that no operation of the step asks the device for a number: FakeTensors have none to give.
 """
@@ -16,7 +14,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import patch
 
 import numpy as np
@@ -30,12 +28,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import Dinov2Config, LlamaConfig
 
+from benchmarks.kernels import Kernel, Kind, Operation, kernels
 from benchmarks.report import arguments
-from benchmarks.shapes import NO_TEMPLATE, SMOLLM2, VOCABULARY, model_settings, text_sample
+from benchmarks.shapes import FRAME_PX, NO_TEMPLATE, SMOLLM2, VOCABULARY, model_settings, text_sample
 from benchmarks.train_step import LOSS
 from fvlm_core.config import ModelSettings
 from fvlm_core.data.batch import PackedBatch, pack
-from fvlm_core.model import llama
+from fvlm_core.model import linear, llama
 from fvlm_core.model.encoder import Encoder
 from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.model.llama import Llama, RMSNorm
@@ -48,7 +47,7 @@ MATMUL, ATTENTION, BANDWIDTH = 0.75, 0.5, 0.85
 """Shares of the peaks that large matrix products, flash attention, and copies reach."""
 KERNEL_US = 2.0
 """The shortest time that a kernel takes of the device."""
-LAUNCH_US = {"eager": 6.0, "compiled": 4.0}
+LAUNCH_US: dict[Kind, float] = {"eager": 6.0, "compiled": 4.0, "autotuned": 4.0}
 """What the host needs to launch a kernel, autograd included."""
 GOAL_MFU = {"135M": 0.40, "1.7B": 0.50}
 FRAMES, TEXTS = (4, 8, 8, 16), (24, 48, 96, 200)
@@ -62,46 +61,8 @@ ADAMW_BYTES = 28 + 4 + 8
 ACCUMULATE_BYTES = 12
 """Of adding a micro-batch's fp32 gradient to that of those before."""
 
-_ATTENTION = ("_varlen_attn", "scaled_dot_product", "_flash_attention")
-_ANCHORS = ("mm", "convolution", "embedding", "index", "sort", "scatter", "gather", *_ATTENTION)
-"""Parts of names of the operations that are kernels of their own also when compiled."""
 _FREE = ("empty", "detach", "lift_fresh", "alias", "device", "_unsafe_view", "sym_size", "set_")
 """Operations that run no kernel."""
-
-
-@dataclass
-class Operation:
-    """One operation of the step."""
-
-    name: str
-    part: str
-    group: int | None
-    """The compiled call that it belongs to; None outside."""
-    backward: bool
-    fused: bool
-    """Whether eager PyTorch too has one kernel for the group (RMSNorm on CUDA)."""
-    flops: float
-    reads: dict[int, int]
-    writes: dict[int, int]
-    """Bytes by storage."""
-
-    @property
-    def attention(self) -> bool:
-        return any(part in self.name for part in _ATTENTION)
-
-    @property
-    def pointwise(self) -> bool:
-        return not any(part in self.name for part in _ANCHORS)
-
-
-@dataclass
-class Kernel:
-    """What the device runs at once."""
-
-    part: str
-    flops: float
-    bytes: float
-    attention: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,20 +123,24 @@ class Recorder(TorchDispatchMode):
         reads, writes = self._bytes((args, kwargs)), self._bytes(out)
         if writes:
             flops = self._flops(func, args, kwargs or {}, out)
-            self.operations.append(Operation(operation, place[0], place[1], node is not None, place[2], flops, reads, writes))
+            numel = max((tensor.numel() for tensor in tree_leaves(out) if isinstance(tensor, Tensor)), default=0)
+            self.operations.append(Operation(operation, place[0], place[1], node is not None, place[2], flops, reads, writes, numel))
         return out
 
     def _bytes(self, values: Any) -> dict[int, int]:
-        found = {}
+        found: dict[int, dict[Any, int]] = {}
+        whole: dict[int, int] = {}
         for tensor in tree_leaves(values):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
+                whole[storage._cdata] = storage.nbytes()
                 self.storages.append(storage)
                 distinct = 1
                 for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
                     distinct *= size if stride else 1
-                found[storage._cdata] = max(found.get(storage._cdata, 0), distinct * tensor.element_size())
-        return found
+                views = found.setdefault(storage._cdata, {})
+                views[tensor.storage_offset(), tensor.shape, tensor.stride()] = distinct * tensor.element_size()
+        return {address: min(sum(views.values()), whole[address]) for address, views in found.items()}
 
     def _flops(self, func: Any, args: Any, kwargs: Any, out: Any) -> float:
         name = str(func)
@@ -203,14 +168,14 @@ class Traced:
     """Of parameters."""
 
 
-def trace(settings: ModelSettings, *, groups: int = GROUPS) -> Traced:
-    """Run a micro-batch of `groups` times four samples, without numbers, on a model of shapes."""
+def trace(settings: ModelSettings, *, groups: int = GROUPS, compiled: bool = False) -> Traced:
+    """Run a micro-batch of `groups` times four samples, without numbers, on a model of shapes; `compiled`: as its code runs compiled."""
     batch = videos(groups)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = FoveatedVLM(settings, *_backbones(settings))
         total = Cost(model, LOSS).batch(batch)
         recorder = Recorder(lambda query: _packed_flops(query, batch))
-        with _parts(model, recorder), recorder:
+        with _parts(model, recorder), patch.object(linear, "_compiles", lambda: compiled), recorder:
             with torch.autocast("cpu", torch.bfloat16):
                 objective = model(batch, LOSS).objective
             objective.backward()
@@ -218,60 +183,20 @@ def trace(settings: ModelSettings, *, groups: int = GROUPS) -> Traced:
     return Traced(recorder.operations, total, sum(sizes), len(sizes))
 
 
-def videos(groups: int) -> PackedBatch:
+def videos(groups: int, *, frame_px: int = FRAME_PX) -> PackedBatch:
     """A micro-batch of videos."""
     rng = np.random.default_rng(0)
     sizes = list(zip(FRAMES, TEXTS, strict=True)) * groups
-    return pack([text_sample(rng, frames=f, shown=list(range(f)), text=t, labels=t // 2) for f, t in sizes], NO_TEMPLATE)
+    samples = [text_sample(rng, frames=f, shown=list(range(f)), text=t, labels=t // 2, frame_px=frame_px) for f, t in sizes]
+    return pack(samples, NO_TEMPLATE)
 
 
-def kernels(operations: list[Operation], *, compiled: bool) -> list[Kernel]:
-    """What the operations become: one kernel each, or one for every run of pointwise operations within a group."""
-    runs: list[list[Operation]] = []
-    for operation in operations:
-        last = runs[-1][-1] if runs else None
-        joins = last is not None and operation.group is not None and (operation.group, operation.backward) == (last.group, last.backward)
-        if joins and operation.pointwise and last is not None and last.pointwise and (compiled or (operation.fused and last.fused)):
-            runs[-1].append(operation)
-        else:
-            runs.append([operation])
-    used: dict[int, set[int]] = defaultdict(set)  # by storage, the runs that read it
-    made: dict[int, int] = {}
-    for number, run in enumerate(runs):
-        for operation in run:
-            for storage in operation.reads:
-                used[storage].add(number)
-            made |= dict.fromkeys(operation.writes, number)
-
-    def again(maker: int, reader: int) -> bool:
-        """Whether the reader computes a forward's pointwise result again instead of reading it."""
-        one, other = runs[maker][0], runs[reader][0]
-        return compiled and one.pointwise and other.pointwise and one.group == other.group and one.group is not None and other.backward
-
-    found = []
-    for number, run in enumerate(runs):
-        inside = {storage for operation in run for storage in operation.writes}
-        reads, writes = {}, {}
-        for operation in run:
-            for storage, size in operation.reads.items():
-                outside = storage not in inside or len(run) == 1
-                if outside and not (storage in made and made[storage] != number and again(made[storage], number)):
-                    reads[storage] = max(size, reads.get(storage, 0))
-            for storage, size in operation.writes.items():
-                readers = used[storage] - {number}
-                if len(run) == 1 or not used[storage] or any(not again(number, reader) for reader in readers):
-                    writes[storage] = max(size, writes.get(storage, 0))
-        flops = sum(operation.flops for operation in run)
-        found.append(Kernel(run[0].part, flops, sum(reads.values()) + sum(writes.values()), run[0].attention))
-    return found
-
-
-def rows(size: str, card: str, traced: Traced, *, micro_batches: int = MICRO_BATCHES) -> Iterator[Row]:
-    """Per part, and of the step, eager and compiled."""
+def rows(size: str, card: str, traces: dict[Kind, Traced], *, micro_batches: int = MICRO_BATCHES) -> Iterator[Row]:
+    """Per part, and of the step, for each kind by its trace."""
     peak, bandwidth = PEAK_TFLOPS[card] * 1e12, BANDWIDTH_TB_S[card] * 1e12
-    for kind in ("eager", "compiled"):
+    for kind, traced in traces.items():
         parts: dict[str, list[Kernel]] = defaultdict(list)
-        for kernel in kernels(traced.operations, compiled=kind == "compiled"):
+        for kernel in kernels(traced.operations, kind=kind):
             parts[kernel.part] += [kernel] * micro_batches
         parts["optimizer"].append(Kernel("optimizer", 0.0, ADAMW_BYTES * traced.parameters))
         added = ACCUMULATE_BYTES * traced.parameters / traced.tensors
@@ -353,6 +278,8 @@ def _parts(model: FoveatedVLM, recorder: Recorder) -> Iterator[None]:
             patches.enter_context(patch.object(target, method, named(part, **kind)(getattr(target, method))))
 
         wrap(model, "encode", "encoder")
+        wrap(model.encoder, "embed", "encoder", compiled=True)
+        wrap(model.encoder.layers[-1], "keys_values", "encoder", compiled=True)
         for layer in model.encoder.layers:
             wrap(layer, "forward", "encoder", compiled=True)
             wrap(layer, "query", "queries", compiled=True)
@@ -388,8 +315,10 @@ def main() -> None:
     )
     found = []
     for size in options.sizes:
-        traced = trace(model_settings(size), groups=options.groups)
-        found += [row for card in options.cards for row in rows(size, card, traced, micro_batches=options.micro_batches)]
+        settings = model_settings(size)
+        eager, compiled = (trace(settings, groups=options.groups, compiled=as_compiled) for as_compiled in (False, True))
+        traces: dict[Kind, Traced] = {kind: eager if kind == "eager" else compiled for kind in get_args(Kind)}
+        found += [row for card in options.cards for row in rows(size, card, traces, micro_batches=options.micro_batches)]
     if options.json:
         for row in found:
             print(json.dumps(asdict(row)), flush=True)

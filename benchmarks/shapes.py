@@ -23,10 +23,10 @@ def model_settings(size: str = "135M", **changes) -> ModelSettings:
     return ModelSettings.model_validate({"vision": vision, "llm": LLMSettings(shape=SMOLLM2[size]), "fine_iterations": 1} | changes)
 
 
-def text_sample(rng: np.random.Generator, *, frames: int, shown: list[int], text: int, labels: int) -> Sample:
+def text_sample(rng: np.random.Generator, *, frames: int, shown: list[int], text: int, labels: int, frame_px: int = FRAME_PX) -> Sample:
     """A video-first sample of `text` tokens of which the last `labels` are targets (the end marker is one)."""
     ids = rng.integers(10, VOCABULARY, text).tolist()
-    pixels = rng.integers(0, 256, (frames, FRAME_PX, FRAME_PX, 3), dtype=np.uint8)
+    pixels = rng.integers(0, 256, (frames, frame_px, frame_px, 3), dtype=np.uint8)
     turn = Turn(ids[: text - labels], ids[text - labels : text - 1])
     return Sample("benchmark", "benchmark", pixels, [shown], [turn])
 

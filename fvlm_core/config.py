@@ -363,6 +363,9 @@ class RunSettings(Settings):
     compile: bool | list[CompiledPart] = False
     """`torch.compile`: nothing, everything (true), or some parts; encoder: its layers; queries: their way through those layers;
     llm: its layers and loss."""
+    autotune: bool = False
+    """What is compiled also takes matrix products that the compiler writes, with what follows them, where it measures them to be faster.
+    Takes minutes when a run starts."""
     gradient_checkpointing: bool = False
     sharding: Literal["ddp", "fsdp2"] = "ddp"
     """What several ranks do with weights, gradients and AdamW's state. ddp: each holds them whole; fsdp2: each holds a part, and

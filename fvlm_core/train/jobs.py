@@ -26,6 +26,7 @@ SWEPT = {
     "threads": "run.threads",
     "precision": "run.precision",
     "compile": "run.compile",
+    "autotune": "run.autotune",
     "workers": "data.workers",
     "gradient_checkpointing": "run.gradient_checkpointing",
 }
@@ -96,6 +97,8 @@ class Sweep(Settings):
     """Default: bf16 on a GPU, fp32 on a CPU."""
     compile: list[bool | list[CompiledPart]] | None = None
     """Parts to compile, or all (true). Default: all and none on a GPU, off on a CPU, where compiling takes longer than it saves."""
+    autotune: list[bool] | None = None
+    """Default: on and off on a GPU, off on a CPU."""
     workers: list[Annotated[int, Field(ge=0)]] | None = None
     """Default: 0 (a thread reads ahead), and on a GPU 4."""
     gradient_checkpointing: list[bool] | None = None

@@ -45,7 +45,7 @@ class Run:
         self.model = initial_model(recipe, self.shards).to(world.device)
         if recipe.run.gradient_checkpointing:
             self.model.set_gradient_checkpointing(True)
-        compile_parts(self.model, recipe.run.compiled_parts)
+        compile_parts(self.model, recipe.run.compiled_parts, autotune=recipe.run.autotune)
         self.cost = Cost(self.model, recipe.loss, pairs=recipe.dpo is not None)
         self.steps = self.cost.steps_for(self.shards, recipe.data, recipe.run)
         self.run_settings = recipe.run.with_changes({"steps": self.steps, "budget_flops": None})

@@ -206,6 +206,7 @@ def candidates(sweep: Sweep, own: MicroBatch, device: str) -> dict[str, list[Any
         "threads": [1] if gpu else sorted({1, os.cpu_count() or 1}),
         "precision": ["bf16"] if gpu else ["fp32"],
         "compile": [False, True] if gpu else [False],
+        "autotune": [False, True] if gpu else [False],
         "workers": [0, 4] if gpu else [0],
         "gradient_checkpointing": [False],
     }
@@ -253,6 +254,7 @@ def naive_settings(recipe: Recipe) -> dict[str, Any]:
         "run.threads": recipe.run.threads,
         "run.precision": recipe.run.precision,
         "run.compile": False,
+        "run.autotune": False,
         "data.workers": 0,
         "run.gradient_checkpointing": False,
     }

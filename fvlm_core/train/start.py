@@ -2,9 +2,11 @@
 
 import random
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils import deterministic
 
 from fvlm_core.config import CompiledPart, Recipe, RunSettings
@@ -17,6 +19,8 @@ from fvlm_core.train.jobs import MODEL_FOLDER
 
 RECOMPILE_LIMIT = 64
 """Beyond it a part runs uncompiled; torch's own 8 is just about what the model's variants need."""
+AUTOTUNE = {"max_autotune_gemm": True}
+"""Options of the compiler that `run.autotune` sets."""
 
 
 def prepare(run: RunSettings, rank: int, device: torch.device) -> None:
@@ -69,23 +73,32 @@ def initial_model(recipe: Recipe, shards: ShardSet) -> FoveatedVLM:
     return model
 
 
-def compile_parts(model: FoveatedVLM, parts: Collection[CompiledPart]) -> None:
-    """`torch.compile` the encoder's layers, the queries' way through them, and the language model's layers and loss, each as one graph.
+def compile_parts(model: FoveatedVLM, parts: Collection[CompiledPart], *, autotune: bool = False) -> None:
+    """`torch.compile` the encoder's embedding and layers, the queries' way through them, the language model's layers and the loss.
 
-    Shapes are dynamic, because every batch has another number of frames and tokens.
+    Each is one graph. Shapes are dynamic, because every batch has another number of frames and tokens. `autotune`: where a matrix product
+    written by the compiler is measured to be faster than the library's, it is taken, with the elementwise operations that follow.
     """
+    options: dict[str, Any] = {"dynamic": True} | ({"options": AUTOTUNE} if autotune else {})
     if parts:
         # modules of a class share one cache, and each sees several dtypes, numbers of queries, training and validation
         torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    if "encoder" in parts:
+        _compile_method(model.encoder, "embed", options)
+        _compile_method(model.encoder.layers[-1], "keys_values", options)
     for layer in model.encoder.layers:
         if "encoder" in parts:
-            layer.compile(dynamic=True)
+            layer.compile(**options)
         if "queries" in parts:
-            object.__setattr__(layer, "query", torch.compile(layer.query, dynamic=True))
+            _compile_method(layer, "query", options)
     for layer in model.llm.model.layers if "llm" in parts else ():
-        layer.compile(dynamic=True)
+        layer.compile(**options)
     if "llm" in parts:
-        model.cross_entropy.compile(dynamic=True)
+        model.cross_entropy.compile(**options)
+
+
+def _compile_method(module: nn.Module, name: str, options: dict[str, Any]) -> None:
+    object.__setattr__(module, name, torch.compile(getattr(module, name), **options))
 
 
 def _continued(recipe: Recipe) -> FoveatedVLM:

@@ -9,6 +9,8 @@ import torch
 from fvlm_core.config import COMPILED_PARTS, RunSettings
 from fvlm_core.train.distributed import World
 from fvlm_core.train.loop import Trainer
+from fvlm_core.train.start import AUTOTUNE, compile_parts
+from tests.model.build import tiny_model
 from tests.train.conftest import tiny_recipe
 
 
@@ -38,3 +40,16 @@ def test_same_numbers(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPa
         losses.append([trainer.step()[0] for _ in range(3)])
         assert bool(compiled) == bool(chosen)
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("autotune", [False, True])
+def test_autotuning_is_asked_of_the_compiler_for_every_part(monkeypatch: pytest.MonkeyPatch, autotune: bool) -> None:
+    """By options that it has."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options) or function)
+    model = tiny_model()
+    compile_parts(model, COMPILED_PARTS, autotune=autotune)
+    # embedding, last keys and values, loss; the encoder's layers twice, for patches and for queries
+    assert len(asked) == 3 + 2 * len(model.encoder.layers) + len(model.llm.model.layers)
+    assert all(options == ({"dynamic": True, "options": AUTOTUNE} if autotune else {"dynamic": True}) for options in asked)
+    assert AUTOTUNE.keys() <= set(torch._inductor.list_options())
