@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from deployments.checks import load_profile
 from fvlm_core.config import Recipe
 from fvlm_core.train.schedules import learning_rates
 
@@ -28,3 +29,13 @@ def test_a_stages_recipe_is_printed(stage: str) -> None:
     recipe = Recipe.model_validate(yaml.safe_load(printed))
     assert (recipe.name, recipe.run.steps, recipe.output, recipe.init_from) == (stage, 7, Path("runs/x"), Path("runs/before"))
     assert recipe.run.compile is True
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2", "stage3"])
+def test_validation_is_at_most_6_percent_of_a_rented_stage(stage: str) -> None:
+    """In FLOPs: a sample's backward costs twice its forward, and validation has only forwards."""
+    run = load_profile("runpod").stages.present[stage].run
+    assert run.steps is not None
+    evaluations = -(-run.steps // run.eval_every)
+    validation, training = evaluations * run.eval_samples, 3 * run.steps * run.batch_samples
+    assert validation / (validation + training) <= 0.06

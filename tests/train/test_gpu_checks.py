@@ -1,0 +1,36 @@
+"""The checks that wait for a GPU run: their code on a CPU with a tiny model."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu_checks import TINY, checks
+from benchmarks.gpu_train_step import NO_GPU
+from fvlm_core.config import ModelSettings
+
+
+@pytest.mark.slow(reason="trains a hundred steps")
+def test_on_a_cpu() -> None:
+    sizes = {"tiny": ModelSettings.model_validate(TINY)}
+    found = {check.what: check.value for check in checks(sizes, torch.device("cpu"), budget_s=1e6, long_steps=100)}
+    assert all(value is not None for value in found.values())
+    assert min(found[what] or 0.0 for what in ("tiny eager step", "tiny eager kernels", "45 steps speed")) > 0
+    assert {"45 steps stalls", "45 steps waiting for data"} <= found.keys()
+
+
+def test_what_there_is_no_time_for_is_left_out_and_said() -> None:
+    found = list(checks({"tiny": ModelSettings.model_validate(TINY)}, torch.device("cpu"), budget_s=0.0, long_steps=100))
+    assert {check.unit for check in found} == {"left out: no time"}
+    assert len(found) == 2
+
+
+@pytest.mark.slow(reason="starts the benchmark as a program")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_says_that_there_is_no_gpu(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu_checks", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == NO_GPU
+    assert "torch sees no GPU" in done.stderr
