@@ -1,9 +1,13 @@
-"""The questions of the gaze benchmark, written in the schemas of Video-MME, MVBench and MLVU with real mp4 files, put to a checkpoint by
-`fvlm eval`; with `--lmms` also by lmms-eval's own program, compared question by question.
+"""The questions of the gaze benchmark, written in the schemas of Video-MME, MVBench and MLVU with real mp4 files, put by `fvlm eval` to a
+model that has learned them; with `--lmms` also by lmms-eval's own program, compared question by question.
 
-A model that has learned the gaze benchmark has to score far above blind in all of them alike; any other shows what a form adds or takes.
+Such a model has to score far above blind in all the forms alike, by the path that a published benchmark takes. Without a model named,
+one is trained: about ten minutes of one core.
 
-    python -m benchmarks.gaze_forms MODEL --clips 32 --lmms
+    python -m benchmarks.gaze_forms --lmms                     # train, write, ask, compare
+    python -m benchmarks.gaze_forms --keep DIR --seed 1        # another seed; the model stays in DIR and is taken from there the next time
+    python -m benchmarks.gaze_forms MODEL                      # a checkpoint, or the volume of ./speedrun.sh
+    python -m benchmarks.gaze_forms MODEL --frames 8 16 32 64  # also the gap between inference and training as clips get longer
 """
 
 import argparse
@@ -11,24 +15,32 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
+from rich.console import Console
 
+from benchmarks.gaze_model import PLAN, described, found, trained
 from fvlm_core.data.clips import encode_mp4
 from fvlm_core.errors import UserError
-from fvlm_core.eval.benchmark_result import BenchmarkResult, chosen
+from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
+from fvlm_core.eval.benchmark_result import chosen
 from fvlm_core.eval.benchmarks import gaze
 from fvlm_core.eval.benchmarks.benchmark import LETTERS
 from fvlm_core.eval.checkpoint import CheckpointJob, evaluate_checkpoint
+from fvlm_core.eval.checkpoints import open_checkpoint
 from fvlm_core.eval.items import Item
-from fvlm_core.eval.parts.benchmarks import BenchmarksResult
+from fvlm_core.eval.parts.drift import DriftResult, drift_of
 from fvlm_core.eval.records import ItemRecord
+from fvlm_core.eval.stats import Bootstrap, holm, sign_flip
 from fvlm_core.tables import Table, number
 
 FORMS = {"videomme": "data", "mvbench": "video/clevrer/video_validation", "mlvu": "video/count"}
@@ -38,7 +50,10 @@ QUESTIONS = 9
 """About each clip."""
 SCALE = 4
 """Of the clips in the files: 168 px."""
+GAZE, LMMS_FORM = "gaze", "videomme"
 MODE, SCORER = "autoregressive", "mean"
+MAIN = f"question_first/{MODE}"
+RESAMPLES = 2000
 LMMS = Path(__file__).parents[1] / ".venv-lmms" / "bin" / "lmms-eval"
 TASK = {
     "task": "gaze",
@@ -68,34 +83,37 @@ def results(doc, results):
 """
 
 
-def main() -> None:
-    """Ask, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="as `fvlm eval` takes it")
-    parser.add_argument("--clips", type=int, default=32, help="with nine questions each")
-    parser.add_argument("--lmms", action="store_true", help="also by lmms-eval (./infra/lmms_env.sh)")
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train where no model is given, write, ask, print."""
+    options = _options(arguments)
     torch.set_num_threads(options.threads)
+    console = Console()
     with TemporaryDirectory() as place:
         folder = Path(place)
-        found, records = by_fvlm(options.checkpoint, folder, options.clips)
-        print(table(found).markdown())
-        if options.lmms:
-            print(agreement(records, by_lmms(options.checkpoint, folder, options.clips)))
+        if options.model is None:
+            plan = replace(PLAN, seed=options.seed, max_cpu_s=60 * options.minutes)
+            model = trained(options.keep or folder / "model", plan, lambda text: console.print(text, markup=False, highlight=False))
+        else:
+            model = found(options.model)
+        records = by_fvlm(model, folder, options.clips)
+        letters = by_lmms(model, folder, options.clips) if options.lmms else None
+        console.print(table(records, described(model), letters).markdown(), markup=False, highlight=False, soft_wrap=True)
+        if options.frames:
+            gaps = drift(model, options.pictures, options.drift_clips, options.frames)
+            console.print(gaps.tables()[0].markdown(), markup=False, highlight=False, soft_wrap=True)
 
 
-def by_fvlm(checkpoint: Path, folder: Path, clips: int) -> tuple[dict[str, BenchmarkResult], list[ItemRecord]]:
-    """Results by form, the benchmark's own among them, and the records of Video-MME's."""
+def by_fvlm(checkpoint: Path, folder: Path, clips: int) -> dict[str, list[ItemRecord]]:
+    """The records of every form, the benchmark's own among them."""
     data = {form: write(folder / form, form, clips) for form in FORMS}
-    benchmarks = {"run": ["gaze", *FORMS], "data": data, "limit": QUESTIONS * clips, "ask": {"orders": ["question_first"]}}
-    job = {"output": folder / "out", "checkpoint": checkpoint, "benchmarks": benchmarks, "device": "cpu"}
-    results = evaluate_checkpoint(CheckpointJob.model_validate(job))
-    part = results.part(BenchmarksResult) if results else None
-    assert part is not None
-    shards = sorted((folder / "out" / "items" / "videomme").glob("*.jsonl"))
-    records = [ItemRecord.model_validate_json(line) for shard in shards for line in shard.read_text().splitlines()[1:]]
-    return part.benchmarks, records
+    benchmarks = {"run": [GAZE, *FORMS], "data": data, "limit": QUESTIONS * clips}
+    job = {"output": folder / "out", "checkpoint": checkpoint, "benchmarks": benchmarks, "device": "cpu", "latency": {"clips": 0}}
+    evaluate_checkpoint(CheckpointJob.model_validate(job))
+    records = {}
+    for form in (GAZE, *FORMS):
+        shards = sorted((folder / "out" / "items" / form).glob("*.jsonl"))
+        records[form] = [ItemRecord.model_validate_json(line) for shard in shards for line in shard.read_text().splitlines()[1:]]
+    return records
 
 
 def by_lmms(checkpoint: Path, folder: Path, clips: int) -> dict[str, str]:
@@ -125,22 +143,60 @@ def by_lmms(checkpoint: Path, folder: Path, clips: int) -> dict[str, str]:
     return {names[one["doc_id"]]: one["filtered_resps"][0] for one in said}
 
 
-def agreement(records: list[ItemRecord], said: dict[str, str]) -> str:
-    """How lmms-eval's answers compare with ours, and the accuracy of both."""
-    ours = {record.id: LETTERS[chosen(record, f"question_first/{MODE}", SCORER) or 0] for record in records}
-    gold = {record.id: LETTERS[record.gold or 0] for record in records}
-    same = sum(ours[name] == letter for name, letter in said.items())
-    scores = [sum(gold[name] == letter for name, letter in answers.items()) / len(answers) for answers in (ours, said)]
-    return f"lmms-eval, {MODE}: {same} of {len(said)} answers equal; accuracy {scores[1]:.4f}, `fvlm eval` {scores[0]:.4f}"
+def table(records: dict[str, list[ItemRecord]], about: str, letters: dict[str, str] | None = None) -> Table:
+    """Accuracy by form in every condition, read off the likelihood of the option's text, beside what needs no video.
+
+    `letters`: what lmms-eval's program answered to Video-MME's form, in `MODE`. Intervals and tests take the clip as their unit.
+    """
+    bootstrap = Bootstrap(RESAMPLES, 0)
+    asked = next(iter(records.values()))
+    rights = {form: {name: right(some, name, SCORER) for name in some[0].said} for form, some in records.items()}
+    clips = {form: [record.clip for record in some] for form, some in records.items()}
+    rows = []
+    for name in asked[0].said:
+        rows.append([name, *(number(bootstrap.share(of[name], clips[form])) for form, of in rights.items())])
+    if letters is not None:
+        said = [letters[record.id] == LETTERS[record.gold or 0] for record in records[LMMS_FORM]]
+        share = number(bootstrap.share(said, clips[LMMS_FORM]))
+        rows.append([f"{MAIN}, by lmms-eval", *(share if form == LMMS_FORM else "" for form in records)])
+    by_letter = {form: number(bootstrap.share(right(some, MAIN, "letter"), clips[form])) for form, some in records.items()}
+    rows.append([f"{MAIN}, by the option's letter", *by_letter.values()])
+    gains = {form: of[MAIN].astype(float) - of["blind"] for form, of in rights.items()}
+    p_values = holm([sign_flip(gain, clips[form]) for form, gain in gains.items()])
+    cells = [f"{number(bootstrap.mean(gain, clips[form]))}, p {p:.2g}" for (form, gain), p in zip(gains.items(), p_values, strict=True)]
+    rows.append([f"{MAIN} − blind", *cells])
+    rows.append(["best without a video", *(trivial(some, of["blind"]) for some, of in zip(records.values(), rights.values(), strict=True))])
+    note = f"{about} {len(asked)} questions about {len(set(clips[GAZE]))} clips with digits of writers that training never saw; "
+    note += "95 % intervals over clips; p: paired sign flips by clip, adjusted by Holm for the forms."
+    if letters is not None:
+        ours = {record.id: LETTERS[chosen(record, MAIN, SCORER) or 0] for record in records[LMMS_FORM]}
+        note += f" lmms-eval: {sum(ours[name] == letter for name, letter in letters.items())} of {len(letters)} answers are equal to ours."
+    return Table(title="The same questions in every form", head=["condition", *records], rows=rows, note=note)
 
 
-def table(found: dict[str, BenchmarkResult]) -> Table:
-    """Accuracy by the likelihood of the option's text, by form and condition."""
-    conditions = list(next(iter(found.values())).conditions)
-    rows = [[name, *(number(result.conditions[one].by_scorer[SCORER]) for one in conditions)] for name, result in found.items()]
-    first = next(iter(found.values()))
-    note = f"{first.questions} questions about {first.clips} clips; chance {first.chance}, most frequent letter {first.majority}."
-    return Table(title="The same questions in every form", head=["form", *conditions], rows=rows, note=note)
+def right(records: Sequence[ItemRecord], condition: str, scorer: str) -> np.ndarray:
+    """Which questions were answered rightly: bool [N]."""
+    return np.array([chosen(record, condition, scorer) == record.gold for record in records])
+
+
+def trivial(records: Sequence[ItemRecord], blind: np.ndarray) -> str:
+    """The best of what needs no video: guessing, the most frequent letter, the model without frames."""
+    golds = [record.gold or 0 for record in records]
+    found = {
+        "chance": float(np.mean([1 / len(record.choices) for record in records])),
+        "most frequent letter": max(map(golds.count, golds)) / len(golds),
+        "blind": float(blind.mean()),
+    }
+    best = max(found, key=lambda name: found[name])
+    return f"{found[best]:.3f} ({best})"
+
+
+def drift(model: Path, pictures: Path, clips: int, frames: Sequence[int]) -> DriftResult:
+    """The gap between autoregressive inference and the parallel pass of training, by frames of a clip; its figure goes to `pictures`."""
+    answerer = open_checkpoint(model, torch.device("cpu"))
+    if not isinstance(answerer, FoveatedAnswerer) or not answerer.subject.gazes:
+        raise UserError("only a model that looks somewhere has this gap", where=str(model), fix="leave --frames out")
+    return drift_of(answerer, answerer.subject.model.modes, Bootstrap(RESAMPLES, 0), pictures, clips=clips, frames=frames)
 
 
 def items(clips: int) -> list[Item]:
@@ -180,6 +236,21 @@ def _row(item: Item, form: str) -> dict[str, Any]:
         return about | asked
     row = {"video": f"{item.clip}.mp4", "question": item.question, "candidates": item.choices, "answer": item.choices[item.gold]}
     return row | ({"duration": 3, "question_type": "count"} if form == "mlvu" else {})
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, nargs="?", help="a checkpoint as `fvlm eval` takes it, or a volume; without it, one is trained")
+    parser.add_argument("--keep", type=Path, help="folder for the trained model; one that is there is taken")
+    parser.add_argument("--seed", type=int, default=0, help="of the training")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="most processor time of the training")
+    parser.add_argument("--clips", type=int, default=64, help="with nine questions each")
+    parser.add_argument("--lmms", action="store_true", help="also by lmms-eval (./infra/lmms_env.sh)")
+    parser.add_argument("--frames", type=int, nargs="+", default=[], help="also the gap between inference and training at these lengths")
+    parser.add_argument("--drift-clips", type=int, default=32, help="of each of these lengths")
+    parser.add_argument("--pictures", type=Path, default=Path(), help="folder for the gap's figure")
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ def evaluate(
     beams: int = 4,
     seed: int = 0,
     max_missing_share: float = 0.01,
+    latency_clips: int = 4,
     vision: str | None = None,
     llm: str | None = None,
     frame_px: int = 224,
@@ -64,6 +65,8 @@ def evaluate(
         Of draws, shuffled frames, random queries and intervals.
     max_missing_share
         Share of a benchmark's items that may lack their media or be unreadable.
+    latency_clips
+        Clips on which time and memory of an answer are measured in every mode, at the end; 0 leaves that out.
     vision
         Hub name or folder of the DINOv2 that a checkpoint of the original was built with.
     llm
@@ -93,6 +96,7 @@ def evaluate(
             "ask": {"modes": modes, "generate": generate, "generation": generation},
             "max_missing_share": max_missing_share,
         },
+        "latency": {"clips": latency_clips},
         "seed": seed,
         "device": device,
         "batch_samples": batch_samples,
@@ -106,7 +110,10 @@ def evaluate(
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("questions", total=None)
         results = evaluate_checkpoint(
-            job, start=lambda items: progress.update(bar, total=items), done=lambda items: progress.advance(bar, items)
+            job,
+            start=lambda items: progress.update(bar, total=items),
+            done=lambda items: progress.advance(bar, items),
+            note=lambda text: progress.update(bar, description=text),
         )
     assert results is not None
     console.print(headline_table(results.headline(), compact=True).terminal())

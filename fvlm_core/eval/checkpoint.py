@@ -14,7 +14,9 @@ from fvlm_core.cli import run_job
 from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
 from fvlm_core.eval.checkpoints import Original, open_checkpoint
 from fvlm_core.eval.outside import digest
+from fvlm_core.eval.part import NotMeasuredError, PartResult
 from fvlm_core.eval.parts.benchmarks import Benchmarks, BenchmarksResult, add_up
+from fvlm_core.eval.parts.latency import Latency
 from fvlm_core.eval.published import comparison
 from fvlm_core.eval.ranks import ALONE, Ranks
 from fvlm_core.eval.results import TABLES_FILE, Results, measuring_code
@@ -30,11 +32,13 @@ class CheckpointJob(Settings):
     """Which checkpoint, on what."""
 
     output: Path
-    """Gets `results.json`, `tables.md`, a picture and `items/`."""
+    """Gets `results.json`, `timings.json`, `tables.md`, a picture and `items/`."""
     checkpoint: Path
     """A run or model folder of ours, a checkpoint of the original, a SmolVLM2 folder."""
     original: Original = Original()
     benchmarks: Benchmarks
+    latency: Annotated[Latency, EXECUTION] = Latency(clips=4)
+    """Clips of the benchmarks' that answers are timed on, in every mode."""
     resamples: int = 1000
     seed: int = 0
     batch_samples: Annotated[int, EXECUTION] = 64
@@ -48,8 +52,11 @@ def evaluate_checkpoint(
     *,
     start: Callable[[int], None] = lambda items: None,
     done: Callable[[int], None] = lambda items: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Results | None:
-    """Run a job; other processes than the first only ask, and return None. `start` gets the number of items, `done` those just asked.
+    """Run a job; other processes than the first only ask, and return None.
+
+    `start` gets the number of items, `done` those just asked, `note` what is done after them.
 
     Raises UserError for a checkpoint or data that do not fit, before any item is asked.
     """
@@ -64,6 +71,13 @@ def evaluate_checkpoint(
     if ranks.rank:
         return None
     found = add_up(job.benchmarks, loaded, answerer, job.output, Bootstrap(job.resamples, job.seed))
+    parts: dict[str, PartResult] = {"benchmarks": BenchmarksResult(benchmarks=found, comparison=comparison(found, answerer, job.output))}
+    absent = {}
+    try:
+        note("timing")
+        parts["latency"] = job.latency.of_items(answerer, job.benchmarks.ask.modes, loaded.values())
+    except NotMeasuredError as reason:
+        absent["latency"] = str(reason)
     results = Results(
         run=answerer.name,
         checkpoint=answerer.checkpoint,
@@ -76,7 +90,8 @@ def evaluate_checkpoint(
         tokens_per_frame=answerer.tokens_per_frame,
         looks=isinstance(answerer, FoveatedAnswerer) and answerer.subject.gazes,
         modes=[mode for mode in MODES if any(one.mode == mode for result in found.values() for one in result.conditions.values())],
-        parts={"benchmarks": BenchmarksResult(benchmarks=found, comparison=comparison(found, answerer, job.output))},
+        parts=parts,
+        absent=absent,
     )
     results.write(job.output)
     write_atomically(job.output / TABLES_FILE, summary(results).encode())

@@ -55,7 +55,8 @@ class Metric(Settings):
 
     name: str
     """As a person reads it, with its unit: `loss (nats/token)`."""
-    values: dict[Mode, Estimate | float]
+    values: dict[str, Estimate | float]
+    """By mode: `MODES`, or those of another architecture."""
     baselines: dict[str, Estimate | float] = {}
     """What a model that sees nothing, guesses, or always says the same gets, by name."""
     decimals: int = 3

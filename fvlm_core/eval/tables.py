@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 
 from fvlm_core.eval.estimates import Estimate, Metric, PairedTest
-from fvlm_core.model.names import Mode
 from fvlm_core.tables import Table, difference, number
 
 BASELINES = (
@@ -38,7 +37,7 @@ def headline_table(metrics: Sequence[Metric], *, compact: bool = False) -> Table
 
     `compact` is for a terminal: no intervals, and each baseline on a line of its own.
     """
-    modes: list[Mode] = list(dict.fromkeys(mode for metric in metrics for mode in metric.values))
+    modes = list(dict.fromkeys(mode for metric in metrics for mode in metric.values))
 
     def shown(value: Estimate | float | None, decimals: int) -> str:
         return number(value.value if compact and isinstance(value, Estimate) else value, decimals)

@@ -11,7 +11,7 @@ from fvlm_core.data.sources import ADAPTERS
 from fvlm_core.eval.estimates import Dataset, Estimate, Metric
 from fvlm_core.eval.part import OWN_SPLIT
 from fvlm_core.figures import Figure
-from fvlm_core.model.names import SHORT_MODES, Mode
+from fvlm_core.model.names import SHORT_MODES
 from fvlm_core.release.evidence import Evidence
 from fvlm_core.release.html import TEMPLATES
 from fvlm_core.release.sections.evaluation import modes_table
@@ -127,7 +127,7 @@ def _eval_results(evidence: Evidence) -> list[EvalResult]:
     ]
 
 
-def _card_results(evidence: Evidence) -> list[tuple[Metric, Dataset, Mode, Estimate | float]]:
+def _card_results(evidence: Evidence) -> list[tuple[Metric, Dataset, str, Estimate | float]]:
     """The card's numbers, all of them from the checkpoint's `results.json`."""
     return [
         (metric, metric.dataset or part.dataset, mode, value)

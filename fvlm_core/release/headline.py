@@ -36,7 +36,7 @@ def tiles(evidence: Evidence) -> list[Tile]:
         tiles.append(Tile(label="gaze on target", value=f"{first.gaze_hit_rate.value:.1%}", note=note))
     if latency is not None and mode in latency.modes:
         clips = f"{latency.frames} frames, {latency.device}"
-        tiles.append(Tile(label="time to first token", value=f"{latency.modes[mode].median_ms:.0f} ms", note=clips))
+        tiles.append(Tile(label="time to first token", value=f"{latency.modes[mode].first_token.median_ms:.0f} ms", note=clips))
     return tiles
 
 

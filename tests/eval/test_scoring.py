@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 import torch.nn.functional as F
 
 from fvlm_core.data.batch import IGNORE, Sample, Turn, pack
@@ -50,6 +51,24 @@ def test_options_score_as_when_scored_one_by_one(subject: Subject, answerer: Fov
         for row, sample in zip(reply.sums, texts(subject, item), strict=True):
             *text, end = direct_losses(subject, sample, mode)
             assert row == pytest.approx([-sum(text), len(text), -end], abs=1e-3)
+
+
+class Halved(Subject):
+    """A subject whose passes run in bf16, as on a GPU."""
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16)
+
+
+def test_options_are_scored_at_the_precision_of_the_losses(subject: Subject, answerer: FoveatedAnswerer, split: ValidationSplit):
+    """On a GPU: bf16 passes, logits in fp32."""
+    half = Halved(subject.model, subject.tokenizer, subject.chat, subject.device, subject.batch_samples)
+    (item,) = split.items(1)
+    opened = [replace(answerer, subject=one).open(item.media.load(answerer.rule, IMAGE_REPEATS), "x") for one in (subject, half)]
+    (full,), (rounded,) = (one.replies([Ask(item.question, tuple(item.choices))], Condition("coarse_fine")) for one in opened)
+    losses = half.sample_losses(texts(subject, item), ["coarse_fine"])["coarse_fine"][:, 0]
+    assert abs(rounded.sums - full.sums).max() > 1e-4, "they are rounded"
+    assert -(rounded.sums[:, 0] + rounded.sums[:, 2]) == pytest.approx(losses, abs=0.05)
 
 
 def test_an_options_tokens_are_those_of_the_shards(subject: Subject, split: ValidationSplit):

@@ -91,6 +91,9 @@ def test_it_runs_through_the_same_items_as_ours(folder: Path, tmp_path: Path):
     assert list(gaze.conditions) == [f"question_first/{MODE}", f"question_after/{MODE}", f"shuffled/{MODE}", "blind"]
     assert (gaze.questions, results.tokens_per_frame, results.modes) == (9, 4, [])
     assert "# Evaluation of SmolVLM2-tiny" in (tmp_path / "tables.md").read_text()
+    accuracy, first_token, answer = results.headline()
+    assert [list(one.values) for one in (accuracy, first_token, answer)] == [[MODE]] * 3, "its one mode is in the table at the end"
+    assert accuracy.values[MODE] == gaze.conditions[f"question_first/{MODE}"].headline
 
 
 def test_its_folder_has_to_be_complete(folder: Path, tmp_path: Path):

@@ -10,7 +10,7 @@ from fvlm_core.eval.estimates import Estimate, PairedTest
 from fvlm_core.eval.part import PartResult
 from fvlm_core.eval.parts.captions import CaptionExample, CaptionResult, CaptionScores
 from fvlm_core.eval.parts.gaze import GAZE_PICTURE, GazeResult, HeatMap
-from fvlm_core.eval.parts.latency import LatencyResult, ModeLatency
+from fvlm_core.eval.parts.latency import LatencyResult, ModeLatency, Times
 from fvlm_core.eval.parts.losses import LossResult, ModeLoss
 from fvlm_core.eval.parts.multiple_choice import ChoiceBaselines, ChoiceResult, ChoiceScores
 from fvlm_core.eval.parts.question_order import ORDERS, OrderCell, OrderResult
@@ -155,7 +155,14 @@ def evaluation(
             questions=24,
         ),
         "latency": LatencyResult(
-            device="cpu", threads=1, frames=3, modes={mode: ModeLatency(median_ms=12.5, low_ms=11, high_ms=14, clips=4) for mode in modes}
+            device="cpu",
+            threads=1,
+            clips=4,
+            frames=3,
+            timings=12,
+            modes={
+                mode: ModeLatency(first_token=Times(median_ms=12.5, p95_ms=14), answer=Times(median_ms=20, p95_ms=22)) for mode in modes
+            },
         ),
     }
     if looks:

@@ -6,13 +6,16 @@ frames) and what the continuations of a question share (everything before them) 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
 from fvlm_core.data.frames import FrameRule
 from fvlm_core.eval.generation import GREEDY, Generation, Method
 from fvlm_core.eval.media import Media
+
+if TYPE_CHECKING:
+    import torch
 
 Order = Literal["question_first", "question_after"]
 ORDERS: tuple[Order, ...] = ("question_first", "question_after")
@@ -80,6 +83,11 @@ class Answerer(Protocol):
     tokens_per_frame: int
     methods: tuple[Method, ...]
     """Ways to generate that it has."""
+
+    @property
+    def device(self) -> "torch.device":
+        """Where it computes."""
+        ...
 
     def conditions(self, orders: Sequence[Order], modes: Sequence[str] | None, *, controls: bool) -> list[Condition]:
         """Those that this model has: each mode in each order, and the controls. Raises UserError for a mode that it lacks."""

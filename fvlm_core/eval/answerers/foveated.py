@@ -43,6 +43,11 @@ class FoveatedAnswerer:
     def __post_init__(self) -> None:
         self.tokens_per_frame = self.subject.model.settings.tokens_per_frame
 
+    @property
+    def device(self) -> torch.device:
+        """The subject's."""
+        return self.subject.device
+
     def conditions(self, orders: Sequence[Order], modes: Sequence[str] | None, *, controls: bool) -> list[Condition]:
         """Every mode in every order; shuffled frames in every mode, no frames, random queries, queries of the question alone."""
         model = self.subject.model
@@ -93,7 +98,8 @@ class OpenedMedia:
             places = [place for place, ask in enumerate(asks) if bool(ask.max_new_tokens) == generating]
             for start in range(0, len(places), self.subject.batch_samples):
                 some = places[start : start + self.subject.batch_samples]
-                found = self._replies([samples[place] for place in some], [asks[place] for place in some], condition)
+                with self.subject.autocast():
+                    found = self._replies([samples[place] for place in some], [asks[place] for place in some], condition)
                 replies |= dict(zip(some, found, strict=True))
         return [replies[place] for place in range(len(asks))]
 
@@ -139,9 +145,9 @@ class OpenedMedia:
 
     def _continuations(self, asks: Sequence[Ask], hidden: Tensor, cache: PackedCache) -> list[np.ndarray]:
         """Per question, float64 [continuations, 3]; see `Reply.sums`. `hidden` [N, llm width]: at the end of each question."""
-        model, subject = self.subject.model, self.subject
+        subject = self.subject
         ids = [[subject.encode(text) for text in ask.continuations] for ask in asks]
-        first = model.llm.lm_head(hidden).float().log_softmax(-1)
+        first = self._log_likelihoods(hidden)
         sums = [np.zeros((len(of_ask), 3)) for of_ask in ids]
         branches: list[tuple[int, int]] = []
         for row, (of_ask, ask) in enumerate(zip(ids, asks, strict=True)):
@@ -167,9 +173,14 @@ class OpenedMedia:
         layout = PackedLayout([len(ids) for ids in tokens], branched)
         states = model.contextualise(model.embed(flat), positions, layout)
         following = torch.tensor([token for ids in tokens for token in [*ids[1:], end]], device=device)
-        scores = model.llm.lm_head(states).float().log_softmax(-1).gather(1, following[:, None])[:, 0].double().cpu().numpy()
+        scores = self._log_likelihoods(states).gather(1, following[:, None])[:, 0].double().cpu().numpy()
         for (row, place), (begin, stop) in zip(branches, pairwise(layout.offsets), strict=True):
             sums[row][place] += (scores[begin : stop - 1].sum(), stop - begin - 1, scores[stop - 1])
+
+    def _log_likelihoods(self, states: Tensor) -> Tensor:
+        """Of the next token [n, vocabulary], logits in fp32 whatever the passes run in, as those of losses."""
+        with torch.autocast(states.device.type, enabled=False):
+            return self.subject.model.llm.lm_head(states.float()).log_softmax(-1)
 
     def _encoded(self, batch: PackedBatch) -> FrameFeatures | None:
         if not len(batch.shown_frames):

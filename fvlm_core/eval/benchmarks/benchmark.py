@@ -20,7 +20,7 @@ from fvlm_core.settings import hash_json
 AnswerKind = Literal["accuracy", "yes_no", "anls", "vqa", "number", "exact"]
 """How right an answer is: choices by accuracy (`yes_no` adds precision, recall, F1), open answers by the others."""
 Scorer = Literal["letter", "sum", "mean", "pmi"]
-"""How a choice is read off a model; see `fvlm_core.eval.choices`."""
+"""How a choice is read off a model; see `fvlm_core.eval.records.option_scores`."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 OPTION_LINE = re.compile(r"^\s*\(?(?:(?:Option|Caption|Sentence)\s+)?([A-Z]|\d)[.):]\s+(.+?)\s*$")

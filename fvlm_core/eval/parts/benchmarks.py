@@ -19,7 +19,6 @@ from fvlm_core.eval.estimates import Dataset, Estimate, Metric
 from fvlm_core.eval.part import Context, Count, NotMeasuredError, Part, PartResult
 from fvlm_core.eval.ranks import ALONE, Ranks
 from fvlm_core.figures import Figure
-from fvlm_core.model.names import MODES
 from fvlm_core.settings import EXECUTION
 from fvlm_core.tables import Table
 
@@ -160,7 +159,7 @@ def metric(result: BenchmarkResult) -> Metric:
     shown = result.of(result.main_order)
     return Metric(
         name=result.title,
-        values={mode: shown[mode].headline for mode in MODES if mode in shown},
+        values={mode: one.headline for mode, one in shown.items()},
         baselines=baselines,
         hub_type=result.metric,
         dataset=Dataset(type=result.dataset, name=result.title, split=result.split),

@@ -61,7 +61,7 @@ class GazeResult(PartResult):
 
     def headline(self) -> list[Metric]:
         """Attention entropy."""
-        return [Metric(name="attention entropy", values=dict(self.entropy), baselines={"uniform": 1.0})]
+        return [Metric(name="attention entropy", values={**self.entropy}, baselines={"uniform": 1.0})]
 
     def figures(self) -> list[Figure]:
         """The composite, then the clips."""

@@ -1,8 +1,10 @@
 """Multiple choice on the probes of the validation split: accuracy in every mode, and what it has to be compared with.
 
-A choice's score is the mean log-likelihood per token of its text after the question: no letters, so a model needs no training on letters
-(`fvlm_core.eval.records.option_scores`). Accuracy alone misleads (a model that sees nothing can beat chance), so the blind,
-shuffled-frames and majority baselines, the positions chosen and a paired test between modes belong to it.
+A choice's score is the mean log-likelihood per token of its text after the question, corrected for its length (`mean` of
+`fvlm_core.eval.records.option_scores`): no letters, so a model needs no training on letters.
+
+Accuracy alone misleads (a model that sees nothing can beat chance), so the blind, shuffled-frames and majority baselines, the positions
+chosen and a paired test between modes belong to it.
 
 Published benchmarks are measured by the same path, in every way to read a choice: `parts/benchmarks.py`.
 """
@@ -89,7 +91,8 @@ class ChoiceResult(PartResult):
             ["always the most frequent position", number(base.majority), "", str(base.gold_positions)],
             ["chance", number(base.chance), "", ""],
         ]
-        note = f"{base.questions} questions about {base.clips} clips; mean log-likelihood per token of each option's text."
+        note = f"{base.questions} questions about {base.clips} clips. Scored by the option's text: the mean log-likelihood of its tokens "
+        note += "less that of all the options' tokens, times the root of its number of tokens, so that short options are not favoured."
         tables = [Table(title=self.title, head=["", "accuracy", "frames shuffled", "positions chosen"], rows=rows, note=note)]
         tasks = sorted({task for scores in self.modes.values() for task in scores.by_task})
         if len(tasks) > 1:

@@ -82,7 +82,7 @@ class OrderResult(PartResult):
                     baselines={"constant": self.constant},
                 )
             )
-            hits: dict[Mode, Estimate | float] = {cell.mode: cell.gaze_hit_rate for cell in cells if cell.gaze_hit_rate is not None}
+            hits: dict[str, Estimate | float] = {cell.mode: cell.gaze_hit_rate for cell in cells if cell.gaze_hit_rate is not None}
             if hits and self.gaze_chance is not None:
                 metrics.append(Metric(name=f"gaze, {words(order)}", values=hits, baselines={"chance": self.gaze_chance}))
         return metrics
