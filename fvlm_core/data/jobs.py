@@ -3,6 +3,7 @@
 from pathlib import Path, PurePath
 from typing import Annotated, Literal, Self
 
+from braceexpand import braceexpand
 from pydantic import AfterValidator, Field, model_validator
 
 from fvlm_core.config import Positive, Share
@@ -25,6 +26,14 @@ SMALLEST_VOCABULARY = 259
 
 StoreAddress = Annotated[str, Field(pattern=r"^s3://[^/]+(/[^/]+)*$")]
 """A bucket and a prefix: `s3://bucket/fvlm/shards`."""
+
+
+def _with_matching_braces(pattern: str) -> str:
+    list(braceexpand(pattern))  # raises a ValueError that says so
+    return pattern
+
+
+WebAddresses = Annotated[str, Field(pattern=r"^(https?|s3)://"), AfterValidator(_with_matching_braces)]
 
 
 def _known_format(name: str) -> str:
@@ -73,9 +82,9 @@ class Source(Settings):
     archives: list[ProfilePath] = Field(default_factory=list)
     """Zip and tar files that hold the videos or images; `*` and `?` stand for several. Addresses are names of files in them. An archive
     that was cut into parts is named by all of them."""
-    web_archives: list[Annotated[str, Field(pattern=r"^(https?|s3)://")]] = Field(default_factory=list)
+    web_archives: list[WebAddresses] = Field(default_factory=list)
     """Addresses of zip files, on the web or in an object store, that hold more of them: only the files that are used are fetched out of
-    them, by ranges of bytes."""
+    them, by ranges of bytes. Braces stand for several, as in a shell: `https://host/part{0..9}.zip`, `.../part{7,9}_part{aa,ab}`."""
     limit: Positive | None = None
     """Rows that are used at most, from the first; None is all."""
     every: Positive = 1
@@ -95,6 +104,11 @@ class Source(Settings):
     def kind(self) -> Kind:
         """What its samples are."""
         return ADAPTERS[self.format].kind
+
+    @property
+    def web_archive_addresses(self) -> list[str]:
+        """Those of `web_archives`, one by one."""
+        return [address for pattern in self.web_archives for address in braceexpand(pattern)]
 
     @property
     def published(self) -> Published | None:

@@ -50,6 +50,8 @@ CUT_SHORT = "the archive ends within the file"
 STORE = "s3://"
 WEB_TIMEOUT_S, WEB_TRIES, WEB_PAUSE_S = 60.0, 3, 1.0
 """Of a request for a part of an archive on the web."""
+USUAL_HEADER_BYTES = 512
+"""A zip's local header with its two fields, nearly always: fetched together with the content."""
 
 
 class MediaError(Exception):
@@ -148,6 +150,10 @@ class JoinedFiles(io.RawIOBase):
         """Go to `offset` and end `size` bytes later."""
         self._place, self._end = offset, offset + size
 
+    def widen(self, end: int) -> None:
+        """End at `end`, where that is further on."""
+        self._end = max(self._end, end)
+
     def readable(self) -> bool:
         return True
 
@@ -239,36 +245,57 @@ def _web_size(address: str) -> int:
 
 
 def _web_range(address: str, offset: int, size: int) -> tuple[bytes, int]:
-    """Bytes of what an address answers with, and how many it has. Raises OSError."""
+    """Bytes of what an address answers with, and how many it has. Raises OSError.
+
+    Hugging Face forwards every request to a store, and limits how many it forwards (3,000 in 5 minutes without an account, which would be
+    the limit for a million videos): where an address was forwarded to is asked again until it is refused there, which is after an hour.
+    """
     asked = {"Range": f"bytes={offset}-{offset + size - 1}", "User-Agent": "fvlm"}
-    for left in reversed(range(WEB_TRIES)):
+    forwarded = _FORWARDED.get(address)
+    places = [*([forwarded] if forwarded else []), *([address] * WEB_TRIES)]
+    for left, place in zip(reversed(range(len(places))), places, strict=True):
         try:
-            with urllib.request.urlopen(urllib.request.Request(address, headers=asked), timeout=WEB_TIMEOUT_S) as answer:
+            with urllib.request.urlopen(urllib.request.Request(place, headers=asked), timeout=WEB_TIMEOUT_S) as answer:
                 if answer.status != HTTPStatus.PARTIAL_CONTENT:
                     raise OSError(f"{address} does not answer with parts of files (HTTP ranges)")
-                return answer.read(), int(answer.headers["Content-Range"].rpartition("/")[2])
+                content = answer.read()
+                if answer.url != address:
+                    _FORWARDED[address] = answer.url
+                return content, int(answer.headers["Content-Range"].rpartition("/")[2])
         except urllib.error.HTTPError as error:
-            if not left or error.code < HTTPStatus.INTERNAL_SERVER_ERROR:
+            if place == address and (not left or error.code < HTTPStatus.INTERNAL_SERVER_ERROR):
                 raise OSError(f"HTTP {error.code} {error.reason}: {address}") from error
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
             if not left:
                 raise OSError(f"ConnectionError: {error}: {address}") from error
-        time.sleep(WEB_PAUSE_S)
+        if place == address:
+            time.sleep(WEB_PAUSE_S)
+        else:
+            _FORWARDED.pop(address, None)
     raise AssertionError
+
+
+_FORWARDED: dict[str, str] = {}
+"""Where an address was forwarded to."""
 
 
 def _open_range(kind: str, offset: int, size: int, parts: Sequence[str]) -> tuple[BinaryIO, int]:
     """A stretch of joined files as a stream; what is compressed in a zip is decompressed here, what is on the web fetched at once."""
-    raw = JoinedFiles(parts)
+    raw, web = JoinedFiles(parts), any(map(is_web, parts))
     try:
         raw.seek(offset)
-        method = _skip_header(raw) if kind == "zip" else STORED
-        if raw.tell() + size > sum(raw.sizes):
+        stream = raw
+        if web:  # header and content by one request
+            raw.narrow(offset, size + USUAL_HEADER_BYTES)
+            stream = io.BufferedReader(raw, size + USUAL_HEADER_BYTES)
+        method = _skip_header(stream) if kind == "zip" else STORED
+        raw.widen(stream.tell() + size)
+        if stream.tell() + size > sum(raw.sizes):
             raise MediaError(CUT_SHORT)
-        if method == STORED and not any(map(is_web, parts)):
+        if method == STORED and not web:
             raw.narrow(raw.tell(), size)
             return io.BufferedReader(raw, BUFFER_BYTES), size
-        content = _read_exactly(raw, size)
+        content = _read_exactly(stream, size)
         found = content if method == STORED else zlib.decompress(content, -zlib.MAX_WBITS)
     except zlib.error as error:
         raw.close()
@@ -280,7 +307,7 @@ def _open_range(kind: str, offset: int, size: int, parts: Sequence[str]) -> tupl
     return io.BytesIO(found), len(found)
 
 
-def _read_exactly(raw: JoinedFiles, size: int) -> bytes:
+def _read_exactly(raw: JoinedFiles | io.BufferedReader, size: int) -> bytes:
     """So many bytes, though parts end between them."""
     content = bytearray()
     while len(content) < size:
@@ -291,7 +318,7 @@ def _read_exactly(raw: JoinedFiles, size: int) -> bytes:
     return bytes(content)
 
 
-def _skip_header(raw: JoinedFiles) -> int:
+def _skip_header(raw: JoinedFiles | io.BufferedReader) -> int:
     """Skip a zip's local header; returns the method of compression."""
     signature, flags, method, name, extra = ZIP_HEADER.unpack(_read_exactly(raw, ZIP_HEADER.size))
     if signature != ZIP_SIGNATURE:

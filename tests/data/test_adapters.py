@@ -22,6 +22,7 @@ from fvlm_core.data.loader import train_steps
 from fvlm_core.data.media import read_media, time_window
 from fvlm_core.data.mixture import BLOCK_SAMPLES, Mixture
 from fvlm_core.data.parts import Part, incomplete
+from fvlm_core.data.plan import Plan
 from fvlm_core.data.rows import SPLITS, Kind
 from fvlm_core.data.shard_files import ShardSample
 from fvlm_core.data.shard_set import ShardSet
@@ -272,6 +273,13 @@ def test_every_source_in_one_stage_3_mixture_with_exact_shares(shards: ShardSet,
     batches = next(train_steps(shards, recipe.data, recipe.run, tokens_per_frame=1, rank=0, world_size=1))
     assert {source for batch in batches for source in batch.sources} == set(FORMATS)
     assert 0 < one_step(recipe) < 20
+    long = recipe.run.model_copy(update={"steps": 100})
+    plan = Plan(shards, recipe.data, long, tokens_per_frame=1, world_size=1)
+    planned = np.array([slot.source for step in range(100) for slot in plan.samples(step)])
+    so_far = np.cumsum(planned[:, None] == np.arange(len(FORMATS)), axis=0)
+    in_windows = so_far[BLOCK_SAMPLES:] - so_far[:-BLOCK_SAMPLES]
+    assert (in_windows == plan.mixed.mixture.counts).all(), "in all 3,000 windows of 1000, wherever they begin"
+    assert np.abs(in_windows[0] - BLOCK_SAMPLES * np.array([part.share for part in recipe.data.mixture])).max() < 1
 
 
 @given(

@@ -125,18 +125,32 @@ def test_damage_is_said_where_it_is_met(tmp_path: Path) -> None:
 
 
 class Ranges:
-    """A web server of one folder that answers with parts of files; what it was asked for is in `asked`."""
+    """A web server of one folder that answers with parts of files; what it was asked for is in `asked`.
+
+    `/hub/NAME` is forwarded to `/KEY/NAME`, where every key but the present one is refused.
+    """
 
     def __init__(self, folder: Path, *, ranges: bool = True) -> None:
         self.asked: list[tuple[str, str]] = []
         self.failures = 0
+        self.key = "key0"
         site = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 asked = self.headers.get("Range", "")
                 site.asked.append((self.path, asked))
-                path = folder / self.path.lstrip("/")
+                kind, _, name = self.path.lstrip("/").rpartition("/")
+                path = folder / name
+                if kind == "hub":
+                    self.send_response(302)
+                    self.send_header("Location", f"/{site.key}/{name}")
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
+                if kind not in ("", site.key):
+                    self.send_error(403)
+                    return
                 if site.failures or not path.is_file():
                     site.failures -= site.failures > 0
                     self.send_error(503 if path.is_file() else 404)
@@ -181,6 +195,47 @@ def test_of_a_zip_on_the_web_only_what_is_used_is_fetched(kind: str, site: Range
         assert read_media(reference) == files["1.mp4"], "lies in both parts; two requests failed"
     fetched = sum(int(last) - int(first) + 1 for _, asked in site.asked[2:] for first, last in [asked.removeprefix("bytes=").split("-")])
     assert fetched < 520_000
+
+
+def test_a_file_is_one_request_and_a_hub_that_forwards_is_seldom_asked(site: Ranges, tmp_path: Path) -> None:
+    files = {f"{n}.mp4": bytes(np.random.default_rng(n).integers(0, 255, 5000, np.uint8)) for n in range(3)}
+    archive(tmp_path / "all.zip", files, "stored")
+    with Archives([f"{site.url}/hub/all.zip"], tmp_path / "index") as known:
+        references = {name: known.find(name) or "" for name in files}
+    assert [path for path, _ in site.asked].count("/hub/all.zip") == 1
+    site.asked.clear()
+    assert {name: read_media(reference) for name, reference in references.items()} == files
+    assert [path for path, _ in site.asked] == ["/key0/all.zip"] * 3
+    site.asked.clear()
+    site.key = "key1"
+    assert read_media(references["1.mp4"]) == files["1.mp4"], "the first key has expired"
+    assert [path for path, _ in site.asked] == ["/key0/all.zip", "/hub/all.zip", "/key1/all.zip"]
+    (tmp_path / "all.zip").unlink()
+    with pytest.raises(UnreachableError, match="HTTP 404"):
+        read_media(references["1.mp4"])
+
+
+def test_a_long_header_is_fetched_too(site: Ranges, tmp_path: Path) -> None:
+    info = zipfile.ZipInfo("a.mp4")
+    info.extra = (0x9999).to_bytes(2, "little") + (3000).to_bytes(2, "little") + bytes(3000)
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as made:
+        made.writestr(info, b"x" * 1000)
+        made.writestr("b.mp4", b"y" * 1000)
+    with Archives([f"{site.url}/all.zip"], tmp_path / "index") as known:
+        assert read_media(known.find("a.mp4") or "") == b"x" * 1000
+
+
+def test_braces_stand_for_several_archives_on_the_web(tmp_path: Path) -> None:
+    def addresses(*patterns: str) -> list[str]:
+        source = {"name": "open", "format": "openvid", "files": ["a.csv"], "web_archives": patterns}
+        return Source.model_validate(source).web_archive_addresses
+
+    assert addresses("https://h/p{{0..2},7}.zip", "s3://b/p{8,9}_part{aa,ab}") == [
+        *(f"https://h/p{number}.zip" for number in (0, 1, 2, 7)),
+        *(f"s3://b/p{number}_part{part}" for number in (8, 9) for part in ("aa", "ab")),
+    ]
+    with pytest.raises(ValueError, match="Unbalanced braces"):
+        addresses("https://h/p{0..2.zip")
 
 
 def test_a_source_may_have_archives_on_the_web(site: Ranges, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a plan says of sources before their files are there."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 from deployments.checks import load_profile
 from deployments.cli import plan
+from fvlm_core.data.archives import joined
 from fvlm_core.data.jobs import Source
 from fvlm_core.data.mixture import BLOCK_SAMPLES, Mixture
 from fvlm_core.data.sources import ADAPTERS
@@ -80,6 +82,18 @@ def test_files_that_a_plan_needs_are_named(capsys: pytest.CaptureFixture[str], t
     shown = capsys.readouterr().out
     assert f"videos: {tmp_path / 'none.csv'}" in shown
     assert "A table of one's own" in shown
+
+
+def test_the_production_profile_takes_openvids_videos_out_of_its_archives_on_the_web(tmp_path: Path) -> None:
+    """All 186, of which 16 are published in two pieces."""
+    (openvid,) = [one for one in RUNPOD.precompute.sources if one.format == "openvid"]
+    archives = {Path(parts[0]).name: len(parts) for parts in joined(openvid.web_archive_addresses)}
+    assert set(archives) == {name for n in range(186) for name in (f"OpenVid_part{n}.zip", f"OpenVid_part{n}_partaa")} & set(archives)
+    assert len(archives) == 186
+    assert Counter(archives.values()) == {1: 170, 2: 16}
+    (row,) = sources_table([openvid]).records()
+    assert row["files"] == "not there; 202 archives on the web"
+    assert (row["samples"], row["GB"], row["hours of video"]) == ("1,019,957", "6,976", "2,051")
 
 
 def test_the_production_profile_has_what_its_stages_read() -> None:

@@ -19,7 +19,7 @@ def missing() -> str:
     if not PYTHON.exists():
         return "needs ./infra/video2dataset_env.sh"
     if shutil.which("java") is None:
-        return "needs Java 17 (Debian: apt-get install openjdk-17-jre-headless)"
+        return "needs Java 17 or newer: ./infra/test_programs.sh"
     if subprocess.run([PYTHON, "-c", "import pyspark"], capture_output=True).returncode:
         return "needs pyspark, 490 MB: ./infra/video2dataset_env.sh --spark"
     return ""

@@ -199,7 +199,7 @@ def _write_rows(source: Source, files: Sequence[Path], folder: Path) -> Record:
     with ExitStack() as stack:
         archives = None
         if source.archives or source.web_archives:
-            places = [*_resolved(source, source.archives), *source.web_archives]
+            places = [*_resolved(source, source.archives), *source.web_archive_addresses]
             archives = stack.enter_context(Archives(places, folder / ".members.sqlite"))
         writer = stack.enter_context(pq.ParquetWriter(temporary, RECORD_SCHEMA, compression="zstd"))
         for part in read_source(source, files, archives):

@@ -38,7 +38,8 @@ def _row(source: Source) -> list[str]:
     if size and adapter.published:
         numbers = [_number(size.samples), _number(adapter.published.samples), _number(size.gigabytes), _number(size.hours)]
     there = "not there" if missing_files(source) else "in a store" if source.stored else "there"
-    return [source.name, adapter.title, *numbers, adapter.licence, there]
+    web = f"; {len(source.web_archive_addresses)} archives on the web" if source.web_archives else ""
+    return [source.name, adapter.title, *numbers, adapter.licence, there + web]
 
 
 def _number(value: float | None) -> str:
