@@ -21,8 +21,10 @@ if [ "$(cat $stamp 2>/dev/null)" != "$wanted" ]; then
   fix: install the venv module (Debian: apt-get install python3-venv)" >&2
         exit 2
     }
-    .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
-    .venv/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements-data.lock -e .
+    .venv/bin/pip install --quiet --disable-pip-version-check --no-compile -r requirements.lock
+    .venv/bin/pip install --quiet --disable-pip-version-check --no-compile --no-deps -r requirements-data.lock -e .
+    # pip would compile twenty-five thousand files on one core; a few are templates, which no Python compiles
+    .venv/bin/python -m compileall -qq -j 0 .venv/lib || true
     echo "$wanted" >$stamp
 fi
 ./infra/video2dataset_env.sh

@@ -3,6 +3,7 @@ Prefect server for all tests."""
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,11 +25,21 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.ge
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of a file share what they prepare, so one process runs them; what takes longest starts first."""
+    """What tests share is prepared once: one process runs those of a file, and all that need the Prefect server. Groups of tests that
+    take long start first, so that no process works alone at the end (test.sh keeps xdist from another order)."""
+    with_server = {item.path for item in items if isinstance(item, pytest.Function) and "stack" in item.fixturenames}
+    slow: Counter[str] = Counter()
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
-    items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
+            item.add_marker(pytest.mark.xdist_group("server" if item.path in with_server else str(item.path)))
+        slow[_group(item)] += item.get_closest_marker("slow") is not None
+    items.sort(key=lambda item: (item.get_closest_marker("e2e") is None, -slow[_group(item)]))
+
+
+def _group(item: pytest.Item) -> str:
+    marker = item.get_closest_marker("xdist_group")
+    assert marker is not None
+    return marker.args[0]
 
 
 def plain_environment() -> dict[str, str]:

@@ -5,10 +5,9 @@ from collections.abc import Callable, Iterable
 from copy import copy
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -23,6 +22,9 @@ from fvlm_core.data.shard_io import CorruptSampleError, ShardFile, spans
 from fvlm_core.data.staging import Staging
 from fvlm_core.data.tokenizer import chat_format, load_tokenizer
 from fvlm_core.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 OPEN_SHARDS = 256
 """Tars kept open at a time."""
@@ -96,10 +98,10 @@ class ShardSet:
         return self.n_tokens + self.n_frames.astype(np.int64) * np.where(image, image_repeats, 1) * tokens_per_frame
 
     @cached_property
-    def _frame(self) -> pd.DataFrame:
+    def _frame(self) -> "pd.DataFrame":
         return self._table.drop_columns(list(MEMBER_COLUMNS)).to_pandas()
 
-    def rows(self, split: Split, source: str | None = None) -> pd.DataFrame:
+    def rows(self, split: Split, source: str | None = None) -> "pd.DataFrame":
         """Rows of a split (and source) in shard order; its index holds the row numbers that `read` and `record` take.
 
         Columns: split, source, kind, task, shard, key, conversation, n_frames, n_tokens, n_answer_tokens, duration_s.

@@ -5,12 +5,13 @@ A saved model is a folder of `settings.yaml`, `model.safetensors` and, where it 
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM, PretrainedConfig
+from transformers import Dinov2Config, LlamaConfig, PretrainedConfig
 
 from fvlm_core.config import LLMSettings, ModelSettings, VisionSettings
 from fvlm_core.errors import UserError
@@ -18,6 +19,9 @@ from fvlm_core.model.encoder import Encoder
 from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.model.llama import Llama
 from fvlm_core.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 SETTINGS_FILE, WEIGHTS_FILE = "settings.yaml", "model.safetensors"
 
@@ -92,6 +96,8 @@ def portable_config(config: PretrainedConfig) -> dict:
 
 def build_encoder(settings: VisionSettings) -> Encoder:
     """The vision encoder from its checkpoint or shape. Raises UserError where a checkpoint cannot be loaded."""
+    from transformers import Dinov2Model  # seconds, which a model that is only loaded and run does not need
+
     if settings.checkpoint is not None:
         return Encoder.from_dinov2(_from_checkpoint(Dinov2Model, settings.checkpoint))
     shape = settings.shape
@@ -119,6 +125,8 @@ def check_vocabulary(*, held: int, needed: int, where: str) -> None:
 
 
 def _build_llm(settings: LLMSettings, vocab_size: int) -> Llama:
+    from transformers import LlamaForCausalLM  # as above
+
     if settings.checkpoint is not None:
         theirs = _from_checkpoint(LlamaForCausalLM, settings.checkpoint)
         check_vocabulary(held=theirs.config.vocab_size, needed=vocab_size, where=settings.checkpoint)
@@ -147,7 +155,7 @@ def _build_llm(settings: LLMSettings, vocab_size: int) -> Llama:
     return Llama.from_transformers(LlamaForCausalLM(config))
 
 
-def _keep_layers(model: LlamaForCausalLM, layers: int, *, where: str) -> None:
+def _keep_layers(model: "LlamaForCausalLM", layers: int, *, where: str) -> None:
     """Drop all layers after the first so many."""
     if layers > (held := len(model.model.layers)):
         raise UserError(f"{layers} layers are to be kept of {held}", where=where, fix=f"give model.llm.layers up to {held}")

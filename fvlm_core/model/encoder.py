@@ -11,15 +11,18 @@ DINOv2: Oquab et al. 2023, https://arxiv.org/abs/2304.07193.
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Dinov2Config, Dinov2Model
+from transformers import Dinov2Config
 
 from fvlm_core.model.linear import Linear, linear, scaled, summed
+
+if TYPE_CHECKING:
+    from transformers import Dinov2Model
 
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
@@ -178,7 +181,7 @@ class Encoder(nn.Module):
         self.gradient_checkpointing = False
 
     @classmethod
-    def from_dinov2(cls, dinov2: Dinov2Model) -> Self:
+    def from_dinov2(cls, dinov2: "Dinov2Model") -> Self:
         """Take over the weights of a `Dinov2Model`."""
         encoder = cls(dinov2.config)
         encoder.load_state_dict(cls.from_dinov2_state(dinov2.state_dict()))
@@ -198,8 +201,10 @@ class Encoder(nn.Module):
             state[name.replace(".q.", ".")] = torch.cat(parts)
         return state
 
-    def to_dinov2(self) -> Dinov2Model:
+    def to_dinov2(self) -> "Dinov2Model":
         """The same weights as a transformers `Dinov2Model` (its unused mask token is zero)."""
+        from transformers import Dinov2Model  # seconds, which a model that is only loaded and run does not need
+
         dinov2 = Dinov2Model(self.config)
         ours = dict(self.state_dict())
         for name in [name for name in ours if ".qkv." in name]:

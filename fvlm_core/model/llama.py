@@ -9,17 +9,20 @@ Llama 2: Touvron et al. 2023, https://arxiv.org/abs/2307.09288; rotary embedding
 
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fvlm_core.model.attention import PackedLayout, Segments, attend, has_packed_kernel
 from fvlm_core.model.linear import Linear, joint, summed
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Ways to scale rotary frequencies that depend on the configuration alone; the others also depend on a sequence's length."""
@@ -38,7 +41,7 @@ class Llama(nn.Module):
         self.tie()
 
     @classmethod
-    def from_transformers(cls, theirs: LlamaForCausalLM) -> Self:
+    def from_transformers(cls, theirs: "LlamaForCausalLM") -> Self:
         """Take over the weights, without a copy."""
         with torch.device("meta"):
             llama = cls(theirs.config)
@@ -47,8 +50,10 @@ class Llama(nn.Module):
         llama.model.rotary_emb.reset()
         return llama
 
-    def to_transformers(self) -> LlamaForCausalLM:
+    def to_transformers(self) -> "LlamaForCausalLM":
         """A copy of the weights as transformers' own model."""
+        from transformers import LlamaForCausalLM  # seconds, which a model that is only loaded and run does not need
+
         theirs = LlamaForCausalLM(deepcopy(self.config))
         nn.Module.to(theirs, self.lm_head.weight.dtype)
         theirs.load_state_dict(self.state_dict())

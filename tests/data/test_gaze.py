@@ -154,6 +154,8 @@ def test_every_form_is_in_one_split():
     assert digits.digits_of("val", 8)[1].tolist() == val
     assert digits.digits_of("train", 8)[1].tolist() == train
     assert (len(train), len(val)) == (1417, 380)
+    images = (load_digits().images[np.isin(np.repeat(range(14), list(map(len, forms))), digits.VAL_FORMS)] * (255 / 16)).astype(np.uint16)
+    assert np.array_equal(digits.digits_of("val", 8)[0], images)
 
 
 def test_writers_of_the_splits_are_different():

@@ -73,7 +73,7 @@ def test_a_failed_run_is_retried_from_the_ui_and_a_phase_runs_by_itself(volume: 
         run = newest_pipeline_run(client)
         assert run.state_name == "Failed"
         client.set_flow_run_state(run.id, AwaitingRetry())
-        wait_until(lambda: client.read_flow_run(run.id).state_name == "Completed", "the retried run")
+        wait_until(lambda: client.read_flow_run(run.id).state_name == "Completed", "the retried run", poll_s=0.5)
 
         videos = volume.path.parent / "own.csv"
         clips = sorted((volume.step("precompute", "clips") / "clips").glob("gaze_caption-*.mp4"))[:6]
@@ -83,7 +83,7 @@ def test_a_failed_run_is_retried_from_the_ui_and_a_phase_runs_by_itself(volume: 
         values["precompute"] |= {"sources": [own], "download": values["precompute"]["download"] | {"max_bad_share": 0.2}}
         deployment = client.read_deployment_by_name(f"precompute/{volume.config.name}")
         alone = client.create_flow_run_from_deployment(deployment.id, parameters={"config": values, "volume": str(volume.path)})
-        wait_until(lambda: client.read_flow_run(alone.id).state_name == "Completed", "precompute by itself")
+        wait_until(lambda: client.read_flow_run(alone.id).state_name == "Completed", "precompute by itself", poll_s=0.5)
     assert [schedule.active for schedule in deployment.schedules] == [False]
     (shards,) = [folder for folder in volume.path.glob("steps/shards-*") if "gone.mp4" in (folder / "manifest.json").read_text()]
     extra = AnyManifest.read(shards).model_extra or {}

@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.e2e,
     pytest.mark.slow(reason="a real browser on a real server"),
     pytest.mark.timeout(1800),
-    pytest.mark.xdist_group("pipeline"),
+    pytest.mark.xdist_group("ui"),
 ]
 
 RUN_NAME = "from the form"

@@ -176,11 +176,12 @@ def progress(folder: Path, *, since: float) -> int:
     return report.step if report and (folder / "progress.json").stat().st_mtime > since else -1
 
 
-def wait_until(condition: Callable[[], object], what: str) -> None:
+def wait_until(condition: Callable[[], object], what: str, *, poll_s: float = 0.05) -> None:
+    """`poll_s`: longer where each look is a request, which costs the server what the awaited could use."""
     deadline = time.monotonic() + EVENT_TIMEOUT_S
     while not condition():
         assert time.monotonic() < deadline, f"waited {EVENT_TIMEOUT_S} s for {what}"
-        time.sleep(0.05)
+        time.sleep(poll_s)
 
 
 def _unused_port() -> int:

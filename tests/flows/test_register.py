@@ -108,7 +108,7 @@ def test_a_deployment_says_nothing_of_the_host_that_registered_it(prefect_api: S
 def test_a_flow_runs_from_a_checkout_whose_path_has_a_space(tmp_path: Path) -> None:
     checkout = tmp_path / "a checkout"
     for package in PACKAGES:
-        shutil.copytree(REPOSITORY / package, checkout / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(REPOSITORY / package, checkout / package)
     (checkout / ".venv").symlink_to(Path(sys.executable).parents[1])
     outside = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     command = [str(checkout / ".venv" / "bin" / "python"), "-c", RUN_ONE, str(tmp_path / "a volume")]

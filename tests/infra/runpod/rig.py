@@ -44,6 +44,7 @@ class Rig:
     variables: dict[str, Any] = field(default_factory=dict)
     pool: str = field(default_factory=lambda: f"pool-{uuid4().hex[:8]}")
     worker: subprocess.Popen[bytes] | None = None
+    open: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def __post_init__(self) -> None:
         self.client = RunPod(self.emulator.key, self.emulator.url)
@@ -72,13 +73,14 @@ class Rig:
         template = RunPodWorker.get_default_base_job_template()
         for name, value in self.variables.items():
             template["variables"]["properties"][name]["default"] = value
-        with get_client(sync_client=True) as client:
-            client.create_work_pool(WorkPoolCreate(name=self.pool, type="runpod", base_job_template=template))
+        self.prefect = self.open.enter_context(get_client(sync_client=True))
+        self.prefect.create_work_pool(WorkPoolCreate(name=self.pool, type="runpod", base_job_template=template))
         self.deployment = tiny.to_deployment(self.pool, work_pool_name=self.pool, entrypoint_type=EntrypointType.MODULE_PATH).apply()
         return self
 
     def __exit__(self, *_error: object) -> None:
         self.kill_worker(signal.SIGTERM)
+        self.open.close()
         self.client.close()
 
     @property
@@ -114,17 +116,17 @@ class Rig:
 
     def submit(self, name: str, *, fault: Fault | None = None, variables: dict[str, Any] | None = None, **parameters: Any) -> FlowRun:
         """A run of the tiny flow, whose pod the fault strikes."""
-        with get_client(sync_client=True) as client:
-            given = {"folder": str(self.folder / "work" / name), **parameters}
-            soon = Scheduled(scheduled_time=datetime.now(UTC) + timedelta(seconds=1))
-            run = client.create_flow_run_from_deployment(self.deployment, parameters=given, job_variables=variables, name=name, state=soon)
+        given = {"folder": str(self.folder / "work" / name), **parameters}
+        soon = Scheduled(scheduled_time=datetime.now(UTC) + timedelta(seconds=1))
+        run = self.prefect.create_flow_run_from_deployment(
+            self.deployment, parameters=given, job_variables=variables, name=name, state=soon
+        )
         if fault:
             self.emulator.cloud.faults.arm(replace(fault, where=run.id.hex))
         return run
 
     def state(self, run: UUID) -> State[Any]:
-        with get_client(sync_client=True) as client:
-            state = client.read_flow_run(run).state
+        state = self.prefect.read_flow_run(run).state
         assert state is not None
         return state
 
