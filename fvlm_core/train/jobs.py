@@ -228,6 +228,12 @@ class VisionTrainingSettings(Settings):
     steps: Positive = 600
     batch_frames: Positive = 96
     optimizer: OptimizerSettings = OptimizerSettings(lr_vision=2e-3, warmup_steps=40)
+    copies: Annotated[int, Field(ge=0)] = 0
+    """Distorted copies of each training digit that are drawn too."""
+    colours: bool = False
+    """Patches predict the colour of their digit as well."""
+    crosses: bool = False
+    """Each frame has the cross of the task `hunt`, which is an eleventh digit to predict."""
     seed: int = 0
     threads: Positive = 1
 
