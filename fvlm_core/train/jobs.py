@@ -161,6 +161,10 @@ class SpeedRow(Settings):
     """Of the GPU's data-sheet peak."""
     gpu_busy: float | None = None
     """Share of the time that a kernel runs."""
+    power_w: float | None = None
+    """GPU's power, clock and temperature at the end of its steps, by NVML: what a slow variant may owe to the machine."""
+    sm_clock_mhz: int | None = None
+    temperature_c: int | None = None
     peak_memory_gb: float | None = None
     data_wait_share: float | None = None
     load_average: float = 0.0
