@@ -7,12 +7,15 @@ is made, and what was found: docs/research.md.
     python -m benchmarks.gaze                                  # cell, one seed
     python -m benchmarks.gaze --task cell --seeds 5            # five seeds, and the worst one
     python -m benchmarks.gaze --no-controls --minutes 2        # the model alone, at most two minutes of processor time a training
+    python -m benchmarks.gaze --only "9 pooled tokens"         # a control alone
+    python -m benchmarks.gaze --task hunt --start cell.pt      # from the weights that --save left
 """
 
 import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,38 +29,50 @@ from fvlm_core.tables import Table, number
 
 ASKED_TASKS = tuple(task for task in TASKS if task != "caption")
 """Tasks whose answers are one digit a frame."""
+CHANGES = ("steps", "encoder_steps", "copies", "clutter_step", "clutter_gate")
+"""Settings of a plan that options change."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, ask, print."""
     options = _options(arguments)
     torch.set_num_threads(options.threads)
-    console = Console()
-    note = (lambda text: None) if options.json else (lambda text: console.print(text, markup=False, highlight=False))
+    console = Console(stderr=options.json)
+
+    def note(text: str) -> None:
+        console.print(text, markup=False, highlight=False)
+
     found: list[list[Row]] = []
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         plan = Plan(task=options.task, seed=seed, wording=options.wording, max_cpu_s=60 * options.minutes)
-        if options.steps is not None:
-            plan = replace(plan, steps=options.steps)
-        if options.encoder_steps is not None:
-            plan = replace(plan, encoder_steps=options.encoder_steps)
+        given = {name: getattr(options, name) for name in CHANGES if getattr(options, name) is not None}
+        plan = replace(plan, **given)
         asked = Asked(plan, options.clips)
-        trained = train(plan, note)
+        controls = {name: _alike(plan, changes, equal_flops=options.equal_flops) for name, changes in CONTROLS.items()}
+        if options.only:
+            plan = controls[options.only]
+        trained = train(plan, note, torch.load(options.start, weights_only=True) if options.start else None)
+        if options.save:
+            torch.save(trained.subject.model.state_dict(), options.save)
         said = answers(trained, asked)
-        for name, changes in CONTROLS.items() if options.controls else ():
-            other = replace(plan, model=changes)
-            if options.equal_flops:
-                other = replace(other, steps=round(plan.steps * step_flops(plan) / step_flops(other)))
+        for name, other in controls.items() if options.controls and not options.only else ():
             note(f"control: {name}, {other.steps} steps")
             said[name] = control(other, asked, note)
         rows = table(said, asked, Bootstrap(resamples=2000, seed=0))
         found.append(rows)
         if options.json:
-            print(json.dumps(record(plan, trained, asked, rows)), flush=True)
+            values = {"control": options.only, "start": options.start and options.start.name, "equal_flops": options.equal_flops}
+            print(json.dumps(values | record(plan, trained, asked, rows)), flush=True)
         else:
             console.print(shown(plan, trained, asked, rows).terminal())
     if len(found) > 1 and not options.json:
         console.print(over_seeds(found, options.first_seed).terminal())
+
+
+def _alike(plan: Plan, changes: dict[str, object], *, equal_flops: bool) -> Plan:
+    """A control's training: as many steps as the plan's, or as many FLOPs."""
+    other = replace(plan, model=plan.model | changes)
+    return replace(other, steps=round(plan.steps * step_flops(plan) / step_flops(other))) if equal_flops else other
 
 
 def control(plan: Plan, asked: Asked, note=lambda _: None) -> Answers:
@@ -74,6 +89,9 @@ def record(plan: Plan, trained: Trained, asked: Asked, rows: Sequence[Row]) -> d
         "clips": len(asked.clips),
         "steps": trained.steps,
         "planned_steps": plan.steps,
+        "copies": plan.copies,
+        "tokens_per_frame": trained.subject.model.settings.tokens_per_frame,
+        "params": sum(one.numel() for one in trained.subject.model.parameters()),
         "clutter": round(trained.clutter, 3),
         "full_clutter_at": trained.full_at,
         "train_gflop": round(trained.flops / 1e9, 1),
@@ -143,12 +161,18 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1, help="so many seeds")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="most processor time of a training")
-    parser.add_argument("--clips", type=int, default=600, help="held-out clips, a question each")
+    parser.add_argument("--clips", type=int, default=1000, help="held-out clips, a question each")
     parser.add_argument("--steps", type=int, help="of a training")
     parser.add_argument("--encoder-steps", type=int, help="of the encoder's own training before; 0: random weights")
+    parser.add_argument("--copies", type=int, help="distorted copies of each training digit")
+    parser.add_argument("--clutter-step", type=float, help="what a step adds to the clutter")
+    parser.add_argument("--clutter-gate", type=float, help="nats a digit, below which it is added")
+    parser.add_argument("--only", choices=CONTROLS, help="train this control instead of the model")
+    parser.add_argument("--start", type=Path, help="weights to begin with")
+    parser.add_argument("--save", type=Path, help="where the weights go")
     parser.add_argument("--controls", action=argparse.BooleanOptionalAction, default=True, help="train the controls too")
     parser.add_argument("--wording", choices=("words", "sentence"), default="words", help="of the questions: bare, or the pipeline's")
-    parser.add_argument("--equal-flops", action="store_true", help="train controls for as many FLOPs, not steps")
+    parser.add_argument("--equal-flops", action="store_true", help="train controls for as many FLOPs as the model, not steps")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="one JSON object a seed")
     return parser.parse_args(arguments)

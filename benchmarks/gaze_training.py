@@ -6,13 +6,14 @@ little in every step in which questions before the video are answered well enoug
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fvlm_core.config import LLMSettings, LLMShape, LossSettings, ModelSettings, OptimizerSettings, VisionSettings, VisionShape
 from fvlm_core.data import gaze
@@ -48,8 +49,10 @@ class Plan:
     """Half of them with the question before the video, half after it."""
     frames: int = 3
     noise: float = 0.1
-    encoder_steps: int = 1400
+    encoder_steps: int = 2000
     """Of the stand-in encoder's own training before; 0 starts from random weights."""
+    copies: int = 8
+    """Distorted copies of each training digit, for the encoder and for the model."""
     learning_rate: float = 2e-3
     """Of all roles."""
     warmup_steps: int = 40
@@ -64,6 +67,14 @@ class Plan:
     """words: only what differs between questions, without a system prompt; sentence: the questions and the chat format of the pipeline."""
     max_cpu_s: float = float("inf")
     """Processor time after which the training stops early."""
+
+    @property
+    def encoder(self) -> VisionTrainingSettings | None:
+        """The encoder's own training, where there is one: beside digits and their neighbours it asks for what the task needs to see."""
+        if not self.encoder_steps:
+            return None
+        needs = {"colours": self.task in ("colour", "track"), "crosses": self.task == "hunt"}
+        return VisionTrainingSettings(steps=self.encoder_steps, seed=self.seed, copies=self.copies, **needs)
 
     @property
     def loss(self) -> LossSettings:
@@ -110,9 +121,9 @@ class Asker:
 
     @classmethod
     def of(cls, plan: Plan) -> "Asker":
-        """With a tokenizer that knows the task's questions."""
+        """With a tokenizer that knows the questions of all tasks, so that a training can go on with another task."""
         rng = np.random.default_rng(0)
-        clips = [gaze.render(rng, "train", task=plan.task, frames=plan.frames) for _ in range(400)]
+        clips = [gaze.render(rng, "train", task=task, frames=plan.frames) for task in gaze.TASKS for _ in range(100)]
         words = (render_chat([{"question": _question(plan, clip), "answer": _answer(clip)}]) for clip in clips)
         tokenizer = train_tokenizer(words, VOCABULARY)
         chat = chat_format(tokenizer)
@@ -129,7 +140,8 @@ class Asker:
     def clip(self, rng: np.random.Generator, split: gaze.Split, clutter: float) -> gaze.GazeClip:
         """A clip of the task."""
         plan = self.plan
-        return gaze.render(rng, split, task=plan.task, frames=plan.frames, clutter=clutter, noise=plan.noise)
+        copies = plan.copies if split == "train" else 0
+        return gaze.render(rng, split, task=plan.task, frames=plan.frames, clutter=clutter, noise=plan.noise, copies=copies)
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text."""
@@ -137,21 +149,22 @@ class Asker:
 
 
 @lru_cache(maxsize=8)
-def encoder_of(seed: int, steps: int) -> tuple[Encoder, dict[str, float], float]:
+def encoder_of(settings: VisionTrainingSettings) -> tuple[Encoder, dict[str, float], float]:
     """A pre-trained encoder, its accuracy, and the processor time that it took; several trainings of one process share it."""
     started = time.process_time()
-    settings = VisionTrainingSettings(steps=steps, seed=seed)
     encoder, accuracy = pretrained(settings, VISION)
     return encoder, accuracy, time.process_time() - started
 
 
-def train(plan: Plan, say: Callable[[str], None] = lambda _: None) -> Trained:
-    """Train to the end of the plan, or of its time."""
+def train(plan: Plan, say: Callable[[str], None] = lambda _: None, start: Mapping[str, Tensor] | None = None) -> Trained:
+    """Train to the end of the plan, or of its time; from the weights `start`, which another task may have made, where they are given."""
     asker = Asker.of(plan)
     model = build_model(plan.model_settings, vocab_size=len(asker.tokenizer), seed=plan.seed)
     accuracy, encoder_s = {}, 0.0
-    if plan.encoder_steps:
-        encoder, accuracy, encoder_s = encoder_of(plan.seed, plan.encoder_steps)
+    if start is not None:
+        model.load_state_dict(start)
+    elif plan.encoder:
+        encoder, accuracy, encoder_s = encoder_of(plan.encoder)
         model.encoder.load_state_dict(encoder.state_dict())
         say(f"encoder: {accuracy}, {encoder_s:.0f} s")
     subject = Subject(model, asker.tokenizer, asker.chat, torch.device("cpu"), EVAL_BATCH)
@@ -226,9 +239,9 @@ def entropy_at_start(subject: Subject, asker: Asker, *, clips: int = 64) -> dict
 
 
 def _question(plan: Plan, clip: gaze.GazeClip) -> str:
-    if plan.wording == "sentence" or plan.task == "caption":
+    if plan.wording == "sentence" or clip.task == "caption":
         return gaze.question(clip)
-    return clip.colour if plan.task == "colour" else clip.place
+    return clip.colour if clip.task == "colour" else clip.place
 
 
 def _answer(clip: gaze.GazeClip) -> str:

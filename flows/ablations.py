@@ -4,7 +4,7 @@ from flows.precompute import PRECOMPUTE, training_inputs
 from flows.speed import SPEED
 from flows.training import training
 from fvlm_core.experiments import Experiment
-from fvlm_core.scaling.jobs import AblationReport
+from fvlm_core.scaling.jobs import AblationReport, Confirmation
 from fvlm_core.scaling.tables import ablations_summary, change_text, difference_text, marked_name
 from fvlm_core.tables import Table
 from tasks.config import PipelineConfig
@@ -16,6 +16,7 @@ from tasks.steps import Step
 BASELINE = "baseline"
 """Name of the table's first run: the base recipe itself."""
 REPORT = "ablation-report"
+CONFIRMATION = "ablation-confirmation"
 COLUMNS = {"name", "change", "value", "seeds", "loss", "delta", "low", "high", "verdict", "control"}
 
 
@@ -30,30 +31,42 @@ def steps(config: PipelineConfig, before: Before) -> list[Step]:
         for seed in range(seeds.others):
             runs.append(ablation_recipe(config, one, seed, before.changes))
             values.append({"name": one.name, "seed": seed, "run": None} | said)
+    recipes = {value["name"]: recipe for value, recipe in zip(values, runs, strict=True) if value["seed"] == 0 and not value.get("control")}
     runs = [training(recipe, config.machine, inputs, shared=True) for recipe in runs]
     limits = {"relevance": config.ablation_relevance, "min_gain": config.ablation_min_gain}
     report = Step(
         REPORT,
         "fvlm_core.scaling.ablations",
         settings={"baseline": BASELINE, "runs": values} | limits,
-        inputs={f"runs.{number}.run": run for number, run in enumerate(runs)},
+        inputs={f"runs.{number}.run": run for number, run in enumerate(runs)} | {"shards": inputs["shards"]},
     )
-    return [*runs, report]
+    confirmation = Step(
+        CONFIRMATION,
+        "fvlm_core.scaling.confirm",
+        settings={
+            "report": None,
+            "recipes": {name: recipe.model_dump(mode="json") for name, recipe in recipes.items()},
+            "seeds": [config.base.run.seed + seeds.baseline + number for number in range(seeds.confirm)],
+            "min_gain": config.ablation_min_gain,
+        },
+        inputs={"report": report, **{path: one for name in recipes for path, one in training_inputs(before, f"recipes.{name}.").items()}},
+    )
+    return [*runs, report, confirmation]
 
 
 def decide(config: PipelineConfig, results: Results) -> Changes:
-    """The winner's change."""
-    report = AblationReport.read(results.folder(REPORT))
-    return {report.winner_change: report.winner_value} if report.winner_change else {}
+    """The winner's change, where new seeds confirmed it."""
+    report, confirmation = AblationReport.read(results.folder(REPORT)), Confirmation.read(results.folder(CONFIRMATION))
+    return {report.winner_change: report.winner_value} if confirmation.confirmed else {}
 
 
 def show(config: PipelineConfig, results: Results) -> Shown:
-    report = AblationReport.read(results.folder(REPORT))
+    report, confirmation = AblationReport.read(results.folder(REPORT)), Confirmation.read(results.folder(CONFIRMATION))
     table = Table.of([row.model_dump(mode="json", include=COLUMNS) for row in report.rows])
     winner = [number for number, row in enumerate(report.rows) if row.name == report.winner]
     return Shown(
         table=table.model_copy(update={"marked": winner}),
-        text=f"{ablations_summary(report)} Every run differs from the baseline in one setting.",
+        text=f"{ablations_summary(report)} {confirmation.text} Every run differs from the baseline in one setting.".replace("  ", " "),
         figures=results.figures(REPORT, AblationReport),
     )
 
@@ -74,7 +87,7 @@ def learn(config: PipelineConfig, results: Results) -> list[Experiment]:
 
 ABLATIONS = Phase(
     name="ablations",
-    purpose="Train the base recipe and every ablation on the same samples and seeds, compare them on one validation set, pick the winner.",
+    purpose="Train the base recipe and every ablation on the same samples and seeds, compare them, confirm the winner on other seeds.",
     pool="gpu",
     after=(PRECOMPUTE, SPEED),
     reads=("model", "base", "ablations", "ablation_seeds", "ablation_relevance", "ablation_min_gain"),

@@ -26,7 +26,7 @@ COLUMNS = {
     "samples_per_s",
     "gflops_per_s",
 }
-COLUMNS |= {"mfu", "gpu_busy", "peak_memory_gb", "data_wait_share"}
+COLUMNS |= {"mfu", "gpu_busy", "power_w", "sm_clock_mhz", "peak_memory_gb", "data_wait_share"}
 
 
 def steps(config: PipelineConfig, before: Before) -> list[Step]:

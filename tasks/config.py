@@ -105,6 +105,8 @@ class AblationSeeds(Settings):
     baseline: Positive = 1
     others: Positive = 1
     """Of every ablation: the first so many of the baseline's, so that runs are pairs."""
+    confirm: Positive = 2
+    """Of a winner and the baseline once more, seeds that did not choose it: only what they show too is adopted."""
 
     @model_validator(mode="after")
     def _pairs(self) -> Self:
@@ -136,6 +138,8 @@ class Scaling(Settings):
     """Warm-up of every run, as a share of its steps."""
     min_steps: Positive = 20
     """A run of fewer steps is refused before anything starts: it would say how warm-up goes, not what the size can do."""
+    eval_every: Positive | None = None
+    """Steps between validation losses of a run, whose point is the last one; None: the base's."""
     corner_seeds: Positive = 1
     """Seeds of the smallest and the largest size, each at its smallest and its largest budget: they measure the noise."""
     batch_samples: Positive | None = None

@@ -77,6 +77,7 @@ def grid_changes(config: "PipelineConfig", cell: Cell, base: Recipe) -> dict[str
         "run.steps": None,
         "run.budget_flops": cell.budget_flops,
         "run.batch_samples": batch,
+        **({"run.eval_every": scaling.eval_every} if scaling.eval_every else {}),
         "run.seed": base.run.seed + cell.seed,
         "run.on_divergence": "end",
         **(pooled if cell.variant == "baseline" else {}),

@@ -122,7 +122,8 @@ def _render(job: ClipJob, name: str, source: GazeSource, split: Split, number: i
     hard = split == "val" and source.task != "caption"
     clutter = 1.0 if hard else float(rng.uniform(source.min_clutter, source.max_clutter))
     task = "cell" if source.task == "image" else source.task
-    clip = gaze.render(rng, split, task=task, frames=frames, scale=job.scale, clutter=clutter, noise=job.noise)
+    copies = job.copies if split == "train" else 0
+    clip = gaze.render(rng, split, task=task, frames=frames, scale=job.scale, clutter=clutter, noise=job.noise, copies=copies)
     conversations, probes = gaze.questions(clip, rng)
     caption = gaze.reading(clip) if source.task == "image" else gaze.caption(clip) if task in gaze.OF_A_PLACE else clip.answer
     if source.task == "image":

@@ -23,13 +23,34 @@ VAL_FORMS = (9, 10, 12)
 most of its digits' nearest neighbours are) is one of them too, so that writer is most likely in one split."""
 
 
-@lru_cache(maxsize=4)
-def digits_of(split: Split, size_px: int) -> tuple[np.ndarray, np.ndarray]:
-    """The split's digits: brightness uint16 [N, size_px, size_px] in 0..255 (room for a product with a colour) and labels int [N]."""
+MOST_TURN, MOST_SHEAR, MOST_SCALE = 0.26, 0.2, 0.12
+"""Of a distorted copy: radians, share of the height, share of the size."""
+
+
+@lru_cache(maxsize=8)
+def digits_of(split: Split, size_px: int, copies: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The split's digits: brightness uint16 [N, size_px, size_px] in 0..255 (room for a product with a colour) and labels int [N].
+
+    After them `copies` of each, turned, sheared and scaled at random (the same every time): N is (1 + copies) times as many.
+    """
     table = np.loadtxt(str(distribution("scikit-learn").locate_file(FILE)), delimiter=",", dtype=np.int64)
     pixels, labels = table[:, :-1], table[:, -1]
     form = np.searchsorted(FORM_STARTS, np.arange(len(labels)), side="right") - 1
     chosen = np.isin(form, VAL_FORMS) == (split == "val")
     bright = (pixels[chosen].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     scaled = [np.asarray(Image.fromarray(image).resize((size_px, size_px), Image.Resampling.BILINEAR)) for image in bright]
-    return np.stack(scaled).astype(np.uint16), labels[chosen]
+    rng = np.random.default_rng(0)
+    scaled += [_distorted(image, size_px, rng) for _ in range(copies) for image in bright]
+    return np.stack(scaled).astype(np.uint16), np.tile(labels[chosen], 1 + copies)
+
+
+def _distorted(image: np.ndarray, size_px: int, rng: np.random.Generator) -> np.ndarray:
+    """A turned, sheared and scaled copy: uint8 [size_px, size_px] of uint8 [8, 8]."""
+    turn, shear = rng.uniform(-MOST_TURN, MOST_TURN), rng.uniform(-MOST_SHEAR, MOST_SHEAR)
+    stretch = np.diag(rng.uniform(1 - MOST_SCALE, 1 + MOST_SCALE, 2)) * len(image) / size_px
+    back = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]) @ np.array([[1, shear], [0, 1]]) @ stretch
+    border = 2  # what a turn moves past a side is kept
+    offset = len(image) / 2 + border - back @ np.full(2, size_px / 2)
+    coefficients = (*back[0], offset[0], *back[1], offset[1])
+    padded = Image.fromarray(np.pad(image, border))
+    return np.asarray(padded.transform((size_px, size_px), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR))

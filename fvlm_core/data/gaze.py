@@ -96,15 +96,17 @@ def render(
     scale: int = 1,
     clutter: float = 1.0,
     noise: float = 0.05,
+    copies: int = 0,
 ) -> GazeClip:
     """Draw a clip of `frames` frames of `grid` x `grid` cells, each of `scale` times 14 px.
 
     The cell that counts has a digit; each other cell has one with probability `clutter`. `noise` is the standard deviation of the dark
-    background, as a share of full brightness. Raises ValueError for a grid without a second cell.
+    background, as a share of full brightness; `copies` of each digit, distorted (`digits_of`), are drawn too. Raises ValueError for a grid
+    without a second cell.
     """
     if grid < 2:
         raise ValueError(f"a grid needs at least 2 x 2 cells, not {grid} x {grid}")
-    labels = digits_of(split, DIGIT_PX * scale)[1]
+    labels = digits_of(split, DIGIT_PX * scale, copies)[1]
     shape = frames, grid, grid
     path = _path(rng, task, frames, grid)
     times = np.arange(frames)
@@ -123,7 +125,7 @@ def render(
         last = (path[-1] @ (grid, 1) + 1 + sign[-1]) % grid**2
         crosses = np.append(path[1:], [divmod(int(last), grid)], axis=0)
         digits[times, *crosses.T] = CROSS
-    pixels = _draw(split, digits, colours, chosen, jitter, scale)
+    pixels = _draw(_bordered(split, DIGIT_PX * scale, copies), digits, colours, chosen, jitter, scale)
     drawn = rng.integers(256, size=(frames, grid * CELL_PX, grid * CELL_PX, 3), dtype=np.uint8)
     background = _noise(noise)[drawn]
     if scale > 1:
@@ -149,12 +151,12 @@ def _path(rng: np.random.Generator, task: Task, frames: int, grid: int) -> np.nd
     return anywhere
 
 
-def _draw(split: Split, digits: np.ndarray, colours: np.ndarray, chosen: np.ndarray, jitter: np.ndarray, scale: int) -> np.ndarray:
-    """Digits and crosses on black: uint8 [T, S, S, 3]."""
+def _draw(images: np.ndarray, digits: np.ndarray, colours: np.ndarray, chosen: np.ndarray, jitter: np.ndarray, scale: int) -> np.ndarray:
+    """Digits, which `chosen` takes from bordered `images`, and crosses on black: uint8 [T, S, S, 3]."""
     cell, size = CELL_PX * scale, DIGIT_PX * scale
     places = np.arange(cell) - (CELL_PX - DIGIT_PX) // 2 * scale - jitter[..., None]  # [T, G, G, 2, cell]: pixel of the digit
     places = np.minimum(np.maximum(places, -1), size) + 1  # past a digit's side is its border
-    bright = _bordered(split, size)[chosen[..., None, None], places[..., 0, :, None], places[..., 1, None, :]]  # [T, G, G, cell, cell]
+    bright = images[chosen[..., None, None], places[..., 0, :, None], places[..., 1, None, :]]  # [T, G, G, cell, cell]
     bright[digits < 0] = 0
     bright[digits == CROSS] = _cross(scale)
     palette = np.array(list(COLOURS.values()), np.uint16)[np.where(digits == CROSS, WHITE, colours)]
@@ -163,10 +165,10 @@ def _draw(split: Split, digits: np.ndarray, colours: np.ndarray, chosen: np.ndar
     return painted.swapaxes(2, 3).reshape(frames, grid * cell, grid * cell, 3)
 
 
-@lru_cache(maxsize=4)
-def _bordered(split: Split, size_px: int) -> np.ndarray:
+@lru_cache(maxsize=8)
+def _bordered(split: Split, size_px: int, copies: int) -> np.ndarray:
     """The split's digits with a dark pixel on every side: uint16 [N, size_px + 2, size_px + 2]."""
-    return np.pad(digits_of(split, size_px)[0], ((0, 0), (1, 1), (1, 1)))
+    return np.pad(digits_of(split, size_px, copies)[0], ((0, 0), (1, 1), (1, 1)))
 
 
 @lru_cache

@@ -154,6 +154,8 @@ class ClipSettings(Settings):
     """Clips are drawn at `scale` times 42 px."""
     noise: Share = 0.05
     """Standard deviation of the background, as a share of full brightness."""
+    copies: Annotated[int, Field(ge=0)] = 0
+    """Distorted copies of each training digit that are drawn too."""
 
 
 class ClipJob(ClipSettings):

@@ -2,11 +2,13 @@
 
 `python -m fvlm_core.scaling.ablations job.yaml` writes the table as CSV and markdown and a plot of the sorted differences, says of each
 whether it is better, worse, or not to be told from noise (`comparison`), and names the winner: the comparable run that is better by
-most, or the baseline where none is. Runs that turned out worse, or diverged, stay in.
+most, or the baseline where none is. Runs that turned out worse, or diverged, stay in. Beside the losses stand the outcomes of
+`fvlm_core.scaling.outcomes`, with the same statistics.
 """
 
 import time
 from collections import defaultdict
+from dataclasses import asdict
 from statistics import mean
 
 import numpy as np
@@ -24,6 +26,7 @@ from fvlm_core.scaling.jobs import (
     AblationReport,
     AblationRow,
     AblationRun,
+    Outcome,
     Verdict,
 )
 from fvlm_core.scaling.plots import plot_deltas
@@ -55,7 +58,11 @@ def compare(job: AblationJob) -> AblationReport:
     losses = {name: {seed: run.manifest.final_loss for seed, run in runs.items()} for name, runs in finished.items()}
     comparison = compare_losses(losses, job.baseline)
     first = {run.name: run for run in reversed(job.runs)}
-    rows = [_row(first[name], runs, finished[job.baseline], comparison, job) for name, runs in finished.items()]
+    outcomes, questions = _outcomes(job, finished, progress)
+    rows = [
+        _row(first[name], runs, finished[job.baseline], comparison, job).model_copy(update=outcomes.get(name, {}))
+        for name, runs in finished.items()
+    ]
     baseline = next(row for row in rows if row.name == job.baseline)
     better = [row for row in rows if row.can_win and row.verdict == "better" and row.delta < -baseline.loss * job.min_gain]
     winner = min(better, key=lambda row: row.delta, default=baseline)
@@ -68,6 +75,8 @@ def compare(job: AblationJob) -> AblationReport:
         rows=rows,
         method=comparison.method,
         noise=comparison.noise,
+        noise_degrees=comparison.degrees,
+        questions=questions,
         winner=winner.name,
         winner_change=winner.change,
         winner_value=winner.value,
@@ -77,6 +86,30 @@ def compare(job: AblationJob) -> AblationReport:
     plot_deltas(job.output / ABLATIONS_PLOT, rows, baseline)
     files = file_entries(job.output, [ABLATIONS_TABLE]) + file_entries(job.output, [ABLATIONS_TEXT, ABLATIONS_PLOT], identity=False)
     return report.model_copy(update={"files": files, "seconds": time.monotonic() - started}).write(job.output)
+
+
+def _outcomes(job: AblationJob, finished: dict[str, Runs], progress: Progress) -> tuple[dict[str, dict[str, Outcome]], int]:
+    """By name, then by outcome, and how many questions are behind them."""
+    if job.shards is None:
+        return {}, 0
+    from fvlm_core.scaling.outcomes import Questions  # needs torch
+
+    questions = Questions(job.shards, job.questions)
+    measured: dict[str, dict[str, dict[int, float]]] = {}
+    for name, runs in finished.items():
+        for seed, run in runs.items():
+            progress.say(f"questions to {name}, seed {seed}")
+            for outcome, value in asdict(questions.outcomes(run.folder)).items():
+                if value is not None:
+                    measured.setdefault(outcome, {}).setdefault(name, {})[seed] = value
+    found: dict[str, dict[str, Outcome]] = defaultdict(dict)
+    for outcome, values in measured.items():
+        differences = compare_losses(values, job.baseline).differences if job.baseline in values else {}
+        for name, by_seed in values.items():
+            one = differences.get(name)
+            limits = {} if one is None else {"delta": one.delta, "low": one.low, "high": one.high}
+            found[name][outcome] = Outcome(value=mean(by_seed.values()), **limits)
+    return found, len(questions.asked)
 
 
 def _row(run: AblationRun, runs: Runs, baseline: Runs, comparison: Comparison, job: AblationJob) -> AblationRow:

@@ -37,6 +37,8 @@ class Comparison:
     noise: Quantity
     """Standard deviation of one run's loss, nats."""
     method: str
+    degrees: int = 0
+    """Of freedom, of the noise."""
 
 
 def compare_losses(losses: dict[str, dict[int, float]], baseline: str) -> Comparison:
@@ -71,6 +73,6 @@ def compare_losses(losses: dict[str, dict[int, float]], baseline: str) -> Compar
         low, high = (float(np.sqrt(variance * spare / chi2.ppf(share, spare))) for share in (0.975, 0.025))
         noise = Quantity(value=float(np.sqrt(variance)), low=low, high=high, reason=f"{spare} degrees of freedom")
         tests = f"t tests with {spare} degrees of freedom, Holm's adjustment for {len(others)} comparisons"
-        return Comparison(found, noise, f"{how}; {tests}")
+        return Comparison(found, noise, f"{how}; {tests}", spare)
     differences = {name: Difference(means[name] - means[baseline]) for name in others}
     return Comparison(differences, Quantity(value=None, reason=NOT_MEASURED), NOT_MEASURED)

@@ -5,9 +5,11 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, JsonValue
 
+from fvlm_core.config import Recipe
 from fvlm_core.figures import Figure
 from fvlm_core.manifest import Manifest
 from fvlm_core.settings import Settings
+from fvlm_core.tables import signed
 
 Variant = Literal["foveated", "baseline"]
 Weights = Literal["relative", "unit"]
@@ -67,10 +69,25 @@ class AblationJob(Settings):
     """A difference below this share of the baseline's loss is called neither better nor worse, however sure it is."""
     min_gain: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """A run that is better is adopted only with a loss below the baseline's by more than this share."""
+    shards: Path | None = None
+    """Those of the runs, for questions about places; None: outcomes beside the loss are not measured."""
+    questions: Annotated[int, Field(gt=0)] = 64
+    """About places in videos, the same for every run."""
 
 
 Verdict = Literal["baseline", "better", "worse", "no evidence", "no verdict", "diverged", "other validation"]
 """no evidence: the difference is within the threshold, or below what is relevant; no verdict: the noise was not measured."""
+
+
+class Outcome(Settings):
+    """Something beside the loss, as the runs of one name have it: the mean over seeds, and the difference to the baseline."""
+
+    value: float
+    delta: float | None = None
+    """None for the baseline, and where the baseline has no such outcome."""
+    low: float | None = None
+    """95 % interval of the difference; None where the noise was not measured."""
+    high: float | None = None
 
 
 class AblationRow(Settings):
@@ -103,6 +120,12 @@ class AblationRow(Settings):
     """Loss of the coarse pass minus that of the last fine one: what looking brings, with questions in both orders."""
     drift: float | None = None
     """Loss of the last pass minus that of the one before: queries made of fine instead of earlier hidden states."""
+    order_gain: Outcome | None = None
+    """Nats per answer token that fine passes gain over the coarse one with the question first, less the same with it after."""
+    on_target: Outcome | None = None
+    """Share of frames whose attention peak is on the asked place, fine, question first."""
+    order_drift: Outcome | None = None
+    """Nats per answer token, autoregressive less fine, question first."""
     params: int
     flops: float
     """Training FLOPs of a run."""
@@ -135,11 +158,55 @@ class AblationReport(Manifest):
     """How verdicts were made, or why there are none."""
     noise: Quantity
     """Standard deviation of a run's loss over seeds, nats."""
+    noise_degrees: int = 0
+    """Degrees of freedom of the noise; 0 where it was not measured."""
+    questions: int = 0
+    """Behind the outcomes beside the loss; 0: they were not measured."""
     winner: str
     """Name of the comparable run that is better by most; the baseline's where none is."""
     winner_change: str
     """The winner's changed setting; empty for the baseline."""
     winner_value: JsonValue
+
+
+class ConfirmJob(Settings):
+    """Train an ablation's winner and the baseline once more, with other seeds."""
+
+    output: Path
+    report: Path
+    """Folder of the comparison."""
+    recipes: dict[str, Recipe]
+    """The baseline's and those of the ablations that could win, by name."""
+    seeds: Annotated[list[int], Field(min_length=1)]
+    """That the comparison did not use."""
+    min_gain: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """As the comparison's."""
+
+
+class Confirmation(Manifest):
+    """What the new seeds say."""
+
+    winner: str
+    """The comparison's; where it is the baseline there was nothing to confirm."""
+    losses: dict[str, dict[int, float]]
+    """By run and seed, nats."""
+    delta: float | None = None
+    """Winner less baseline, the mean over pairs of equal seeds."""
+    low: float | None = None
+    """95 % interval, by the comparison's noise."""
+    high: float | None = None
+    confirmed: bool = False
+    """Whether the interval is below 0 and the gain above `min_gain`."""
+
+    @property
+    def text(self) -> str:
+        """A sentence; empty where there was nothing to confirm."""
+        if self.delta is None:
+            return ""
+        interval = "" if self.low is None or self.high is None else f" [{signed(self.low)}, {signed(self.high)}]"
+        said = "confirmed and adopted" if self.confirmed else "not confirmed, so not adopted"
+        pairs = len(next(iter(self.losses.values())))
+        return f"On {pairs} seeds that did not choose it, **{self.winner}** differs by {signed(self.delta)}{interval} nats: {said}."
 
 
 class GridRun(Settings):

@@ -9,22 +9,26 @@ from statistics import mean, stdev
 from pydantic import JsonValue, TypeAdapter
 
 from fvlm_core.config import SourceShares
-from fvlm_core.scaling.jobs import AblationReport, AblationRow, GridPoint, Quantity
+from fvlm_core.scaling.jobs import AblationReport, AblationRow, GridPoint, Outcome, Quantity
 from fvlm_core.scaling.results import Fits
 from fvlm_core.tables import Table, signed
+
+OUTCOMES = {"order_gain": "order x mode", "on_target": "gaze on target", "order_drift": "autoregressive drift"}
+"""Columns of what is measured beside the loss."""
 
 
 def ablations_csv(rows: list[AblationRow]) -> str:
     """The table without timings: equal runs give equal bytes."""
     passes = list(dict.fromkeys(name for row in rows for name in row.losses))
     columns = ["name", "hypothesis", "change", "value", "seeds", "loss", "delta", "low", "high", "p_value", "threshold", "verdict"]
-    columns += ["delta_equal_flops", *(f"loss_{name}" for name in passes), "mode_gain", "drift", "params", "flops", "samples"]
+    columns += ["delta_equal_flops", *(f"loss_{name}" for name in passes), "mode_gain", "drift", *OUTCOMES, "params", "flops", "samples"]
     columns += ["control", "other_validation", "also_changed", "divergences", "by_seed"]
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     for row in rows:
         values = row.model_dump(include=set(columns)) | {f"loss_{name}": loss for name, loss in row.losses.items()}
+        values |= {name: _outcome(getattr(row, name)) for name in OUTCOMES}
         seeds = " ".join(f"{seed}:{loss}" for seed, loss in row.by_seed.items())
         writer.writerow(values | {"value": show_value(row.value), "also_changed": " ".join(row.also_changed), "by_seed": seeds})
     return text.getvalue()
@@ -38,6 +42,12 @@ def ablations_table(report: AblationReport) -> Table:
     if report.noise.value is not None:
         note += f" A run's loss scatters by {report.noise.value:.4f} over seeds."
     note += " Equal FLOPs: along validation curves, where the longer run's rate had not decayed."
+    if report.questions:
+        note += (
+            f" The last three outcomes are of {report.questions} questions about places, with the difference to the baseline in brackets:"
+            " order x mode is what fine passes gain over the coarse one with the question first, less the same with it after, in nats;"
+            " gaze is with the question first; autoregressive drift is against the fine pass."
+        )
     if any(row.control for row in report.rows):
         note += " With a star: a control, compared, never adopted."
     if any(row.other_validation for row in report.rows):
@@ -55,6 +65,7 @@ def ablations_table(report: AblationReport) -> Table:
             *(f"{row.losses[name]:.4f}" if name in row.losses else "" for name in passes),
             "" if row.mode_gain is None else signed(row.mode_gain),
             "" if row.drift is None else signed(row.drift),
+            *(_outcome(getattr(row, name)) for name in OUTCOMES if report.questions),
             "" if row.frames_per_s is None else f"{row.frames_per_s:.1f}",
             f"{row.params:,}",
             f"{row.flops:.2e}",
@@ -64,7 +75,7 @@ def ablations_table(report: AblationReport) -> Table:
     head = ["run", "change", "n", "validation loss", "difference", "threshold", "verdict", "at equal FLOPs", *passes]
     return Table(
         title="Ablations",
-        head=[*head, "fine over coarse", "drift", "frames/s", "parameters", "FLOPs"],
+        head=[*head, "fine over coarse", "drift", *(OUTCOMES.values() if report.questions else ()), "frames/s", "parameters", "FLOPs"],
         rows=cells,
         marked=[number for number, row in enumerate(ordered) if row.name == report.winner],
         note=note,
@@ -85,6 +96,16 @@ def ablations_summary(report: AblationReport) -> str:
     why = report.noise.reason if report.noise.value is None else f"no other run was shown to be better by enough; {report.method}"
     lines.append(f"Winner: **{report.winner}**" + (f" ({why})." if report.winner == report.baseline else "."))
     return " ".join(lines)
+
+
+def _outcome(one: Outcome | None) -> str:
+    """Value, difference and its interval, e.g. `0.31 (+0.2 [0.1, 0.3])`."""
+    if one is None:
+        return ""
+    if one.delta is None:
+        return f"{one.value:.4f}"
+    interval = "" if one.low is None or one.high is None else f" [{signed(one.low)}, {signed(one.high)}]"
+    return f"{one.value:.4f} ({signed(one.delta)}{interval})"
 
 
 def difference_text(row: AblationRow) -> str:

@@ -164,6 +164,10 @@ class SpeedRow(Settings):
     """Of the GPU's data-sheet peak."""
     gpu_busy: float | None = None
     """Share of the time that a kernel runs."""
+    power_w: float | None = None
+    """GPU's power, clock and temperature at the end of its steps, by NVML: what a slow variant may owe to the machine."""
+    sm_clock_mhz: int | None = None
+    temperature_c: int | None = None
     peak_memory_gb: float | None = None
     data_wait_share: float | None = None
     load_average: float = 0.0
@@ -231,6 +235,12 @@ class VisionTrainingSettings(Settings):
     steps: Positive = 600
     batch_frames: Positive = 96
     optimizer: OptimizerSettings = OptimizerSettings(lr_vision=2e-3, warmup_steps=40)
+    copies: Annotated[int, Field(ge=0)] = 0
+    """Distorted copies of each training digit that are drawn too."""
+    colours: bool = False
+    """Patches predict the colour of their digit as well."""
+    crosses: bool = False
+    """Each frame has the cross of the task `hunt`, which is an eleventh digit to predict."""
     seed: int = 0
     threads: Positive = 1
 

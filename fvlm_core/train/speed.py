@@ -32,6 +32,7 @@ from fvlm_core.train.jobs import CHOSEN_FILE, PLOT_FILE, SWEPT, TABLE_FILE, Chec
 from fvlm_core.train.loop import Trainer
 from fvlm_core.train.metrics import peak_flops, peak_memory_gb, reset_peak_memory
 from fvlm_core.train.naive import NaiveTrainer
+from fvlm_core.train.nvml import gpu_readings
 from fvlm_core.train.parts import profile_steps, time_parts
 from fvlm_core.train.race import Ratio, alternate, checkpoint_interval_s, largest_that_fits, ratio_of
 
@@ -133,6 +134,7 @@ class Bench:
                 "share_of_matmul": flops_per_s / self._matmul_flops(trainer.recipe.run.precision),
                 "mfu": flops_per_s / peak if peak else None,
                 "peak_memory_gb": running.peak_memory_gb,
+                **gpu_readings(self.world.device),
                 "data_wait_share": clock.waited / clock.seconds,
             }
         )

@@ -57,6 +57,20 @@ def solve(clip: gaze.GazeClip, question: str) -> str:
     return f"{text} at the {gaze.cell_name(*cells[0], grid)}" if "where?" in question else text
 
 
+def test_distorted_copies_are_of_the_same_digits_and_others_pixels():
+    """Each copy is most like digits of its own kind, and none is the digit itself; without copies nothing changes."""
+    images, labels = digits.digits_of("train", 12)
+    more, their = digits.digits_of("train", 12, 2)
+    count = len(labels)
+    assert (more[:count] == images).all()
+    assert (their == np.tile(labels, 3)).all()
+    assert not any((copy == images).all((1, 2)).any() for copy in more[count : count + 50])
+    flat = images.reshape(count, -1).astype(float)
+    nearest = [labels[((flat - copy.reshape(-1)) ** 2).sum(1).argmin()] for copy in more[count : count + 200].astype(float)]
+    assert np.mean(nearest == their[count : count + 200]) > 0.95
+    assert abs(more[count:].mean() / images.mean() - 1) < 0.1, "nothing is cut off"
+
+
 @settings(max_examples=60, deadline=None)
 @given(**CLIPS)
 def test_every_question_can_be_answered_from_the_clip(seed, task, frames, grid, clutter, split):

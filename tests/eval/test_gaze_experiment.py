@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 
 from benchmarks import gaze as experiment
+from benchmarks import gaze_results
 from benchmarks.gaze_measures import CONTROLS, MAIN, Answers, Asked, answers, table
 from benchmarks.gaze_training import Plan, entropy_at_start, step_flops, train
 from fvlm_core.data import gaze
@@ -157,6 +158,36 @@ def test_command_prints_a_record_of_each_seed(capsys):
     [record] = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert (record["task"], record["seed"], record["clips"]) == ("hunt", 3, 4)
     assert record["rows"][0]["accuracy"]["n"] == 4
+
+
+def test_a_training_goes_on_with_another_task(tmp_path, capsys):
+    """Weights that one task left are those that the next begins with."""
+    weights = tmp_path / "cell.pt"
+    experiment.main([*QUICK, "--json", "--save", str(weights)])
+    kept = torch.load(weights, weights_only=True)
+    begun = train(replace(TINY, task="hunt", steps=0), start=kept).subject.model.state_dict()
+    assert all(torch.equal(kept[name], begun[name]) for name in kept)
+    experiment.main([*QUICK, "--json", "--task", "hunt", "--start", str(weights)])
+    assert [json.loads(line)["start"] for line in capsys.readouterr().out.splitlines()] == [None, "cell.pt"]
+
+
+def test_results_are_put_beside_controls(tmp_path, capsys):
+    """Two seeds and a control, from records to tables and plots; the worst seed is named."""
+    for number in (0, 1):
+        experiment.main([*QUICK, "--json", "--first-seed", str(number)])
+    experiment.main([*QUICK, "--json", "--only", "9 pooled tokens"])
+    lines = capsys.readouterr().out.splitlines()
+    runs = [json.loads(line) for line in lines]
+    for number, run in enumerate(runs):  # accuracies that are known
+        for row in run["rows"]:
+            row["accuracy"] |= {"value": 0.5 - 0.1 * number, "low": 0.1, "high": 0.9}
+        (tmp_path / f"{number}.json").write_text(json.dumps(run))
+    gaze_results.main([str(tmp_path), "--figure", str(tmp_path / "plot")])
+    text = capsys.readouterr().out
+    assert "**0.400 (seed 1)**" in text
+    assert "| 9 pooled tokens | 0 | 9 | 1 |" in text
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert "</svg>" in (tmp_path / "plot.svg").read_text()
 
 
 def test_command_names_the_worst_seed(capsys):

@@ -14,6 +14,7 @@ from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.model import attention
 from fvlm_core.train.__main__ import train
 from fvlm_core.train.jobs import RunManifest
+from fvlm_core.train.nvml import gpu_readings
 from fvlm_core.train.start import initial_model
 from tests.train.conftest import losses, tiny_recipe
 
@@ -70,3 +71,10 @@ def test_compiled_training_equals_eager(tmp_path: Path, shards: Path) -> None:
         assert values["val_fine2"].iloc[-1] < values["val_fine2"].iloc[0]
     ends = [RunManifest.read(run.output).final_loss for run in runs.values()]
     assert ends[1] == pytest.approx(ends[0], rel=0.03)
+
+
+def test_power_and_clock_are_read() -> None:
+    readings = gpu_readings(torch.device("cuda"))
+    assert readings["power_w"] > 5
+    assert readings["sm_clock_mhz"] > 100
+    assert gpu_readings(torch.device("cpu")) == {}

@@ -3,8 +3,8 @@
 from transformers import Dinov2Model
 
 from fvlm_core.config import OptimizerSettings, VisionShape
-from fvlm_core.train.jobs import VisionJob
-from fvlm_core.train.vision import train_vision
+from fvlm_core.train.jobs import VisionJob, VisionTrainingSettings
+from fvlm_core.train.vision import pretrained, train_vision
 
 
 def test_it_learns_digits_and_loads_in_transformers(tmp_path):
@@ -15,3 +15,13 @@ def test_it_learns_digits_and_loads_in_transformers(tmp_path):
     assert first.digest == second.digest
     assert first.counts["own_per_mille"] > 500  # chance is 100
     assert Dinov2Model.from_pretrained(tmp_path / "a").config.hidden_size == 32
+
+
+def test_it_learns_colours_and_crosses_where_asked_for():
+    shape = VisionShape(width=32, layers=2, heads=2)
+    optimizer = OptimizerSettings(lr_vision=4e-3, warmup_steps=10)
+    settings = VisionTrainingSettings(steps=60, batch_frames=48, optimizer=optimizer, copies=1, colours=True, crosses=True)
+    _, accuracy = pretrained(settings, shape)
+    assert set(accuracy) == {"own", "right", "below", "colour"}
+    assert accuracy["colour"] > 0.8  # chance is 1 / 6
+    assert accuracy["own"] > 0.45  # of eleven

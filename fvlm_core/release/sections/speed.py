@@ -53,11 +53,25 @@ def speed_table(rows: list[SpeedRow]) -> Table:
             f"{row.share_of_matmul:.1%}" if row.share_of_matmul else "",
             f"{row.mfu:.1%}" if row.mfu else "",
             f"{row.gpu_busy:.1%}" if row.gpu_busy else "",
+            f"{row.power_w:.0f}" if row.power_w else "",
+            str(row.sm_clock_mhz or ""),
             f"{row.peak_memory_gb:.2f}" if row.peak_memory_gb else "",
         ]
         for row in rows
     ]
-    head = ["variant", "samples/s", "step [quartiles]", "gain [95 %]", "frames/s", "share of matmul", "MFU", "GPU busy", "peak GB"]
+    head = [
+        "variant",
+        "samples/s",
+        "step [quartiles]",
+        "gain [95 %]",
+        "frames/s",
+        "share of matmul",
+        "MFU",
+        "GPU busy",
+        "W",
+        "MHz",
+        "peak GB",
+    ]
     kept = [index for index in range(len(head)) if index < ALWAYS or any(row[index] for row in cells)]
     return Table(
         head=[head[index] for index in kept],

@@ -1,0 +1,173 @@
+"""Tables and the efficiency plot of finished runs of `benchmarks.gaze`: one line a seed, the worst one named, controls beside them.
+
+python -m benchmarks.gaze --json --no-controls --save cell.pt > benchmarks/gaze_runs/cell_0.json
+python -m benchmarks.gaze_results benchmarks/gaze_runs --figure docs/gaze_efficiency
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.gaze_measures import MAIN
+from fvlm_core.eval.estimates import Estimate
+from fvlm_core.scaling.canvas import COLOURS, WIDTH, canvas
+from fvlm_core.tables import Table, number
+
+AIMS = ("<= 0.32", ">= 0.93", "fine - 0.02", "as the others", ">= 0.85", ">= 0.9")
+"""Of the worst seed, in the order of the table's columns."""
+COARSE, AUTOREGRESSIVE = "coarse, question first", "autoregressive, question first"
+Run = dict[str, Any]
+"""A record of `benchmarks.gaze --json`."""
+
+
+def read(folder: Path) -> list[Run]:
+    """Every record of a folder's files, in the order of their names."""
+    return [json.loads(line) for path in sorted(folder.glob("*.json")) for line in path.read_text().splitlines() if line.strip()]
+
+
+def row(run: Run, condition: str) -> dict[str, Any] | None:
+    """A condition of a run's table."""
+    return next((one for one in run["rows"] if one["condition"] == condition), None)
+
+
+def estimate(run: Run, condition: str, what: str = "accuracy") -> Estimate | None:
+    """A number of it with its interval."""
+    found = row(run, condition)
+    return None if found is None or found[what] is None else Estimate.model_validate(found[what])
+
+
+def worst_cell(run: Run, condition: str = MAIN) -> float:
+    """Accuracy of the cell with the lowest."""
+    found = row(run, condition)
+    assert found is not None
+    return min(share for share in found["by_cell"] if share is not None)
+
+
+def seeds_table(task: str, runs: Sequence[Run]) -> Table:
+    """A line a seed of the model itself, then the worst of each column, then what was aimed at."""
+    rows = []
+    for run in runs:
+        main = row(run, MAIN)
+        assert main is not None
+        rows.append(
+            [
+                f"{run['seed']}" + (f", from {run['start']}" if run["start"] else ""),
+                f"{run['steps']:,}",
+                number(estimate(run, COARSE)),
+                number(estimate(run, MAIN)),
+                number(estimate(run, AUTOREGRESSIVE)),
+                f"{main['by_frame'][0]:.3f}",
+                f"{worst_cell(run):.3f}",
+                number(estimate(run, MAIN, "on_target")),
+                number(estimate(run, "fine, question after")),
+                number(estimate(run, "fine, only the digit that counts")),
+                f"{run['cpu_s'] + run['encoder_cpu_s']:.0f}",
+            ]
+        )
+    rows.append(["worst", "", *_worst(runs), "", "", ""])
+    rows.append(["aim", "", *AIMS, "", "", ""])
+    head = ["seed", "steps", "coarse", "fine", "autoregressive", "first frame, fine", "worst cell, fine", "gaze on target"]
+    head += ["fine, question after", "fine, alone", "CPU s"]
+    clips = runs[0]["clips"]
+    note = f"Question first unless it says otherwise; {clips} clips; bag of digits {runs[0]['bag_ceiling']:.3f}; CPU: with the encoder's."
+    return Table(title=task, head=head, rows=rows, marked=[len(runs)], note=note)
+
+
+def _worst(runs: Sequence[Run]) -> list[str]:
+    """Of each column, with the seed's name."""
+    values = {
+        "coarse": [_value(run, COARSE) for run in runs],
+        "fine": [-_value(run, MAIN) for run in runs],
+        "drift": [_value(run, MAIN) - _value(run, AUTOREGRESSIVE) for run in runs],
+        "first": [-row(run, MAIN)["by_frame"][0] for run in runs],  # pyright: ignore[reportOptionalSubscript]
+        "cell": [-worst_cell(run) for run in runs],
+        "gaze": [-_value(run, MAIN, "on_target") for run in runs],
+    }
+    said = []
+    for name, of_seeds in values.items():
+        place = int(np.argmax(of_seeds))
+        value = of_seeds[place] if name in ("coarse", "drift") else -of_seeds[place]
+        text = f"fine - {value:.3f}" if name == "drift" else f"{value:.3f}"
+        said.append(f"{text} (seed {runs[place]['seed']})")
+    return said
+
+
+def _value(run: Run, condition: str, what: str = "accuracy") -> float:
+    found = estimate(run, condition, what)
+    assert found is not None
+    return found.value
+
+
+def controls_table(runs: Sequence[Run]) -> Table:
+    """The model and the trained controls: tokens, FLOPs, accuracy."""
+    rows = []
+    for run in runs:
+        first = estimate(run, MAIN) or estimate(run, COARSE)
+        after = estimate(run, "fine, question after") or estimate(run, "coarse, question after")
+        rows.append(
+            [
+                (run["control"] or "fVLM, fine") + (", equal FLOPs" if run["control"] and run["equal_flops"] else ""),
+                str(run["seed"]),
+                str(run["tokens_per_frame"]),
+                f"{run['steps']:,}",
+                f"{run['train_gflop']:,.0f}",
+                f"{run['params']:,}",
+                number(first),
+                number(after),
+                f"{run['clutter']:.2f}",
+            ]
+        )
+    head = ["model", "seed", "tokens a frame", "steps", "training GFLOP", "parameters", "question first", "question after", "clutter"]
+    own = [number_of for number_of, run in enumerate(runs) if not run["control"]]
+    return Table(
+        title="Trained controls", head=head, rows=rows, note="Accuracy with 95 % intervals over clips; clutter at the end.", marked=own
+    )
+
+
+def plot(path: Path, runs: Sequence[Run]) -> None:
+    """Accuracy over visual tokens a frame and over training FLOPs, as PNG and SVG."""
+    names = [run["control"] or "fVLM, fine" for run in runs]
+    colours = dict(zip(dict.fromkeys(names), COLOURS, strict=False))
+    with canvas(path.with_suffix(".png"), (WIDTH, 4.2), vector=True) as figure:
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, what, label in zip(panels, ("tokens_per_frame", "train_gflop"), ("visual tokens a frame", "training GFLOP"), strict=True):
+            for run, name in zip(runs, names, strict=True):
+                one = estimate(run, MAIN) or estimate(run, COARSE)
+                assert one is not None
+                error = [[one.value - one.low], [one.high - one.value]]
+                marker = "s" if run["control"] and run["equal_flops"] else "o"
+                axes.errorbar([run[what]], [one.value], yerr=error, color=colours[name], marker=marker, capsize=3, linestyle="")
+            axes.axhline(runs[0]["bag_ceiling"], color="#8d99a6", linestyle=":")
+            axes.set_xscale("log")
+            axes.set_xlabel(label)
+        for name, colour in colours.items():
+            panels[0].plot([], [], color=colour, marker="o", linestyle="", label=name)
+        panels[0].set_ylabel("accuracy, question first")
+        panels[0].legend()
+        panels[1].set_title("squares: as many FLOPs as fVLM; dotted: all digits without their places", fontsize=9, loc="right")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the tables as markdown, and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--figure", type=Path, help="of the plot, without a suffix")
+    options = parser.parse_args(arguments)
+    runs = read(options.folder)
+    for task in dict.fromkeys(run["task"] for run in runs):
+        own = [run for run in runs if run["task"] == task and not run["control"]]
+        if own:
+            print(seeds_table(task, own).markdown(), end="\n\n")
+    cell = [run for run in runs if run["task"] == "cell"]
+    if any(run["control"] for run in cell):
+        print(controls_table(cell).markdown())
+        if options.figure:
+            plot(options.figure, cell)
+
+
+if __name__ == "__main__":
+    main()

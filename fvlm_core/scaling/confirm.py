@@ -1,0 +1,70 @@
+"""The winner of the ablations once more, beside the baseline, with seeds that did not choose it.
+
+The best of many is better than it looks where it was chosen, so only a gain that new seeds show too is adopted. Runs of
+`python -m fvlm_core.scaling.confirm job.yaml` are trained here one after the other, each resumable; where the baseline won, nothing is.
+"""
+
+import json
+import time
+from statistics import mean
+
+from scipy.stats import t
+
+from fvlm_core.cli import run_job
+from fvlm_core.manifest import file_entries, write_atomically
+from fvlm_core.progress import Progress
+from fvlm_core.scaling.comparison import CONFIDENCE
+from fvlm_core.scaling.jobs import AblationReport, Confirmation, ConfirmJob
+from fvlm_core.train.__main__ import train
+from fvlm_core.train.jobs import RunManifest
+
+RUNS, LOSSES_FILE = "runs", "losses.json"
+"""In the job's folder: the runs' folders, and their losses by name and seed."""
+
+
+def confirm(job: ConfirmJob) -> Confirmation:
+    """Train the pairs that are missing and compare them."""
+    started = time.monotonic()
+    report = AblationReport.read(job.report)
+    winner, progress = report.winner, Progress(job.output, max(1, 2 * len(job.seeds)))
+    losses: dict[str, dict[int, float]] = {}
+    if winner != report.baseline:
+        for number, seed in enumerate(job.seeds):
+            for place, name in enumerate((report.baseline, winner)):
+                progress.update(2 * number + place, note=f"{name}, seed {seed}")
+                losses.setdefault(name, {})[seed] = _loss(job, name, seed)
+    deltas = [losses[winner][seed] - losses[report.baseline][seed] for seed in job.seeds] if losses else []
+    values = {} if not deltas else _verdict(deltas, list(losses[report.baseline].values()), report, job.min_gain)
+    write_atomically(job.output / LOSSES_FILE, json.dumps(losses, sort_keys=True).encode())
+    progress.update(progress.total, note="done")
+    return Confirmation(
+        name="confirmation",
+        settings_hash=job.hash(exclude={"output", "report"}),
+        inputs={"report": report.digest},
+        counts={"runs": 2 * len(deltas)},
+        files=file_entries(job.output, [LOSSES_FILE]),
+        winner=winner,
+        losses=losses,
+        seconds=time.monotonic() - started,
+        **values,
+    ).write(job.output)
+
+
+def _loss(job: ConfirmJob, name: str, seed: int) -> float:
+    recipe = job.recipes[name]
+    changes = {"name": f"confirm-{name}-seed{seed}", "output": str(job.output / RUNS / f"{name}-seed{seed}"), "run.seed": seed}
+    manifest: RunManifest = train(recipe.with_changes(changes))
+    return float("inf") if manifest.divergences else manifest.final_loss
+
+
+def _verdict(deltas: list[float], baseline: list[float], report: AblationReport, min_gain: float) -> dict:
+    """The mean difference and its interval by the comparison's noise, which more runs than these have measured."""
+    delta, noise = mean(deltas), report.noise.value
+    if noise is None or not report.noise_degrees:
+        return {"delta": delta, "confirmed": False}
+    half = float(t.ppf(1 - (1 - CONFIDENCE) / 2, report.noise_degrees)) * noise * (2 / len(deltas)) ** 0.5
+    return {"delta": delta, "low": delta - half, "high": delta + half, "confirmed": delta + half < 0 and delta < -min_gain * mean(baseline)}
+
+
+if __name__ == "__main__":
+    run_job(ConfirmJob, confirm)
