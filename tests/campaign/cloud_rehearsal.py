@@ -1,6 +1,7 @@
 """The complete pipeline at home and on emulated pods: the same results, and a bill that agrees with the ledger and with the plan.
 
 Both runs go through the real command, a real Prefect server and real workers; the second through pools of pods and the volume's S3 side.
+Then precompute's own schedule starts it once more on that volume: on a CPU pod, which has to end.
 The plan is made of the times that the first run measured, before the second begins. On a machine that others use meanwhile the two runs
 take different times for the same work, and the plan is off by that much.
 
@@ -10,12 +11,22 @@ What is finished in DIR is not run again: after an interruption the same command
 """
 
 import argparse
+import asyncio
+import os
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.schedules import IntervalSchedule
+from prefect.context import refresh_global_settings_context
 from rich.console import Console
 
+from deployments import register
 from deployments.cloud import Rehearsal, rehearsal
 from deployments.profile import chosen_profile
 from deployments.speedrun import speedrun
@@ -24,13 +35,15 @@ from fvlm_core.manifest import FILE_NAME, AnyManifest
 from infra.runpod.bills import reconcile
 from infra.runpod.client import RunPod
 from infra.runpod.emulator.cloud import disk_cost
-from infra.stack import REPOSITORY
+from infra.stack import REPOSITORY, Stack
 from infra.store import FolderStore
 from tasks.bill import bill_against_plan, billed_by_step, finished_phases
 from tasks.dollars import DollarPlan, in_dollars
 from tasks.plan import plan
 from tasks.rented import budget_of, by_phase
 
+EVERY = timedelta(minutes=1)
+SCHEDULED_WITHIN_S, ENDED_WITHIN_S = 480.0, 60.0
 TIMED = ("speed",)
 """Phases that measure time: their results differ from run to run."""
 
@@ -59,6 +72,7 @@ def main() -> int:
     if speedrun(options.profile, None, away, console=console, emulated=True, inspect=check, **more):
         return 1
     problems += results(home, away, console)
+    problems += by_schedule(options.profile, options.changes, away, console)
     for problem in problems:
         console.print(f"[red]{problem}[/red]")
     return 1 if problems else 0
@@ -104,6 +118,48 @@ def results(home: Path, away: Path, console: Console) -> list[str]:
                 problems.append(f"{phase}/{name} differs: {_difference(home / mine[name].folder, away / other[name].folder)}")
     console.print(f"{same} steps have the same results on both")
     return problems
+
+
+def by_schedule(profile: str, changes: list[str], away: Path, console: Console) -> list[str]:
+    """Switch the schedule of precompute's deployment on; what is wrong with the run that it makes, or with the end of that run's pod."""
+    with rehearsal(chosen_profile(profile, changes=changes), away) as cloud, RunPod(cloud.emulator.key, cloud.emulator.url) as client:
+        stack = Stack(away, environment={**os.environ, **cloud.environment})
+        try:
+            stack.start_server()
+            os.environ.update(stack.client_environment())
+            refresh_global_settings_context()
+            stack.wait_for_server()
+            registered = asyncio.run(register.register(cloud.config, away))
+            stack.start_workers(registered.pool_types)
+            run = _scheduled_run(registered.deployment)
+            if run is None:
+                return [f"the schedule of precompute made no run that ended within {SCHEDULED_WITHIN_S} s"]
+            pods = [pod.request.cpu and pod.request.cpu.id for pod in cloud.emulator.cloud.pods.values() if run.id.hex in pod.request.name]
+            console.print(f"by its schedule: {run.name} {run.state_name}, pods {pods}")
+            deadline = time.monotonic() + ENDED_WITHIN_S
+            while client.pods() and time.monotonic() < deadline:
+                time.sleep(1)
+            wrong = [] if run.state_name == "Completed" else [f"the scheduled run of precompute ended {run.state_name}"]
+            wrong += [] if len(pods) == 1 and pods[0] else [f"the scheduled run had {len(pods)} pods, {pods}, and not one with CPUs"]
+            return wrong + [f"pod {pod.name} did not end with its scheduled run" for pod in client.pods()]
+        finally:
+            stack.stop()
+
+
+def _scheduled_run(deployment: str) -> FlowRun | None:
+    """The first run that precompute's schedule made and that has ended."""
+    with get_client(sync_client=True) as client:
+        made = client.read_deployment_by_name(f"precompute/{deployment}")
+        client.update_deployment_schedule(made.id, made.schedules[0].id, active=True, schedule=IntervalSchedule(interval=EVERY))
+        its_own = FlowRunFilter(deployment_id=FlowRunFilterDeploymentId(any_=[made.id]))
+        deadline = time.monotonic() + SCHEDULED_WITHIN_S
+        while time.monotonic() < deadline:
+            ended = [run for run in client.read_flow_runs(flow_run_filter=its_own) if run.state and run.state.is_final()]
+            if found := [run for run in ended if run.auto_scheduled]:
+                client.update_deployment_schedule(made.id, made.schedules[0].id, active=False)
+                return found[0]
+            time.sleep(1)
+    return None
 
 
 def _difference(one: Path, other: Path) -> str:
