@@ -73,8 +73,13 @@ class Plan:
         """The encoder's own training, where there is one: beside digits and their neighbours it asks for what the task needs to see."""
         if not self.encoder_steps:
             return None
-        needs = {"colours": self.task in ("colour", "track"), "crosses": self.task == "hunt"}
-        return VisionTrainingSettings(steps=self.encoder_steps, seed=self.seed, copies=self.copies, **needs)
+        return VisionTrainingSettings(
+            steps=self.encoder_steps,
+            seed=self.seed,
+            copies=self.copies,
+            colours=self.task in ("colour", "track"),
+            crosses=self.task == "hunt",
+        )
 
     @property
     def loss(self) -> LossSettings:
@@ -164,7 +169,7 @@ def train(plan: Plan, say: Callable[[str], None] = lambda _: None, start: Mappin
     if start is not None:
         model.load_state_dict(start)
     elif plan.encoder:
-        encoder, accuracy, encoder_s = encoder_of(plan.encoder)
+        encoder, accuracy, encoder_s = encoder_of(plan.encoder)  # pyright: ignore[reportArgumentType]: frozen settings are hashable
         model.encoder.load_state_dict(encoder.state_dict())
         say(f"encoder: {accuracy}, {encoder_s:.0f} s")
     subject = Subject(model, asker.tokenizer, asker.chat, torch.device("cpu"), EVAL_BATCH)

@@ -307,7 +307,7 @@ def _open_range(kind: str, offset: int, size: int, parts: Sequence[str]) -> tupl
     return io.BytesIO(found), len(found)
 
 
-def _read_exactly(raw: JoinedFiles | io.BufferedReader, size: int) -> bytes:
+def _read_exactly(raw: "JoinedFiles | io.BufferedReader[JoinedFiles]", size: int) -> bytes:
     """So many bytes, though parts end between them."""
     content = bytearray()
     while len(content) < size:
@@ -318,7 +318,7 @@ def _read_exactly(raw: JoinedFiles | io.BufferedReader, size: int) -> bytes:
     return bytes(content)
 
 
-def _skip_header(raw: JoinedFiles | io.BufferedReader) -> int:
+def _skip_header(raw: "JoinedFiles | io.BufferedReader[JoinedFiles]") -> int:
     """Skip a zip's local header; returns the method of compression."""
     signature, flags, method, name, extra = ZIP_HEADER.unpack(_read_exactly(raw, ZIP_HEADER.size))
     if signature != ZIP_SIGNATURE:

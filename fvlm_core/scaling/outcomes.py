@@ -69,5 +69,5 @@ def outcomes_of(subject: Subject, asked: Sequence[ClipQuestion]) -> Outcomes:
 
 
 def _losses(subject: Subject, samples: list, modes: list[Mode]) -> dict[Mode, float]:
-    sums = {mode: losses.sum(0) for mode, losses in subject.sample_losses(samples, modes).items()}
-    return {mode: float(total / count) for mode, (total, count) in sums.items()}
+    rows = subject.sample_losses(samples, modes)
+    return {mode: float(rows[mode][:, 0].sum() / rows[mode][:, 1].sum()) for mode in modes}

@@ -127,7 +127,7 @@ def drift_of(
         samples, names = [sample for sample, _ in made], [sample.key for sample, _ in made]
         sums = subject.sample_losses(samples, modes)
         per_token = sums[STEPWISE][:, 0] / sums[STEPWISE][:, 1] - sums[PARALLEL][:, 0] / sums[PARALLEL][:, 1]
-        hits = {mode: _hits(subject, made, mode) for mode in COMPARED}
+        hits: dict[Mode, np.ndarray] = {mode: _hits(subject, made, mode) for mode in COMPARED}
         points.append(
             DriftPoint(
                 frames=length,
