@@ -149,7 +149,7 @@ class Budget:
             raise BudgetError(
                 f"the budget does not allow it: {before.sum(new)}",
                 where="the ledger (fvlm infra budget)",
-                fix="wait for running pods to end, give a shorter maximum run time, a cheaper machine, or another cap (budget.cap_usd)",
+                fix="wait for running pods to end, give a shorter maximum run time, a cheaper machine, or another machine.rental.cap_usd",
             )
         return position
 

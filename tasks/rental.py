@@ -73,6 +73,7 @@ class Rental(Settings):
         """What every pool of type `runpod` gets; a pool's own job variables override it."""
         given: dict[str, JsonValue] = {
             "volume": self.volume,
+            "data_centers": list(self.data_centers),
             "mount_path": self.mount_path,
             "budget_usd": self.cap_usd,
             "budget_reserve_usd": self.reserve_usd,

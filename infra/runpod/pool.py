@@ -1,5 +1,6 @@
 """What can be set of a pool of the type `runpod`, and the pod that a flow run gets from it."""
 
+import ipaddress
 import json
 import os
 import shlex
@@ -15,6 +16,7 @@ from pydantic import Field, SecretStr
 from infra.errors import RefusedError
 from infra.runpod.account import Place, mounted
 from infra.runpod.client import API_URL
+from infra.runpod.image import check_image
 from infra.runpod.models import MAX_VARIABLES, GpuRequest, Volume
 from infra.runpod.program import START, program
 from infra.runpod.rent import Candidate, Wish
@@ -25,7 +27,8 @@ DEFAULT_COMMAND = "{python} -m prefect.engine"
 """The flow's code is there already: `prefect flow-run execute`, Prefect's own default, would copy it first."""
 POLL_S = 15.0
 """Between two lists of all pods; RunPod allows 60 requests a minute."""
-LOCAL_HOSTS = ("localhost", "127.", "0.0.0.0", "[::1]", "10.", "192.168.")
+LOCAL_NAMES = ("localhost", ".local", ".internal", ".lan")
+"""Ends of names that mean something on their own network only."""
 KEPT_OF_PREFECT = (
     "PREFECT__",
     "PREFECT_API_",
@@ -53,6 +56,7 @@ class RunPodVariables(BaseVariables):
     vcpus: Annotated[int, Field(ge=2)] = Field(default=2, description="vCPUs of a CPU pod, a power of two.")
     disk_gb: Annotated[int, Field(ge=1)] = Field(default=20, description="The container's own disk; wiped at every start.")
     volume: str = Field(default="fvlm", description="Name or id of the network volume; `fvlm infra setup` makes it.")
+    data_centers: list[str] = Field(default_factory=list, description="Where pods may be; none: where the volume is. Only compared.")
     mount_path: str = Field(default="/workspace", description="Where the volume is mounted.")
     max_usd_per_hour: Annotated[float, Field(gt=0)] = Field(default=5.0, description="No pod above this price.")
     max_runtime_h: Annotated[float, Field(gt=0)] = Field(default=24.0, description="Absolute: the pod is ended then, whatever it does.")
@@ -128,6 +132,7 @@ class RunPodConfiguration(BaseJobConfiguration, RunPodVariables):
             disk_gb=self.disk_gb,
             max_usd_per_hour=self.max_usd_per_hour,
             min_cuda=self.min_cuda,
+            data_centers=self.data_centers,
             registry=self.registry,
             args=START,
             env={name: value for name, value in self.env.items() if value is not None} | program(self.runpod_url),
@@ -154,15 +159,26 @@ class RunPodConfiguration(BaseJobConfiguration, RunPodVariables):
         )
 
     def check_reachable(self) -> None:
-        """A Prefect server on this machine cannot be reached from a pod elsewhere. Raises RefusedError."""
+        """A Prefect server on this machine or its network cannot be reached from a pod elsewhere. Raises RefusedError."""
         url = self.env.get("PREFECT_API_URL") or ""
-        local = (urlsplit(url).hostname or "").startswith(LOCAL_HOSTS)
-        if local and self.runpod_url == API_URL:
+        if self.runpod_url == API_URL and _only_here(urlsplit(url).hostname or ""):
             raise RefusedError(
                 f"the Prefect API at {url} cannot be reached from a pod",
                 where="PREFECT_API_URL of the worker",
                 fix="use a server that pods can reach: `fvlm infra up`, Prefect Cloud, or any public one",
             )
+
+    def check_image(self) -> None:
+        """Raises RefusedError where the image's registry says that nobody can pull it; without an answer nothing is concluded."""
+        if self.runpod_url == API_URL and not self.registry:
+            check_image(self.image)
+
+
+def _only_here(host: str) -> bool:
+    try:
+        return not ipaddress.ip_address(host).is_global
+    except ValueError:
+        return host.endswith(LOCAL_NAMES)
 
 
 def _for_pods(name: str) -> bool:

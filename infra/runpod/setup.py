@@ -17,6 +17,12 @@ def find_or_create_volume(
 ) -> Volume:
     """The volume of that name; made in the wanted data centre that has the best stock of the wanted GPUs. Raises RefusedError."""
     if found := next((one for one in client.volumes() if name in (one.name, one.id)), None):
+        if found.dataCenter not in data_centers:
+            raise RefusedError(
+                f"the volume {found.name} is in {found.dataCenter}, and pods are wanted in {', '.join(data_centers)}",
+                where="machine.rental.data_centers",
+                fix=f"add {found.dataCenter} where its GPUs will do, or give another machine.rental.volume",
+            )
         return found
     places = choose(client, data_centers, gpus, gpu_count)
     return client.create_volume(CreateVolume(name=name, size=size_gb, dataCenter=places[0]))

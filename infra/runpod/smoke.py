@@ -60,6 +60,7 @@ def smoke(
     patience_s: float = PATIENCE_S,
 ) -> list[Answer]:
     """All of it. Pods are ended whatever happens; a question that has no answer in `patience_s` says so."""
+    configuration.check_image()
     run, volume, client = uuid4(), account.volume(), account.client
     place = f"{FOLDER}/{run.hex}"
     written, starts = (f"{configuration.mount_path}/{place}/{name}" for name in ("written", "starts"))
