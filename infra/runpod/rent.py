@@ -85,7 +85,7 @@ def candidates(client: RunPod, wish: Wish, volume: Volume | None) -> list[Candid
         raise RefusedError(
             f"the volume {volume.name} is in {volume.dataCenter}, and pods are wanted in {', '.join(wish.data_centers)}",
             where="data_centers",
-            fix="leave data_centers out: a volume can be mounted in its own data centre only",
+            fix="a volume can be mounted in its own data centre only: name that one, or another volume",
         )
     found, dear = [], []
     for name in wanted:
@@ -156,7 +156,11 @@ def rent(
             except InfraError:
                 budget.release(str(name))
                 raise
-            budget.started(str(name), pod.id, usd_per_hour=pod.cost)
+            try:
+                budget.started(str(name), pod.id, usd_per_hour=pod.cost)
+            except (InfraError, OSError):  # a pod that the ledger does not know would be billed beside it
+                client.terminate(pod.id)
+                raise
             if pod.cost > min(machine.usd_per_hour * PRICE_TOLERANCE, wish.max_usd_per_hour * PRICE_TOLERANCE):
                 client.terminate(pod.id)
                 budget.ended(str(name))

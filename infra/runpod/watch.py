@@ -8,6 +8,9 @@ GONE_LOOKS = 2
 """Lists in a row without the pod: one may come from a copy of the service that does not know it yet."""
 RESTARTS = 3
 """Of the container; the pod's program ends a pod at the second start, so it does not run at all."""
+UNSTARTED = "the pod did not start"
+STALE_S = 120.0
+"""How late the service may be with a container's uptime."""
 
 
 @dataclass
@@ -28,6 +31,10 @@ class Watch:
     missing: int = 0
     restarts: int = 0
     uptime: int = 0
+    started: float | None = None
+    """When the container was started the last time, by its uptime."""
+    speaks: bool = False
+    """Whether the pod's program has been read in its log, so its command is not a bad one."""
     idle_since: float | None = None
     sign: object = None
     heard: float | None = None
@@ -44,9 +51,9 @@ class Watch:
             return "the pod is past its deadline and did not end itself"
         if pod.status != Status.RUNNING:
             late = not self.running and now - self.began > self.start_timeout_s
-            return f"the pod did not start in {self.start_timeout_s:.0f} s; it is {pod.status}" if late else None
+            return f"{UNSTARTED} in {self.start_timeout_s:.0f} s; it is {pod.status}" if late else None
         self.running = True
-        return self._restarts(pod) or self._idle(pod, now)
+        return self._restarts(pod, now) or self._idle(pod, now)
 
     def hear(self, sign: object, now: float) -> str | None:
         """`sign`: anything that is another with every sign of life of the run. Returns why the pod has to end, or None."""
@@ -55,12 +62,17 @@ class Watch:
         silence = now - self.heard
         return f"its run has given no sign of life for {silence / 60:.0f} min" if self.silent_s and silence > self.silent_s else None
 
-    def _restarts(self, pod: Pod) -> str | None:
+    def _restarts(self, pod: Pod, now: float) -> str | None:
         uptime = pod.runtime.uptime if pod.runtime else None
         if uptime is None:
             return None
-        self.restarts += uptime < self.uptime
-        self.uptime = uptime
+        started = now - uptime
+        # of a command that ends at once every look sees the same uptime, and another container
+        again = self.started is not None and not self.speaks and started > self.started + STALE_S
+        if uptime < self.uptime or again:
+            self.restarts += 1
+            self.started = started
+        self.started, self.uptime = started if self.started is None else min(self.started, started), uptime
         return f"the container was started {self.restarts + 1} times" if self.restarts >= RESTARTS else None
 
     def _idle(self, pod: Pod, now: float) -> str | None:

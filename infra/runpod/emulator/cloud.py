@@ -28,6 +28,8 @@ ACTIONS = {
 FORWARDED = ("PREFECT_API_URL", "FVLM_RUNPOD_URL")
 """Addresses in a pod's environment that lead through its own network."""
 ANSWER_S = 0.3
+BAD_COMMAND = "sh -c 'sleep 0.5; exit 127'"
+"""What an image without python3 does with the pod's program."""
 NO_INSTANCES = "There are no longer any instances available with the requested specifications. Please refresh and try again."
 
 
@@ -150,6 +152,8 @@ class Cloud:
         free = [place for place in places if place in offered and not self.faults.strikes("no_capacity", subject, place)]
         if not free:
             raise RuleError(400, NO_INSTANCES)
+        if self.faults.strikes("no_balance"):
+            raise RuleError(402, "insufficient balance")
         if self.faults.strikes("wrong_price", subject):
             rate *= 1.55  # shown $0.98, charged $1.52
         pod = self._place(request, volume, free[0], rate)
@@ -283,9 +287,14 @@ class Cloud:
         """A pod's life from its creation on."""
         if pod.over.wait(self.delays.provision_s) or pod.struck_by("never_starts"):
             return
+        if pod.struck_by("deleted_early"):
+            self.terminate(pod)
+            return
+        if pod.struck_by("bad_command"):
+            pod.container.command = BAD_COMMAND
         self._become(pod, Status.STARTING)
         if pod.struck_by("image_missing"):
-            pod.container.log.add("system", f"error pulling image {pod.request.image}: manifest unknown")
+            pod.container.log.add("system", f"error pulling image {pod.request.image}: layer does not exist")
             return
         if pod.over.wait(self.delays.start_s) or not self._become(pod, Status.RUNNING):
             return

@@ -1,11 +1,28 @@
-"""What can be made to go wrong, as it has for users of RunPod. A fault is armed and strikes the requests or the pods that come next."""
+"""What can be made to go wrong, as it has for users of RunPod. A fault is armed and strikes the requests or the pods that come next.
+
+Where the public reports of such cases are (dstack's and SkyPilot's issues), and the fault or the part of the emulator that is each of them:
+
+    dstack 1133    given up on, and still there             never_starts
+    dstack 1142    a bad command is started for ever        bad_command
+    dstack 1551    marked terminated, and billed on         billed_on
+    dstack 1740    an offer without capacity                no_capacity (the catalogue goes on to say HIGH)
+    dstack 1886    shown $0.98, charged $1.52               wrong_price
+    dstack 1976    stuck on "layer does not exist"          image_missing
+    dstack 3217    a region in lower case is refused        every create of a volume or pod
+    dstack 3853    a volume is deleted that is gone         404, as for every second DELETE
+    SkyPilot 7318  deleted while it is being provisioned    deleted_early
+    SkyPilot 4286  deleted by hand                          deleted
+    SkyPilot 7117  a loss that nobody notices               dies
+"""
 
 import threading
 import time
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-ApiFault = Literal["no_capacity", "too_many_requests", "server_error", "create_lost", "away", "pod_key_refused", "wrong_price"]
+ApiFault = Literal[
+    "no_capacity", "too_many_requests", "server_error", "create_lost", "away", "pod_key_refused", "wrong_price", "no_balance"
+]
 PodFault = Literal[
     "dies",
     "hangs",
@@ -14,6 +31,8 @@ PodFault = Literal[
     "image_missing",
     "no_network",
     "deleted",
+    "deleted_early",
+    "bad_command",
     "billed_on",
     "gpu_idle",
     "restarts",

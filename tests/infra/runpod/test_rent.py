@@ -16,12 +16,13 @@ from infra.runpod.bills import reconcile
 from infra.runpod.client import RunPod
 from infra.runpod.emulator.faults import Fault
 from infra.runpod.emulator.server import Emulator
-from infra.runpod.errors import UnavailableError
+from infra.runpod.errors import NoBalanceError, UnavailableError
 from infra.runpod.models import Pod, Status, Volume
 from infra.runpod.naming import PodName, owner
 from infra.runpod.reaper import OVERTIME_S, YOUNG_S, reap
 from infra.runpod.rent import NothingFreeError, PriceError, Wish, rent
 from infra.runpod.watch import Watch
+from infra.s3 import VolumeError
 from infra.store import FolderStore
 
 A100, SXM, H100 = "NVIDIA A100 80GB PCIe", "NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3"
@@ -119,12 +120,46 @@ def test_what_can_never_be_is_refused_before_anything_is_rented(
     assert (client.pods(), budget.entries()) == ([], ())
 
 
+def test_an_account_without_credit_rents_nothing(rented, emulator: Emulator, client: RunPod, budget: Budget) -> None:
+    emulator.cloud.faults.arm(Fault("no_balance"))
+    with pytest.raises(NoBalanceError, match="add credit at"):
+        rented(Wish("i", gpus=[A100, SXM], args=SLEEP))
+    assert client.pods() == [], "the next GPU is not tried"
+    assert budget.position().committed == 0
+
+
 def test_a_pod_that_costs_more_than_its_offer_is_ended_at_once(rented, emulator: Emulator, client: RunPod, budget: Budget) -> None:
     emulator.cloud.faults.arm(Fault("wrong_price"))
     with pytest.raises(PriceError, match=r"costs \$2.54/h and not \$1.64/h"):
         rented(Wish("i", gpus=[A100], args=SLEEP))
     assert client.pods() == []
     assert not any(entry.running for entry in budget.entries())
+
+
+def test_a_pod_that_cannot_be_written_down_is_ended(rented, client: RunPod, budget: Budget, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = FolderStore.write
+
+    def fails(store: FolderStore, key: str, content: bytes) -> None:
+        if b'"started"' in content:
+            raise VolumeError("the volume's S3 side: 502", where="s3", fix="try again")
+        write(store, key, content)
+
+    monkeypatch.setattr(FolderStore, "write", fails)
+    with pytest.raises(VolumeError):
+        rented(Wish("i", cpus=["cpu3c"], args=SLEEP))
+    assert client.pods() == []
+    assert [entry.started for entry in budget.entries()] == [False], "it counts to its deadline until the reaper has looked"
+
+
+def test_shares_of_the_cap_that_a_pod_passes_are_said_once(rented, client: RunPod) -> None:
+    """Of $20 a pod for an hour takes $3.28."""
+    said: list[str] = []
+    wish = Wish("i", gpus=[A100], gpu_count=2, args=SLEEP)
+    for _ in range(4):
+        rented(wish, warn=said.append)
+    assert [line.partition(" of the budget")[0] for line in said] == ["50%"]
+    assert "$13.12 of $20.00" in said[0]
+    assert len(client.pods()) == 4
 
 
 def test_nothing_starts_that_does_not_fit_and_the_sum_is_shown(
@@ -275,9 +310,20 @@ def seen(status: str, **more: object) -> Pod:
     return Pod.model_validate({"id": "a", "name": "b", "status": status, "createdAt": "2026-11-25T00:00:00Z"} | more)
 
 
+def test_a_command_that_ends_at_once_is_seen_although_every_look_sees_the_same_uptime() -> None:
+    """dstack 1142. A service whose uptime stands still is no such case once the pod's program has been read in its log."""
+    for speaks in (False, True):
+        watch = Watch(deadline=1e9, began=0, start_timeout_s=100, speaks=speaks)
+        looks = [watch.look(seen("RUNNING", runtime={"uptime": 1}), now) for now in range(0, 600, 15)]
+        assert [look for look in looks if look][:1] == ([] if speaks else ["the container was started 4 times"])
+    watch = Watch(deadline=1e9, began=0, start_timeout_s=100)
+    late = [watch.look(seen("RUNNING", runtime={"uptime": now - now % 60}), now) for now in range(0, 3600, 15)]
+    assert late == [None] * len(late), "an uptime that comes a minute late"
+
+
 def test_what_looks_at_a_pod_mean() -> None:
     def fresh() -> Watch:
-        return Watch(deadline=10_000, began=0, start_timeout_s=100, idle_s=600)
+        return Watch(deadline=10_000, began=0, start_timeout_s=100, idle_s=600, speaks=True)
 
     busy, idle = ({"runtime": {"uptime": 5, "gpus": [{"util": use}]}} for use in (50, 0))
     watch = fresh()
