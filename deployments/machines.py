@@ -4,7 +4,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 from rich.console import Console
@@ -12,17 +12,22 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 
 from deployments.options import table_console
 from fvlm_core.errors import UserError
-from infra.board import Board
-from infra.errors import InfraError
+from infra.board import Board, Entry
+from infra.budget import Budget
+from infra.errors import InfraError, RefusedError
 from infra.runpod.account import Account
 from infra.runpod.bills import reconcile
 from infra.runpod.code import upload_code
+from infra.runpod.errors import WrongKeyError
 from infra.runpod.models import HOURS_PER_MONTH
 from infra.runpod.naming import owner
 from infra.runpod.reaper import reap
 from infra.runpod.setup import find_or_create_volume, mark
 from infra.s3 import S3Store, local_path
 from infra.stack import REPOSITORY
+
+if TYPE_CHECKING:
+    from tasks.rental import Rental
 
 app = App(name="infra", help="Rented machines: set up, what they cost, end what nobody owns. Keys come from the environment.")
 volume_app = App(name="volume", help="Files on the network volume, through its S3 side.")
@@ -67,18 +72,18 @@ def reap_pods(*, profile: Profile = "runpod", every: Annotated[float | None, Par
     any machine: it is the last of the three that end pods.
     """
     from deployments.profile import chosen_profile
-    from tasks.rented import account_of, budget_of, look_after, rental_of
+    from tasks.rented import account_of, look_after, rental_of
 
     rental = rental_of(chosen_profile(profile))
     account = account_of(rental)
     while True:
         try:
-            ledger = budget_of(rental, account.store)
-        except InfraError as error:  # without the ledger pods are ended all the same
-            _say(f"the ledger cannot be reached: {error}")
-            ledger = None
-        for one in look_after(account, ledger):
-            _say(f"pod {one.pod.id}: {one.reason}; {one.problem or 'ended'}")
+            for one in look_after(account, _ledger(rental, account)):
+                _say(f"pod {one.pod.id}: {one.reason}; {one.problem or 'ended'}")
+        except InfraError as error:
+            if every is None or isinstance(error, RefusedError | WrongKeyError):
+                raise
+            _say(f"tried again in {every:.0f} s: {error}")
         if every is None:
             return 0
         time.sleep(every)
@@ -117,23 +122,36 @@ def env(*, profile: Profile = "runpod") -> int:
 
 @app.command
 def down(*, profile: Profile = "runpod") -> int:
-    """End every pod of the volume, whatever it does, and say what everything cost. The volume stays, and costs on."""
+    """End every pod of the volume, whatever it does, and say what everything cost. The volume stays, and costs on.
+
+    Pods are ended also where the volume or its ledger cannot be reached. Ends with status 1 where a pod could not be ended.
+    """
     from deployments import remote
     from deployments.profile import chosen_profile
-    from tasks.rented import account_of, budget_of, budget_table, rental_of
+    from tasks.rented import account_of, budget_table, rental_of
 
     config = chosen_profile(profile)
     rental = rental_of(config)
     account = account_of(rental)
-    ledger = budget_of(rental, account.store)
-    remote.down(config, account, ledger, Console())
-    for one in reap(account.client, owner(account.volume().id), over=lambda run: "everything is ended", budget=ledger, young_s=0.0):
+    ledger = _ledger(rental, account)
+    try:
+        remote.down(config, account, Console())
+    except InfraError as error:
+        _say(f"the server's database may be a minute old: {error}")
+    reaped = reap(account.client, owner(account.volume().id), budget=ledger, young_s=0.0, everything=True)
+    for one in reaped:
         _say(f"pod {one.pod.id}: {one.problem or 'ended'}")
-    reconcile(account.client, ledger)
-    Console().print(budget_table(ledger.position(), ledger.clock()).terminal())
+    if ledger is not None:
+        try:
+            reconcile(account.client, ledger)
+        except InfraError as error:
+            _say(f"by price and time, because RunPod's bill cannot be read: {error}")
+        Console().print(budget_table(ledger.position(), ledger.clock()).terminal())
     month = account.volume().usd_per_hour * HOURS_PER_MONTH
     _say(f"The volume {account.volume().name} stays, for ${month:.2f} a month.")
-    return 0
+    if left := [one for one in reaped if one.problem]:
+        _say(f"{len(left)} pods could not be ended and cost on: run this again, or end them at https://console.runpod.io/pods")
+    return 1 if left else 0
 
 
 @app.command
@@ -186,11 +204,19 @@ def board(
     there = Board(account_of(rental_of(chosen_profile(profile))).store, "LOCAL")
     if text is not None:
         there.post(text)
-    seen = 0.0
+    shown: set[Entry] = set()
     while True:
-        for entry in there.entries(after=seen):
+        try:
+            # by entry and not by time: S3 may list a pod's entry minutes after later ones, and clocks differ
+            new = [entry for entry in there.entries() if entry not in shown]
+        except InfraError as error:
+            if not shown:
+                raise
+            _say(f"tried again in {FOLLOW_S:.0f} s: {error}")
+            new = []
+        for entry in new:
             _say(entry.markdown())
-            seen = entry.at
+        shown.update(new)
         if not follow:
             return 0
         time.sleep(FOLLOW_S)
@@ -285,6 +311,19 @@ def _written_at(manifest: bytes | None) -> str:
 
 def _progress() -> Progress:
     return Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=Console(stderr=True))
+
+
+def _ledger(rental: "Rental", account: Account) -> Budget | None:
+    """The ledger; None, which is said, where it cannot be reached: pods are ended all the same."""
+    from tasks.rented import budget_of
+
+    try:
+        ledger = budget_of(rental, account.store)
+        ledger.entries()
+    except InfraError as error:
+        _say(f"the ledger cannot be reached: {error}")
+        return None
+    return ledger
 
 
 def _say(text: str) -> None:

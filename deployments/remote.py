@@ -10,7 +10,6 @@ from rich.console import Console
 
 from fvlm_core.errors import UserError
 from fvlm_core.tables import Table
-from infra.budget import Budget
 from infra.runpod.account import Account
 from infra.runpod.code import upload_code
 from infra.runpod.setup import mark
@@ -79,7 +78,7 @@ def exports(config: PipelineConfig) -> str:
     return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in known.items())
 
 
-def down(config: PipelineConfig, account: Account, ledger: Budget, console: Console) -> None:
+def down(config: PipelineConfig, account: Account, console: Console) -> None:
     """End the server's pod after it has saved its database, where there is one; what runs is marked Crashed before."""
     import asyncio
 
@@ -95,7 +94,7 @@ def down(config: PipelineConfig, account: Account, ledger: Budget, console: Cons
             from deployments.register import crash_stale_runs
 
             asyncio.run(crash_stale_runs(Path(rental.mount_path)))
-        stop_server(account, ledger, pod)
+        stop_server(account, pod)
 
 
 def smoke(config: PipelineConfig, bucket: S3Store, console: Console, *, yes: bool) -> int:

@@ -5,6 +5,7 @@ code is reported, or made again where the profile says so.
 """
 
 import ast
+import contextlib
 import hashlib
 import platform
 import subprocess
@@ -19,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 """The folder that paths of code are relative to: the checkout, or where the package is installed."""
 LIBRARIES = ("torch", "transformers", "webdataset", "av", "numpy")
 """Libraries whose version a result can depend on."""
+COMMIT_FILE = ".commit"
+"""In a copy of the checkout without .git, as rented machines have it (`infra.runpod.code`)."""
 DIGEST_LENGTH = 16
 """Hex digits kept of a file's sha256: enough to see a change."""
 
@@ -63,7 +66,9 @@ def versions() -> dict[str, str]:
 
 @cache
 def commit() -> str:
-    """The checkout's commit, with `+changes` where files differ from it; empty where this is no checkout of git."""
+    """The checkout's commit, with `+changes` where files differ from it; empty where this is no checkout of git, nor a copy that says."""
+    with contextlib.suppress(OSError):
+        return (ROOT / COMMIT_FILE).read_text().strip()
     try:
         described = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
         return subprocess.run(described, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -52,8 +52,8 @@ class Board:
         self.store.write(BOARD, self.markdown().encode())
         return entry
 
-    def entries(self, *, after: float = 0.0) -> list[Entry]:
-        """Everybody's entries, by time; those written later than `after`."""
+    def entries(self) -> list[Entry]:
+        """Everybody's entries, by time."""
         found = []
         for line in self.journal.lines():
             try:
@@ -61,7 +61,7 @@ class Board:
                 found.append(Entry(float(said["at"]), said["side"], str(said["text"])))
             except (ValueError, TypeError, KeyError):  # of a writer that was killed half-way
                 continue
-        return sorted((one for one in found if one.at > after), key=lambda one: one.at)
+        return sorted(found, key=lambda one: one.at)
 
     def markdown(self) -> str:
         """All of it."""

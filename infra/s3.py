@@ -4,9 +4,11 @@ It has no DeleteObjects, no presigned URLs, no conditional writes; its first lis
 things are read by their exact key, and large ones move in parts that can go on after an interruption.
 """
 
+import glob
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -85,6 +87,17 @@ def connect(data_center: str, access_key: str, secret_key: str, *, url: str | No
     return client
 
 
+@dataclass(frozen=True)
+class Object:
+    """A file on the volume, as S3 sees it."""
+
+    bytes: int
+    written: float
+    """Seconds since the epoch."""
+    tag: str
+    """Its ETag."""
+
+
 class S3Store:
     """`infra.store.Store` in a volume's bucket; and its large files."""
 
@@ -131,12 +144,20 @@ class S3Store:
 
     def size(self, key: str) -> int | None:
         """Bytes; None where there is no such key."""
+        found = self.look(key)
+        return found.bytes if found else None
+
+    def look(self, key: str) -> "Object | None":
+        """What is there; None where there is no such key."""
         try:
-            return int(self.client.head_object(Bucket=self.bucket, Key=key)["ContentLength"])
+            found = self.client.head_object(Bucket=self.bucket, Key=key)
         except ClientError as error:
             if _code(error) in MISSING:
                 return None
             self._fail(error, key)
+        except BotoCoreError as error:
+            self._fail(error, key)
+        return Object(int(found["ContentLength"]), found["LastModified"].timestamp(), str(found.get("ETag", "")).strip('"'))
 
     def delete(self, key: str) -> None:
         """No error where there is none."""
@@ -146,21 +167,23 @@ class S3Store:
             self._fail(error, key)
 
     def download(self, key: str, path: Path, *, progress: Progress = lambda done, total: None, part_bytes: int = PART_BYTES) -> bool:
-        """Fetch a file; goes on where an earlier try ended. Returns False where the file was there with the same size already.
+        """Fetch a file; goes on where an earlier try ended. Returns False where the file is here, with the size and time of the volume's.
 
-        The parts go to `PATH.part`, which becomes `path` when it is complete.
+        The parts go to `PATH.TIME.part`, which becomes `path` when it is complete; those of another time are of a file that was written
+        again since, and go.
         """
-        total = self.size(key)
-        if total is None:
+        found = self.look(key)
+        if found is None:
             raise VolumeError(f"there is no {key} on the volume", where=self.bucket, fix="see `fvlm volume ls`")
-        if path.is_file() and path.stat().st_size == total:
+        total = found.bytes
+        if path.is_file() and (path.stat().st_size, path.stat().st_mtime) == (total, found.written):
             return False
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.part")
+        part = path.with_name(f"{path.name}.{found.written:.0f}.part")
+        for other in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+            if other != part or other.stat().st_size > total:
+                other.unlink()
         done = part.stat().st_size if part.exists() else 0
-        if done > total:
-            part.unlink()
-            done = 0
         with part.open("ab") as stream:
             while done < total:
                 last = min(done + part_bytes, total) - 1
@@ -173,13 +196,14 @@ class S3Store:
                 stream.flush()
                 done += len(content)
                 progress(done, total)
+        os.utime(part, (found.written, found.written))
         part.replace(path)
         return True
 
     def upload(self, path: Path, key: str, *, progress: Progress = lambda done, total: None, part_bytes: int = PART_BYTES) -> bool:
-        """Send a file; goes on with an unfinished upload of the same parts. Returns False where one of the same size is there already."""
-        total = path.stat().st_size
-        if self.size(key) == total:
+        """Send a file; goes on with an unfinished upload of the same parts. Returns False where the same content is there already."""
+        total, there = path.stat().st_size, self.look(key)
+        if there and there.bytes == total and there.tag in _tags(path, part_bytes):
             return False
         try:
             if total <= part_bytes:
@@ -230,6 +254,16 @@ class S3Store:
         }
         fix = hints.get(code, "try again; see https://uptime.runpod.io")
         raise VolumeError(f"the volume's S3 side: {code}: {error}", where=f"s3://{self.bucket}/{key}", fix=fix) from error
+
+
+def _tags(path: Path, part_bytes: int) -> tuple[str, str]:
+    """What S3 calls a file's content: its MD5, or that of its parts' where it was sent in parts."""
+    everything, parts = hashlib.md5(usedforsecurity=False), []
+    with path.open("rb") as stream:
+        while content := stream.read(part_bytes):
+            everything.update(content)
+            parts.append(hashlib.md5(content, usedforsecurity=False).digest())
+    return everything.hexdigest(), f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
 
 
 def local_path(folder: Path, key: str) -> Path:

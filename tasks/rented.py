@@ -4,6 +4,7 @@ Nothing in this file knows Prefect.
 """
 
 import io
+import logging
 import os
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from fvlm_core.errors import UserError
 from fvlm_core.tables import Table
 from infra import api
 from infra.budget import Budget, Entry, Position
+from infra.errors import InfraError
 from infra.mirror import mirror
 from infra.runpod.account import KEY_VARIABLE, S3_ACCESS_VARIABLE, S3_SECRET_VARIABLE, Account, Place, mounted
 from infra.runpod.bills import reconcile
@@ -26,6 +28,7 @@ from tasks.bill import bill_against_plan, billed_by_step, recorded_plan
 from tasks.config import PipelineConfig, Pool
 from tasks.rental import Rental
 
+log = logging.getLogger(__name__)
 STORAGE, OTHER = "storage", "other"
 MACHINE = ("gpus", "gpu_count", "cpus", "vcpus", "max_usd_per_hour", "min_cuda")
 """Job variables that say which machine a pool wants."""
@@ -93,12 +96,18 @@ def at_live_prices(config: PipelineConfig) -> Rental:
 
 
 def look_after(account: Account, budget: Budget | None) -> list[Reaped]:
-    """End the pods that nobody owns, and bring the ledger up to date. Asks the Prefect server that PREFECT_API_URL names, if it answers."""
+    """End the pods that nobody owns, and bring the ledger up to date. Asks the Prefect server that PREFECT_API_URL names, if it answers.
+
+    A ledger or a bill that cannot be read holds nothing up: what was ended is returned all the same.
+    """
     url = os.environ.get("PREFECT_API_URL")
     over = (lambda run: api.run_over(url, os.environ, run)) if url else (lambda run: None)
     reaped = reap(account.client, owner(account.volume().id), over=over, budget=budget)
     if budget is not None:
-        reconcile(account.client, budget)
+        try:
+            reconcile(account.client, budget)
+        except (InfraError, OSError) as error:
+            log.warning("the ledger was not compared with the bill: %s", error)
     return reaped
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
-from infra.errors import RefusedError
+from infra.errors import InfraError, RefusedError
 from infra.runpod.client import API_URL, RunPod
 from infra.runpod.models import Volume
 from infra.runpod.pod import IDENTITY, OUTCOME, PODS
@@ -92,9 +92,9 @@ class Account:
         return S3Store(connect(volume.dataCenter, access, secret, url=self.place.s3_url), volume.id)
 
     def outcome(self, pod: str) -> str:
-        """How the pod's job says that it ended; empty where it says nothing."""
+        """How the pod's job says that it ended; empty where it says nothing, or where the volume cannot be reached."""
         try:
             content = self.store.read(f"{PODS}/{pod}/{OUTCOME}")
             return str(json.loads(content)["reason"]) if content else ""
-        except (OSError, ValueError, KeyError):
+        except (InfraError, OSError, ValueError, KeyError):
             return ""

@@ -12,6 +12,8 @@ from infra.runpod.pod import CODE
 from infra.store import Store
 
 CLEAN_LENGTH, CHANGES_LENGTH = 16, 8
+COMMIT_FILE = ".commit"
+"""In the archive, which has no .git: the commit that it is of, for the manifests of what is made with it."""
 LARGEST_BYTES = 50_000_000
 """Of the archive; more is no code."""
 
@@ -30,10 +32,15 @@ def upload_code(checkout: Path, store: Store) -> str:
 
 def archived(checkout: Path) -> tuple[str, bytes]:
     """Name and content of the checkout's archive; equal for equal files."""
-    commit = _git(checkout, "rev-parse", "HEAD").strip()[:CLEAN_LENGTH]
+    commit = _git(checkout, "rev-parse", "HEAD").strip()
+    changed = bool(_git(checkout, "status", "--porcelain"))
     files = sorted(set(_git(checkout, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")) - {""})
     packed = io.BytesIO()
     with gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as zipped, tarfile.open(fileobj=zipped, mode="w") as archive:
+        said = f"{commit}{'+changes' if changed else ''}\n".encode()
+        entry = tarfile.TarInfo(COMMIT_FILE)
+        entry.size = len(said)
+        archive.addfile(entry, io.BytesIO(said))
         for file in files:
             path = checkout / file
             if path.is_file() and not path.is_symlink():
@@ -46,8 +53,8 @@ def archived(checkout: Path) -> tuple[str, bytes]:
         raise RefusedError(
             f"the checkout packs to {len(content) / 1e6:.0f} MB", where=str(checkout), fix="keep data out of it, or list it in .gitignore"
         )
-    changed = bool(_git(checkout, "status", "--porcelain"))
-    return (f"{commit}-{hashlib.sha256(content).hexdigest()[:CHANGES_LENGTH]}" if changed else commit), content
+    name = commit[:CLEAN_LENGTH]
+    return (f"{name}-{hashlib.sha256(content).hexdigest()[:CHANGES_LENGTH]}" if changed else name), content
 
 
 def _git(checkout: Path, *arguments: str) -> str:

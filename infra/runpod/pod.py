@@ -11,6 +11,7 @@ A pod costs money until somebody ends it, and RunPod itself ends none: a contain
 6. writes how it ended (`outcome.json`, atomically), and ends the pod, by several ways, until one works.
 """
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -67,6 +68,8 @@ LEASE_S = 120.0
 BEATS = 8
 """Signs of life in the time of a lease."""
 USER_AGENT = "fvlm/0.1 pod"
+PROGRAM_SAYS = "[pod]"
+"""Beginning of this program's lines in the container's log."""
 GB = 10**9
 
 
@@ -217,12 +220,18 @@ class Pod:
         url = self.environment.get("PREFECT_API_URL")
         if not url:
             return
-        problem = ""
+        problem, headers = "", {"User-Agent": USER_AGENT}
+        if auth := self.environment.get("PREFECT_API_AUTH_STRING"):
+            headers["Authorization"] = f"Basic {base64.b64encode(auth.encode()).decode()}"
+        elif key := self.environment.get("PREFECT_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
         for _ in range(5):
             try:
-                with urllib.request.urlopen(urllib.request.Request(f"{url}/health", headers={"User-Agent": USER_AGENT}), timeout=10):
+                with urllib.request.urlopen(urllib.request.Request(f"{url}/health", headers=headers), timeout=10):
                     return
             except (urllib.error.URLError, OSError, ValueError) as error:
+                if isinstance(error, urllib.error.HTTPError) and error.code in (401, 403):
+                    raise PreflightError(f"the Prefect API at {url} refuses the pod's key or password: {error}") from error
                 problem = str(error)
                 time.sleep(self.job.get("retry_s", 3.0))
         raise PreflightError(f"the Prefect API at {url} cannot be reached from the pod: {problem}")
@@ -356,12 +365,21 @@ class Pod:
         return self._ask("DELETE", f"/v2/pods/{self.id}", None)
 
     def _command(self) -> str:
-        """RunPod's own program, which is in its images."""
-        program = shutil.which("runpodctl")
+        """RunPod's own program, which is in its images; its words have changed between versions."""
+        program = shutil.which("runpodctl", path=self.environment.get("PATH"))
         if program is None:
             return "there is no runpodctl"
-        done = subprocess.run([program, "remove", "pod", self.id], capture_output=True, text=True, timeout=60, check=False)
-        return "" if done.returncode == 0 else f"runpodctl: status {done.returncode}"
+        problem = ""
+        for words in (["pod", "delete", self.id], ["remove", "pod", self.id]):
+            try:
+                done = subprocess.run([program, *words], capture_output=True, timeout=60, check=False)
+            except (OSError, subprocess.SubprocessError) as error:  # nothing may end the loop of `end`
+                problem = f"runpodctl: {error}"
+                continue
+            if done.returncode == 0:
+                return ""
+            problem = f"runpodctl: status {done.returncode}"
+        return problem
 
     def _ask(self, method: str, path: str, body: bytes | None) -> str:
         """What went wrong, or nothing."""
@@ -381,7 +399,7 @@ class Pod:
 
     def say(self, text: str) -> None:
         """A line in the container's log."""
-        print(f"[pod] {text}", flush=True)
+        print(f"{PROGRAM_SAYS} {text}", flush=True)
 
 
 @contextlib.contextmanager

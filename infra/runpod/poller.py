@@ -10,6 +10,7 @@ from typing import Any
 import anyio.to_thread
 
 from infra.budget import Budget
+from infra.errors import InfraError
 from infra.runpod.account import Account
 from infra.runpod.client import RunPod
 from infra.runpod.errors import RunPodError
@@ -17,6 +18,8 @@ from infra.runpod.models import Pod
 
 OF_PREFECT = re.compile(r"\d\d:\d\d:\d\d\.\d{3} \| \w+ +\| ")
 """Lines that the run has sent to the server itself."""
+SYSTEM_SAYS = "system:"
+"""Beginning of lines that are RunPod's and not the container's."""
 
 
 class Poller:
@@ -60,7 +63,7 @@ class Poller:
 
 
 async def ended(account: Account, budget: Budget, pod: str, name: str, warn: Callable[[str], None]) -> None:
-    """End the pod, however long RunPod takes to hear of it, and write it down."""
+    """End the pod, however long RunPod takes to hear of it, and write it down; the reaper does where the ledger is away."""
     delay_s = 1.0
     while True:
         try:
@@ -70,7 +73,10 @@ async def ended(account: Account, budget: Budget, pod: str, name: str, warn: Cal
             warn(f"the pod {pod} could not be ended, tried again: {error.what}")
             await asyncio.sleep(delay_s)
             delay_s = min(60.0, delay_s * 2)
-    await anyio.to_thread.run_sync(budget.ended, name)
+    try:
+        await anyio.to_thread.run_sync(budget.ended, name)
+    except (InfraError, OSError) as error:
+        warn(f"the end of the pod {pod} is not in the ledger yet: {error}")
 
 
 @contextlib.contextmanager
@@ -85,7 +91,7 @@ def reading_logs(client: RunPod, pod: str, say: Callable[[str], None]) -> Any:
                 for line in client.logs(pod, after=last, tail=1000):
                     last = line.id
                     if not OF_PREFECT.match(line.line):
-                        say(f"{line.source}: {line.line}" if line.source == "system" else line.line)
+                        say(f"{SYSTEM_SAYS} {line.line}" if line.source == "system" else line.line)
                     if over.is_set():
                         return
             over.wait(3.0)

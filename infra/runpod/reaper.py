@@ -4,12 +4,14 @@ A pod's name says whose it is, for which flow run it works and when it has to en
 run is over or unknown is ended too; where the ledger can be reached, it is brought up to date.
 """
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from uuid import UUID
 
 from infra.budget import Budget
+from infra.errors import InfraError
 from infra.runpod.client import RunPod
 from infra.runpod.errors import RunPodError
 from infra.runpod.models import OVER, Pod
@@ -19,6 +21,7 @@ OVERTIME_S = 120.0
 """After the deadline, for a pod to end itself."""
 YOUNG_S = 300.0
 """A pod that is younger may belong to a run that is being submitted, and an entry of the ledger to a pod that is being created."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,12 @@ def reap(
     budget: Budget | None = None,
     now: float | None = None,
     young_s: float = YOUNG_S,
+    everything: bool = False,
 ) -> list[Reaped]:
-    """End the pods of `owner` that nobody owns; returns what was ended. Pods of others are not touched.
+    """End the pods of `owner` that nobody owns, or `everything` of it; returns what was ended. Pods of others are not touched.
 
     `over` says of a flow run why nobody needs its pod any more; None where somebody does, or where it is not known. It is not asked of pods
-    younger than `young_s`, nor of one that works for no flow run.
+    younger than `young_s`, nor of one that works for no flow run. A ledger that cannot be reached holds nothing up.
     """
     now = time.time() if now is None else now
     reaped, left = [], set()
@@ -50,7 +54,7 @@ def reap(
         name = PodName.parse(pod.name)
         if name is None or name.owner != owner:
             continue
-        reason = _reason(pod, name, over, now, young_s)
+        reason = "everything is ended" if everything else _reason(pod, name, over, now, young_s)
         if reason is None:
             left.add(pod.name)
             continue
@@ -61,7 +65,10 @@ def reap(
             left.add(pod.name)
             reaped.append(Reaped(pod, reason, error.what))
     if budget is not None:
-        settle(budget, left, now, young_s)
+        try:
+            settle(budget, left, now, young_s)
+        except (InfraError, OSError) as error:
+            log.warning("the ledger was not brought up to date: %s", error)
     return reaped
 
 

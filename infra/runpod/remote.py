@@ -57,6 +57,7 @@ def rent_server(
     """A pod as the configuration wants it, with a server on `port` and workers for the `pools`. Raises what `rent` raises."""
     command = ["{python}", "-m", "infra.runpod.home", "--volume", configuration.mount_path, "--port", str(port)]
     command += ["--address", address, "--pools", json.dumps(dict(pools), separators=(",", ":"))]
+    configuration.check_image()
     volume = account.volume()
     key = account.place.key.get_secret_value() if account.place.key else os.environ.get(KEY_VARIABLE, "")
     wish = configuration.wish
@@ -100,11 +101,12 @@ def wait_until_it_answers(
         time.sleep(LOOK_S)
 
 
-def stop_server(account: Account, budget: Budget, pod: Pod, *, timeout_s: float = STOP_TIMEOUT_S) -> None:
+def stop_server(account: Account, pod: Pod) -> None:
     """Ask the server to save its database and to end, wait for that, and end the pod in any case."""
-    account.store.write(STOP, b"")
-    deadline = time.monotonic() + timeout_s
-    while (found := server_pod(account)) and found.id == pod.id and time.monotonic() < deadline:
-        time.sleep(LOOK_S)
-    account.client.terminate(pod.id)
-    budget.ended(pod.name)
+    try:
+        account.store.write(STOP, b"")
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        while (found := server_pod(account)) and found.id == pod.id and time.monotonic() < deadline:
+            time.sleep(LOOK_S)
+    finally:
+        account.client.terminate(pod.id)

@@ -11,6 +11,7 @@ worker that is started anew goes on with the pods of the one before.
 import asyncio
 import contextlib
 import time
+from collections import deque
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -34,14 +35,16 @@ from prefect.workers.base import BaseWorker, BaseWorkerResult
 
 from infra.board import Board
 from infra.budget import Budget
-from infra.errors import InfraError
+from infra.errors import InfraError, RefusedError
 from infra.runpod.account import Account
+from infra.runpod.errors import WrongKeyError
 from infra.runpod.models import Pod, Volume
 from infra.runpod.naming import PodName, owner
-from infra.runpod.poller import Poller, ended, reading_logs
+from infra.runpod.pod import PROGRAM_SAYS
+from infra.runpod.poller import SYSTEM_SAYS, Poller, ended, reading_logs
 from infra.runpod.pool import RunPodConfiguration, RunPodVariables
 from infra.runpod.rent import rent
-from infra.runpod.watch import GONE_LOOKS, Watch
+from infra.runpod.watch import GONE_LOOKS, UNSTARTED, Watch
 
 RECOVER_S = 15.0
 """Between two looks for runs that a worker before this one has left."""
@@ -103,6 +106,7 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
         log = self.get_flow_run_logger(flow_run)
         self._mine.add(flow_run.id)
         configuration.check_reachable()
+        await anyio.to_thread.run_sync(configuration.check_image)
         tenancy = await self._tenancy(configuration)
         volume, budget = tenancy.volume, tenancy.budget.capped(configuration.budget_usd, configuration.budget_reserve_usd)
 
@@ -154,7 +158,14 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
             idle_s=configuration.idle_gpu_s if configuration.gpus else None,
             silent_s=configuration.silent_s,
         )
-        with reading_logs(account.client, pod.id, log.info):
+        system: deque[str] = deque(maxlen=1)
+
+        def said(line: str) -> None:
+            log.info(line)
+            watch.speaks |= line.startswith(PROGRAM_SAYS)
+            system.extend([line] if line.startswith(SYSTEM_SAYS) else [])
+
+        with reading_logs(account.client, pod.id, said):
             try:
                 crashed = await self._until_over(flow_run, tenancy.poller, watch, pod.id)
             except BaseException:
@@ -163,11 +174,12 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
                 raise
         await ended(account, tenancy.budget, pod.id, str(name), log.warning)
         outcome = await anyio.to_thread.run_sync(account.outcome, pod.id)
-        reason = f"{crashed}{f'; {outcome}' if outcome else ''}" if crashed else ""
         if not crashed:
             log.info("the pod %s has ended", pod.id)
             await anyio.to_thread.run_sync(tenancy.post, f"{flow_run.name} has ended, and its pod {pod.id} with it")
             return RunPodResult(identifier=pod.id, status_code=0)
+        hint = f"if its image {configuration.image} cannot be pulled, correct it or give its `registry`" if UNSTARTED in crashed else ""
+        reason = "; ".join(part for part in (crashed, outcome, *system, hint) if part)
         log.error("the pod %s was lost: %s", pod.id, reason)
         await anyio.to_thread.run_sync(tenancy.post, f"BLOCKER: {flow_run.name}: its pod {pod.id} was lost: {reason}")
         await self._propose_crashed_state(flow_run, f"pod {pod.id}: {reason}")
@@ -218,8 +230,9 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
 
     async def _recover(self) -> None:
         """What a worker before this one has left: its pods, and runs that it had taken and not yet given a pod."""
-        await self._adopt()
+        adopted = False
         while True:
+            adopted = adopted or await self._adopt()
             await asyncio.sleep(RECOVER_S)
             with contextlib.suppress(Exception):  # the server is away; there is a next time
                 await self._crash_forgotten()
@@ -237,18 +250,23 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
             if not known and run.state is not None and now - run.state.timestamp > ALIVE:
                 await self._propose_crashed_state(run, "the worker that had taken the run was lost before it had a pod")
 
-    async def _adopt(self) -> None:
-        """Go on with pods that a worker before this one rented for runs of this pool."""
+    async def _adopt(self) -> bool:
+        """Go on with pods that a worker before this one rented for runs of this pool. False where RunPod or the server is away."""
         try:
-            configuration = await RunPodConfiguration.from_template_and_values(self.work_pool.base_job_template, {}, client=self.client)
-            tenancy = await self._tenancy(configuration)
-            pods = await anyio.to_thread.run_sync(tenancy.account.client.pods)
-        except Exception as error:  # there is no pool-wide account: each run brings its own
+            await self._adopt_all()
+        except (RefusedError, WrongKeyError, ValueError) as error:  # there is no pool-wide account: each run brings its own
             self._logger.debug("no pods are taken over: %s", error)
-            return
-        for pod in pods:
+        except Exception as error:
+            self._logger.warning("pods of an earlier worker are looked for again in %.0f s: %s", RECOVER_S, error)
+            return False
+        return True
+
+    async def _adopt_all(self) -> None:
+        configuration = await RunPodConfiguration.from_template_and_values(self.work_pool.base_job_template, {}, client=self.client)
+        tenancy = await self._tenancy(configuration)
+        for pod in await anyio.to_thread.run_sync(tenancy.account.client.pods):
             name = PodName.parse(pod.name)
-            if name is None or name.owner != owner(tenancy.volume.id) or pod.id in tenancy.poller.watched:
+            if name is None or name.owner != owner(tenancy.volume.id) or name.run in self._mine:
                 continue
             with contextlib.suppress(ObjectNotFound):
                 run = await self.client.read_flow_run(name.run)
@@ -256,8 +274,7 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
                     self._logger.info("goes on with the pod %s of the flow run %s", pod.id, run.name)
                     self._mine.add(run.id)
                     self._runs_task_group.start_soon(self._stay, run, configuration, tenancy, pod, name)
-        with contextlib.suppress(Exception):  # the server or RunPod is away
-            await self._crash_orphaned(tenancy, configuration.poll_s)
+        await self._crash_orphaned(tenancy, configuration.poll_s)
 
     async def _crash_orphaned(self, tenancy: "Tenancy", poll_s: float) -> None:
         """Mark runs Crashed whose pod ended while neither a worker nor the server was there: they would fill the pool's limit for ever."""

@@ -1,9 +1,12 @@
 """`fvlm infra`, `fvlm volume` and `fvlm board` against an emulated RunPod."""
 
 import re
+import time
 from collections.abc import Callable, Iterator
+from functools import partialmethod
 from pathlib import Path
-from uuid import uuid4
+from types import SimpleNamespace
+from uuid import UUID, uuid4
 
 import pytest
 import yaml
@@ -17,6 +20,7 @@ from fvlm_core.dotted import with_changes
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import Manifest, file_entries
 from fvlm_core.tables import Table
+from infra.board import Board
 from infra.budget import Budget
 from infra.errors import InfraError
 from infra.runpod.client import RunPod
@@ -24,8 +28,8 @@ from infra.runpod.emulator.cloud import Delays
 from infra.runpod.emulator.faults import Fault
 from infra.runpod.emulator.s3 import S3Side
 from infra.runpod.emulator.server import Emulator
-from infra.runpod.models import CpuRequest, CreatePod, Mounts, NetworkMount
-from infra.runpod.naming import PodName
+from infra.runpod.models import CpuRequest, CreatePod, Mounts, NetworkMount, Pod
+from infra.runpod.naming import NO_RUN, PodName
 from infra.stack import Stack
 from infra.store import FolderStore
 from tasks.phase import Before, PhaseManifest, Shown
@@ -34,6 +38,10 @@ from tasks.steps import Made
 from tests.infra.runpod.conftest import KEY
 
 Fvlm = Callable[..., str]
+
+
+class EnoughError(Exception):
+    """Ends a command that would go on for ever."""
 
 
 @pytest.fixture
@@ -62,7 +70,7 @@ def fvlm(cloud: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         yield run
 
 
-def test_setting_up_working_and_taking_down(fvlm: Fvlm, cloud: Emulator, tmp_path: Path) -> None:
+def test_setting_up_working_and_taking_down(fvlm: Fvlm, cloud: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = fvlm("infra", "setup")
     (volume,) = cloud.cloud.volumes.values()
     assert volume.data_center == "US-KS-2", "where the wanted GPU is in stock, not the first one listed"
@@ -100,9 +108,80 @@ def test_setting_up_working_and_taking_down(fvlm: Fvlm, cloud: Emulator, tmp_pat
         assert "train" in shown
         assert "$0.06" in shown
         assert fvlm("infra", "reap") == "", "it is young, and nothing says that its run is over"
-        assert f"pod {pod.id}: ended" in fvlm("infra", "down")
-        assert client.pods() == []
+        server = PodName.new(volume.id, 2_000_000_000, NO_RUN)
+        client.create_pod(CreatePod(name=str(server), image="i", args="sleep 600", cpu=cpu, mounts=mounts))
+        monkeypatch.setattr("infra.runpod.remote.STOP_TIMEOUT_S", 0.0)
+        shown = " ".join(fvlm("infra", "down").split())
+        assert f"pod {pod.id}: ended" in shown
+        assert client.pods() == [], "the server's pod too"
+        assert re.search(r"train 1 0 \$0\.00 \$0\.00", shown), "what each phase cost"
+        assert re.search(r"spent \$0\.00 .* of \$485\.00", shown)
+        assert "stays, for $7.00 a month" in shown
     assert not any(entry.running for entry in ledger.entries() if entry.kind == "pod")
+
+
+def test_pods_are_ended_where_the_ledger_cannot_be_reached(
+    fvlm: Fvlm, cloud: Emulator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fvlm("infra", "setup")
+    (volume,) = cloud.cloud.volumes.values()
+    mounts = Mounts(network=[NetworkMount(volumeId=volume.id, path=str(volume.folder))])
+    cpu = CpuRequest(id="cpu3c", vcpuCount=2)
+
+    def rent(deadline: int, run: UUID) -> Pod:
+        name = str(PodName.new(volume.id, deadline, run))
+        return client.create_pod(CreatePod(name=name, image="i", args="sleep 600", cpu=cpu, mounts=mounts))
+
+    with RunPod(KEY, cloud.url, sleep=lambda _: None) as client:
+        monkeypatch.setenv("RUNPOD_S3_SECRET_KEY", "")
+        late = rent(1, uuid4())
+        shown = fvlm("infra", "reap")
+        assert "the ledger cannot be reached: no key for the volume's S3 side" in shown
+        assert f"pod {late.id}: it is" in shown
+        rent(2_000_000_000, uuid4())
+        rent(2_000_000_000, NO_RUN)
+        assert "stays, for $7.00 a month" in fvlm("infra", "down")
+        assert client.pods() == []
+
+        late, waits = rent(1, uuid4()), []
+        cloud.cloud.faults.arm(Fault("away", seconds=600))
+        monkeypatch.setattr(RunPod, "__init__", partialmethod(RunPod.__init__, attempts=1))
+
+        def wait(seconds: float) -> None:
+            waits.append(seconds)
+            cloud.cloud.faults.clear()
+            if len(waits) > 1:
+                raise EnoughError
+
+        monkeypatch.setattr("deployments.machines.time", SimpleNamespace(sleep=wait))
+        with pytest.raises(EnoughError):
+            fvlm("infra", "reap", "--every", "7")
+        shown = capsys.readouterr().out
+        assert "tried again in 7 s: RunPod: upstream unavailable" in shown, "it outlives an outage"
+        assert f"pod {late.id}: it is" in shown
+        assert client.pods() == []
+
+
+def test_a_board_that_is_followed_shows_entries_that_come_late(
+    fvlm: Fvlm, cloud: Emulator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """S3 lists a pod's entry minutes after it was written, and a pod's clock may be behind."""
+    fvlm("infra", "setup")
+    (volume,) = cloud.cloud.volumes.values()
+    fvlm("board", "now")
+    late = iter([-3600.0, 0.0])
+
+    def wait(_seconds: float) -> None:
+        offset = next(late, None)
+        if offset is None:
+            raise EnoughError
+        Board(FolderStore(volume.folder), "RUNPOD", clock=lambda: time.time() + offset).post(f"written {offset:.0f} s from now")
+
+    monkeypatch.setattr("deployments.machines.time", SimpleNamespace(sleep=wait))
+    with pytest.raises(EnoughError):
+        fvlm("board", "--follow")
+    shown = capsys.readouterr().out
+    assert [shown.count(text) for text in ("now\n", "written -3600 s from now", "written 0 s from now")] == [3, 1, 1]
 
 
 def test_a_volume_is_looked_at_through_s3(fvlm: Fvlm, cloud: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,6 +235,12 @@ def test_the_scheduled_reaper_shows_where_the_money_is(fvlm: Fvlm, prefect_api: 
     assert str(found["budget-plot"].data).startswith("data:image/png;base64,")
 
 
+def test_a_volume_in_another_data_centre_is_refused(fvlm: Fvlm, cloud: Emulator, tmp_path: Path) -> None:
+    cloud.cloud.adopt_volume("fvlm", 100, "EUR-IS-1", tmp_path / "volume")
+    with pytest.raises(InfraError, match="the volume fvlm is in EUR-IS-1, and pods are wanted in EU-RO-1, US-KS-2"):
+        fvlm("infra", "setup")
+
+
 def test_what_is_wrong_is_said(fvlm: Fvlm, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InfraError, match="there is no volume called 'fvlm'; there are: none"):
         fvlm("infra", "budget")
@@ -184,6 +269,7 @@ def test_the_first_dollar_answers_what_no_document_settles(
     cloud.cloud.faults.arm(Fault("pod_key_refused", times=1))
     shown = " ".join(fvlm("infra", "smoke", "--yes").replace("│", " ").split())
     for words in (
+        "at most $0.03;",
         "There are no longer any instances available",
         "at most 0 s after it was written",
         "is started again; the pod is RUNNING and costs $0.06/h",

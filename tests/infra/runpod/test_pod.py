@@ -5,10 +5,12 @@ import hashlib
 import io
 import json
 import os
+import socket
 import sys
 import tarfile
 import time
 import zlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,9 +20,9 @@ from infra.runpod.emulator.faults import Fault
 from infra.runpod.emulator.server import Emulator
 from infra.runpod.models import CpuRequest, CreatePod, GpuRequest, Mounts, NetworkMount, Volume
 from infra.runpod.models import Pod as RentedPod
-from infra.runpod.pod import CODE, ENVIRONMENTS, IDENTITY, JOB_VARIABLE, OUTCOME, PODS, SHARDS, Pod, PreflightError
+from infra.runpod.pod import CODE, ENVIRONMENTS, IDENTITY, JOB_VARIABLE, OUTCOME, PODS, SHARDS, STARTED, Pod, PreflightError
 from infra.runpod.program import PROGRAM_VARIABLE, START
-from infra.stack import REPOSITORY
+from infra.stack import REPOSITORY, Stack
 from tests.infra.runpod.test_client import until
 
 A100 = "NVIDIA A100 80GB PCIe"
@@ -116,6 +118,48 @@ def test_the_deadline_ends_a_job_and_the_pod(pods: Pods, how: str) -> None:
     assert outcome["reason"].endswith("its time was over")
 
 
+def test_a_container_that_is_started_again_keeps_its_deadline(pods: Pods, emulator: Emulator) -> None:
+    """Where the mark of the first start is lost too: the time is an absolute one, and in the environment."""
+    emulator.cloud.faults.arm(Fault("restarts", after_s=3.0))
+    began = time.time()
+    job = f"echo ran >> {pods.folder}/runs; rm {pods.folder}/{PODS}/$RUNPOD_POD_ID/{STARTED}; sleep 60"
+    pod = pods.start(["sh", "-c", job], seconds=65.0)
+    outcome = pods.outcome(pod)
+    assert emulator.cloud.pods[pod.id].container.starts == 2
+    assert (pods.folder / "runs").read_text() == "ran\nran\n"
+    assert outcome["reason"].endswith("its time was over")
+    assert outcome["ended"] - began < 7.5, "at 5 s (GRACE_S before the deadline); counted from the second start it would be 8"
+
+
+def test_a_pod_that_hangs_before_its_job_is_ended_at_its_deadline(pods: Pods) -> None:
+    code = pods.folder / "checkout"
+    code.mkdir()
+    os.mkfifo(code / "requirements.lock")  # to read it waits for ever, as on a network file system that has gone
+    pod = pods.start(["true"], python=None, code_folder=str(code), lock="requirements.lock", seconds=4.0)
+    until(lambda: pod.id not in [one.id for one in pods.client.pods()], f"the watchdog\n{pods.log(pod)}", timeout_s=30)
+    assert "watchdog: the pod's time is over" in pods.log(pod)
+    assert not (pods.folder / PODS / pod.id / OUTCOME).exists()
+
+
+@pytest.mark.parametrize(
+    ("program", "says"),
+    [
+        ('#!/bin/sh\n[ "$1 $2" = "pod delete" ]', ""),
+        ('#!/bin/sh\n[ "$1 $2" = "remove pod" ]', ""),
+        ("#!/bin/sh\nexit 3", "status 3"),
+        ("#!/nowhere\n", "No such file"),
+    ],
+)
+def test_runpods_own_program_is_the_last_way_to_end_a_pod(tmp_path: Path, program: str, says: str) -> None:
+    runpodctl = tmp_path / "runpodctl"
+    runpodctl.write_text(program)
+    runpodctl.chmod(0o755)
+    pod = Pod({JOB_VARIABLE: json.dumps({"deadline": 0, "mount_path": str(tmp_path)}), "PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    problem = pod._command()
+    assert says in problem
+    assert bool(problem) == bool(says)
+
+
 def test_a_pod_whose_key_is_refused_tries_another_way(pods: Pods, emulator: Emulator) -> None:
     emulator.cloud.faults.arm(Fault("pod_key_refused", times=2))
     pod = pods.start(["true"])
@@ -139,6 +183,16 @@ def test_a_machine_that_is_not_what_was_asked_for_runs_nothing(pods: Pods, wrong
     assert outcome["status"] == 2
     assert says.format(volume=pods.volume.id) in outcome["reason"]
     assert not (pods.folder / "ran").exists()
+
+
+def test_a_server_that_the_pod_does_not_reach_is_found_before_any_work(pods: Pods, stack: Stack) -> None:
+    known = stack.client_environment()
+    there = {name: known[name] for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING")}
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        nobody = f"http://127.0.0.1:{free.getsockname()[1]}/api"
+    Pod(environment_of(pods) | there).check_network()
+    with pytest.raises(PreflightError, match=f"the Prefect API at {nobody} cannot be reached from the pod: .*refused"):
+        Pod(environment_of(pods, retry_s=0.01) | there | {"PREFECT_API_URL": nobody}).check_network()
 
 
 def test_gpus_are_counted_and_known_by_name(pods: Pods) -> None:

@@ -1,6 +1,8 @@
 """Flow runs on emulated pods, through a real Prefect server and a real worker."""
 
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -30,7 +32,10 @@ LOST = {
     "dies": (Fault("dies", after_s=0.5), "the pod is ERROR"),
     "deleted": (Fault("deleted", after_s=0.5), "the pod is gone"),
     "full": (Fault("disk_full"), "the pod could not be set up: [Errno 27]"),
+    "deleted early": (Fault("deleted_early"), "the pod is gone"),
     "stuck": (Fault("never_starts"), "the pod did not start in 3 s; it is PROVISIONING"),
+    "image": (Fault("image_missing"), "error pulling image runpod/pytorch:1.0.2-cu1281-torch280-ubuntu2404: layer does not exist"),
+    "loop": (Fault("bad_command"), "no sign of life for 0 min; system: the container's command ended with status 127; it is started again"),
     "hung": (Fault("hangs", after_s=0.3), "no sign of life"),
 }
 """Faults of a pod by the name of the run that they strike, and what its state says then."""
@@ -38,6 +43,7 @@ REFUSED = {
     "no such flavour": ({"cpus": ["cpu9"]}, "'cpu3c'?"),
     "budget": ({"budget_usd": 15.01}, "this pod to its deadline $0.06"),
     "no such volume": ({"volume": "elsewhere"}, "there is no volume called 'elsewhere'"),
+    "elsewhere": ({"data_centers": ["EU-RO-1"]}, "is in US-KS-2, and pods are wanted in EU-RO-1"),
     "ceiling": ({"max_usd_per_hour": 0.01}, "above the ceiling of $0.01"),
     "wrong key": ({"api_key": "rpa_wrong"}, "invalid bearer token"),
     "too many variables": ({"env": {f"V{number}": "1" for number in range(60)}}, "environment variables; a pod takes"),
@@ -56,7 +62,7 @@ def rig(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]
 def runs(rig: Rig) -> dict[str, FlowRun]:
     """All of them at once, as a worker has them."""
     fine = {"good": rig.submit("good"), "bad": rig.submit("bad", fail=True)}
-    quick = {"hung": {"silent_s": 6.0}}  # before its first heartbeat
+    quick = {key: {"silent_s": 6.0} for key in ("hung", "loop")}  # before the first heartbeat
     lost = {name: rig.submit(name, fault=fault, variables=quick.get(name), pieces=1000) for name, (fault, _) in LOST.items()}
     return fine | lost | {name: rig.submit(name, variables=wrong) for name, (wrong, _) in REFUSED.items()}
 
@@ -75,6 +81,16 @@ def secrets_in(rig: Rig, *texts: str) -> list[str]:
     for process in psutil.process_iter(["cmdline"]):
         places[f"process {process.pid}"] = " ".join(process.info["cmdline"] or [])
     return [place for place, text in places.items() if any(secret in text for secret in (KEY, PLANTED))]
+
+
+def test_the_pool_type_is_known_to_prefects_own_commands(rig: Rig) -> None:
+    name = f"{rig.pool}-by-hand"
+    made = [sys.executable, "-m", "prefect", "work-pool", "create", name, "--type", "runpod"]
+    subprocess.run(made, env=rig.environment, check=True, capture_output=True)
+    with get_client(sync_client=True) as client:
+        pool = client.read_work_pool(name)
+    assert pool.type == "runpod"
+    assert {"gpus", "max_usd_per_hour", "max_runtime_h", "api_key"} <= pool.base_job_template["variables"]["properties"].keys()
 
 
 def test_flow_runs_are_pods_that_end_with_them(rig: Rig, runs: dict[str, FlowRun]) -> None:
@@ -163,8 +179,10 @@ def test_a_killed_worker_is_followed_by_another_or_by_the_reaper_alone(rig: Rig)
     assert reap(rig.client, name.owner, now=name.deadline) == []
     gone = reap(rig.client, name.owner, over=lambda run: "unknown" if run == left.id else None, now=name.deadline + 60.0)
     assert [one.pod.id for one in gone] == [reaped.id]
+    rig.emulator.cloud.faults.arm(Fault("too_many_requests", times=5))  # as often as the client asks
     rig.start_worker()
-    until(lambda: f"goes on with the pod {pod.id}" in rig.tail(), "the new worker to take it over")
+    until(lambda: f"goes on with the pod {pod.id}" in rig.tail(), "the new worker to take it over, at its second try")
+    assert "pods of an earlier worker are looked for again" in rig.tail()
     rig.emulator.cloud.strike(rig.emulator.cloud.pods[pod.id], Fault("dies"))
     state = rig.finish(adopted.id)
     assert state.is_crashed()
