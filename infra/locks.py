@@ -36,7 +36,7 @@ def locked(path: Path, *, waiting: Callable[[], None] = lambda: None) -> Iterato
     on too (SHARED_VARIABLE) it is a lease: a host that dies loses it after LEASE_S, and a process that lost it ends itself.
     """
     if os.environ.get(SHARED_VARIABLE):
-        with leased(path, waiting=waiting):
+        with leased(path, waiting=waiting, lease_s=LEASE_S):
             yield
         return
 

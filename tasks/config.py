@@ -226,7 +226,7 @@ class Machine(Settings):
     rendezvous: str | None = None
     """`host:port` of the first node, where there are several."""
     parallel_jobs: Positive = 1
-    """Ablation and grid runs at once; they share the ranks. More than 1 is for machines without a GPU."""
+    """Ablation and grid runs at once; they share the ranks, and of several GPUs each run sees its own only."""
     precompute_workers: Positive = 1
     """Flow runs that share the download and the frames of precompute, each on a worker (or a rented machine) of the CPU pool."""
     verify: Verify = "sha256"
