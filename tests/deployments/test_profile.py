@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from deployments.checks import PROFILES
+from deployments.checks import PROFILES, load_profile
 from deployments.profile import chosen_profile, with_command
+from tasks.recipes import baseline_recipe, stage_recipe
 
 
 @pytest.mark.parametrize(
@@ -30,3 +31,19 @@ def test_a_profile_may_name_its_own_command_and_neither_decides_the_result():
     ours, own = chosen_profile("ci"), chosen_profile("ci", changes=["release.reproduce=[make release]"])
     assert own.release.reproduce == ["make release"]
     assert own.hash() == ours.hash()
+
+
+def test_production_trains_on_copies_on_the_pods_own_disk() -> None:
+    """The network volume is slow with many small reads; what is copied has to fit beside everything else on that disk."""
+    config = load_profile("runpod")
+    stages = [stage_recipe(config, name, changes={}, start=False) for name in config.stages.present]
+    recipes = [baseline_recipe(config, 0, {}), *stages]
+    assert len(recipes) >= 4
+    disk_gb = config.machine.pools.gpu.job_variables["disk_gb"]
+    assert config.machine.rental is not None
+    assert isinstance(disk_gb, int)
+    for recipe in recipes:
+        assert recipe.data.shuffle_shards
+        assert (staging := recipe.data.staging)
+        assert not staging.folder.is_relative_to(config.machine.rental.mount_path)
+        assert staging.max_gb <= 0.7 * disk_gb
