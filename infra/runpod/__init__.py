@@ -1,7 +1,8 @@
 """Rented pods: RunPod's API, a Prefect worker for it, what runs inside a pod, and an emulator of all of it.
 
 models, errors, client   RunPod's REST API, version 2
-settings                 where the API, the volume and the key are
+account                  where the API, the volume and the keys are
+image                    whether an image can be pulled, asked before a pod is rented
 rent                     from a preference list to one pod, within the budget
 watch                    what a pod's looks mean: started, dead, silent, idle, past its deadline
 worker                   Prefect's work-pool type `runpod`

@@ -5,6 +5,7 @@ import difflib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from uuid import UUID
 
 from infra.budget import HOUR_S, Budget, warnings_between
@@ -133,29 +134,31 @@ def rent(
 
     `environment` gives the variables that depend on the deadline and on what is rented. `warn` hears when a share of the cap is passed.
 
-    Raises RefusedError, BudgetError, NothingFreeError (with all that was tried), PriceError, or a RunPodError that no other candidate would
-    mend. Where it is not known whether there is a pod (UnavailableError), its reservation stands until the reaper has looked.
+    Raises RefusedError, BudgetError, NothingFreeError (with all that was tried), PriceError, or a RunPodError that no other candidate
+    mends. Where it is not known whether there is a pod (UnavailableError), its reservation stands until the reaper has looked.
     """
     began = time.monotonic()
     machines = candidates(client, wish, volume)
     while True:
         tried: list[str] = []
+        final: InfraError | None = None
         for machine in machines:
             deadline = budget.clock() + max_runtime_s
             name = PodName.new(volume.id, deadline, run)
-            position = budget.reserve(str(name), usd_per_hour=machine.usd_per_hour, until=deadline, phase=phase)
             request = _request(wish, machine, str(name), volume, mount_path, environment(deadline, machine))
+            position = budget.reserve(str(name), usd_per_hour=machine.usd_per_hour, until=deadline, phase=phase)
             try:
                 pod = client.create_pod(request)
-            except (NoCapacityError, NoAccessError) as error:
-                budget.release(str(name))
-                tried.append(f"{machine} ({error.what.removeprefix('RunPod: ')})")
-                continue
             except UnavailableError:
                 raise
-            except InfraError:
+            except InfraError as error:
                 budget.release(str(name))
-                raise
+                if not _others_may_do(error):
+                    raise
+                # the words of a refusal are not promised: one that is not known to mean capacity is final where all are so
+                final = None if isinstance(error, NoCapacityError) or (tried and final is None) else error
+                tried.append(f"{machine} ({error.what.removeprefix('RunPod: ')})")
+                continue
             try:
                 budget.started(str(name), pod.id, usd_per_hour=pod.cost)
             except (InfraError, OSError):  # a pod that the ledger does not know would be billed beside it
@@ -174,6 +177,8 @@ def rent(
                 warn(line)
             say(f"rented {machine} as pod {pod.id} for ${pod.cost:.2f}/h, until {_clock(deadline)} at the latest")
             return pod, name
+        if final is not None:
+            raise final
         left = wait_s - (time.monotonic() - began)
         if left <= 0:
             raise NothingFreeError(
@@ -183,6 +188,12 @@ def rent(
             )
         say(f"nothing is free, tried again for {left:.0f} s more: {'; '.join(map(str, machines))}")
         sleep(min(ROUND_S, left))
+
+
+def _others_may_do(error: InfraError) -> bool:
+    """Whether another candidate may be had: after any status 400, which says no capacity as well as a broken rule, and after 403."""
+    refused = isinstance(error, InvalidRequestError) and error.status == HTTPStatus.BAD_REQUEST
+    return refused or isinstance(error, NoCapacityError | NoAccessError)
 
 
 def _request(wish: Wish, machine: Candidate, name: str, volume: Volume, path: str, more: dict[str, str]) -> CreatePod:

@@ -152,6 +152,8 @@ class Cloud:
         free = [place for place in places if place in offered and not self.faults.strikes("no_capacity", subject, place)]
         if not free:
             raise RuleError(400, NO_INSTANCES)
+        if self.faults.strikes("rule_broken", subject):
+            raise RuleError(400, "this machine does not support the requested configuration")
         if self.faults.strikes("no_balance"):
             raise RuleError(402, "insufficient balance")
         if self.faults.strikes("wrong_price", subject):

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 ApiFault = Literal[
-    "no_capacity", "too_many_requests", "server_error", "create_lost", "away", "pod_key_refused", "wrong_price", "no_balance"
+    "no_capacity", "too_many_requests", "server_error", "create_lost", "away", "pod_key_refused", "wrong_price", "no_balance", "rule_broken"
 ]
 PodFault = Literal[
     "dies",

@@ -16,7 +16,7 @@ from infra.runpod.bills import reconcile
 from infra.runpod.client import RunPod
 from infra.runpod.emulator.faults import Fault
 from infra.runpod.emulator.server import Emulator
-from infra.runpod.errors import NoBalanceError, UnavailableError
+from infra.runpod.errors import InvalidRequestError, NoBalanceError, UnavailableError
 from infra.runpod.models import Pod, Status, Volume
 from infra.runpod.naming import PodName, owner
 from infra.runpod.reaper import OVERTIME_S, YOUNG_S, reap
@@ -81,6 +81,23 @@ def test_the_next_gpu_is_taken_where_the_first_has_none(rented, emulator: Emulat
     assert name.owner == owner(volume.id)
     (entry,) = [one for one in budget.entries() if one.running]
     assert (entry.pod, entry.usd_per_hour, entry.until) == (pod.id, 3.78, pytest.approx(name.deadline, abs=2))
+
+
+def test_after_a_refusal_in_other_words_the_next_gpu_is_tried(rented, emulator: Emulator, client: RunPod, budget: Budget) -> None:
+    """Status 400 says no capacity as well as a broken rule, in words that nobody has promised."""
+    emulator.cloud.faults.arm(Fault("rule_broken", where=A100))
+    pod, _ = rented(Wish("i", gpus=[A100, SXM], args=SLEEP))
+    assert pod.gpu is not None
+    assert pod.gpu.id == SXM
+    for _ in range(2):
+        emulator.cloud.faults.arm(Fault("rule_broken"))
+    with pytest.raises(InvalidRequestError, match="does not support"):
+        rented(Wish("i", gpus=[A100, SXM], args=SLEEP), wait_s=60.0)
+    emulator.cloud.faults.arm(Fault("rule_broken", where=A100))
+    emulator.cloud.faults.arm(Fault("no_capacity", where=SXM))
+    assert rented(Wish("i", gpus=[A100, SXM], args=SLEEP), wait_s=60.0), "waited for"
+    assert len(client.pods()) == 2
+    assert len([entry for entry in budget.entries() if entry.running]) == 2
 
 
 def test_what_was_tried_is_said_where_nothing_is_free(rented, emulator: Emulator, budget: Budget) -> None:
