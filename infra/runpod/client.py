@@ -68,7 +68,10 @@ class RunPod:
         body = request.model_dump(mode="json", exclude_none=True)
         for attempt in range(self._attempts):
             try:
-                return _parsed(Pod, self._send("POST", "/v2/pods", json=body, timeout=CREATE_TIMEOUT, attempts=1))
+                pod = _parsed(Pod, self._send("POST", "/v2/pods", json=body, timeout=CREATE_TIMEOUT, attempts=1))
+                if attempt:
+                    self._end_twins(pod)
+                return pod
             except UnavailableError as error:
                 log.warning("the answer to the creation of %s was lost: %s", request.name, error.what)
                 if found := self.pod_named(request.name):
@@ -79,6 +82,16 @@ class RunPod:
                 if found := self.pod_named(request.name):  # it may take a moment to appear
                     return found
         raise AssertionError
+
+    def _end_twins(self, pod: Pod) -> None:
+        """End pods of the same name: one whose creation was not answered may be listed late."""
+        try:
+            for twin in self.pods():
+                if twin.name == pod.name and twin.id != pod.id:
+                    log.warning("%s had been created before as pod %s, which is ended", pod.name, twin.id)
+                    self.terminate(twin.id)
+        except RunPodError as error:  # the reaper ends it with its run
+            log.warning("a second pod of the name %s was not looked for: %s", pod.name, error.what)
 
     def pods(self) -> list[Pod]:
         """All pods of the account, on all pages; terminated ones are not listed."""

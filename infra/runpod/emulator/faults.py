@@ -21,7 +21,16 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 ApiFault = Literal[
-    "no_capacity", "too_many_requests", "server_error", "create_lost", "away", "pod_key_refused", "wrong_price", "no_balance", "rule_broken"
+    "no_capacity",
+    "too_many_requests",
+    "server_error",
+    "create_lost",
+    "away",
+    "pod_key_refused",
+    "wrong_price",
+    "no_balance",
+    "rule_broken",
+    "listed_late",
 ]
 PodFault = Literal[
     "dies",

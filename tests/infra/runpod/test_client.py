@@ -110,6 +110,14 @@ def test_a_lost_answer_to_a_create_makes_no_second_pod(client: RunPod, emulator:
     assert [one.id for one in client.pods()] == [pod.id]
 
 
+def test_a_pod_that_is_listed_only_after_another_was_created_is_ended(client: RunPod, emulator: Emulator) -> None:
+    emulator.cloud.faults.arm(Fault("create_lost"))
+    emulator.cloud.faults.arm(Fault("listed_late", times=2))
+    pod = client.create_pod(small("fvlm-late"))
+    assert len(emulator.cloud.pods) == 2
+    assert [one.id for one in client.pods()] == [pod.id]
+
+
 def test_too_many_requests_wait_as_long_as_is_asked(client: RunPod, emulator: Emulator, waits: list[float]) -> None:
     emulator.cloud.faults.arm(Fault("too_many_requests", times=2, seconds=7))
     assert client.pods() == []
