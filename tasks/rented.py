@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from fvlm_core.errors import UserError
 from fvlm_core.tables import Table
 from infra import api
-from infra.budget import Budget, Entry, Position
+from infra.budget import Budget, Entry, Position, warnings_between
 from infra.errors import InfraError
 from infra.mirror import mirror
 from infra.runpod.account import KEY_VARIABLE, S3_ACCESS_VARIABLE, S3_SECRET_VARIABLE, Account, Place, mounted
@@ -126,15 +126,16 @@ def by_phase(entries: tuple[Entry, ...]) -> dict[str, list[Entry]]:
 
 
 def budget_table(position: Position, now: float) -> Table:
-    """A line per phase, and the sum."""
+    """A line per phase, the sum, and the last share of the cap that is to be warned of."""
     horizon = max((one.until for one in position.entries if one.running), default=now)
     rows = []
     for name, mine in by_phase(position.entries).items():
         spent, more = sum(one.spent(now) for one in mine), sum(one.committed(now, horizon) for one in mine)
         rows.append([name, str(len(mine)), str(sum(one.running for one in mine)), f"${spent:.2f}", f"${more:.2f}"])
     left = f"${max(0.0, position.left):.2f} can still be promised."
+    warned = [f"{line}." for line in warnings_between(0.0, position.committed, position.cap_usd)[-1:]]
     head = ["for", "pods", "running", "spent", "to their deadlines"]
-    return Table(title="Budget", head=head, rows=rows, note=f"{position.sum()}. {left}")
+    return Table(title="Budget", head=head, rows=rows, note=" ".join([f"{position.sum()}.", left, *warned]))
 
 
 def bill_table(store: Store, position: Position, now: float) -> Table | None:

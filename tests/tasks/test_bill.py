@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 
 from fvlm_core.manifest import AnyManifest
-from infra.budget import Entry
+from infra.budget import Entry, Position
 from infra.store import FolderStore
 from tasks.bill import UNFINISHED, bill_against_plan, billed_by_step, record_plan, recorded_plan
 from tasks.dollars import STARTS, WAITING, DollarPlan, Line, Usd
 from tasks.phase import PhaseManifest
+from tasks.rented import budget_table
 from tasks.steps import Made
 
 HOUR = 3600.0
@@ -60,6 +61,13 @@ def test_a_plan_of_the_rest_does_not_replace_the_first(tmp_path: Path) -> None:
     first = recorded_plan(store)
     assert first is not None
     assert {line.what: line.usd.value for line in first.lines} == {"stage1": 4.0, "stage2": 8.0, "dpo": 1.0}
+
+
+@pytest.mark.parametrize(("spent", "share"), [(49.0, None), (51.0, "50%"), (81.0, "80%"), (95.5, "95%")])
+def test_the_table_of_the_budget_warns(spent: float, share: str | None) -> None:
+    note = budget_table(Position(100.0, 5.0, spent=spent, running=0.0, storage=0.0), now=0.0).note
+    assert (f"{share} of the budget is spent or promised: ${spent:.2f} of $100.00." in note) == bool(share)
+    assert note.count("% of the budget") == bool(share)
 
 
 def test_both_stand_side_by_side(volume: Path) -> None:
