@@ -225,6 +225,15 @@ def test_a_container_has_its_environment_is_restarted_and_is_read(client: RunPod
     client.terminate(pod.id)
 
 
+def test_a_container_that_fills_its_disk_is_ended_and_wiped(client: RunPod, emulator: Emulator) -> None:
+    pod = client.create_pod(small(disk=1, args="sh -c 'ls $HOME; truncate -s 2G $HOME/large; sleep 60'"))
+    until(lambda: emulator.cloud.pods[pod.id].container.starts > 1, "a restart")
+    lines = [line.line for line in emulator.cloud.pods[pod.id].container.log.lines]
+    assert "the container's disk of 1 GB is full" in lines
+    assert "large" not in lines, "the second start finds an empty disk"
+    client.terminate(pod.id)
+
+
 @pytest.mark.parametrize("kind", ["never_starts", "image_missing"])
 def test_pods_that_never_start_are_seen_as_such_and_end(client: RunPod, emulator: Emulator, kind: str) -> None:
     emulator.cloud.faults.arm(Fault(kind))
