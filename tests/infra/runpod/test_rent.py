@@ -1,5 +1,6 @@
 """From wishes to a pod: what is refused before renting, what is tried, and that no sum passes the cap."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
@@ -9,9 +10,11 @@ from uuid import uuid4
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import SecretStr
 
 from infra.budget import Budget, BudgetError, warnings_between
 from infra.errors import RefusedError
+from infra.runpod.account import Account, Place
 from infra.runpod.bills import reconcile
 from infra.runpod.client import RunPod
 from infra.runpod.emulator.faults import Fault
@@ -19,6 +22,7 @@ from infra.runpod.emulator.server import Emulator
 from infra.runpod.errors import InvalidRequestError, NoBalanceError, UnavailableError
 from infra.runpod.models import Pod, Status, Volume
 from infra.runpod.naming import PodName, owner
+from infra.runpod.poller import ended
 from infra.runpod.reaper import OVERTIME_S, YOUNG_S, reap
 from infra.runpod.rent import NothingFreeError, PriceError, Wish, rent
 from infra.runpod.watch import Watch
@@ -233,6 +237,30 @@ def test_the_reaper_ends_what_is_over_time_or_unknown_and_nothing_else(
     assert [(one.pod.id, one.reason) for one in ended] == [(unknown.id, "its run is over")]
     assert {one.id for one in client.pods()} == {kept.id, other.id}
     assert {entry.pod for entry in budget.entries() if entry.running} == {kept.id}
+
+
+def test_a_volume_that_is_away_holds_up_neither_the_end_of_a_pod_nor_the_reaper(
+    rented, client: RunPod, emulator: Emulator, budget: Budget, volume: Volume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wish = Wish("i", cpus=["cpu3c"], args=SLEEP)
+    pod, name = rented(wish)
+    late, _ = rented(wish, max_runtime_s=-OVERTIME_S - 10)
+    account = Account(Place(volume.id, emulator.url, folder=str(emulator.cloud.volumes[volume.id].folder), key=SecretStr(emulator.key)))
+
+    def away(*_arguments: object) -> None:
+        raise VolumeError("the volume's S3 side: 502", where="s3", fix="try again")
+
+    monkeypatch.setattr(FolderStore, "write", away)
+    warned: list[str] = []
+    asyncio.run(ended(account, budget, pod.id, str(name), warned.append))
+    assert [one.pod.id for one in reap(client, owner(volume.id), budget=budget)] == [late.id]
+    assert client.pods() == []
+    assert [f"the end of the pod {pod.id} is not in the ledger yet" in line for line in warned] == [True]
+    monkeypatch.setattr(FolderStore, "read", away)
+    assert account.outcome(pod.id) == ""
+    monkeypatch.undo()
+    reap(client, owner(volume.id), budget=budget, now=budget.clock() + YOUNG_S + 1)
+    assert not any(entry.running for entry in budget.entries()), "it is when the volume is there again"
 
 
 def test_the_bill_replaces_the_ledgers_own_sum(rented, client: RunPod, emulator: Emulator, budget: Budget) -> None:
