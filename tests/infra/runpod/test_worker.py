@@ -1,5 +1,6 @@
 """Flow runs on emulated pods, through a real Prefect server and a real worker."""
 
+import asyncio
 import signal
 import subprocess
 import sys
@@ -12,13 +13,17 @@ from playwright.sync_api import expect
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, FlowRunFilter, FlowRunFilterDeploymentId
 from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.exceptions import InfrastructureNotAvailable, InfrastructureNotFound
 from prefect.types.entrypoint import EntrypointType
 
+from infra.runpod.client import RunPod
 from infra.runpod.emulator.faults import Fault
 from infra.runpod.emulator.server import Emulator
-from infra.runpod.models import Pod
+from infra.runpod.models import CpuRequest, CreatePod, Pod, Volume
 from infra.runpod.naming import PodName
+from infra.runpod.pool import RunPodConfiguration
 from infra.runpod.reaper import reap
+from infra.runpod.worker import RunPodWorker
 from infra.stack import Stack
 from tests.browser import SLOW_MS, browser_page
 from tests.conftest import known_to_clients
@@ -81,6 +86,30 @@ def secrets_in(rig: Rig, *texts: str) -> list[str]:
     for process in psutil.process_iter(["cmdline"]):
         places[f"process {process.pid}"] = " ".join(process.info["cmdline"] or [])
     return [place for place, text in places.items() if any(secret in text for secret in (KEY, PLANTED))]
+
+
+def test_prefects_clean_up_ends_a_pod_and_says_where_it_cannot(client: RunPod, emulator: Emulator, volume: Volume) -> None:
+    cpu = CpuRequest(id="cpu3c", vcpuCount=2)
+    pod = client.create_pod(CreatePod(name="fvlm-left", image="i", args="sleep 600", cpu=cpu))
+    given = {
+        "volume": volume.id,
+        "runpod_url": emulator.url,
+        "api_key": KEY,
+        "volume_folder": str(emulator.cloud.volumes[volume.id].folder),
+    }
+    configuration = RunPodConfiguration.model_validate(given)
+
+    def kill() -> None:
+        asyncio.run(RunPodWorker(work_pool_name="any").kill_infrastructure(pod.id, configuration))
+
+    emulator.cloud.faults.arm(Fault("too_many_requests", times=5))
+    with pytest.raises(InfrastructureNotAvailable):
+        kill()
+    assert [one.id for one in client.pods()] == [pod.id]
+    kill()
+    assert client.pods() == []
+    with pytest.raises(InfrastructureNotFound):
+        kill()
 
 
 def test_the_pool_type_is_known_to_prefects_own_commands(rig: Rig) -> None:
