@@ -34,13 +34,13 @@ class RemoteServerError(InfraError):
 
 
 def server_pod(account: Account) -> Pod | None:
-    """The pod that keeps the server of the account's volume, if there is one."""
-    mine = owner(account.volume().id)
+    """The pod that keeps the server of the account's volume, if there is one; of several the oldest."""
+    mine, found = owner(account.volume().id), []
     for pod in account.client.pods():
         name = PodName.parse(pod.name)
         if name and name.owner == mine and name.run == NO_RUN and pod.status not in OVER:
-            return pod
-    return None
+            found.append(pod)
+    return min(found, key=lambda pod: (pod.createdAt, pod.id), default=None)
 
 
 def rent_server(
@@ -54,7 +54,8 @@ def rent_server(
     days: float,
     say: Callable[[str], None],
 ) -> Pod:
-    """A pod as the configuration wants it, with a server on `port` and workers for the `pools`. Raises what `rent` raises."""
+    """A pod as the configuration wants it, with a server on `port` and workers for the `pools`; one that somebody else has rented
+    meanwhile is taken instead. Raises what `rent` raises."""
     command = ["{python}", "-m", "infra.runpod.home", "--volume", configuration.mount_path, "--port", str(port)]
     command += ["--address", address, "--pools", json.dumps(dict(pools), separators=(",", ":"))]
     configuration.check_image()
@@ -64,7 +65,7 @@ def rent_server(
     wish = replace(wish, ports=(f"{port}/http",), env=wish.env | {ACCOUNT_KEY_VARIABLE: key})
     configuration = configuration.model_copy(update={"command": shlex.join(command)})
     budget.storage(volume.id, volume.usd_per_hour)
-    pod, _ = rent(
+    pod, name = rent(
         account.client,
         wish,
         budget,
@@ -77,7 +78,13 @@ def rent_server(
         warn=say,
         environment=lambda deadline, machine: {"FVLM_POD_JOB": configuration.job(NO_RUN, volume, deadline, machine)},
     )
-    return pod
+    first = server_pod(account)
+    if first is None or first.id == pod.id:
+        return pod
+    say(f"pod {first.id} was rented for the server at the same time; pod {pod.id} is ended")
+    account.client.terminate(pod.id)
+    budget.ended(str(name))
+    return first
 
 
 def wait_until_it_answers(

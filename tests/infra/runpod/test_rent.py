@@ -23,7 +23,9 @@ from infra.runpod.errors import InvalidRequestError, NoBalanceError, Unavailable
 from infra.runpod.models import Pod, Status, Volume
 from infra.runpod.naming import PodName, owner
 from infra.runpod.poller import ended
+from infra.runpod.pool import RunPodConfiguration
 from infra.runpod.reaper import OVERTIME_S, YOUNG_S, reap
+from infra.runpod.remote import rent_server
 from infra.runpod.rent import NothingFreeError, PriceError, Wish, rent
 from infra.runpod.watch import Watch
 from infra.s3 import VolumeError
@@ -237,6 +239,21 @@ def test_the_reaper_ends_what_is_over_time_or_unknown_and_nothing_else(
     assert [(one.pod.id, one.reason) for one in ended] == [(unknown.id, "its run is over")]
     assert {one.id for one in client.pods()} == {kept.id, other.id}
     assert {entry.pod for entry in budget.entries() if entry.running} == {kept.id}
+
+
+def test_two_who_start_the_server_at_once_pay_for_one_pod(client: RunPod, emulator: Emulator, budget: Budget, volume: Volume) -> None:
+    for _ in range(2):
+        emulator.cloud.faults.arm(Fault("never_starts"))
+    folder, key = str(emulator.cloud.volumes[volume.id].folder), SecretStr(emulator.key)
+    account = Account(Place(volume.id, emulator.url, folder=folder, key=key))
+    given = {"cpus": ["cpu3c"], "volume": volume.id, "runpod_url": emulator.url, "mount_path": folder, "api_key": key}
+    configuration, said = RunPodConfiguration.model_validate(given), []
+    more = {"pools": {}, "port": 4200, "address": "http://x", "days": 0.1, "say": said.append}
+    first, second = (rent_server(account, budget, configuration, **more) for _ in range(2))  # nobody looked before
+    assert (second.id, [pod.id for pod in client.pods()]) == (first.id, [first.id])
+    assert [entry.pod for entry in budget.entries() if entry.kind == "pod" and entry.running] == [first.id]
+    assert f"pod {first.id} was rented for the server at the same time" in said[-1]
+    assert emulator.key not in "".join(said)
 
 
 def test_a_volume_that_is_away_holds_up_neither_the_end_of_a_pod_nor_the_reaper(
