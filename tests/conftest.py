@@ -25,11 +25,11 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.ge
 
 
 LONGEST = (
-    *("e2e/test_pipeline", "e2e/test_stops", "infra/runpod/test_worker", "e2e/test_ui", "train/test_ends", "deployments/test_remote"),
+    *("e2e/test_pipeline", "infra/runpod/test_worker", "train/test_ends", "e2e/test_stops", "e2e/test_ui", "deployments/test_remote"),
     *("model/test_transformers_range", "train/test_lock", "train/test_divergence", "train/test_sharding", "flows/test_register"),
     *("train/test_resume", "train/test_best", "flows/test_precompute", "release/test_release", "tasks/test_phase_flow"),
 )
-"""Files that take half a minute and more, the longest first. The end-to-end tests' two longest prepare a volume together."""
+"""Files that take half a minute and more, the longest first; but the other end-to-end tests when the first has prepared their volume."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
