@@ -35,7 +35,8 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that no process works alone at the end: test.sh gives each process a file at a time, in this order."""
     place = {Path(__file__).parent / f"{name}.py": number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path, len(LONGEST)))
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (place.get(item.path, len(LONGEST)), item.path not in slow))
 
 
 def plain_environment() -> dict[str, str]:
