@@ -11,6 +11,9 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
     exit 2
 fi
 
+./infra/video2dataset_env.sh & # meanwhile: pip keeps one core busy
+other=$!
+
 # The environment is whole when its stamp equals the lock it was made from; the stamp is written last.
 stamp=.venv/.fvlm-lock
 wanted=$(cat requirements.lock requirements-data.lock pyproject.toml | sha256sum)
@@ -27,4 +30,4 @@ if [ "$(cat $stamp 2>/dev/null)" != "$wanted" ]; then
     .venv/bin/python -m compileall -qq -j 0 .venv/lib || true
     echo "$wanted" >$stamp
 fi
-./infra/video2dataset_env.sh
+wait $other

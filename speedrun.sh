@@ -4,4 +4,5 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")" && pwd)
 "$root/setup.sh"
+export PYTHONDONTWRITEBYTECODE= # many containers set it: each of the run's hundred processes would compile this checkout
 exec "$root/.venv/bin/fvlm" speedrun "$@"

@@ -15,4 +15,4 @@ lint-imports
 .venv/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements-test-data.lock
 ./infra/video2dataset_env.sh --spark
 [ $# -gt 0 ] && exec python -m pytest "$@"
-exec python -m pytest --numprocesses 3 --dist loadgroup --no-loadscope-reorder # one more than small machines have cores: end-to-end tests wait a lot
+exec python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder # one more than small machines have cores: end-to-end tests wait a lot

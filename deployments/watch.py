@@ -47,6 +47,7 @@ def follow(
     One that has been Cancelling for `cancel_s` seconds is ended from here.
     """
     began, cancelling_since = time.time(), None
+    folders = {name: phase.folder(config, volume) for name, phase in PHASES.items()}
     with get_client(sync_client=True) as client, Display(console) as display:
         while True:
             try:
@@ -56,10 +57,10 @@ def follow(
             except httpx.TransportError:  # the watchdog says whether the server has died
                 time.sleep(POLL_S)
                 continue
-            for name, phase in PHASES.items():
+            for name, folder in folders.items():
                 # a task run has another name until it starts, so a state that was seen stays until there is a newer one
                 state = states.get(name, display.phases[name].state)
-                display.show(name, state, PhaseStatus.read(phase.folder(config, volume), since=began))
+                display.show(name, state, PhaseStatus.read(folder, since=began))
             if flow_run.state is not None and flow_run.state.is_final():
                 return flow_run.state
             if flow_run.state is not None and flow_run.state.type is StateType.CANCELLING:

@@ -3,6 +3,7 @@
 import base64
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from http import HTTPStatus
 from typing import Any
 from uuid import UUID
@@ -31,7 +32,7 @@ def problem_with(api_url: str) -> str | None:
 def healthy(api_url: str, timeout_s: float = TIMEOUT_S) -> bool:
     """Whether a Prefect API answers there."""
     try:
-        reply = httpx.get(f"{api_url}/health", timeout=timeout_s)
+        reply = _client().get(f"{api_url}/health", timeout=timeout_s)
         return reply.status_code == HTTPStatus.OK and reply.json() is True
     except (httpx.HTTPError, ValueError):
         return False
@@ -39,14 +40,14 @@ def healthy(api_url: str, timeout_s: float = TIMEOUT_S) -> bool:
 
 def refused(api_url: str, environment: Mapping[str, str]) -> bool:
     """Whether the API wants a password or key, and not the one in `environment`."""
-    reply = httpx.get(f"{api_url}/admin/version", headers=credentials(environment), timeout=TIMEOUT_S)
+    reply = _client().get(f"{api_url}/admin/version", headers=credentials(environment), timeout=TIMEOUT_S)
     return reply.status_code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 
 
 def active_runs(api_url: str, environment: Mapping[str, str], tag: str) -> list[str]:
     """Names of the flow runs with this tag that are under way, or have paused."""
     asked: dict[str, Any] = {"flow_runs": {"tags": {"all_": [tag]}, "state": {"type": {"any_": ACTIVE}}}}
-    reply = httpx.post(f"{api_url}/flow_runs/filter", json=asked, headers=credentials(environment), timeout=TIMEOUT_S)
+    reply = _client().post(f"{api_url}/flow_runs/filter", json=asked, headers=credentials(environment), timeout=TIMEOUT_S)
     reply.raise_for_status()
     return [run["name"] for run in reply.json()]
 
@@ -57,7 +58,7 @@ def run_over(api_url: str, environment: Mapping[str, str], run: UUID) -> str | N
     None too where the server does not say.
     """
     try:
-        reply = httpx.get(f"{api_url}/flow_runs/{run}", headers=credentials(environment), timeout=TIMEOUT_S)
+        reply = _client().get(f"{api_url}/flow_runs/{run}", headers=credentials(environment), timeout=TIMEOUT_S)
         if reply.status_code == HTTPStatus.NOT_FOUND:
             return "Prefect does not know its flow run"
         state = reply.raise_for_status().json()["state"]
@@ -65,6 +66,12 @@ def run_over(api_url: str, environment: Mapping[str, str], run: UUID) -> str | N
         return f"its flow run is {state['name']}" if state["type"] in OVER and since > ENDING else None
     except (httpx.HTTPError, ValueError, KeyError, TypeError):
         return None
+
+
+@cache
+def _client() -> httpx.Client:
+    """One for the process: each reads the machine's certificates, 20 ms. Connections are not kept: the server may be another next time."""
+    return httpx.Client(limits=httpx.Limits(max_keepalive_connections=0))
 
 
 def credentials(environment: Mapping[str, str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ it; its manifest records the digests of what it was made from, so that outdated 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, JsonValue
 
@@ -127,9 +127,11 @@ class Phase:
 
     def key(self, config: PipelineConfig) -> str:
         """Identity of its part of the profile and of the parts of all before it."""
-        values = config.identity_values()
+        return self._key(config.identity_values())
+
+    def _key(self, values: dict[str, Any]) -> str:
         parts = {path: value_at(values, path) for path in self.reads}
-        return hash_json([self.name, parts, [phase.key(config) for phase in self.after]])[:KEY_LENGTH]
+        return hash_json([self.name, parts, [phase._key(values) for phase in self.after]])[:KEY_LENGTH]
 
     def folder(self, config: PipelineConfig, volume: Path) -> Path:
         """Where its manifest and its progress are."""

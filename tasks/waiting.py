@@ -12,8 +12,8 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 from prefect.states import Crashed
 
-POLL_S = 0.5
-"""Between looks at the run's state."""
+POLL_S = 1.0
+"""Between looks at the run's state; each costs the server 30 ms of a core, which its jobs could use."""
 LOOK_S = 10.0
 """Between looks at signs of life; they cost the server more."""
 UNPOLLED_S = 120.0

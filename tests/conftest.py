@@ -3,9 +3,9 @@ Prefect server for all tests."""
 
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from hypothesis import settings
 
@@ -24,22 +24,19 @@ settings.register_profile("local", deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "local"))
 
 
+LONGEST = (
+    *("e2e/test_pipeline", "infra/runpod/test_worker", "train/test_ends", "e2e/test_stops", "e2e/test_ui", "deployments/test_remote"),
+    *("model/test_transformers_range", "train/test_lock", "train/test_divergence", "train/test_sharding", "flows/test_register"),
+    *("train/test_resume", "train/test_best", "flows/test_precompute", "release/test_release", "tasks/test_phase_flow"),
+)
+"""Files that take half a minute and more, the longest first; but the other end-to-end tests when the first has prepared their volume."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What tests share is prepared once: one process runs those of a file, and all that need the Prefect server. Groups of tests that
-    take long start first, so that no process works alone at the end (test.sh keeps xdist from another order)."""
-    with_server = {item.path for item in items if isinstance(item, pytest.Function) and "stack" in item.fixturenames}
-    slow: Counter[str] = Counter()
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group("server" if item.path in with_server else str(item.path)))
-        slow[_group(item)] += item.get_closest_marker("slow") is not None
-    items.sort(key=lambda item: (item.get_closest_marker("e2e") is None, -slow[_group(item)]))
-
-
-def _group(item: pytest.Item) -> str:
-    marker = item.get_closest_marker("xdist_group")
-    assert marker is not None
-    return marker.args[0]
+    """The longest first, so that no process works alone at the end: test.sh gives each process a file at a time, in this order."""
+    place = {Path(__file__).parent / f"{name}.py": number for number, name in enumerate(LONGEST)}
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (place.get(item.path, len(LONGEST)), item.path not in slow))
 
 
 def plain_environment() -> dict[str, str]:

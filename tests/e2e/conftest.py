@@ -1,7 +1,7 @@
 """One finished volume for all end-to-end tests: the tests' profile through the real command, a real server, workers and torchrun jobs.
 
-It is made once. Each process that runs tests works on a copy of its own, so that groups of tests run side by side (`xdist_group`); a test
-gets the copy with everything finished and nothing running, and a profile of its own to change; so each works alone.
+It is made once. Each process that runs tests works on a copy of its own, so that files of tests run side by side; a test gets the
+copy with everything finished and nothing running, and a profile of its own to change; so each works alone.
 """
 
 import json

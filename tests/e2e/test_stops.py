@@ -20,7 +20,6 @@ pytestmark = [
     pytest.mark.e2e,
     pytest.mark.slow(reason="a real server, workers and torchrun jobs"),
     pytest.mark.timeout(1800),
-    pytest.mark.xdist_group("stops"),
 ]
 
 STEPS_BETWEEN = 40

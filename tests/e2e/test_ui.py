@@ -1,4 +1,4 @@
-"""A real browser on the real Prefect UI: the pipeline's form, a run started from it, its artifacts."""
+"""A second run, which is cached; a real browser on its Prefect UI: the pipeline's form, a run started from it, its artifacts."""
 
 import shutil
 from collections.abc import Iterator
@@ -10,13 +10,12 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.browser import SLOW_MS, browser_page
-from tests.e2e.volume import Volume
+from tests.e2e.volume import CACHED, Volume
 
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.slow(reason="a real browser on a real server"),
     pytest.mark.timeout(1800),
-    pytest.mark.xdist_group("ui"),
 ]
 
 RUN_NAME = "from the form"
@@ -31,7 +30,9 @@ def page() -> Iterator[Page]:
 
 
 def test_a_run_is_started_from_its_form_and_completes_with_its_artifacts(volume: Volume, page: Page, tmp_path: Path) -> None:
-    address = volume.run("--keep-server").ui
+    again = volume.run("--keep-server")
+    assert (again.status, again.states) == (0, CACHED), "a second run of a finished pipeline"
+    address = again.ui
     for phase, step in (("evaluate", "evaluation"), ("release", "release")):
         shutil.rmtree(volume.step(phase, step))  # so that the run has something to do, and to show
 

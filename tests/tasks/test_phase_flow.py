@@ -14,16 +14,15 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRun
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.sorting import TaskRunSort
 from prefect.context import FlowRunContext
+from prefect.testing.utilities import prefect_test_harness
 
 from fvlm_core.errors import UserError
 from fvlm_core.tables import Table
-from infra.stack import Stack
 from tasks import phase_flow
 from tasks.config import PipelineConfig
 from tasks.phase import Phase, PhaseManifest, Results, Shown, current, require
 from tasks.status import PhaseStatus, StatusBoard
 from tasks.steps import Step
-from tests.conftest import known_to_clients
 from tests.tiny import PROFILE
 
 pytestmark = pytest.mark.slow(reason="a Prefect server, and jobs in processes of their own")
@@ -33,9 +32,11 @@ MODULE = "tests.jobs.count"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def server(stack: Stack) -> Iterator[None]:
-    with known_to_clients(stack):
-        yield
+def server() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+        with prefect_test_harness(server_startup_timeout=120):
+            yield
 
 
 def counting(name: str, reads: Sequence[Step] = (), **settings: object) -> Step:

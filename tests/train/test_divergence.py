@@ -72,15 +72,15 @@ def test_a_run_that_is_compared_ends_by_it(tmp_path: Path, shards: Path) -> None
 @pytest.mark.parametrize("checkpoint_every", [1, 5, 10])
 def test_a_collapse_goes_back_to_before_it_and_not_to_the_start(tmp_path: Path, shards: Path, checkpoint_every: int) -> None:
     """Checkpoints made while the alarm is pending take no good one's place: neither the way back nor the best."""
-    recipe = tiny_recipe(tmp_path / "run", shards, run__steps=90, run__checkpoint_every=checkpoint_every, run__eval_every=10)
+    recipe = tiny_recipe(tmp_path / "run", shards, run__steps=60, run__checkpoint_every=checkpoint_every, run__eval_every=10)
     trainer = Trainer(recipe, World(0, 1, torch.device("cpu")), "test", {}, has_wandb_key=False)
-    collapse_attention(trainer, after=60)
+    collapse_attention(trainer, after=30)
     manifest = trainer.run()
     (divergence,) = manifest.divergences
     assert "entropy" in divergence.reason
-    last_healthy = 60 - MARGIN_STEPS
+    last_healthy = 30 - MARGIN_STEPS
     assert divergence.back_to == last_healthy // checkpoint_every * checkpoint_every
-    assert manifest.steps == 90
+    assert manifest.steps == 60
 
 
 def test_a_run_stopped_in_a_collapse_keeps_its_way_back(tmp_path: Path, shards: Path) -> None:

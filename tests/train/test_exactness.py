@@ -19,7 +19,7 @@ from fvlm_core.train.distributed import World
 from fvlm_core.train.jobs import RunManifest
 from fvlm_core.train.loop import Trainer
 from fvlm_core.train.schedules import learning_rates
-from tests.train.conftest import ONE_SAMPLE, losses, one_rank_then_stop, same_losses, tiny_recipe, torchrun
+from tests.train.conftest import ONE_SAMPLE, losses, on_ranks, one_rank_then_stop, same_losses, tiny_recipe
 
 
 def reference(recipe: Recipe, steps: int) -> tuple[list[float], dict[str, Tensor]]:
@@ -77,7 +77,7 @@ def test_ranks_and_accumulation_change_nothing(tmp_path: Path, shards: Path) -> 
     assert any(not kind[-1] for kind in kinds), "no rank synchronises after a micro-batch of text only"
     assert any(True in kind and False in kind for kind in kinds)
     one_rank_then_stop(ranked, steps=2)
-    torchrun(ranked, ranks=2)  # goes on from the one rank's checkpoint
+    on_ranks(ranked, ranks=2)  # goes on from the one rank's checkpoint
     expected = train(whole)
     assert train(accumulated).counts == expected.counts
     manifest = RunManifest.read(ranked.output)
