@@ -61,7 +61,7 @@ ADAMW_BYTES = 28 + 4 + 8
 ACCUMULATE_BYTES = 12
 """Of adding a micro-batch's fp32 gradient to that of those before."""
 
-_FREE = ("empty", "detach", "lift_fresh", "alias", "device", "_unsafe_view", "sym_size", "set_")
+_FREE = ("empty", "new_empty", "detach", "lift_fresh", "alias", "device", "_unsafe_view", "sym_size", "set_")
 """Operations that run no kernel."""
 
 
@@ -113,7 +113,8 @@ class Recorder(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         if node is None:
             place = self.stack[-1]
-            self.place_of_node[torch.autograd._get_sequence_nr() - 1] = place  # pyright: ignore[reportPrivateImportUsage]
+            # the first operation after a node was made is its own; later ones may have none
+            self.place_of_node.setdefault(torch.autograd._get_sequence_nr() - 1, place)  # pyright: ignore[reportPrivateImportUsage]
         else:
             place = self.place_of_node.get(node._sequence_nr(), ("other", None, False))
         name = str(func)
@@ -173,6 +174,7 @@ def trace(settings: ModelSettings, *, groups: int = GROUPS, compiled: bool = Fal
     batch = videos(groups)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = FoveatedVLM(settings, *_backbones(settings))
+        model.encoder.has_tickets = model.llm.model.casts_once = compiled
         total = Cost(model, LOSS).batch(batch)
         recorder = Recorder(lambda query: _packed_flops(query, batch))
         with _parts(model, recorder), patch.object(linear, "_compiles", lambda: compiled), recorder:
@@ -286,6 +288,7 @@ def _parts(model: FoveatedVLM, recorder: Recorder) -> Iterator[None]:
         wrap(model, "read", "queries")
         for layer in model.llm.model.layers:
             wrap(layer, "forward", "llm", compiled=True)
+            wrap(layer, "cast", "llm", compiled=True)
             wrap(layer.self_attn, "forward", "llm attention")
             wrap(layer.mlp, "forward", "llm mlp")
         for module in model.modules():
