@@ -35,6 +35,8 @@ class Operation:
     """Bytes by storage."""
     numel: int
     """Numbers of its largest result."""
+    views: dict[int, dict[int, int]] = field(default_factory=dict)
+    """Of what it reads, by storage: bytes by where in it a view begins, where there are views."""
 
     @property
     def attention(self) -> bool:
@@ -70,6 +72,8 @@ class _Run:
     """Storages it makes."""
     inner: set[int] = field(default_factory=set)
     """Those of them that it also reads."""
+    views: dict[int, dict[int, int]] = field(default_factory=lambda: defaultdict(dict))
+    """As `Operation.views`: keys and values of one projection are two."""
 
     @property
     def first(self) -> Operation:
@@ -84,7 +88,9 @@ class _Run:
             if storage in self.written:
                 self.inner.add(storage)
             else:
-                self.reads[storage] = max(size, self.reads.get(storage, 0))
+                for start, part in operation.views.get(storage, {0: size}).items():
+                    self.views[storage][start] = max(part, self.views[storage].get(start, 0))
+                self.reads[storage] = sum(self.views[storage].values())
         self.written |= set(operation.writes) - set(operation.reads)  # in place, it reads what was there
         self.operations.append(operation)
 

@@ -121,27 +121,27 @@ class Recorder(TorchDispatchMode):
         operation = name.split(".")[1] if "." in name else name
         if any(operation.startswith(free) for free in _FREE) or func.is_view:
             return out
-        reads, writes = self._bytes((args, kwargs)), self._bytes(out)
+        views, writes = self._views((args, kwargs)), {storage: max(of.values()) for storage, of in self._views(out).items()}
         if writes:
+            reads = {storage: sum(of.values()) for storage, of in views.items()}
             flops = self._flops(func, args, kwargs or {}, out)
             numel = max((tensor.numel() for tensor in tree_leaves(out) if isinstance(tensor, Tensor)), default=0)
-            self.operations.append(Operation(operation, place[0], place[1], node is not None, place[2], flops, reads, writes, numel))
+            self.operations.append(Operation(operation, place[0], place[1], node is not None, place[2], flops, reads, writes, numel, views))
         return out
 
-    def _bytes(self, values: Any) -> dict[int, int]:
-        found: dict[int, dict[Any, int]] = {}
-        whole: dict[int, int] = {}
+    def _views(self, values: Any) -> dict[int, dict[int, int]]:
+        """Bytes by storage and by where in it a view begins."""
+        found: dict[int, dict[int, int]] = defaultdict(dict)
         for tensor in tree_leaves(values):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                whole[storage._cdata] = storage.nbytes()
                 self.storages.append(storage)
-                distinct = 1
+                distinct = tensor.element_size()
                 for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
                     distinct *= size if stride else 1
-                views = found.setdefault(storage._cdata, {})
-                views[tensor.storage_offset(), tensor.shape, tensor.stride()] = distinct * tensor.element_size()
-        return {address: min(sum(views.values()), whole[address]) for address, views in found.items()}
+                views = found[storage._cdata]
+                views[tensor.storage_offset()] = max(distinct, views.get(tensor.storage_offset(), 0))
+        return found
 
     def _flops(self, func: Any, args: Any, kwargs: Any, out: Any) -> float:
         name = str(func)
