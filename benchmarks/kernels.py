@@ -35,6 +35,8 @@ class Operation:
     """Bytes by storage."""
     numel: int
     """Numbers of its largest result."""
+    views: dict[int, dict[int, int]] = field(default_factory=dict)
+    """Of what it reads, by storage: bytes by where in it a view begins, where there are views."""
 
     @property
     def attention(self) -> bool:
@@ -70,6 +72,8 @@ class _Run:
     """Storages it makes."""
     inner: set[int] = field(default_factory=set)
     """Those of them that it also reads."""
+    views: dict[int, dict[int, int]] = field(default_factory=lambda: defaultdict(dict))
+    """As `Operation.views`: keys and values of one projection are two."""
 
     @property
     def first(self) -> Operation:
@@ -84,7 +88,9 @@ class _Run:
             if storage in self.written:
                 self.inner.add(storage)
             else:
-                self.reads[storage] = max(size, self.reads.get(storage, 0))
+                for start, part in operation.views.get(storage, {0: size}).items():
+                    self.views[storage][start] = max(part, self.views[storage].get(start, 0))
+                self.reads[storage] = sum(self.views[storage].values())
         self.written |= set(operation.writes) - set(operation.reads)  # in place, it reads what was there
         self.operations.append(operation)
 
@@ -104,7 +110,34 @@ def kernels(operations: list[Operation], *, kind: Kind) -> list[Kernel]:
             by_group[place].append(joined)
         runs[joined].add(operation)
         made |= dict.fromkeys(operation.writes, joined)
-    return _with_bytes(runs, made, compiled=kind != "eager")
+    if kind != "eager":
+        runs = _inlined(runs)
+    return _with_bytes(runs, compiled=kind != "eager")
+
+
+def _inlined(runs: list[_Run]) -> list[_Run]:
+    """The runs, but each that only one other of its group and direction reads is computed there."""
+    readers: dict[int, set[int]] = defaultdict(set)
+    for number, run in enumerate(runs):
+        for storage in run.reads:
+            readers[storage].add(number)
+    for number in reversed(range(len(runs))):
+        run = runs[number]
+        reading = set().union(*(readers[storage] for storage in run.written)) - {number}
+        in_place = any(set(operation.writes) - run.written for operation in run.operations)
+        if not run.pointwise or run.first.group is None or len(reading) != 1 or in_place:
+            continue
+        (other,) = reading
+        reader = runs[other]
+        if not reader.pointwise or (reader.first.group, reader.first.backward) != (run.first.group, run.first.backward):
+            continue
+        merged = _Run([])
+        for operation in [*run.operations, *reader.operations]:
+            merged.add(operation)
+        for storage in run.reads:
+            readers[storage] = readers[storage] - {number} | {other}
+        runs[number], runs[other] = _Run([]), merged
+    return [run for run in runs if run.operations]
 
 
 def _joins(operation: Operation, runs: list[_Run], number: int, *, after: bool, kind: Kind) -> bool:
@@ -120,12 +153,14 @@ def _joins(operation: Operation, runs: list[_Run], number: int, *, after: bool, 
     return kind == "autotuned" and not after and "mm" in run.first.name and operation.epilogue and operation.numel == run.first.numel
 
 
-def _with_bytes(runs: list[_Run], made: dict[int, int], *, compiled: bool) -> list[Kernel]:
+def _with_bytes(runs: list[_Run], *, compiled: bool) -> list[Kernel]:
     """The runs as kernels. A backward computes a forward's pointwise result again where that needs fewer bytes than to keep it."""
     readers: dict[int, set[int]] = defaultdict(set)
+    made: dict[int, int] = {}
     for number, run in enumerate(runs):
         for storage in run.reads:
             readers[storage].add(number)
+        made |= dict.fromkeys((storage for operation in run.operations for storage in operation.writes), number)
 
     def again(storage: int, reader: int) -> bool:
         maker, other = runs[made[storage]] if storage in made else None, runs[reader]

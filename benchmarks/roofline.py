@@ -61,7 +61,7 @@ ADAMW_BYTES = 28 + 4 + 8
 ACCUMULATE_BYTES = 12
 """Of adding a micro-batch's fp32 gradient to that of those before."""
 
-_FREE = ("empty", "detach", "lift_fresh", "alias", "device", "_unsafe_view", "sym_size", "set_")
+_FREE = ("empty", "new_empty", "detach", "lift_fresh", "alias", "device", "_unsafe_view", "sym_size", "set_")
 """Operations that run no kernel."""
 
 
@@ -113,34 +113,35 @@ class Recorder(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         if node is None:
             place = self.stack[-1]
-            self.place_of_node[torch.autograd._get_sequence_nr() - 1] = place  # pyright: ignore[reportPrivateImportUsage]
+            # the first operation after a node was made is its own; later ones may have none
+            self.place_of_node.setdefault(torch.autograd._get_sequence_nr() - 1, place)  # pyright: ignore[reportPrivateImportUsage]
         else:
             place = self.place_of_node.get(node._sequence_nr(), ("other", None, False))
         name = str(func)
         operation = name.split(".")[1] if "." in name else name
         if any(operation.startswith(free) for free in _FREE) or func.is_view:
             return out
-        reads, writes = self._bytes((args, kwargs)), self._bytes(out)
+        views, writes = self._views((args, kwargs)), {storage: max(of.values()) for storage, of in self._views(out).items()}
         if writes:
+            reads = {storage: sum(of.values()) for storage, of in views.items()}
             flops = self._flops(func, args, kwargs or {}, out)
             numel = max((tensor.numel() for tensor in tree_leaves(out) if isinstance(tensor, Tensor)), default=0)
-            self.operations.append(Operation(operation, place[0], place[1], node is not None, place[2], flops, reads, writes, numel))
+            self.operations.append(Operation(operation, place[0], place[1], node is not None, place[2], flops, reads, writes, numel, views))
         return out
 
-    def _bytes(self, values: Any) -> dict[int, int]:
-        found: dict[int, dict[Any, int]] = {}
-        whole: dict[int, int] = {}
+    def _views(self, values: Any) -> dict[int, dict[int, int]]:
+        """Bytes by storage and by where in it a view begins."""
+        found: dict[int, dict[int, int]] = defaultdict(dict)
         for tensor in tree_leaves(values):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                whole[storage._cdata] = storage.nbytes()
                 self.storages.append(storage)
-                distinct = 1
+                distinct = tensor.element_size()
                 for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
                     distinct *= size if stride else 1
-                views = found.setdefault(storage._cdata, {})
-                views[tensor.storage_offset(), tensor.shape, tensor.stride()] = distinct * tensor.element_size()
-        return {address: min(sum(views.values()), whole[address]) for address, views in found.items()}
+                views = found[storage._cdata]
+                views[tensor.storage_offset()] = max(distinct, views.get(tensor.storage_offset(), 0))
+        return found
 
     def _flops(self, func: Any, args: Any, kwargs: Any, out: Any) -> float:
         name = str(func)
@@ -173,6 +174,7 @@ def trace(settings: ModelSettings, *, groups: int = GROUPS, compiled: bool = Fal
     batch = videos(groups)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = FoveatedVLM(settings, *_backbones(settings))
+        model.encoder.has_tickets = model.llm.model.casts_once = compiled
         total = Cost(model, LOSS).batch(batch)
         recorder = Recorder(lambda query: _packed_flops(query, batch))
         with _parts(model, recorder), patch.object(linear, "_compiles", lambda: compiled), recorder:
@@ -286,6 +288,7 @@ def _parts(model: FoveatedVLM, recorder: Recorder) -> Iterator[None]:
         wrap(model, "read", "queries")
         for layer in model.llm.model.layers:
             wrap(layer, "forward", "llm", compiled=True)
+            wrap(layer, "cast", "llm", compiled=True)
             wrap(layer.self_attn, "forward", "llm attention")
             wrap(layer.mlp, "forward", "llm mlp")
         for module in model.modules():

@@ -10,7 +10,7 @@ DINOv2: Oquab et al. 2023, https://arxiv.org/abs/2304.07193.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Dinov2Config
 
-from fvlm_core.model.linear import Linear, linear, scaled, summed
+from fvlm_core.model.linear import Linear, linear, summed
+from fvlm_core.model.single_query import Ticket, attend_once, tickets
 
 if TYPE_CHECKING:
     from transformers import Dinov2Model
@@ -58,6 +59,8 @@ class FrameFeatures:
     """[F, N, D] after the final norm; None where only deep queries are asked."""
     grid: tuple[int, int]
     """Patches per column and row."""
+    tickets: list[list[Ticket]] = field(default_factory=list, kw_only=True)
+    """Per layer one for each pass; none where gradients of keys and values go the usual way."""
 
     def select(self, frames: Tensor) -> "FrameFeatures":
         """The features of some frames; `frames` int64 [f]."""
@@ -85,6 +88,15 @@ class FrameFeatures:
         return [*self.keys, *self.values, *([] if self.patches is None else [self.patches])]
 
 
+Added = tuple[Tensor, Tensor] | None
+"""What a layer leaves to the next to be added, and by which scale; None before the first layer."""
+
+
+def scaled_sum(x: Tensor, added: Added) -> Tensor:
+    """Patches [F, N, D] with what the layer before adds."""
+    return summed(x, None if added is None else added[0] * added[1])
+
+
 class EncoderLayer(nn.Module):
     """One DINOv2 block, whose keys and values are handed out."""
 
@@ -101,37 +113,44 @@ class EncoderLayer(nn.Module):
         self.fc2 = Linear(hidden, width)
         self.scale2 = nn.Parameter(torch.ones(width))
 
-    def keys_values(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values [F, heads, N, head_dim] of patches [F, N, D], a sum as in `forward`, without their queries."""
-        key, value = self._project(self.norm1(summed(x, added)), slice(x.shape[-1], None))
-        return key, value
+    def keys_values(self, x: Tensor, added: Added = None, passes: int = 0) -> tuple[Tensor, Tensor, list[Ticket]]:
+        """Keys and values [F, heads, N, head_dim] of patches [F, N, D], a sum as in `forward`, without queries; and `passes` tickets."""
+        key, value = self._project(self.norm1(scaled_sum(x, added)), slice(x.shape[-1], None))
+        return key, value, tickets(key, value, passes)
 
     def forward(
         self,
         x: Tensor,
-        added: Tensor | None = None,
+        added: Added = None,
         context_key: Tensor | None = None,
         context_value: Tensor | None = None,
         seen: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Patches one layer on, as a sum of two [F, N, D] that the next layer adds up, and their keys and values.
+        passes: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Ticket]]:
+        """Patches [F, N, D] one layer on and what the next layer adds to them by `scale2`, their keys and values, and `passes` tickets.
 
         They attend to each other, or to M context patches and each other where `seen` bool [N, M + N] says so.
         """
-        x = summed(x, added)
+        x = scaled_sum(x, added)
         query, key, value = self._project(self.norm1(x), slice(None))
         if context_key is None or context_value is None:
-            return *self._attended(x, F.scaled_dot_product_attention(query, key, value)), key, value
-        around = torch.cat([context_key, key], dim=2), torch.cat([context_value, value], dim=2)
-        return *self._attended(x, F.scaled_dot_product_attention(query, *around, attn_mask=seen)), key, value
+            attended = F.scaled_dot_product_attention(query, key, value)
+        else:
+            around = torch.cat([context_key, key], dim=2), torch.cat([context_value, value], dim=2)
+            attended = F.scaled_dot_product_attention(query, *around, attn_mask=seen)
+        return *self._attended(x, attended), key, value, tickets(key, value, passes)
 
-    def query(self, q: Tensor, key: Tensor, value: Tensor, temperature: float, bias: Tensor | None = None) -> Tensor:
+    def query(
+        self, q: Tensor, key: Tensor, value: Tensor, temperature: float, bias: Tensor | None = None, ticket: Ticket | None = None
+    ) -> Tensor:
         """Queries [F, Q, D] one layer on: they attend to the frame's keys and values, not to each other.
 
-        `bias` [F, 1, Q, N] is added to the logits, whatever the temperature.
+        `bias` [F, 1, Q, N] is added to the logits, whatever the temperature. `ticket`: of a single query's pass.
         """
         (query,) = self._project(self.norm1(q), slice(0, q.shape[-1]))
         scale = query.shape[-1] ** -0.5 / temperature
+        if ticket is not None:
+            return self._finish(q, attend_once(query, key, value, ticket, scale))
         return self._finish(q, F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale))
 
     def weights(self, q: Tensor, key: Tensor, temperature: float, bias: Tensor | None = None) -> Tensor:
@@ -151,11 +170,12 @@ class EncoderLayer(nn.Module):
         return tuple(p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in projected.split(x.shape[-1], dim=-1))
 
     def _attended(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
-        x = x + scaled(attended.transpose(1, 2).flatten(2), self.out, self.scale1)
-        return x, scaled(F.gelu(self.fc1(self.norm2(x))), self.fc2, self.scale2)
+        x = x + self.out(attended.transpose(1, 2).flatten(2)) * self.scale1
+        return x, self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
     def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        return summed(*self._attended(x, attended))
+        x, more = self._attended(x, attended)
+        return scaled_sum(x, (more, self.scale2))
 
 
 class Encoder(nn.Module):
@@ -179,6 +199,8 @@ class Encoder(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1) * 255, persistent=False)
         self.gradient_checkpointing = False
+        self.has_tickets = False
+        """Whether gradients of keys and values are added up by tickets (`fvlm_core.model.single_query`): where all of it is compiled."""
 
     @classmethod
     def from_dinov2(cls, dinov2: "Dinov2Model") -> Self:
@@ -219,10 +241,11 @@ class Encoder(nn.Module):
         dinov2.load_state_dict(state)
         return dinov2
 
-    def encode(self, frames: Tensor, *, patches: bool = False) -> FrameFeatures:
+    def encode(self, frames: Tensor, *, patches: bool = False, passes: int = 0) -> FrameFeatures:
         """Encode frames [F, H, W, 3] of 0..255, uint8 or float.
 
-        `patches` also keeps the last layer's output for what does not query deeply.
+        `patches` also keeps the last layer's output for what does not query deeply. `passes`: how often all frames will be read with
+        a single query; where it pays, they get tickets.
 
         Raises ValueError where a side is not a multiple of the patch size.
         """
@@ -231,19 +254,22 @@ class Encoder(nn.Module):
         if height % side or width % side:
             raise ValueError(f"frames of {height}x{width} px are not a multiple of the patch size {side}")
         if frames.is_cuda or torch.is_grad_enabled() or len(frames) <= FRAMES_IN_CACHE:
-            return self._encode(frames, patches)
+            return self._encode(frames, patches, passes if self.has_tickets else 0)
         parts = (self._encode(part, patches) for part in frames.split(FRAMES_IN_CACHE))
         return FrameFeatures.joined(parts, len(frames))
 
-    def query(self, features: FrameFeatures, q: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Read the frames with queries [F, Q, D].
+    def query(self, features: FrameFeatures, q: Tensor, temperature: float = 1.0, number: int | None = None) -> tuple[Tensor, Tensor]:
+        """Read the frames with queries [F, Q, D]; `number`: which of the passes that `encode` announced.
 
         Returns what they read [F, Q, D] after the final norm, and the queries as they enter the last layer, of which
         `attention` makes the attention weights.
         """
         entering = q
-        for layer, key, value in zip(self.layers, features.keys, features.values, strict=True):
-            entering, q = q, layer.query(q, key, value, temperature)
+        own: list[Ticket | None] = [None] * len(self.layers)
+        if features.tickets and number is not None and q.shape[1] == 1:
+            own = [of_layer[number] for of_layer in features.tickets]
+        for layer, key, value, ticket in zip(self.layers, features.keys, features.values, own, strict=True):
+            entering, q = q, layer.query(q, key, value, temperature, ticket=ticket)
         return self.norm(q), entering.detach()
 
     @torch.no_grad()
@@ -261,21 +287,24 @@ class Encoder(nn.Module):
         resampled = F.interpolate(square, size=grid, mode="bicubic", align_corners=False)
         return torch.cat([table[:, :1], resampled.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
-    def _encode(self, frames: Tensor, patches: bool) -> FrameFeatures:
+    def _encode(self, frames: Tensor, patches: bool, passes: int = 0) -> FrameFeatures:
         x = self.embed(frames)
-        added = None
-        keys, values = [], []
+        added: Added = None
+        keys, values, given = [], [], []
         for number, layer in enumerate(self.layers):
             if number == len(self.layers) - 1 and not patches:
-                key, value = layer.keys_values(x, added)
+                key, value, own = layer.keys_values(x, added, passes)
             elif self.gradient_checkpointing and torch.is_grad_enabled():
-                x, added, key, value = checkpoint(layer, summed(x, added), use_reentrant=False)
+                x, more, key, value, own = checkpoint(layer, scaled_sum(x, added), passes=passes, use_reentrant=False)
+                added = more, layer.scale2
             else:
-                x, added, key, value = layer(x, added)
+                x, more, key, value, own = layer(x, added, passes=passes)
+                added = more, layer.scale2
             keys.append(key)
             values.append(value)
+            given.append(own)
         grid = (frames.shape[1] // self.patch_px, frames.shape[2] // self.patch_px)
-        return FrameFeatures(keys, values, self.norm(summed(x, added)) if patches else None, grid)
+        return FrameFeatures(keys, values, self.norm(scaled_sum(x, added)) if patches else None, grid, tickets=given if passes else [])
 
     def embed(self, frames: Tensor) -> Tensor:
         """Frames [F, H, W, 3] as what the first layer takes, [F, N, D]: the CLS token and the patches, with their positions."""

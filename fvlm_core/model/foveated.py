@@ -20,7 +20,7 @@ from fvlm_core.model.attention import PackedLayout, send
 from fvlm_core.model.connector import RANDOM_QUERIES, Connector
 from fvlm_core.model.encoder import Encoder, FrameFeatures
 from fvlm_core.model.glance import Chooser, GlanceFeatures, foveate, likeliest, look, with_everything
-from fvlm_core.model.llama import Llama
+from fvlm_core.model.llama import LayerWeights, Llama
 from fvlm_core.model.names import MODES, Mode, Role
 
 _QUERY_PARAMETERS = {"q_static", "q_init", "q_slot"}
@@ -86,29 +86,32 @@ class FoveatedVLM(nn.Module):
             if not self.training or self.settings.glance.train_on == "chosen":
                 return small
             return with_everything(self.encoder, small, self.settings.glance, self.connector.scale_embeddings)
-        features = self.encoder.encode(frames, patches=self.settings.query in ("pooled", "shallow"))
+        passes = len(self.pass_names) if self.settings.query in ("deep", "random") and torch.is_grad_enabled() else 0
+        features = self.encoder.encode(frames, patches=self.settings.query in ("pooled", "shallow"), passes=passes)
         return features if self.connector.shallow is None else self.connector.shallow.keys_values(features)
 
-    def read_coarse(self, features: FrameFeatures, batch: PackedBatch, *, weights: bool = False) -> Read:
-        """Tokens of every shown frame, read with `q_static` (or pooled): a frame shown often is read once."""
+    def read_coarse(self, features: FrameFeatures, batch: PackedBatch, *, weights: bool = False, number: int | None = None) -> Read:
+        """Tokens of every shown frame, read with `q_static` (or pooled): a frame shown often is read once. `number` as in `read`."""
         if self.settings.query == "pooled":
             pooled = self._pool(features)
             return Read(self.connector.tokens(pooled, pooled)[batch.shown_frames], None)
         n_frames = len(features.keys[0])
         queries = self.connector.q_static.expand(n_frames, -1, -1)
-        read = self.read(features, queries, weights=weights, opening=False)
+        read = self.read(features, queries, weights=weights, opening=False, number=number)
         attended = None if read.weights is None else read.weights.index_select(0, batch.shown_frames)
         return Read(read.tokens.index_select(0, batch.shown_frames), attended)
 
-    def read_fine(self, features: FrameFeatures, queries: Tensor, batch: PackedBatch, *, weights: bool = False) -> Read:
-        """Tokens of every shown frame, each read with its own queries [V, k, D]."""
+    def read_fine(
+        self, features: FrameFeatures, queries: Tensor, batch: PackedBatch, *, weights: bool = False, number: int | None = None
+    ) -> Read:
+        """Tokens of every shown frame, each read with its own queries [V, k, D]; `number` as in `read`."""
         k = self.settings.tokens_per_frame
         tokens, attended, places, opened, losses = [], [], [], [], []
         for group in batch.showings:
             times = group.shown.shape[1]
             picked = queries[group.shown.flatten()].unflatten(0, (-1, times)).flatten(1, 2)  # [f, m * k, D]
             part = features if len(group.frames) == len(features.keys[0]) else features.select(group.frames)
-            read = self.read(part, picked, weights=weights)
+            read = self.read(part, picked, weights=weights, number=number)
             tokens.append(read.tokens.unflatten(1, (times, k)).flatten(0, 1))
             if read.weights is not None:
                 attended.append(read.weights.unflatten(2, (times, k)).transpose(1, 2).flatten(0, 1))
@@ -125,10 +128,13 @@ class FoveatedVLM(nn.Module):
             torch.stack(losses).sum() if losses else None,
         )
 
-    def read(self, features: FrameFeatures, queries: Tensor, *, weights: bool = False, opening: bool = True) -> Read:
+    def read(
+        self, features: FrameFeatures, queries: Tensor, *, weights: bool = False, opening: bool = True, number: int | None = None
+    ) -> Read:
         """Read f frames with queries [f, Q, D] -> tokens [f, Q, llm width], and weights [f, heads, Q, N] where asked for.
 
-        `opening`: with a glance, patches are opened; without, only the glance is read.
+        `opening`: with a glance, patches are opened; without, only the glance is read. `number`: of the training
+        pass, each of which reads a frame once.
         """
         projected = self.connector.query_input_proj(queries)
         temperature = self.connector.temperature
@@ -138,7 +144,7 @@ class FoveatedVLM(nn.Module):
             read = self.connector.shallow(features, projected, temperature)
             attended = self.connector.shallow.attention(features, projected, temperature) if weights else None
         else:
-            read, entering = self.encoder.query(features, projected, temperature)
+            read, entering = self.encoder.query(features, projected, temperature, number)
             attended = self.encoder.attention(features, entering, temperature) if weights else None
         return Read(self.connector.tokens(read, queries), attended)
 
@@ -153,9 +159,11 @@ class FoveatedVLM(nn.Module):
         """Text embeddings [S, llm width]."""
         return self.llm.model.embed_tokens(input_ids)
 
-    def contextualise(self, embeddings: Tensor, position_ids: Tensor, layout: PackedLayout) -> Tensor:
-        """The language model's last hidden states [S, llm width] of packed embeddings [S, llm width]."""
-        hidden = self.llm(embeddings, position_ids, layout)
+    def contextualise(
+        self, embeddings: Tensor, position_ids: Tensor, layout: PackedLayout, weights: list[LayerWeights] | None = None
+    ) -> Tensor:
+        """The language model's last hidden states [S, llm width] of packed embeddings [S, llm width]; `weights` as in `Llama.forward`."""
+        hidden = self.llm(embeddings, position_ids, layout, weights)
         if layout.cache is not None:
             layout.cache.advance(layout)
         return hidden
@@ -173,7 +181,7 @@ class FoveatedVLM(nn.Module):
         weights = dict(zip(self.pass_names, [loss.coarse, *loss.fine], strict=True))
         total_weight = sum(weights.values())
         visual = [n for n, count in enumerate(batch.shown_counts) if count]
-        text_embeddings = self.embed(batch.input_ids)
+        cast, text_embeddings = self.llm.cast(), self.embed(batch.input_ids)
         features = self.encode(batch.frames) if visual else None
         objective = text_embeddings.new_zeros((), dtype=torch.float32)
         sums: dict[str, Tensor] = {}
@@ -182,7 +190,7 @@ class FoveatedVLM(nn.Module):
         text_only = [n for n, count in enumerate(batch.shown_counts) if not count and batch.label_prefix[n]]
         if text_only:
             kept = _Kept.of(batch, {n: batch.label_prefix[n] for n in text_only})
-            states = self.contextualise(text_embeddings[kept.index], batch.position_ids[kept.index], kept.layout)
+            states = self.contextualise(text_embeddings[kept.index], batch.position_ids[kept.index], kept.layout, cast)
             text_sum = self._cross_entropy(states, batch, kept, sample_of)
             objective = objective + text_sum.sum()  # equal in every pass, and the weights add up to 1
         for number, (name, weight) in enumerate(weights.items()):
@@ -191,14 +199,16 @@ class FoveatedVLM(nn.Module):
             if features is None or not (weight or last or self.settings.query != "random"):
                 continue
             if number == 0:
-                read = self.read_coarse(features, batch, weights=last)
+                read = self.read_coarse(features, batch, weights=last, number=number)
             else:
-                read = self.read_fine(features, self.queries(hidden, batch), batch, weights=last)
+                read = self.read_fine(features, self.queries(hidden, batch), batch, weights=last, number=number)
             needed = {n: max(0 if last else batch.query_prefix[n], batch.label_prefix[n] if weight else 0) for n in visual}
             kept = _Kept.of(batch, {n: length for n, length in needed.items() if length})
             visual_tokens = read.tokens.flatten(0, 1).to(text_embeddings.dtype)
             embeddings = text_embeddings.index_copy(0, batch.visual_positions.flatten(), visual_tokens)[kept.index]
-            states = self.contextualise(embeddings, batch.position_ids[kept.index], kept.layout) if len(embeddings) else embeddings
+            states = embeddings
+            if len(embeddings):
+                states = self.contextualise(embeddings, batch.position_ids[kept.index], kept.layout, cast)
             hidden = torch.zeros_like(text_embeddings, dtype=states.dtype).index_copy(0, kept.index, states)
             if weight:
                 sums[name] = self._cross_entropy(states, batch, kept, sample_of)

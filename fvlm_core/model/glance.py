@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fvlm_core.config import GlanceSettings
-from fvlm_core.model.encoder import Encoder, FrameFeatures
-from fvlm_core.model.linear import summed
+from fvlm_core.model.encoder import Added, Encoder, FrameFeatures, scaled_sum
 
 LEAST = 1e-6
 """Added to p before its logarithm: a patch that was opened against the odds can still be read."""
@@ -128,17 +127,18 @@ def open_patches(
     alone = torch.ones(zoom**2, zoom**2, dtype=torch.bool, device=x.device)
     siblings = torch.block_diag(*[alone] * chosen.shape[1])
     seen = F.pad(siblings, (features.keys[0].shape[2], 0), value=True)  # [n, glance + n]
-    added = None
+    added: Added = None
     keys, values = [], []
     for number, layer in enumerate(encoder.layers):
         if number == len(encoder.layers) - 1:
-            key, value = layer.keys_values(x, added)
+            key, value, _ = layer.keys_values(x, added)
         else:
             context = [part[number] if rows is None else part[number].index_select(0, rows) for part in (features.keys, features.values)]
             if encoder.gradient_checkpointing and torch.is_grad_enabled():
-                x, added, key, value = checkpoint(layer, summed(x, added), None, *context, seen, use_reentrant=False)
+                x, more, key, value, _ = checkpoint(layer, scaled_sum(x, added), None, *context, seen, use_reentrant=False)
             else:
-                x, added, key, value = layer(x, added, *context, seen)
+                x, more, key, value, _ = layer(x, added, *context, seen)
+            added = more, layer.scale2
         keys.append(key)
         values.append(value)
     parents, under = (part.repeat_interleave(zoom**2, dim=1) for part in (chosen, roots.gather(1, chosen)))

@@ -35,12 +35,15 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
-def joint(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
+def joint(x: Tensor, layers: Sequence[nn.Linear], together: Tensor | None = None) -> tuple[Tensor, ...]:
     """What several layers make of the same input [..., in]; compiled, it is one product with their weights side by side.
 
     A narrow layer alone leaves most of a GPU idle, and its input would be read again. Compiled, putting weights side by side is part of
     casting them; otherwise it would be a copy, so every layer has a product of its own, as has an adapter in a layer's place.
+    `together`: their weights side by side, where they are at hand, without biases.
     """
+    if together is not None:
+        return F.linear(x, together).split([layer.out_features for layer in layers], dim=-1)
     if not (_compiles() and all(type(layer) is Linear for layer in layers)):
         return tuple(layer(x) for layer in layers)
     weights: list[Tensor] = [layer.weight for layer in layers]
@@ -49,19 +52,8 @@ def joint(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
     return product.split([layer.out_features for layer in layers], dim=-1)
 
 
-def scaled(x: Tensor, layer: nn.Linear, scale: Tensor) -> Tensor:
-    """What a layer makes of x [..., in], times `scale` [out]; compiled, its weights are multiplied instead of its results.
-
-    That is part of casting the weights, and the backward then needs no results to know the gradient of `scale`.
-    """
-    if not (_compiles() and type(layer) is Linear):
-        return layer(x) * scale
-    bias = layer.bias if layer.bias is None else layer.bias * scale
-    return F.linear(x, layer.weight * scale[:, None], bias)
-
-
 def summed(x: Tensor, added: Tensor | None) -> Tensor:
-    """A residual sum that a layer leaves to the next: compiled with its norm, the parts are read once less. None before the first layer."""
+    """The residual sum that a layer leaves to the next (None: the first): compiled with its norm, the parts are read once less."""
     return x if added is None else x + added
 
 

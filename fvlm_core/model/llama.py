@@ -9,7 +9,7 @@ Llama 2: Touvron et al. 2023, https://arxiv.org/abs/2307.09288; rotary embedding
 
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,15 @@ if TYPE_CHECKING:
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Ways to scale rotary frequencies that depend on the configuration alone; the others also depend on a sequence's length."""
+
+
+class LayerWeights(NamedTuple):
+    """A layer's matrices in the precision of its products."""
+
+    query_key_value: Tensor
+    out: Tensor
+    gate_up: Tensor
+    down: Tensor
 
 
 class Llama(nn.Module):
@@ -59,14 +68,30 @@ class Llama(nn.Module):
         theirs.load_state_dict(self.state_dict())
         return theirs
 
+    @property
+    def castable(self) -> bool:
+        """Whether the layers are matrices only: no biases, no adapters in their place."""
+        linears = (module for layer in self.model.layers for module in layer.modules() if isinstance(module, nn.Linear))
+        return all(type(linear) is Linear and linear.bias is None for linear in linears)
+
     def tie(self) -> None:
         """Make input and output embedding one parameter, where the configuration says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, embeddings: Tensor, position_ids: Tensor, layout: PackedLayout) -> Tensor:
-        """Last hidden states [S, D] of packed embeddings [S, D] at positions int64 [S]; new keys and values go to the layout's cache."""
-        return self.model(embeddings, position_ids, layout)
+    def cast(self) -> list[LayerWeights] | None:
+        """The layers' matrices for several forwards, where that saves casting them in each: compiled, under autocast."""
+        device = self.lm_head.weight.device.type
+        if not (self.model.casts_once and torch.is_grad_enabled() and torch.is_autocast_enabled(device)):
+            return None
+        return [layer.cast(torch.get_autocast_dtype(device)) for layer in self.model.layers]
+
+    def forward(self, embeddings: Tensor, position_ids: Tensor, layout: PackedLayout, weights: list[LayerWeights] | None = None) -> Tensor:
+        """Last hidden states [S, D] of packed embeddings [S, D] at positions int64 [S]; new keys and values go to the layout's cache.
+
+        `weights`: from `cast`.
+        """
+        return self.model(embeddings, position_ids, layout, weights)
 
 
 class LlamaBody(nn.Module):
@@ -82,8 +107,10 @@ class LlamaBody(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self.casts_once = False
+        """Whether `Llama.cast` casts."""
 
-    def forward(self, x: Tensor, position_ids: Tensor, layout: PackedLayout) -> Tensor:
+    def forward(self, x: Tensor, position_ids: Tensor, layout: PackedLayout, weights: list[LayerWeights] | None = None) -> Tensor:
         """As `Llama.forward`."""
         cos, sin = self.rotary_emb(position_ids, x.dtype)
         autocast = torch.is_autocast_enabled(x.device.type)
@@ -91,11 +118,11 @@ class LlamaBody(nn.Module):
         packed = layout.packable and has_packed_kernel(x.device, dtype, cos.shape[-1])
         segments = layout.segments(x.device) if packed else None
         added = None
-        for layer in self.layers:
+        for layer, own in zip(self.layers, weights or [None] * len(self.layers), strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, added = checkpoint(layer, summed(x, added), None, cos, sin, layout, segments, use_reentrant=False)
+                x, added = checkpoint(layer, summed(x, added), None, cos, sin, layout, segments, own, use_reentrant=False)
             else:
-                x, added = layer(x, added, cos, sin, layout, segments)
+                x, added = layer(x, added, cos, sin, layout, segments, own)
         return self.norm(summed(x, added))
 
 
@@ -110,15 +137,29 @@ class LlamaLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, added: Tensor | None, cos: Tensor, sin: Tensor, layout: PackedLayout, segments: Segments | None
+        self,
+        x: Tensor,
+        added: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        layout: PackedLayout,
+        segments: Segments | None,
+        weights: LayerWeights | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Hidden states, one layer on, as a sum of two [S, D] that the next layer adds up: compiled with its norm, they are read once less.
 
         `cos` and `sin` [S, 1, head_dim]; `segments` where the packed kernel is to run; `added` is None before the first layer.
         """
         x = summed(x, added)
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout, segments)
-        return x, self.mlp(self.post_attention_layernorm(x))
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout, segments, weights)
+        return x, self.mlp(self.post_attention_layernorm(x), weights)
+
+    def cast(self, dtype: torch.dtype) -> LayerWeights:
+        """Its matrices in another precision, those of products of the same input side by side."""
+        attention, mlp = self.self_attn, self.mlp
+        together = [attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]
+        query_key_value, gate_up = (torch.cat([layer.weight.to(dtype) for layer in layers]) for layers in together)
+        return LayerWeights(query_key_value, attention.o_proj.weight.to(dtype), gate_up, mlp.down_proj.weight.to(dtype))
 
 
 class LlamaAttention(nn.Module):
@@ -134,13 +175,16 @@ class LlamaAttention(nn.Module):
         self.v_proj = Linear(width, kv_heads * self.head_dim, bias=bias)
         self.o_proj = Linear(config.num_attention_heads * self.head_dim, width, bias=bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout, segments: Segments | None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout, segments: Segments | None, weights: LayerWeights | None = None
+    ) -> Tensor:
         """[S, D] -> [S, D]."""
-        projected = joint(x, (self.q_proj, self.k_proj, self.v_proj))
+        projected = joint(x, (self.q_proj, self.k_proj, self.v_proj), None if weights is None else weights.query_key_value)
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in projected)
         # rotating in fp32 is exact enough for any position; attention then runs in the precision that was asked for
         query, key = (_rotate(part, cos, sin).to(value.dtype) for part in (query, key))
-        return self.o_proj(attend(query, key, value, layout, segments, layer=self.number).flatten(1))
+        attended = attend(query, key, value, layout, segments, layer=self.number).flatten(1)
+        return self.o_proj(attended) if weights is None else F.linear(attended, weights.out)
 
 
 class LlamaMLP(nn.Module):
@@ -153,10 +197,11 @@ class LlamaMLP(nn.Module):
         self.up_proj = Linear(width, hidden, bias=bias)
         self.down_proj = Linear(hidden, width, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, weights: LayerWeights | None = None) -> Tensor:
         """[S, D] -> [S, D]."""
-        gate, up = joint(x, (self.gate_proj, self.up_proj))
-        return self.down_proj(F.silu(gate) * up)
+        gate, up = joint(x, (self.gate_proj, self.up_proj), None if weights is None else weights.gate_up)
+        gated = F.silu(gate) * up
+        return self.down_proj(gated) if weights is None else F.linear(gated, weights.down)
 
 
 class RMSNorm(nn.Module):

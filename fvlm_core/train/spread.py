@@ -95,6 +95,7 @@ class Sharded(Spread):
         mesh = init_device_mesh(world.device.type, (world.size,))
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         self.root = _Root(model)
+        model.llm.model.casts_once = False  # a layer's weights are there only once it runs
         for module in (*model.encoder.layers, *model.llm.model.layers, self.root):
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
         self.parts = [module for module in self.root.modules() if isinstance(module, FSDPModule)]

@@ -86,13 +86,16 @@ def compile_parts(model: FoveatedVLM, parts: Collection[CompiledPart], *, autotu
     if "encoder" in parts:
         _compile_method(model.encoder, "embed", options)
         _compile_method(model.encoder.layers[-1], "keys_values", options)
+    model.encoder.has_tickets = {"encoder", "queries"} <= set(parts)
     for layer in model.encoder.layers:
         if "encoder" in parts:
             layer.compile(**options)
         if "queries" in parts:
             _compile_method(layer, "query", options)
+    model.llm.model.casts_once = "llm" in parts and model.llm.castable
     for layer in model.llm.model.layers if "llm" in parts else ():
         layer.compile(**options)
+        _compile_method(layer, "cast", options)
     if "llm" in parts:
         model.cross_entropy.compile(**options)
 

@@ -238,7 +238,7 @@ def test_the_finest_patches_are_the_frames_own_pixels():
     alone = frames.unflatten(1, (12, 14)).unflatten(3, (12, 14)).transpose(2, 3)[0, place // 12, place % 12]
     x = encoder.patches((alone.double().permute(2, 0, 1)[None] - encoder.pixel_mean) / encoder.pixel_std)[0, :, 0, 0]
     x = x + encoder.position_embeddings[0, 1 + place] + model.connector.scale_embeddings[1]
-    key, _ = encoder.layers[0].keys_values(x[None, None])
+    key, *_ = encoder.layers[0].keys_values(x[None, None])
     torch.testing.assert_close(finest.keys[0][0, :, at], key[0, :, 0])
 
 

@@ -13,7 +13,7 @@ from torch.profiler import profile
 from fvlm_core.config import LossSettings
 from fvlm_core.data.batch import pack
 from fvlm_core.model import linear as module
-from fvlm_core.model.linear import FEW_ROWS, Linear, joint, linear, scaled
+from fvlm_core.model.linear import FEW_ROWS, Linear, joint, linear
 from tests.model.build import CHAT, sample, tiny_model
 
 
@@ -82,7 +82,7 @@ def test_layers_of_one_input_are_one_product_when_compiled(with_bias):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_what_is_computed_compiled_is_the_same_in_float64(monkeypatch, checkpointing):
-    """Loss and all gradients: products side by side and scaled weights differ in rounding only."""
+    """Loss and all gradients: products side by side differ in rounding only."""
     batch = pack([sample(np.random.default_rng(n), frames=frames) for n, frames in enumerate((3, 0, 2))], CHAT)
     results = []
     for compiled in (False, True):
@@ -105,4 +105,3 @@ def test_an_adapter_in_a_layers_place_is_computed(monkeypatch):
     monkeypatch.setattr(module, "_compiles", lambda: True)
     x, plain, adapted = torch.randn(3, 8), Linear(8, 4), Adapter(8, 4)
     torch.testing.assert_close(joint(x, (plain, adapted)), (plain(x), adapted(x)))
-    torch.testing.assert_close(scaled(x, adapted, torch.full((4,), 2.0)), 2.0 * adapted(x))

@@ -76,6 +76,31 @@ def test_logits_gradients_and_weights_are_those_of_transformers(changes: dict[st
     assert all(torch.equal(back[name], tensor) for name, tensor in theirs.state_dict().items())
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_weights_cast_once_for_several_forwards_are_the_same(checkpointing: bool) -> None:
+    """In float64, where casting changes nothing: hidden states and gradients."""
+    ids, positions = packed(LENGTHS)
+    results = []
+    for once in (False, True):
+        ours = Llama.from_transformers(transformers_llama()).double()
+        ours.model.gradient_checkpointing = checkpointing
+        weights = [layer.cast(torch.float64) for layer in ours.model.layers] if once else None
+        hidden = ours.model.embed_tokens(ids)
+        for _ in range(2):
+            hidden = ours(hidden, positions, PackedLayout(LENGTHS), weights)
+        hidden.square().sum().backward()
+        results.append([hidden.detach(), *(p.grad for p in ours.model.parameters())])
+    torch.testing.assert_close(*results, atol=1e-9, rtol=1e-9)
+
+
+def test_only_plain_matrices_are_cast_once() -> None:
+    assert Llama.from_transformers(transformers_llama()).castable
+    assert not Llama.from_transformers(transformers_llama(mlp_bias=True)).castable
+    adapted = Llama.from_transformers(transformers_llama())
+    adapted.model.layers[1].mlp.up_proj = torch.nn.Linear(48, 64, bias=False)  # pyright: ignore[reportAttributeAccessIssue]
+    assert not adapted.castable
+
+
 @torch.no_grad()
 def test_token_by_token_with_a_cache_is_the_same() -> None:
     ours = Llama.from_transformers(transformers_llama()).eval()

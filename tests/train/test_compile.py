@@ -49,7 +49,7 @@ def test_autotuning_is_asked_of_the_compiler_for_every_part(monkeypatch: pytest.
     monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options) or function)
     model = tiny_model()
     compile_parts(model, COMPILED_PARTS, autotune=autotune)
-    # embedding, last keys and values, loss; the encoder's layers twice, for patches and for queries
-    assert len(asked) == 3 + 2 * len(model.encoder.layers) + len(model.llm.model.layers)
+    # embedding, last keys and values, loss; the encoder's layers, for patches and for queries; the language model's, and their casts
+    assert len(asked) == 3 + 2 * len(model.encoder.layers) + 2 * len(model.llm.model.layers)
     assert all(options == ({"dynamic": True, "options": AUTOTUNE} if autotune else {"dynamic": True}) for options in asked)
     assert AUTOTUNE.keys() <= set(torch._inductor.list_options())

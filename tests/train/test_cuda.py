@@ -8,14 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fvlm_core.config import Recipe
+from fvlm_core.config import COMPILED_PARTS, Recipe
 from fvlm_core.data.loader import train_steps
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.model import attention
 from fvlm_core.train.__main__ import train
 from fvlm_core.train.jobs import RunManifest
 from fvlm_core.train.nvml import gpu_readings
-from fvlm_core.train.start import initial_model
+from fvlm_core.train.start import compile_parts, initial_model
 from tests.train.conftest import losses, tiny_recipe
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -27,7 +27,9 @@ def cuda_recipe(output: Path, shards: Path, **changes: Any) -> Recipe:
     return tiny_recipe(output, shards, model__llm=llm, run__device="cuda", run__precision="bf16", run__steps=20, **changes)
 
 
-def test_the_packed_kernel_is_used_and_right(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_packed_kernel_is_used_and_right(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
+    """Gradients against float64, which has neither the kernel nor anything compiled."""
     recipe, calls = cuda_recipe(tmp_path, shards), []
     kernel = attention.varlen_attn
 
@@ -35,15 +37,18 @@ def test_the_packed_kernel_is_used_and_right(tmp_path: Path, shards: Path, monke
         calls.append(args[0].dtype)
         return kernel(*args, **options)
 
-    monkeypatch.setattr(attention, "varlen_attn", counted)
     model = initial_model(recipe, ShardSet(shards)).cuda()
     exact = deepcopy(model).double()
+    if compiled:
+        compile_parts(model, COMPILED_PARTS)
+    else:
+        monkeypatch.setattr(attention, "varlen_attn", counted)
     ((batch, *_), *_) = train_steps(ShardSet(shards), recipe.data, recipe.run, tokens_per_frame=1, rank=0, world_size=1)
     batch = batch.to(torch.device("cuda"))
     with torch.autocast("cuda", torch.bfloat16):
         ours = model(batch, recipe.loss).objective
     ours.backward()
-    assert set(calls) == {torch.bfloat16}
+    assert set(calls) == (set() if compiled else {torch.bfloat16})
     expected = exact(batch, recipe.loss).objective
     expected.backward()
     torch.testing.assert_close(ours.double(), expected.double(), rtol=0.02, atol=0)

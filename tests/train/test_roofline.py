@@ -34,7 +34,8 @@ def test_compiled_moves_fewer_bytes_in_fewer_kernels(settings: ModelSettings, tr
     traces: dict[Kind, Traced] = {"eager": traced, "compiled": as_compiled, "autotuned": as_compiled}
     made = {kind: [k for k in kernels(t.operations, kind=kind) if k.part != "other"] for kind, t in traces.items()}
     eager, compiled, autotuned = ((len(kind), sum(kernel.bytes for kernel in kind)) for kind in made.values())
-    assert len({sum(kernel.flops for kernel in kind) for kind in made.values()}) == 1
+    flops = [sum(kernel.flops for kernel in kind) for kind in made.values()]
+    assert flops == pytest.approx([flops[0]] * 3, rel=0.01)  # compiled, a single query's attention is no product
     assert compiled[0] < 0.6 * eager[0]
     assert compiled[1] < 0.8 * eager[1]
     assert autotuned < compiled

@@ -1,0 +1,86 @@
+"""Gradients by tickets against those of torch's attention."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fvlm_core.config import LossSettings
+from fvlm_core.data.batch import pack
+from fvlm_core.model import linear
+from fvlm_core.model.single_query import attend_once, tickets
+from tests.model.build import CHAT, sample, tiny_model
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_equals_torchs_attention_and_its_gradients(passes: int) -> None:
+    """In float64, with keys that the frame's own attention reads too."""
+    torch.manual_seed(0)
+    key, value = (torch.randn(4, 2, 7, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    queries = [torch.randn(4, 2, 1, 8, dtype=torch.float64, requires_grad=True) for _ in range(passes)]
+    wanted = [torch.randn(4, 2, 1, 8, dtype=torch.float64) for _ in range(passes)]
+    results = []
+    for by_ticket in (False, True):
+        given = tickets(key, value, passes) if by_ticket else [None] * passes
+        outs = [
+            F.scaled_dot_product_attention(q, key, value, scale=0.5) if ticket is None else attend_once(q, key, value, ticket, 0.5)
+            for q, ticket in zip(queries, given, strict=True)
+        ]
+        total = sum((out * target).sum() for out, target in zip(outs, wanted, strict=True))
+        (total + F.scaled_dot_product_attention(key, key, value).square().sum()).backward()
+        results.append([*outs, *(part.grad for part in (key, value, *queries))])
+        for part in (key, value, *queries):
+            part.grad = None
+    torch.testing.assert_close(*results, atol=1e-12, rtol=1e-12)
+
+
+def test_a_ticket_that_is_not_used_adds_nothing() -> None:
+    key, value = (torch.randn(2, 1, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    query = torch.randn(2, 1, 1, 4, dtype=torch.float64)
+    grads = []
+    for passes in (1, 2):
+        attend_once(query, key, value, tickets(key, value, passes)[0], 1.0).sum().backward()
+        grads.append((key.grad, value.grad))
+        key.grad = value.grad = None
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("repeated", [False, True])
+def test_a_models_loss_and_gradients_are_the_same(checkpointing: bool, repeated: bool) -> None:
+    """Also where a frame is shown several times, and so read with several queries at once, the usual way."""
+    shown = [[0, 1, 1]] if repeated else None
+    batch = pack([sample(np.random.default_rng(n), frames=frames, shown=shown) for n, frames in enumerate((2, 2))], CHAT)
+    results = []
+    for has_tickets in (False, True):
+        model = tiny_model(fine_iterations=2).train()
+        model.set_gradient_checkpointing(checkpointing)
+        model.encoder.has_tickets = has_tickets
+        features = model.encode(batch.frames)
+        assert [len(of_layer) for of_layer in features.tickets] == ([3] * len(model.encoder.layers) if has_tickets else [])
+        objective = model(batch, LossSettings(coarse=1.0, fine=[1.0, 1.0])).objective
+        objective.backward()
+        results.append([objective.detach(), *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(*results, atol=1e-9, rtol=1e-9)
+
+
+def test_in_bf16_what_is_compiled_is_as_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradient's error against float64 is the plain step's, with tickets, joint products and weights cast once: a mean of batches."""
+    errors: dict[str, list[float]] = {"plain": [], "compiled": []}
+    for number in range(12):
+        batch = pack([sample(np.random.default_rng([number, n]), frames=6) for n in range(3)], CHAT)
+        gradients = {}
+        for kind in ("float64", *errors):
+            monkeypatch.setattr(linear, "_compiles", lambda kind=kind: kind == "compiled")
+            model = tiny_model(fine_iterations=2).train()
+            model = model if kind == "float64" else model.float()
+            model.encoder.has_tickets = model.llm.model.casts_once = kind == "compiled"
+            with torch.autocast("cpu", torch.bfloat16, enabled=kind != "float64"):
+                objective = model(batch, LossSettings(coarse=1.0, fine=[1.0, 1.0])).objective
+            objective.backward()
+            gradients[kind] = torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
+        for kind, found in errors.items():
+            found.append(float((gradients[kind] - gradients["float64"]).norm() / gradients["float64"].norm()))
+    plain, compiled = (float(np.exp(np.log(found).mean())) for found in errors.values())
+    assert plain > 0.005
+    assert compiled < 1.15 * plain, (plain, compiled)
