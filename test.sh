@@ -6,6 +6,8 @@ set -euo pipefail
 cd "$(dirname "$0")"
 ./infra/test_programs.sh # first: what cannot be installed is better known before the set-up than after it
 ./setup.sh
+./infra/video2dataset_env.sh --spark & # half a minute, beside the checks
+spark=$!
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE=
 
 ruff check .
@@ -13,6 +15,6 @@ ruff format --check .
 pyright
 lint-imports
 .venv/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements-test-data.lock
-./infra/video2dataset_env.sh --spark
+wait "$spark"
 [ $# -gt 0 ] && exec python -m pytest "$@"
 exec python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder # one more than small machines have cores: end-to-end tests wait a lot

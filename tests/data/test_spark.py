@@ -26,7 +26,8 @@ def missing() -> str:
 
 
 @pytest.mark.slow(reason="three downloads, one of them on a Spark cluster that has to start")
-def test_one_process_two_and_spark_give_the_same_bytes(tmp_path: Path) -> None:
+def test_one_process_two_and_spark_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")  # it lives too short for more to pay
     if not PYTHON.exists():
         pytest.skip("needs ./infra/video2dataset_env.sh")
     sources = {"gaze_cell": {"task": "cell", "train": 8, "val": 2, "max_frames": 5}}
