@@ -88,6 +88,9 @@ def evaluate(
         benchmark(name)
     if not names:
         raise UserError("no benchmark is named", where="--benchmarks", fix=f"name some of {', '.join(NAMES)}")
+    if data is None and (lacking := [name for name in names if benchmark(name).needs_folder]):
+        fix = f"give the folder that holds {', '.join(f'{name}/' for name in lacking)} as published"
+        raise UserError(f"the data of {', '.join(lacking)} are not given", where="--data", fix=fix)
     modes = None if mode == ALL else [part.strip() for part in mode.split(",")]
     generation = {"method": method, "temperature": temperature, "top_p": top_p, "beams": beams, "seed": seed}
     job_values = {
