@@ -20,7 +20,7 @@ RECORD = "gaze_training.json"
 """Beside the weights: the plan, and how the training went."""
 
 
-PLAN = Plan(task="cell", wording="sentence", steps=800)
+PLAN = Plan(task="cell", wording="sentence", steps=600)
 """Everything else is as in `benchmarks.gaze`; a step costs about twice as much, because questions are sentences in a chat."""
 
 
