@@ -2,7 +2,7 @@
 model that has learned them; with `--lmms` also by lmms-eval's own program, compared question by question.
 
 Such a model has to score far above blind in all the forms alike, by the path that a published benchmark takes. Without a model named,
-one is trained: about ten minutes of one core.
+one is trained: about five minutes of one core.
 
     python -m benchmarks.gaze_forms --lmms                     # train, write, ask, compare
     python -m benchmarks.gaze_forms --keep DIR --seed 1        # another seed; the model stays in DIR and is taken from there the next time

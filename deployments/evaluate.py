@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fvlm_core.errors import UserError
 from fvlm_core.eval.benchmarks import NAMES, benchmark
+from fvlm_core.eval.benchmarks.benchmark import Scorer
 from fvlm_core.eval.generation import Method
 from fvlm_core.model.names import MODES
 
@@ -23,6 +24,7 @@ def evaluate(
     mode: Annotated[str, Parameter(help=f"`{ALL}`, or of {', '.join(MODES)}, with commas between them.")] = ALL,
     output: Path = Path("evaluation"),
     limit: int = 0,
+    scorer: Scorer | None = None,
     generate: Annotated[bool, Parameter(negative="")] = False,
     method: Method = "greedy",
     temperature: float = 1.0,
@@ -51,6 +53,9 @@ def evaluate(
         Folder for results.json, tables.md and the answers; what is finished there is not asked again.
     limit
         Most questions of each benchmark, evenly over its rows; 0 is all.
+    scorer
+        How the table's choices are read off, where that is not to be each benchmark's own way: the likelihood of their letters, or of their
+        texts. A model that was never trained on letters is read by `mean`. tables.md has all ways.
     generate
         Generate answers to multiple-choice questions too, and read the choice from them.
     method
@@ -83,6 +88,9 @@ def evaluate(
         benchmark(name)
     if not names:
         raise UserError("no benchmark is named", where="--benchmarks", fix=f"name some of {', '.join(NAMES)}")
+    if data is None and (lacking := [name for name in names if benchmark(name).needs_folder]):
+        fix = f"give the folder that holds {', '.join(f'{name}/' for name in lacking)} as published"
+        raise UserError(f"the data of {', '.join(lacking)} are not given", where="--data", fix=fix)
     modes = None if mode == ALL else [part.strip() for part in mode.split(",")]
     generation = {"method": method, "temperature": temperature, "top_p": top_p, "beams": beams, "seed": seed}
     job_values = {
@@ -93,6 +101,7 @@ def evaluate(
             "run": names,
             "data": {} if data is None else {name: data / name for name in names if benchmark(name).needs_folder},
             "limit": limit,
+            "scorer": scorer,
             "ask": {"modes": modes, "generate": generate, "generation": generation},
             "max_missing_share": max_missing_share,
         },

@@ -10,7 +10,7 @@ import numpy as np
 
 from fvlm_core.eval.answerers.answerer import Order
 from fvlm_core.eval.answers import parse_choice, parse_yes_no, score
-from fvlm_core.eval.benchmarks.benchmark import Benchmark, Loaded
+from fvlm_core.eval.benchmarks.benchmark import Benchmark, Loaded, Scorer
 from fvlm_core.eval.estimates import Estimate
 from fvlm_core.eval.records import SCORERS, ItemRecord, option_scores
 from fvlm_core.eval.stats import DECIMALS, Bootstrap, holm, sign_flip
@@ -122,14 +122,16 @@ class BenchmarkResult(Settings):
         return self.conditions["blind"].headline if "blind" in self.conditions else None
 
 
-def benchmark_result(loaded: Loaded, records: Sequence[ItemRecord], bootstrap: Bootstrap, *, fps: float, frame_px: int) -> BenchmarkResult:
-    """Add up. At least one record must be without an error."""
+def benchmark_result(
+    loaded: Loaded, records: Sequence[ItemRecord], bootstrap: Bootstrap, *, fps: float, frame_px: int, scorer: Scorer | None = None
+) -> BenchmarkResult:
+    """Add up. At least one record must be without an error. `scorer` reads off the headline's choices; None is the benchmark's own."""
     benchmark = loaded.benchmark
     good = [record for record in records if not record.error]
     undecodable = {record.id: record.error for record in records if record.error}
-    scorer = headline_scorer(benchmark, good)
+    used = headline_scorer(benchmark, good, scorer)
     names = list(good[0].said)
-    values = {name: np.array([_value(record, name, benchmark, scorer) for record in good]) for name in names}
+    values = {name: np.array([_value(record, name, benchmark, used) for record in good]) for name in names}
     golds = [record.gold for record in good if record.gold is not None]
     widest = max((len(record.choices) for record in good), default=0)
     positions = np.bincount(np.array(golds, int), minlength=widest) if golds else np.zeros(0, int)
@@ -139,7 +141,7 @@ def benchmark_result(loaded: Loaded, records: Sequence[ItemRecord], bootstrap: B
         dataset=benchmark.hub[0] if benchmark.hub else f"fvlm-{benchmark.name}",
         split=benchmark.split,
         metric="accuracy" if benchmark.answers == "yes_no" else benchmark.answers,
-        scorer=scorer if golds else "",
+        scorer=used if golds else "",
         macro=benchmark.macro,
         note=benchmark.note,
         prompt=benchmark.prompt.hash,
@@ -156,15 +158,15 @@ def benchmark_result(loaded: Loaded, records: Sequence[ItemRecord], bootstrap: B
         chance=round(float(np.mean([1 / len(record.choices) for record in good if record.choices])), DECIMALS) if golds else None,
         majority=round(float(positions.max() / len(golds)), DECIMALS) if golds else None,
         gold_positions=positions.tolist(),
-        conditions={name: _condition(name, good, benchmark, scorer, values[name], widest, bootstrap) for name in names},
+        conditions={name: _condition(name, good, benchmark, used, values[name], widest, bootstrap) for name in names},
         differences=_differences(values, [record.clip for record in good], bootstrap),
     )
 
 
-def headline_scorer(benchmark: Benchmark, records: Sequence[ItemRecord]) -> str:
-    """The benchmark's own way to read a choice, or the first one that was asked for; empty where all questions are open."""
+def headline_scorer(benchmark: Benchmark, records: Sequence[ItemRecord], wanted: Scorer | None = None) -> str:
+    """The wanted way to read a choice, else the benchmark's own, or the first that was asked for; empty where all questions are open."""
     asked = _scorers(records, next(iter(records[0].said)))
-    return benchmark.scorer if benchmark.scorer in asked else next(iter(asked), "")
+    return next((name for name in (wanted, benchmark.scorer, *asked) if name in asked), "") or ""
 
 
 def chosen(record: ItemRecord, condition: str, scorer: str, *, yes_no: bool = False) -> int | None:

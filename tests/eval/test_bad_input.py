@@ -106,6 +106,12 @@ def test_what_may_be_missing_is_counted(
     assert f"4 questions about 4 clips, {note}" in (tmp_path / "out" / "tables.md").read_text()
 
 
+def test_data_that_are_not_given_are_named(model_folder: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="the data of videomme, pope are not given") as refused:
+        evaluate(checkpoint=model_folder, benchmarks="videomme,gaze,pope", output=tmp_path / "out")
+    assert (refused.value.where, refused.value.fix) == ("--data", "give the folder that holds videomme/, pope/ as published")
+
+
 def test_a_checkpoint_that_is_none_is_refused(model_folder: Path, tmp_path: Path):
     videomme(tmp_path / "data" / "videomme")
     other = tmp_path / "other"

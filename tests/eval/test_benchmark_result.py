@@ -130,6 +130,20 @@ def test_generated_answers_that_name_no_choice_are_wrong_and_counted():
     assert (one.score.value, one.unparsed, one.positions) == (0.25, 1, [1, 1, 1])
 
 
+def test_the_headline_is_read_off_as_asked_for_or_as_the_benchmark_does():
+    options = [(-1.0, 1, -0.1), (-3.0, 1, -0.1), (-3.0, 1, -0.1)]
+    one = Said(letters=[-2.0, -1.0, -2.0], options=options)
+    found = [
+        ItemRecord(id=str(n), clip=str(n), groups={}, choices=["w", "x", "y"], gold=n % 2, said={"question_first/coarse_only": one})
+        for n in range(3)
+    ]
+    all_of = Loaded(benchmark("videomme"), [], len(found), {}, {})
+    for wanted, scorer, accuracy in ((None, "letter", 1 / 3), ("mean", "mean", 2 / 3), ("pmi", "letter", 1 / 3)):
+        result = benchmark_result(all_of, found, Bootstrap(20, 0), fps=1.0, frame_px=42, scorer=wanted)  # pyright: ignore[reportArgumentType]
+        assert result.scorer == scorer, "pmi was not asked for"
+        assert result.conditions["question_first/coarse_only"].headline.value == pytest.approx(accuracy, abs=1e-6)
+
+
 def test_ways_to_read_a_choice():
     record = ItemRecord(
         id="",

@@ -203,9 +203,12 @@ def _absent(media: Source) -> Path | None:
 
 def _checked(loaded: Loaded, share: float, place: Path | None) -> Loaded:
     name, where = loaded.benchmark.name, str(place or loaded.benchmark.name)
-    fix = "complete the download, or allow it: --max-missing-share (max_missing_share)"
-    check_share(loaded.missing, loaded.rows, share, what=f"items of {name} lack their media", where=where, fix=fix)
-    check_share(loaded.unreadable, loaded.rows, share, what=f"rows of {name} are no items", where=where, fix=fix)
+    allow = "or allow it: --max-missing-share (max_missing_share)"
+    for lost, what, fix in (
+        (loaded.missing, f"items of {name} lack their media", "complete the download"),
+        (loaded.unreadable, f"rows of {name} are no items", "correct them"),
+    ):
+        check_share(lost, loaded.rows, share, what=what, where=where, fix=f"{fix}, {allow}")
     if not loaded.items:
         raise UserError(f"{name} has no items", where=where, fix="give the folder as it is published")
     return loaded

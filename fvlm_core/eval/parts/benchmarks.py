@@ -14,7 +14,7 @@ from fvlm_core.eval.asking import AskSettings, ask_all, collect, wait_for_all
 from fvlm_core.eval.benchmark_result import BenchmarkResult, benchmark_result
 from fvlm_core.eval.benchmark_tables import benchmark_tables
 from fvlm_core.eval.benchmarks import NAMES, benchmark
-from fvlm_core.eval.benchmarks.benchmark import Loaded, load
+from fvlm_core.eval.benchmarks.benchmark import Loaded, Scorer, load
 from fvlm_core.eval.estimates import Dataset, Estimate, Metric
 from fvlm_core.eval.part import Context, Count, NotMeasuredError, Part, PartResult
 from fvlm_core.eval.ranks import ALONE, Ranks
@@ -72,6 +72,9 @@ class Benchmarks(Part):
     """Most items of each, evenly over its rows; 0 is all."""
     ask: AskSettings = AskSettings()
     """Orders, controls, ways to read a choice."""
+    scorer: Scorer | None = None
+    """How the headline's choices are read off: by their letters' likelihood, or their texts' (`sum`, `mean`, `pmi`). None is each
+    benchmark's own way; the table by way of reading has all of them."""
     max_missing_share: Annotated[SHARE, EXECUTION] = 0.01
     """Share of a benchmark's items whose media may be missing, or that may be unreadable; more is an error."""
 
@@ -145,7 +148,8 @@ def add_up(
         records = collect(answerer, one, settings.ask, output / ITEMS_FOLDER / name, max_missing_share=settings.max_missing_share)
         if not any(not record.error for record in records):
             raise UserError(f"none of the items of {name} could be decoded", where=name, fix="replace the media")
-        results[name] = benchmark_result(one, records, bootstrap, fps=answerer.rule.fps, frame_px=answerer.rule.frame_px)
+        rule = answerer.rule
+        results[name] = benchmark_result(one, records, bootstrap, fps=rule.fps, frame_px=rule.frame_px, scorer=settings.scorer)
     return results
 
 
