@@ -73,13 +73,6 @@ def show(config: PipelineConfig, results: Results) -> Shown:
 
 def learn(config: PipelineConfig, results: Results) -> list[Experiment]:
     report, confirmation = AblationReport.read(results.folder(REPORT)), Confirmation.read(results.folder(CONFIRMATION))
-    again = Experiment(
-        run=f"{report.winner}, other seeds",
-        hypothesis="the gain is there on seeds that did not choose it",
-        change=f"{report.winner_change} = {show_value(report.winner_value)}",
-        result=confirmation.text,
-        verdict="confirmed" if confirmation.confirmed else "not confirmed",
-    )
     rows = [
         Experiment(
             run=marked_name(row),
@@ -90,7 +83,16 @@ def learn(config: PipelineConfig, results: Results) -> list[Experiment]:
         )
         for row in report.rows
     ]
-    return [*rows, again] if confirmation.text else rows
+    if not confirmation.text:
+        return rows
+    again = Experiment(
+        run=f"{report.winner}, other seeds",
+        hypothesis="the gain is there on seeds that did not choose it",
+        change=f"{report.winner_change} = {show_value(report.winner_value)}",
+        result=confirmation.text,
+        verdict="confirmed" if confirmation.confirmed else "not confirmed",
+    )
+    return [*rows, again]
 
 
 ABLATIONS = Phase(
