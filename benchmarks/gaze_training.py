@@ -44,7 +44,8 @@ class Plan:
 
     task: gaze.Task = "cell"
     seed: int = 0
-    steps: int = 1200
+    steps: int = 1600
+    """What six minutes of one core allow, about."""
     batch_samples: int = 96
     """Half of them with the question before the video, half after it."""
     frames: int = 3

@@ -5,7 +5,7 @@ from flows.speed import SPEED
 from flows.training import training
 from fvlm_core.experiments import Experiment
 from fvlm_core.scaling.jobs import AblationReport, Confirmation
-from fvlm_core.scaling.tables import ablations_summary, change_text, difference_text, marked_name
+from fvlm_core.scaling.tables import ablations_summary, change_text, difference_text, marked_name, show_value
 from fvlm_core.tables import Table
 from tasks.config import PipelineConfig
 from tasks.phase import Before, Changes, Phase, Results, Shown
@@ -72,8 +72,8 @@ def show(config: PipelineConfig, results: Results) -> Shown:
 
 
 def learn(config: PipelineConfig, results: Results) -> list[Experiment]:
-    report = AblationReport.read(results.folder(REPORT))
-    return [
+    report, confirmation = AblationReport.read(results.folder(REPORT)), Confirmation.read(results.folder(CONFIRMATION))
+    rows = [
         Experiment(
             run=marked_name(row),
             hypothesis=row.hypothesis or "what the others are compared with",
@@ -83,6 +83,16 @@ def learn(config: PipelineConfig, results: Results) -> list[Experiment]:
         )
         for row in report.rows
     ]
+    if not confirmation.text:
+        return rows
+    again = Experiment(
+        run=f"{report.winner}, other seeds",
+        hypothesis="the gain is there on seeds that did not choose it",
+        change=f"{report.winner_change} = {show_value(report.winner_value)}",
+        result=confirmation.text,
+        verdict="confirmed" if confirmation.confirmed else "not confirmed",
+    )
+    return [*rows, again]
 
 
 ABLATIONS = Phase(

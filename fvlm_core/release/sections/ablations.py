@@ -3,7 +3,7 @@
 from fvlm_core.release.evidence import Evidence
 from fvlm_core.release.figures import Figures
 from fvlm_core.release.report import Section
-from fvlm_core.scaling.jobs import AblationReport
+from fvlm_core.scaling.jobs import AblationReport, Confirmation
 from fvlm_core.scaling.tables import ablations_summary, ablations_table
 
 TITLE = "Ablations"
@@ -15,4 +15,6 @@ def section(evidence: Evidence, figures: Figures) -> Section:
         return Section(title=TITLE, missing="no ablations were run")
     report = found.manifest
     pictures = figures.copy(found.folder, *report.figures)
-    return Section(title=TITLE, blocks=[ablations_summary(report), *pictures, ablations_table(report)])
+    confirmation = evidence.report("confirmation", Confirmation)
+    again = [confirmation.manifest.text] if confirmation and confirmation.manifest.text else []
+    return Section(title=TITLE, blocks=[ablations_summary(report), *again, *pictures, ablations_table(report)])
