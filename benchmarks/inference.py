@@ -20,6 +20,7 @@ from fvlm_core.model.build import build_model
 from fvlm_core.model.flop_counter import count_flops
 from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.model.inference import read_batch
+from fvlm_core.model.long_cache import LongCache
 from fvlm_core.serve.stream import FrameStream
 
 ORIGINAL_GFLOP = 942.2
@@ -71,9 +72,10 @@ def stream_growth(model: FoveatedVLM, frames: int, early: int = 60) -> list[Meas
     """Resident memory and time per frame of a stream's last frames against its 60th, and the keys and values in between."""
     stream = FrameStream(model, NO_TEMPLATE, task_ids=[1], context=frames + 512)
     stream.cache.grow(frames + 512)  # all of it at once, and touched, so that growing is not mistaken for a leak
-    for keys, values in stream.cache.layers.values():
-        keys[..., stream.length :].zero_()
-        values[:, stream.length :].zero_()
+    assert isinstance(stream.cache, LongCache)
+    for layer in stream.cache.layers:
+        for part in stream.cache.held(layer, stream.length, frames + 512):
+            part.zero_()
     picture = np.random.default_rng(0).integers(0, 256, (FRAME_PX, FRAME_PX, 3), dtype=np.uint8)
     resident: list[float] = []
     for _ in range(frames):
@@ -102,8 +104,9 @@ def _per_frame(model: FoveatedVLM, late: FrameStream, picture: np.ndarray, early
         new.push(picture)
 
     def read() -> None:
+        assert isinstance(late.cache, LongCache)
         for layer in late.cache.layers:
-            for part in late.cache.held(layer, 0, new.length, late.length):
+            for part in late.cache.held(layer, new.length, late.length):
                 part.sum()
 
     steps = {"late": lambda: late.push(picture), "new": lambda: new.push(picture), "read": read}
