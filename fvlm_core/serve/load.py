@@ -94,7 +94,7 @@ def _is_released(path: Path) -> bool:
 def _name(folder: Path) -> str:
     """What a released folder's card calls the model; without a card, the folder's name."""
     try:
-        return ModelCard.load(folder / CARD_FILE).data.model_name or folder.resolve().name
+        return getattr(ModelCard.load(folder / CARD_FILE).data, "model_name", None) or folder.resolve().name
     except (OSError, ValueError, YAMLError):
         return folder.resolve().name
 
