@@ -1,8 +1,8 @@
 """Inference at DINOv2-small + SmolLM2-135M: 64 frames and a question of 32 tokens, in two modes, against the bare encoder;
 and a stream of an hour (3,600 frames at 1 FPS).
 
-Floor: a plain `Dinov2Model` forward over the same frames, which any model that looks at them all has to pay; for the stream,
-the keys and values of one token a frame.
+Floor: a plain `Dinov2Model` forward over the same frames, which any model that looks at them all has to pay; for the stream, the keys and
+values of one token a frame: their bytes, and the time it takes merely to read them once. `--frames 0` measures the stream only.
 """
 
 import gc
@@ -20,6 +20,7 @@ from fvlm_core.model.build import build_model
 from fvlm_core.model.flop_counter import count_flops
 from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.model.inference import read_batch
+from fvlm_core.model.long_cache import LongCache
 from fvlm_core.serve.stream import FrameStream
 
 ORIGINAL_GFLOP = 942.2
@@ -35,6 +36,14 @@ def main() -> None:
 def measure(frames: int, rounds: int, stream: int) -> Iterator[Measurement]:
     """The modes over `frames` frames, then a stream of `stream` frames, unless that is 0."""
     model = build_model(model_settings(), vocab_size=VOCABULARY).eval().requires_grad_(False)
+    if frames:
+        yield from modes(model, frames, rounds)
+    if stream:
+        yield from stream_growth(model, stream)
+
+
+def modes(model: FoveatedVLM, frames: int, rounds: int) -> Iterator[Measurement]:
+    """FLOPs of the fine mode, and two modes' time beside that of the bare encoder."""
     batch = video_question(frames)
     plain = Dinov2Model(model.encoder.config).eval()
     pixels = torch.randn(frames, 3, 224, 224)
@@ -56,15 +65,17 @@ def measure(frames: int, rounds: int, stream: int) -> Iterator[Measurement]:
     for mode in ("coarse_fine", "autoregressive"):
         ratio = seconds[mode] / seconds["encode"]
         yield Measurement("inference", f"{mode}_vs_encode", ratio, "x", "Dinov2Model forward", ratio)
-    if stream:
-        yield from stream_growth(model, stream)
 
 
 @torch.no_grad()
 def stream_growth(model: FoveatedVLM, frames: int, early: int = 60) -> list[Measurement]:
     """Resident memory and time per frame of a stream's last frames against its 60th, and the keys and values in between."""
     stream = FrameStream(model, NO_TEMPLATE, task_ids=[1], context=frames + 512)
-    stream.cache.grow(frames + 512)  # all of it at once, so that growing is not mistaken for a leak
+    stream.cache.grow(frames + 512)  # all of it at once, and touched, so that growing is not mistaken for a leak
+    assert isinstance(stream.cache, LongCache)
+    for layer in stream.cache.layers:
+        for part in stream.cache.held(layer, stream.length, frames + 512):
+            part.zero_()
     picture = np.random.default_rng(0).integers(0, 256, (FRAME_PX, FRAME_PX, 3), dtype=np.uint8)
     resident: list[float] = []
     for _ in range(frames):
@@ -74,25 +85,39 @@ def stream_growth(model: FoveatedVLM, frames: int, early: int = 60) -> list[Meas
             resident.append(resident_gb())
     growth = (resident[1] - resident[0]) * 1000
     floor = stream.cache.bytes / stream.cache.starts[-1] * (frames - early) / 1e6
-    late, first = _per_frame(model, stream, picture, early)
+    late, first, reading = _per_frame(model, stream, picture, early)
     return [
         Measurement("inference", "stream_memory_growth_mb", growth, "MB", f"keys and values of {frames - early} tokens", growth / floor),
+        Measurement("inference", "stream_frame_seconds", late, "s", f"time per frame at frame {early}", late / first),
         Measurement("inference", "stream_latency_growth", late / first, "x", f"time per frame at frame {early}", late / first),
+        Measurement(
+            "inference", "stream_latency_floor", 1 + reading / first, "x", "reading the keys and values added since", 1 + reading / first
+        ),
     ]
 
 
-def _per_frame(model: FoveatedVLM, late: FrameStream, picture: np.ndarray, early: int, frames: int = 30) -> tuple[float, float]:
-    """Median seconds of a long stream's next frames and of a new one's up to its frame `early`, taken in turn."""
+def _per_frame(model: FoveatedVLM, late: FrameStream, picture: np.ndarray, early: int, frames: int = 30) -> tuple[float, float, float]:
+    """Median seconds of a long stream's next frames, of a new one's up to its frame `early`, and of reading what the first has in its cache
+    and the second has not; taken in turn."""
     new = FrameStream(model, NO_TEMPLATE, task_ids=[1])
     for _ in range(early - frames):
         new.push(picture)
-    taken: dict[FrameStream, list[float]] = {late: [], new: []}
+
+    def read() -> None:
+        assert isinstance(late.cache, LongCache)
+        for layer in late.cache.layers:
+            for part in late.cache.held(layer, new.length, late.length):
+                part.sum()
+
+    steps = {"late": lambda: late.push(picture), "new": lambda: new.push(picture), "read": read}
+    taken: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(frames):
-        for stream, seconds in taken.items():
+        for name, step in steps.items():
             started = time.perf_counter()
-            stream.push(picture)
-            seconds.append(time.perf_counter() - started)
-    return statistics.median(taken[late]), statistics.median(taken[new])
+            step()
+            taken[name].append(time.perf_counter() - started)
+    late_s, new_s, read_s = (statistics.median(seconds) for seconds in taken.values())
+    return late_s, new_s, read_s
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""`fvlm convert`: checkpoints of the original fVLM to models of ours, and back; models of ours to ONNX."""
+"""`fvlm convert`: checkpoints of the original fVLM to models of ours, and back; models of ours to ONNX and GGUF."""
 
 from pathlib import Path
+from typing import Literal
 
 from cyclopts import App
 from rich.console import Console
 
-app = App(name="convert", help="Convert checkpoints of the original fVLM to models of ours, and back; models of ours to ONNX.")
+from deployments.use import FramePx, Llm, Model, Vision, load_model
+
+app = App(name="convert", help="Convert checkpoints of the original fVLM to models of ours, and back; models of ours to ONNX and GGUF.")
 
 
 @app.command
@@ -61,19 +64,50 @@ def original(model_folder: Path, out: Path) -> int:
 
 
 @app.command
-def onnx(model_folder: Path, out: Path) -> int:
-    """Write a model folder's reading of frames and its coarse mode as graphs for onnxruntime. Needs the extra `onnx`.
+def onnx(model: Model, out: Path, /, *, vision: Vision = None, llm: Llm = None, frame_px: FramePx = 224) -> int:
+    """Write a model's parts and its coarse and fine mode as graphs for onnxruntime. Needs the extra `onnx`.
 
     Parameters
     ----------
-    model_folder
-        The `model/` of a finished run.
     out
-        Folder for `read.onnx` and `coarse.onnx`.
+        Folder for `read.onnx`, `queries.onnx`, `coarse.onnx` and `fine.onnx`.
     """
-    from fvlm_core.model.build import load_model
+    console = Console(highlight=False)
+    loaded = load_model(model, vision, llm, frame_px, "cpu", console).subject.model
     from fvlm_core.release.onnx_export import export_onnx
 
-    for path in export_onnx(load_model(model_folder).eval(), out):
-        Console().print(f"wrote {path}", highlight=False)
+    for path in export_onnx(loaded, out):
+        console.print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB", soft_wrap=True)
+    return 0
+
+
+@app.command
+def gguf(
+    model: Model,
+    out: Path,
+    /,
+    *,
+    precision: Literal["f32", "f16", "q8_0"] = "f16",
+    name: str = "",
+    vision: Vision = None,
+    llm: Llm = None,
+    frame_px: FramePx = 224,
+) -> int:
+    """Write a model's language model and tokenizer as a GGUF file for llama.cpp. Needs the extra `gguf`.
+
+    Parameters
+    ----------
+    out
+        File to write.
+    precision
+        Of the matrices: `q8_0` is 8 bits, with a scale for every 32 weights.
+    name
+        What the file calls the model; by default as it is loaded.
+    """
+    console = Console(highlight=False)
+    answerer = load_model(model, vision, llm, frame_px, "cpu", console)
+    from fvlm_core.release.gguf_export import export_gguf
+
+    export_gguf(answerer.subject.model.llm, answerer.subject.tokenizer, out, precision=precision, name=name or answerer.name)
+    console.print(f"wrote {out}: {out.stat().st_size / 1e6:.1f} MB", soft_wrap=True)
     return 0

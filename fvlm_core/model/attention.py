@@ -39,6 +39,11 @@ class PackedCache:
             buffer.index_copy_(0, places, new)
         return self.layers[layer]
 
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, layout: "PackedLayout", scaling: float) -> Tensor:
+        """Store new keys and values, and let their queries [S, H, D] attend to all of their samples, without the packed kernel."""
+        keys, values = self.append(layer, key, value, layout)
+        return _attend_cached(query, keys, values, layout, self, scaling)
+
     def advance(self, layout: "PackedLayout") -> None:
         """Count the tokens of `layout` as stored."""
         for sample, length in zip(layout.cache_rows, layout.lengths, strict=True):
@@ -145,6 +150,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, segm
     `segments`: run the packed kernel. `layer`: its number, for the layout's cache.
     """
     scale = query.shape[-1] ** -0.5
+    if layout.cache is not None and segments is None:
+        return layout.cache.attend(layer, query, key, value, layout, scale)
     if layout.cache is not None:
         key, value = layout.cache.append(layer, key, value, layout)
     if segments is not None:
@@ -152,9 +159,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, segm
         of_keys, longest_key, stored = (starts, longest, None) if known is None else (known.starts, known.longest, known.lengths)
         lengths = starts, of_keys, longest, longest_key
         return varlen_attn(query, key, value, *lengths, scale=scale, window_size=(-1, 0), enable_gqa=True, seqused_k=stored)  # pyright: ignore[reportReturnType]
-    if layout.cache is None:
-        return _attend_each(query, key, value, layout.lengths, scale)
-    return _attend_cached(query, key, value, layout, layout.cache, scale)
+    return _attend_each(query, key, value, layout.lengths, scale)
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -180,7 +185,7 @@ def _attend_each(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], 
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2).flatten(0, 1)
     parts = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
-    return torch.cat([_attend(*part, scaling) for part in parts])
+    return torch.cat([attend_to_known(*part, scaling) for part in parts])
 
 
 def _attend_cached(query: Tensor, keys: Tensor, values: Tensor, layout: PackedLayout, cache: PackedCache, scaling: float) -> Tensor:
@@ -199,7 +204,7 @@ def _attend_cached(query: Tensor, keys: Tensor, values: Tensor, layout: PackedLa
 
 
 def _attend_last(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    return (_attend_one if query.shape[-3] == 1 else _attend)(query, key, value, scaling)
+    return (_attend_one if query.shape[-3] == 1 else attend_to_known)(query, key, value, scaling)
 
 
 def _attend_one(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -212,7 +217,7 @@ def _attend_one(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Te
     return _product(grouped, key.transpose(-3, -2), value.transpose(-3, -2), scale=scaling).flatten(-3, -2).unsqueeze(-3)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+def attend_to_known(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """The last s tokens of a sample attend causally to all its t tokens: [..., s, H, D] x [..., t, Hkv, D] -> [..., s, H, D]."""
     new, known = query.shape[-3], key.shape[-3]
     mask = None

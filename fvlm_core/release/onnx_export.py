@@ -1,15 +1,19 @@
-"""The model for onnxruntime: reading frames with given queries, and the complete coarse mode of one sample.
+"""The model for onnxruntime: its parts, and the complete coarse and fine mode of one sample.
 
 | file | inputs | outputs |
 |---|---|---|
 | `read.onnx` | `frames` uint8 [F, H, W, 3], `queries` float [F, k, D] | `tokens` float [F, k, llm width] |
+| `queries.onnx` | `hidden` float [F, k, llm width] | `queries` float [F, k, D]; `static`, `first` float [k, D] |
 | `coarse.onnx` | `frames` uint8 [F, H, W, 3], `input_ids` int64 [S], `visual_positions` int64 [F * k] | `logits` float [S, vocabulary] |
+| `fine.onnx` | the same, and `query_sources` int64 [F, k], as in `PackedBatch` | `logits` float [S, vocabulary] |
 
-F and S are free. What stays with torch: the fine and the autoregressive mode (a loop in which the language model's states become
-queries, over a KV cache; its parts are `read.onnx` and the language model), packed batches of several samples, and models with a glance
-(which patches are encoded depends on the data). Needs the extra `onnx`.
+F and S are free; `static` are the coarse mode's queries, `first` those of a first frame without a question. Loops over a KV cache
+stay with other runtimes: decoding, and the autoregressive mode, whose parts are `read.onnx`, `queries.onnx` and the language model
+(`fvlm_core.release.gguf_export`). Not exported: packed batches of several samples, models with a glance (which patches are encoded depends
+on the data), and the controls, pooled patches and random queries. Needs the extra `onnx`.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,12 +21,15 @@ from torch import Tensor, nn
 
 from fvlm_core.errors import UserError
 from fvlm_core.model.attention import PackedLayout
+from fvlm_core.model.encoder import FrameFeatures
 from fvlm_core.model.foveated import FoveatedVLM
 
-READ_FILE, COARSE_FILE = "read.onnx", "coarse.onnx"
+READ_FILE, QUERIES_FILE, COARSE_FILE, FINE_FILE = "read.onnx", "queries.onnx", "coarse.onnx", "fine.onnx"
 OPSET = 20
 LARGEST_FILE_BYTES = 1_900_000_000
 """ONNX files hold less than 2 GiB; weights of larger ones are in files beside them."""
+UNSUPPORTED = {"pooled": "pools its patches", "random": "queries at random"}
+"""Kinds of queries that only controls have."""
 ANY_LENGTH = -1
 """Length of the only sample of a layout, inferred when it runs: a number would be fixed in the graph."""
 
@@ -34,13 +41,26 @@ class ReadFrames(nn.Module):
         super().__init__()
         self.model = model
 
+    def encode(self, frames: Tensor) -> FrameFeatures:
+        """As `FoveatedVLM.encode`, without cutting many frames into parts: how many is the graph's to know."""
+        features = self.model.encoder._encode(frames, self.model.settings.query == "shallow")
+        return features if self.model.connector.shallow is None else self.model.connector.shallow.keys_values(features)
+
     def forward(self, frames: Tensor, queries: Tensor) -> Tensor:
         """uint8 [F, H, W, 3], [F, k, D] -> [F, k, llm width]."""
-        # not `Encoder.encode`, which cuts many frames into parts: how many is the graph's to know
-        features = self.model.encoder._encode(frames, self.model.settings.query == "shallow")
-        if self.model.connector.shallow is not None:
-            features = self.model.connector.shallow.keys_values(features)
-        return self.model.read(features, queries).tokens
+        return self.model.read(self.encode(frames), queries).tokens
+
+
+class NextQueries(nn.Module):
+    """The language model's hidden states to queries, and the two queries that need none."""
+
+    def __init__(self, model: FoveatedVLM) -> None:
+        super().__init__()
+        self.connector = model.connector
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[F, k, llm width] -> [F, k, D], and `q_static` and `q_init` [k, D]."""
+        return self.connector.next_queries(hidden), self.connector.q_static.clone(), self.connector.q_init.clone()
 
 
 class Coarse(nn.Module):
@@ -52,50 +72,82 @@ class Coarse(nn.Module):
 
     def forward(self, frames: Tensor, input_ids: Tensor, visual_positions: Tensor) -> Tensor:
         """uint8 [F, H, W, 3], int64 [S], int64 [F * k] -> [S, vocabulary]."""
-        tokens = self.reading(frames, self.model.connector.q_static.expand(frames.shape[0], -1, -1))
+        tokens = self.reading(frames, self.static(frames))
+        return self.model.llm.lm_head(self.states(tokens, input_ids, visual_positions))
+
+    def static(self, frames: Tensor) -> Tensor:
+        """The same queries [F, k, D] for every frame."""
+        return self.model.connector.q_static.expand(frames.shape[0], -1, -1)
+
+    def states(self, tokens: Tensor, input_ids: Tensor, visual_positions: Tensor) -> Tensor:
+        """Last hidden states [S, llm width] with visual tokens [F, k, llm width] in place."""
         embedded = self.model.embed(input_ids).index_copy(0, visual_positions, tokens.flatten(0, 1))
         positions = torch.arange(input_ids.shape[0], device=input_ids.device)
-        hidden = self.model.contextualise(embedded, positions, PackedLayout([ANY_LENGTH]))
-        return self.model.llm.lm_head(hidden)
+        return self.model.contextualise(embedded, positions, PackedLayout([ANY_LENGTH]))
+
+
+class Fine(Coarse):
+    """The fine mode of one sample: frames are encoded once, read coarsely, and read again with queries from what that gave."""
+
+    def forward(self, frames: Tensor, input_ids: Tensor, visual_positions: Tensor, query_sources: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """uint8 [F, H, W, 3], int64 [S], int64 [F * k], int64 [F, k] -> [S, vocabulary]."""
+        features = self.reading.encode(frames)
+        coarse = self.model.read(features, self.static(frames)).tokens
+        hidden = self.states(coarse, input_ids, visual_positions)
+        made = self.model.connector.next_queries(hidden[query_sources.clamp(min=0)])
+        queries = torch.where((query_sources >= 0)[..., None], made, self.model.connector.q_init)
+        fine = self.model.read(features, queries).tokens
+        return self.model.llm.lm_head(self.states(fine, input_ids, visual_positions))
 
 
 def export_onnx(model: FoveatedVLM, folder: Path) -> list[Path]:
-    """Write both graphs; returns their paths. Raises UserError for a model that has none, or without the extra."""
+    """Write the graphs; returns their paths. Raises UserError for a model that has none, or without the extra."""
     try:
         import onnxscript  # noqa: F401 -- torch's exporter needs it
     except ImportError as error:
         raise UserError("ONNX is not installed", where="onnxscript", fix='pip install "fvlm[onnx]"') from error
-    if model.settings.query == "pooled" or model.settings.glance is not None:
-        kind = "pools its patches" if model.settings.query == "pooled" else "chooses which patches to encode"
+    if model.settings.query in UNSUPPORTED or model.settings.glance is not None:
+        kind = UNSUPPORTED.get(model.settings.query, "chooses which patches to encode")
         raise UserError(f"a model that {kind} is not exported", where="model settings", fix="export one with queries and without a glance")
     folder.mkdir(parents=True, exist_ok=True)
     k, width, side = model.settings.tokens_per_frame, model.encoder.config.hidden_size, model.encoder.image_px
-    frames = torch.zeros(2, side, side, 3, dtype=torch.uint8)
     n_frames, length = torch.export.Dim("frames", min=1), torch.export.Dim("tokens", min=2)
-    n_visual = torch.export.Dim("visual_tokens", min=1) if k == 1 else torch.export.Dim.AUTO
-    large = sum(tensor.nbytes for tensor in model.parameters()) > LARGEST_FILE_BYTES
+    n_visual = n_frames if k == 1 else torch.export.Dim.AUTO
+    frames = torch.zeros(2, side, side, 3, dtype=torch.uint8)
+    sample = {"frames": frames, "input_ids": torch.zeros(7 + 2 * k, dtype=torch.int64), "visual_positions": torch.arange(2 * k) + 3}
+    free = [{0: n_frames}, {0: length}, {0: n_visual}]
+    queries, hidden = torch.zeros(2, k, width), torch.zeros(2, k, model.llm.config.hidden_size)
+    sources = torch.arange(2 * k).unflatten(0, (2, k))
     graphs = {
-        READ_FILE: (ReadFrames(model), {"frames": frames, "queries": torch.zeros(2, k, width)}, [{0: n_frames}, {0: n_frames}], "tokens"),
-        COARSE_FILE: (
-            Coarse(model),
-            {"frames": frames, "input_ids": torch.zeros(7 + 2 * k, dtype=torch.int64), "visual_positions": torch.arange(2 * k) + 3},
-            [{0: n_frames}, {0: length}, {0: n_frames if k == 1 else n_visual}],
-            "logits",
-        ),
+        READ_FILE: Graph(ReadFrames(model), {"frames": frames, "queries": queries}, [{0: n_frames}] * 2, ["tokens"]),
+        QUERIES_FILE: Graph(NextQueries(model), {"hidden": hidden}, [{0: n_frames}], ["queries", "static", "first"]),
+        COARSE_FILE: Graph(Coarse(model), sample, free, ["logits"]),
+        FINE_FILE: Graph(Fine(model), sample | {"query_sources": sources}, [*free, {0: n_frames}], ["logits"]),
     }
-    for name, (module, inputs, shapes, output) in graphs.items():
+    large = sum(tensor.nbytes for tensor in model.parameters()) > LARGEST_FILE_BYTES
+    for name, graph in graphs.items():
         with torch.no_grad():
             # in two steps: the exporter alone would fix a dimension that the code makes a number of, without a word
-            program = torch.export.export(module.eval(), tuple(inputs.values()), dynamic_shapes=tuple(shapes))
+            program = torch.export.export(graph.module.eval(), tuple(graph.inputs.values()), dynamic_shapes=tuple(graph.free))
             torch.onnx.export(
                 program,
                 (),
                 str(folder / name),
                 dynamo=True,
-                input_names=list(inputs),
-                output_names=[output],
+                input_names=list(graph.inputs),
+                output_names=graph.outputs,
                 opset_version=OPSET,
                 external_data=large,
                 verbose=False,
             )
     return [folder / name for name in graphs]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What is exported: a module, an example of its inputs, which of their dimensions are free, names of its outputs."""
+
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    free: list[dict]
+    outputs: list[str]

@@ -9,8 +9,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
+from yaml import YAMLError
 
 from fvlm_core.data.frames import FrameRule
 from fvlm_core.data.tokenizer import chat_format, load_tokenizer
@@ -29,7 +30,7 @@ from fvlm_core.release.hub.configuration_fvlm import FVLMConfig
 from fvlm_core.release.names import WEIGHTS_PREFIX
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-CONFIG_FILE, PROCESSOR_FILE = "config.json", "processor_config.json"
+CONFIG_FILE, PROCESSOR_FILE, CARD_FILE = "config.json", "processor_config.json", "README.md"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 BATCH_SAMPLES = 64
 FORMS = "give a released folder, a run's or model's folder, a checkpoint of the original fVLM (with --vision and --llm), or a hub name"
@@ -41,11 +42,11 @@ def load(model: str | Path, device: str | torch.device = "auto", *, original: Or
     Raises UserError where there is none, or it is of another kind.
     """
     place = _device(device)
-    path = Path(model)
+    path, name = Path(model), ""
     if not path.exists() and REPOSITORY.fullmatch(str(model)):
-        path = _download(str(model))
+        path, name = _download(str(model)), str(model)
     if _is_released(path):
-        return _released(path, place)
+        return _released(path, place, name or _name(path))
     loaded = open_checkpoint(path, place, original=original)
     if not isinstance(loaded, FoveatedAnswerer):
         raise UserError("this is a baseline's checkpoint, which is evaluated here and not used", where=str(model), fix=FORMS)
@@ -90,7 +91,15 @@ def _is_released(path: Path) -> bool:
         return False
 
 
-def _released(folder: Path, device: torch.device) -> FoveatedAnswerer:
+def _name(folder: Path) -> str:
+    """What a released folder's card calls the model; without a card, the folder's name."""
+    try:
+        return getattr(ModelCard.load(folder / CARD_FILE).data, "model_name", None) or folder.resolve().name
+    except (OSError, ValueError, YAMLError):
+        return folder.resolve().name
+
+
+def _released(folder: Path, device: torch.device, name: str) -> FoveatedAnswerer:
     """Our own modules with a released folder's weights: none of the folder's code is run."""
     fix = "get a complete copy of the folder"
     try:
@@ -116,7 +125,7 @@ def _released(folder: Path, device: torch.device) -> FoveatedAnswerer:
     index = folder / WEIGHTS_INDEX
     return FoveatedAnswerer(
         Subject(model.eval().requires_grad_(False).to(device), tokenizer, chat_format(tokenizer), device, BATCH_SAMPLES),
-        name=folder.resolve().name,
+        name=name,
         checkpoint=sha256_file(index if index.is_file() else folder / WEIGHTS_FILE),
         rule=rule,
         image_repeats=values.get("image_repeats", IMAGE_REPEATS),

@@ -17,6 +17,7 @@ from fvlm_core.data.batch import ChatFormat
 from fvlm_core.model.attention import PackedCache, PackedLayout
 from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.model.inference import continue_greedily
+from fvlm_core.model.long_cache import LongCache
 
 WhenFull = Literal["error", "slide", "thin"]
 FIRST_CAPACITY = 256
@@ -128,6 +129,6 @@ class FrameStream:
     @torch.no_grad()
     def _reread(self) -> None:
         """Start the cache anew with the head and the tokens that are kept."""
-        self.cache = PackedCache([FIRST_CAPACITY])
+        self.cache = LongCache(FIRST_CAPACITY) if self.device.type == "cpu" else PackedCache([FIRST_CAPACITY])
         head = self.model.embed(torch.tensor(self.head, device=self.device))
         self.hidden = self._run(torch.cat([head, *self.tokens]) if self.tokens else head)

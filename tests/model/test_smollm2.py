@@ -7,12 +7,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.llama_cpp import LlamaCpp
 from fvlm_core.config import LLMSettings
 from fvlm_core.data.batch import Sample, Turn, pack
 from fvlm_core.data.tokenizer import chat_format, encode, load_tokenizer
 from fvlm_core.model.build import build_model
 from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.model.inference import generate, logits
+from fvlm_core.release.gguf_export import export_gguf
 from tests.model.build import tiny_settings
 
 pytestmark = pytest.mark.slow(reason="reads and converts the weights of a real language model")
@@ -67,3 +69,21 @@ def test_chat_markers_in_a_text_are_text(checkpoint):
     assert not set(ids) & set(tokenizer.all_special_ids)
     assert tokenizer.decode(ids) == text
     assert chat_format(tokenizer).assistant_close[0] == tokenizer.eos_token_id
+
+
+def test_llama_cpp_says_what_torch_says(checkpoint, model, tmp_path):
+    """The weights exported again, with their tokenizer; greedily, token by token."""
+    tokenizer = load_tokenizer(checkpoint)
+    path = tmp_path / "model.gguf"
+    export_gguf(model.llm, tokenizer, path)
+    theirs, chat = LlamaCpp(path), chat_format(tokenizer)
+    asked = encode(tokenizer, "What is the capital of France?")
+    assert theirs.tokenize("What is the capital of France?", special=False) == asked
+    batch = pack([Sample("k", "s", torch.zeros(0, 42, 42, 3).byte().numpy(), [], [Turn(asked, [])])], chat)
+    (wanted,) = generate(model, batch, "autoregressive", max_new_tokens=8, stop_ids=chat.assistant_close[:1])
+    said, following = [], batch.input_ids
+    while len(said) < len(wanted):
+        said.append(int(theirs.run(model.embed(following).detach().numpy())[1][-1].argmax()))
+        following = torch.tensor(said[-1:])
+    theirs.close()
+    assert said == wanted

@@ -28,7 +28,7 @@ def model():
 @pytest.fixture(scope="module")
 def graphs(model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("onnx")
-    assert [path.name for path in export_onnx(model, folder)] == ["read.onnx", "coarse.onnx"]
+    assert [path.name for path in export_onnx(model, folder)] == ["read.onnx", "queries.onnx", "coarse.onnx", "fine.onnx"]
     return folder
 
 
@@ -44,17 +44,33 @@ def test_frames_are_read_as_in_torch(model, graphs, frames):
     np.testing.assert_allclose(tokens, wanted.numpy(), atol=2e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize(("mode", "file"), [("coarse_only", "coarse.onnx"), ("coarse_fine", "fine.onnx")])
 @pytest.mark.parametrize("frames", [1, 5])
 @pytest.mark.parametrize("question_first", [True, False])
-def test_the_coarse_mode_is_that_of_torch(model, graphs, frames, question_first):
+def test_the_modes_are_those_of_torch(model, graphs, mode, file, frames, question_first):
     batch = pack([make_sample(np.random.default_rng(frames), frames=frames, question_first=question_first)], CHAT)
     inputs = {"frames": batch.frames, "input_ids": batch.input_ids, "visual_positions": batch.visual_positions.flatten()}
-    (found,) = onnxruntime.InferenceSession(graphs / "coarse.onnx").run(None, {name: part.numpy() for name, part in inputs.items()})
-    np.testing.assert_allclose(found, logits(model, batch, "coarse_only").numpy(), atol=2e-3, rtol=1e-3)
+    if mode == "coarse_fine":
+        inputs["query_sources"] = batch.query_sources
+    (found,) = onnxruntime.InferenceSession(graphs / file).run(None, {name: part.numpy() for name, part in inputs.items()})
+    np.testing.assert_allclose(found, logits(model, batch, mode).numpy(), atol=2e-3, rtol=1e-3)
+
+
+def test_queries_are_made_as_in_torch(model, graphs):
+    hidden = np.random.default_rng(0).normal(size=(3, 1, 48)).astype(np.float32)
+    found = onnxruntime.InferenceSession(graphs / "queries.onnx").run(None, {"hidden": hidden})
+    wanted = model.connector.next_queries(torch.from_numpy(hidden)), model.connector.q_static, model.connector.q_init
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other.detach().numpy(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("make", "why"), [(partial(tiny_model, query="pooled"), "pools its patches"), (glance_model, "chooses which patches")]
+    ("make", "why"),
+    [
+        (partial(tiny_model, query="pooled"), "pools its patches"),
+        (partial(tiny_model, query="random"), "queries at random"),
+        (glance_model, "chooses which patches"),
+    ],
 )
 def test_what_cannot_be_exported_is_named(tmp_path, make, why):
     with pytest.raises(UserError, match=why):

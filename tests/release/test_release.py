@@ -23,6 +23,7 @@ from fvlm_core.release.card import base_models, card, hub_datasets, hub_results
 from fvlm_core.release.evidence import Evidence
 from fvlm_core.release.jobs import BLOG, CARD_FILE, HUB_FOLDER, REPORT_HTML, REPORT_JSON, REPORT_TEXT, ReleaseJob, ReleaseManifest
 from fvlm_core.release.release import release
+from tests.browser import browser_page
 from tests.release.build import POOLED, evaluation, full_job, run
 
 pytestmark = pytest.mark.slow(reason="releases, each checked in a clean process")
@@ -128,6 +129,15 @@ def test_html_is_one_file(manifest, job):
     sources = re.findall(r'<img[^>]*src="([^"]{0,30})', html)
     assert len(sources) == 9  # curves, ablations, five of scaling, gaze and a heat map
     assert all(source.startswith("data:image/png;base64,") for source in sources)
+
+
+def test_the_report_is_no_wider_than_a_phone(manifest, job):
+    """In a real browser; what is wider, tables and code, scrolls in its own box."""
+    with browser_page() as page:
+        page.set_viewport_size({"width": 390, "height": 844})
+        page.goto((job.output / REPORT_HTML).resolve().as_uri())
+        width = page.evaluate("document.documentElement.scrollWidth")
+    assert width == 390
 
 
 @pytest.mark.parametrize("form", [REPORT_HTML, REPORT_TEXT])

@@ -2,13 +2,16 @@
 
 import subprocess
 import sys
+from shutil import copytree
 
 import numpy as np
 import pytest
+import yaml
 
 from fvlm_core import FoveatedVLM
 from fvlm_core.errors import UserError
 from fvlm_core.serve.answering import Sampling
+from fvlm_core.serve.load import load
 from fvlm_core.serve.session import Session, open_media
 
 
@@ -32,6 +35,16 @@ def test_int8_weights_answer_too(root):
     maps = [model.gaze(root / "clip.mp4", "Which digits?") for model in (full, small)]
     assert not np.array_equal(*maps)
     np.testing.assert_allclose(*maps, atol=0.02)
+
+
+def test_a_released_model_is_called_what_its_card_says(root, tmp_path):
+    folder = copytree(root / "released", tmp_path / "model")
+    assert load(folder, "cpu").name == "model"
+    task = {"type": "video-text-to-text"}
+    result = {"task": task, "dataset": {"type": "d", "name": "D"}, "metrics": [{"type": "loss", "value": 1.5}]}
+    card = yaml.safe_dump({"model-index": [{"name": "fVLM-tiny", "results": [result]}]})
+    (folder / "README.md").write_text(f"---\n{card}---\n# A card\n")
+    assert load(folder, "cpu").name == "fVLM-tiny"
 
 
 def test_what_cannot_be_asked_is_named(root):

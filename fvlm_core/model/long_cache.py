@@ -1,0 +1,56 @@
+"""The KV cache of one long sample on a CPU: a stream's, whose every frame is one token that attends to all before it.
+
+With thousands of tokens, that is what a frame costs beside its encoding. Its floor is to read all keys and values once: 166 MB after 3,600
+tokens at SmolLM2-135M's shapes. SDPA over keys that stand token by token takes 1.9 times as long as merely reading them, two products over
+keys and values in the order in which these read them 1.4 times.
+"""
+
+import torch
+from torch import Tensor
+
+from fvlm_core.model.attention import PackedCache, PackedLayout, attend_to_known
+
+
+class LongCache(PackedCache):
+    """Per layer, keys [kv_heads, head_dim, capacity] and values [kv_heads, capacity, head_dim]."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__([capacity])
+
+    def held(self, layer: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Views of tokens `begin` to `end`: keys [kv_heads, head_dim, n], values [kv_heads, n, head_dim]."""
+        keys, values = self.layers[layer]
+        return keys[..., begin:end], values[:, begin:end]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float) -> Tensor:
+        """As `PackedCache.attend`: [S, H, D], [S, kv_heads, D] twice -> [S, H, D]. Raises ValueError past the capacity."""
+        (known,), new, (*_, capacity) = self.lengths, len(query), self.starts
+        if known + new > capacity:
+            raise ValueError(f"the sample outgrows its KV cache of {capacity} tokens")
+        if layer not in self.layers:
+            self.layers[layer] = self._buffers(value, value.shape[1], value.shape[2])
+        for buffer, part in zip(self.held(layer, known, known + new), (key.permute(1, 2, 0), value.transpose(0, 1)), strict=True):
+            buffer.copy_(part)
+        if known == 0:
+            return attend_to_known(query, key, value, scaling)
+        keys, values = self.held(layer, 0, known + new)
+        if new > 1:
+            return attend_to_known(query, keys.permute(2, 0, 1).contiguous(), values.transpose(0, 1), scaling)
+        # the heads that share keys and values are the rows of one product
+        scores = torch.bmm(query[0].unflatten(0, (len(keys), -1)) * scaling, keys)
+        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(values.dtype)
+        return torch.bmm(weights, values).flatten(0, 1)[None]
+
+    def grow(self, capacity: int) -> None:
+        """Room for `capacity` tokens."""
+        (length,) = self.lengths
+        held = {layer: self.held(layer, 0, length) for layer in self.layers}
+        self.starts = [0, capacity]
+        for layer, parts in held.items():
+            self.layers[layer] = self._buffers(parts[1], len(parts[1]), parts[1].shape[2])
+            for to, old in zip(self.held(layer, 0, length), parts, strict=True):
+                to.copy_(old)
+
+    def _buffers(self, like: Tensor, heads: int, width: int) -> tuple[Tensor, Tensor]:
+        # not zeros: memory that was never written takes no room yet
+        return like.new_empty(heads, width, self.starts[-1]), like.new_empty(heads, self.starts[-1], width)
