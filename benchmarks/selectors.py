@@ -112,6 +112,7 @@ def main() -> None:
             "default": Path("foveation-world"),
             "help": "folder of `benchmarks.foveation --world 6 9`",
         },
+        start_seed={"type": int, "default": None, "help": "start all seeds from this one's weights"},
         out={"type": Path, "default": Path("selectors"), "help": "folder of weights and results"},
         clips={"type": int, "default": CLIPS},
         chosen_steps={"type": int, "default": CHOSEN_STEPS},
@@ -134,6 +135,8 @@ def main() -> None:
 
 def compute(options: Namespace) -> None:
     """Train and answer whatever is asked for and not in `--out`. Raises UserError where the weights to start from are missing."""
+    for seed in options.seeds:
+        start_file(options, seed)
     options.out.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
         for world in options.worlds:
@@ -167,19 +170,25 @@ def hits(clips: int) -> Iterator[Measurement]:
             )
 
 
+def start_file(options: Namespace, seed: int) -> Path:
+    """The weights that a seed starts from. Raises UserError where they are missing."""
+    first = seed if options.start_seed is None else options.start_seed
+    start = options.start / f"dense_{GRID}_{first}.pt"
+    if not start.exists():
+        fix = f"python -m benchmarks.foveation --parts --world 6 {GRID} --seeds {first + 1} --out {options.start}"
+        raise UserError(f"no weights of seed {first} to start from", where=str(start), fix=fix)
+    return start
+
+
 def dense(options: Namespace, world: Name, seed: int) -> dict[str, torch.Tensor]:
     """The weights that a world's selectors start from."""
-    start = options.start / f"dense_{GRID}_{seed}.pt"
-    if not start.exists():
-        fix = f"python -m benchmarks.foveation --parts --world 6 {GRID} --seeds {seed + 1} --out {options.start}"
-        raise UserError(f"no weights of seed {seed} to start from", where=str(start), fix=fix)
     steps = DENSE_STEPS[world] if options.dense_steps is None else options.dense_steps
     if not steps:
-        return torch.load(start)
+        return torch.load(start_file(options, seed))
     kept = options.out / f"dense_{world}_{seed}.pt"
     if not kept.exists():
         trial = Trial(GRID, seed, say=log(options.out), world=world, selector="full")
-        trial.model.load_state_dict(torch.load(start))
+        trial.model.load_state_dict(torch.load(start_file(options, seed)))
         trial.train(steps, lr=LR, clutter=1.0)
         torch.save(trial.model.state_dict(), kept)
     return torch.load(kept)

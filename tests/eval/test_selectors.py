@@ -28,7 +28,7 @@ def still(clips: int = 8):
 def asked_for(folder: Path, seed: int, selectors: Sequence[str]) -> Namespace:
     """Options of a run in the hunt, as small as it can be."""
     chosen = {"seeds": [seed], "worlds": ["hunt"], "selectors": selectors, "clips": 4, "chosen_steps": 1, "dense_steps": 0}
-    return Namespace(out=folder / "out", start=folder, **chosen)
+    return Namespace(out=folder / "out", start=folder, start_seed=None, **chosen)
 
 
 def uniform(world) -> Tensor:
@@ -119,3 +119,4 @@ def test_missing_weights_are_refused_before_anything_is_trained(tmp_path):
     options = asked_for(tmp_path, seed=2, selectors=["ours"])
     with pytest.raises(UserError, match="--seeds 3"):
         selectors.compute(options)
+    assert not options.out.exists()
