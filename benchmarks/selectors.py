@@ -30,6 +30,7 @@ from fvlm_core.data.rows import Split
 from fvlm_core.errors import UserError
 from fvlm_core.eval.estimates import Estimate
 from fvlm_core.eval.stats import Bootstrap
+from fvlm_core.manifest import write_atomically
 from fvlm_core.model.flop_counter import count_flops
 from fvlm_core.model.inference import read_batch
 
@@ -151,7 +152,7 @@ def compute(options: Namespace) -> None:
                 trial.train(options.chosen_steps, lr=LR / 2, clutter=1.0)
                 result = {"world": world, "selector": name, "seed": seed, "mflop": trial.mflop(), "steps": options.chosen_steps}
                 result |= trial.answer(options.clips) | {"seconds": time.monotonic() - started}
-                result_file(options.out, world, name, seed).write_text(json.dumps(result))
+                write_atomically(result_file(options.out, world, name, seed), json.dumps(result).encode())
                 trial.say(f"{world} {name} seed {seed}: {np.mean(scored(result)):.3f}, {result['seconds']:.0f} s")
 
 
@@ -190,7 +191,8 @@ def dense(options: Namespace, world: Name, seed: int) -> dict[str, torch.Tensor]
         trial = Trial(GRID, seed, say=log(options.out), world=world, selector="full")
         trial.model.load_state_dict(torch.load(start_file(options, seed)))
         trial.train(steps, lr=LR, clutter=1.0)
-        torch.save(trial.model.state_dict(), kept)
+        torch.save(trial.model.state_dict(), kept.with_suffix(".part"))
+        kept.with_suffix(".part").replace(kept)
     return torch.load(kept)
 
 
