@@ -51,6 +51,7 @@ class Run:
     grid: int
     seed: int
     say: Callable[[str], None] = print
+    loss: LossSettings = LOSS
     model: FoveatedVLM = field(init=False)
 
     def __post_init__(self) -> None:
@@ -111,12 +112,12 @@ class Run:
         for step in range(steps):
             schedule(optimizer, lr, step, steps if decay else None)
             _, batch = self.batch("train", BATCH, clutter)
-            losses = model(batch, LOSS)
+            losses = model(batch, self.loss)
             optimizer.zero_grad()
             (losses.objective / batch.n_labels).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            last = losses.sums["fine2"].item() / batch.n_labels
+            last = losses.sums[model.pass_names[-1]].item() / batch.n_labels
             running = 0.8 * running + 0.2 * last
             clutter = min(1.0, clutter + CLUTTER_STEP) if running < GATE else clutter
             full += clutter >= 1.0

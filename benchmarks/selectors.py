@@ -1,0 +1,298 @@
+"""When does which idea win? Worlds x ways to choose what is encoded, at equal encoder FLOPs and equally long training.
+
+Three worlds of 9 x 9 cells (`fvlm_core.data.cells_world`) in clips of two frames, a glance of 3 x 3 patches, one of them opened. A world's
+model is first trained with every patch open, from the weights of `benchmarks.foveation --world 6 9`, which are those of its world where the
+question says where. From there each selector (`benchmarks.choosers`) trains equally long by itself, on the same clips; then all answer the
+same held-out clips. Everything is left in `--out`, and what is there is not computed again; `--table` prints the page's tables of it.
+`--hits` needs no training: how often the selectors that do not ask the query open the right patch.
+"""
+
+import json
+import math
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.choosers import ENCODINGS, chooser, wanted
+from benchmarks.foveation_world import BATCH, LR, ZOOM, Run
+from benchmarks.report import Measurement, arguments, show
+from fvlm_core.config import LossSettings
+from fvlm_core.data import cells_world
+from fvlm_core.data.batch import PackedBatch, pack
+from fvlm_core.data.cells_world import CHAT, WORLDS, Name, World
+from fvlm_core.data.rows import Split
+from fvlm_core.errors import UserError
+from fvlm_core.eval.estimates import Estimate
+from fvlm_core.eval.stats import Bootstrap
+from fvlm_core.manifest import write_atomically
+from fvlm_core.model.flop_counter import count_flops
+from fvlm_core.model.inference import read_batch
+
+GRID, FRAMES, K = 9, 2, 1
+SELECTORS = ("ours", "question", "change", "saliency", "random", "centre", "low_resolution", "merging", "full", "oracle")
+BLIND = ("change", "saliency", "random", "centre")
+"""They do not ask the query."""
+BY_P = ("ours", "question")
+"""They choose by p: they train with two patches open and noise, because one alone would only ever confirm itself."""
+PASSES = {"asked": 1, "still": 1, "hunt": 2}
+"""Fine passes, in training and when answering. A query knows the frame before as the pass before read it, so every hop takes one."""
+DENSE_STEPS = {"asked": 0, "still": 60, "hunt": 400}
+CHOSEN_STEPS = 100
+CLIPS = 512
+BOOTSTRAP = Bootstrap(resamples=2000, seed=0)
+
+
+@dataclass
+class Trial(Run):
+    """One selector in one world, one seed."""
+
+    world: Name = "asked"
+    selector: str = "ours"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        passes = PASSES[self.world]
+        self.loss = LossSettings(coarse=0.0, fine=[0.0] * (passes - 1) + [1.0])
+        model = self.model
+        model.settings = model.settings.model_copy(update={"fine_iterations": passes})
+        if self.selector in ENCODINGS:
+            model.encode = partial(ENCODINGS[self.selector], model)
+        self.use(train_on="chosen", open=2 if self.selector in BY_P else K)
+
+    def batch(self, split: Split, clips: int, clutter: float, rng: np.random.Generator | None = None) -> tuple[World, PackedBatch]:
+        """Rendered clips, packed; the model opens as the selector says."""
+        world = cells_world.render(rng or self.rng, split, grid=self.grid, clips=clips, frames=FRAMES, clutter=clutter, name=self.world)
+        self.model.chooser = chooser(self.selector, world)
+        return world, pack(list(cells_world.samples(world)), CHAT)
+
+    @torch.no_grad()
+    def answer(self, clips: int) -> dict[str, list]:
+        """Per clip of unseen digits: whether each answer is right, and whether the patch over it was opened (empty where none is)."""
+        model, rng = self.model.eval(), np.random.default_rng([self.grid, 1])
+        torch.manual_seed(1)
+        self.use(open=K)
+        right, hits = [], []
+        for first in range(0, clips, BATCH):
+            world, batch = self.batch("val", min(BATCH, clips - first), 1.0, rng)
+            features = model.encode(batch.frames)
+            read = read_batch(model, batch, "coarse_fine", features=features)
+            for _ in range(PASSES[self.world] - 1):
+                read = read_batch(model, batch, "coarse_fine", features=features, queries=model.queries(read.hidden, batch))
+            labelled = torch.from_numpy(batch.labelled)
+            correct = model.llm.lm_head(read.hidden[labelled]).argmax(-1) == batch.labels[labelled]
+            right += correct.unflatten(0, (len(world.frames), -1))[:, :-1].tolist()  # without the end of the answer
+            if read.opened is not None:
+                found = read.opened[:, 0].unflatten(0, (-1, FRAMES)) == wanted(world)[..., None]
+                hits += found.any(-1).tolist()
+        return {"right": right, "hits": hits}
+
+    @torch.no_grad()
+    def mflop(self) -> float:
+        """Of encoding and reading one frame, counted."""
+        model = self.model.eval()
+        self.use(open=K)
+        _, batch = self.batch("val", 1, 1.0, np.random.default_rng(0))
+        queries = model.connector.q_static.detach().expand(FRAMES, -1, -1)
+        return count_flops(lambda: model.read(model.encode(batch.frames), queries)) / FRAMES / 1e6
+
+
+def main() -> None:
+    options = arguments(
+        __doc__ or "",
+        worlds={"nargs": "*", "choices": WORLDS, "default": list(WORLDS)},
+        selectors={"nargs": "*", "choices": SELECTORS, "default": list(SELECTORS)},
+        seeds={"type": int, "nargs": "*", "default": [0]},
+        start={
+            "type": Path,
+            "default": Path("foveation-world"),
+            "help": "folder of `benchmarks.foveation --world 6 9`",
+        },
+        start_seed={"type": int, "default": None, "help": "start all seeds from this one's weights"},
+        out={"type": Path, "default": Path("selectors"), "help": "folder of weights and results"},
+        clips={"type": int, "default": CLIPS},
+        chosen_steps={"type": int, "default": CHOSEN_STEPS},
+        dense_steps={"type": int, "default": None, "help": f"instead of {DENSE_STEPS}"},
+        hits={"action": "store_true", "help": "only show how often the selectors that do not ask the query open the right patch"},
+        table={"action": "store_true", "help": "only print what is in `--out`, as the page's tables"},
+    )
+    if options.table:
+        print(tables(options.out))
+        return
+    if options.hits:
+        show(hits(options.clips), as_json=options.json)
+        return
+    try:
+        compute(options)
+    except UserError as error:
+        raise SystemExit(str(error)) from None
+    show(measurements(options.out), as_json=options.json)
+
+
+def compute(options: Namespace) -> None:
+    """Train and answer whatever is asked for and not in `--out`. Raises UserError where the weights to start from are missing."""
+    for seed in options.seeds:
+        start_file(options, seed)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for seed in options.seeds:
+        for world in options.worlds:
+            todo = [name for name in options.selectors if not result_file(options.out, world, name, seed).exists()]
+            if not todo:
+                continue
+            state = dense(options, world, seed)
+            for name in todo:
+                started = time.monotonic()
+                trial = Trial(GRID, seed, say=log(options.out), world=world, selector=name)
+                trial.model.load_state_dict(state)
+                trial.train(options.chosen_steps, lr=LR / 2, clutter=1.0)
+                result = {"world": world, "selector": name, "seed": seed, "mflop": trial.mflop(), "steps": options.chosen_steps}
+                result |= trial.answer(options.clips) | {"seconds": time.monotonic() - started}
+                write_atomically(result_file(options.out, world, name, seed), json.dumps(result).encode())
+                trial.say(f"{world} {name} seed {seed}: {np.mean(scored(result)):.3f}, {result['seconds']:.0f} s")
+
+
+def hits(clips: int) -> Iterator[Measurement]:
+    """How often the selectors that do not ask the query open the right patch, in frames whose answer is scored."""
+    torch.manual_seed(1)
+    for name in WORLDS:
+        world = cells_world.render(np.random.default_rng([GRID, 1]), "val", grid=GRID, clips=clips, frames=FRAMES, name=name)
+        nothing = torch.zeros(clips * FRAMES, (GRID // ZOOM) ** 2)
+        for selector in BLIND:
+            chosen = chooser(selector, world)(nothing, K).unflatten(0, (clips, FRAMES))
+            right = (chosen == wanted(world)[..., None]).any(-1)[:, 0 if name == "asked" else 1 :].double().mean(1)
+            share = BOOTSTRAP.mean(right.numpy(), [str(n) for n in range(clips)])
+            yield Measurement(
+                "selectors", f"{name}_{selector}_opens", share.value, "", f"95 % [{share.low:.3f}, {share.high:.3f}], {clips} clips"
+            )
+
+
+def start_file(options: Namespace, seed: int) -> Path:
+    """The weights that a seed starts from. Raises UserError where they are missing."""
+    first = seed if options.start_seed is None else options.start_seed
+    start = options.start / f"dense_{GRID}_{first}.pt"
+    if not start.exists():
+        fix = f"python -m benchmarks.foveation --parts --world 6 {GRID} --seeds {first + 1} --out {options.start}"
+        raise UserError(f"no weights of seed {first} to start from", where=str(start), fix=fix)
+    return start
+
+
+def dense(options: Namespace, world: Name, seed: int) -> dict[str, torch.Tensor]:
+    """The weights that a world's selectors start from."""
+    steps = DENSE_STEPS[world] if options.dense_steps is None else options.dense_steps
+    if not steps:
+        return torch.load(start_file(options, seed))
+    kept = options.out / f"dense_{world}_{seed}.pt"
+    if not kept.exists():
+        trial = Trial(GRID, seed, say=log(options.out), world=world, selector="full")
+        trial.model.load_state_dict(torch.load(start_file(options, seed)))
+        trial.train(steps, lr=LR, clutter=1.0)
+        torch.save(trial.model.state_dict(), kept.with_suffix(".part"))
+        kept.with_suffix(".part").replace(kept)
+    return torch.load(kept)
+
+
+def log(out: Path) -> Callable[[str], None]:
+    """Progress goes to a file, so that `--json` prints results only."""
+
+    def say(text: str) -> None:
+        with (out / "log.txt").open("a") as file:
+            print(text, file=file)
+
+    return say
+
+
+def result_file(out: Path, world: str, selector: str, seed: int) -> Path:
+    return out / f"{world}_{selector}_{seed}.json"
+
+
+def scored(result: dict) -> np.ndarray:
+    """Per clip [clips], the share of right answers; in the hunt only the second, because the question names the first cell itself."""
+    right = np.array(result["right"], float)
+    return right[:, -1] if result["world"] == "hunt" else right.mean(1)
+
+
+def opened(result: dict) -> float:
+    """Share of the frames whose answer is scored in which the right patch was opened; NaN where none is opened."""
+    if not result["hits"]:
+        return math.nan
+    hits = np.array(result["hits"], float)
+    return float((hits if result["world"] == "asked" else hits[:, 1:]).mean())
+
+
+@dataclass(frozen=True)
+class Row:
+    """One selector in one world, over its seeds."""
+
+    world: str
+    selector: str
+    seeds: dict[int, float]
+    """Accuracy by seed."""
+    accuracy: Estimate
+    """Mean over seeds, with its interval over clips: all seeds answer the same ones."""
+    gain: Estimate | None
+    """Ours minus this, on the same clips and seeds."""
+    opened: float
+    mflop: float
+
+
+def rows(out: Path) -> Iterator[Row]:
+    """What is in `out`, in the order of `WORLDS` and `SELECTORS`."""
+    found = [json.loads(file.read_text()) for file in sorted(out.glob("*.json"))]
+    by = {(result["world"], result["selector"], result["seed"]): result for result in found}
+    for world in WORLDS:
+        for selector in SELECTORS:
+            seeds = {seed: by[key] for key in by if key[:2] == (world, selector) for seed in key[2:]}
+            if not seeds:
+                continue
+            scores = {seed: scored(result) for seed, result in seeds.items()}
+            gains = [scored(by[world, "ours", seed]) - score for seed, score in scores.items() if (world, "ours", seed) in by]
+            yield Row(
+                world,
+                selector,
+                {seed: float(score.mean()) for seed, score in scores.items()},
+                over_clips(list(scores.values())),
+                over_clips(gains) if gains and selector != "ours" else None,
+                float(np.mean([opened(result) for result in seeds.values()])),
+                next(iter(seeds.values()))["mflop"],
+            )
+
+
+def over_clips(by_seed: list[np.ndarray]) -> Estimate:
+    """Mean of [clips] of every seed; the interval resamples clips, each with all its seeds."""
+    clips = [str(n) for scores in by_seed for n in range(len(scores))]
+    return BOOTSTRAP.mean(np.concatenate(by_seed), clips)
+
+
+def measurements(out: Path) -> Iterator[Measurement]:
+    """Accuracy of every selector, and what ours gains over it."""
+    for row in rows(out):
+        seeds = ", ".join(f"seed {seed}: {value:.3f}" for seed, value in row.seeds.items())
+        against = f"95 % [{row.accuracy.low:.3f}, {row.accuracy.high:.3f}], {row.accuracy.n} clips, {seeds}; {row.mflop:.1f} MFLOP a frame"
+        yield Measurement("selectors", f"{row.world}_{row.selector}", row.accuracy.value, "", against)
+        if row.gain is not None:
+            against = f"95 % [{row.gain.low:.3f}, {row.gain.high:.3f}], the same clips"
+            yield Measurement("selectors", f"{row.world}_ours_minus_{row.selector}", row.gain.value, "", against)
+
+
+def tables(out: Path) -> str:
+    """A Markdown table per world."""
+    head = "| {} | accuracy | 95 % | by seed | ours minus it | right patch opened | MFLOP a frame |\n|---|---|---|---|---|---|---|"
+    lines: list[str] = []
+    for row in rows(out):
+        if row.selector == SELECTORS[0] or not lines:
+            lines += ["", head.format(row.world)]
+        gain = "" if row.gain is None else f"{row.gain.value:+.3f} [{row.gain.low:+.3f}, {row.gain.high:+.3f}]"
+        hit = "" if math.isnan(row.opened) else f"{row.opened:.3f}"
+        seeds = " ".join(f"{value:.3f}" for value in row.seeds.values())
+        interval = f"[{row.accuracy.low:.3f}, {row.accuracy.high:.3f}]"
+        lines.append(f"| {row.selector} | {row.accuracy.value:.3f} | {interval} | {seeds} | {gain} | {hit} | {row.mflop:.1f} |")
+    return "\n".join(lines).strip()
+
+
+if __name__ == "__main__":
+    main()
