@@ -113,10 +113,10 @@ def merged(model: FoveatedVLM, frames: Tensor) -> FrameFeatures:
     added = None
     keys, values = [], []
     for layer in encoder.layers[:-1]:
-        x, added, key, value = layer(x, added)
+        x, added, key, value, _ = layer(x, added)
         keys.append(key)
         values.append(value)
-    key, value = encoder.layers[-1].keys_values(x, added)
+    key, value, _ = encoder.layers[-1].keys_values(x, added)
     keys.append(key)
     values.append(value)
     return FrameFeatures(keys, values, None, grid)

@@ -139,8 +139,8 @@ class Recorder(TorchDispatchMode):
                 distinct = tensor.element_size()
                 for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
                     distinct *= size if stride else 1
-                views = found[storage._cdata]
-                views[tensor.storage_offset()] = max(distinct, views.get(tensor.storage_offset(), 0))
+                views, start = found[storage._cdata], int(tensor.storage_offset())
+                views[start] = max(distinct, views.get(start, 0))
         return found
 
     def _flops(self, func: Any, args: Any, kwargs: Any, out: Any) -> float:

@@ -62,7 +62,7 @@ class Trial(Run):
         model = self.model
         model.settings = model.settings.model_copy(update={"fine_iterations": passes})
         if self.selector in ENCODINGS:
-            model.encode = partial(ENCODINGS[self.selector], model)
+            model.encode = partial(ENCODINGS[self.selector], model)  # pyright: ignore[reportAttributeAccessIssue]: this one trial's
         self.use(train_on="chosen", open=2 if self.selector in BY_P else K)
 
     def batch(self, split: Split, clips: int, clutter: float, rng: np.random.Generator | None = None) -> tuple[World, PackedBatch]:
