@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.foveation_world import ZOOM, at_random, oracle
 from fvlm_core.data.cells_world import World
-from fvlm_core.model.encoder import FrameFeatures
+from fvlm_core.model.encoder import Added, FrameFeatures
 from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.model.glance import Chooser, likeliest, look, shrunk, with_everything
 
@@ -110,10 +110,11 @@ def merged(model: FoveatedVLM, frames: Tensor) -> FrameFeatures:
     patches = embedded[:, 1:]
     left = grid[0] * grid[1] // ZOOM**2 + ZOOM**2
     x = torch.cat([embedded[:, :1], merge(patches, patches - encoder.positions(grid)[:, 1:], left)], 1)
-    added = None
+    added: Added = None
     keys, values = [], []
     for layer in encoder.layers[:-1]:
-        x, added, key, value, _ = layer(x, added)
+        x, more, key, value, _ = layer(x, added)
+        added = more, layer.scale2
         keys.append(key)
         values.append(value)
     key, value, _ = encoder.layers[-1].keys_values(x, added)

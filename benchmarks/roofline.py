@@ -178,7 +178,7 @@ def trace(settings: ModelSettings, *, groups: int = GROUPS, compiled: bool = Fal
         total = Cost(model, LOSS).batch(batch)
         recorder = Recorder(lambda query: _packed_flops(query, batch))
         with _parts(model, recorder), patch.object(linear, "_compiles", lambda: compiled), recorder:
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=not compiled):  # a graph casts for itself
                 objective = model(batch, LOSS).objective
             objective.backward()
     sizes = [parameter.numel() for parameter in model.parameters()]

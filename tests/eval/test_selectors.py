@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import foveation_world, selectors
+from benchmarks import choosers, foveation_world, selectors
 from benchmarks.choosers import ENCODINGS, central, change, chooser, from_first_frame, merge, unexplained, wanted
 from benchmarks.foveation_world import ZOOM
 from fvlm_core.data.cells_world import render
 from fvlm_core.data.gaze import CELL_PX
 from fvlm_core.errors import UserError
+from tests.model.build import tiny_model
 
 PATCH = ZOOM * CELL_PX
 """Side of what a glance patch covers."""
@@ -120,3 +121,13 @@ def test_missing_weights_are_refused_before_anything_is_trained(tmp_path):
     with pytest.raises(UserError, match="--seeds 3"):
         selectors.compute(options)
     assert not options.out.exists()
+
+
+def test_where_nothing_is_merged_it_is_the_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own way through the layers, with their scales and residual sums."""
+    model = tiny_model()
+    frames = torch.randint(0, 256, (3, 42, 42, 3), dtype=torch.uint8)
+    monkeypatch.setattr(choosers, "merge", lambda patches, _content, _left: patches)
+    with torch.no_grad():
+        ours, expected = choosers.merged(model, frames), model.encoder.encode(frames)
+    torch.testing.assert_close([*ours.keys, *ours.values], [*expected.keys, *expected.values])
