@@ -29,6 +29,15 @@ def read(folder: Path) -> list[Run]:
     return [json.loads(line) for path in sorted(folder.glob("*.json")) for line in path.read_text().splitlines() if line.strip()]
 
 
+def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The model's own runs by task and number of steps, e.g. `cell, 1,600 steps`."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        if not run["control"]:
+            found.setdefault(f"{run['task']}, {run['planned_steps']:,} steps", []).append(run)
+    return found
+
+
 def row(run: Run, condition: str) -> dict[str, Any] | None:
     """A condition of a run's table."""
     return next((one for one in run["rows"] if one["condition"] == condition), None)
@@ -158,11 +167,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--figure", type=Path, help="of the plot, without a suffix")
     options = parser.parse_args(arguments)
     runs = read(options.folder)
-    for task in dict.fromkeys(run["task"] for run in runs):
-        own = [run for run in runs if run["task"] == task and not run["control"]]
-        if own:
-            print(seeds_table(task, own).markdown(), end="\n\n")
-    cell = [run for run in runs if run["task"] == "cell"]
+    for task, own in groups(runs).items():
+        print(seeds_table(task, own).markdown(), end="\n\n")
+    cell = [run for run in runs if run["task"] == "cell" and run["planned_steps"] == max(one["planned_steps"] for one in runs)]
     if any(run["control"] for run in cell):
         print(controls_table(cell).markdown())
         if options.figure:
