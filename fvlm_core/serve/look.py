@@ -100,6 +100,12 @@ def _mp4(shown: list[Image.Image], fps: float) -> bytes:
 
 def _gif(shown: list[Image.Image], fps: float) -> bytes:
     buffer = BytesIO()
-    first, *rest = (picture.quantize(128, dither=Image.Dither.NONE) for picture in shown)
+    first, *rest = (_in_few_colours(picture) for picture in shown)
     first.save(buffer, "GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, optimize=True)
     return buffer.getvalue()
+
+
+def _in_few_colours(picture: Image.Image) -> Image.Image:
+    """256 of them, dithered: without, smooth digits get outlines that are not there."""
+    palette = picture.quantize(256, method=Image.Quantize.FASTOCTREE)
+    return picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
