@@ -13,7 +13,6 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +61,8 @@ class Trial(Run):
         model = self.model
         model.settings = model.settings.model_copy(update={"fine_iterations": passes})
         if self.selector in ENCODINGS:
-            model.encode = partial(ENCODINGS[self.selector], model)  # pyright: ignore[reportAttributeAccessIssue]: this one trial's
+            encoding = ENCODINGS[self.selector]
+            model.encode = lambda frames: encoding(model, frames)
         self.use(train_on="chosen", open=2 if self.selector in BY_P else K)
 
     def batch(self, split: Split, clips: int, clutter: float, rng: np.random.Generator | None = None) -> tuple[World, PackedBatch]:
