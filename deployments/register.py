@@ -9,7 +9,9 @@ from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType, FlowRunFilterTags
 from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule
+from prefect.deployments.runner import RunnerDeployment
 from prefect.exceptions import ObjectNotFound
 from prefect.flows import Flow
 from prefect.states import Crashed
@@ -26,8 +28,8 @@ from tasks.config import PipelineConfig, Pool
 
 ALL_FLOWS: dict[str, Flow[..., None]] = {"pipeline": pipeline, **FLOWS}
 UNFINISHED = [StateType.RUNNING, StateType.PENDING, StateType.SCHEDULED, StateType.CANCELLING, StateType.PAUSED]
-
-
+REGISTERED = ("description", "tags", "parameters", "entrypoint", "job_variables", "work_pool_name", "work_queue_name")
+"""What of a deployment is ours; its schedules are the users'."""
 LOCAL_JOB = {"command": "python -m prefect.engine", "working_dir": "."}
 """How a worker on local processes starts a flow run: with its own environment, in the folder where it was started itself. Flows are
 importable there, so no workspace has to be resolved, which takes a second for every run."""
@@ -120,7 +122,8 @@ async def _deploy(
     pool = config.machine.pools.by_role[PHASES[flow].pool if flow in PHASES else "pipeline"]
     kind, rental = types[pool.name], config.machine.rental
     given = LOCAL_JOB if kind == PROCESS_POOL else rental.job_variables(code) if kind == RENTED_POOL and rental else {}
-    deployment = await ALL_FLOWS[flow].ato_deployment(
+    there = await _there(client, flow, name)
+    wanted = await ALL_FLOWS[flow].ato_deployment(
         name,
         parameters={"config": config.model_dump(mode="json"), "volume": str(volume)},
         description=ALL_FLOWS[flow].description,
@@ -129,9 +132,10 @@ async def _deploy(
         work_queue_name=queue_name(known),
         job_variables=given | pool.job_variables,
         entrypoint_type=EntrypointType.MODULE_PATH,
-        schedules=await _schedules(client, flow, name),
+        schedules=_schedules(flow, there),
     )
-    await deployment.aapply()
+    if there is None or not _same(there, wanted):
+        await wanted.aapply()
 
 
 async def _deploy_reaper(name: str, config: PipelineConfig, volume: Path, known: str) -> None:
@@ -149,12 +153,24 @@ async def _deploy_reaper(name: str, config: PipelineConfig, volume: Path, known:
     await deployment.aapply()
 
 
-async def _schedules(client: PrefectClient, flow: str, name: str) -> list[DeploymentScheduleCreate]:
-    """Those the deployment has, as users have set them; for a new one the phase's own, paused."""
+async def _there(client: PrefectClient, flow: str, name: str) -> DeploymentResponse | None:
+    """The flow's deployment that the server has."""
     try:
-        known = (await client.read_deployment_by_name(f"{ALL_FLOWS[flow].name}/{name}")).schedules
+        return await client.read_deployment_by_name(f"{ALL_FLOWS[flow].name}/{name}")
     except ObjectNotFound:
+        return None
+
+
+def _same(there: DeploymentResponse, wanted: RunnerDeployment) -> bool:
+    """Whether it is already what would be registered: to write all of them anew costs the server seconds."""
+    schema = wanted._parameter_openapi_schema.model_dump(exclude_unset=True)
+    return there.parameter_openapi_schema == schema and all(getattr(there, name) == getattr(wanted, name) for name in REGISTERED)
+
+
+def _schedules(flow: str, there: DeploymentResponse | None) -> list[DeploymentScheduleCreate]:
+    """Those the deployment has, as users have set them; for a new one the phase's own, paused."""
+    if there is None:
         cron = PHASES[flow].schedule if flow in PHASES else None
         return [DeploymentScheduleCreate(schedule=CronSchedule(cron=cron), active=False)] if cron else []
     kept = set(DeploymentScheduleCreate.model_fields)
-    return [DeploymentScheduleCreate.model_validate(one.model_dump(include=kept)) for one in known]
+    return [DeploymentScheduleCreate.model_validate(one.model_dump(include=kept)) for one in there.schedules]

@@ -26,7 +26,14 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.ge
 
 LONGEST = (
     *("e2e/test_pipeline", "infra/runpod/test_worker", "train/test_ends", "e2e/test_stops", "e2e/test_ui", "deployments/test_remote"),
-    *("model/test_transformers_range", "train/test_lock", "train/test_divergence", "train/test_sharding", "flows/test_register"),
+    *(
+        "e2e/test_helpers",
+        "model/test_transformers_range",
+        "train/test_lock",
+        "train/test_divergence",
+        "train/test_sharding",
+        "flows/test_register",
+    ),
     *("train/test_resume", "train/test_best", "flows/test_precompute", "release/test_release", "tasks/test_phase_flow"),
 )
 """Files that take half a minute and more, the longest first; but the other end-to-end tests when the first has prepared their volume."""

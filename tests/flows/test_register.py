@@ -63,8 +63,14 @@ def test_registering_again_leaves_schedules_as_users_set_them(prefect_api: Stack
         assert not any(one.schedules for name, one in made.items() if name != "precompute")
         client.update_deployment_schedule(made["precompute"].id, nightly.id, active=True, schedule=CronSchedule(cron="0 5 * * 1"))
         client.create_deployment_schedules(made["train"].id, [(CronSchedule(cron="0 6 * * *"), True)])
+        before = {name: client.read_deployment_by_name(f"{name}/{registered.deployment}") for name in ALL_FLOWS}
         assert asyncio.run(register(TESTS, mine)) == registered
         again = {name: client.read_deployment_by_name(f"{name}/{registered.deployment}") for name in ALL_FLOWS}
+        assert [again[name].updated for name in ALL_FLOWS] == [before[name].updated for name in ALL_FLOWS], "not even written anew"
+        assert asyncio.run(register(TESTS.with_changes({"stages.stage2.run.steps": 11}), mine)) == registered
+        changed = client.read_deployment_by_name(f"train/{registered.deployment}")
+        assert changed.parameters["config"]["stages"]["stage2"]["run"]["steps"] == 11
+        assert changed.schedules == again["train"].schedules
     seen = {name: [(one.schedule, one.active) for one in deployment.schedules] for name, deployment in again.items()}
     seen = {name: schedules for name, schedules in seen.items() if schedules}
     assert seen == {"precompute": [(CronSchedule(cron="0 5 * * 1"), True)], "train": [(CronSchedule(cron="0 6 * * *"), True)]}
