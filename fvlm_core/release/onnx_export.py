@@ -138,6 +138,7 @@ def export_onnx(model: FoveatedVLM, folder: Path) -> list[Path]:
                 output_names=graph.outputs,
                 opset_version=OPSET,
                 external_data=large,
+                optimize=False,  # onnxruntime does it when it loads a graph, and in a fraction of the time
                 verbose=False,
             )
     return [folder / name for name in graphs]

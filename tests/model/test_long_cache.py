@@ -24,8 +24,9 @@ def test_it_attends_as_the_cache_of_many_does(steps):
             long.grow(2 * long.starts[-1])
         layouts = PackedLayout([n], long), PackedLayout([n], packed)
         for layer in range(LAYERS):
-            made = [tokens(n, heads, 100 * number + 10 * layer + part) for part, heads in enumerate((HEADS, KV_HEADS, KV_HEADS))]
-            found, wanted = (attend(*made, layout, None, layer=layer) for layout in layouts)
+            seeds = 100 * number + 10 * layer
+            query, key, value = (tokens(n, heads, seeds + part) for part, heads in enumerate((HEADS, KV_HEADS, KV_HEADS)))
+            found, wanted = (attend(query, key, value, layout, None, layer=layer) for layout in layouts)
             torch.testing.assert_close(found, wanted)
         long.advance(layouts[0])
         packed.advance(layouts[1])
