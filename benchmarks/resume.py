@@ -97,6 +97,7 @@ def main() -> int:
         plan = planned(asked.kills, asked.seed)
         show(found(), as_json=asked.json)
     if not asked.json:
+        Console().print()
         Console().print(comparison(taken).terminal())
     mine = {one.metric: one.value for one in taken.get("ours", [])}
     return int(mine.get("weights_equal", 1) != 1 or mine.get("order_equal", 1) != 1)
