@@ -20,7 +20,7 @@ RECORD = "gaze_training.json"
 """Beside the weights: the plan, and how the training went."""
 
 
-PLAN = Plan(task="cell", wording="sentence", steps=600, encoder_steps=1400, copies=0)
+PLAN = Plan(task="cell", wording="sentence", steps=750, encoder_steps=1400, copies=0)
 """Shorter than that of `benchmarks.gaze`, because here a step costs about twice as much: questions are sentences in a chat."""
 
 
