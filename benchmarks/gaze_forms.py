@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with TemporaryDirectory() as place:
         folder = Path(place)
         if options.model is None:
-            plan = replace(PLAN, seed=options.seed, max_cpu_s=60 * options.minutes)
+            plan = replace(PLAN, seed=options.seed, steps=options.steps, max_cpu_s=60 * options.minutes)
             model = trained(options.keep or folder / "model", plan, lambda text: console.print(text, markup=False, highlight=False))
         else:
             model = found(options.model)
@@ -243,6 +243,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("model", type=Path, nargs="?", help="a checkpoint as `fvlm eval` takes it, or a volume; without it, one is trained")
     parser.add_argument("--keep", type=Path, help="folder for the trained model; one that is there is taken")
     parser.add_argument("--seed", type=int, default=0, help="of the training")
+    parser.add_argument("--steps", type=int, default=PLAN.steps, help="of the training")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="most processor time of the training")
     parser.add_argument("--clips", type=int, default=64, help="with nine questions each")
     parser.add_argument("--lmms", action="store_true", help="also by lmms-eval (./infra/lmms_env.sh)")
