@@ -41,7 +41,9 @@ BY_P = ("ours", "question")
 """They choose by p: they train with two patches open and noise, because one alone would only ever confirm itself."""
 PASSES = {"asked": 1, "still": 1, "hunt": 2}
 """Fine passes, in training and when answering. A query knows the frame before as the pass before read it, so every hop takes one."""
-DENSE_STEPS = {"asked": 0, "still": 60, "hunt": 400}
+DENSE_STEPS = {"asked": 0, "still": 300, "hunt": 400}
+FIRST_CLUTTER = {"asked": 1.0, "still": 0.0, "hunt": 1.0}
+"""With which the steps with every patch open begin. Without any, a still scene's new digit is its only one: reading is learned first."""
 CHOSEN_STEPS = 100
 CLIPS = 512
 BOOTSTRAP = Bootstrap(resamples=2000, seed=0)
@@ -190,7 +192,7 @@ def dense(options: Namespace, world: Name, seed: int) -> dict[str, torch.Tensor]
     if not kept.exists():
         trial = Trial(GRID, seed, say=log(options.out), world=world, selector="full")
         trial.model.load_state_dict(torch.load(start_file(options, seed)))
-        trial.train(steps, lr=LR, clutter=1.0)
+        trial.train(steps, lr=LR, clutter=FIRST_CLUTTER[world])
         torch.save(trial.model.state_dict(), kept.with_suffix(".part"))
         kept.with_suffix(".part").replace(kept)
     return torch.load(kept)

@@ -45,7 +45,7 @@ class World:
     digits: np.ndarray
     """int [B, T, G, G]: the digit in each cell, or EMPTY."""
     path: np.ndarray
-    """int [B, T, 2]: row and column of the cell that counts in each frame; it has a digit. Means nothing in a still world's first."""
+    """int [B, T, 2]: row and column of the cell that counts in each frame; it has a digit. Nothing counts in a still world's first."""
     name: Name = "asked"
 
     @property
@@ -107,7 +107,7 @@ def _still(rng: np.random.Generator, split: Split, grid: int, clips: int, frames
     side = grid // BLOCK
     shape = (clips, frames, side**2)
     changed = rng.integers(side**2, size=(clips, frames))
-    counts = (changed[..., None] == np.arange(side**2)).any(1)
+    counts = (changed[:, 1:, None] == np.arange(side**2)).any(1)
     drawn = ((rng.random((clips, side**2)) < clutter) | counts)[:, None].repeat(frames, 1)
     chosen, where, shift = rng.integers(len(labels), size=shape), rng.integers(BLOCK**2, size=shape), _jitter(rng, shape)
     for t in range(1, frames):
