@@ -30,6 +30,10 @@ RUN_VARIABLE = "PREFECT__FLOW_RUN_ID"
 """In the environment of a flow run's processes."""
 TASK_RUNS = 200
 """Read at a time; a pipeline run has two per phase."""
+UNSETTLED = {"Pending", "Running", "Retrying"}
+"""Names of states of a task that has not ended."""
+SETTLE_S = 10.0
+"""How long the phases' last states may lag behind the end of the run: Prefect's server learns the state of a task from events, later."""
 
 
 def trigger(config: PipelineConfig, flow: str, name: str) -> UUID:
@@ -46,7 +50,7 @@ def follow(
 
     One that has been Cancelling for `cancel_s` seconds is ended from here.
     """
-    began, cancelling_since = time.time(), None
+    began, cancelling_since, ended_at = time.time(), None, None
     folders = {name: phase.folder(config, volume) for name, phase in PHASES.items()}
     with get_client(sync_client=True) as client, Display(console) as display:
         while True:
@@ -62,7 +66,10 @@ def follow(
                 state = states.get(name, display.phases[name].state)
                 display.show(name, state, PhaseStatus.read(folder, since=began))
             if flow_run.state is not None and flow_run.state.is_final():
-                return flow_run.state
+                ended_at = ended_at or time.monotonic()
+                settled = states.keys() >= PHASES.keys() and not UNSETTLED & {*states.values()}
+                if only or settled or not flow_run.state.is_completed() or time.monotonic() - ended_at > SETTLE_S:
+                    return flow_run.state
             if flow_run.state is not None and flow_run.state.type is StateType.CANCELLING:
                 cancelling_since = cancelling_since or time.monotonic()
                 if time.monotonic() - cancelling_since > cancel_s:

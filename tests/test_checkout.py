@@ -23,7 +23,7 @@ def test_contributing_shows_the_line_of_every_recipe(recipe: str) -> None:
 def test_every_check_comes_before_the_tests_in_the_full_run() -> None:
     dry = subprocess.run([BIN / "just", "--dry-run", "check"], cwd=ROOT, capture_output=True, text=True, check=True)
     checks = dry.stderr.strip().split(" && ")[1:]
-    lines = (ROOT / "test.sh").read_text().splitlines()
+    lines = [line.split(" & ")[0] for line in (ROOT / "test.sh").read_text().splitlines()]  # one of them runs beside the others
     assert len(checks) == 4
     assert [lines.index(check) for check in checks] == sorted(lines.index(check) for check in checks)
     assert max(lines.index(check) for check in checks) < min(number for number, line in enumerate(lines) if "-m pytest" in line)
