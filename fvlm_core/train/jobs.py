@@ -66,9 +66,10 @@ class RunManifest(Manifest):
     losses: dict[str, float]
     """Its validation loss of each pass that has a weight: cross-entropy per labelled token, or the DPO loss per pair."""
     best_step: int
-    """Step of the kept checkpoint with the lowest score (the recipe's `best`)."""
-    best_loss: float
-    """Its score; by default its validation loss of the last pass."""
+    """Step of the kept checkpoint with the lowest score (the recipe's `best`); 0 where there is none."""
+    best_loss: float | None
+    """Its score; by default its validation loss of the last pass. None where there is none: a sign of divergence, such as low entropy, was
+    pending at each of them."""
     samples_seen: int
     frames_seen: int
     """Shown frames."""

@@ -52,7 +52,7 @@ def write_result(
         final_loss=of_model.val_losses[recipe.passes[-1]],
         losses={name: of_model.val_losses[name] for name in recipe.passes},
         best_step=state.best_step,
-        best_loss=state.best_loss,
+        best_loss=state.best_loss if state.best_step else None,
         samples_seen=state.samples,
         frames_seen=state.frames,
         label_tokens_seen=state.label_tokens,

@@ -16,6 +16,7 @@ from fvlm_core.errors import UserError
 from fvlm_core.train.__main__ import train
 from fvlm_core.train.distributed import World
 from fvlm_core.train.divergence import HISTORY_STEPS, MARGIN_STEPS, NONFINITE_STEPS, SPIKE_STEPS, Watch
+from fvlm_core.train.jobs import RunManifest
 from fvlm_core.train.loop import Trainer
 from tests.train.conftest import tiny_recipe
 
@@ -96,6 +97,16 @@ def test_a_run_stopped_in_a_collapse_keeps_its_way_back(tmp_path: Path, shards: 
     trainer.checkpoints.wait()
     assert {10, 30} <= set(trainer.checkpoints._steps())
     assert trainer.checkpoints.newest(up_to=30 - trainer.state.watch.suspect_steps - MARGIN_STEPS) is not None
+
+
+def test_a_run_that_ends_before_the_alarm_has_no_best_checkpoint(tmp_path: Path, shards: Path) -> None:
+    """Fewer steps of low entropy than an alarm takes: none of its checkpoints is a candidate, its result says so and can be read."""
+    recipe = tiny_recipe(tmp_path / "run", shards, run__steps=12, run__checkpoint_every=4, run__eval_every=4)
+    trainer = Trainer(recipe, World(0, 1, torch.device("cpu")), "test", {}, has_wandb_key=False)
+    collapse_attention(trainer, after=1)
+    manifest = trainer.run()
+    assert (manifest.best_step, manifest.best_loss, manifest.model_step) == (0, None, 12)
+    assert RunManifest.read(recipe.output) == manifest
 
 
 def collapse_attention(trainer: Trainer, *, after: int) -> None:

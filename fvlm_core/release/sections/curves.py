@@ -24,7 +24,7 @@ def section(evidence: Evidence, figures: Figures) -> Section:
             duration(run.manifest.seconds),
             f"{run.manifest.model_step:,}",
             f"{run.manifest.final_loss:.4f}",
-            f"{run.manifest.best_loss:.4f} at {run.manifest.best_step:,}",
+            "none" if run.manifest.best_loss is None else f"{run.manifest.best_loss:.4f} at {run.manifest.best_step:,}",
             ", ".join(map(str, run.manifest.resumed_from)) or "no",
         ]
         for name, run in evidence.stages.items()
