@@ -37,15 +37,22 @@ def steps(config: PipelineConfig, before: Before) -> list[Step]:
 
 def decide(config: PipelineConfig, results: Results) -> Changes:
     """The language model to train."""
-    chosen = ScalingReport.read(results.folder(REPORT)).chosen
-    return {"model.llm": next(size.llm for size in config.scaling.sizes if size.name == chosen).model_dump(mode="json")}
+    trained = trained_size(config, ScalingReport.read(results.folder(REPORT)))
+    return {"model.llm": next(size.llm for size in config.scaling.sizes if size.name == trained).model_dump(mode="json")}
+
+
+def trained_size(config: PipelineConfig, report: ScalingReport) -> str:
+    """Name of the size: the best, or the profile's where the best is so within the noise."""
+    scaling = config.scaling
+    unsure = report.wins_share is not None and report.wins_share < scaling.decided
+    return scaling.undecided if scaling.undecided is not None and unsure else report.chosen
 
 
 def show(config: PipelineConfig, results: Results) -> Shown:
     report = ScalingReport.read(results.folder(REPORT))
     return Shown(
         table=Table.of([point.model_dump(mode="json", include=COLUMNS) for point in report.points]),
-        text=f"Chosen size: **{report.chosen}**: {report.chosen_reason}.",
+        text=f"Best size: **{report.chosen}**: {report.chosen_reason}. Trained: **{trained_size(config, report)}**.",
         figures=results.figures(REPORT, ScalingReport),
     )
 
@@ -68,7 +75,7 @@ def learn(config: PipelineConfig, results: Results) -> list[Experiment]:
         hypothesis="the fits say which size is best at the final budget",
         change=f"{len(report.points)} runs",
         result=report.chosen_reason,
-        verdict=f"{report.chosen}, {sure}",
+        verdict=f"{report.chosen}, {sure}; trained: {trained_size(config, report)}",
     )
     return [*runs, choice]
 

@@ -153,6 +153,17 @@ class Scaling(Settings):
     """Budget of the final training that the size is chosen for; None is the grid's largest."""
     weights: Weights = "relative"
     """What the fits make small: errors as shares of the losses, or in nats (`unit`)."""
+    undecided: Name | None = None
+    """The size to train where the grid does not decide: where the best stays ahead in fewer than `decided` of the resamples. None: the best
+    all the same."""
+    decided: Annotated[float, Field(ge=0, le=1)] = 0.9
+
+    @model_validator(mode="after")
+    def _a_size_of_the_grid(self) -> Self:
+        names = [size.name for size in self.sizes]
+        if self.undecided is not None and self.undecided not in names:
+            raise ValueError(f"undecided: there is no size {self.undecided}, only {', '.join(names)}")
+        return self
 
 
 class Stage(Settings):

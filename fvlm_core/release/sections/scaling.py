@@ -16,7 +16,7 @@ def section(evidence: Evidence, figures: Figures) -> Section:
     if found is None:
         return Section(title=TITLE, missing="no scaling grid was run")
     report, fits = found.manifest, Fits.from_yaml(found.folder / FITS_FILE)  # JSON is YAML
-    blocks: list[Block] = [f"Chosen size: **{report.chosen}**, by the {report.chosen_reason}.", losses_table(report.points)]
+    blocks: list[Block] = [f"Best size by the fits: **{report.chosen}**, by the {report.chosen_reason}.", losses_table(report.points)]
     blocks += figures.copy(found.folder, *report.figures)
     if reasons := undetermined(fits):
         blocks.append("What these runs do not determine:")
