@@ -11,6 +11,7 @@ from pathlib import Path
 from benchmarks.report import Measurement, arguments, show
 from deployments.checks import load_profile
 from flows.registry import PHASES
+from infra.prefect_settings import without
 from tasks.direct import run_directly
 
 REACH_S = {"ci_profile_s": 240.0, "cached_rerun_s": 11.0}
@@ -41,7 +42,7 @@ def measure(profile: str) -> Iterator[Measurement]:
 def _command(profile: str, volume: Path) -> float:
     """Seconds of a run of the command, with its server's start and end."""
     command = [str(Path(sys.executable).with_name("fvlm")), "speedrun", "--profile", profile, "--volume", str(volume)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    environment = without(os.environ)
     started = time.monotonic()
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
     return time.monotonic() - started

@@ -30,6 +30,7 @@ from prefect.context import refresh_global_settings_context
 
 from benchmarks.report import Measurement, show
 from infra.budget import HOUR_S
+from infra.prefect_settings import without
 from infra.runpod.emulator.cloud import Delays
 from infra.runpod.emulator.faults import API_FAULTS, POD_FAULTS, Fault
 from infra.runpod.emulator.server import Emulator
@@ -83,7 +84,7 @@ def main() -> int:
     parser.add_argument("--only", choices=KINDS)
     options = parser.parse_args()
     kinds = [options.only] if options.only else list(KINDS)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    environment = without(os.environ)
     with tempfile.TemporaryDirectory() as folder:
         stack = Stack(Path(folder) / "server", environment=environment)
         delays = Delays(provision_s=0.2, start_s=0.2, restart_s=0.3)

@@ -20,6 +20,7 @@ from prefect import flow, get_run_logger, task
 
 from benchmarks.report import Measurement, arguments, show
 from infra.api import credentials
+from infra.prefect_settings import without
 from infra.stack import PROCESS_POOL, Stack, queue_name
 from tasks.config import Pools
 
@@ -83,7 +84,7 @@ def measure(clicks: int, runs: int) -> Iterator[Measurement]:
 def _server(kind: type[Stack]) -> Iterator[Stack]:
     """A server with workers on an empty volume."""
     with tempfile.TemporaryDirectory() as folder:
-        stack = kind(Path(folder) / "volume", environment=_outside())
+        stack = kind(Path(folder) / "volume", environment=without(os.environ))
         try:
             with socket.create_server(("127.0.0.1", 0)) as listener:
                 port = listener.getsockname()[1]  # not one that another stack of this machine may look at first
@@ -163,11 +164,6 @@ def _made(client: httpx.Client, path: str, body: dict) -> str:
         time.sleep(0.2)
     reply.raise_for_status()
     return reply.json()["id"]
-
-
-def _outside() -> dict[str, str]:
-    """The environment, without what it knows of Prefect."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
 
 
 if __name__ == "__main__":

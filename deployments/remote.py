@@ -1,7 +1,6 @@
 """`fvlm infra up`: the Prefect server and the workers on a small pod, with everything deployed, so that no machine at home stays on."""
 
 import contextlib
-import os
 import shlex
 from pathlib import Path
 from urllib.parse import quote
@@ -10,6 +9,7 @@ from rich.console import Console
 
 from fvlm_core.errors import UserError
 from fvlm_core.tables import Table
+from infra import prefect_settings
 from infra.runpod.account import Account
 from infra.runpod.code import upload_code
 from infra.runpod.setup import mark
@@ -49,7 +49,7 @@ def up(config: PipelineConfig, console: Console, *, days: float | None = None) -
         say(f"the server's pod {pod.id} is there already")
     address = rental.server_address.format(pod=pod.id, port=rental.server_port)
     wait_until_it_answers(account, pod, address, say)
-    _use(variables(account, address))
+    prefect_settings.apply(variables(account, address))
     deploy(config, Path(rental.mount_path), code)
     _say_where(account, address, console)
     return 0
@@ -90,7 +90,7 @@ def down(config: PipelineConfig, account: Account, console: Console) -> None:
     if pod := server_pod(account):
         console.print(f"pod {pod.id} keeps the server; it saves its database and ends", highlight=False)
         with contextlib.suppress(UserError, httpx.HTTPError):  # a server that does not answer has no say
-            _use(variables(account, rental.server_address.format(pod=pod.id, port=rental.server_port)))
+            prefect_settings.apply(variables(account, rental.server_address.format(pod=pod.id, port=rental.server_port)))
             from deployments.register import crash_stale_runs
 
             asyncio.run(crash_stale_runs(Path(rental.mount_path)))
@@ -128,16 +128,6 @@ def deploy(config: PipelineConfig, volume: Path, code: str | None) -> str:
     from deployments.register import register
 
     return asyncio.run(register(config, volume, code=code)).deployment
-
-
-def _use(server: dict[str, str]) -> None:
-    """Prefect's clients in this process talk to that server from now on."""
-    for name in [name for name in os.environ if name.startswith("PREFECT_")]:
-        del os.environ[name]
-    os.environ.update(server)
-    from prefect.context import refresh_global_settings_context
-
-    refresh_global_settings_context()  # Prefect may have read the environment when it was imported
 
 
 def _configuration(config: PipelineConfig, code: str | None):

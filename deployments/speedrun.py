@@ -17,6 +17,7 @@ from deployments.checks import check_phase, check_programs, check_sources, check
 from deployments.pretrained import check_pretrained
 from deployments.profile import chosen_profile
 from deployments.status import print_results
+from infra import prefect_settings
 from infra.stack import GO_ON, Stack, StackError, stop_command
 from infra.volume import is_network_file_system
 from infra.watchdog import watched
@@ -119,12 +120,7 @@ def _say_where(stack: Stack, console: Console) -> None:
 
 def _run(stack: Stack, config: PipelineConfig, volume: Path, console: Console, phase: str | None, *, keep: bool) -> int:
     """Show the plan, register, trigger, watch, and print the results. `keep`: the server goes on afterwards."""
-    for name in [name for name in os.environ if name.startswith("PREFECT_")]:
-        del os.environ[name]
-    os.environ.update(stack.client_environment())
-    from prefect.context import refresh_global_settings_context
-
-    refresh_global_settings_context()  # Prefect reads the environment when it is imported
+    prefect_settings.apply(stack.client_environment())
     from deployments import register, watch
     from flows.registry import PHASES
     from tasks.pipeline_flow import message

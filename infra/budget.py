@@ -5,6 +5,7 @@ only then is the sum made: of two workers that do this at once, both see both. S
 may be refused near it. What a pod really cost replaces the reservation when it ends, and RunPod's bill replaces both.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from copy import copy
@@ -115,11 +116,10 @@ class Position:
 
     def sum(self, new: float = 0.0) -> str:
         """The sum as text, with a pod of `new` USD where there is one."""
-        parts = [f"spent ${self.spent:.2f}", f"running pods to their deadlines ${self.running:.2f}", f"storage ${self.storage:.2f}"]
-        parts += [f"this pod to its deadline ${new:.2f}"] if new else []
-        limit = self.cap_usd - self.reserve_usd
-        total = f"${self.committed + new:.2f} of ${limit:.2f} (cap ${self.cap_usd:.2f} less a reserve of ${self.reserve_usd:.2f})"
-        return f"{' + '.join(parts)} = {total}"
+        parts = {"spent": self.spent, "running pods to their deadlines": self.running, "storage": self.storage}
+        parts |= {"this pod to its deadline": new} if new else {}
+        terms = " + ".join(f"{name} {usd_text(usd)}" for name, usd in parts.items())
+        return f"{terms} = {usd_text(self.committed + new)} of {limit_text(self.cap_usd, self.reserve_usd)}"
 
 
 class Budget:
@@ -233,7 +233,17 @@ def entries(events: Iterable[Event]) -> tuple[Entry, ...]:
     return tuple(known.values())
 
 
+def usd_text(usd: float) -> str:
+    """E.g. `$12.30`; of less than a dollar two digits that say something: `$0.0043`."""
+    return f"${usd:.2f}" if usd == 0 or abs(usd) >= 0.1 else f"${usd:.{1 - math.floor(math.log10(abs(usd)))}f}"
+
+
+def limit_text(cap_usd: float, reserve_usd: float) -> str:
+    """What may be spent, and why it is so much."""
+    return f"{usd_text(cap_usd - reserve_usd)} (cap {usd_text(cap_usd)} less a reserve of {usd_text(reserve_usd)})"
+
+
 def warnings_between(before: float, after: float, cap_usd: float) -> list[str]:
     """A line for each share of the cap (WARN_AT) that was passed between two sums."""
     passed = [share for share in WARN_AT if before < share * cap_usd <= after]
-    return [f"{share:.0%} of the budget is spent or promised: ${after:.2f} of ${cap_usd:.2f}" for share in passed]
+    return [f"{share:.0%} of the budget is spent or promised: {usd_text(after)} of {usd_text(cap_usd)}" for share in passed]

@@ -3,6 +3,7 @@
 What the user has set stands, except what a stack is about: which server is used, and where its files are.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,6 +32,21 @@ OF_ANOTHER_SERVER = ("PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "PREFECT_PROF
 INTERNAL = "PREFECT__"
 """What Prefect says to the processes it starts; nothing of it is meant for a new stack."""
 SERVER_PASSWORD, CLIENT_PASSWORD = PASSWORDS = "PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING"
+
+
+def without(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that are not Prefect's."""
+    return {name: value for name, value in environment.items() if not name.startswith("PREFECT_")}
+
+
+def apply(settings: Mapping[str, str]) -> None:
+    """Prefect in this process has these settings from now on, and no others."""
+    for name in os.environ.keys() - without(os.environ).keys():
+        del os.environ[name]
+    os.environ.update(settings)
+    from prefect.context import refresh_global_settings_context
+
+    refresh_global_settings_context()  # Prefect reads the environment when it is imported
 
 
 def of_own_server(given: Mapping[str, str], *, origins: str, password: str, database: Path | None) -> dict[str, str]:

@@ -174,7 +174,7 @@ class Stack:
     def environment(self) -> dict[str, str]:
         """The environment of every process of the stack."""
         state = self._running_state()
-        kept = {name: value for name, value in self.given.items() if not name.startswith("PREFECT_")}
+        kept = prefect_settings.without(self.given)
         bin_folder = str(Path(sys.executable).parent)
         return (
             kept

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from fvlm_core.manifest import FILE_NAME, AnyManifest
 from fvlm_core.settings import Settings
 from fvlm_core.tables import Table
-from infra.budget import HOUR_S, Entry
+from infra.budget import HOUR_S, Entry, usd_text
 from infra.store import Store
 from tasks.dollars import STARTS, WAITING, DollarPlan, Line, Usd
 from tasks.phase import PHASES_FOLDER, PhaseManifest
@@ -110,15 +110,17 @@ def bill_against_plan(planned: DollarPlan, bill: Bill) -> Table:
         names = dict.fromkeys([*lines, *paid])
         for name in names if len(names) > 1 else ():
             usd, amount = (lines[name].usd if name in lines else Usd()), paid.get(name, 0.0)
-            rows.append([phase, name, usd.text(), f"${amount:.2f}", _off(usd.value, amount)])
+            rows.append([phase, name, usd.text(), usd_text(amount), _off(usd.value, amount)])
         usd, amount = planned.of(phase), sum(paid.values())
         marked.append(len(rows))
-        rows.append([phase, "all of it", usd.text(), f"${amount:.2f}", _off(usd.value, amount)])
+        rows.append([phase, "all of it", usd.text(), usd_text(amount), _off(usd.value, amount)])
     marked.append(len(rows))
-    rows.append(["total", "", planned.total.text(), f"${bill.total:.2f}", _off(planned.total.value, bill.total)])
+    rows.append(["total", "", planned.total.text(), usd_text(bill.total), _off(planned.total.value, bill.total)])
     return Table(title="Plan against bill", head=["phase", "step", "planned", "billed", "difference"], rows=rows, marked=marked)
 
 
 def _off(planned: float, paid: float) -> str:
-    """How much more the bill is than the plan."""
-    return f"{paid / planned - 1:+.0%}" if planned else ""
+    """How much more the bill is than the plan; beyond ten times as much, how often."""
+    if not planned:
+        return ""
+    return f"{paid / planned - 1:+.0%}" if paid < 10 * planned else f"x {paid / planned:,.0f}"

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from fvlm_core.settings import Settings
 from fvlm_core.tables import Table
+from infra.budget import limit_text, usd_text
 from tasks.phase import Phase
 from tasks.plan import Plan, StepPlan, duration
 from tasks.rental import Rental
@@ -41,7 +42,7 @@ class Usd(Settings):
 
     def text(self) -> str:
         """E.g. `$12.30 [$8.10, $20.50]`."""
-        return f"${self.value:.2f}" if self.low == self.high else f"${self.value:.2f} [${self.low:.2f}, ${self.high:.2f}]"
+        return usd_text(self.value) if self.low == self.high else f"{usd_text(self.value)} [{usd_text(self.low)}, {usd_text(self.high)}]"
 
 
 class Line(Settings):
@@ -107,8 +108,7 @@ class DollarPlan(Settings):
             yield Line(phase=phase, what=f"{len(mine)} lines", flops=flops, hours=hours, usd=self.of(phase))
 
     def _note(self) -> str:
-        limit = self.cap_usd - self.reserve_usd
-        lines = [f"Total {self.total.text()} of ${limit:.2f} (cap ${self.cap_usd:.2f} less a reserve of ${self.reserve_usd:.2f})."]
+        lines = [f"Total {self.total.text()} of {limit_text(self.cap_usd, self.reserve_usd)}."]
         lines += [f"The cap binds; these would not start: {', '.join(self.dropped)}."] if self.dropped else []
         risk = [one for one in self.at_risk if one not in self.dropped]
         lines += [f"If everything cost the upper end, these would not start: {', '.join(risk)}."] if risk else []

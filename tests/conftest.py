@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 
+from infra.prefect_settings import without
 from infra.stack import Stack
 
 # A failure in CI must be the change's, not the seed's; new examples are tried at every run elsewhere, and a failing one is printed as a
@@ -46,15 +47,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (place.get(item.path, len(LONGEST)), item.path not in slow))
 
 
-def plain_environment() -> dict[str, str]:
-    """This process's, without what it knows of Prefect."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-
-
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """A running server of an empty volume, without workers."""
-    stack = Stack(tmp_path_factory.mktemp("server") / "volume", environment=plain_environment())
+    stack = Stack(tmp_path_factory.mktemp("server") / "volume", environment=without(os.environ))
     try:
         stack.start_server()
         stack.wait_for_server()

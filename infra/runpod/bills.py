@@ -3,7 +3,7 @@
 from collections import defaultdict
 from datetime import UTC, datetime, timedelta
 
-from infra.budget import Budget
+from infra.budget import Budget, usd_text
 from infra.runpod.client import RunPod
 
 CENT = 0.01
@@ -26,7 +26,7 @@ def reconcile(client: RunPod, budget: Budget) -> list[str]:
             continue
         estimate = entry.spent(budget.clock())
         if not entry.running and entry.billed is None and abs(amount - estimate) >= CENT:
-            differences.append(f"{entry.name}: ${estimate:.2f} by price and time, ${amount:.2f} by RunPod's bill")
+            differences.append(f"{entry.name}: {usd_text(estimate)} by price and time, {usd_text(amount)} by RunPod's bill")
         if entry.billed is None or abs(amount - entry.billed) > CENT / 100:
             budget.billed(entry.name, amount)
     return differences

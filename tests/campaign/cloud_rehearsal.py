@@ -23,7 +23,6 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import IntervalSchedule
-from prefect.context import refresh_global_settings_context
 from rich.console import Console
 
 from deployments import register
@@ -32,6 +31,7 @@ from deployments.profile import chosen_profile
 from deployments.speedrun import speedrun
 from flows.registry import PHASES
 from fvlm_core.manifest import FILE_NAME, AnyManifest
+from infra.prefect_settings import apply, without
 from infra.runpod.bills import reconcile
 from infra.runpod.client import RunPod
 from infra.runpod.emulator.cloud import disk_cost
@@ -123,11 +123,10 @@ def results(home: Path, away: Path, console: Console) -> list[str]:
 def by_schedule(profile: str, changes: list[str], away: Path, console: Console) -> list[str]:
     """Switch the schedule of precompute's deployment on; what is wrong with the run that it makes, or with the end of that run's pod."""
     with rehearsal(chosen_profile(profile, changes=changes), away) as cloud, RunPod(cloud.emulator.key, cloud.emulator.url) as client:
-        stack = Stack(away, environment={**os.environ, **cloud.environment})
+        stack = Stack(away, environment=without(os.environ) | cloud.environment)
         try:
             stack.start_server()
-            os.environ.update(stack.client_environment())
-            refresh_global_settings_context()
+            apply(stack.client_environment())
             stack.wait_for_server()
             registered = asyncio.run(register.register(cloud.config, away))
             stack.start_workers(registered.pool_types)

@@ -1,5 +1,6 @@
 """`fvlm infra up` and `down`: a real Prefect server with its workers on an emulated pod, a flow run on another, what is left of both."""
 
+import os
 import shutil
 import socket
 import sqlite3
@@ -20,6 +21,7 @@ from pydantic import SecretStr
 
 from deployments.checks import PROFILES
 from infra.api import healthy
+from infra.prefect_settings import without
 from infra.runpod.account import Account, Place
 from infra.runpod.client import RunPod
 from infra.runpod.emulator.s3 import S3Side
@@ -33,7 +35,6 @@ from infra.runpod.setup import mark
 from infra.stack import REPOSITORY, volume_tag
 from infra.store import FolderStore
 from infra.volume import volume_id
-from tests.conftest import plain_environment
 from tests.infra.runpod.conftest import KEY, QUICK
 from tests.infra.runpod.rig import until
 from tests.infra.runpod.tiny_flow import tiny
@@ -67,7 +68,7 @@ class Remote:
     def __call__(self, *words: str) -> str:
         command = [sys.executable, "-m", "deployments.cli", *words, "--profile", str(self.profile)]
         keys = {"RUNPOD_API_KEY": KEY, "RUNPOD_S3_ACCESS_KEY": "user_a", "RUNPOD_S3_SECRET_KEY": "rps_a"}
-        done = subprocess.run(command, cwd=REPOSITORY, env=plain_environment() | keys, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=REPOSITORY, env=without(os.environ) | keys, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{self.logs()}"
         return done.stdout
 
@@ -121,7 +122,7 @@ def test_a_server_on_a_pod_runs_flows_ends_and_goes_on(remote: Remote, tmp_path:
 
     # what the next pod runs
     port = urlsplit(remote.address).port or 0
-    home = Home(remote.volume, tmp_path / "disk", port=port, address=remote.address, pools={}, environment=plain_environment())
+    home = Home(remote.volume, tmp_path / "disk", port=port, address=remote.address, pools={}, environment=without(os.environ))
     serving = threading.Thread(target=home.run)
     serving.start()
     try:

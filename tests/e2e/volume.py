@@ -21,6 +21,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from flows.registry import PHASES
 from fvlm_core.manifest import AnyManifest
 from fvlm_core.progress import ProgressReport
+from infra.prefect_settings import without
 from infra.processes import JOB_VARIABLE, STACK_VARIABLE, end_marked, mark, marked
 from infra.stack import Stack
 from infra.volume import password, volume_id
@@ -109,7 +110,7 @@ class Volume:
         """`fvlm speedrun` in a process of its own."""
         profile, log = self.path.with_suffix(".yaml"), self.path.with_suffix(".log")
         profile.write_text(yaml.safe_dump(self.values))
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+        environment = without(os.environ)
         with log.open("wb") as stream:
             process = subprocess.Popen(
                 [FVLM, "speedrun", "--profile", profile, "--volume", self.path, "--port", str(_unused_port()), *options],

@@ -14,6 +14,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.schedules import CronSchedule
 
 from deployments.register import ALL_FLOWS, register
+from infra.prefect_settings import without
 from infra.stack import REPOSITORY, Stack, queue_name, volume_tag
 from infra.volume import volume_id
 from tasks.config import PipelineConfig
@@ -116,7 +117,7 @@ def test_a_flow_runs_from_a_checkout_whose_path_has_a_space(tmp_path: Path) -> N
     for package in PACKAGES:
         shutil.copytree(REPOSITORY / package, checkout / package)
     (checkout / ".venv").symlink_to(Path(sys.executable).parents[1])
-    outside = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    outside = without(os.environ)
     command = [str(checkout / ".venv" / "bin" / "python"), "-c", RUN_ONE, str(tmp_path / "a volume")]
     done = subprocess.run(command, cwd=checkout, env=outside, capture_output=True, text=True, check=True)
     assert "Failed" in done.stdout, "the flow has run, and"
@@ -134,7 +135,7 @@ def test_a_flow_runs_from_a_checkout_whose_path_has_a_space(tmp_path: Path) -> N
     ],
 )
 def test_deploy_needs_a_server_that_it_can_use(stack: Stack, tmp_path: Path, address: str | None, status: int, words: str) -> None:
-    outside = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    outside = without(os.environ)
     if address is not None:
         outside["PREFECT_API_URL"] = stack.api_url if address.startswith("ours") else address
     began = time.monotonic()

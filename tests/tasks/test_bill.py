@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fvlm_core.manifest import AnyManifest
-from infra.budget import Entry, Position
+from infra.budget import Entry, Position, usd_text
 from infra.store import FolderStore
 from tasks.bill import UNFINISHED, bill_against_plan, billed_by_step, record_plan, recorded_plan
 from tasks.dollars import STARTS, WAITING, DollarPlan, Line, Usd
@@ -83,3 +83,11 @@ def test_both_stand_side_by_side(volume: Path) -> None:
     ):
         assert row in table.rows
     assert [table.rows[number][1] for number in table.marked] == ["all of it", "all of it", ""]
+    assert bill_against_plan(planned(stage1=0.02, stage2=2.0), bill).rows[0] == ["train", "stage1", "$0.020", "$0.80", "x 40"]
+
+
+@pytest.mark.parametrize(
+    ("usd", "text"), [(0.0, "$0.00"), (12.3, "$12.30"), (0.5, "$0.50"), (0.0998, "$0.100"), (0.00427, "$0.0043"), (-0.02, "$-0.020")]
+)
+def test_less_than_a_dollar_is_shown_too(usd: float, text: str) -> None:
+    assert usd_text(usd) == text
