@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from benchmarks.gaze_measures import CONTROLS, MAIN, Answers, Asked, Row, answers, table
+from benchmarks.gaze_measures import CONTROLS, MAIN, VARIANTS, Answers, Asked, Row, answers, table
 from benchmarks.gaze_training import Plan, Trained, step_flops, train
 from fvlm_core.data.gaze import TASKS
 from fvlm_core.eval.stats import Bootstrap
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         asked = Asked(plan, options.clips)
         controls = {name: _alike(plan, changes, equal_flops=options.equal_flops) for name, changes in CONTROLS.items()}
         if options.only:
-            plan = controls[options.only]
+            plan = _alike(plan, (CONTROLS | VARIANTS)[options.only], equal_flops=options.equal_flops)
         trained = train(plan, note, torch.load(options.start, weights_only=True) if options.start else None)
         if options.save:
             torch.save(trained.subject.model.state_dict(), options.save)
@@ -90,6 +90,7 @@ def record(plan: Plan, trained: Trained, asked: Asked, rows: Sequence[Row]) -> d
         "steps": trained.steps,
         "planned_steps": plan.steps,
         "copies": plan.copies,
+        "wording": plan.wording,
         "tokens_per_frame": trained.subject.model.settings.tokens_per_frame,
         "params": sum(one.numel() for one in trained.subject.model.parameters()),
         "clutter": round(trained.clutter, 3),
@@ -167,7 +168,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--copies", type=int, help="distorted copies of each training digit")
     parser.add_argument("--clutter-step", type=float, help="what a step adds to the clutter")
     parser.add_argument("--clutter-gate", type=float, help="nats a digit, below which it is added")
-    parser.add_argument("--only", choices=CONTROLS, help="train this control instead of the model")
+    parser.add_argument("--only", choices=[*CONTROLS, *VARIANTS], help="train this instead of the model")
     parser.add_argument("--start", type=Path, help="weights to begin with")
     parser.add_argument("--save", type=Path, help="where the weights go")
     parser.add_argument("--controls", action=argparse.BooleanOptionalAction, default=True, help="train the controls too")

@@ -30,6 +30,8 @@ CONTROLS: dict[str, dict[str, object]] = {
 }
 """Models that are trained beside the one that is measured, by what they change of it. 9 tokens are the 9 patches of the grid; 16 are four
 of them and averages of neighbours. At a temperature of 1e6 a shallow query weighs all patches alike, and the FiLM head knows the query."""
+VARIANTS: dict[str, dict[str, object]] = {"attention at temperature 1": {"temperature": 1.0}}
+"""The model itself with one setting changed: what was suspected of keeping it from learning to look."""
 
 
 @dataclass(frozen=True)

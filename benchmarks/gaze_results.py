@@ -30,11 +30,12 @@ def read(folder: Path) -> list[Run]:
 
 
 def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The model's own runs by task and number of steps, e.g. `cell, 1,600 steps`."""
+    """The model's own runs by task, number of steps and wording, e.g. `cell, 1,600 steps`."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         if not run["control"]:
-            found.setdefault(f"{run['task']}, {run['planned_steps']:,} steps", []).append(run)
+            sentences = ", questions as sentences" if run["wording"] == "sentence" else ""
+            found.setdefault(f"{run['task']}, {run['planned_steps']:,} steps{sentences}", []).append(run)
     return found
 
 
@@ -169,7 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = read(options.folder)
     for task, own in groups(runs).items():
         print(seeds_table(task, own).markdown(), end="\n\n")
-    cell = [run for run in runs if run["task"] == "cell" and run["planned_steps"] == max(one["planned_steps"] for one in runs)]
+    longest = max(one["planned_steps"] for one in runs)
+    cell = [run for run in runs if (run["task"], run["wording"], run["planned_steps"]) == ("cell", "words", longest)]
     if any(run["control"] for run in cell):
         print(controls_table(cell).markdown())
         if options.figure:
