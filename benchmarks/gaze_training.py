@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.gaze_supervision import gaze_loss, weight_at
 from fvlm_core.config import LLMSettings, LLMShape, LossSettings, ModelSettings, OptimizerSettings, VisionSettings, VisionShape
 from fvlm_core.data import gaze
 from fvlm_core.data.batch import ChatFormat, Sample, Turn, pack
@@ -66,6 +67,8 @@ class Plan:
     """Changes of `model_settings`."""
     wording: Literal["words", "sentence"] = "words"
     """words: only what differs between questions, without a system prompt; sentence: the questions and the chat format of the pipeline."""
+    gaze_weight: float = 0.0
+    """Of the loss on the attention itself (`benchmarks.gaze_supervision`) at the first step; it fades to 0 at half of the training."""
     max_cpu_s: float = float("inf")
     """Processor time after which the training stops early."""
 
@@ -89,9 +92,10 @@ class Plan:
 
     @property
     def model_settings(self) -> ModelSettings:
-        """The model: 0.4 million parameters, two fine passes."""
+        """The model: 0.4 million parameters, two fine passes; in a hunt one a frame: each knows the frame before by the pass before."""
         base = {"vision": VisionSettings(shape=VISION, frame_px=gaze.FRAME_PX), "llm": LLMSettings(shape=LLM)}
-        return ModelSettings.model_validate(base | {"temperature": 4.0, "visual_scale": 0.5, "fine_iterations": 2} | self.model)
+        usual = {"temperature": 4.0, "visual_scale": 0.5, "fine_iterations": self.frames if self.task == "hunt" else 2}
+        return ModelSettings.model_validate(base | usual | self.model)
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,8 @@ def train(plan: Plan, say: Callable[[str], None] = lambda _: None, start: Mappin
             clips = [asker.clip(rng, "train", clutter) for _ in range(half)]
             samples = [asker.sample(clip, question_first=first) for clip in clips]
             batches[order] = pack(samples, asker.chat, tokens_per_frame=model.settings.tokens_per_frame)
+            if first and (weight := weight_at(done, plan.steps, plan.gaze_weight)):
+                (weight * gaze_loss(model, batches[order], clips)).backward()
         labels = sum(batch.n_labels for batch in batches.values())
         for order, batch in batches.items():
             sums = objective(model, batch, subject.device)
