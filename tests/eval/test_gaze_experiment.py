@@ -64,7 +64,8 @@ def test_the_gaze_that_is_taught_is_the_one_that_inference_shows(trained, asked)
     torch.testing.assert_close(loss, -on_them.log().mean())
     loss.backward()
     gradient = one_pass.connector.visual_proj.weight.grad
-    assert gradient is not None and gradient.abs().sum() > 0
+    assert gradient is not None
+    assert gradient.abs().sum() > 0
 
 
 def test_teaching_the_gaze_fades():
