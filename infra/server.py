@@ -1,10 +1,11 @@
-"""Prefect's server, with two additions: `python -m infra.server --socket N` serves on the inherited socket
+"""Prefect's server, with three additions: `python -m infra.server --socket N` serves on the inherited socket
 N; its settings are in the environment.
 
 * Requests that change something wait for each other, and one that SQLite was too busy for is tried again here. Prefect answers it
   with status 503 and leaves the next try to its clients; a browser makes none, and the click in the UI is lost.
 * The page `/open#PASSWORD` keeps the password where the UI's own login page would, so that one link opens the UI. What follows
   the # never leaves the browser, so it is in no log.
+* Less work: a new database is a copy of one that is migrated (`new_database.py`), a schema is checked once (`schema_checks.py`).
 """
 
 import argparse
@@ -17,6 +18,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from http import HTTPStatus
+from pathlib import Path
 
 import uvicorn
 from prefect.server.api.server import create_app
@@ -24,12 +26,16 @@ from prefect.server.database.configurations import AioSqliteConfiguration
 from prefect.server.database.dependencies import MODELS_DEPENDENCIES
 from prefect.server.utilities.database import get_dialect
 from prefect.settings import get_current_settings
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from infra.new_database import begin
+from infra.schema_checks import check_schemas_once
 
 OPEN_PATH = "/open"
 PAGE = """<!doctype html><title>fVLM</title><script>
@@ -146,10 +152,13 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 def app() -> ASGIApp:
-    """Prefect's application with both additions."""
+    """Prefect's application with the additions."""
+    check_schemas_once()
     url = get_current_settings().server.database.connection_url
     if url and get_dialect(url.get_secret_value()).name == "sqlite":
-        MODELS_DEPENDENCIES["database_config"] = LockingSqlite(url.get_secret_value())
+        MODELS_DEPENDENCIES["database_config"] = config = LockingSqlite(url.get_secret_value())
+        if not config.is_inmemory():
+            begin(Path(make_url(config.connection_url).database or ""))
     served = create_app(final=True)
     page = PAGE % json.dumps(get_current_settings().server.ui.serve_base or "/")
 

@@ -34,7 +34,7 @@ pip install --no-compile -r "$root/requirements-video2dataset.lock" ||
     fail "video2dataset's packages cannot be installed" "see pip's message above; is a package index reachable?"
 pip install --no-compile --no-deps "$release" ||
     fail "$release cannot be installed" "see pip's message above; is a package index reachable?"
-"$folder/bin/python" -m compileall -qq -j 0 "$folder/lib" || true # as in setup.sh
+"$folder/bin/python" -m compileall -qq -j 0 -x '/tests/' "$folder/lib" || true # as in setup.sh
 
 # A .pth file is read at every start of this Python: by video2dataset, by its children, and by Spark's workers.
 site=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')

@@ -82,7 +82,7 @@ def on_ranks(recipe: Recipe, ranks: int) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(120)
     assert [process.exitcode for process in processes] == [0] * ranks
 
 

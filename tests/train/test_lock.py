@@ -14,7 +14,7 @@ from fvlm_core.config import Recipe
 from fvlm_core.errors import UserError
 from fvlm_core.train import lock
 from fvlm_core.train.lock import RunLock
-from tests.train.conftest import tiny_recipe
+from tests.train.conftest import on_ranks, tiny_recipe
 from tests.train.test_resume import rows, same_end, wait_for_rows
 
 LONG = {"run__steps": 60, "run__eval_every": 1, "run__checkpoint_every": 4}
@@ -39,7 +39,7 @@ def test_a_killed_launcher_and_the_same_command_again(tmp_path: Path, shards: Pa
     assert again.wait(120) == 0
     _, alive = psutil.wait_procs(ranks, timeout=10)
     assert not alive
-    assert start(undisturbed).wait(120) == 0
+    on_ranks(undisturbed, 2)
     assert rows(recipe)["step"].tolist() == list(range(1, 61))
     same_end(recipe, undisturbed)
 
