@@ -25,7 +25,7 @@ from tasks.helpers import helped, share
 from tasks.make import How, Reporter, make
 from tasks.mixtures import check_shards
 from tasks.phase import Phase, PhaseManifest, Results, before_of, conclude, require
-from tasks.status import StatusBoard
+from tasks.status_board import StatusBoard
 from tasks.steps import Finding, Made, Step, in_waves
 from tasks.telling import telling
 
