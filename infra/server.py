@@ -1,8 +1,10 @@
-"""Prefect's server, with two additions: `python -m infra.server --socket N` serves on the inherited socket
+"""Prefect's server, with three additions: `python -m infra.server --socket N` serves on the inherited socket
 N; its settings are in the environment.
 
 * Requests that change something wait for each other, and one that SQLite was too busy for is tried again here. Prefect answers it
   with status 503 and leaves the next try to its clients; a browser makes none, and the click in the UI is lost.
+* What a worker says on its channel waits for SQLite's lock. Nobody tries it again: a greeting that fails closes the channel, and a
+  heartbeat that fails is lost.
 * The page `/open#PASSWORD` keeps the password where the UI's own login page would, so that one link opens the UI. What follows
   the # never leaves the browser, so it is in no log.
 """
@@ -45,7 +47,7 @@ READS = ("filter", "count", "history", "paginate")
 
 
 LOCK_FIRST: ContextVar[bool] = ContextVar("LOCK_FIRST", default=False)
-"""Whether transactions of this request take SQLite's write lock when they begin."""
+"""Whether transactions of this request, or of this websocket, take SQLite's write lock when they begin."""
 HELD: ContextVar[bool] = ContextVar("HELD", default=False)
 """Whether a transaction of this request has it."""
 
@@ -85,6 +87,8 @@ class OneWriterAtATime:
         self.app, self.turn = app, asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            LOCK_FIRST.set(True)
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return await self.app(scope, receive, send)
         body = await _body(receive)  # before the wait: a client that sends slowly keeps nobody else from writing
@@ -146,7 +150,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 def app() -> ASGIApp:
-    """Prefect's application with both additions."""
+    """Prefect's application with the additions."""
     url = get_current_settings().server.database.connection_url
     if url and get_dialect(url.get_secret_value()).name == "sqlite":
         MODELS_DEPENDENCIES["database_config"] = LockingSqlite(url.get_secret_value())
