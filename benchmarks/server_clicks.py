@@ -36,7 +36,7 @@ class ReferenceStack(Stack):
     def server_arguments(self, listener: socket.socket) -> list[str]:
         host, port = listener.getsockname()
         listener.close()
-        return ["-m", "prefect", "server", "start", "--host", host, "--port", str(port)]
+        return ["prefect", "server", "start", "--host", host, "--port", str(port)]
 
 
 STACKS = {"prefect server start": ReferenceStack, "ours": Stack}

@@ -62,16 +62,20 @@ def check_programs(config: PipelineConfig) -> None:
     """H.264 can be written here and read in video2dataset's environment (both through PyAV's own ffmpeg)."""
     other = config.machine.video2dataset_python
     fix = {Path(sys.executable): "run ./setup.sh", other: "run ./infra/video2dataset_env.sh"}
-    for python in fix:
-        try:
-            status = subprocess.run([python, "-c", CODECS], capture_output=True, text=True, check=False)
-        except OSError as error:
-            raise UserError("video2dataset's environment is missing", where=str(python), fix=fix[python]) from error
-        if status.returncode:
-            reason = (status.stderr.strip().splitlines() or ["its ffmpeg has no H.264"])[-1]
-            raise UserError(f"ffmpeg (PyAV) is missing or cannot do H.264: {reason}", where=str(python), fix=fix[python])
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda python: _check_codecs(python, fix[python]), fix))
     if config.precompute.natural:
         natural_clips()
+
+
+def _check_codecs(python: Path, fix: str) -> None:
+    try:
+        status = subprocess.run([python, "-c", CODECS], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise UserError("video2dataset's environment is missing", where=str(python), fix=fix) from error
+    if status.returncode:
+        reason = (status.stderr.strip().splitlines() or ["its ffmpeg has no H.264"])[-1]
+        raise UserError(f"ffmpeg (PyAV) is missing or cannot do H.264: {reason}", where=str(python), fix=fix)
 
 
 def check_sources(config: PipelineConfig, volume: Path) -> dict[str, Record]:

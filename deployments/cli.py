@@ -9,18 +9,13 @@ import httpx
 from cyclopts import App
 from rich.console import Console
 
-from deployments import convert, data, data_plan, machines, scaling
-from deployments.evaluate import evaluate
 from deployments.options import DEFAULT_VOLUME, Changes, Cloud, KeepServer, Live, Port, Profile, Videos, Volume, table_console
-from deployments.push import push
-from deployments.space import space
-from deployments.stream import stream
-from deployments.use import chat, look, serve
 from fvlm_core.errors import UserError
 from fvlm_core.exit_status import USER_ERROR
 from infra.api import problem_with
 from infra.errors import InfraError, RefusedError
 from infra.stack import REPOSITORY, Stack, StackError, StackRefusedError, require_access
+from infra.start import collect_rarely
 from infra.volume import known_volume_id
 
 app = App(
@@ -28,20 +23,20 @@ app = App(
     version=lambda: version("fvlm"),
     help="A video language model that reads each frame as one token, and the complete pipeline that trains and releases it.",
 )
-app.command(convert.app)
-app.command(data.app)
-app.command(scaling.app)
-app.command(machines.app)
-app.command(machines.volume_app)
-app.command(machines.board)
-data.app.command(data_plan.plan)
-app.command(evaluate, name="eval")
-app.command(chat)
-app.command(look)
-app.command(push)
-app.command(serve)
-app.command(space)
-app.command(stream)
+# by name: each is imported when it is asked for, and the pipeline's command is slow enough to start without them
+app.command("deployments.convert:app", name="convert")
+app.command("deployments.data:app", name="data")
+app.command("deployments.scaling:app", name="scaling")
+app.command("deployments.machines:app", name="infra")
+app.command("deployments.machines:volume_app", name="volume")
+app.command("deployments.machines:board", name="board")
+app.command("deployments.evaluate:evaluate", name="eval")
+app.command("deployments.use:chat", name="chat")
+app.command("deployments.use:look", name="look")
+app.command("deployments.push:push", name="push")
+app.command("deployments.use:serve", name="serve")
+app.command("deployments.space:space", name="space")
+app.command("deployments.stream:stream", name="stream")
 
 
 @app.command
@@ -237,14 +232,14 @@ def deploy(*, profile: Profile = "laptop", volume: Volume = DEFAULT_VOLUME) -> i
     config = chosen_profile(profile)
     require_access(url, os.environ)
     from deployments import remote
-    from deployments.register import ALL_FLOWS
+    from deployments.register import FLOWS
     from infra.runpod.code import upload_code
     from tasks.rented import account_of
 
     rental = config.machine.rental
     code = upload_code(REPOSITORY, account_of(rental).store) if rental else None
     deployed = remote.deploy(config, volume.absolute(), code)
-    Console().print("\n".join(f"{name}/{deployed}" for name in ALL_FLOWS), highlight=False)
+    Console().print("\n".join(f"{name}/{deployed}" for name in FLOWS), highlight=False)
     return 0
 
 
@@ -259,6 +254,10 @@ def stop(*, volume: Volume = DEFAULT_VOLUME) -> int:
 
 def main() -> None:
     """Entry point: errors that a user can act on are printed without a traceback."""
+    collect_rarely()  # most of what a command needs is imported after this
+    if set(sys.argv[1:2]) <= {"--help", "-h"}:
+        for name in app:
+            app[name]  # imports it, for its line in the list of commands
     try:
         sys.exit(app())
     except (UserError, StackError, InfraError) as error:

@@ -6,10 +6,12 @@ from typing import Annotated
 from cyclopts import App, Parameter
 from rich.console import Console
 
+from deployments.data_plan import plan
 from deployments.options import DEFAULT_VOLUME, Changes, KeepServer, Port, Profile, Videos, Volume, table_console
 from fvlm_core.data.rows import Split
 
 app = App(name="data", help="Make the shards of a profile, and look at what is in a folder of them.")
+app.command(plan)
 DEFAULT_SHARDS = DEFAULT_VOLUME / "shards"
 DAMAGED = 1
 """Exit status of `verify` that has found something."""

@@ -3,34 +3,44 @@
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType, FlowRunFilterTags
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterName,
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+)
 from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule
-from prefect.deployments.runner import RunnerDeployment
 from prefect.exceptions import ObjectNotFound
 from prefect.flows import Flow
 from prefect.states import Crashed
 from prefect.types.entrypoint import EntrypointType
 from prefect.workers.base import BaseWorker
 
-from flows.pipeline import pipeline
 from flows.reap import EVERY_S, POOL, reap
-from flows.registry import FLOWS, PHASES
+from flows.registry import PHASES, flow_of
 from infra.processes import mark
 from infra.stack import PROCESS_POOL, RENTED_POOL, queue_name, volume_tag
 from infra.volume import known_volume_id, volume_id
 from tasks.config import PipelineConfig, Pool
+from tasks.pipeline_flow import PURPOSE
 
-ALL_FLOWS: dict[str, Flow[..., None]] = {"pipeline": pipeline, **FLOWS}
+PIPELINE = "pipeline"
+FLOWS = (PIPELINE, *PHASES)
+"""Names of all flows that have a deployment."""
 UNFINISHED = [StateType.RUNNING, StateType.PENDING, StateType.SCHEDULED, StateType.CANCELLING, StateType.PAUSED]
-REGISTERED = ("description", "tags", "parameters", "entrypoint", "job_variables", "work_pool_name", "work_queue_name")
-"""What of a deployment is ours; its schedules are the users'."""
-LOCAL_JOB = {"command": "python -m prefect.engine", "working_dir": "."}
+LOCAL_JOB = {"command": "python -m infra.start prefect.engine", "working_dir": "."}
 """How a worker on local processes starts a flow run: with its own environment, in the folder where it was started itself. Flows are
 importable there, so no workspace has to be resolved, which takes a second for every run."""
 
@@ -50,19 +60,31 @@ def id_of(volume: Path) -> str:
     return volume_id(volume) if volume.is_dir() else known_volume_id(volume) or mark(volume)
 
 
-async def register(config: PipelineConfig, volume: Path, *, code: str | None = None) -> Registered:
-    """Make the work pools that are missing and all deployments of the profile; rented machines run the `code` on their volume."""
-    known = id_of(volume)
+async def register(
+    config: PipelineConfig, volume: Path, *, code: str | None = None, pool_types: Mapping[str, str] | None = None
+) -> Registered:
+    """Make the work pools that are missing and all deployments of the profile; rented machines run the `code` on their volume.
+
+    `pool_types`: what `make_pools` has returned, where it was called before.
+    """
+    types = dict(pool_types) if pool_types is not None else await make_pools(config, volume)
     async with get_client() as client:
-        # one after the other: SQLite lets one writer in at a time, and those who wait back off for seconds
-        types = dict([await _pool(client, pool) for pool in config.machine.pools.by_role.values()])
-        name = await _deployment_name(client, config.name, known)
-        for flow in ALL_FLOWS:
-            await _deploy(client, flow, name, config, volume, known, types, code)
+        known = id_of(volume)
+        name, there = await _known(client, config.name, known)
+        for flow in FLOWS:
+            await _deploy(flow, name, config, volume, types, code, there.get(flow))
         if config.machine.rental:
-            types |= dict([await _pool(client, Pool(name=POOL, description="Looks after rented machines"))])
             await _deploy_reaper(name, config, volume, known)
     return Registered(types, name)
+
+
+async def make_pools(config: PipelineConfig, volume: Path) -> dict[str, str]:
+    """Make the work pools that are missing, and the volume's queue in each; returns the pools' types by name."""
+    pools = [*config.machine.pools.by_role.values()]
+    pools += [Pool(name=POOL, description="Looks after rented machines")] if config.machine.rental else []
+    async with get_client() as client:
+        # one after the other: SQLite lets one writer in at a time, and those who wait back off for seconds
+        return dict([await _pool(client, pool, queue_name(id_of(volume))) for pool in pools])
 
 
 async def crash_stale_runs(volume: Path) -> int:
@@ -83,59 +105,91 @@ async def crash_stale_runs(volume: Path) -> int:
         return len(stale)
 
 
-async def _deployment_name(client: PrefectClient, profile: str, volume: str) -> str:
-    """The profile's name; with the volume's id where another volume of this server has deployments of that name."""
-    try:
-        known = await client.read_deployment_by_name(f"{ALL_FLOWS['pipeline'].name}/{profile}")
-    except ObjectNotFound:
-        return profile
-    return profile if volume_tag(volume) in known.tags else f"{profile}-{volume[:6]}"
+def flow_named(name: str) -> Flow[..., None]:
+    """The flow of that name. It is made when it is asked for, which takes a tenth of a second."""
+    if name in PHASES:
+        return flow_of(name)
+    from flows.pipeline import pipeline
+
+    return pipeline
 
 
-async def _pool(client: PrefectClient, pool: Pool) -> tuple[str, str]:
-    """Name and type of the pool; it is made where there is none of that name, and used as it is where there is."""
+async def _known(client: PrefectClient, profile: str, volume: str) -> tuple[str, dict[str, DeploymentResponse]]:
+    """The name that the volume's deployments have, and those that the server has of that name, by flow.
+
+    The name is the profile's; with the volume's id where another volume of this server has deployments of that name.
+    """
+    other = f"{profile}-{volume[:6]}"
+    flows = {one.id: one.name for one in await client.read_flows(flow_filter=FlowFilter(name=FlowFilterName(any_=[*FLOWS])))}
+    found = await client.read_deployments(deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=[profile, other])))
+    there = {(one.name, flows.get(one.flow_id, "")): one for one in found}
+    taken = there.get((profile, PIPELINE))
+    name = profile if taken is None or volume_tag(volume) in taken.tags else other
+    return name, {flow: there[name, flow] for flow in FLOWS if (name, flow) in there}
+
+
+async def _pool(client: PrefectClient, pool: Pool, queue: str) -> tuple[str, str]:
+    """Name and type of the pool; it is made where there is none of that name, and used as it is where there is. So is its queue."""
     try:
-        return pool.name, (await client.read_work_pool(pool.name)).type
+        kind = (await client.read_work_pool(pool.name)).type
     except ObjectNotFound:
-        # the server has the template of its own types
-        kind = None if pool.type == PROCESS_POOL else BaseWorker.get_worker_class_from_type(pool.type)
-        new = WorkPoolCreate(
-            name=pool.name,
-            type=pool.type,
-            description=pool.description,
-            concurrency_limit=pool.limit,
-            base_job_template=kind.get_default_base_job_template() if kind else {},
-        )
-        return pool.name, (await client.create_work_pool(new)).type
+        kind = await _new_pool(client, pool)
+    try:
+        await client.read_work_queue_by_name(queue, work_pool_name=pool.name)
+    except ObjectNotFound:
+        await client.create_work_queue(queue, work_pool_name=pool.name)
+    return pool.name, kind
+
+
+async def _new_pool(client: PrefectClient, pool: Pool) -> str:
+    """Make the pool; returns its type."""
+    # the server has the template of its own types
+    kind = None if pool.type == PROCESS_POOL else BaseWorker.get_worker_class_from_type(pool.type)
+    new = WorkPoolCreate(
+        name=pool.name,
+        type=pool.type,
+        description=pool.description,
+        concurrency_limit=pool.limit,
+        base_job_template=kind.get_default_base_job_template() if kind else {},
+    )
+    return (await client.create_work_pool(new)).type
 
 
 async def _deploy(
-    client: PrefectClient,
     flow: str,
     name: str,
     config: PipelineConfig,
     volume: Path,
-    known: str,
     types: Mapping[str, str],
     code: str | None,
+    there: DeploymentResponse | None,
 ) -> None:
-    pool = config.machine.pools.by_role[PHASES[flow].pool if flow in PHASES else "pipeline"]
-    kind, rental = types[pool.name], config.machine.rental
+    """Write the flow's deployment, unless the one that is `there` is as it should be: writing all of them costs the server seconds."""
+    pool = config.machine.pools.by_role[PHASES[flow].pool if flow in PHASES else PIPELINE]
+    kind, rental, known = types[pool.name], config.machine.rental, id_of(volume)
     given = LOCAL_JOB if kind == PROCESS_POOL else rental.job_variables(code) if kind == RENTED_POOL and rental else {}
-    there = await _there(client, flow, name)
-    wanted = await ALL_FLOWS[flow].ato_deployment(
-        name,
-        parameters={"config": config.model_dump(mode="json"), "volume": str(volume)},
-        description=ALL_FLOWS[flow].description,
-        tags=["fvlm", f"folder:{volume.name}", volume_tag(known)],
-        work_pool_name=pool.name,
-        work_queue_name=queue_name(known),
-        job_variables=given | pool.job_variables,
-        entrypoint_type=EntrypointType.MODULE_PATH,
-        schedules=_schedules(flow, there),
-    )
-    if there is None or not _same(there, wanted):
-        await wanted.aapply()
+    wanted: dict[str, Any] = {
+        "parameters": {"config": config.model_dump(mode="json"), "volume": str(volume)},
+        "description": PHASES[flow].purpose if flow in PHASES else PURPOSE,
+        "tags": ["fvlm", f"folder:{volume.name}", volume_tag(known)],
+        "work_pool_name": pool.name,
+        "work_queue_name": queue_name(known),
+        "job_variables": given | pool.job_variables,
+    }
+    # what is ours of a deployment; its schedules are the users'
+    ours = wanted | {"entrypoint": f"flows.{flow}.{flow}", "parameter_openapi_schema": _schema(flow in PHASES)}
+    if there is None or any(getattr(there, field) != value for field, value in ours.items()):
+        entrypoint_type = EntrypointType.MODULE_PATH
+        deployment = await flow_named(flow).ato_deployment(
+            name, **wanted, entrypoint_type=entrypoint_type, schedules=_schedules(flow, there)
+        )
+        await deployment.aapply()
+
+
+@cache
+def _schema(phase: bool) -> dict[str, Any]:
+    """Of the parameters of a phase's flow, which all phases have in common, or of the pipeline's."""
+    return flow_named(next(iter(PHASES)) if phase else PIPELINE).parameters.model_dump(exclude_unset=True)
 
 
 async def _deploy_reaper(name: str, config: PipelineConfig, volume: Path, known: str) -> None:
@@ -151,20 +205,6 @@ async def _deploy_reaper(name: str, config: PipelineConfig, volume: Path, known:
         interval=EVERY_S,
     )
     await deployment.aapply()
-
-
-async def _there(client: PrefectClient, flow: str, name: str) -> DeploymentResponse | None:
-    """The flow's deployment that the server has."""
-    try:
-        return await client.read_deployment_by_name(f"{ALL_FLOWS[flow].name}/{name}")
-    except ObjectNotFound:
-        return None
-
-
-def _same(there: DeploymentResponse, wanted: RunnerDeployment) -> bool:
-    """Whether it is already what would be registered: to write all of them anew costs the server seconds."""
-    schema = wanted._parameter_openapi_schema.model_dump(exclude_unset=True)
-    return there.parameter_openapi_schema == schema and all(getattr(there, name) == getattr(wanted, name) for name in REGISTERED)
 
 
 def _schedules(flow: str, there: DeploymentResponse | None) -> list[DeploymentScheduleCreate]:

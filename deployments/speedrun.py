@@ -18,7 +18,7 @@ from deployments.pretrained import check_pretrained
 from deployments.profile import chosen_profile
 from deployments.status import print_results
 from infra import prefect_settings
-from infra.stack import GO_ON, Stack, StackError, stop_command
+from infra.stack import GO_ON, PROCESS_POOL, Stack, StackError, stop_command
 from infra.volume import is_network_file_system
 from infra.watchdog import watched
 from tasks.config import PipelineConfig
@@ -119,7 +119,10 @@ def _say_where(stack: Stack, console: Console) -> None:
 
 
 def _run(stack: Stack, config: PipelineConfig, volume: Path, console: Console, phase: str | None, *, keep: bool) -> int:
-    """Show the plan, register, trigger, watch, and print the results. `keep`: the server goes on afterwards."""
+    """Show the plan, register, trigger, watch, and print the results. `keep`: the server and all workers go on afterwards."""
+    pools = config.machine.pools.by_role
+    if phase is None and pools["pipeline"].type == PROCESS_POOL:
+        stack.prepare_worker(pools["pipeline"].name)
     prefect_settings.apply(stack.client_environment())
     from deployments import register, watch
     from flows.registry import PHASES
@@ -130,19 +133,24 @@ def _run(stack: Stack, config: PipelineConfig, volume: Path, console: Console, p
     stack.wait_for_server()
     with watched(stack, console.print) as watchdog:
         try:
-            registered = asyncio.run(register.register(config, volume))
             if stack.fresh:
                 asyncio.run(register.crash_stale_runs(volume))
-            stack.start_workers(registered.pool_types)
-            run: UUID = watch.trigger(config, phase or "pipeline", registered.deployment)
+            types = asyncio.run(register.make_pools(config, volume))
+            # the one that takes the run now, the others when it has begun: each imports for seconds, and two at once delay each other
+            first = pools[PHASES[phase].pool if phase else register.PIPELINE].name
+            stack.start_workers(types if config.machine.rental else {first: types[first]})
+            registered = asyncio.run(register.register(config, volume, pool_types=types))
+            run: UUID = watch.trigger(config, phase or register.PIPELINE, registered.deployment)
             try:
-                state = watch.follow(run, config, volume, console, phase)
+                state = watch.follow(run, config, volume, console, phase, begun=lambda: stack.start_workers(types))
             except KeyboardInterrupt:
                 if watchdog.error is None:
                     watch.cancel(run, timeout_s=CANCEL_TIMEOUT_S)
                 raise
         except httpx.HTTPError as error:
             raise StackError(f"the Prefect server at {stack.api_url} failed: {error}") from None
+    if keep:
+        stack.start_workers(types)
     if not state.is_completed():
         console.print(f"[red]The pipeline ended {state.name}.[/red]")
         for line in advice(message(state), stopped=None if keep else stack.ui_url):

@@ -1,6 +1,7 @@
 """A pipeline run seen from outside: trigger it, follow it, cancel it."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -44,11 +45,18 @@ def trigger(config: PipelineConfig, flow: str, name: str) -> UUID:
 
 
 def follow(
-    run: UUID, config: PipelineConfig, volume: Path, console: Console, only: str | None, *, cancel_s: float = CANCEL_S
+    run: UUID,
+    config: PipelineConfig,
+    volume: Path,
+    console: Console,
+    only: str | None,
+    *,
+    begun: Callable[[], None] = lambda: None,
+    cancel_s: float = CANCEL_S,
 ) -> State[Any]:
     """Show the run (of one phase, where `only` names it) until it ends; returns its last state.
 
-    One that has been Cancelling for `cancel_s` seconds is ended from here.
+    `begun` is called, more than once, while it runs. One that has been Cancelling for `cancel_s` seconds is ended from here.
     """
     began, cancelling_since, ended_at = time.time(), None, None
     folders = {name: phase.folder(config, volume) for name, phase in PHASES.items()}
@@ -61,6 +69,8 @@ def follow(
             except httpx.TransportError:  # the watchdog says whether the server has died
                 time.sleep(POLL_S)
                 continue
+            if flow_run.state is not None and flow_run.state.is_running():
+                begun()
             for name, folder in folders.items():
                 # a task run has another name until it starts, so a state that was seen stays until there is a newer one
                 state = states.get(name, display.phases[name].state)

@@ -9,7 +9,7 @@ from fvlm_core.scaling.tables import ablations_summary, change_text, difference_
 from fvlm_core.tables import Table
 from tasks.config import PipelineConfig
 from tasks.phase import Before, Changes, Phase, Results, Shown
-from tasks.phase_flow import phase_flow
+from tasks.phase_flow import flow_on_demand
 from tasks.recipes import ablation_recipe, baseline_recipe
 from tasks.steps import Step
 
@@ -106,4 +106,4 @@ ABLATIONS = Phase(
     show=show,
     learn=learn,
 )
-ablations = phase_flow(ABLATIONS, __name__)
+__getattr__ = flow_on_demand(ABLATIONS, __name__)

@@ -13,7 +13,7 @@ from fvlm_core.eval.tables import headline_table
 from fvlm_core.tables import Table
 from tasks.config import PipelineConfig
 from tasks.phase import Before, Phase, Results, Shown
-from tasks.phase_flow import phase_flow
+from tasks.phase_flow import flow_on_demand
 from tasks.steps import Given, Outside, Step
 
 EVALUATION = "evaluation"
@@ -61,4 +61,4 @@ EVALUATE = Phase(
     prepare=prepare,
     outside=outside,
 )
-evaluate = phase_flow(EVALUATE, __name__)
+__getattr__ = flow_on_demand(EVALUATE, __name__)

@@ -12,7 +12,7 @@ from fvlm_core.tables import Table
 from tasks.config import RENDERED, PipelineConfig
 from tasks.outside import external_inputs, natural_clips, record_sources
 from tasks.phase import Before, Changes, Phase, Results, Shown
-from tasks.phase_flow import phase_flow
+from tasks.phase_flow import flow_on_demand
 from tasks.recipes import AN_INPUT
 from tasks.steps import Given, Outside, Step
 
@@ -68,7 +68,7 @@ PRECOMPUTE = Phase(
     helpers=lambda config: config.machine.precompute_workers - 1,
     schedule="0 3 * * *",
 )
-precompute = phase_flow(PRECOMPUTE, __name__)
+__getattr__ = flow_on_demand(PRECOMPUTE, __name__)
 
 VISION_CHECKPOINT = "model.vision.checkpoint"
 """The recipe's setting that the trained encoder fills."""

@@ -11,7 +11,7 @@ from flows.train import TRAIN, last_stage
 from fvlm_core.release.jobs import ReleaseManifest
 from tasks.config import PipelineConfig
 from tasks.phase import Before, Phase, Results, Shown
-from tasks.phase_flow import phase_flow
+from tasks.phase_flow import flow_on_demand
 from tasks.steps import Given, Outside, Step
 
 RELEASE_STEP = "release"
@@ -50,4 +50,4 @@ RELEASE = Phase(
     show=show,
     links={"release": RELEASE_STEP},
 )
-release = phase_flow(RELEASE, __name__)
+__getattr__ = flow_on_demand(RELEASE, __name__)

@@ -10,7 +10,7 @@ from fvlm_core.tables import Table
 from tasks.config import PipelineConfig
 from tasks.grid import planned
 from tasks.phase import Before, Changes, Phase, Results, Shown
-from tasks.phase_flow import phase_flow
+from tasks.phase_flow import flow_on_demand
 from tasks.steps import Made, Step
 
 REPORT = "scaling-report"
@@ -91,4 +91,4 @@ SCALING = Phase(
     show=show,
     learn=learn,
 )
-scaling = phase_flow(SCALING, __name__)
+__getattr__ = flow_on_demand(SCALING, __name__)

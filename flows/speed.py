@@ -8,7 +8,7 @@ from fvlm_core.tables import Table
 from fvlm_core.train.jobs import SpeedReport
 from tasks.config import PipelineConfig
 from tasks.phase import Before, Changes, Phase, Results, Shown
-from tasks.phase_flow import phase_flow
+from tasks.phase_flow import flow_on_demand
 from tasks.recipes import base_recipe
 from tasks.steps import Step
 
@@ -85,4 +85,4 @@ SPEED = Phase(
     show=show,
     learn=learn,
 )
-speed = phase_flow(SPEED, __name__)
+__getattr__ = flow_on_demand(SPEED, __name__)

@@ -11,7 +11,7 @@ from fvlm_core.tables import Table
 from fvlm_core.train.jobs import RunManifest
 from tasks.config import PipelineConfig
 from tasks.phase import Before, Phase, Results, Shown
-from tasks.phase_flow import phase_flow
+from tasks.phase_flow import flow_on_demand
 from tasks.recipes import stage_recipe
 from tasks.steps import Step
 
@@ -68,4 +68,4 @@ TRAIN = Phase(
     show=show,
     learn=learn,
 )
-train = phase_flow(TRAIN, __name__)
+__getattr__ = flow_on_demand(TRAIN, __name__)

@@ -3,6 +3,8 @@ N; its settings are in the environment.
 
 * Requests that change something wait for each other, and one that SQLite was too busy for is tried again here. Prefect answers it
   with status 503 and leaves the next try to its clients; a browser makes none, and the click in the UI is lost.
+* What a worker says on its channel waits for SQLite's lock. Nobody tries it again: a greeting that fails closes the channel, and a
+  heartbeat that fails is lost.
 * The page `/open#PASSWORD` keeps the password where the UI's own login page would, so that one link opens the UI. What follows
   the # never leaves the browser, so it is in no log.
 * Less work: a new database is a copy of one that is migrated (`new_database.py`), a schema is checked once (`schema_checks.py`).
@@ -51,7 +53,7 @@ READS = ("filter", "count", "history", "paginate")
 
 
 LOCK_FIRST: ContextVar[bool] = ContextVar("LOCK_FIRST", default=False)
-"""Whether transactions of this request take SQLite's write lock when they begin."""
+"""Whether transactions of this request, or of this websocket, take SQLite's write lock when they begin."""
 HELD: ContextVar[bool] = ContextVar("HELD", default=False)
 """Whether a transaction of this request has it."""
 
@@ -91,6 +93,8 @@ class OneWriterAtATime:
         self.app, self.turn = app, asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            LOCK_FIRST.set(True)
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return await self.app(scope, receive, send)
         body = await _body(receive)  # before the wait: a client that sends slowly keeps nobody else from writing

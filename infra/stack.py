@@ -25,6 +25,7 @@ from infra import api, guard, prefect_settings
 from infra.locks import Lock, try_lock
 from infra.ports import FIRST_PORT, LOCALHOST, PORTS_TRIED, listen, listen_on_free
 from infra.processes import STACK_VARIABLE, end_marked, marked
+from infra.start import PREPARED
 from infra.volume import HOME, PASSWORD_FILE, database_folder, known_volume_id, password, volume_id
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -36,6 +37,8 @@ PROBE_TIMEOUT_S = 3.0
 END_GRACE_S = 5.0
 PROCESS_POOL, RENTED_POOL = OWN_POOLS = ("process", "runpod")
 """Types of work pools whose workers a stack starts."""
+WORKER_MODULES = "prefect.cli.worker,prefect.workers.process"
+"""What a worker imports before it does anything."""
 GO_ON = "Run the same command again: finished steps are kept, training goes on from its checkpoint."
 
 
@@ -67,6 +70,8 @@ class Stack:
         self.home = self.volume / HOME
         self.state: StackState | None = None
         self.children: dict[str, subprocess.Popen[bytes]] = {}
+        self.prepared: dict[str, subprocess.Popen[bytes]] = {}
+        """Workers, by pool, that have still to hear what they are to do."""
         self.lock: Lock | None = None
         self.fresh = True
         """False when a stack that was left running was taken over."""
@@ -158,8 +163,8 @@ class Stack:
         return url
 
     def server_arguments(self, listener: socket.socket) -> list[str]:
-        """What Python is called with to serve on the socket."""
-        return ["-m", "infra.server", "--socket", str(listener.fileno())]
+        """The module that serves on the socket, and its arguments."""
+        return ["infra.server", "--socket", str(listener.fileno())]
 
     def _listen(self, port: int | None, host: str) -> socket.socket:
         """A socket on the port, or on a free one."""
@@ -227,22 +232,28 @@ class Stack:
         """Whether the server's API answers now."""
         return api.healthy(self.api_url, PROBE_TIMEOUT_S)
 
+    def prepare_worker(self, pool: str) -> None:
+        """Let the worker that `start_workers` will start for the pool import what it needs, while the server does too."""
+        if self.fresh:
+            self.prepared[pool] = self._process(pool, [PREPARED, WORKER_MODULES], told=True)
+
     def start_workers(self, pool_types: Mapping[str, str], *, every_queue: bool = False, more: Mapping[str, str] | None = None) -> None:
         """Start a worker on the volume's queue of each pool of local processes or of RunPod's pods (`pool_types`: type by pool name).
 
-        `every_queue`: on all queues of the pool, which somebody else makes, also later. `more`: variables of the workers only.
+        Pools that have one keep it. `every_queue`: on all queues of the pool, which somebody else makes, also later. `more`: variables
+        of the workers only.
         """
         if not self.fresh:
             return
         for pool, kind in pool_types.items():
-            if kind in OWN_POOLS:
+            if kind in OWN_POOLS and pool not in self.children:
                 queue = ["--no-create-pool-if-not-found"] if every_queue else ["--work-queue", queue_name(self.id)]
                 who = ["--pool", pool, "--type", kind, *queue, "--name", f"{pool}-{self.id}"]
-                self._spawn(pool, ["-m", "prefect", "worker", "start", *who], more=more)
+                self._spawn(pool, ["prefect", "worker", "start", *who], more=more)
 
     def check(self) -> None:
         """Raise StackError when the server or a worker has ended, or was stopped (SIGSTOP)."""
-        for name, pid in self._running_state().processes.items():
+        for name, pid in [*self._running_state().processes.items()]:  # more may be started meanwhile
             child = self.children.get(name)
             what = "Prefect server" if name == "server" else f"worker of {name}"
             if child.poll() is not None if child else not psutil.pid_exists(pid):
@@ -266,7 +277,7 @@ class Stack:
         if (known := known_volume_id(self.volume)) is not None:
             _let_jobs_save(known)
             end_marked(STACK_VARIABLE, known, grace_s=END_GRACE_S)
-        for child in self.children.values():
+        for child in (*self.children.values(), *self.prepared.values()):
             child.wait()
         self._unlock()
 
@@ -296,21 +307,32 @@ class Stack:
         except psutil.Error:
             return {}
 
-    def _spawn(self, name: str, arguments: list[str], *handles: int, more: Mapping[str, str] | None = None) -> None:
-        """Start a process of the stack, with those file `handles` and `more` variables, in its own session: Ctrl-C is ours to handle."""
+    def _spawn(self, name: str, command: list[str], *handles: int, more: Mapping[str, str] | None = None) -> None:
+        """Start a part of the stack: a module and its arguments, with those file `handles` and `more` variables."""
+        child = None if more else self.prepared.pop(name, None)
+        if child is not None and child.stdin is not None:
+            with contextlib.suppress(BrokenPipeError), child.stdin as told:  # where it has died: `check` says so
+                told.write(json.dumps(command).encode())
+        else:
+            child = self._process(name, command, *handles, more=more)
+        self.children[name] = child
+        self._running_state().processes[name] = child.pid
+
+    def _process(
+        self, name: str, command: list[str], *handles: int, more: Mapping[str, str] | None = None, told: bool = False
+    ) -> subprocess.Popen[bytes]:
+        """A process with a log of that name, in its own session: Ctrl-C is ours to handle. `told`: with a pipe as standard input."""
         with (self.home / f"{name}.log").open("ab") as log:
-            child = subprocess.Popen(
-                [sys.executable, *arguments],
+            return subprocess.Popen(
+                [sys.executable, "-m", "infra.start", *command],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE if told else subprocess.DEVNULL,
                 cwd=REPOSITORY,
                 env=self.environment() | dict(more or {}),
                 start_new_session=True,
                 pass_fds=[handle for handle in handles if handle >= 0],
             )
-        self.children[name] = child
-        self._running_state().processes[name] = child.pid
 
     def _holds(self, port: int) -> bool:
         """Whether a process that an earlier command left behind listens there."""

@@ -1,8 +1,9 @@
 """Runs a phase as a Prefect flow: its steps as cached, retried tasks, then its manifest and its artifacts."""
 
+import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from tasks.helpers import helped, share
 from tasks.make import How, Reporter, make
 from tasks.mixtures import check_shards
 from tasks.phase import Phase, PhaseManifest, Results, before_of, conclude, require
-from tasks.status import StatusBoard
+from tasks.status_board import StatusBoard
 from tasks.steps import Finding, Made, Step, in_waves
 from tasks.telling import telling
 
@@ -59,6 +60,22 @@ def phase_flow(phase: Phase, module: str) -> Flow[..., None]:
     run.__module__ = module
     run.__doc__ = f"{phase.purpose}\n{run.__doc__}"
     return flow(name=phase.name, description=phase.purpose, flow_run_name=f"{{config.name}} · {phase.name}")(run)
+
+
+def flow_on_demand(phase: Phase, module: str) -> Callable[[str], Flow[..., None]]:
+    """The `__getattr__` of `module`: makes the phase's flow, as its variable of the phase's name, when somebody asks for it.
+
+    Prefect writes down all parameters of a flow when it is made, a tenth of a second for a profile; a run needs one flow of eight.
+    """
+
+    def get(name: str) -> Flow[..., None]:
+        if name != phase.name:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        made = phase_flow(phase, module)
+        setattr(sys.modules[module], name, made)
+        return made
+
+    return get
 
 
 def changed(config: PipelineConfig, changes: dict[str, JsonValue] | None) -> PipelineConfig:

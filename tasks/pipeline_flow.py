@@ -31,6 +31,7 @@ from tasks.plan import plan
 from tasks.rented import bill_table, budget_of
 from tasks.waiting import LostRunError, wait_for_run
 
+PURPOSE = "From videos to a released model: every phase that is not already done with these settings, in order."
 FIX = "fix:"
 """In the message of a refusal, which the same run would meet again."""
 
@@ -44,7 +45,7 @@ def pipeline_flow(phases: Sequence[Phase], module: str) -> Flow[..., None]:
 
     @flow(
         name="pipeline",
-        description="From videos to a released model: every phase that is not already done with these settings, in order.",
+        description=PURPOSE,
         flow_run_name="{config.name} · pipeline",
         on_cancellation=[cancel_phases],
         on_crashed=[cancel_phases],

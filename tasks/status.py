@@ -1,16 +1,10 @@
-"""How far a phase is: a small file on the volume for whoever watches, and a progress artifact in the UI."""
+"""How far a phase is: a small file on the volume for whoever watches. Nothing in this file knows Prefect."""
 
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Self, cast
-from uuid import UUID
+from typing import Self
 
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from pydantic import Field, ValidationError
 
-from fvlm_core.manifest import write_atomically
 from fvlm_core.progress import ProgressReport
 from fvlm_core.settings import Settings
 
@@ -56,42 +50,3 @@ def describe(name: str, report: ProgressReport | None) -> str:
     parts += [report.note] if report.note else []
     parts += [f"{report.remaining_s:.0f} s left"] if report.remaining_s is not None else []
     return ", ".join(parts)
-
-
-class StatusBoard:
-    """Keeps a phase's status: in `status.json` at once, in the UI's progress artifact every few seconds. Used by several threads."""
-
-    ARTIFACT_INTERVAL_S = 3.0
-
-    def __init__(self, phase: str, folder: Path, total: int) -> None:
-        self.folder, self.status, self.lock = folder, PhaseStatus(phase=phase, total=total), threading.Lock()
-        self.succeeded: set[str] = set()
-        self.artifact = cast(UUID, create_progress_artifact(0.0, key=f"{phase}-progress", description=self.status.text()))
-        self.sent = time.monotonic()
-        write_atomically(folder / FILE_NAME, self.status.model_dump_json().encode())
-
-    def running(self, step: str, report: ProgressReport | None) -> None:
-        """`step` runs and has got this far."""
-        self._change(lambda status: {"running": status.running | {step: report}})
-
-    def ended(self, step: str, *, succeeded: bool) -> None:
-        """`step` runs no longer; `succeeded` if it has its result."""
-
-        def change(status: PhaseStatus) -> dict[str, object]:
-            self.succeeded |= {step} if succeeded else set()
-            return {"running": {name: report for name, report in status.running.items() if name != step}, "done": len(self.succeeded)}
-
-        self._change(change)
-
-    def finish(self) -> None:
-        """The phase is done."""
-        self._change(lambda status: {"done": status.total, "running": {}}, now=True)
-
-    def _change(self, change: Callable[[PhaseStatus], dict[str, object]], *, now: bool = False) -> None:
-        """`change` says what becomes of the status there is then: other threads change it too."""
-        with self.lock:
-            self.status = self.status.model_copy(update=change(self.status))
-            write_atomically(self.folder / FILE_NAME, self.status.model_dump_json().encode())
-            if now or time.monotonic() - self.sent > self.ARTIFACT_INTERVAL_S:
-                self.sent = time.monotonic()
-                update_progress_artifact(self.artifact, self.status.percent, self.status.text())

@@ -10,7 +10,7 @@ from cyclopts import CycloptsError, MissingArgumentError
 
 from deployments.checks import load_profile
 from deployments.cli import app
-from deployments.register import ALL_FLOWS
+from deployments.register import FLOWS
 from flows.reap import POOL
 from infra.runpod.account import KEY_VARIABLE, S3_ACCESS_VARIABLE, S3_SECRET_VARIABLE
 
@@ -62,7 +62,7 @@ def test_ten_commands_lead_from_a_key_to_a_running_pipeline() -> None:
     last = lines[-1].split()
     assert last[:3] == ["prefect", "deployment", "run"]
     flow, _, deployment = last[3].partition("/")
-    assert flow in ALL_FLOWS
+    assert flow in FLOWS
     assert deployment == profile.name
     assert (REPOSITORY / "setup.sh").is_file()
     pools = {pool.name for pool in profile.machine.pools.by_role.values()}

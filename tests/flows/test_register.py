@@ -13,7 +13,7 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.schedules import CronSchedule
 
-from deployments.register import ALL_FLOWS, register
+from deployments.register import FLOWS, flow_named, register
 from infra.prefect_settings import without
 from infra.stack import REPOSITORY, Stack, queue_name, volume_tag
 from infra.volume import volume_id
@@ -58,16 +58,16 @@ def test_registering_again_leaves_schedules_as_users_set_them(prefect_api: Stack
     registered = asyncio.run(register(TESTS, mine))
     assert registered.pool_types == {"fvlm-cpu": "process", "fvlm-gpu": "process"}
     with get_client(sync_client=True) as client:
-        made = {name: client.read_deployment_by_name(f"{name}/{registered.deployment}") for name in ALL_FLOWS}
+        made = {name: client.read_deployment_by_name(f"{name}/{registered.deployment}") for name in FLOWS}
         (nightly,) = made["precompute"].schedules
         assert (nightly.schedule, nightly.active) == (CronSchedule(cron="0 3 * * *"), False)
         assert not any(one.schedules for name, one in made.items() if name != "precompute")
         client.update_deployment_schedule(made["precompute"].id, nightly.id, active=True, schedule=CronSchedule(cron="0 5 * * 1"))
         client.create_deployment_schedules(made["train"].id, [(CronSchedule(cron="0 6 * * *"), True)])
-        before = {name: client.read_deployment_by_name(f"{name}/{registered.deployment}") for name in ALL_FLOWS}
+        before = {name: client.read_deployment_by_name(f"{name}/{registered.deployment}") for name in FLOWS}
         assert asyncio.run(register(TESTS, mine)) == registered
-        again = {name: client.read_deployment_by_name(f"{name}/{registered.deployment}") for name in ALL_FLOWS}
-        assert [again[name].updated for name in ALL_FLOWS] == [before[name].updated for name in ALL_FLOWS], "not even written anew"
+        again = {name: client.read_deployment_by_name(f"{name}/{registered.deployment}") for name in FLOWS}
+        assert [again[name].updated for name in FLOWS] == [before[name].updated for name in FLOWS], "not even written anew"
         assert asyncio.run(register(TESTS.with_changes({"stages.stage2.run.steps": 11}), mine)) == registered
         changed = client.read_deployment_by_name(f"train/{registered.deployment}")
         assert changed.parameters["config"]["stages"]["stage2"]["run"]["steps"] == 11
@@ -78,7 +78,8 @@ def test_registering_again_leaves_schedules_as_users_set_them(prefect_api: Stack
 
 
 def test_the_form_begins_with_the_small_field_of_changes() -> None:
-    for name, flow in ALL_FLOWS.items():
+    for name in FLOWS:
+        flow = flow_named(name)
         properties = flow.parameters.properties
         first = min(properties, key=lambda field: properties[field]["position"])
         assert first == "changes", name
@@ -94,7 +95,7 @@ def test_two_volumes_on_one_server_share_neither_deployments_nor_queues(prefect_
     with get_client(sync_client=True) as client:
         for name, each in zip(names, (one, two), strict=True):
             known = volume_id(each)
-            for flow in ALL_FLOWS:
+            for flow in FLOWS:
                 deployment = client.read_deployment_by_name(f"{flow}/{name}")
                 assert deployment.parameters["volume"] == str(each)
                 assert deployment.work_queue_name == queue_name(known)
@@ -104,7 +105,7 @@ def test_two_volumes_on_one_server_share_neither_deployments_nor_queues(prefect_
 def test_a_deployment_says_nothing_of_the_host_that_registered_it(prefect_api: Stack, tmp_path: Path) -> None:
     registered = asyncio.run(register(TESTS, volume(tmp_path / "volume")))
     with get_client(sync_client=True) as client:
-        for flow in ALL_FLOWS:
+        for flow in FLOWS:
             deployment = client.read_deployment_by_name(f"{flow}/{registered.deployment}")
             text = json.dumps([deployment.job_variables, deployment.path, deployment.entrypoint, deployment.pull_steps])
             assert str(REPOSITORY) not in text

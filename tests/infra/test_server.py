@@ -1,14 +1,18 @@
 """The local Prefect server against web pages of others, and under many writers."""
 
+import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
+from uuid import uuid4
 
 import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from websockets import ConnectionClosed, Subprotocol
+from websockets.sync.client import connect
 
 from infra.api import credentials
 from infra.stack import Stack
@@ -139,6 +143,39 @@ def test_many_writers_at_once_wait_for_their_turn(stack: Stack) -> None:
             seen = [status for statuses in pool.map(click, range(40)) for status in statuses]
     assert len(seen) == 200
     assert all(status < 300 for status in seen), sorted(set(seen))
+
+
+def test_workers_that_greet_the_server_at_once_are_all_heard(stack: Stack) -> None:
+    """Each greeting reads and then writes, in one transaction: begun as a reader, it is refused where another has written meanwhile."""
+    known = stack.environment()
+    with httpx.Client(base_url=stack.api_url, headers=credentials(known), timeout=120) as client:
+        client.post("/work_pools/", json={"name": "greeted", "type": "process"}).raise_for_status()
+
+        def greet(number: int) -> str:
+            payload = {
+                "consumer_id": str(uuid4()),
+                "worker_name": f"worker-{number}",
+                "worker_type": "process",
+                "heartbeat_interval_seconds": 30,
+                "supported_channel_versions": ["work_pool_worker_channel.v1"],
+                "requested_capabilities": ["worker_heartbeat.v1", "work_pool_snapshot.v1"],
+            }
+            url = f"{stack.api_url.replace('http', 'ws', 1)}/work_pools/greeted/workers/connect"
+            try:
+                with connect(url, subprotocols=[Subprotocol("prefect")]) as channel:
+                    channel.send(json.dumps({"type": "auth", "token": known["PREFECT_API_AUTH_STRING"]}))
+                    channel.recv()
+                    channel.send(json.dumps({"type": "worker.hello.v1", "payload": payload}))
+                    return json.loads(channel.recv())["type"]
+            except ConnectionClosed as closed:
+                return str(closed)
+
+        def write(number: int) -> str:
+            return "written" if client.post("/flows/", json={"name": f"flow-{number}"}).is_success else "not written"
+
+        with ThreadPoolExecutor(8) as pool:
+            said = list(pool.map(lambda number: (greet if number % 2 else write)(number), range(160)))
+    assert set(said) == {"worker.ready.v1", "written"}
 
 
 def test_the_user_s_own_password_and_port_are_taken(stack: Stack) -> None:

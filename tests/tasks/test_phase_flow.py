@@ -21,7 +21,8 @@ from fvlm_core.tables import Table
 from tasks import phase_flow
 from tasks.config import PipelineConfig
 from tasks.phase import Phase, PhaseManifest, Results, Shown, current, require
-from tasks.status import PhaseStatus, StatusBoard
+from tasks.status import PhaseStatus
+from tasks.status_board import StatusBoard
 from tasks.steps import Step
 from tests.tiny import PROFILE
 
