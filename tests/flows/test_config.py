@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from deployments.checks import load_profile
-from deployments.profile import with_videos
+from deployments.profile import chosen_profile, with_videos
 from flows.registry import PHASES
 from fvlm_core.data.jobs import ShardManifest, SourceCounts
 from fvlm_core.data.rows import SPLITS
@@ -116,7 +116,7 @@ def test_what_is_wrong_is_refused_by_key_file_and_what_is_allowed(tmp_path: Path
         assert part in text
 
 
-def test_an_unknown_profile_is_told_with_those_there_are() -> None:
+def test_an_unknown_profile_is_refused_with_those_there_are() -> None:
     with pytest.raises(UserError, match="use one of ci, laptop, runpod"):
         load_profile("desktop")
 
@@ -198,7 +198,7 @@ def test_shipped_mixtures_name_sources_that_precompute_makes(profile: str) -> No
         ("ablations.1.value.0.source", "ablations, captions-only"),
     ],
 )
-def test_a_source_that_nothing_makes_is_told_before_anything_starts(path: str, where: str) -> None:
+def test_a_source_that_nothing_makes_is_refused_before_anything_starts(path: str, where: str) -> None:
     wrong = config(changed(path, "gaze_cel"))
     with pytest.raises(UserError, match="'gaze_cel'") as caught:
         check_names(wrong, known_sources(wrong, {}))
@@ -222,7 +222,7 @@ def test_a_recorded_source_without_rows_to_validate_on_is_refused_before_anythin
             check_names(config(values), lacking)
 
 
-def test_a_source_without_samples_to_validate_on_is_told() -> None:
+def test_a_source_without_samples_to_validate_on_is_refused() -> None:
     counts = [
         SourceCounts(name=name, kind="video", split=split, samples=1, conversations=1, frames=1, tokens=1)
         for name in config().precompute.made_names
@@ -275,6 +275,20 @@ def test_paths_of_a_profile_start_at_its_file(tmp_path: Path, monkeypatch: pytes
     assert loaded.model.vision.checkpoint == str(tmp_path / "dinov2")
     assert loaded.precompute.shards.tokenizer == str(tmp_path / "tokenizers/mine")
     assert config(loaded.model_dump(mode="json")) == loaded, "a worker in another folder gets the same"
+
+
+def test_paths_of_a_change_start_at_the_working_directory_and_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile, here = tmp_path / "profile", tmp_path / "here"
+    profile.mkdir()
+    here.mkdir()
+    values = profile_values()
+    values["precompute"]["sources"] = [{"name": "mine", "files": ["mine.csv"]}]
+    (profile / "p.yaml").write_text(yaml.safe_dump(values))
+    monkeypatch.chdir(here)
+    config = chosen_profile(str(profile / "p.yaml"), changes=["precompute.shards.validation=held/out.csv", "stages.stage2.run.steps=11"])
+    assert config.precompute.shards.validation == here / "held" / "out.csv"
+    assert config.precompute.sources[0].files == [profile / "mine.csv"]
+    assert config.stages.stage2.run.steps == 11
 
 
 def test_the_newest_step_s_link_is_renewed_and_takes_nobody_s_place(tmp_path: Path) -> None:
