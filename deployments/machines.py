@@ -103,7 +103,7 @@ def up(*, profile: Profile = "runpod", days: Annotated[float | None, Parameter(h
 
 @app.command
 def smoke(*, profile: Profile = "runpod", yes: Annotated[bool, Parameter(negative="", help="Do not ask.")] = False) -> int:
-    """Find out on two small pods, for a few cents, what no document of RunPod's settles. The volume must be there (`fvlm infra setup`)."""
+    """Find out on two small pods, for a few cents, what RunPod's documents leave open. The volume must be there (`fvlm infra setup`)."""
     from deployments import remote
     from deployments.profile import chosen_profile
 

@@ -64,6 +64,7 @@ class Ablation(Settings):
     """A run that differs from the base recipe in exactly one setting."""
 
     name: Name
+    """Names the run: `ablation-NAME`."""
     hypothesis: Annotated[str, Field(min_length=1)]
     """What is expected of it, and why; it stands beside the result."""
     path: str
@@ -103,6 +104,7 @@ class AblationSeeds(Settings):
     """Seeds of the ablations' runs. One of each measures no noise, and so gives no verdict."""
 
     baseline: Positive = 1
+    """Runs of the baseline, each with a seed of its own."""
     others: Positive = 1
     """Of every ablation: the first so many of the baseline's, so that runs are pairs."""
     confirm: Positive = 2
@@ -119,6 +121,7 @@ class Size(Settings):
     """A size of the language model in the scaling grid."""
 
     name: Name
+    """Names the size in runs, tables and `scaling.undecided`."""
     llm: LLMSettings
     budgets_flops: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = None
     """Those of the grid's budgets at which it is run; None: all. A large size has too few steps at a small budget."""
@@ -157,6 +160,7 @@ class Scaling(Settings):
     """The size to train where the grid does not decide: where the best stays ahead in fewer than `decided` of the resamples. None: the best
     all the same."""
     decided: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """Share of the resamples in which the best must stay ahead for the grid to decide."""
 
     @model_validator(mode="after")
     def _a_size_of_the_grid(self) -> Self:
@@ -202,9 +206,11 @@ class Pool(Settings):
     """A work pool, as data: another kind of machine is another `type` with its own `job_variables`."""
 
     name: str
+    """The pool's name on the Prefect server."""
     type: str = "process"
     """Prefect's work-pool type. Pools of type `process` get a worker from `speedrun`; others have workers of their own."""
     description: str = ""
+    """Shown in the Prefect UI."""
     limit: Positive | None = None
     """Flow runs at once; None is no limit."""
     job_variables: dict[str, JsonValue] = Field(default_factory=dict)

@@ -18,12 +18,14 @@ class EvalSettings(Parts):
     resamples: Positive = 1000
     """Bootstrap resamples of every interval."""
     seed: int = 0
+    """Of everything that is drawn: bootstrap resamples, distractors of questions, random queries."""
     batch_samples: Annotated[Positive, EXECUTION] = 64
     """Sequences in a packed batch (an option of a question is one sequence). Another number of them sums in another order, which can
     change the sixth decimal of a result, and an answer only where two are equally likely to that precision."""
     threads: Annotated[Count, EXECUTION] = 1
     """torch CPU threads; 0 leaves torch's default. Latency, which depends on it, is no part of the evaluation's identity."""
     device: Annotated[Literal["auto", "cpu", "cuda"], EXECUTION] = "auto"
+    """auto: a GPU where there is one."""
 
     def outside(self) -> dict[tuple[str, str], Path]:
         """Files and folders from outside that the evaluation reads, by part and setting: to be there before anything starts, and part of

@@ -23,6 +23,7 @@ class ReleaseSettings(Settings):
     license: str = "apache-2.0"
     """Identifier that the hub knows."""
     language: list[str] = Field(default_factory=lambda: ["en"])
+    """Languages of the data, as the model card names them."""
     summary: str = ""
     """Sentences for the top of the card, after the generated ones."""
     limitations: list[str] = Field(default_factory=list)
