@@ -110,7 +110,8 @@ def evaluate(
         "device": device,
         "batch_samples": batch_samples,
     }
-    from fvlm_core.eval.checkpoint import CheckpointJob, evaluate_checkpoint  # takes seconds
+    from fvlm_core.eval.checkpoint import evaluate_checkpoint  # takes seconds
+    from fvlm_core.eval.jobs import CheckpointJob
     from fvlm_core.eval.tables import headline_table
 
     job = CheckpointJob.from_values(job_values, where="the command's options")
