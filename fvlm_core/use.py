@@ -1,7 +1,7 @@
 """A model in three lines of Python.
 
 from fvlm_core import FoveatedVLM
-model = FoveatedVLM.from_pretrained("fVLM-135M")
+model = FoveatedVLM.from_pretrained("release/model")  # or a run, OWNER/NAME on the hub, a checkpoint of the original
 model.ask("clip.mp4", "What happens?")
 """
 

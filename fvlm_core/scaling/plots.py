@@ -8,7 +8,7 @@ from typing import TypeVar
 import numpy as np
 from matplotlib.axes import Axes
 
-from fvlm_core.scaling.canvas import COLOURS, WIDTH, canvas
+from fvlm_core.canvas import COLOURS, WIDTH, canvas
 from fvlm_core.scaling.fits import Allocation, DataLaw, Law, NotIdentifiableError, Parabola
 from fvlm_core.scaling.jobs import PLOTS, VARIANTS, AblationRow, GridPoint, Variant
 from fvlm_core.scaling.study import Study
