@@ -24,7 +24,8 @@ from flows.registry import FLOWS, PHASES
 from infra.processes import mark
 from infra.stack import PROCESS_POOL, RENTED_POOL, queue_name, volume_tag
 from infra.volume import known_volume_id, volume_id
-from tasks.config import PipelineConfig, Pool
+from tasks.config import PipelineConfig
+from tasks.machine import Pool
 
 ALL_FLOWS: dict[str, Flow[..., None]] = {"pipeline": pipeline, **FLOWS}
 UNFINISHED = [StateType.RUNNING, StateType.PENDING, StateType.SCHEDULED, StateType.CANCELLING, StateType.PAUSED]

@@ -1,6 +1,6 @@
 """From a profile to finished steps and phases: what runs, in which order, and what is shown of it. In an order to read them in:
 
-* `config`: the profile. `recipes`, `mixtures`, `grid`, `outside`, `rental`: parts of it, combined and checked.
+* `config`: the profile. `machine`, `rental`, `recipes`, `mixtures`, `grid`, `outside`: parts of it, combined and checked.
 * `steps`: what a step is and when it is done. `make` finds its result or runs its job; `adopt` takes a result from elsewhere.
 * `phase`: what a phase is, and what it leaves. `direct` runs phases in this process.
 * `plan`, `dollars`, `bill`: what a run would do and cost, and what it has cost. `rented`: what else rented machines need.
