@@ -14,7 +14,7 @@ fi
 ./infra/video2dataset_env.sh & # meanwhile: pip keeps one core busy
 other=$!
 
-# The environment is whole when its stamp equals the lock it was made from; the stamp is written last.
+# The environment is complete when its stamp equals the lock it was made from; the stamp is written last.
 stamp=.venv/.fvlm-lock
 wanted=$(cat requirements.lock requirements-data.lock pyproject.toml | sha256sum)
 if [ "$(cat $stamp 2>/dev/null)" != "$wanted" ]; then

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole road in one command: real videos in, an evaluated and packaged model out. Run it again to resume.
+# The complete pipeline in one command: real videos in, an evaluated and packaged model out. Run it again to resume.
 #   ./speedrun.sh [--profile laptop|ci|FILE] [--videos CSV_OR_PARQUET] [--volume DIR] [--port N] [--keep-server]
 set -euo pipefail
 root=$(cd "$(dirname "$0")" && pwd)

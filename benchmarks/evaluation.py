@@ -1,7 +1,7 @@
 """Multiple choice at DINOv2-small + SmolLM2-135M: one video, one question of four options, three modes.
 
 The work of scoring all options in all modes, encoding the video once and reading the question once a mode, against one pass per option and
-mode (what the original does, and what a harness of independent requests comes to).
+mode (what the original does, and what a harness of independent requests amounts to).
 """
 
 from collections.abc import Iterator

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gaze_measures import MAIN
+from fvlm_core.canvas import COLOURS, WIDTH, canvas
 from fvlm_core.eval.estimates import Estimate
-from fvlm_core.scaling.canvas import COLOURS, WIDTH, canvas
 from fvlm_core.tables import Table, number
 
 AIMS = ("<= 0.32", ">= 0.93", "fine - 0.02", "as the others", ">= 0.85", ">= 0.9")

@@ -26,8 +26,8 @@ from benchmarks.small_shards import write_small
 from fvlm_core.config import ModelSettings, Recipe
 from fvlm_core.data.rows import SPLITS
 from fvlm_core.data.shard_files import ShardSample
+from fvlm_core.train.bench import Bench
 from fvlm_core.train.jobs import SpeedJob, SpeedRow
-from fvlm_core.train.speed import Bench
 
 NO_GPU = 2
 """Exit status on a machine without CUDA."""

@@ -1,4 +1,4 @@
-"""The whole pipeline at ci size: a run on an empty volume, a cached rerun, and what the same jobs cost without Prefect."""
+"""The complete pipeline at ci size: a run on an empty volume, a cached rerun, and what the same jobs cost without Prefect."""
 
 import os
 import subprocess

@@ -203,7 +203,7 @@ def rows(size: str, card: str, traces: dict[Kind, Traced], *, micro_batches: int
         parts["optimizer"].append(Kernel("optimizer", 0.0, ADAMW_BYTES * traced.parameters))
         added = ACCUMULATE_BYTES * traced.parameters / traced.tensors
         parts["optimizer"] += [Kernel("optimizer", 0.0, added)] * (traced.tensors * (micro_batches - 1))
-        whole: dict[str, float] = defaultdict(float)
+        total: dict[str, float] = defaultdict(float)
         made = []
         for part, members in sorted(parts.items()):
             times: dict[str, float] = defaultdict(float)
@@ -217,11 +217,11 @@ def rows(size: str, card: str, traces: dict[Kind, Traced], *, micro_batches: int
                 bound = max(limits, key=lambda name: limits[name])
                 times[bound] += limits[bound]
             for bound, seconds in times.items():
-                whole[bound] += seconds
+                total[bound] += seconds
             made.append(_row(size, card, kind, part, members, times))
         every = [kernel for members in parts.values() for kernel in members]
         launching = len(every) * LAUNCH_US[kind] * 1e-6
-        step = _row(size, card, kind, "step", every, whole)
+        step = _row(size, card, kind, "step", every, total)
         seconds = max(step.ms / 1e3, launching)
         bound = "host" if launching > step.ms / 1e3 else step.bound
         made.append(Row(**asdict(step) | {"ms": seconds * 1e3, "bound": bound, "mfu": traced.model_flops * micro_batches / seconds / peak}))

@@ -22,7 +22,7 @@ from benchmarks.report import Measurement, arguments, show
 from infra.api import credentials
 from infra.prefect_settings import without
 from infra.stack import PROCESS_POOL, Stack, queue_name
-from tasks.config import Pools
+from tasks.machine import Pools
 
 POOLS = Pools()
 """As in a profile that says nothing of them."""

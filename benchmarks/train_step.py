@@ -58,7 +58,7 @@ def _backward(model: FoveatedVLM, batch: PackedBatch) -> None:
 
 
 def _peak_gb(*, checkpointed: bool) -> float:
-    """A whole first step above the loaded model, in a process of its own: gradients, AdamW state, activations."""
+    """A complete first step above the loaded model, in a process of its own: gradients, AdamW state, activations."""
     model = build_model(model_settings(), vocab_size=VOCABULARY).train()
     model.set_gradient_checkpointing(checkpointed)
     batch = train_batch()

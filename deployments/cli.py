@@ -50,7 +50,7 @@ def speedrun(
     changes: Changes = (),
     cloud: Cloud = None,
 ) -> int:
-    """Run the whole pipeline: from videos to an evaluated and packaged model. Run it again to resume."""
+    """Run the complete pipeline: from videos to an evaluated and packaged model. Run it again to resume."""
     from deployments.speedrun import speedrun as run
 
     emulated = cloud is not None

@@ -20,7 +20,8 @@ from infra.runpod.setup import mark
 from infra.stack import REPOSITORY
 from infra.store import FolderStore
 from infra.volume import HOME
-from tasks.config import PipelineConfig, Pool, Pools
+from tasks.config import PipelineConfig
+from tasks.machine import Pool, Pools
 from tasks.rental import Assumed, Rental
 from tasks.rented import bill_table, budget_of, budget_table
 

@@ -11,7 +11,7 @@ from fvlm_core.errors import UserError
 from fvlm_core.eval.benchmarks import NAMES, benchmark
 from fvlm_core.eval.benchmarks.benchmark import Scorer
 from fvlm_core.eval.generation import Method
-from fvlm_core.model.names import MODES
+from fvlm_core.model.names import MODES, SHORT_MODES
 
 ALL = "all"
 
@@ -21,7 +21,9 @@ def evaluate(
     checkpoint: Path,
     benchmarks: str = "gaze",
     data: Path | None = None,
-    mode: Annotated[str, Parameter(help=f"`{ALL}`, or of {', '.join(MODES)}, with commas between them.")] = ALL,
+    mode: Annotated[
+        str, Parameter(help=f"`{ALL}`, or some of {', '.join(dict.fromkeys([*SHORT_MODES, *MODES]))}, with commas between them.")
+    ] = ALL,
     output: Path = Path("evaluation"),
     limit: int = 0,
     scorer: Scorer | None = None,
@@ -39,7 +41,7 @@ def evaluate(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     batch_samples: int = 64,
 ) -> int:
-    """Put benchmarks to a checkpoint, in every mode, with all controls. Run it again to go on where it was stopped.
+    """Ask a checkpoint the questions of benchmarks, in every mode, with all controls. Run it again to go on where it was stopped.
 
     Parameters
     ----------
@@ -91,7 +93,7 @@ def evaluate(
     if data is None and (lacking := [name for name in names if benchmark(name).needs_folder]):
         fix = f"give the folder that holds {', '.join(f'{name}/' for name in lacking)} as published"
         raise UserError(f"the data of {', '.join(lacking)} are not given", where="--data", fix=fix)
-    modes = None if mode == ALL else [part.strip() for part in mode.split(",")]
+    modes = None if mode == ALL else [SHORT_MODES.get(name := part.strip(), name) for part in mode.split(",")]
     generation = {"method": method, "temperature": temperature, "top_p": top_p, "beams": beams, "seed": seed}
     job_values = {
         "output": output,
@@ -110,7 +112,8 @@ def evaluate(
         "device": device,
         "batch_samples": batch_samples,
     }
-    from fvlm_core.eval.checkpoint import CheckpointJob, evaluate_checkpoint  # takes seconds
+    from fvlm_core.eval.checkpoint import evaluate_checkpoint  # takes seconds
+    from fvlm_core.eval.jobs import CheckpointJob
     from fvlm_core.eval.tables import headline_table
 
     job = CheckpointJob.from_values(job_values, where="the command's options")

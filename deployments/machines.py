@@ -65,7 +65,11 @@ def setup(*, profile: Profile = "runpod") -> int:
 
 
 @app.command(name="reap")
-def reap_pods(*, profile: Profile = "runpod", every: Annotated[float | None, Parameter(help="Seconds; once without.")] = None) -> int:
+def reap_pods(
+    *,
+    profile: Profile = "runpod",
+    every: Annotated[float | None, Parameter(help="Seconds between two rounds; by default there is one round.")] = None,
+) -> int:
     """End pods that are past their deadline, dead, or whose flow run is over. Needs RUNPOD_API_KEY only.
 
     Where PREFECT_API_URL names a server that answers, pods whose run it does not know are ended too. Run it from cron, or with --every, on
@@ -90,7 +94,11 @@ def reap_pods(*, profile: Profile = "runpod", every: Annotated[float | None, Par
 
 
 @app.command
-def up(*, profile: Profile = "runpod", days: Annotated[float | None, Parameter(help="At the longest.")] = None) -> int:
+def up(
+    *,
+    profile: Profile = "runpod",
+    days: Annotated[float | None, Parameter(help="How long the pod runs at most; by default the profile's `server_days`.")] = None,
+) -> int:
     """Start the Prefect server and the workers on a small pod, and deploy this checkout there: your own machine may be switched off then.
 
     Where such a pod runs already, it is used, and this checkout is deployed again.
@@ -103,7 +111,7 @@ def up(*, profile: Profile = "runpod", days: Annotated[float | None, Parameter(h
 
 @app.command
 def smoke(*, profile: Profile = "runpod", yes: Annotated[bool, Parameter(negative="", help="Do not ask.")] = False) -> int:
-    """Find out on two small pods, for a few cents, what no document of RunPod's settles. The volume must be there (`fvlm infra setup`)."""
+    """Find out on two small pods, for a few cents, what RunPod's documents leave open. The volume must be there (`fvlm infra setup`)."""
     from deployments import remote
     from deployments.profile import chosen_profile
 
@@ -122,7 +130,7 @@ def env(*, profile: Profile = "runpod") -> int:
 
 @app.command
 def down(*, profile: Profile = "runpod") -> int:
-    """End every pod of the volume, whatever it does, and say what everything cost. The volume stays, and costs on.
+    """End every pod of the volume, whatever it does, and say what everything cost. The volume stays, and goes on costing.
 
     Pods are ended also where the volume or its ledger cannot be reached. Ends with status 1 where a pod could not be ended.
     """
@@ -156,7 +164,7 @@ def down(*, profile: Profile = "runpod") -> int:
 
 @app.command
 def budget(*, profile: Profile = "runpod") -> int:
-    """What was spent and what is promised, by phase; and plan against bill, step by step; after a look at RunPod's bill."""
+    """Compare with RunPod's bill, then show what was spent and what is promised by phase, and plan against bill by step."""
     from deployments.profile import chosen_profile
     from tasks.rented import account_of, bill_table, budget_of, budget_table, rental_of
 
@@ -270,7 +278,7 @@ def put(file: Path, key: str, /, *, profile: Profile = "runpod") -> int:
     Parameters
     ----------
     file
-        Here.
+        A file on this machine.
     key
         Path on the volume.
     """

@@ -19,13 +19,13 @@ CAPTION_SOURCES = ("gaze_caption", "natural")
 
 
 def chosen_profile(profile: str, *, videos: Path | None = None, changes: Sequence[str] = ()) -> PipelineConfig:
-    """The profile with the user's videos and `PATH=VALUE` changes.
+    """The profile with the user's videos and `PATH=VALUE` changes, whose relative paths start at the working directory.
 
     Raises UserError for a setting that does not exist or a value it cannot have.
     """
     config = load_profile(profile)
     config = with_videos(config, videos.resolve()) if videos else config
-    config = config.with_changes(dict(map(parse_change, changes)), where="--set") if changes else config
+    config = config.with_changes(dict(map(parse_change, changes)), where="--set", folder=Path.cwd()) if changes else config
     return with_command(config, profile, videos=videos, changes=changes)
 
 

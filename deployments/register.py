@@ -33,7 +33,8 @@ from flows.registry import PHASES, flow_of
 from infra.processes import mark
 from infra.stack import PROCESS_POOL, RENTED_POOL, queue_name, volume_tag
 from infra.volume import known_volume_id, volume_id
-from tasks.config import PipelineConfig, Pool
+from tasks.config import PipelineConfig
+from tasks.machine import Pool
 from tasks.pipeline_flow import PURPOSE
 
 PIPELINE = "pipeline"

@@ -98,7 +98,7 @@ def down(config: PipelineConfig, account: Account, console: Console) -> None:
 
 
 def smoke(config: PipelineConfig, bucket: S3Store, console: Console, *, yes: bool) -> int:
-    """The first-dollar test, after a question; prints what was found out."""
+    """The first test on RunPod itself, after a question; prints what was found out."""
     from infra.runpod.smoke import most_usd
     from infra.runpod.smoke import smoke as asked
 

@@ -1,4 +1,4 @@
-"""`fvlm scaling`: scaling laws of anyone's runs."""
+"""`fvlm scaling`: scaling laws of any runs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +8,7 @@ from rich.console import Console
 
 from fvlm_core.scaling.jobs import Weights
 
-app = App(name="scaling", help="Scaling laws of anyone's runs.")
+app = App(name="scaling", help="Fit scaling laws to a table of your own runs.")
 
 
 @app.command

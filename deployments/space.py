@@ -73,6 +73,12 @@ def space(
         raise UserError("a Space loads its model from the hub", where=model, fix="give the model's repository, OWNER/NAME")
     if output.exists():
         raise UserError("it exists already", where=str(output), fix="give another --output, or remove it")
+    if missing := [file for file in FILES if not (REPOSITORY / file).is_file()]:
+        raise UserError(
+            f"a Space takes the code of a checkout, and this is none: {', '.join(missing)} missing",
+            where=str(REPOSITORY),
+            fix="run the command in a checkout; an installed package lacks these files",
+        )
     values = {"title": f"{model.split('/')[1]} demo", "port": PORT, "model": model, "index": CPU_INDEX if hardware == "cpu" else ""}
     code = output / "code"
     code.mkdir(parents=True)

@@ -47,7 +47,7 @@ def speedrun(
     emulated: bool = False,
     inspect: "Callable[[Rehearsal], None] | None" = None,
 ) -> int:
-    """Run the whole pipeline, or one phase; returns the exit status.
+    """Run the complete pipeline, or one phase; returns the exit status.
 
     `emulated`: on pods of an emulated RunPod; `inspect` gets it at the end, while its books are there.
 

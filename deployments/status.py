@@ -31,7 +31,7 @@ def status_table(phases: Sequence[Phase], config: PipelineConfig, volume: Path) 
         status = _running(phase.folder(config, volume))
         if manifest:
             done[phase.name] = manifest
-            rows.append([phase.name, "done", f"{len(made)} steps", duration(manifest.seconds), manifest.shown.text.splitlines()[0]])
+            rows.append([phase.name, "done", f"{len(made)} steps", duration(manifest.seconds), manifest.shown.text.partition("\n")[0]])
         elif status:
             rows.append([phase.name, "running", f"{status.done} of {status.total} steps", "", status.text()])
         else:

@@ -34,7 +34,7 @@ HELP = "A question and return; /new begins a new conversation, /quit ends."
 def load_model(model: str, vision: str | None, llm: str | None, frame_px: int, device: str, console: Console):
     """The model that a command's options name, with a spinner."""
     with Status("loading the model", console=console):
-        from fvlm_core.eval.checkpoints import Original
+        from fvlm_core.eval.jobs import Original
         from fvlm_core.serve.load import load
 
         return load(model, device, original=Original(vision=vision, llm=llm, frame_px=frame_px))

@@ -1,6 +1,6 @@
 """Fine-tune a released model on one's own clips with transformers' Trainer or TRL's SFT; the result is a released folder again.
 
-    pip install "fvlm[finetune]"
+    pip install ".[finetune]"   # in a checkout
     python examples/finetune.py fVLM-135M clips.jsonl fine-tuned --steps 200 [--trl]
 
 Every line of `clips.jsonl` is `{"video": "a.mp4", "question": "What happens?", "answer": "A dog jumps."}`; paths are relative to the file.

@@ -1,4 +1,4 @@
-"""Phase 6: the model's folder, its card and the report of the whole pipeline."""
+"""Phase 6: the model's folder, its card and the report of the complete pipeline."""
 
 from typing import Any
 

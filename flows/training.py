@@ -1,7 +1,7 @@
 """The step of a training run, as every phase that trains has it."""
 
 from fvlm_core.config import Recipe
-from tasks.config import Machine
+from tasks.machine import Machine
 from tasks.steps import Given, Step
 
 

@@ -20,9 +20,13 @@ class VisionShape(Settings):
     """A DINOv2 built from configuration, with random weights."""
 
     width: Positive = 384
+    """Size of a patch's hidden state."""
     layers: Positive = 12
+    """Transformer layers."""
     heads: Positive = 6
+    """Attention heads; they divide the width."""
     patch_px: Positive = 14
+    """Side of a patch."""
     layerscale: float = 1.0
     """Initial layer scale; 1.0 as in transformers' configuration."""
 
@@ -31,13 +35,19 @@ class LLMShape(Settings):
     """A Llama built from configuration, with random weights; the vocabulary comes from the tokenizer."""
 
     width: Positive = 576
+    """Size of a token's hidden state."""
     layers: Positive = 30
+    """Transformer layers."""
     heads: Positive = 9
+    """Attention heads; they divide the width."""
     kv_heads: Positive = 3
+    """Heads of keys and values, each shared by equally many of the attention heads."""
     mlp_width: Positive = 1536
+    """Inner width of the feed-forward layers."""
     context: Positive = 8192
     """Longest sequence, in tokens."""
     rope_theta: float = 100_000.0
+    """Base of the rotary position embeddings' frequencies."""
 
 
 class VisionSettings(Settings):
@@ -114,6 +124,7 @@ class ModelSettings(Settings):
     """deep: the query attends in every encoder layer; shallow: once, to the last layer; random: deep with fixed random
     queries (control); pooled: no queries, average-pooled patches (baseline)."""
     tokens_per_frame: Literal[1, 4, 9, 16] = 1
+    """Visual tokens that a frame leaves: one query each."""
     fine_iterations: Annotated[int, Field(ge=0, le=8)] = 2
     """Fine passes in training after the coarse one; inference uses one. 0 with `pooled`."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -188,7 +199,9 @@ class ValidationSettings(Settings):
 
     mixture: SourceShares
     question_first: Share = 0.5
+    """As `data.question_first`, of the validation samples."""
     loss_on: Literal["all_text", "answers"] = "answers"
+    """Whose tokens the validation loss is a mean over: of all text, or of answers only."""
 
 
 class StagingSettings(Settings):
@@ -245,6 +258,7 @@ class LossSettings(Settings):
     """
 
     coarse: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the coarse pass."""
     fine: list[Annotated[float, Field(ge=0)]] = Field(default_factory=lambda: [1.0, 1.0])
     """One weight per fine iteration; the last must be above 0."""
 
@@ -276,6 +290,7 @@ class OptimizerSettings(Settings):
     """AdamW with a learning rate per role, and their schedule."""
 
     lr_connector: Annotated[float, Field(ge=0)] = 1e-3
+    """Peak learning rate of queries, projections and what else is neither backbone's."""
     lr_vision: Annotated[float, Field(ge=0)] = 1e-5
     """0 freezes the vision encoder."""
     lr_llm: Annotated[float, Field(ge=0)] = 1e-5
@@ -285,6 +300,7 @@ class OptimizerSettings(Settings):
     schedule: Literal["cosine", "constant", "wsd", "converging"] = "cosine"
     """wsd: warm up, stay, decay over the last fifth; converging: the connector's rate falls to the backbones' own."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rates rise from 0 to their peaks."""
     warmup_share: Share = 0.0
     """In place of `warmup_steps`: warm-up as a share of the run's steps, so that runs of any length leave it."""
     final_share: Share = 0.05
@@ -292,8 +308,11 @@ class OptimizerSettings(Settings):
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """On matrices only: never on norms, biases, embeddings of position, or queries."""
     beta1: Share = 0.9
+    """Decay of AdamW's running mean of gradients."""
     beta2: Share = 0.98
+    """Decay of AdamW's running mean of squared gradients."""
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Largest norm of the gradient of all parameters together; a larger one is scaled down."""
 
     @property
     def peaks(self) -> dict[str, float]:
@@ -334,6 +353,7 @@ class ProfileSettings(Settings):
     operations by time."""
 
     steps: Positive = 3
+    """Steps that are watched."""
     after: Annotated[int, Field(ge=0)] = 10
     """Steps of this start that come before: compiling and warming up are over."""
 
@@ -352,10 +372,13 @@ class RunSettings(Settings):
     eval_every: Positive = 50
     """Steps between validation losses (one CSV row each); the last step always evaluates."""
     eval_samples: Positive = 64
+    """Validation samples of each evaluation, always the same ones."""
     checkpoint_every: Positive = 50
     """Steps between checkpoints; the last step always makes one."""
     seed: int = 0
+    """Of new weights, the order of the samples, and whatever else is drawn."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one."""
     threads: Annotated[int, Field(ge=0)] = 1
     """torch CPU threads per rank; 0 leaves torch's default."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -367,9 +390,10 @@ class RunSettings(Settings):
     """What is compiled also takes matrix products that the compiler writes, with what follows them, where it measures them to be faster.
     Takes minutes when a run starts."""
     gradient_checkpointing: bool = False
+    """Compute a layer's activations again in the backward pass instead of keeping them: less memory, more time."""
     sharding: Literal["ddp", "fsdp2"] = "ddp"
-    """What several ranks do with weights, gradients and AdamW's state. ddp: each holds them whole; fsdp2: each holds a part, and
-    the weights are whole only during a step."""
+    """What several ranks do with weights, gradients and AdamW's state. ddp: each holds all of them; fsdp2: each holds a part, and
+    gathers the weights of a layer when a step needs them."""
     wandb: Literal["auto", "offline", "disabled"] = "auto"
     """auto: online where WANDB_API_KEY is set, else offline."""
     on_divergence: Literal["freeze", "end"] = "freeze"

@@ -76,10 +76,11 @@ class Settings(BaseModel):
         except ValidationError as error:
             raise UserError(explain(error, cls), where=where, fix="correct the keys named above") from error
 
-    def with_changes(self, changes: dict[str, Any], *, where: str = "changes") -> Self:
-        """A copy with dotted paths replaced, e.g. `{"model.temperature": 0.5}`; validated as a whole.
+    def with_changes(self, changes: dict[str, Any], *, where: str = "changes", folder: Path | None = None) -> Self:
+        """A copy with dotted paths replaced, e.g. `{"model.temperature": 0.5}`; validated completely.
 
-        An index reaches into a list: `"loss.fine.0"`. Raises UserError for a path that does not exist.
+        An index reaches into a list: `"loss.fine.0"`. Relative paths among the new values (see `ProfilePath`) start at `folder`, where it
+        is given. Raises UserError for a path that does not exist.
         """
         try:
             values = dotted.with_changes(self.model_dump(mode="json"), changes)
@@ -87,7 +88,13 @@ class Settings(BaseModel):
             raise UserError(
                 f"no setting {error.path!r}", where=where, fix=f"at that level there is: {', '.join(error.known) or 'no deeper key'}"
             ) from error
-        return type(self).from_values(values, where=f"{where} ({', '.join(changes)})")
+        where = f"{where} ({', '.join(changes)})"
+        changed = type(self).from_values(values, where=where, folder=folder)
+        if folder is None:
+            return changed
+        # once more without the folder: it is where the new values' paths start, not those that were there before
+        placed = changed.model_dump(mode="json")
+        return type(self).from_values(dotted.with_changes(values, {path: dotted.value_at(placed, path) for path in changes}), where=where)
 
     def to_yaml(self, path: Path) -> None:
         """Write the values as YAML."""

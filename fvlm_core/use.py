@@ -1,7 +1,7 @@
 """A model in three lines of Python.
 
 from fvlm_core import FoveatedVLM
-model = FoveatedVLM.from_pretrained("fVLM-135M")
+model = FoveatedVLM.from_pretrained("release/model")  # or a run, OWNER/NAME on the hub, a checkpoint of the original
 model.ask("clip.mp4", "What happens?")
 """
 
@@ -12,7 +12,7 @@ from typing import Self
 import numpy as np
 
 from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
-from fvlm_core.eval.checkpoints import Original
+from fvlm_core.eval.jobs import Original
 from fvlm_core.release.int8 import int8_weights
 from fvlm_core.serve.answering import MAX_NEW_TOKENS, Sampling
 from fvlm_core.serve.load import checked_mode, load

@@ -1,4 +1,4 @@
-"""The few questions that are put to a Prefect API without Prefect's client, which retries for minutes and is slow to import."""
+"""The few questions that are asked of a Prefect API without Prefect's client, which retries for minutes and is slow to import."""
 
 import base64
 from collections.abc import Mapping

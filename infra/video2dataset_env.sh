@@ -22,7 +22,7 @@ add_spark() {
         fail "pyspark cannot be installed" "see pip's message above; is a package index reachable?"
 }
 
-# Whole when its stamp names this script, this lock and this checkout; the stamp is written last.
+# Complete when its stamp names this script, this lock and this checkout; the stamp is written last.
 stamp=$folder/.fvlm-stamp
 wanted=$( (cat "$root/requirements-video2dataset.lock" "$root/infra/video2dataset_env.sh" && echo "$root") | sha256sum)
 [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && add_spark && exit 0

@@ -72,8 +72,8 @@ def billed_by_step(store: Store, paid: Mapping[str, Sequence[Entry]], now: float
         else:
             seconds = {name: step_seconds(store, made.folder) for name, made in manifest.steps.items()}
             worked = amount * min(1.0, manifest.seconds / HOUR_S / hours)
-            whole = sum(seconds.values()) or 1.0
-            shares = {name: worked * taken / whole for name, taken in seconds.items()}
+            total = sum(seconds.values()) or 1.0
+            shares = {name: worked * taken / total for name, taken in seconds.items()}
             usd[phase] = {STARTS: amount - sum(shares.values()), **shares}
     return Bill(usd=usd)
 

@@ -7,7 +7,7 @@ phases (chosen speed settings, winning ablation, chosen size) reach it as change
 from copy import deepcopy
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, JsonValue, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fvlm_core.config import (
     BestSettings,
@@ -27,13 +27,11 @@ from fvlm_core.dotted import UnknownPathError, flatten, with_changes
 from fvlm_core.eval.jobs import EvalSettings
 from fvlm_core.release.jobs import ReleaseSettings
 from fvlm_core.scaling.jobs import Weights
-from fvlm_core.settings import ProfilePath, Settings, explain
+from fvlm_core.settings import Settings, explain
 from fvlm_core.train.expected import MeanSample
 from fvlm_core.train.jobs import SpeedSettings, VisionTrainingSettings
-from infra.stack import REPOSITORY
 from tasks.grid import check_grid
-from tasks.rental import Rental
-from tasks.steps import OnCodeChange, Verify
+from tasks.machine import Machine
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
 """Lower-case words joined by dashes: it becomes part of folder and run names."""
@@ -64,6 +62,7 @@ class Ablation(Settings):
     """A run that differs from the base recipe in exactly one setting."""
 
     name: Name
+    """Names the run: `ablation-NAME`."""
     hypothesis: Annotated[str, Field(min_length=1)]
     """What is expected of it, and why; it stands beside the result."""
     path: str
@@ -103,6 +102,7 @@ class AblationSeeds(Settings):
     """Seeds of the ablations' runs. One of each measures no noise, and so gives no verdict."""
 
     baseline: Positive = 1
+    """Runs of the baseline, each with a seed of its own."""
     others: Positive = 1
     """Of every ablation: the first so many of the baseline's, so that runs are pairs."""
     confirm: Positive = 2
@@ -119,6 +119,7 @@ class Size(Settings):
     """A size of the language model in the scaling grid."""
 
     name: Name
+    """Names the size in runs, tables and `scaling.undecided`."""
     llm: LLMSettings
     budgets_flops: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = None
     """Those of the grid's budgets at which it is run; None: all. A large size has too few steps at a small budget."""
@@ -157,6 +158,7 @@ class Scaling(Settings):
     """The size to train where the grid does not decide: where the best stays ahead in fewer than `decided` of the resamples. None: the best
     all the same."""
     decided: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """Share of the resamples in which the best must stay ahead for the grid to decide."""
 
     @model_validator(mode="after")
     def _a_size_of_the_grid(self) -> Self:
@@ -196,75 +198,6 @@ class Stages(Settings):
         """The stages to train, in order."""
         stages = {name: getattr(self, name) for name in type(self).model_fields}
         return {name: stage for name, stage in stages.items() if stage is not None}
-
-
-class Pool(Settings):
-    """A work pool, as data: another kind of machine is another `type` with its own `job_variables`."""
-
-    name: str
-    type: str = "process"
-    """Prefect's work-pool type. Pools of type `process` get a worker from `speedrun`; others have workers of their own."""
-    description: str = ""
-    limit: Positive | None = None
-    """Flow runs at once; None is no limit."""
-    job_variables: dict[str, JsonValue] = Field(default_factory=dict)
-    """What a flow run's infrastructure is made of (image, env, volume, ...), as the type defines it. No secrets: name Prefect blocks."""
-
-
-class Pools(Settings):
-    """Where phases run."""
-
-    cpu: Pool = Pool(name="fvlm-cpu", description="Precompute, reports, and the pipeline itself")
-    gpu: Pool = Pool(name="fvlm-gpu", description="Everything that trains or evaluates", limit=1)
-    pipeline: Pool | None = None
-    """Where the pipeline's own flow waits for its phases; None is the pool `cpu`. On rented machines a small one."""
-
-    @property
-    def by_role(self) -> dict[str, Pool]:
-        """The pools by what they are for."""
-        return {"cpu": self.cpu, "gpu": self.gpu, "pipeline": self.pipeline or self.cpu}
-
-
-class Machine(Settings):
-    """How machines are used; results do not depend on it."""
-
-    pools: Pools = Pools()
-    """The work pools of the deployments."""
-    ranks: Positive = 1
-    """Processes of a stage's training on each node (GPUs, or cores, of the machine)."""
-    nodes: Positive = 1
-    """Machines that train a stage together. The step's log has the command to start on the others."""
-    rendezvous: str | None = None
-    """`host:port` of the first node, where there are several."""
-    parallel_jobs: Positive = 1
-    """Ablation and grid runs at once; they share the ranks, and of several GPUs each run sees its own only."""
-    precompute_workers: Positive = 1
-    """Flow runs that share the download and the frames of precompute, each on a worker (or a rented machine) of the CPU pool."""
-    verify: Verify = "sha256"
-    """How finished steps are checked before they are trusted: by content, or by file sizes only."""
-    on_code_change: OnCodeChange = "warn"
-    """What happens to results made by other code or library versions: warn in the run and the report, rerun, or ignore."""
-    rental: Rental | None = None
-    """Rented machines, where pools are of the type `runpod`."""
-    crash_retries: Annotated[int, Field(ge=0)] = 0
-    """How often a phase whose flow run has crashed (its machine was lost) is started again."""
-    min_free_gb: Annotated[float, Field(ge=0)] = 2.0
-    """Free space on the volume below which no job starts."""
-    stop_grace_s: Annotated[float, Field(gt=0)] | None = None
-    """Seconds that a training job has to save and end when it is stopped; None: by the size of its checkpoints."""
-    video2dataset_python: ProfilePath = REPOSITORY / ".venv-video2dataset" / "bin" / "python"
-    """Interpreter of video2dataset's environment, made by `infra/video2dataset_env.sh`."""
-
-    @model_validator(mode="after")
-    def _meeting_point(self) -> Self:
-        if (self.nodes > 1) != (self.rendezvous is not None):
-            raise ValueError("rendezvous goes with more than one node: give the first node's host:port")
-        return self
-
-    @property
-    def shared_ranks(self) -> int:
-        """Processes of each of the runs that go on at once."""
-        return max(1, self.ranks // self.parallel_jobs)
 
 
 class Precompute(Settings):

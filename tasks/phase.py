@@ -212,7 +212,7 @@ def require(phases: Sequence[Phase], config: PipelineConfig, volume: Path, *, by
     found: dict[str, PhaseManifest] = {}
     for phase in phases:
         folder = phase.folder(config, volume)
-        fix = f"run the deployment {phase.name}/{config.name} first, or the whole pipeline/{config.name}"
+        fix = f"run the deployment {phase.name}/{config.name} first, or pipeline/{config.name} for all phases"
         try:
             manifest = PhaseManifest.read(folder)
         except UserError as error:

@@ -21,6 +21,7 @@ from fvlm_core.progress import ProgressReport
 from infra.devices import Devices
 from infra.launch import JobStoppedError
 from tasks import artifacts
+from tasks.board import on_board
 from tasks.config import PipelineConfig
 from tasks.helpers import helped, share
 from tasks.make import How, Reporter, make
@@ -28,7 +29,6 @@ from tasks.mixtures import check_shards
 from tasks.phase import Phase, PhaseManifest, Results, before_of, conclude, require
 from tasks.status_board import StatusBoard
 from tasks.steps import Finding, Made, Step, in_waves
-from tasks.telling import telling
 
 RESULTS = "prefect/results"
 """Folder of the volume where Prefect keeps results of tasks and their cache keys: one for all workers."""
@@ -40,7 +40,7 @@ GB = 10**9
 def phase_flow(phase: Phase, module: str) -> Flow[..., None]:
     """The phase's flow, to be a variable of `module` with the phase's name: that is where a worker looks for it."""
 
-    # `changes` comes first: in the UI's form the whole profile is several screens long
+    # `changes` comes first: in the UI's form the complete profile is several screens long
     def run(changes: dict[str, JsonValue] | None = None, *, config: PipelineConfig, volume: str, helper: int | None = None) -> None:
         """
         Args:
@@ -52,9 +52,9 @@ def phase_flow(phase: Phase, module: str) -> Flow[..., None]:
         if helper is not None:
             help_phase(phase, config, volume, helper)
             return
-        config = changed(config, changes)
-        with telling(phase.name, config, Path(volume)) as tell:
-            tell(run_phase(phase, config, volume).shown.text or "has nothing to show")
+        config = changed(config, changes, volume)
+        with on_board(phase.name, config, Path(volume)) as post:
+            post(run_phase(phase, config, volume).shown.text or "has nothing to show")
 
     run.__name__ = run.__qualname__ = phase.name
     run.__module__ = module
@@ -78,9 +78,12 @@ def flow_on_demand(phase: Phase, module: str) -> Callable[[str], Flow[..., None]
     return get
 
 
-def changed(config: PipelineConfig, changes: dict[str, JsonValue] | None) -> PipelineConfig:
-    """The profile with some settings changed. Raises UserError for a setting that does not exist or a value it cannot have."""
-    return config.with_changes(changes, where="changes") if changes else config
+def changed(config: PipelineConfig, changes: dict[str, JsonValue] | None, volume: str) -> PipelineConfig:
+    """The profile with some settings changed; relative paths among them start at the volume, which every worker sees.
+
+    Raises UserError for a setting that does not exist or a value it cannot have.
+    """
+    return config.with_changes(changes, where="changes", folder=Path(volume)) if changes else config
 
 
 def run_phase(phase: Phase, config: PipelineConfig, volume: str) -> PhaseManifest:
@@ -90,7 +93,7 @@ def run_phase(phase: Phase, config: PipelineConfig, volume: str) -> PhaseManifes
     """
     started, root = time.monotonic(), Path(volume)
     if not root.is_absolute():
-        raise UserError("the volume must be an absolute path", where=volume, fix="a worker may run in any folder; give the whole path")
+        raise UserError("the volume must be an absolute path", where=volume, fix="a worker may run in any folder; give the complete path")
     # a pipeline run has looked into every file of the phases before; a phase that runs by itself has to
     alone = flow_run.parent_flow_run_id is None
     verify = config.machine.verify if alone else "sizes"

@@ -58,7 +58,7 @@ def pipeline_flow(phases: Sequence[Phase], module: str) -> Flow[..., None]:
             config: What every phase does.
             volume: Folder that holds all results (an absolute path).
         """
-        run_pipeline(phases, changed(config, changes), volume)
+        run_pipeline(phases, changed(config, changes, volume), volume)
 
     pipeline.fn.__module__ = pipeline.__module__ = module
     pipeline.fn.__qualname__ = "pipeline"

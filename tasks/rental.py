@@ -16,8 +16,11 @@ class Mfu(Settings):
     """Share of the GPUs' peak that training reaches: the plan's interval goes from `low` to `high`."""
 
     low: Share = 0.15
+    """Of the plan's upper bound: slower training costs more."""
     expected: Share = 0.25
+    """Of the plan's expected cost."""
     high: Share = 0.40
+    """Of the plan's lower bound."""
 
 
 class Assumed(Settings):
@@ -40,6 +43,7 @@ class Rental(Settings):
     volume: str = "fvlm"
     """Name of the network volume."""
     volume_gb: Annotated[int, Field(ge=10, le=4096)] = 500
+    """Its size in GB."""
     data_centers: list[str] = Field(default_factory=lambda: ["US-KS-2", "US-GA-2", "EU-RO-1", "EUR-IS-1"])
     """Where the volume may be, the most wanted first; all must have an S3 side. Pods are where the volume is."""
     mount_path: str = "/workspace"
@@ -59,6 +63,7 @@ class Rental(Settings):
     pipeline_usd_per_hour: Usd = 0.06
     """Of the small pod that the pipeline's own flow waits on."""
     runpod_url: str = "https://api.runpod.io"
+    """Address of RunPod's API, or of an emulator's."""
     s3_url: str | None = None
     """The volume's S3 side; None is RunPod's in the volume's data centre."""
     server_port: Annotated[int, Field(gt=0, lt=65536)] = 4200

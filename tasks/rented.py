@@ -25,7 +25,8 @@ from infra.runpod.rent import Wish, candidates
 from infra.s3 import S3Store
 from infra.store import Store
 from tasks.bill import bill_against_plan, billed_by_step, recorded_plan
-from tasks.config import PipelineConfig, Pool
+from tasks.config import PipelineConfig
+from tasks.machine import Pool
 from tasks.rental import Rental
 
 log = logging.getLogger(__name__)

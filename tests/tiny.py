@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import simplejpeg
 import yaml
 
@@ -21,6 +22,21 @@ PROFILE = Path(__file__).with_name("profile.yaml")
 def profile_values() -> dict[str, Any]:
     """The tests' profile as plain values, to be changed freely."""
     return yaml.safe_load(PROFILE.read_text())
+
+
+def precompute_values(folder: Path, urls: list[str], **download: Any) -> dict[str, Any]:
+    """The tests' profile with nothing but one source of these clips, whose table is written to `folder`; `download`: its settings."""
+    table = folder / "clips.csv"
+    pd.DataFrame({"url": urls, "caption": [f"clip {number}" for number in range(len(urls))]}).to_csv(table, index=False)
+    values = profile_values()
+    values["precompute"] |= {
+        "natural": False,
+        "vision": None,
+        "clips": {"sources": {}},
+        "sources": [{"name": "web", "files": [str(table)]}],
+        "download": download,
+    }
+    return values
 
 
 def tiny_shards(folder: Path, *, clips: int = 24, seed: int = 0) -> Path:

@@ -16,7 +16,7 @@ SLACK = 1e-9
 def deal(costs: Sequence[Sequence[float]] | np.ndarray, ranks: int) -> list[list[list[int]]]:
     """Items (at least one per rank) by rank and micro-batch: `[rank][micro-batch]` is a list of ascending indexes.
 
-    `costs` is [N, B]: what each item takes of B budgets, 1 being a micro-batch's whole budget. Every rank gets the same number of
+    `costs` is [N, B]: what each item takes of B budgets, 1 being a micro-batch's full budget. Every rank gets the same number of
     micro-batches, the fewest with which none is above a budget, but for an item that alone is; none is empty. All take nearly the same of
     every budget, and those that the ranks compute at the same time are nearest to each other.
     """

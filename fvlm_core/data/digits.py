@@ -1,7 +1,7 @@
 """Handwritten digits, in two splits by different writers: scikit-learn's bundled set, which needs no download.
 
 It is the test part of the UCI set "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak 1998,
-https://doi.org/10.24432/C50P49), by thirteen writers who are not named. Their forms can be told apart all the same: the set is in the order
+https://doi.org/10.24432/C50P49), by thirteen writers who are not named. Their forms can be distinguished: the set is in the order
 of collection, and every form is a copy of one text, so the labels repeat it fourteen times. A split at random would share the writers: a
 nearest neighbour (on the 64 pixels) then reads 0.984 of the held-out digits, but 0.955 of the forms that are held out here.
 """

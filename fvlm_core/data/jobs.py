@@ -17,7 +17,7 @@ SourceName = Annotated[str, Field(pattern=SOURCE_PATTERN)]
 INDEX_FILE, TOKENIZER_FOLDER = "index.parquet", "tokenizer"
 """In a folder of shards, beside a folder of tars per split."""
 VALIDATION_FILE, LEFT_OUT_FILE = "validation.csv", "left_out.csv"
-"""In a folder of shards: the validation set by content, which another one can be held to; and what was left out, with reasons."""
+"""In a folder of shards: the validation set by content, for other folders to keep to; and what was left out, with reasons."""
 SHARD_FILES = (*(f"{split}/*.tar" for split in SPLITS), f"{TOKENIZER_FOLDER}/*", INDEX_FILE)
 """Patterns of all its files."""
 SMALLEST_VOCABULARY = 259
@@ -122,15 +122,17 @@ class GazeSource(Settings):
 
     task: Literal["caption", "cell", "colour", "hunt", "track", "image"]
     """caption: the white digits and their place; cell: a question per cell; colour: the digits of one colour; hunt: each frame's cross
-    stands where the next digit counts; track: a colour that moves; image: a still, cells and reading of the whole grid."""
+    stands where the next digit counts; track: a colour that moves; image: a still, cells and reading of the complete grid."""
     train: Annotated[int, Field(ge=0)]
     """Clips in the training split."""
     val: Annotated[int, Field(ge=0)]
     """Clips in the validation split, with digits that training never shows."""
     min_frames: Positive = 3
+    """Fewest seconds of a clip, which has a frame each."""
     max_frames: Positive = 3
-    """Seconds and frames of a clip, spread evenly from min to max."""
+    """Most seconds of a clip; lengths are spread evenly from min to max."""
     min_clutter: Share = 1.0
+    """Lowest `clutter`: see `max_clutter`."""
     max_clutter: Share = 1.0
     """Probability of a digit in each cell but the one asked for, spread evenly from min to max in training.
     In validation it is 1 but for captions, which are of one cell."""
@@ -148,6 +150,7 @@ class ClipSettings(Settings):
     """The rendered clips."""
 
     seed: int = 0
+    """Of everything that is drawn."""
     sources: dict[SourceName, GazeSource] = Field(default_factory=dict)
     """Rendered sources by name."""
     scale: Positive = 3
@@ -193,6 +196,7 @@ class DownloadSettings(Settings):
     """How videos are fetched and cut into frames."""
 
     fps: Annotated[float, Field(gt=0)] = 1.0
+    """Frames kept of each second of a video."""
     max_frames: Positive = 64
     """Of a longer video, so many evenly spaced frames are kept."""
     max_video_mb: Positive = 1000
@@ -259,7 +263,9 @@ class TextExercises(Settings):
     name: SourceName = "text"
     """Name of the source that they are."""
     train: Annotated[int, Field(ge=0)]
+    """Chats in the training split."""
     val: Annotated[int, Field(ge=0)]
+    """Chats in the validation split."""
 
 
 class ShardSettings(Settings):
@@ -285,6 +291,7 @@ class ShardSettings(Settings):
     """A frozen validation set: the file `validation.csv` of a folder of shards. Exactly its samples are held out, whatever the shares and
     tables say; it is an error if one of them is missing."""
     seed: int = 0
+    """Of the generated exercises."""
     processes: Annotated[int, Field(ge=1), EXECUTION] = 1
     """Processes that write shards."""
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from fvlm_core.canvas import WIDTH, canvas
 from fvlm_core.data.frames import encode_jpeg
 from fvlm_core.data.rows import Split
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.errors import UserError
-from fvlm_core.scaling.canvas import WIDTH, canvas
 
 MOST_FRAMES = 8
 """Of a sample that are shown: evenly spaced."""

@@ -106,7 +106,7 @@ def write_shard(
 ) -> Shard:
     """Write one tar of samples (of one source and split, in their order) under a temporary name, then give it its own.
 
-    Conversations of more than `max_text_tokens` (chat format included) are dropped whole, never cut; a sample without any left too.
+    Conversations of more than `max_text_tokens` (chat format included) are left out, never cut; a sample without any left too.
     """
     shard = Shard(name, [], [], [], None)
     temporary = output / f"{name}.part"

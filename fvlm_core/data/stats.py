@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from fvlm_core.canvas import COLOURS, WIDTH, canvas
 from fvlm_core.data.rows import SPLITS
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.figures import Figure
-from fvlm_core.scaling.canvas import COLOURS, WIDTH, canvas
 from fvlm_core.tables import Table
 
 Frame = Any

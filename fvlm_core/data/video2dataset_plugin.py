@@ -51,7 +51,7 @@ FORMAT = "wv*[height>=360][ext=mp4]/w[height>=360][ext=mp4]/bv/b[ext=mp4]"
 """yt-dlp's: the smallest of at least 360 lines, without sound where possible."""
 BLOCK_BYTES = 1 << 18
 REASON_CHARACTERS = 200
-"""Of an error of the network, which may quote a whole URL."""
+"""Of an error of the network, which may quote a complete URL."""
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 _local = threading.local()

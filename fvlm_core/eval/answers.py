@@ -188,7 +188,7 @@ def vqa_plain(text: str) -> str:
 
 
 def same_number(said: str, answer: str, precision: str | None = None) -> bool:
-    """Whether the last number in a text is the answer, to `precision` decimals (default: those of the answer); words are compared whole."""
+    """Whether the last number in a text is the answer, to `precision` decimals (default: those of the answer); words exactly."""
     if not _is_number(answer):
         return plain(said) == plain(answer)
     wanted, found = _numbers(answer)[0], _numbers(said)

@@ -83,7 +83,7 @@ def ask_all(
     max_missing_share: float = 0.01,
     done: Callable[[int], None] = lambda items: None,
 ) -> None:
-    """Ask the shards of this rank that are not finished yet, each into a file of `folder`; `done` is told of every shard's items.
+    """Ask the shards of this rank that are not finished yet, each into a file of `folder`; `done` is called with every shard's items.
 
     Raises UserError where the model lacks a mode or a way to generate, or more than `max_missing_share` of the items could not be decoded.
     """

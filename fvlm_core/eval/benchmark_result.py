@@ -63,7 +63,7 @@ class Difference(Settings):
 
     @property
     def noise(self) -> bool:
-        """Whether it cannot be told from no difference."""
+        """Whether it cannot be distinguished from no difference."""
         return self.p_holm >= SIGNIFICANT
 
 

@@ -5,18 +5,16 @@ It leaves `results.json`, `tables.md` and the items' records, as the pipeline's 
 
 import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
 
 from fvlm_core.cli import run_job
 from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
-from fvlm_core.eval.checkpoints import Original, open_checkpoint
+from fvlm_core.eval.checkpoints import open_checkpoint
+from fvlm_core.eval.jobs import CheckpointJob
 from fvlm_core.eval.outside import digest
 from fvlm_core.eval.part import NotMeasuredError, PartResult
-from fvlm_core.eval.parts.benchmarks import Benchmarks, BenchmarksResult, add_up
-from fvlm_core.eval.parts.latency import Latency
+from fvlm_core.eval.parts.benchmarks import BenchmarksResult, add_up
 from fvlm_core.eval.published import comparison
 from fvlm_core.eval.ranks import ALONE, Ranks
 from fvlm_core.eval.results import TABLES_FILE, Results, measuring_code
@@ -25,25 +23,6 @@ from fvlm_core.eval.summary import summary
 from fvlm_core.manifest import write_atomically
 from fvlm_core.model.names import MODES
 from fvlm_core.provenance import versions
-from fvlm_core.settings import EXECUTION, Settings
-
-
-class CheckpointJob(Settings):
-    """Which checkpoint, on what."""
-
-    output: Path
-    """Gets `results.json`, `timings.json`, `tables.md`, a picture and `items/`."""
-    checkpoint: Path
-    """A run or model folder of ours, a checkpoint of the original, a SmolVLM2 folder."""
-    original: Original = Original()
-    benchmarks: Benchmarks
-    latency: Annotated[Latency, EXECUTION] = Latency(clips=4)
-    """Clips of the benchmarks' that answers are timed on, in every mode."""
-    resamples: int = 1000
-    seed: int = 0
-    batch_samples: Annotated[int, EXECUTION] = 64
-    threads: Annotated[int, EXECUTION] = 0
-    device: Annotated[Literal["auto", "cpu", "cuda"], EXECUTION] = "auto"
 
 
 def evaluate_checkpoint(

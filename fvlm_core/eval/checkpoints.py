@@ -11,10 +11,11 @@ from fvlm_core.data.tokenizer import chat_format, load_tokenizer
 from fvlm_core.errors import UserError
 from fvlm_core.eval.answerers.answerer import Answerer
 from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
+from fvlm_core.eval.jobs import Original
 from fvlm_core.eval.subject import Subject
 from fvlm_core.manifest import sha256_file
 from fvlm_core.model.build import SETTINGS_FILE, WEIGHTS_FILE, load_model
-from fvlm_core.settings import Settings, read_yaml
+from fvlm_core.settings import read_yaml
 from fvlm_core.train.jobs import MODEL_FOLDER, RECIPE_FILE
 
 IMAGE_REPEATS = 8
@@ -24,16 +25,6 @@ FORMS = (
     "or a SmolVLM2 folder (config.json)"
 )
 SMOLVLM_TYPES = ("smolvlm",)
-
-
-class Original(Settings):
-    """What a checkpoint of the original does not say about itself."""
-
-    vision: str | None = None
-    """Hub name or folder of the DINOv2 it was built with."""
-    llm: str | None = None
-    """Of the SmolLM2."""
-    frame_px: int = 224
 
 
 def open_checkpoint(

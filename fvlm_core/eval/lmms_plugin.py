@@ -24,9 +24,10 @@ from fvlm_core.data.frames import ClipError
 from fvlm_core.errors import UserError
 from fvlm_core.eval.answerers.answerer import ORDERS, Ask, Opened, Order
 from fvlm_core.eval.benchmarks.benchmark import LETTERS, OPTION_LINE, inline_options, video
-from fvlm_core.eval.checkpoints import Original, open_checkpoint
+from fvlm_core.eval.checkpoints import open_checkpoint
 from fvlm_core.eval.generation import GREEDY, Generation, Method
 from fvlm_core.eval.items import UnreadableItemError
+from fvlm_core.eval.jobs import Original
 from fvlm_core.eval.media import NO_MEDIA, Images, Source
 from fvlm_core.eval.ranks import Ranks
 from fvlm_core.eval.records import ItemRecord, Said, option_scores, rounded

@@ -1,9 +1,9 @@
 """Settings and manifest of `python -m fvlm_core.release job.yaml`; light to import."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fvlm_core.config import Positive
 from fvlm_core.manifest import Manifest
@@ -23,6 +23,7 @@ class ReleaseSettings(Settings):
     license: str = "apache-2.0"
     """Identifier that the hub knows."""
     language: list[str] = Field(default_factory=lambda: ["en"])
+    """Languages of the data, as the model card names them."""
     summary: str = ""
     """Sentences for the top of the card, after the generated ones."""
     limitations: list[str] = Field(default_factory=list)
@@ -33,10 +34,16 @@ class ReleaseSettings(Settings):
     """Price of the machine, for the cost table; None says only times."""
     verify_samples: Positive = 8
     """Validation samples whose logits must be equal in a clean process before anything is released."""
-    push_to: str | None = None
+    push_to: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
     """`owner/name` on the hub, as the card names it. What would be sent there is listed in `push.txt`."""
     push: bool = False
     """Send it, as a private repository, where a token is given; `fvlm push` does it later."""
+
+    @model_validator(mode="after")
+    def _push_somewhere(self) -> Self:
+        if self.push and self.push_to is None:
+            raise ValueError("push needs push_to: name the repository, OWNER/NAME")
+        return self
 
 
 class ReleaseJob(ReleaseSettings):

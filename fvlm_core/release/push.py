@@ -9,7 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from fvlm_core.errors import UserError
 from fvlm_core.eval.results import FILE_NAME, Results
@@ -41,11 +42,22 @@ class Push:
     def text(self) -> str:
         """For a person who decides whether to send it."""
         lines = [f"{size:>14,} {path}" for path, size in sorted(self.files.items())]
-        return "\n".join([f"to {self.repository} (private), tag {self.tag}:", *lines, f"{sum(self.files.values()):>14,} bytes in all"])
+        return "\n".join(
+            [
+                f"to {self.repository} (made private where it is new), tag {self.tag}:",
+                *lines,
+                f"{sum(self.files.values()):>14,} bytes in all",
+            ]
+        )
 
 
 def plan(folder: Path, repository: str) -> Push:
-    """What `send` would send. Raises UserError where the folder is no released model or its results are another checkpoint's."""
+    """What `send` would send. Raises UserError where the name is none, the folder is no released model, or its results
+    are another checkpoint's."""
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UserError("that is no repository's name", where=repository, fix="give OWNER/NAME") from error
     if not (folder / FILE_NAME).is_file():
         raise UserError(f"no {FILE_NAME}: this is no released model", where=str(folder), fix="give the folder `model` of a release")
     measured, packaged = Results.read(folder).checkpoint, _checkpoint(folder)

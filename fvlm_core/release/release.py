@@ -79,7 +79,7 @@ def release(job: ReleaseJob, *, token: str | None = None, endpoint: str | None =
         write_atomically(job.output / PUSH_PLAN, f"{push.text}\n".encode())
         if job.push and token:
             pushed_to = send(push, token=token, endpoint=endpoint, message=f"{job.name}, {push.tag}")
-    progress.update(STEPS, note=f"pushed to {pushed_to}" if pushed_to else "done")
+    progress.update(STEPS, note=f"pushed to {pushed_to}" if pushed_to else "not pushed: HF_TOKEN is not set" if job.push else "done")
     reports = [REPORT_JSON, REPORT_TEXT, REPORT_HTML, BLOG, f"{FIGURES_FOLDER}/*.png"]
     packaged = [f"{HUB_FOLDER}/*", f"{HUB_FOLDER}/{EVAL_RESULTS_FILE}"]
     return ReleaseManifest(

@@ -1,7 +1,7 @@
 """The ablation table: every run against the baseline, one change each, nothing hidden.
 
 `python -m fvlm_core.scaling.ablations job.yaml` writes the table as CSV and markdown and a plot of the sorted differences, says of each
-whether it is better, worse, or not to be told from noise (`comparison`), and names the winner: the comparable run that is better by
+whether it is better, worse, or not distinguishable from noise (`comparison`), and names the winner: the comparable run that is better by
 most, or the baseline where none is. Runs that turned out worse, or diverged, stay in. Beside the losses stand the outcomes of
 `fvlm_core.scaling.outcomes`, with the same statistics.
 """

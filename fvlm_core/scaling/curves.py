@@ -6,9 +6,9 @@
 from pathlib import Path
 from typing import Any
 
+from fvlm_core.canvas import COLOURS, WIDTH, canvas
 from fvlm_core.cli import run_job
 from fvlm_core.manifest import file_entries
-from fvlm_core.scaling.canvas import COLOURS, WIDTH, canvas
 from fvlm_core.scaling.jobs import CurvesJob, CurvesManifest
 from fvlm_core.scaling.runs import FinishedRun, metrics_rows
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 import numpy as np
 from matplotlib.axes import Axes
 
-from fvlm_core.scaling.canvas import COLOURS, WIDTH, canvas
+from fvlm_core.canvas import COLOURS, WIDTH, canvas
 from fvlm_core.scaling.fits import Allocation, DataLaw, Law, NotIdentifiableError, Parabola
 from fvlm_core.scaling.jobs import PLOTS, VARIANTS, AblationRow, GridPoint, Variant
 from fvlm_core.scaling.study import Study
@@ -44,7 +44,7 @@ def plot_deltas(path: Path, rows: Sequence[AblationRow], baseline: AblationRow) 
         axes.set_xlim(low - (0.3 * reach if low < 0 else 0.05 * reach), high + (0.3 * reach if high > 0 else 0.05 * reach))
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(f"difference in validation loss to {baseline.name} ({baseline.loss:.4f} nats/token); left is better")
-        title = "grey: not to be told from noise; lines: 95 % intervals; *: control; †: another validation set"
+        title = "grey: within the noise; lines: 95 % intervals; *: control; †: another validation set"
         axes.set_title(title, fontsize=9, loc="right", color="#5b6770")
 
 

@@ -94,7 +94,7 @@ class Engine:
             self._change.notify()
 
     def close(self) -> None:
-        """End the thread after its step; who still waits is told that it failed."""
+        """End the thread after its step; requests that still wait are reported as failed."""
         with self._change:
             self._closed = True
             self._change.notify()
@@ -120,7 +120,7 @@ class Engine:
                 self._guarded(self._step, list(self._running.values()))
 
     def _guarded(self, work: Callable[[], None], requests: Sequence[Request]) -> None:
-        """Run a pass. Where it fails, its requests are told and leave: none of them may end the server."""
+        """Run a pass. Where it fails, its requests are reported as failed and leave: none of them may end the server."""
         try:
             work()
         except Exception:

@@ -17,7 +17,8 @@ from fvlm_core.data.frames import FrameRule
 from fvlm_core.data.tokenizer import chat_format, load_tokenizer
 from fvlm_core.errors import UserError
 from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
-from fvlm_core.eval.checkpoints import IMAGE_REPEATS, Original, open_checkpoint
+from fvlm_core.eval.checkpoints import IMAGE_REPEATS, open_checkpoint
+from fvlm_core.eval.jobs import Original
 from fvlm_core.eval.subject import Subject
 from fvlm_core.manifest import sha256_file
 from fvlm_core.model.build import WEIGHTS_FILE

@@ -37,7 +37,7 @@ class MeanSample(Settings):
 
 @dataclass(frozen=True)
 class ExpectedCost:
-    """Of a whole run; None where it cannot be known yet."""
+    """Of a complete run; None where it cannot be known yet."""
 
     samples: int | None
     flops: float | None

@@ -111,6 +111,7 @@ class SpeedSettings(Settings):
 
     sweep: Sweep = Sweep()
     warmup_steps: Positive = 2
+    """Steps of each variant before it is measured."""
     steps: Positive = 20
     """Steps of naive and of tuned that are measured in turn at the end; medians are reported."""
     sweep_steps: Positive = 6
@@ -234,7 +235,9 @@ class VisionTrainingSettings(Settings):
     """How the stand-in for DINOv2 is trained (see `fvlm_core.train.vision`)."""
 
     steps: Positive = 600
+    """Optimizer steps."""
     batch_frames: Positive = 96
+    """Rendered frames of a step."""
     optimizer: OptimizerSettings = OptimizerSettings(lr_vision=2e-3, warmup_steps=40)
     copies: Annotated[int, Field(ge=0)] = 0
     """Distorted copies of each training digit that are drawn too."""
@@ -243,7 +246,9 @@ class VisionTrainingSettings(Settings):
     crosses: bool = False
     """Each frame has the cross of the task `hunt`, which is an eleventh digit to predict."""
     seed: int = 0
+    """Of the weights and the rendered frames."""
     threads: Positive = 1
+    """Torch CPU threads."""
 
 
 class VisionJob(VisionTrainingSettings):

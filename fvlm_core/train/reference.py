@@ -59,7 +59,7 @@ def sample_ids(batch: PackedBatch) -> list[str]:
 def make_reference(model: FoveatedVLM, shards: ShardSet, recipe: Recipe, run: RunSettings, world: World, identity: str) -> Reference:
     """Compute (or read) what `model` says of all samples that the run will meet; for all ranks to call.
 
-    `model` is the one that the run starts with, whole on every rank; `run` says how many steps there are.
+    `model` is the one that the run starts with, complete on every rank; `run` says how many steps there are.
     """
     folder, name = recipe.output / REFERENCE_FOLDER, f"reference-{recipe.name}"
     done = None

@@ -8,7 +8,7 @@ watch                    what a pod's looks mean: started, dead, silent, idle, p
 worker                   Prefect's work-pool type `runpod`
 pod, program             the program of a pod (standard library only), and how it travels
 home, remote             the pod that keeps the Prefect server: its program, and who starts and ends it
-smoke                    what no document settles, found out on two small pods
+smoke                    what RunPod's documents leave open, found out on two small pods
 reaper                   ends what nobody owns
 emulator/                a local RunPod that runs pods as processes
 """

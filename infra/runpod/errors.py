@@ -76,7 +76,7 @@ def raise_for(response: httpx.Response) -> NoReturn:
 
 
 def retry_after_s(response: httpx.Response) -> float:
-    """Seconds that the reply asks to wait for; this API sends whole seconds."""
+    """Seconds that the reply asks to wait for; this API sends full seconds."""
     try:
         return max(0.0, float(response.headers["Retry-After"]))
     except (KeyError, ValueError):

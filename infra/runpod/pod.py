@@ -321,14 +321,14 @@ class Pod:
             assert process.stdout is not None
             reader = threading.Thread(target=copy, args=(process.stdout, log), daemon=True)
             reader.start()
-            told = None
+            stop_asked = None
             while process.poll() is None:
                 if self.stopping is None and time.time() > self.deadline - GRACE_S:
                     self.stopping = "its time was over"
-                if self.stopping and told is None:
-                    told = time.time()
+                if self.stopping and stop_asked is None:
+                    stop_asked = time.time()
                     signal_group(process, signal.SIGTERM)
-                if told is not None and time.time() - told > self.job.get("grace_s", GRACE_S):
+                if stop_asked is not None and time.time() - stop_asked > self.job.get("grace_s", GRACE_S):
                     signal_group(process, signal.SIGKILL)
                 time.sleep(0.1)
             signal_group(process, signal.SIGKILL)  # what it left behind

@@ -88,7 +88,7 @@ def candidates(client: RunPod, wish: Wish, volume: Volume | None) -> list[Candid
             where="data_centers",
             fix="a volume can be mounted in its own data centre only: name that one, or another volume",
         )
-    found, dear = [], []
+    found, costly = [], []
     for name in wanted:
         offer = offers[name]
         kind: GpuRequest | CpuRequest
@@ -99,7 +99,7 @@ def candidates(client: RunPod, wish: Wish, volume: Volume | None) -> list[Candid
             kind = CpuRequest(id=name, vcpuCount=wish.vcpus)
             usd = offer.price.securePerVcpu * wish.vcpus
         if usd > wish.max_usd_per_hour:
-            dear.append(f"{name} costs ${usd:.2f}/h")
+            costly.append(f"{name} costs ${usd:.2f}/h")
             continue
         stocks = {one.id: one.availability for one in offer.dataCenters}
         places = [volume.dataCenter] if volume else list(wish.data_centers) or list(stocks)
@@ -107,7 +107,7 @@ def candidates(client: RunPod, wish: Wish, volume: Volume | None) -> list[Candid
         found += sorted(here, key=lambda one: STOCK.get(one.stock, 3))
     if not found:
         raise RefusedError(
-            f"every machine is above the ceiling of ${wish.max_usd_per_hour:.2f} per hour: {'; '.join(dear)}",
+            f"every machine is above the ceiling of ${wish.max_usd_per_hour:.2f} per hour: {'; '.join(costly)}",
             where="max_usd_per_hour",
             fix="raise it, or name cheaper machines",
         )

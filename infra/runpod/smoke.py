@@ -1,4 +1,4 @@
-"""The first-dollar test: what no document of RunPod's settles, found out on two small CPU pods for a few cents.
+"""A first test on RunPod itself: what its documents leave open, found out on two small CPU pods for a few cents.
 
 One pod runs a job through the pod's program (`pod.py`) and has to end itself with its own key. The other's command simply ends, again and
 again if RunPod starts it again. Both leave files on the volume, which are looked for through its S3 side.

@@ -314,6 +314,6 @@ class Tenancy:
     board: Board
 
     def post(self, text: str) -> None:
-        """Tell the volume's board; that it cannot be told stops nothing."""
+        """Post on the volume's board; a board that cannot be written stops nothing."""
         with contextlib.suppress(InfraError, OSError):
             self.board.post(text)

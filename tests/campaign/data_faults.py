@@ -22,17 +22,14 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from fvlm_core.data.download import download
-from fvlm_core.data.jobs import INDEX_FILE, DownloadJob, ShardJob, ShardManifest
+from fvlm_core.data.jobs import INDEX_FILE, ShardJob, ShardManifest
 from fvlm_core.data.rows import SPLITS
 from fvlm_core.data.shard_set import ShardSet
-from fvlm_core.data.shards import make_shards
 from fvlm_core.data.verify import verify
 from fvlm_core.errors import UserError
 from fvlm_core.tables import Table
 from tests.campaign.precompute_kills import campaign
-from tests.data.test_download import PYTHON, WebSite
-from tests.data.test_faults import FILES, FRAMES, REASONS, change_text, corrupt_jpeg, truncate
+from tests.data.test_faults import FILES, FRAMES, REASONS, change_text, corrupt_jpeg, shards_of_every_case, truncate
 from tests.tiny import tiny_shards
 
 Row = dict[str, Any]
@@ -59,23 +56,8 @@ def row(fault: str, struck: int, right: int, *, lost: int = 0, twice: int = 0, s
 
 def clips(folder: Path, copies: int) -> list[Row]:
     """Files that are no good videos, or good ones of an odd kind, and addresses that give none."""
-    names, rows = [], []
-    for name, make in FILES.items():
-        content = make()
-        for number in range(copies):
-            names.append(f"{number}-{name}")
-            (folder / names[-1]).write_bytes(content)
-    site = WebSite(folder)
-    urls = [f"{site.url}/{name}" if place % 2 else name for place, name in enumerate(names)]
-    urls += [f"http://127.0.0.1:1/{number}-dead.mp4" for number in range(copies)]
-    urls += [f"{site.url}/{number}-missing.mp4" for number in range(copies)]
-    pd.DataFrame({"url": urls, "caption": [f"case {place}" for place in range(len(urls))]}).to_csv(folder / "cases.csv", index=False)
-    source = {"name": "cases", "files": [folder / "cases.csv"]}
-    settings = {"output": folder / "download", "source": source, "video2dataset_python": PYTHON, "frame_px": 42, "max_bad_share": 0.9}
-    download(DownloadJob.model_validate(settings))
-    site.server.shutdown()
-    site.server.server_close()
-    manifest = make_shards(ShardJob(output=folder / "shards", downloads=[folder / "download"], vocab_size=300))
+    rows = []
+    manifest = shards_of_every_case(folder, copies)
     shards = ShardSet(folder / "shards")
     records = [shards.record(int(number)) for split in SPLITS for number in shards.rows(split).index]
     for name in [*FILES, *sorted(set(REASONS) - set(FILES))]:

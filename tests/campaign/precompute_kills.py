@@ -15,7 +15,6 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
 import psutil
 
 from benchmarks.report import Measurement, show
@@ -26,7 +25,7 @@ from fvlm_core.data.rows import SPLITS
 from fvlm_core.data.shard_set import ShardSet
 from tasks.config import PipelineConfig
 from tasks.direct import run_directly
-from tests.tiny import profile_values
+from tests.tiny import precompute_values
 
 CLIPS, PART = 15, 6
 LONGEST_S = 6.0
@@ -56,15 +55,7 @@ def profile(folder: Path) -> PipelineConfig:
     urls = [f"clips/{path.name}" for path in sorted((folder / "clips").glob("*.mp4"))]
     for place in range(0, CLIPS + 3, PART):
         urls.insert(place, f"clips/gone-{place}.mp4")
-    pd.DataFrame({"url": urls, "caption": [f"clip {number}" for number in range(len(urls))]}).to_csv(folder / "clips.csv", index=False)
-    values = profile_values()
-    values["precompute"] |= {
-        "natural": False,
-        "vision": None,
-        "clips": {"sources": {}},
-        "sources": [{"name": "web", "files": [str(folder / "clips.csv")]}],
-        "download": {"part_samples": PART, "max_bad_share": 0.5},
-    }
+    values = precompute_values(folder, urls, part_samples=PART, max_bad_share=0.5)
     values["precompute"]["shards"] |= {"samples_per_shard": 2, "processes": 2}
     return PipelineConfig.from_values(values, where="campaign", folder=folder)
 

@@ -93,22 +93,34 @@ REASONS = {
 }
 
 
-@pytest.fixture(scope="module")
-def faulty(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ShardManifest]:
-    """Folder and manifest of the shards of a table in which every row is another case; half the files come from a web server."""
-    folder = tmp_path_factory.mktemp("faults")
+def shards_of_every_case(folder: Path, copies: int = 1) -> ShardManifest:
+    """Make `folder`/shards of a table that has every case `copies` times; half the files come from a web server.
+
+    Of the addresses, that of copy 2 of a case ends in `2-NAME`.
+    """
+    names = [f"{number}-{name}" for name in FILES for number in range(copies)]
     for name, make in FILES.items():
-        (folder / name).write_bytes(make())
+        content = make()
+        for number in range(copies):
+            (folder / f"{number}-{name}").write_bytes(content)
     site = WebSite(folder)
-    urls = [*FILES, "http://127.0.0.1:1/dead.mp4", f"{site.url}/missing.mp4"]
-    urls = [f"{site.url}/{url}" if number % 2 and "/" not in url else url for number, url in enumerate(urls)]
-    pd.DataFrame({"url": urls, "caption": [f"case {number}" for number in range(len(urls))]}).to_csv(folder / "cases.csv", index=False)
+    urls = [f"{site.url}/{name}" if place % 2 else name for place, name in enumerate(names)]
+    urls += [f"http://127.0.0.1:1/{number}-dead.mp4" for number in range(copies)]
+    urls += [f"{site.url}/{number}-missing.mp4" for number in range(copies)]
+    pd.DataFrame({"url": urls, "caption": [f"case {place}" for place in range(len(urls))]}).to_csv(folder / "cases.csv", index=False)
     source = {"name": "cases", "files": [folder / "cases.csv"]}
     settings = {"output": folder / "download", "source": source, "video2dataset_python": PYTHON, "frame_px": 42, "max_bad_share": 0.9}
     download(DownloadJob.model_validate(settings))
     site.server.shutdown()
     site.server.server_close()
-    manifest = make_shards(ShardJob(output=folder / "shards", downloads=[folder / "download"], vocab_size=300))
+    return make_shards(ShardJob(output=folder / "shards", downloads=[folder / "download"], vocab_size=300))
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ShardManifest]:
+    """Folder and manifest of shards that have every case once."""
+    folder = tmp_path_factory.mktemp("faults")
+    manifest = shards_of_every_case(folder)
     return folder / "shards", manifest
 
 

@@ -138,7 +138,7 @@ def test_no_validation_sample_is_trained_on(shards):
     assert held <= set(shards.rows("val")["key"])
 
 
-def test_a_whole_epoch_reads_every_row_once(shards):
+def test_a_complete_epoch_reads_every_row_once(shards):
     only = data({"gaze_cell": 1.0}, question_first=0)
     rows = len(shards.rows("train", "gaze_cell"))
     assert rows == 216

@@ -106,7 +106,7 @@ def test_order_is_by_bucket_then_duration_whatever_the_arrival(tmp_path):
     assert rows["shard"].nunique() == 4
 
 
-def test_too_long_conversations_are_left_out_whole_and_listed(tmp_path):
+def test_too_long_conversations_are_left_out_and_listed(tmp_path):
     tokenizer = train_tokenizer(["Why? Because."], 300)
     long = sample(1, answer="Because. " * 100)
     mixed = ShardSample("clips", "video", "train", "2.mp4", [*long.conversations, *sample(2).conversations], [{"task": "x"}, {"task": "y"}])

@@ -134,7 +134,7 @@ def test_a_server_on_a_pod_runs_flows_ends_and_goes_on(remote: Remote, tmp_path:
         serving.join()
 
 
-def test_the_copy_of_the_database_is_whole_while_it_is_written(tmp_path: Path) -> None:
+def test_the_copy_of_the_database_is_complete_while_it_is_written(tmp_path: Path) -> None:
     home = Home(tmp_path / "volume", tmp_path / "disk", port=1, address="http://x", pools={}, environment={})
     home.restore()
     with closing(sqlite3.connect(home.database, isolation_level=None)) as database:

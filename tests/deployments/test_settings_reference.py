@@ -6,7 +6,7 @@ import pytest
 from pydantic import Field
 
 from deployments import settings_reference
-from deployments.settings_reference import Key, keys, reference
+from deployments.settings_reference import PARTS, Key, keys, reference
 from fvlm_core.settings import Settings
 from infra.stack import REPOSITORY
 
@@ -50,6 +50,10 @@ def test_every_kind_of_value_has_its_rows() -> None:
         Key("either", "group or null", "`null`", "A place. Another thing. As `first`. As `named.NAME`."),
         Key("several", "list: number", "", ""),
     ]
+
+
+def test_every_key_is_documented() -> None:
+    assert [key.path for _, _, settings in PARTS for key in keys(settings) if not key.text.strip()] == []
 
 
 def test_the_page_is_the_same_wherever_the_checkout_is() -> None:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pandas as pd
 import psutil
 import pytest
 from prefect.client.orchestration import get_client
@@ -28,7 +27,7 @@ from tasks.config import PipelineConfig
 from tasks.phase import Before
 from tests.data.test_download import WebSite, needs_video2dataset
 from tests.e2e.volume import wait_until
-from tests.tiny import profile_values
+from tests.tiny import precompute_values
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow(reason="a real server, two workers and their flow runs"), needs_video2dataset]
 
@@ -61,15 +60,7 @@ def lose(worker: psutil.Process) -> None:
 
 def profile(folder: Path, urls: list[str]) -> PipelineConfig:
     """Parts of two clips, each made by whichever of two runs comes first."""
-    pd.DataFrame({"url": urls, "caption": [f"clip {number}" for number in range(len(urls))]}).to_csv(folder / "clips.csv", index=False)
-    values = profile_values()
-    values["precompute"] |= {
-        "natural": False,
-        "vision": None,
-        "clips": {"sources": {}},
-        "sources": [{"name": "web", "files": [str(folder / "clips.csv")]}],
-        "download": {"part_samples": PART, "timeout_s": 500},
-    }
+    values = precompute_values(folder, urls, part_samples=PART, timeout_s=500)
     values["machine"] = values.get("machine", {}) | {"precompute_workers": 2, "parallel_jobs": 1}
     return PipelineConfig.from_values(values, where="test", folder=folder)
 

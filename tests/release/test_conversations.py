@@ -178,5 +178,12 @@ def test_videos_and_pictures_of_every_kind_become_the_same_frames(site):
     decoded = processor().frames(f"{address}/clip.mp4")
     np.testing.assert_array_equal(decoded, processor().frames(folder / "clip.mp4"))
     assert np.abs(decoded.astype(int) - expected).max() < 6
-    for picture in (f"{address}/picture.png", folder / "picture.png", Image.fromarray(frames[2]), frames[2], tensor[2].permute(2, 0, 1)):
+    for picture in (
+        f"{address}/picture.png",
+        f"{address.replace('http', 'HTTP')}/picture.png",
+        folder / "picture.png",
+        Image.fromarray(frames[2]),
+        frames[2],
+        tensor[2].permute(2, 0, 1),
+    ):
         np.testing.assert_array_equal(processor().square(picture), expected[2])

@@ -81,7 +81,7 @@ def test_a_public_repository_has_to_be_meant(folder):
     server.server.shutdown()
 
 
-def test_the_command_sends_nothing_unless_told_to(hub, folder, monkeypatch, capsys):
+def test_the_command_sends_nothing_unless_asked_to(hub, folder, monkeypatch, capsys):
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     assert command(folder, REPOSITORY) == 0
     listed = capsys.readouterr().out
@@ -94,6 +94,11 @@ def test_the_command_sends_nothing_unless_told_to(hub, folder, monkeypatch, caps
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert command(folder, REPOSITORY, really=True) == 0
     assert "README.md" in hub.files
+
+
+def test_a_name_that_the_hub_cannot_have_is_refused(folder):
+    with pytest.raises(UserError, match="no repository's name"):
+        plan(folder, "someone/my model")
 
 
 @pytest.mark.parametrize("damage", ["one weight", "other results", "no results"])
@@ -117,7 +122,7 @@ def test_results_of_another_checkpoint_are_refused(folder, tmp_path, damage):
 
 
 @pytest.mark.parametrize(("fields", "token"), [({}, TOKEN), ({"push": True}, ""), ({"push": True}, TOKEN)])
-def test_a_release_sends_only_where_it_is_told_to_and_has_a_token(hub, job, monkeypatch, tmp_path, fields, token):
+def test_a_release_sends_only_where_it_is_asked_to_and_has_a_token(hub, job, monkeypatch, tmp_path, fields, token):
     monkeypatch.setattr(release_module, "verify", lambda *_: {"coarse_only": 1})
     changed = job.model_copy(update={"push_to": REPOSITORY, "output": tmp_path / "release", **fields})
     manifest = release_module.release(changed, token=token, endpoint=hub.url)

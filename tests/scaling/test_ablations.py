@@ -33,7 +33,7 @@ def seeded(folder: Path, name: str, loss: float, change: str = "", value: Any = 
 @pytest.fixture
 def job(tmp_path) -> AblationJob:
     """Of three seeds each: a better run, a worse one, a control that is best of all, one that changed its validation set, one that
-    diverged, and one that is not to be told from the baseline."""
+    diverged, and one that cannot be distinguished from the baseline."""
     pooled = {"model.query": "pooled", "model.fine_iterations": 0, "loss.fine": []}
     runs = [
         *seeded(tmp_path, "base", 2.0),
@@ -122,7 +122,7 @@ def test_a_difference_that_is_not_relevant_is_no_finding(job):
 
 
 def test_differences_at_equal_flops_are_along_the_curves(tmp_path):
-    """The dearer run is behind at equal samples' FLOPs: its curve is read at what the baseline spent."""
+    """The costlier run is behind at equal samples' FLOPs: its curve is read at what the baseline spent."""
     runs = []
     for name, flops, loss in (("base", 1e9, 2.0), ("wide", 2e9, 1.9)):
         folder = finished(tmp_path / name, loss, changes={} if name == "base" else {"model.temperature": 0.5}, flops=flops)

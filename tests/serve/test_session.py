@@ -9,7 +9,7 @@ import torch
 from fvlm_core.data.batch import Sample, Turn, pack
 from fvlm_core.errors import UserError
 from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
-from fvlm_core.eval.checkpoints import Original
+from fvlm_core.eval.jobs import Original
 from fvlm_core.eval.media import Media
 from fvlm_core.model.inference import gaze as reference_gaze
 from fvlm_core.model.inference import generate, read_batch

@@ -66,7 +66,7 @@ def test_the_cache_grows_with_the_frames_and_nothing_else_does():
 
 
 @pytest.mark.parametrize(("when_full", "kept"), [("slide", [6, 7, 8, 9, 10, 11]), ("thin", [0, 4, 7, 9, 10, 11])])
-def test_a_full_context_forgets_as_told_and_reads_on(when_full, kept):
+def test_a_full_context_forgets_as_asked_and_reads_on(when_full, kept):
     """Six frames fit; afterwards the stream is the same as one that only ever read the tokens it kept."""
     model = tiny_model()
     stream = FrameStream(model, CHAT, context=len(CHAT.system) + len(CHAT.user_open) + 6, reserve=0, when_full=when_full)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from deployments.checks import load_profile
+from deployments.status import status_table
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import AnyManifest
 from tasks.adopt import adopt
@@ -67,6 +68,14 @@ def test_everything_done(tmp_path: Path) -> None:
     planned = plan(phases(), TESTS, tmp_path)
     assert set(reasons(planned).values()) == {"cached"}
     assert "Nothing to do" in planned.table().note
+
+
+def test_status_of_phases_that_have_nothing_to_say(tmp_path: Path) -> None:
+    run(tmp_path, phases())
+    assert [row[:3] for row in status_table(phases(), TESTS, tmp_path).rows] == [
+        ["first", "done", "2 steps"],
+        ["second", "done", "1 steps"],
+    ]
 
 
 def test_a_changed_setting_is_named_with_its_values(tmp_path: Path) -> None:

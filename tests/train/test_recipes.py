@@ -9,15 +9,36 @@ import yaml
 
 from deployments.checks import load_profile
 from fvlm_core.config import Recipe
+from fvlm_core.dotted import differences
 from fvlm_core.train.schedules import learning_rates
+from tasks.recipes import baseline_recipe
 
-EXAMPLE = Path(__file__).parents[2] / "deployments" / "recipes" / "tiny.yaml"
+RECIPES = Path(__file__).parents[2] / "deployments" / "recipes"
+EXAMPLE = RECIPES / "tiny.yaml"
+PLACES = {"name", "output", "shards"}
 
 
 def test_the_example_recipe() -> None:
     recipe = Recipe.from_yaml(EXAMPLE)
     assert recipe.run.steps
     assert learning_rates(recipe.optimizer, 0, recipe.run.steps)["connector"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("glance_all", set()),
+        (
+            "glance_chosen",
+            {"init_from", "run.steps", *(f"optimizer.{key}" for key in ("lr_connector", "lr_llm", "lr_vision", "warmup_steps"))},
+        ),
+    ],
+)
+def test_the_glance_recipes_differ_from_the_production_baseline_in_the_glance_alone(name: str, own: set[str]) -> None:
+    baseline = baseline_recipe(load_profile("runpod"), 0, {}).model_dump(mode="json")
+    recipe = Recipe.from_yaml(RECIPES / f"{name}.yaml").model_dump(mode="json")
+    found = {path for path in differences(baseline, recipe) if not path.startswith("model.glance")}
+    assert found == PLACES | own | {"run.micro_batch.frames"}  # rounding only: the glance keeps more of a frame
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage3"])

@@ -1,1 +1,1 @@
-"""Models that questions can be put to: ours, and those it is compared with, behind one form (`answerer`)."""
+"""Models that can be asked questions: ours, and those it is compared with, behind one interface (`answerer`)."""

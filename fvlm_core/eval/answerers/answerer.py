@@ -1,4 +1,4 @@
-"""The form in which every model is asked: media are opened once, then any number of questions are put to them, in any condition.
+"""The interface through which every model is asked: media are opened once, then asked any number of questions, in any condition.
 
 A question comes with continuations whose likelihood is wanted, or asks for generated text. What one opening computes once (the encoded
 frames) and what the continuations of a question share (everything before them) is the model's to keep.

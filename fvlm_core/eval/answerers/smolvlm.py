@@ -1,4 +1,4 @@
-"""SmolVLM2 (Marafioti et al. 2025, https://arxiv.org/abs/2504.05299) put to the same items, through transformers' own model.
+"""SmolVLM2 (Marafioti et al. 2025, https://arxiv.org/abs/2504.05299) asked the same items, through transformers' own model.
 
 Frames are the square ones that ours gets, at its resolution; prompts are its published ones (a line per frame with its time, 64 tokens or
 so each). Frames are encoded once for all questions; options go on from the question's KV cache, one after the other.

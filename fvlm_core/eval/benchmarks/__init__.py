@@ -28,5 +28,5 @@ NAMES = (
 def benchmark(name: str) -> Benchmark:
     """A benchmark by name. Raises UserError naming those that there are."""
     if name not in NAMES:
-        raise UserError(f"there is no benchmark {name!r}", where="benchmarks", fix=f"use of {', '.join(NAMES)}")
+        raise UserError(f"there is no benchmark {name!r}", where="benchmarks", fix=f"use one of {', '.join(NAMES)}")
     return import_module(f"{__name__}.{name}").BENCHMARK

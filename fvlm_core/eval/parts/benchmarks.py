@@ -126,14 +126,16 @@ class Benchmarks(Part):
         for name, one in loaded.items():
             asked = 0
 
-            def told(items: int, name: str = name, total: int = len(one.items)) -> None:
+            def report(items: int, name: str = name, total: int = len(one.items)) -> None:
                 nonlocal asked
                 asked += items
                 note(f"{name}: {asked} of {total} questions")
                 done(items)
 
             note(f"{name}: 0 of {len(one.items)} questions")
-            ask_all(answerer, one, self.ask, output / ITEMS_FOLDER / name, ranks=ranks, max_missing_share=self.max_missing_share, done=told)
+            ask_all(
+                answerer, one, self.ask, output / ITEMS_FOLDER / name, ranks=ranks, max_missing_share=self.max_missing_share, done=report
+            )
         if ranks.rank == 0 and ranks.size > 1:
             for name, one in loaded.items():
                 wait_for_all(answerer, one, self.ask, output / ITEMS_FOLDER / name)

@@ -38,7 +38,7 @@ class OrderCell(Settings):
     mode: Mode
     accuracy: Estimate
     exact: Estimate | None = None
-    """Share of the answers that are right as a whole: a longer one is wrong, whatever it begins with."""
+    """Share of the answers that are right in full: a longer one is wrong, whatever it begins with."""
     first_frame: Estimate
     later_frames: Estimate | None = None
     """None where clips have a single frame."""

@@ -233,7 +233,7 @@ def _columns(rows: list[Row], pad: int, *, left: bool) -> dict[str, Tensor]:
 
 def _content(address: str) -> bytes:
     """The bytes of a file on disk or behind an http address."""
-    if not address.startswith(("http://", "https://")):
+    if not address.lower().startswith(("http://", "https://")):
         return Path(address).read_bytes()
     return httpx.get(address, follow_redirects=True, timeout=TIMEOUT_S).raise_for_status().content
 

@@ -140,7 +140,7 @@ def test_server_errors_are_tried_again_and_then_said(client: RunPod, emulator: E
     assert client.pods() == []
 
 
-def test_no_capacity_is_told_from_a_broken_rule(client: RunPod, emulator: Emulator) -> None:
+def test_no_capacity_is_distinguished_from_a_broken_rule(client: RunPod, emulator: Emulator) -> None:
     emulator.cloud.faults.arm(Fault("no_capacity", where=A100, times=9))
     with pytest.raises(NoCapacityError, match="no longer any instances"):
         client.create_pod(CreatePod(name="a", image="i", gpu=GpuRequest(id=A100)))

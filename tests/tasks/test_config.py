@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from deployments.checks import load_profile
-from deployments.profile import with_videos
+from deployments.profile import chosen_profile, with_videos
 from flows.registry import PHASES
 from fvlm_core.data.jobs import ShardManifest, SourceCounts
 from fvlm_core.data.rows import SPLITS
@@ -25,6 +25,8 @@ from tasks.recipes import AN_INPUT, ablation_recipe, base_recipe, baseline_recip
 from tests.tiny import profile_values
 
 TESTS: dict[str, Any] = profile_values()
+SEVEN = {"precompute", "speed", "ablations", "scaling", "train", "evaluate", "release"}
+"""The phases that are shipped; another one may follow what it likes."""
 ABLATION = {"name": "warm", "hypothesis": "a softer start", "path": "model.temperature", "value": 2}
 
 
@@ -98,6 +100,8 @@ def test_laptop_and_runpod_have_the_grid_and_the_ablations_that_are_promised() -
         ("ablations.0", ABLATION | {"value": -1}, ["ablations: warm", "model.temperature"]),
         ("name", "Mein Profil", ["name", "pattern"]),
         ("evaluation.captions.sample", 5, ["evaluation.captions.sample", "samples"]),
+        ("release", {"name": "mine", "push": True}, ["release", "push needs push_to"]),
+        ("release.push_to", "mine", ["release.push_to", "pattern"]),
         ("precompute.sources", [{"name": "mine", "files": ["a.csv"], "format": "xml"}], ["precompute.sources.0.format", "webvid"]),
         ("precompute.sources", [{"name": "mine", "files": []}], ["precompute.sources.0", "the source mine has no files"]),
         ("precompute.sources", [{"name": "mine", "files": ["a.csv"]}] * 2, ["the name mine appears twice"]),
@@ -116,7 +120,7 @@ def test_what_is_wrong_is_refused_by_key_file_and_what_is_allowed(tmp_path: Path
         assert part in text
 
 
-def test_an_unknown_profile_is_told_with_those_there_are() -> None:
+def test_an_unknown_profile_is_refused_with_those_there_are() -> None:
     with pytest.raises(UserError, match="use one of ci, laptop, runpod"):
         load_profile("desktop")
 
@@ -128,15 +132,15 @@ def test_an_unknown_profile_is_told_with_those_there_are() -> None:
         ("stages.stage2.run.steps", 11, {"train", "evaluate", "release"}),
         ("release.name", "fVLM-other", {"release"}),
         ("ablations.0.value", 0.5, {"ablations", "scaling", "train", "evaluate", "release"}),
-        ("precompute.shards.seed", 1, set(PHASES)),
-        ("model.temperature", 0.5, set(PHASES) - {"precompute"}),
+        ("precompute.shards.seed", 1, SEVEN),
+        ("model.temperature", 0.5, SEVEN - {"precompute"}),
         ("machine.parallel_jobs", 1, set()),
         ("name", "other", set()),
     ],
 )
 def test_a_change_reaches_its_phase_and_those_after_it_and_no_other(path: str, value: Any, rerun: set[str]) -> None:
     before, after = keys(TESTS), keys(changed(path, value))
-    assert {phase for phase in PHASES if before[phase] != after[phase]} == rerun
+    assert {phase for phase in SEVEN if before[phase] != after[phase]} == rerun
 
 
 def test_every_ablation_differs_from_the_base_in_its_one_setting_and_what_follows_from_it() -> None:
@@ -198,7 +202,7 @@ def test_shipped_mixtures_name_sources_that_precompute_makes(profile: str) -> No
         ("ablations.1.value.0.source", "ablations, captions-only"),
     ],
 )
-def test_a_source_that_nothing_makes_is_told_before_anything_starts(path: str, where: str) -> None:
+def test_a_source_that_nothing_makes_is_refused_before_anything_starts(path: str, where: str) -> None:
     wrong = config(changed(path, "gaze_cel"))
     with pytest.raises(UserError, match="'gaze_cel'") as caught:
         check_names(wrong, known_sources(wrong, {}))
@@ -222,7 +226,7 @@ def test_a_recorded_source_without_rows_to_validate_on_is_refused_before_anythin
             check_names(config(values), lacking)
 
 
-def test_a_source_without_samples_to_validate_on_is_told() -> None:
+def test_a_source_without_samples_to_validate_on_is_refused() -> None:
     counts = [
         SourceCounts(name=name, kind="video", split=split, samples=1, conversations=1, frames=1, tokens=1)
         for name in config().precompute.made_names
@@ -275,6 +279,20 @@ def test_paths_of_a_profile_start_at_its_file(tmp_path: Path, monkeypatch: pytes
     assert loaded.model.vision.checkpoint == str(tmp_path / "dinov2")
     assert loaded.precompute.shards.tokenizer == str(tmp_path / "tokenizers/mine")
     assert config(loaded.model_dump(mode="json")) == loaded, "a worker in another folder gets the same"
+
+
+def test_paths_of_a_change_start_at_the_working_directory_and_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile, here = tmp_path / "profile", tmp_path / "here"
+    profile.mkdir()
+    here.mkdir()
+    values = profile_values()
+    values["precompute"]["sources"] = [{"name": "mine", "files": ["mine.csv"]}]
+    (profile / "p.yaml").write_text(yaml.safe_dump(values))
+    monkeypatch.chdir(here)
+    config = chosen_profile(str(profile / "p.yaml"), changes=["precompute.shards.validation=held/out.csv", "stages.stage2.run.steps=11"])
+    assert config.precompute.shards.validation == here / "held" / "out.csv"
+    assert config.precompute.sources[0].files == [profile / "mine.csv"]
+    assert config.stages.stage2.run.steps == 11
 
 
 def test_the_newest_step_s_link_is_renewed_and_takes_nobody_s_place(tmp_path: Path) -> None:

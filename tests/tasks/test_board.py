@@ -1,4 +1,4 @@
-"""What a phase tells the board of a rented machine's volume."""
+"""What a phase posts on the board of a rented machine's volume."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 from deployments.checks import load_profile
 from infra.board import Board
 from infra.store import FolderStore
-from tasks.telling import telling
+from tasks.board import on_board
 
 
 def entries(volume: Path) -> list[str]:
@@ -16,17 +16,17 @@ def entries(volume: Path) -> list[str]:
 
 def test_status_and_blockers_are_on_the_board(tmp_path: Path) -> None:
     config = load_profile("runpod")
-    with telling("speed", config, tmp_path) as tell:
-        tell("twice as fast")
-    with pytest.raises(ValueError), telling("train", config, tmp_path):
+    with on_board("speed", config, tmp_path) as post:
+        post("twice as fast")
+    with pytest.raises(ValueError), on_board("train", config, tmp_path):
         raise ValueError("no shards")
     assert entries(tmp_path) == ["speed: begins", "speed: twice as fast", "speed: is done", "train: begins", "train: BLOCKER: no shards"]
 
 
-def test_at_home_nobody_is_told_and_a_board_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
-    with telling("speed", load_profile("ci"), tmp_path):
+def test_at_home_nothing_is_posted_and_a_board_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    with on_board("speed", load_profile("ci"), tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "comms").write_text("in the way")
-    with telling("speed", load_profile("runpod"), tmp_path):
+    with on_board("speed", load_profile("runpod"), tmp_path):
         pass

@@ -5,7 +5,7 @@ import subprocess
 import pytest
 from huggingface_hub import RepoCard
 
-from deployments import cli
+from deployments import cli, space
 from deployments.space import FILES, PACKAGES
 from fvlm_core.errors import UserError
 from infra.stack import REPOSITORY
@@ -26,6 +26,13 @@ def test_a_space_has_its_metadata_and_complete_code(tmp_path):
     assert "fvlm_core/serve/page.html" in files
     assert not any("__pycache__" in file for file in files)
     assert "-r code/requirements.lock" in dockerfile
+
+
+def test_an_installed_package_is_no_checkout(tmp_path, monkeypatch):
+    monkeypatch.setattr(space, "REPOSITORY", tmp_path)
+    with pytest.raises(UserError, match=r"LICENSE, .* missing"):
+        cli.app(["space", "someone/model", "-o", str(tmp_path / "space")], result_action="return_value")
+    assert not (tmp_path / "space").exists()
 
 
 @pytest.mark.parametrize(("model", "message"), [("release/model/", "loads its model from the hub"), ("someone/model", "exists already")])

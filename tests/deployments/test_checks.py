@@ -101,7 +101,7 @@ def test_a_volume_that_cannot_be_written_or_is_nearly_full_is_refused(tmp_path: 
     check_volume(tmp_path / "volume", TESTS)
 
 
-def test_a_missing_environment_and_a_missing_ffmpeg_are_told_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_environment_and_a_missing_ffmpeg_are_reported_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     absent = TESTS.with_changes({"machine.video2dataset_python": str(tmp_path / "python")})
     with pytest.raises(UserError, match="environment is missing") as caught:
         check_programs(absent)

@@ -1,4 +1,4 @@
-"""What a phase on a rented machine tells the volume's board: that it began, how it ended, and what it cannot go on without."""
+"""What a phase on a rented machine posts on the volume's board: that it began, how it ended, and what it cannot go on without."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -11,22 +11,22 @@ from tasks.config import PipelineConfig
 
 
 @contextlib.contextmanager
-def telling(phase: str, config: PipelineConfig, volume: Path) -> Iterator[Callable[[str], None]]:
-    """Tell the board about what happens in the block; yields a function for more. Without rented machines there is no board.
+def on_board(phase: str, config: PipelineConfig, volume: Path) -> Iterator[Callable[[str], None]]:
+    """Post on the board what happens in the block; yields a function that posts more. Without rented machines there is no board.
 
     A board that cannot be written stops nothing.
     """
     board = Board(FolderStore(volume), "RUNPOD") if config.machine.rental else None
 
-    def tell(text: str) -> None:
+    def post(text: str) -> None:
         if board is not None:
             with contextlib.suppress(InfraError, OSError):
                 board.post(f"{phase}: {text}")
 
-    tell("begins")
+    post("begins")
     try:
-        yield tell
+        yield post
     except Exception as error:
-        tell(f"BLOCKER: {error}")
+        post(f"BLOCKER: {error}")
         raise
-    tell("is done")
+    post("is done")
