@@ -1,10 +1,13 @@
-"""Prefect's server, with three additions: `python -m infra.server --socket N` serves on the inherited socket
+"""Prefect's server, with four additions: `python -m infra.server --socket N` serves on the inherited socket
 N; its settings are in the environment.
 
 * Requests that change something wait for each other, and one that SQLite was too busy for is tried again here. Prefect answers it
   with status 503 and leaves the next try to its clients; a browser makes none, and the click in the UI is lost.
 * What a worker says on its channel waits for SQLite's lock. Nobody tries it again: a greeting that fails closes the channel, and a
   heartbeat that fails is lost.
+* A statement that SQLite refused is closed where it was run. Left to itself it is closed by whoever drops the last reference to it, mostly
+  the event loop; and that waits for the connection, which may be waiting for a lock whose owner waits for the event loop. The
+  server did not answer for a minute then, until SQLite's own time-out.
 * The page `/open#PASSWORD` keeps the password where the UI's own login page would, so that one link opens the UI. What follows
   the # never leaves the browser, so it is in no log.
 * Less work: a new database is a copy of one that is migrated (`new_database.py`), a schema is checked once (`schema_checks.py`).
@@ -21,6 +24,7 @@ from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from http import HTTPStatus
 from pathlib import Path
+from typing import Any, Self
 
 import uvicorn
 from prefect.server.api.server import create_app
@@ -28,9 +32,11 @@ from prefect.server.database.configurations import AioSqliteConfiguration
 from prefect.server.database.dependencies import MODELS_DEPENDENCIES
 from prefect.server.utilities.database import get_dialect
 from prefect.settings import get_current_settings
+from sqlalchemy import Dialect, event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
-from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, AsyncSessionTransaction
+from sqlalchemy.pool import ConnectionPoolEntry
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 from starlette.routing import Route
@@ -58,12 +64,49 @@ HELD: ContextVar[bool] = ContextVar("HELD", default=False)
 """Whether a transaction of this request has it."""
 
 
+class ClosingCursor(sqlite3.Cursor):
+    """Closes itself when it fails. Python and SQLAlchemy leave a failed one open, with its statement, in the exception's traceback."""
+
+    def execute(self, sql: str, parameters: Any = (), /) -> Self:
+        try:
+            return super().execute(sql, parameters)
+        except sqlite3.Error:
+            self.close()
+            raise
+
+    def executemany(self, sql: str, parameters: Any, /) -> Self:
+        try:
+            return super().executemany(sql, parameters)
+        except sqlite3.Error:
+            self.close()
+            raise
+
+
+class ClosingConnection(sqlite3.Connection):
+    """Its cursors close themselves when they fail."""
+
+    def cursor(self, factory: type[sqlite3.Cursor] = ClosingCursor) -> sqlite3.Cursor:  # type: ignore[override]
+        return super().cursor(factory)
+
+
+def _closing(_dialect: Dialect, _record: ConnectionPoolEntry, _arguments: list[Any], options: dict[str, Any]) -> None:
+    """Before SQLAlchemy connects."""
+    options["factory"] = ClosingConnection
+
+
 class LockingSqlite(AioSqliteConfiguration):
     """SQLite whose transactions wait for the write lock where LOCK_FIRST says so.
 
     Prefect begins most of them as readers. One that has read, and writes after another one has written, is refused at once,
     whatever the time-out.
     """
+
+    async def engine(self) -> AsyncEngine:
+        """Its connections are ClosingConnections."""
+        engine = await super().engine()
+        if not event.contains(engine.sync_engine, "do_connect", _closing):
+            event.listen(engine.sync_engine, "do_connect", _closing)
+        return engine
 
     @asynccontextmanager
     async def begin_transaction(

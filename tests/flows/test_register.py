@@ -14,6 +14,8 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.schedules import CronSchedule
 
 from deployments.register import FLOWS, flow_named, register
+from flows import evaluate
+from flows.registry import PHASES
 from infra.prefect_settings import without
 from infra.stack import REPOSITORY, Stack, queue_name, volume_tag
 from infra.volume import volume_id
@@ -85,6 +87,13 @@ def test_the_form_begins_with_the_small_field_of_changes() -> None:
         assert first == "changes", name
         assert "by dotted path" in properties["changes"]["description"]
         assert set(flow.parameters.required) == {"config", "volume"}
+        if name in PHASES:  # what is registered of one is compared with what another has
+            assert flow.parameters == flow_named(next(iter(PHASES))).parameters
+
+
+def test_a_module_of_a_phase_has_its_flow_and_nothing_else_that_is_asked_for() -> None:
+    assert evaluate.evaluate is evaluate.evaluate is flow_named("evaluate")
+    assert not hasattr(evaluate, "train")
 
 
 def test_two_volumes_on_one_server_share_neither_deployments_nor_queues(prefect_api: Stack, tmp_path: Path) -> None:
