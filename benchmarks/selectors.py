@@ -51,6 +51,7 @@ GATE_PER_DIGIT = GATE * (START_FRAMES + 1) / START_FRAMES
 """Clutter rises while a digit costs fewer nats, 1.33, as in `benchmarks.foveation`. Chance is 2.3."""
 CHOSEN_STEPS = 100
 CLIPS = 512
+CHANCE = 0.1
 BOOTSTRAP = Bootstrap(resamples=2000, seed=0)
 
 
@@ -289,18 +290,24 @@ def measurements(out: Path) -> Iterator[Measurement]:
 
 
 def tables(out: Path) -> str:
-    """A Markdown table per world."""
+    """A Markdown table per world; below those of a world that nobody learned, that they compare nothing."""
     head = "| {} | accuracy | 95 % | by seed | ours minus it | right patch opened | MFLOP a frame |\n|---|---|---|---|---|---|---|"
     lines: list[str] = []
-    for row in rows(out):
-        if row.selector == SELECTORS[0] or not lines:
-            lines += ["", head.format(row.world)]
-        gain = "" if row.gain is None else f"{row.gain.value:+.3f} [{row.gain.low:+.3f}, {row.gain.high:+.3f}]"
-        hit = "" if math.isnan(row.opened) else f"{row.opened:.3f}"
-        seeds = " ".join(f"{value:.3f}" for value in row.seeds.values())
-        interval = f"[{row.accuracy.low:.3f}, {row.accuracy.high:.3f}]"
-        lines.append(f"| {row.selector} | {row.accuracy.value:.3f} | {interval} | {seeds} | {gain} | {hit} | {row.mflop:.1f} |")
+    found = list(rows(out))
+    for world in dict.fromkeys(row.world for row in found):
+        own = [row for row in found if row.world == world]
+        lines += ["", head.format(world), *map(_line, own)]
+        if all(row.accuracy.low <= CHANCE for row in own):
+            lines += ["", f"**Not learned**: no selector answers above chance ({CHANCE}); the rows of *{world}* do not say which one wins."]
     return "\n".join(lines).strip()
+
+
+def _line(row: Row) -> str:
+    gain = "" if row.gain is None else f"{row.gain.value:+.3f} [{row.gain.low:+.3f}, {row.gain.high:+.3f}]"
+    hit = "" if math.isnan(row.opened) else f"{row.opened:.3f}"
+    seeds = " ".join(f"{value:.3f}" for value in row.seeds.values())
+    interval = f"[{row.accuracy.low:.3f}, {row.accuracy.high:.3f}]"
+    return f"| {row.selector} | {row.accuracy.value:.3f} | {interval} | {seeds} | {gain} | {hit} | {row.mflop:.1f} |"
 
 
 if __name__ == "__main__":
