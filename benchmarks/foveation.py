@@ -36,6 +36,8 @@ GLANCE_PX = 112
 OPENED = {224: (1, 4), 448: (2, 2), 896: (3, 1), 3584: (5, 1)}
 """Frame size -> levels and patches opened at each: 16, 16, 12 and 20 patches a query in all. 3584 px is 4K's long side, cut to patches."""
 FOUR_K, TILE = 3584, 224
+MANY, FEW = 16, 4
+"""Frames of a clip: each level is one more walk through the encoder's weights, which the frames of a clip share."""
 LARGER = [frame_px for frame_px in OPENED if frame_px != TILE]
 PARTS = ("costs", "larger", "stream", "decoding", "rival")
 RIVAL = "SmolVLM2-256M"
@@ -60,7 +62,10 @@ def measure(options: Namespace) -> Iterator[Measurement]:
     if "costs" in options.parts:
         yield from costs(options.frames, options.rounds)
     for frame_px in LARGER if "larger" in options.parts else ():
-        yield from larger(frame_px, options.rounds)
+        yield from larger(frame_px, options.rounds, frames=MANY)
+    if "larger" in options.parts:
+        yield from larger(FOUR_K, options.rounds, frames=FEW)
+        yield against_tiles()
     if "stream" in options.parts:
         yield stream_rate(min(options.frames, 32))
     if "decoding" in options.parts:
@@ -103,13 +108,12 @@ def first_tokens(frames: int) -> Measurement:
     return Measurement("foveation", "ttft_vs_smolvlm2", taken["ours"], "s", against, taken["ours"] / taken[RIVAL])
 
 
-def larger(frame_px: int, rounds: int) -> Iterator[Measurement]:
+def larger(frame_px: int, rounds: int, *, frames: int) -> Iterator[Measurement]:
     """Frames of another size beside those of 224 px, as many of each."""
-    frames = 4 if frame_px == FOUR_K else 16
     model, batch = glance_model(frame_px), video_question(frames, frame_px=frame_px)
     small, usual = glance_model(), video_question(frames)
     gflop = [count_flops(lambda m=m, b=b: read_batch(m, b, "coarse_fine")) / 1e9 for m, b in ((model, batch), (small, usual))]
-    name = "4k" if frame_px == FOUR_K else str(frame_px)
+    name = ("4k" if frame_px == FOUR_K else str(frame_px)) + ("" if frames == MANY else f"_{frames}_frames")
     yield Measurement(
         "foveation", f"cost_{name}_vs_224", gflop[0], "GFLOP", f"224 px, {frames} frames: {gflop[1]:.1f} GFLOP", gflop[0] / gflop[1]
     )
@@ -125,12 +129,16 @@ def larger(frame_px: int, rounds: int) -> Iterator[Measurement]:
     ratio = (seconds["large"] - seconds["large_shrunk"]) / (seconds["small"] - seconds["small_shrunk"])
     shrinking = f"besides downscaling, {seconds['large_shrunk'] / frames * 1000:.1f} ms a frame; 224 px: {seconds['small']:.2f} s"
     yield Measurement("foveation", f"seconds_{name}_vs_224", seconds["large"] - seconds["large_shrunk"], "s", shrinking, ratio)
-    if frame_px == FOUR_K:
-        full = build_model(model_settings(), vocab_size=VOCABULARY).eval().requires_grad_(False)
-        tile = count_flops(lambda: full.encode(usual.frames[:1])) / 1e9
-        ours = count_flops(lambda: read_batch(model, batch, "coarse_fine")) / 1e9 / frames
-        tiles = (FOUR_K // TILE) ** 2
-        yield Measurement("foveation", "flops_4k_vs_tiles", ours, "GFLOP", f"{tiles} tiles of 224 px, encoded only", ours / (tile * tiles))
+
+
+def against_tiles() -> Measurement:
+    """FLOPs of a 4K frame and the question beside its tiles'."""
+    full = build_model(model_settings(), vocab_size=VOCABULARY).eval().requires_grad_(False)
+    model, batch = glance_model(FOUR_K), video_question(FEW, frame_px=FOUR_K)
+    tile = count_flops(lambda: full.encode(video_question(1).frames)) / 1e9
+    ours = count_flops(lambda: read_batch(model, batch, "coarse_fine")) / 1e9 / FEW
+    tiles = (FOUR_K // TILE) ** 2
+    return Measurement("foveation", "flops_4k_vs_tiles", ours, "GFLOP", f"{tiles} tiles of 224 px, encoded only", ours / (tile * tiles))
 
 
 @torch.no_grad()

@@ -52,6 +52,7 @@ class Run:
     seed: int
     say: Callable[[str], None] = print
     loss: LossSettings = LOSS
+    gate: float = GATE
     model: FoveatedVLM = field(init=False)
 
     def __post_init__(self) -> None:
@@ -119,11 +120,11 @@ class Run:
             optimizer.step()
             last = losses.sums[model.pass_names[-1]].item() / batch.n_labels
             running = 0.8 * running + 0.2 * last
-            clutter = min(1.0, clutter + CLUTTER_STEP) if running < GATE else clutter
+            clutter = min(1.0, clutter + CLUTTER_STEP) if running < self.gate else clutter
             full += clutter >= 1.0
             if step % 20 == 19:
                 self.say(f"train {step + 1} loss {running:.3f} clutter {clutter:.2f} ({time.monotonic() - started:.0f} s)")
-            if until_full is not None and full >= until_full and running < GATE:
+            if until_full is not None and full >= until_full and running < self.gate:
                 break
         model.eval()
         return clutter, step + 1

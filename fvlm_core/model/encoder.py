@@ -153,6 +153,31 @@ class EncoderLayer(nn.Module):
             return self._finish(q, attend_once(query, key, value, ticket, scale))
         return self._finish(q, F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale))
 
+    def with_query(
+        self,
+        both: Tensor,
+        added: Added,
+        count: Sequence[int],
+        keys: Tensor,
+        values: Tensor,
+        seen: Tensor,
+        temperature: float,
+        bias: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Rows [R * n + R, D] one layer on, and what the next layer adds by `scale2`: n patches of each of R frames, and a query each.
+
+        Of `count` R, n. The patches' keys and values become the last n of `keys` and `values` [R, heads, N, head_dim]. They attend to what
+        `seen` [n, N] does not lower, as the queries do to what `bias` [R, 1, 1, N] does not.
+        """
+        both = scaled_sum(both, added)
+        patches, queries = self.norm1(both).tensor_split([count[0] * count[1]])
+        query, key, value = self._project(patches.unflatten(0, count), slice(None))
+        (reading,) = self._project(queries[:, None], slice(0, both.shape[-1]))
+        keys[:, :, -count[1] :], values[:, :, -count[1] :] = key, value
+        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=seen)
+        read = F.scaled_dot_product_attention(reading, keys, values, attn_mask=bias, scale=reading.shape[-1] ** -0.5 / temperature)
+        return self._finished(both, torch.cat([part.transpose(1, 2).flatten(2).flatten(0, 1) for part in (attended, read)]))
+
     def weights(self, q: Tensor, key: Tensor, temperature: float, bias: Tensor | None = None) -> Tensor:
         """Attention weights [F, heads, Q, N] of queries [F, Q, D]."""
         return self.logits(q, key, temperature, bias).float().softmax(-1)
@@ -170,7 +195,10 @@ class EncoderLayer(nn.Module):
         return tuple(p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in projected.split(x.shape[-1], dim=-1))
 
     def _attended(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
-        x = x + self.out(attended.transpose(1, 2).flatten(2)) * self.scale1
+        return self._finished(x, attended.transpose(1, 2).flatten(2))
+
+    def _finished(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + self.out(attended) * self.scale1
         return x, self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
     def _finish(self, x: Tensor, attended: Tensor) -> Tensor:

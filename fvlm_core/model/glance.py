@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fvlm_core.config import GlanceSettings
-from fvlm_core.model.encoder import Added, Encoder, FrameFeatures, scaled_sum
+from fvlm_core.model.encoder import Added, Encoder, EncoderLayer, FrameFeatures, scaled_sum
+from fvlm_core.model.walk import Walk
 
 LEAST = 1e-6
 """Added to p before its logarithm: a patch that was opened against the odds can still be read."""
@@ -102,6 +103,47 @@ def with_everything(encoder: Encoder, features: GlanceFeatures, settings: Glance
     return replace(features, everything=opened)
 
 
+@dataclass(frozen=True)
+class Children:
+    """Patches of one level about to be encoded, for R rows with n of them each."""
+
+    x: Tensor
+    """[R, n, D]: embedded."""
+    siblings: Tensor
+    """bool [n, n]: who has the same parent."""
+    parents: Tensor
+    """As in `Opened`, like the rest."""
+    roots: Tensor
+    places: Tensor
+
+
+def children_of(
+    encoder: Encoder,
+    features: GlanceFeatures,
+    settings: GlanceSettings,
+    scales: Tensor,
+    level: int,
+    chosen: Tensor,
+    places: Tensor,
+    roots: Tensor,
+    rows: Tensor | None = None,
+) -> Children:
+    """The children of `chosen` int64 [R, k] among the patches that stand at `places` [R, n] of the grid at `level` (0: the glance).
+
+    `rows` int64 [R]: the frame of each row, where a row is not a frame.
+    """
+    zoom, columns = settings.zoom, features.grid[1] * settings.zoom**level
+    above = places.gather(1, chosen)
+    offsets = torch.arange(zoom, device=above.device)
+    down = (above // columns)[..., None, None] * zoom + offsets[:, None]
+    right = (above % columns)[..., None, None] * zoom + offsets
+    down, right = (part.expand(-1, -1, zoom, zoom).flatten(1) for part in (down, right))
+    x = _embed(encoder, features, settings, level, down, right, rows) + scales[level]
+    parent = torch.arange(chosen.shape[1], device=x.device).repeat_interleave(zoom**2)
+    parents, under = (part.repeat_interleave(zoom**2, dim=1) for part in (chosen, roots.gather(1, chosen)))
+    return Children(x, parent[:, None] == parent, parents, under, down * (columns * zoom) + right)
+
+
 def open_patches(
     encoder: Encoder,
     features: GlanceFeatures,
@@ -113,20 +155,10 @@ def open_patches(
     roots: Tensor,
     rows: Tensor | None = None,
 ) -> Opened:
-    """Encode the children of `chosen` int64 [R, k] among the patches that stand at `places` [R, n] of the grid at `level` (0: the glance).
-
-    `rows` int64 [R]: the frame of each row, where a row is not a frame.
-    """
-    zoom, columns = settings.zoom, features.grid[1] * settings.zoom**level
-    above = places.gather(1, chosen)
-    offsets = torch.arange(zoom, device=above.device)
-    down = (above // columns)[..., None, None] * zoom + offsets[:, None]
-    right = (above % columns)[..., None, None] * zoom + offsets
-    down, right = (part.expand(-1, -1, zoom, zoom).flatten(1) for part in (down, right))
-    x = _embed(encoder, features, settings, level, down, right, rows) + scales[level]
-    alone = torch.ones(zoom**2, zoom**2, dtype=torch.bool, device=x.device)
-    siblings = torch.block_diag(*[alone] * chosen.shape[1])
-    seen = F.pad(siblings, (features.keys[0].shape[2], 0), value=True)  # [n, glance + n]
+    """Encode the children of patches, chosen as in `children_of`."""
+    children = children_of(encoder, features, settings, scales, level, chosen, places, roots, rows)
+    x = children.x
+    seen = F.pad(children.siblings, (features.keys[0].shape[2], 0), value=True)  # [n, glance + n]
     added: Added = None
     keys, values = [], []
     for number, layer in enumerate(encoder.layers):
@@ -141,8 +173,7 @@ def open_patches(
             added = more, layer.scale2
         keys.append(key)
         values.append(value)
-    parents, under = (part.repeat_interleave(zoom**2, dim=1) for part in (chosen, roots.gather(1, chosen)))
-    return Opened(keys, values, parents, under, down * (columns * zoom) + right)
+    return Opened(keys, values, children.parents, children.roots, children.places)
 
 
 def foveate(
@@ -168,43 +199,54 @@ def foveate(
     if own and n_queries > 1:
         rows = torch.arange(n_frames, device=queries.device).repeat_interleave(n_queries)
     q = queries.flatten(0, 1)[:, None] if own else queries
-    keys, values = ([part if rows is None else part.index_select(0, rows) for part in parts] for parts in (features.keys, features.values))
-    n_glance = keys[0].shape[2]
+    last = encoder.layers[-1]
+    n_glance = features.keys[0].shape[2]
+    walk = None
+    if own and not torch.is_grad_enabled():
+        walk = Walk(encoder, features, temperature, _most_children(settings, n_glance - 1), rows)
+        keys, values = walk.keys, walk.values
+    else:
+        keys, values = (
+            [part if rows is None else part.index_select(0, rows) for part in parts] for parts in (features.keys, features.values)
+        )
     bias = q.new_zeros(len(q), 1, q.shape[1], n_glance)
     roots = places = torch.arange(n_glance - 1, device=q.device).expand(len(q), -1)
-    levels: list[Opened] = []
+    entering = to_last(encoder, keys, values, q, temperature, None)
+    roots_of: list[Tensor] = []
     chosen: list[Tensor] = []
     logs: list[Tensor] = []
     for level in range(settings.levels):
-        p = selection(encoder, keys, values, q, temperature, bias if level else None, places.shape[1])
-        log_p = (p + LEAST).log()
+        log_p = (selection(last, keys[-1], entering, temperature, bias if level else None, places.shape[1]) + LEAST).log()
         if own:
             noise = 0.0 if not explore else -torch.empty_like(log_p).exponential_().log() * explore
             picked = chooser((log_p + noise)[:, 0], min(settings.open, places.shape[1]))
-            opened = open_patches(encoder, features, settings, scales, level, picked, places, roots, rows)
+            opening = children_of if walk else open_patches
+            opened = opening(encoder, features, settings, scales, level, picked, places, roots, rows)
             chosen.append(picked)
         else:
             opened = features.everything[level]
         logs.append(log_p.gather(2, opened.parents[:, None].expand(-1, q.shape[1], -1)))
         bias = torch.cat([bias, logs[-1][:, None].to(bias.dtype)], dim=-1)
-        keys, values = (
-            [torch.cat(pair, dim=2) for pair in zip(before, new, strict=True)]
-            for before, new in ((keys, opened.keys), (values, opened.values))
-        )
+        if walk is not None and isinstance(opened, Children):
+            entering = walk.open(opened.x, opened.siblings, q, bias)
+            keys, values = walk.keys, walk.values
+        elif isinstance(opened, Opened):
+            keys, values = (
+                [torch.cat(pair, dim=2) for pair in zip(before, new, strict=True)]
+                for before, new in ((keys, opened.keys), (values, opened.values))
+            )
+            entering = to_last(encoder, keys, values, q, temperature, bias)
         places, roots = opened.places, opened.roots
-        levels.append(opened)
-    entering = q
-    for layer, key, value in zip(encoder.layers, keys, values, strict=True):
-        entering, q = q, layer.query(q, key, value, temperature, bias)
+        roots_of.append(roots)
     attended = None
     if weights or teach:
         with torch.no_grad():
-            attended = encoder.layers[-1].weights(entering, keys[-1], temperature, bias)
+            attended = last.weights(entering, keys[-1], temperature, bias)
     loss = None
     if teach and own and attended is not None:
         loss = _selection_loss(attended.mean(1)[:, 0, n_glance:], [log[:, 0] for log in logs], settings.zoom**2)
-    result = encoder.norm(q)
-    pooled = None if attended is None or not weights else _pooled(attended, levels, n_glance)
+    result = encoder.norm(last.query(entering, keys[-1], values[-1], temperature, bias))
+    pooled = None if attended is None or not weights else _pooled(attended, roots_of, n_glance)
     if not own:
         return GlanceRead(result, None, pooled, loss)
     if pooled is not None:
@@ -212,13 +254,16 @@ def foveate(
     return GlanceRead(result[:, 0].unflatten(0, (n_frames, n_queries)), chosen[0].unflatten(0, (n_frames, n_queries)), pooled, loss)
 
 
-def selection(
-    encoder: Encoder, keys: list[Tensor], values: list[Tensor], q: Tensor, temperature: float, bias: Tensor | None, n: int
-) -> Tensor:
-    """p [R, Q, n] over the last n keys: the last layer's attention, mean of heads, of queries [R, Q, D] that read what is open so far."""
+def to_last(encoder: Encoder, keys: list[Tensor], values: list[Tensor], q: Tensor, temperature: float, bias: Tensor | None) -> Tensor:
+    """Queries [R, Q, D] that read what is open so far, as they enter the last layer."""
     for layer, key, value in zip(encoder.layers[:-1], keys[:-1], values[:-1], strict=True):
         q = layer.query(q, key, value, temperature, bias)
-    logits = encoder.layers[-1].logits(q, keys[-1], temperature, bias)
+    return q
+
+
+def selection(last: EncoderLayer, key: Tensor, entering: Tensor, temperature: float, bias: Tensor | None, n: int) -> Tensor:
+    """p [R, Q, n] over the last n of keys [R, heads, N, head_dim]: the last layer's attention, mean of heads, of queries entering it."""
+    logits = last.logits(entering, key, temperature, bias)
     p = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).mean(1)[..., -n:]
     return p / p.sum(-1, keepdim=True).clamp(min=LEAST)
 
@@ -251,9 +296,12 @@ def _embed(
     size = encoder.patch_px
     scale = settings.zoom ** (settings.levels - 1 - level)  # the frames are of the last level's resolution
     grid = (features.grid[0] * settings.zoom ** (level + 1), features.grid[1] * settings.zoom ** (level + 1))
-    cut = features.frames.unflatten(1, (grid[0], -1)).unflatten(3, (grid[1], -1)).transpose(2, 3)  # [F, rows, columns, side, side, 3]
+    lines = features.frames.contiguous().flatten(2)  # [F, H, W * 3]
+    moved = next(kind for kind in (torch.int64, torch.int32, torch.int16, torch.uint8) if scale * size * 3 % kind.itemsize == 0)
+    # indexing takes its time by numbers, not by bytes, so several bytes move as one number; [F, rows, columns, side, side * 3 bytes]
+    cut = lines.view(moved).unflatten(1, (grid[0], -1)).unflatten(3, (grid[1], -1)).transpose(2, 3)
     frame = torch.arange(len(features.frames), device=down.device) if rows is None else rows
-    patches = cut[frame[:, None], down, right].flatten(0, 1)
+    patches = cut[frame[:, None], down, right].flatten(0, 1).view(torch.uint8).unflatten(2, (-1, 3))  # [R * n, side, side, 3]
     weight = encoder.patches.weight
     pixels = (shrunk(patches, scale) if scale > 1 else patches).permute(0, 3, 1, 2).to(weight.dtype)
     assert pixels.shape[-1] == size
@@ -275,9 +323,18 @@ def _selection_loss(attended: Tensor, logs: list[Tensor], children: int) -> Tens
     return loss
 
 
-def _pooled(attended: Tensor, levels: list[Opened], n_glance: int) -> Tensor:
-    """Attention [R, heads, Q, 1 + glance patches], the opened patches' added to the glance patches that they lie under."""
-    pooled, *opened = attended.split([n_glance, *(level.roots.shape[1] for level in levels)], dim=-1)
-    for weights, level in zip(opened, levels, strict=True):
-        pooled = pooled.scatter_add(-1, level.roots[:, None, None].expand_as(weights) + 1, weights)
+def _most_children(settings: GlanceSettings, patches: int) -> int:
+    """Patches that a query opens, all levels together."""
+    total = 0
+    for _ in range(settings.levels):
+        patches = min(settings.open, patches) * settings.zoom**2
+        total += patches
+    return total
+
+
+def _pooled(attended: Tensor, levels: list[Tensor], n_glance: int) -> Tensor:
+    """Attention [R, heads, Q, 1 + glance patches], that of opened patches added to those above: `levels` int64 [R, n] each."""
+    pooled, *opened = attended.split([n_glance, *(roots.shape[1] for roots in levels)], dim=-1)
+    for weights, roots in zip(opened, levels, strict=True):
+        pooled = pooled.scatter_add(-1, roots[:, None, None].expand_as(weights) + 1, weights)
     return pooled

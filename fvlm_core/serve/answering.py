@@ -127,6 +127,8 @@ class ReadSamples:
     """Per sample [frames, rows, columns], each frame's adding up to 1; empty arrays where not asked for or nothing is queried."""
     entropy: list[np.ndarray]
     """Per sample, the entropy of the attention to each frame in nats, mean of heads and queries, as training logs it."""
+    opened: list[np.ndarray] | None = None
+    """Per sample int [frames, n]: the glance patches that each frame's queries opened, numbered row by row, where the model opens any."""
 
 
 @torch.inference_mode()
@@ -147,7 +149,8 @@ def read(
     assert context.cache is not None
     ends = batch.cu_seqlens[1:].long() - 1
     maps, entropy = _gaze(context.weights, batch, subject)
-    return ReadSamples(context.cache, context.hidden[ends], maps, entropy)
+    opened = None if context.opened is None else np.split(context.opened.flatten(1).cpu().numpy(), np.cumsum(batch.shown_counts)[:-1])
+    return ReadSamples(context.cache, context.hidden[ends], maps, entropy, opened)
 
 
 def _gaze(weights: Tensor | None, batch: PackedBatch, subject: Subject) -> tuple[list[np.ndarray], list[np.ndarray]]:

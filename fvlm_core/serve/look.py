@@ -1,6 +1,7 @@
 """A clip of where the model looks: every frame with coarse attention and the gaze beside it, and the entropy of the query's attention.
 
-The colours are those of the evaluation's heat maps: darkened where there is no attention, tinted where a frame's attention peaks.
+The colours are those of the evaluation's heat maps: darkened where there is no attention, tinted where a frame's attention peaks. With a
+glance, frames around parts of the gaze show what was opened; all the rest was encoded small only.
 """
 
 from collections.abc import Iterator
@@ -55,6 +56,8 @@ def pictures(gaze: Gaze, title: str) -> Iterator[Image.Image]:
             text = f"{name} {t + 1} of {len(gaze.frames)}" if attention is None else name
             pen.text((left, TITLE_PX - 24), text, fill=FAINT if attention is None else INK, font=label)
             picture.paste(_tinted(frame, attention), (left, TITLE_PX))
+            if name == "gaze" and gaze.opened is not None:
+                _outline(pen, gaze.opened[t], gaze.fine[t].shape, left)
         _entropy(pen, gaze.entropy, t, most=log(gaze.fine[t].size + 1), top=TITLE_PX + PANEL_PX + MARGIN_PX, right=width - MARGIN_PX)
         yield picture
 
@@ -69,6 +72,15 @@ def _tinted(frame: np.ndarray, attention: np.ndarray | None) -> Image.Image:
     dark = np.asarray(image) * (1 - SHADE_OPACITY * (1 - strength))
     tint = HEAT_OPACITY * strength
     return Image.fromarray((dark * (1 - tint) + 255 * np.array(HEAT_COLOUR) * tint).astype(np.uint8))
+
+
+def _outline(pen: ImageDraw.ImageDraw, opened: np.ndarray, grid: tuple[int, ...], left: int) -> None:
+    """A frame around every patch of the grid that was opened, on the panel at `left`."""
+    rows, columns = grid
+    for place in opened.tolist():
+        row, column = divmod(place, columns)
+        x, y = left + column * PANEL_PX / columns, TITLE_PX + row * PANEL_PX / rows
+        pen.rectangle((x, y, x + PANEL_PX / columns - 1, y + PANEL_PX / rows - 1), outline=INK, width=2)
 
 
 def _entropy(pen: ImageDraw.ImageDraw, entropy: np.ndarray, t: int, *, most: float, top: int, right: int) -> None:

@@ -139,6 +139,8 @@ class Gaze:
     """The same with the queries that the language model writes."""
     entropy: np.ndarray
     """float [T]: of the fine attention to a frame, in nats; even attention to n patches has log(n)."""
+    opened: np.ndarray | None = None
+    """int [T, n]: the patches, numbered row by row, under which the fine queries had finer ones encoded; None without a glance."""
 
 
 def gaze(session: Session, question: str, *, mode: Mode | None = None, question_first: bool = True) -> Gaze:
@@ -153,4 +155,5 @@ def gaze(session: Session, question: str, *, mode: Mode | None = None, question_
     coarse = session.look(ids, "coarse_only", question_first=question_first, gaze=True)
     fine = session.look(ids, mode or "coarse_fine", question_first=question_first, gaze=True)
     shown = [index for indexes in session.media.shown for index in indexes]
-    return Gaze(session.media.frames[shown], coarse.gaze[0], fine.gaze[0], fine.entropy[0])
+    opened = None if fine.opened is None else fine.opened[0]
+    return Gaze(session.media.frames[shown], coarse.gaze[0], fine.gaze[0], fine.entropy[0], opened)

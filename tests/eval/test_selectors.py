@@ -77,6 +77,15 @@ def test_the_oracle_opens_the_patch_over_the_cell_that_counts(name):
         assert divmod(patch, 3) == (row // 3, column // 3)
 
 
+@pytest.mark.parametrize("world", ["asked", "still", "hunt"])
+def test_clutter_rises_at_equal_nats_a_digit(world):
+    """The loss is per label, and the end of an answer, which costs nothing, is one."""
+    trial = selectors.Trial(9, 0, world=world, say=lambda _: None)
+    made, batch = trial.batch("train", 2, 0.0)
+    per_digit = trial.gate * batch.n_labels / made.answers.size
+    assert per_digit == pytest.approx(foveation_world.GATE * (foveation_world.FRAMES + 1) / foveation_world.FRAMES)
+
+
 def test_merging_joins_equal_contents_and_counts_every_token_once():
     content = torch.eye(6)[torch.tensor([0, 0, 1, 2, 3, 1, 4, 5])][None]
     x = torch.arange(8.0)[None, :, None]
@@ -114,6 +123,17 @@ def test_gains_are_paired_by_clip_and_seed(tmp_path):
     assert other.gain is not None
     assert other.gain.value == pytest.approx(1 / 3)
     assert other.gain.n == 3
+
+
+@pytest.mark.parametrize(("right", "learned"), [(1, False), (4, True)])
+def test_a_world_that_nobody_learned_says_so(tmp_path, right, learned):
+    answers = [[int(clip % 10 < right)] for clip in range(200)]
+    for name in ("ours", "change"):
+        result = {"world": "still", "selector": name, "seed": 0, "mflop": 1.0, "right": answers, "hits": []}
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    table = selectors.tables(tmp_path)
+    assert f"| ours | {right / 10:.3f} |" in table
+    assert ("Not learned" in table) is not learned
 
 
 def test_missing_weights_are_refused_before_anything_is_trained(tmp_path):

@@ -21,12 +21,14 @@ from fvlm_core.model.encoder import Encoder
 from fvlm_core.model.flop_counter import count_flops
 from fvlm_core.model.flops import ModelDims, SampleShape, sample_flops
 from fvlm_core.model.foveated import FoveatedVLM
-from fvlm_core.model.glance import GlanceFeatures, foveate, look, open_patches, positions_at, selection, with_everything
+from fvlm_core.model.glance import GlanceFeatures, foveate, look, open_patches, positions_at, selection, to_last, with_everything
 from fvlm_core.model.inference import gaze, read_batch
 from fvlm_core.release.hub.configuration_fvlm import FVLMConfig
 from fvlm_core.release.hub.modeling_fvlm import FVLMModel
 from fvlm_core.release.hub_folder import configuration
 from fvlm_core.serve.answering import read
+from fvlm_core.serve.look import MARGIN_PX, PANEL_PX, TITLE_PX, pictures
+from fvlm_core.serve.session import Gaze
 from fvlm_core.serve.stream import FrameStream
 from tests.model.build import CHAT, VOCAB, sample, tiny_model, tiny_settings
 from tests.model.test_foveated import losses, mixed
@@ -208,6 +210,26 @@ def test_opening_all_equals_all_open(shape, n_queries):
     assert found.opened.shape == (2, n_queries, ALL)
 
 
+@pytest.mark.parametrize("shape", DEEPEST, ids=str)
+@pytest.mark.parametrize("n_queries", [1, 3])
+@pytest.mark.parametrize("k", [1, 2, ALL])
+def test_inference_walks_to_what_training_reads(shape, n_queries, k):
+    """Patches and query together and in place, against one after the other with gradients; of some queries, at another temperature."""
+    model = glance_model(**shape, open=k)
+    chosen, scales = model.settings.glance, model.connector.scale_embeddings
+    assert chosen is not None
+    features = look(model.encoder, frames_of(model, 2), chosen)
+    queries = torch.randn(2, n_queries, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    expected = foveate(model.encoder, features, queries, chosen, scales, 0.7, weights=True, teach=True)
+    with torch.no_grad():
+        found = foveate(model.encoder, features, queries, chosen, scales, 0.7, weights=True, teach=True)
+    assert expected.read.requires_grad
+    assert torch.equal(found.opened, expected.opened)
+    torch.testing.assert_close(found.read, expected.read, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.weights, expected.weights, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.selection_loss, expected.selection_loss, rtol=1e-9, atol=1e-9)
+
+
 @settings(max_examples=15, deadline=None)
 @given(k=st.integers(1, ALL), seed=st.integers(0, 99), shape=st.sampled_from(DEEPEST[:2]))
 @torch.no_grad()
@@ -258,7 +280,8 @@ def test_gradient_reaches_the_choice(shape):
     assert chosen is not None
     queries = torch.randn(1, 2, 32, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(2))
     assert torch.autograd.gradcheck(lambda q: foveate(model.encoder, full, q, chosen, scales).read, (queries,), fast_mode=True)
-    p = selection(model.encoder, full.keys, full.values, queries, 1.0, None, ALL)
+    entering = to_last(model.encoder, full.keys, full.values, queries, 1.0, None)
+    p = selection(model.encoder.layers[-1], full.keys[-1], entering, 1.0, None, ALL)
     torch.testing.assert_close(p.sum(-1), torch.ones(1, 2, dtype=torch.float64))
     (gradient,) = torch.autograd.grad(p[0, 0, 0], queries)
     assert gradient[0, 0].abs().max() > 1e-6
@@ -337,9 +360,24 @@ def test_serving_shows_the_gaze():
     model = glance_model(zoom=3)
     subject = Subject(model, None, CHAT, torch.device("cpu"), batch_samples=4)  # pyright: ignore[reportArgumentType]
     clips = large([sample(np.random.default_rng(3), frames=n, answer=0) for n in (2, 3)], model)
-    maps = read(subject, clips, "autoregressive", gaze=True, room=1).gaze
+    found = read(subject, clips, "autoregressive", gaze=True, room=1)
+    maps = found.gaze
     assert [part.shape for part in maps] == [(2, 3, 3), (3, 3, 3)]
     assert np.concatenate(maps).sum((1, 2)) == pytest.approx(np.ones(5))
+    assert found.opened is not None
+    assert [part.shape for part in found.opened] == [(2, 2), (3, 2)]
+    assert read(subject, clips, "coarse_only", gaze=True, room=1).opened is None
+
+
+def test_the_clip_of_where_it_looks_frames_what_was_opened():
+    frames, even = np.zeros((1, 42, 42, 3), np.uint8), np.full((1, 3, 3), 1 / 9)
+    plain, framed = (
+        np.asarray(next(pictures(Gaze(frames, even, even, np.ones(1), opened), ""))).astype(int) for opened in (None, np.array([[1, 5]]))
+    )
+    rows, columns = np.nonzero(np.abs(framed - plain).sum(-1))
+    patch, left = PANEL_PX // 3, 3 * MARGIN_PX + 2 * PANEL_PX
+    drawn = set(zip(((rows - TITLE_PX) // patch).tolist(), ((columns - left) // patch).tolist(), strict=True))
+    assert drawn == {(0, 1), (1, 2)}
 
 
 def test_checkpointing_changes_no_gradient():
@@ -424,3 +462,8 @@ def test_half_precision_trains(train_on):
     found.backward()
     assert found.item() == pytest.approx(expected, rel=0.02)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    model.eval()
+    tokens = read_batch(model, batch, "coarse_fine").tokens
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = read_batch(model, batch, "coarse_fine").tokens
+    assert (rounded.float() - tokens).norm() < 0.05 * tokens.norm()
