@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fvlm_core.scaling.canvas import COLOURS, WIDTH, canvas
 
 from benchmarks.foveation_world import ZOOM, Run
 from fvlm_core.model.flop_counter import count_flops
 from fvlm_core.model.glance import with_everything
-from fvlm_core.scaling.canvas import COLOURS, WIDTH, canvas
 from fvlm_core.tables import Table
 
 MODELS = (
