@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fvlm_core.scaling.canvas import COLOURS, WIDTH, canvas
 
 from benchmarks.foveation_world import ZOOM, Run
+from fvlm_core.canvas import COLOURS, WIDTH, canvas
 from fvlm_core.model.flop_counter import count_flops
 from fvlm_core.model.glance import with_everything
 from fvlm_core.tables import Table
