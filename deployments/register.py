@@ -178,7 +178,7 @@ async def _deploy(
         "job_variables": given | pool.job_variables,
     }
     # what is ours of a deployment; its schedules are the users'
-    ours = wanted | {"entrypoint": f"flows.{flow}.{flow}", "parameter_openapi_schema": _schema(flow in PHASES)}
+    ours = wanted | {"entrypoint": f"flows.{flow}.{flow}", "parameter_openapi_schema": parameter_schema(flow)}
     if there is None or any(getattr(there, field) != value for field, value in ours.items()):
         entrypoint_type = EntrypointType.MODULE_PATH
         deployment = await flow_named(flow).ato_deployment(
@@ -188,9 +188,9 @@ async def _deploy(
 
 
 @cache
-def _schema(phase: bool) -> dict[str, Any]:
-    """Of the parameters of a phase's flow, which all phases have in common, or of the pipeline's."""
-    return flow_named(next(iter(PHASES)) if phase else PIPELINE).parameters.model_dump(exclude_unset=True)
+def parameter_schema(flow: str) -> dict[str, Any]:
+    """Of the pipeline's parameters, or of a phase's, which all phases have in common."""
+    return flow_named(flow if flow == PIPELINE else next(iter(PHASES))).parameters.model_dump(exclude_unset=True)
 
 
 async def _deploy_reaper(name: str, config: PipelineConfig, volume: Path, known: str) -> None:

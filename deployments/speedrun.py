@@ -130,6 +130,8 @@ def _run(stack: Stack, config: PipelineConfig, volume: Path, console: Console, p
     from tasks.plan import plan
 
     console.print(plan(list(PHASES.values()), config, volume).summary().terminal())
+    for flow in register.FLOWS[:2]:  # while the server starts: to compare deployments takes a schema of the pipeline and of a phase
+        register.parameter_schema(flow)
     stack.wait_for_server()
     with watched(stack, console.print) as watchdog:
         try:
