@@ -1,26 +1,21 @@
 """The local Prefect server against web pages of others, and under many writers."""
 
-import asyncio
-import gc
 import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 from threading import Thread
 from uuid import uuid4
 
 import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
-from sqlalchemy.exc import OperationalError
 from websockets import ConnectionClosed, Subprotocol
 from websockets.sync.client import connect
 
 from infra.api import credentials
-from infra.server import LockingSqlite
 from infra.stack import Stack
 
 CHROMIUM = "/usr/bin/chromium"
@@ -183,39 +178,6 @@ def test_workers_that_greet_the_server_at_once_are_all_heard(stack: Stack) -> No
         with ThreadPoolExecutor(8) as pool:
             said = list(pool.map(lambda number: (greet if number % 2 else write)(number), range(100)))
     assert set(said) == {"worker.ready.v1", "written"}
-
-
-def test_a_refused_statement_that_is_dropped_keeps_nobody_waiting(tmp_path: Path) -> None:
-    """Its connection meanwhile waits for a lock, and the lock's owner for the event loop."""
-
-    async def drop_while_its_connection_waits() -> None:
-        engine = await LockingSqlite(f"sqlite+aiosqlite:///{tmp_path / 'database'}").engine()
-        async with engine.connect() as one, engine.connect() as other:
-            await one.exec_driver_sql("CREATE TABLE numbers (number)")
-            await one.exec_driver_sql("PRAGMA busy_timeout = 10000")
-            await one.exec_driver_sql("BEGIN")
-            await one.exec_driver_sql("SELECT * FROM numbers")
-            await other.exec_driver_sql("INSERT INTO numbers VALUES (1)")
-            refused: list[OperationalError] = []
-            try:
-                await one.exec_driver_sql("INSERT INTO numbers VALUES (2)")
-            except OperationalError as error:
-                refused.append(error)
-            assert "locked" in str(refused)
-            await one.rollback()
-            await other.exec_driver_sql("BEGIN IMMEDIATE")
-            waiting = asyncio.create_task(one.exec_driver_sql("INSERT INTO numbers VALUES (3)"))
-            await asyncio.sleep(0.3)
-            refused.clear()
-            gc.collect()  # the exception, its traceback and the statement in it are a cycle
-            await other.commit()
-            await waiting  # "database is locked" where the event loop stood still for as long as its connection waits
-
-    gc.freeze()  # so that a collection takes no time
-    try:
-        asyncio.run(drop_while_its_connection_waits())
-    finally:
-        gc.unfreeze()
 
 
 def test_the_user_s_own_password_and_port_are_taken(stack: Stack) -> None:

@@ -1,0 +1,42 @@
+"""The server's SQLite database, without a server: Prefect's configuration of it with our additions."""
+
+import asyncio
+import gc
+from pathlib import Path
+
+from sqlalchemy.exc import OperationalError
+
+from infra.server import LockingSqlite
+
+
+def test_a_refused_statement_that_is_dropped_keeps_nobody_waiting(tmp_path: Path) -> None:
+    """Its connection meanwhile waits for a lock, and the lock's owner for the event loop."""
+
+    async def drop_while_its_connection_waits() -> None:
+        engine = await LockingSqlite(f"sqlite+aiosqlite:///{tmp_path / 'database'}").engine()
+        async with engine.connect() as one, engine.connect() as other:
+            await one.exec_driver_sql("CREATE TABLE numbers (number)")
+            await one.exec_driver_sql("PRAGMA busy_timeout = 10000")
+            await one.exec_driver_sql("BEGIN")
+            await one.exec_driver_sql("SELECT * FROM numbers")
+            await other.exec_driver_sql("INSERT INTO numbers VALUES (1)")
+            refused: list[OperationalError] = []
+            try:
+                await one.exec_driver_sql("INSERT INTO numbers VALUES (2)")
+            except OperationalError as error:
+                refused.append(error)
+            assert "locked" in str(refused)
+            await one.rollback()
+            await other.exec_driver_sql("BEGIN IMMEDIATE")
+            waiting = asyncio.create_task(one.exec_driver_sql("INSERT INTO numbers VALUES (3)"))
+            await asyncio.sleep(0.3)
+            refused.clear()
+            gc.collect()  # the exception, its traceback and the statement in it are a cycle
+            await other.commit()
+            await waiting  # "database is locked" where the event loop stood still for as long as its connection waits
+
+    gc.freeze()  # so that a collection takes no time
+    try:
+        asyncio.run(drop_while_its_connection_waits())
+    finally:
+        gc.unfreeze()
