@@ -126,7 +126,7 @@ def load_subject(job: EvalJob, ranks: Ranks = ALONE) -> Subject:
         raise UserError(
             f"the model (query {model.settings.query!r}) has no mode {', '.join(unknown)}",
             where="modes",
-            fix=f"leave modes empty, or choose of: {', '.join(model.modes)}",
+            fix=f"leave modes empty, or choose some of: {', '.join(model.modes)}",
         )
     if model.settings.vision.frame_px != shards.manifest.frame_px:
         raise UserError(
