@@ -26,10 +26,10 @@ from prefect.exceptions import ObjectNotFound
 from prefect.flows import Flow
 from prefect.states import Crashed
 from prefect.types.entrypoint import EntrypointType
-from prefect.workers.base import BaseWorker
 
 from flows.reap import EVERY_S, POOL, reap
 from flows.registry import PHASES, flow_of
+from fvlm_core.errors import UserError
 from infra.processes import mark
 from infra.stack import PROCESS_POOL, RENTED_POOL, queue_name, volume_tag
 from infra.volume import known_volume_id, volume_id
@@ -134,7 +134,7 @@ async def _pool(client: PrefectClient, pool: Pool, queue: str) -> tuple[str, str
     try:
         kind = (await client.read_work_pool(pool.name)).type
     except ObjectNotFound:
-        kind = await _new_pool(client, pool)
+        kind = await new_pool(client, pool)
     try:
         await client.read_work_queue_by_name(queue, work_pool_name=pool.name)
     except ObjectNotFound:
@@ -142,18 +142,33 @@ async def _pool(client: PrefectClient, pool: Pool, queue: str) -> tuple[str, str
     return pool.name, kind
 
 
-async def _new_pool(client: PrefectClient, pool: Pool) -> str:
-    """Make the pool; returns its type."""
-    # the server has the template of its own types
-    kind = None if pool.type == PROCESS_POOL else BaseWorker.get_worker_class_from_type(pool.type)
+async def new_pool(client: PrefectClient, pool: Pool) -> str:
+    """Make the pool; returns its type. Raises UserError for a type that neither an installed library nor the server knows."""
+    template = {} if pool.type == PROCESS_POOL else await _template(pool)  # the server fills in that of its own type
     new = WorkPoolCreate(
         name=pool.name,
         type=pool.type,
         description=pool.description,
         concurrency_limit=pool.limit,
-        base_job_template=kind.get_default_base_job_template() if kind else {},
+        base_job_template=template,
     )
     return (await client.create_work_pool(new)).type
+
+
+async def _template(pool: Pool) -> dict[str, Any]:
+    """The base job template of the pool's type."""
+    from prefect.workers.utilities import (  # here: most pools are of processes
+        get_available_work_pool_types,
+        get_default_base_job_template_for_infrastructure_type,
+    )
+
+    template = await get_default_base_job_template_for_infrastructure_type(pool.type)
+    if template is None:
+        known = ", ".join(await get_available_work_pool_types())
+        raise UserError(
+            f"there is no work-pool type {pool.type!r}", where=f"machine.pools, the pool {pool.name}", fix=f"use one of {known}"
+        )
+    return template
 
 
 async def _deploy(

@@ -4,9 +4,9 @@
 * `steps`: what a step is and when it is done. `make` finds its result or runs its job; `adopt` takes a result from elsewhere.
 * `phase`: what a phase is, and what it leaves. `direct` runs phases in this process.
 * `plan`, `dollars`, `bill`: what a run would do and cost, and what it has cost. `rented`: what else rented machines need.
-* `knowledge`, `board`: what phases write for people on the volume.
+* `knowledge`, `board`, `status`: what phases write for people on the volume.
 * `phase_flow`, `pipeline_flow`: a phase and the pipeline as Prefect flows. `helpers`: a phase on several workers; `waiting`: until a
-  flow run ends; `status`, `artifacts`: what the terminal and the UI show.
+  flow run ends; `status_board`, `artifacts`: what the UI shows.
 
 Only the modules of the last point import Prefect; an import rule in pyproject.toml says so.
 """

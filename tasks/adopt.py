@@ -1,11 +1,12 @@
 """Takes a finished result from elsewhere as the result of a step, after checking that it is what the step would make."""
 
+import contextlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fvlm_core.dotted import differences
+from fvlm_core.dotted import UnknownPathError, differences, value_at, with_changes
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import AnyManifest, write_atomically
 from fvlm_core.settings import read_yaml
@@ -13,6 +14,8 @@ from tasks.steps import RECORD, STEPS, Made, Step, StepRecord, read_record
 
 SETTINGS_FILES = ("recipe.yaml", "job.yaml")
 """Where a job's own folder says its settings, where it has no record of a step."""
+FILLED_BY = {"vision": "model.vision.checkpoint", "llm": "model.llm.checkpoint"}
+"""The setting that an input of a training run fills, where its manifest calls the input something else."""
 SHOWN = 5
 
 
@@ -34,8 +37,10 @@ def adopt(step: Step, folder: Path, volume: Path) -> Made:
         raise UserError(f"the result is damaged: {'; '.join(problems[:SHOWN])}", where=str(folder), fix="copy it again")
     wanted, theirs = step.record, _record(folder, manifest)
     settings = {name: value for name, value in theirs.settings.items() if name in wanted.settings}
+    settings = _without_places(settings, wanted)
     odd = [f"{path} is {now!r}, not {want!r}" for path, (want, now) in differences(wanted.settings, settings).items() if now != want]
-    odd += [f"it was made of another {name}" for name, digest in theirs.inputs.items() if wanted.inputs.get(name, digest) != digest]
+    odd += [f"it does not say of which {name} it was made" for name in wanted.inputs if name not in theirs.inputs]
+    odd += [f"it was made of another {name}" for name, digest in wanted.inputs.items() if theirs.inputs.get(name, digest) != digest]
     if odd:
         raise UserError(
             f"that is no result of {step.name}: {'; '.join(odd[:SHOWN])}",
@@ -61,4 +66,12 @@ def _record(folder: Path, manifest: AnyManifest) -> StepRecord:
     settings: Any = read_yaml(files[0])
     if not isinstance(settings, Mapping):
         raise UserError("the settings are not a list of keys", where=str(files[0]), fix="copy the result again")
-    return StepRecord(settings=dict(settings), inputs=manifest.inputs)
+    return StepRecord(settings=dict(settings), inputs={FILLED_BY.get(name, name): digest for name, digest in manifest.inputs.items()})
+
+
+def _without_places(settings: dict[str, Any], wanted: StepRecord) -> dict[str, Any]:
+    """The settings with what the step has where an input is filled in: inputs are compared by content, not by where they were."""
+    for path in wanted.inputs:
+        with contextlib.suppress(UnknownPathError):  # of a list's places, or at the top, where they are no settings
+            settings = with_changes(settings, {path: value_at(wanted.settings, path)})
+    return settings

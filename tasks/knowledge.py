@@ -8,7 +8,7 @@ from fvlm_core.experiments import LOG_FILE, Experiment, log_table
 
 HEAD = """# Knowledge
 
-What every run was to show, what it changed, what came out. The flows append; nothing is taken back: a later entry says what was wrong with
+What every run was to show, what it changed, what came out. The flows only append: a later entry says what was wrong with
 an earlier one.
 """
 

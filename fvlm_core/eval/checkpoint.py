@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from fvlm_core.cli import run_job
+from fvlm_core.devices import device_of
 from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
 from fvlm_core.eval.checkpoints import open_checkpoint
 from fvlm_core.eval.jobs import CheckpointJob
@@ -42,8 +43,7 @@ def evaluate_checkpoint(
     if job.threads:
         torch.set_num_threads(job.threads)
     loaded = job.benchmarks.load(None)
-    cuda = job.device == "cuda" or (job.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda", ranks.local) if cuda else torch.device("cpu")
+    device = device_of(job.device, local=ranks.local)
     answerer = open_checkpoint(job.checkpoint, device, original=job.original, batch_samples=job.batch_samples, seed=job.seed)
     start(sum(len(one.items) for one in loaded.values()))
     job.benchmarks.ask_items(loaded, answerer, job.output, ranks, done=done)

@@ -7,6 +7,7 @@ import torch
 from fvlm_core.config import Recipe
 from fvlm_core.data.frames import FrameRule
 from fvlm_core.data.shard_set import ShardSet
+from fvlm_core.devices import device_of
 from fvlm_core.errors import UserError
 from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
 from fvlm_core.eval.jobs import EvalJob
@@ -125,7 +126,7 @@ def load_subject(job: EvalJob, ranks: Ranks = ALONE) -> Subject:
         raise UserError(
             f"the model (query {model.settings.query!r}) has no mode {', '.join(unknown)}",
             where="modes",
-            fix=f"leave modes empty, or choose of: {', '.join(model.modes)}",
+            fix=f"leave modes empty, or choose some of: {', '.join(model.modes)}",
         )
     if model.settings.vision.frame_px != shards.manifest.frame_px:
         raise UserError(
@@ -133,6 +134,5 @@ def load_subject(job: EvalJob, ranks: Ranks = ALONE) -> Subject:
             where=f"{job.run} and {job.shards}",
             fix="evaluate on the shards the run was trained on",
         )
-    cuda = job.device == "cuda" or (job.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda", ranks.local) if cuda else torch.device("cpu")
+    device = device_of(job.device, local=ranks.local)
     return Subject(model.to(device), shards.tokenizer, shards.chat, device, job.batch_samples)

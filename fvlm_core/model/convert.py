@@ -195,7 +195,7 @@ def _backbone(kind: type[Config], name: str) -> Config:
 
 def _refuse_existing(output: Path) -> None:
     if output.exists():
-        raise UserError("it exists, and is not written over", where=str(output), fix="give another place, or remove it first")
+        raise UserError("it exists already and is not overwritten", where=str(output), fix="give another place, or remove it first")
 
 
 def _first_lines(error: Exception) -> str:

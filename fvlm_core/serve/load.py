@@ -15,6 +15,7 @@ from yaml import YAMLError
 
 from fvlm_core.data.frames import FrameRule
 from fvlm_core.data.tokenizer import chat_format, load_tokenizer
+from fvlm_core.devices import device_of
 from fvlm_core.errors import UserError
 from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
 from fvlm_core.eval.checkpoints import IMAGE_REPEATS, open_checkpoint
@@ -42,10 +43,12 @@ def load(model: str | Path, device: str | torch.device = "auto", *, original: Or
 
     Raises UserError where there is none, or it is of another kind.
     """
-    place = _device(device)
+    place = device_of(device, where="--device")
     path, name = Path(model), ""
     if not path.exists() and REPOSITORY.fullmatch(str(model)):
         path, name = _download(str(model)), str(model)
+    if not path.exists():
+        raise UserError("there is no such model", where=str(model), fix=FORMS)
     if _is_released(path):
         return _released(path, place, name or _name(path))
     loaded = open_checkpoint(path, place, original=original)
@@ -66,15 +69,6 @@ def checked_mode(answerer: FoveatedAnswerer, name: str | None) -> Mode:
         if mode == known:
             return known
     raise UserError(f"the model has no mode {name!r}", where="mode", fix=f"use one of {', '.join(answerer.subject.model.modes)}")
-
-
-def _device(name: str | torch.device) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"there is no device {name!r}", where="device", fix="use auto, cpu or cuda") from error
 
 
 def _download(name: str) -> Path:

@@ -11,15 +11,18 @@ from pathlib import Path
 
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import WorkPool
 from prefect.client.schemas.schedules import CronSchedule
 
-from deployments.register import FLOWS, flow_named, register
+from deployments.register import FLOWS, flow_named, new_pool, register
 from flows import evaluate
 from flows.registry import PHASES
+from fvlm_core.errors import UserError
 from infra.prefect_settings import without
 from infra.stack import REPOSITORY, Stack, queue_name, volume_tag
 from infra.volume import volume_id
 from tasks.config import PipelineConfig
+from tasks.machine import Pool
 from tests.tiny import PROFILE
 
 PACKAGES = ("deployments", "flows", "fvlm_core", "infra", "tasks", "tests")
@@ -36,6 +39,7 @@ try:
     from deployments.checks import load_profile
     from deployments.register import register
     from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import WorkPool
     stack.wait_for_server()
     registered = asyncio.run(register(load_profile("ci"), stack.volume))
     stack.start_workers(registered.pool_types)
@@ -77,6 +81,21 @@ def test_registering_again_leaves_schedules_as_users_set_them(prefect_api: Stack
     seen = {name: [(one.schedule, one.active) for one in deployment.schedules] for name, deployment in again.items()}
     seen = {name: schedules for name, schedules in seen.items() if schedules}
     assert seen == {"precompute": [(CronSchedule(cron="0 5 * * 1"), True)], "train": [(CronSchedule(cron="0 6 * * *"), True)]}
+
+
+def test_a_pool_of_any_type_that_prefect_knows_is_made_and_others_are_refused(prefect_api: Stack) -> None:
+    """Docker's library is not installed here: its template comes from the server."""
+
+    async def made(pool: Pool) -> WorkPool:
+        async with get_client() as client:
+            await new_pool(client, pool)
+            return await client.read_work_pool(pool.name)
+
+    assert "image" in asyncio.run(made(Pool(name="containers", type="docker"))).base_job_template["variables"]["properties"]
+    with pytest.raises(UserError, match="no work-pool type 'dokcer'") as refused:
+        asyncio.run(made(Pool(name="others", type="dokcer")))
+    assert "docker" in refused.value.fix
+    assert "runpod" in refused.value.fix
 
 
 def test_the_form_begins_with_the_small_field_of_changes() -> None:

@@ -12,6 +12,7 @@ import av
 import httpx
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from deployments import cli
@@ -72,6 +73,7 @@ def test_look_writes_a_gif(root, tmp_path):
     [
         (("chat", "{root}/run", "{root}/nothing.mp4"), "there is no such file"),
         (("chat", "{root}/run", "{root}/original.safetensors"), "not a readable video"),
+        (("chat", "{root}/nothing", "{root}/clip.mp4"), "there is no such model"),
         (("chat", "{root}/original.safetensors", "{root}/clip.mp4"), "give --vision and --llm"),
         (("chat", "{root}/pooled", "{root}/clip.mp4", "--mode", "fine"), "has no mode 'fine'"),
         (("look", "{root}/run", "{root}/clip.mp4", "-o", "gaze.txt"), "use .mp4 or .gif"),
@@ -84,6 +86,12 @@ def test_errors_say_what_where_and_what_to_do(root, arguments, message):
     with pytest.raises(UserError) as caught:
         run(*(argument.format(root=root) for argument in arguments))
     assert message in str(caught.value)
+
+
+def test_a_gpu_that_is_not_there_is_refused(root, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UserError, match="there is no GPU 0: torch sees 0 here"):
+        run("chat", root / "run", root / "clip.mp4", "--ask", "Which?", "--device", "cuda")
 
 
 @pytest.mark.slow(reason="a process that imports torch")

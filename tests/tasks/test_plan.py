@@ -4,18 +4,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from deployments.checks import load_profile
 from deployments.status import status_table
+from fvlm_core import dotted
 from fvlm_core.errors import UserError
-from fvlm_core.manifest import AnyManifest
+from fvlm_core.manifest import AnyManifest, Manifest
 from tasks.adopt import adopt
 from tasks.config import PipelineConfig
 from tasks.direct import run_directly
 from tasks.make import make
 from tasks.phase import Phase, Shown
 from tasks.plan import Plan, look, plan
-from tasks.steps import Step
+from tasks.steps import Outside, Step
 from tests.tiny import PROFILE
 
 TESTS = PipelineConfig.from_yaml(PROFILE)
@@ -141,6 +143,25 @@ def test_a_result_from_elsewhere_is_adopted_where_it_fits(tmp_path: Path) -> Non
     run(there, phases())
     adopt(wanted()["two"], theirs["two"], here)
     assert AnyManifest.read(here / wanted()["two"].folder).digest == AnyManifest.read(theirs["two"]).digest
+
+
+@pytest.mark.parametrize(
+    ("inputs", "why"),
+    [({"vision": "same"}, ""), ({"vision": "other"}, "made of another model.vision.checkpoint"), ({}, "does not say of which")],
+)
+def test_a_training_by_hand_is_adopted_if_its_encoder_is_the_same_wherever_it_lay(tmp_path: Path, inputs: dict[str, str], why: str) -> None:
+    place = "model.vision.checkpoint"
+    settings: Any = {"value": 1, "model": {"vision": {"checkpoint": "input"}}}
+    step = Step("stage1", MODULE, settings, inputs={place: Outside(tmp_path / "here", "same")})
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(yaml.safe_dump(dotted.with_changes(settings, {place: "/elsewhere/vision"})))
+    Manifest(name="stage1", settings_hash="", inputs=inputs).write(run)
+    if why:
+        with pytest.raises(UserError, match=why):
+            adopt(step, run, tmp_path / "volume")
+    else:
+        assert adopt(step, run, tmp_path / "volume").folder == step.folder
 
 
 def test_the_shipped_profiles_can_be_planned_before_anything_is_there(tmp_path: Path) -> None:
