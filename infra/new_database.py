@@ -5,7 +5,6 @@ an environment does them once, and later databases begin as copies of what came 
 import asyncio
 import os
 import sqlite3
-import sys
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -13,8 +12,8 @@ import prefect
 from filelock import FileLock
 from prefect.server.database import provide_database_interface
 
-MODEL = Path(sys.prefix) / f"prefect-{prefect.__version__}.db"
-"""What came of the migrations, and nothing else: no server has run on it."""
+MODEL = Path(prefect.__file__).parent / "__pycache__" / f"database-{prefect.__version__}.db"
+"""What came of the migrations, and nothing else: no server has run on it. It is where Python keeps what it makes of Prefect's source."""
 WAIT_S = 60.0
 """For another process that makes it."""
 

@@ -17,6 +17,7 @@ import pytest
 
 from infra.prefect_settings import without
 from infra.stack import Stack
+from infra.start import collect_rarely
 
 # A failure in CI must be the change's, not the seed's; new examples are tried at every run elsewhere, and a failing one is printed as a
 # line to paste (`@reproduce_failure`). HYPOTHESIS_PROFILE=ci or =local chooses by hand. No deadline: the machines are shared.
@@ -24,18 +25,14 @@ settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True
 settings.register_profile("local", deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "local"))
 
+collect_rarely()  # what tests import makes two million objects, and none is garbage
+
 
 LONGEST = (
     *("e2e/test_pipeline", "infra/runpod/test_worker", "train/test_ends", "e2e/test_stops", "e2e/test_ui", "deployments/test_remote"),
-    *(
-        "e2e/test_helpers",
-        "model/test_transformers_range",
-        "train/test_lock",
-        "train/test_divergence",
-        "train/test_sharding",
-        "flows/test_register",
-    ),
-    *("train/test_resume", "train/test_best", "flows/test_precompute", "release/test_release", "tasks/test_phase_flow"),
+    *("e2e/test_helpers", "model/test_transformers_range", "train/test_lock", "train/test_divergence", "train/test_exactness"),
+    *("train/test_sharding", "flows/test_register", "train/test_resume", "train/test_best", "flows/test_precompute"),
+    *("release/test_elsewhere", "model/test_smollm2", "release/test_release", "tasks/test_phase_flow"),
 )
 """Files that take half a minute and more, the longest first; but the other end-to-end tests when the first has prepared their volume."""
 

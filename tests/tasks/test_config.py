@@ -199,7 +199,7 @@ def test_shipped_mixtures_name_sources_that_precompute_makes(profile: str) -> No
         ("base.data.mixture.0.source", r"base\.data\.mixture"),
         ("base.data.validation.mixture.0.source", r"base\.data\.validation\.mixture"),
         ("stages.stage3.data.mixture.0.source", r"stages\.stage3\.data\.mixture"),
-        ("ablations.1.value.0.source", "ablations, captions-only"),
+        ("ablations.0.value.0.source", "ablations, captions-only"),
     ],
 )
 def test_a_source_that_nothing_makes_is_refused_before_anything_starts(path: str, where: str) -> None:

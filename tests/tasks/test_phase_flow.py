@@ -13,11 +13,11 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.sorting import TaskRunSort
-from prefect.context import FlowRunContext
-from prefect.testing.utilities import prefect_test_harness
+from prefect.context import FlowRunContext, refresh_global_settings_context
 
 from fvlm_core.errors import UserError
 from fvlm_core.tables import Table
+from infra.stack import Stack
 from tasks import phase_flow
 from tasks.config import PipelineConfig
 from tasks.phase import Phase, PhaseManifest, Results, Shown, current, require
@@ -33,11 +33,14 @@ MODULE = "tests.jobs.count"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def server() -> Iterator[None]:
+def server(stack: Stack) -> Iterator[None]:
+    """The server is known to every thread: what a flow starts threads for does not hand its own settings on."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-        with prefect_test_harness(server_startup_timeout=120):
-            yield
+        for name, value in stack.client_environment().items():
+            patch.setenv(name, value)
+        refresh_global_settings_context()
+        yield
+    refresh_global_settings_context()
 
 
 def counting(name: str, reads: Sequence[Step] = (), **settings: object) -> Step:
