@@ -4,6 +4,7 @@ A finished run is recognised before torch is imported, and so is a folder that a
 bad input and 75 after a SIGTERM (a checkpoint was made; start it again to go on); torchrun makes a 1 of both.
 """
 
+import gc
 import os
 from contextlib import nullcontext
 
@@ -32,8 +33,11 @@ def _train(recipe: Recipe, identity: str, inputs: dict[str, str], lock: RunLock)
     """Train on this rank; rank 0 holds the folder's lock."""
     # Threads that wait by spinning slow down whatever shares the machine; libgomp reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    gc.disable()  # a tenth of the time: of hundreds of thousands of new objects none is garbage
     from fvlm_core.train.distributed import World  # imports torch and transformers: seconds
     from fvlm_core.train.loop import Trainer
+
+    gc.enable()
 
     world = World.join(os.environ, recipe.run.device)
     done = world.share(whole_manifest(recipe.output, identity) if world.rank == 0 else None)

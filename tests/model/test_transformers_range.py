@@ -20,7 +20,7 @@ def test_the_oldest_transformers_gives_the_same_numbers(tmp_path):
     tests += [f"tests/serve/test_{name}.py" for name in ("session", "use")]  # the rest of serving deals with what these load
     tests += [f"tests/release/test_{name}.py" for name in ("hub_model", "hub_generation", "conversations")]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *tests],
+        [sys.executable, "-m", "pytest", "-q", "-k", "not one_graph", *tests],  # what the compiler takes depends on torch
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": f"{tmp_path}"},
         capture_output=True,
