@@ -1,12 +1,16 @@
-"""The tables and the plot of the learning experiment: seeds in order, what was not measured is said, FLOPs counted on the model itself."""
+"""What `benchmarks.foveation` times, and its results: seeds in order, what was not measured is said, FLOPs counted on the model itself."""
 
 import json
 import math
 
 import pytest
+import torch
 from PIL import Image
 
+from benchmarks.foveation import besides_downscaling
 from benchmarks.foveation_results import MODELS, main, mflop, read, table
+from fvlm_core.model.inference import read_batch
+from tests.model.test_glance import glance_model, packed
 
 
 def write(folder, seed: int, *, shift: float = 0.0) -> None:
@@ -41,3 +45,11 @@ def test_opening_costs_by_the_patch():
     """With one glance patch, opening it is opening all; each child costs alike."""
     assert mflop(3, -1) < mflop(3, 1)
     assert mflop(3, 1) == pytest.approx(mflop(3, 0), rel=0.01)
+
+
+def test_what_is_timed_besides_downscaling_is_the_model():
+    model = glance_model(zoom=2, levels=2).float()
+    batch = packed(model)
+    timed, plain = besides_downscaling(model, batch)(), read_batch(model, batch, "coarse_fine")
+    assert torch.equal(timed.tokens, plain.tokens)
+    assert torch.equal(timed.hidden, plain.hidden)
