@@ -13,7 +13,8 @@ from torch import Tensor
 
 from benchmarks.foveation_world import ZOOM, at_random, oracle
 from fvlm_core.data.cells_world import World
-from fvlm_core.model.encoder import Added, FrameFeatures
+from fvlm_core.model.encoder import FrameFeatures
+from fvlm_core.model.encoder_layer import Added
 from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.model.glance import Chooser, likeliest, look, shrunk, with_everything
 
@@ -114,10 +115,10 @@ def merged(model: FoveatedVLM, frames: Tensor) -> FrameFeatures:
     keys, values = [], []
     for layer in encoder.layers[:-1]:
         x, more, key, value, _ = layer(x, added)
-        added = more, layer.scale2
+        added = layer.added(more)
         keys.append(key)
         values.append(value)
-    key, value, _ = encoder.layers[-1].keys_values(x, added)
+    key, value, *_ = encoder.layers[-1].keys_values(x, added)
     keys.append(key)
     values.append(value)
     return FrameFeatures(keys, values, None, grid)

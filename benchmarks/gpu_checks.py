@@ -136,10 +136,11 @@ def micro_batch(
     on_device = batch.to(device)
 
     def step() -> None:
-        for _ in range(micro_batches):
-            with torch.autocast(device.type, torch.bfloat16):
-                objective = model(on_device, LOSS).objective
-            (objective / (batch.n_labels * micro_batches)).backward()
+        with model.casts.step(adds=True):
+            for _ in range(micro_batches):
+                with torch.autocast(device.type, torch.bfloat16):
+                    objective = model(on_device, LOSS).objective
+                (objective / (batch.n_labels * micro_batches)).backward()
         norm = torch.stack(list(gradient_norms(optimizer).values())).norm()
         clip_gradients(optimizer, 1.0, norm)
         optimizer.step()

@@ -2,12 +2,17 @@
 
 Eager, every operation is a kernel. Compiled, pointwise operations and reductions of a compiled part join the kernel that makes their
 inputs, which reads what was made outside and writes what is used outside; what the backward needs of their results is computed again or
-kept, whichever moves fewer bytes, as torch's partitioner does. Autotuned (`run.autotune`), activations are also computed at the
-end of the matrix product that makes their input.
+kept, whichever moves fewer bytes, as torch's partitioner does. A sum over the tokens (the gradient of a bias or a scale) runs through its
+input the other way than what makes it, so it is a kernel of its own that reads it again, but for those of a norm's weights, which the
+compiler computes along with the norm's own sums (`mix_order_reduction` of torch._inductor.scheduler). Autotuned (`run.autotune`),
+activations are also computed at the end of the matrix product that makes their input.
 """
 
+from bisect import bisect_left
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal
 
 Kind = Literal["eager", "compiled", "autotuned"]
@@ -16,6 +21,9 @@ _ANCHORS = ("mm", "convolution", "embedding", "index", "sort", "scatter", "gathe
 """Parts of names of the operations that are kernels of their own also when compiled."""
 _EPILOGUES = ("gelu", "silu")
 """Parts of names of the operations that end a matrix product. A residual sum moves fewer bytes in the next norm's kernel."""
+
+_REDUCTIONS = ("norm", "softmax", "sum", "mean")
+"""Parts of names of the operations that need all numbers of a row for one of it."""
 
 
 @dataclass
@@ -37,6 +45,8 @@ class Operation:
     """Numbers of its largest result."""
     views: dict[int, dict[int, int]] = field(default_factory=dict)
     """Of what it reads, by storage: bytes by where in it a view begins, where there are views."""
+    over_tokens: bool = False
+    """Whether it is a sum over other dimensions than the last."""
 
     @property
     def attention(self) -> bool:
@@ -50,6 +60,11 @@ class Operation:
     def epilogue(self) -> bool:
         return any(part in self.name for part in _EPILOGUES)
 
+    @property
+    def reduces(self) -> bool:
+        """Whether it sums over the last dimension."""
+        return not self.over_tokens and any(part in self.name for part in _REDUCTIONS)
+
 
 @dataclass
 class Kernel:
@@ -59,6 +74,8 @@ class Kernel:
     flops: float
     bytes: float
     attention: bool = False
+    kept: float = 0.0
+    """Bytes of what it makes that a backward reads: the activations."""
 
 
 @dataclass
@@ -75,6 +92,9 @@ class _Run:
     views: dict[int, dict[int, int]] = field(default_factory=lambda: defaultdict(dict))
     """As `Operation.views`: keys and values of one projection are two."""
 
+    reduced: set[int] = field(default_factory=set)
+    """Storages it makes of sums over the last dimension."""
+
     @property
     def first(self) -> Operation:
         return self.operations[0]
@@ -82,6 +102,11 @@ class _Run:
     @property
     def pointwise(self) -> bool:
         return self.first.pointwise
+
+    @property
+    def over_tokens(self) -> bool:
+        """Whether it does nothing but sum over tokens."""
+        return self.operations[-1].over_tokens and not self.reduced
 
     def add(self, operation: Operation) -> None:
         for storage, size in operation.reads.items():
@@ -92,6 +117,8 @@ class _Run:
                     self.views[storage][start] = max(part, self.views[storage].get(start, 0))
                 self.reads[storage] = sum(self.views[storage].values())
         self.written |= set(operation.writes) - set(operation.reads)  # in place, it reads what was there
+        if operation.reduces or self.reduced & set(operation.reads):
+            self.reduced |= set(operation.writes)
         self.operations.append(operation)
 
 
@@ -100,19 +127,58 @@ def kernels(operations: list[Operation], *, kind: Kind) -> list[Kernel]:
     runs: list[_Run] = []
     made: dict[int, int] = {}  # by storage, the run that wrote it last
     by_group: dict[tuple[int | None, bool], list[int]] = defaultdict(list)
-    for operation in operations:
+    for chain in _chains(operations) if kind != "eager" else ([operation] for operation in operations):
+        operation = chain[-1]
         place = operation.group, operation.backward
-        latest = max((made.get(storage, -1) for storage in operation.reads), default=-1)
-        joined = next((n for n in by_group[place] if n >= latest and _joins(operation, runs, n, after=n > latest, kind=kind)), None)
+        inside = {storage for other in chain[:-1] for storage in other.writes}
+        reads = {storage for other in chain for storage in other.reads} - inside
+        latest = max((made.get(storage, -1) for storage in reads), default=-1)
+        fits = _sums_with if operation.over_tokens and kind != "eager" else _joins
+        later = islice(by_group[place], bisect_left(by_group[place], latest), None)
+        joined = next((n for n in later if fits(operation, reads, runs, n, after=n > latest, kind=kind)), None)
         if joined is None:
             joined = len(runs)
             runs.append(_Run([]))
             by_group[place].append(joined)
-        runs[joined].add(operation)
-        made |= dict.fromkeys(operation.writes, joined)
+        for other in chain:
+            runs[joined].add(other)
+            made |= dict.fromkeys(other.writes, joined)
     if kind != "eager":
         runs = _inlined(runs)
     return _with_bytes(runs, compiled=kind != "eager")
+
+
+def _chains(operations: list[Operation]) -> Iterator[list[Operation]]:
+    """The operations in order; those whose results only a sum over tokens reads are computed with it."""
+    readers: dict[int, list[int]] = defaultdict(list)
+    for number, operation in enumerate(operations):
+        for storage in operation.reads:
+            readers[storage].append(number)
+    into: dict[int, int] = {}
+    for number in reversed(range(len(operations))):
+        operation = operations[number]
+        reading = {into.get(reader, reader) for storage in operation.writes for reader in readers[storage] if reader > number}
+        if len(reading) != 1 or not operation.pointwise or operation.group is None or operation.over_tokens or operation.reduces:
+            continue
+        other = operations[next(iter(reading))]
+        if other.over_tokens and (other.group, other.backward) == (operation.group, operation.backward):
+            into[number] = next(iter(reading))
+    chains: dict[int, list[Operation]] = defaultdict(list)
+    for number, operation in enumerate(operations):
+        if number in into:
+            chains[into[number]].append(operation)
+        else:
+            yield [*chains.pop(number, []), operation]
+
+
+def _sums_with(operation: Operation, reads: set[int], runs: list[_Run], number: int, *, after: bool, kind: Kind) -> bool:
+    """Whether a sum over tokens is computed by a run: of other such sums, or of a norm whose own sums it does not need."""
+    del after, kind
+    run = runs[number]
+    touched = run.written | set(run.reads)
+    if operation.group is None or not run.pointwise or not reads & touched:
+        return False
+    return run.over_tokens or (bool(run.reduced) and not reads & run.reduced)
 
 
 def _inlined(runs: list[_Run]) -> list[_Run]:
@@ -129,7 +195,8 @@ def _inlined(runs: list[_Run]) -> list[_Run]:
             continue
         (other,) = reading
         reader = runs[other]
-        if not reader.pointwise or (reader.first.group, reader.first.backward) != (run.first.group, run.first.backward):
+        apart = (reader.first.group, reader.first.backward) != (run.first.group, run.first.backward)
+        if apart or not reader.pointwise or reader.over_tokens or run.over_tokens:
             continue
         merged = _Run([])
         for operation in [*run.operations, *reader.operations]:
@@ -140,16 +207,16 @@ def _inlined(runs: list[_Run]) -> list[_Run]:
     return [run for run in runs if run.operations]
 
 
-def _joins(operation: Operation, runs: list[_Run], number: int, *, after: bool, kind: Kind) -> bool:
+def _joins(operation: Operation, reads: set[int], runs: list[_Run], number: int, *, after: bool, kind: Kind) -> bool:
     """Whether an operation is computed by the kernel of a run that its inputs are made in, or (`after`) before."""
     run = runs[number]
-    if operation.group is None or not operation.pointwise:
+    if operation.group is None or not operation.pointwise or (kind != "eager" and run.over_tokens):
         return False
     if kind == "eager":
         return operation.fused and run.first.fused and run.pointwise and number == len(runs) - 1
     if run.pointwise:
         touched = run.written | set(run.reads)
-        return not after or any(storage in touched for storage in operation.reads)
+        return not after or bool(reads & touched)
     return kind == "autotuned" and not after and "mm" in run.first.name and operation.epilogue and operation.numel == run.first.numel
 
 
@@ -189,6 +256,7 @@ def _with_bytes(runs: list[_Run], *, compiled: bool) -> list[Kernel]:
             read |= sources(storage, size, number)
         kept |= set(read)
         reads.append(read)
+    for_backward = {storage for run, read in zip(runs, reads, strict=True) if run.first.backward for storage in read}
     for run, read in zip(runs, reads, strict=True):
         sizes: dict[int, int] = {}
         for operation in run.operations:
@@ -197,5 +265,6 @@ def _with_bytes(runs: list[_Run], *, compiled: bool) -> list[Kernel]:
                 if storage in kept or unread or storage not in run.written:
                     sizes[storage] = max(size, sizes.get(storage, 0))
         flops = sum(operation.flops for operation in run.operations)
-        found.append(Kernel(run.first.part, flops, sum(read.values()) + sum(sizes.values()), run.first.attention))
+        kept_bytes = 0.0 if run.first.backward else sum(size for storage, size in sizes.items() if storage in for_backward)
+        found.append(Kernel(run.first.part, flops, sum(read.values()) + sum(sizes.values()), run.first.attention, kept_bytes))
     return found

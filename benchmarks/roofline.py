@@ -12,7 +12,7 @@ import contextlib
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 from unittest.mock import patch
@@ -56,10 +56,10 @@ GROUPS = 14
 """Of four samples: 504 frames and 5,656 tokens, what fits into the default budget of a micro-batch."""
 MICRO_BATCHES = 4
 """Of a step: 2,016 frames, as many as 64 clips of 32."""
-ADAMW_BYTES = 28 + 4 + 8
-"""Per fp32 parameter: AdamW reads four numbers and writes three, the norm reads the gradient, clipping reads and writes it."""
-ACCUMULATE_BYTES = 12
-"""Of adding a micro-batch's fp32 gradient to that of those before."""
+ADAMW_BYTES = 28 + 4 + 4
+"""Per fp32 parameter: AdamW reads four numbers and writes three, the norm reads the gradient, and AdamW writes it back when it clips it."""
+STATE_BYTES: dict[Kind, int] = {"eager": 16, "compiled": 18, "autotuned": 18}
+"""Per parameter: fp32 weight, gradient and two moments; compiled, the weight in bf16."""
 
 _FREE = ("empty", "new_empty", "detach", "lift_fresh", "alias", "device", "_unsafe_view", "sym_size", "set_")
 """Operations that run no kernel."""
@@ -81,6 +81,9 @@ class Row:
     """What its time is mostly: `matmul`, `attention`, `bytes`, `kernels` (their least time), or of the step `host` (launching)."""
     mfu: float | None = None
     """Of the step."""
+    memory_gb: float | None = None
+    """Of the step: weights, their copies in bf16 where compiled, gradients, AdamW's state, and what the backward needs of the forward. What
+    the allocator and the libraries need besides is not counted."""
 
 
 class Recorder(TorchDispatchMode):
@@ -111,7 +114,9 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         node = torch._C._current_autograd_node()
-        if node is None:
+        if node is not None and "AccumulateGrad" in node.name():
+            place = "gradients", None, False
+        elif node is None:
             place = self.stack[-1]
             # the first operation after a node was made is its own; later ones may have none
             self.place_of_node.setdefault(torch.autograd._get_sequence_nr() - 1, place)  # pyright: ignore[reportPrivateImportUsage]
@@ -121,12 +126,17 @@ class Recorder(TorchDispatchMode):
         operation = name.split(".")[1] if "." in name else name
         if any(operation.startswith(free) for free in _FREE) or func.is_view:
             return out
-        views, writes = self._views((args, kwargs)), {storage: max(of.values()) for storage, of in self._views(out).items()}
+        views, written = self._views((args, kwargs)), self._views(out)
+        if operation.startswith("_foreach") and operation.endswith("_"):  # in place, it returns nothing
+            views, written = self._views(args[1:] if "copy" in operation else args), self._views(args[0])
+        writes = {storage: sum(of.values()) if operation.startswith("_foreach") else max(of.values()) for storage, of in written.items()}
         if writes:
             reads = {storage: sum(of.values()) for storage, of in views.items()}
             flops = self._flops(func, args, kwargs or {}, out)
             numel = max((tensor.numel() for tensor in tree_leaves(out) if isinstance(tensor, Tensor)), default=0)
-            self.operations.append(Operation(operation, place[0], place[1], node is not None, place[2], flops, reads, writes, numel, views))
+            across = func.overloadpacket is torch.ops.aten.sum and args[0].ndim > 1 and not _over_last(args)
+            at = place[0], place[1], node is not None, place[2]
+            self.operations.append(Operation(operation, *at, flops, reads, writes, numel, views, over_tokens=across))
         return out
 
     def _views(self, values: Any) -> dict[int, dict[int, int]]:
@@ -162,11 +172,12 @@ class Traced:
     """The forward and backward of a micro-batch."""
 
     operations: list[Operation]
+    """Of a step's first micro-batch."""
+    later: list[Operation]
+    """Of each of those after it, which adds its gradients to those before."""
     model_flops: float
     """Needed for it by the configuration."""
     parameters: int
-    tensors: int
-    """Of parameters."""
 
 
 def trace(settings: ModelSettings, *, groups: int = GROUPS, compiled: bool = False) -> Traced:
@@ -174,15 +185,18 @@ def trace(settings: ModelSettings, *, groups: int = GROUPS, compiled: bool = Fal
     batch = videos(groups)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = FoveatedVLM(settings, *_backbones(settings))
-        model.encoder.has_tickets = model.llm.model.casts_once = compiled
+        model.encoder.has_tickets = compiled
+        model.casts.parts = frozenset(["encoder", "llm"] if compiled else [])
         total = Cost(model, LOSS).batch(batch)
-        recorder = Recorder(lambda query: _packed_flops(query, batch))
-        with _parts(model, recorder), patch.object(linear, "_compiles", lambda: compiled), recorder:
-            with torch.autocast("cpu", torch.bfloat16, cache_enabled=not compiled):  # a graph casts for itself
-                objective = model(batch, LOSS).objective
-            objective.backward()
-    sizes = [parameter.numel() for parameter in model.parameters()]
-    return Traced(recorder.operations, total, sum(sizes), len(sizes))
+        recorders = [Recorder(lambda query: _packed_flops(query, batch)) for _ in range(2)]
+        with patch.object(linear, "_compiles", lambda: compiled), model.casts.step(adds=True):
+            for recorder in recorders:
+                with _parts(model, recorder), recorder:
+                    with torch.autocast("cpu", torch.bfloat16, cache_enabled=not compiled):  # a graph casts for itself
+                        objective = model(batch, LOSS).objective
+                    objective.backward()
+    first, later = (recorder.operations for recorder in recorders)
+    return Traced(first, later, total, sum(parameter.numel() for parameter in model.parameters()))
 
 
 def videos(groups: int, *, frame_px: int = FRAME_PX) -> PackedBatch:
@@ -198,11 +212,10 @@ def rows(size: str, card: str, traces: dict[Kind, Traced], *, micro_batches: int
     peak, bandwidth = PEAK_TFLOPS[card] * 1e12, BANDWIDTH_TB_S[card] * 1e12
     for kind, traced in traces.items():
         parts: dict[str, list[Kernel]] = defaultdict(list)
-        for kernel in kernels(traced.operations, kind=kind):
-            parts[kernel.part] += [kernel] * micro_batches
+        for operations, times_run in ((traced.operations, 1), (traced.later, micro_batches - 1)):
+            for kernel in kernels(operations, kind=kind):
+                parts[kernel.part] += [kernel] * times_run
         parts["optimizer"].append(Kernel("optimizer", 0.0, ADAMW_BYTES * traced.parameters))
-        added = ACCUMULATE_BYTES * traced.parameters / traced.tensors
-        parts["optimizer"] += [Kernel("optimizer", 0.0, added)] * (traced.tensors * (micro_batches - 1))
         total: dict[str, float] = defaultdict(float)
         made = []
         for part, members in sorted(parts.items()):
@@ -224,7 +237,9 @@ def rows(size: str, card: str, traces: dict[Kind, Traced], *, micro_batches: int
         step = _row(size, card, kind, "step", every, total)
         seconds = max(step.ms / 1e3, launching)
         bound = "host" if launching > step.ms / 1e3 else step.bound
-        made.append(Row(**asdict(step) | {"ms": seconds * 1e3, "bound": bound, "mfu": traced.model_flops * micro_batches / seconds / peak}))
+        mfu = traced.model_flops * micro_batches / seconds / peak
+        memory = STATE_BYTES[kind] * traced.parameters + sum(kernel.kept for kernel in kernels(traced.operations, kind=kind))
+        made.append(Row(**asdict(step) | {"ms": seconds * 1e3, "bound": bound, "mfu": mfu, "memory_gb": memory / 1e9}))
         yield from made
 
 
@@ -260,6 +275,12 @@ def _backbones(settings: ModelSettings) -> tuple[Encoder, Llama]:
     return encoder, Llama(config)
 
 
+def _over_last(args: Sequence[Any]) -> bool:
+    """Whether a sum's dimensions are all, or the last is one of them."""
+    dims = args[1] if len(args) > 1 else None
+    return not dims or any(dim % args[0].ndim == args[0].ndim - 1 for dim in dims)
+
+
 @contextlib.contextmanager
 def _parts(model: FoveatedVLM, recorder: Recorder) -> Iterator[None]:
     """Lets the recorder know which part runs; calls of what `run.compile` compiles are groups. The packed kernel runs, as on a card."""
@@ -279,7 +300,9 @@ def _parts(model: FoveatedVLM, recorder: Recorder) -> Iterator[None]:
         def wrap(target: Any, method: str, part: str | None, **kind: bool) -> None:
             patches.enter_context(patch.object(target, method, named(part, **kind)(getattr(target, method))))
 
+        wrap(model.llm, "cast", "gradients")
         wrap(model, "encode", "encoder")
+        wrap(model.encoder, "cast", "gradients")
         wrap(model.encoder, "embed", "encoder", compiled=True)
         wrap(model.encoder.layers[-1], "keys_values", "encoder", compiled=True)
         for layer in model.encoder.layers:
@@ -288,7 +311,6 @@ def _parts(model: FoveatedVLM, recorder: Recorder) -> Iterator[None]:
         wrap(model, "read", "queries")
         for layer in model.llm.model.layers:
             wrap(layer, "forward", "llm", compiled=True)
-            wrap(layer, "cast", "llm", compiled=True)
             wrap(layer.self_attn, "forward", "llm attention")
             wrap(layer.mlp, "forward", "llm mlp")
         for module in model.modules():
@@ -326,13 +348,12 @@ def main() -> None:
         for row in found:
             print(json.dumps(asdict(row)), flush=True)
         return
-    table = Table("model", "card", "kind", "part", "GFLOP", "GB", "launches", "ms", "bound", "MFU", "goal")
+    table = Table("model", "card", "kind", "part", "GFLOP", "GB", "launches", "ms", "bound", "MFU", "goal", "GB held")
     for row in found:
         mfu, goal = ("" if row.mfu is None else f"{row.mfu:.1%}"), GOAL_MFU.get(row.size)
         values = f"{row.gflop:,.0f}", f"{row.gbyte:,.1f}", f"{row.launches:,}", f"{row.ms:,.1f}", row.bound, mfu
-        table.add_row(
-            row.size, row.card, row.kind, row.part, *values, f"{goal:.0%}" if goal and mfu else "", end_section=row.part == "step"
-        )
+        ends = f"{goal:.0%}" if goal and mfu else "", "" if row.memory_gb is None else f"{row.memory_gb:,.0f}"
+        table.add_row(row.size, row.card, row.kind, row.part, *values, *ends, end_section=row.part == "step")
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 

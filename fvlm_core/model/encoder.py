@@ -11,7 +11,7 @@ DINOv2: Oquab et al. 2023, https://arxiv.org/abs/2304.07193.
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Dinov2Config
 
-from fvlm_core.model.linear import Linear, linear, summed
-from fvlm_core.model.single_query import Ticket, attend_once, tickets
+from fvlm_core.model.casts import Casts
+from fvlm_core.model.encoder_layer import Added, EncoderLayer, LayerWeights, scaled_sum
+from fvlm_core.model.linear import Linear
+from fvlm_core.model.single_query import Ticket
 
 if TYPE_CHECKING:
     from transformers import Dinov2Model
@@ -59,13 +61,18 @@ class FrameFeatures:
     """[F, N, D] after the final norm; None where only deep queries are asked."""
     grid: tuple[int, int]
     """Patches per column and row."""
-    tickets: list[list[Ticket]] = field(default_factory=list, kw_only=True)
+    tickets: list[list[Ticket | None]] = field(default_factory=list, kw_only=True)
     """Per layer one for each pass; none where gradients of keys and values go the usual way."""
+    weights: list[LayerWeights] | None = field(default=None, kw_only=True)
+    """The layers' that the frames were encoded with, for what reads them; None: the layers' own."""
+    read: Tensor | None = field(default=None, kw_only=True)
+    """What the queries given to `encode` read, [F, Q, D] after the final norm."""
 
     def select(self, frames: Tensor) -> "FrameFeatures":
         """The features of some frames; `frames` int64 [f]."""
         pick = [part.index_select(0, frames) for part in self.keys], [part.index_select(0, frames) for part in self.values]
-        return FrameFeatures(*pick, None if self.patches is None else self.patches.index_select(0, frames), self.grid)
+        patches = None if self.patches is None else self.patches.index_select(0, frames)
+        return FrameFeatures(*pick, patches, self.grid, weights=self.weights)
 
     @classmethod
     def joined(cls, parts: Iterable["FrameFeatures"], n_frames: int) -> "FrameFeatures":
@@ -86,124 +93,6 @@ class FrameFeatures:
     @property
     def _tensors(self) -> list[Tensor]:
         return [*self.keys, *self.values, *([] if self.patches is None else [self.patches])]
-
-
-Added = tuple[Tensor, Tensor] | None
-"""What a layer leaves to the next to be added, and by which scale; None before the first layer."""
-
-
-def scaled_sum(x: Tensor, added: Added) -> Tensor:
-    """Patches [F, N, D] with what the layer before adds."""
-    return summed(x, None if added is None else added[0] * added[1])
-
-
-class EncoderLayer(nn.Module):
-    """One DINOv2 block, whose keys and values are handed out."""
-
-    def __init__(self, config: Dinov2Config) -> None:
-        super().__init__()
-        width, hidden = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
-        self.heads = config.num_attention_heads
-        self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
-        self.out = Linear(width, width)
-        self.scale1 = nn.Parameter(torch.ones(width))
-        self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.fc1 = Linear(width, hidden)
-        self.fc2 = Linear(hidden, width)
-        self.scale2 = nn.Parameter(torch.ones(width))
-
-    def keys_values(self, x: Tensor, added: Added = None, passes: int = 0) -> tuple[Tensor, Tensor, list[Ticket]]:
-        """Keys and values [F, heads, N, head_dim] of patches [F, N, D], a sum as in `forward`, without queries; and `passes` tickets."""
-        key, value = self._project(self.norm1(scaled_sum(x, added)), slice(x.shape[-1], None))
-        return key, value, tickets(key, value, passes)
-
-    def forward(
-        self,
-        x: Tensor,
-        added: Added = None,
-        context_key: Tensor | None = None,
-        context_value: Tensor | None = None,
-        seen: Tensor | None = None,
-        passes: int = 0,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Ticket]]:
-        """Patches [F, N, D] one layer on and what the next layer adds to them by `scale2`, their keys and values, and `passes` tickets.
-
-        They attend to each other, or to M context patches and each other where `seen` bool [N, M + N] says so.
-        """
-        x = scaled_sum(x, added)
-        query, key, value = self._project(self.norm1(x), slice(None))
-        if context_key is None or context_value is None:
-            attended = F.scaled_dot_product_attention(query, key, value)
-        else:
-            around = torch.cat([context_key, key], dim=2), torch.cat([context_value, value], dim=2)
-            attended = F.scaled_dot_product_attention(query, *around, attn_mask=seen)
-        return *self._attended(x, attended), key, value, tickets(key, value, passes)
-
-    def query(
-        self, q: Tensor, key: Tensor, value: Tensor, temperature: float, bias: Tensor | None = None, ticket: Ticket | None = None
-    ) -> Tensor:
-        """Queries [F, Q, D] one layer on: they attend to the frame's keys and values, not to each other.
-
-        `bias` [F, 1, Q, N] is added to the logits, whatever the temperature. `ticket`: of a single query's pass.
-        """
-        (query,) = self._project(self.norm1(q), slice(0, q.shape[-1]))
-        scale = query.shape[-1] ** -0.5 / temperature
-        if ticket is not None:
-            return self._finish(q, attend_once(query, key, value, ticket, scale))
-        return self._finish(q, F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale))
-
-    def with_query(
-        self,
-        both: Tensor,
-        added: Added,
-        count: Sequence[int],
-        keys: Tensor,
-        values: Tensor,
-        seen: Tensor,
-        temperature: float,
-        bias: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Rows [R * n + R, D] one layer on, and what the next layer adds by `scale2`: n patches of each of R frames, and a query each.
-
-        Of `count` R, n. The patches' keys and values become the last n of `keys` and `values` [R, heads, N, head_dim]. They attend to what
-        `seen` [n, N] does not lower, as the queries do to what `bias` [R, 1, 1, N] does not.
-        """
-        both = scaled_sum(both, added)
-        patches, queries = self.norm1(both).tensor_split([count[0] * count[1]])
-        query, key, value = self._project(patches.unflatten(0, count), slice(None))
-        (reading,) = self._project(queries[:, None], slice(0, both.shape[-1]))
-        keys[:, :, -count[1] :], values[:, :, -count[1] :] = key, value
-        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=seen)
-        read = F.scaled_dot_product_attention(reading, keys, values, attn_mask=bias, scale=reading.shape[-1] ** -0.5 / temperature)
-        return self._finished(both, torch.cat([part.transpose(1, 2).flatten(2).flatten(0, 1) for part in (attended, read)]))
-
-    def weights(self, q: Tensor, key: Tensor, temperature: float, bias: Tensor | None = None) -> Tensor:
-        """Attention weights [F, heads, Q, N] of queries [F, Q, D]."""
-        return self.logits(q, key, temperature, bias).float().softmax(-1)
-
-    def logits(self, q: Tensor, key: Tensor, temperature: float, bias: Tensor | None = None) -> Tensor:
-        """What the attention weights [F, heads, Q, N] of queries [F, Q, D] are the softmax of."""
-        (query,) = self._project(self.norm1(q), slice(0, q.shape[-1]))
-        logits = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 / temperature)
-        return logits if bias is None else logits + bias
-
-    def _project(self, x: Tensor, part: slice) -> tuple[Tensor, ...]:
-        """Rows `part` of the fused projection, as tensors [F, heads, N, head_dim]."""
-        bias = None if self.qkv.bias is None else self.qkv.bias[part]
-        projected = linear(x, self.qkv.weight[part], bias)
-        return tuple(p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in projected.split(x.shape[-1], dim=-1))
-
-    def _attended(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
-        return self._finished(x, attended.transpose(1, 2).flatten(2))
-
-    def _finished(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
-        x = x + self.out(attended) * self.scale1
-        return x, self.fc2(F.gelu(self.fc1(self.norm2(x))))
-
-    def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        x, more = self._attended(x, attended)
-        return scaled_sum(x, (more, self.scale2))
 
 
 class Encoder(nn.Module):
@@ -237,6 +126,18 @@ class Encoder(nn.Module):
         encoder.load_state_dict(cls.from_dinov2_state(dinov2.state_dict()))
         return encoder
 
+    @property
+    def castable(self) -> bool:
+        """Whether the layers' products are those of plain matrices: no adapters in their place."""
+        return all(type(m) in (nn.Linear, Linear) for layer in self.layers for m in (layer.qkv, layer.out, layer.fc1, layer.fc2))
+
+    def cast(self, casts: Casts) -> list[LayerWeights] | None:
+        """The layers' matrices for the frames and all their passes, where they are to be cast for all of them."""
+        dtype = casts.dtype("encoder", self.cls_token.device)
+        if dtype is None:
+            return None
+        return [LayerWeights(*casts(layer.matrices, dtype)) for layer in self.layers]  # pyright: ignore[reportArgumentType]
+
     @staticmethod
     def from_dinov2_state(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Our state dict from one of a `Dinov2Model` of any transformers release."""
@@ -269,11 +170,20 @@ class Encoder(nn.Module):
         dinov2.load_state_dict(state)
         return dinov2
 
-    def encode(self, frames: Tensor, *, patches: bool = False, passes: int = 0) -> FrameFeatures:
+    def encode(
+        self,
+        frames: Tensor,
+        *,
+        patches: bool = False,
+        passes: int = 0,
+        queries: Tensor | None = None,
+        weights: list[LayerWeights] | None = None,
+    ) -> FrameFeatures:
         """Encode frames [F, H, W, 3] of 0..255, uint8 or float.
 
         `patches` also keeps the last layer's output for what does not query deeply. `passes`: how often all frames will be read with
-        a single query; where it pays, they get tickets.
+        a single query; where it pays, they get tickets. `queries` [F, Q, D]: of the first of these passes, where they are known before;
+        they go through the layers with the patches, in the same kernels, at a temperature of 1. `weights`: from `cast`.
 
         Raises ValueError where a side is not a multiple of the patch size.
         """
@@ -282,7 +192,7 @@ class Encoder(nn.Module):
         if height % side or width % side:
             raise ValueError(f"frames of {height}x{width} px are not a multiple of the patch size {side}")
         if frames.is_cuda or torch.is_grad_enabled() or len(frames) <= FRAMES_IN_CACHE:
-            return self._encode(frames, patches, passes if self.has_tickets else 0)
+            return self._encode(frames, patches, passes if self.has_tickets else 0, queries, weights)
         parts = (self._encode(part, patches) for part in frames.split(FRAMES_IN_CACHE))
         return FrameFeatures.joined(parts, len(frames))
 
@@ -296,8 +206,9 @@ class Encoder(nn.Module):
         own: list[Ticket | None] = [None] * len(self.layers)
         if features.tickets and number is not None and q.shape[1] == 1:
             own = [of_layer[number] for of_layer in features.tickets]
-        for layer, key, value, ticket in zip(self.layers, features.keys, features.values, own, strict=True):
-            entering, q = q, layer.query(q, key, value, temperature, ticket=ticket)
+        weights = features.weights or [None] * len(self.layers)
+        for layer, key, value, ticket, cast in zip(self.layers, features.keys, features.values, own, weights, strict=True):
+            entering, q = q, layer.query(q, key, value, temperature, ticket=ticket, weights=cast)
         return self.norm(q), entering.detach()
 
     @torch.no_grad()
@@ -315,31 +226,52 @@ class Encoder(nn.Module):
         resampled = F.interpolate(square, size=grid, mode="bicubic", align_corners=False)
         return torch.cat([table[:, :1], resampled.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
-    def _encode(self, frames: Tensor, patches: bool, passes: int = 0) -> FrameFeatures:
-        x = self.embed(frames)
+    def _encode(
+        self,
+        frames: Tensor,
+        patches: bool,
+        passes: int = 0,
+        queries: Tensor | None = None,
+        weights: list[LayerWeights] | None = None,
+    ) -> FrameFeatures:
+        x = self.embed(frames, queries)
         added: Added = None
-        keys, values, given = [], [], []
-        for number, layer in enumerate(self.layers):
+        asking = 0 if queries is None else queries.shape[1]
+        later = passes - 1 if passes and asking else passes  # of a pass that goes along only the last layer is read with a query
+        keys, values = [], []
+        given: list[list[Ticket | None]] = []
+        for number, (layer, cast) in enumerate(zip(self.layers, weights or [None] * len(self.layers), strict=True)):
+            how: dict[str, Any] = {"passes": later, "asking": asking, "weights": cast}
             if number == len(self.layers) - 1 and not patches:
-                key, value, own = layer.keys_values(x, added, passes)
+                key, value, own, queries = layer.keys_values(x, added, passes, asking, cast)
             elif self.gradient_checkpointing and torch.is_grad_enabled():
-                x, more, key, value, own = checkpoint(layer, scaled_sum(x, added), passes=passes, use_reentrant=False)
-                added = more, layer.scale2
+                x, more, key, value, own = checkpoint(layer, scaled_sum(x, added), **how, use_reentrant=False)
+                added = layer.added(more, cast)
             else:
-                x, more, key, value, own = layer(x, added, passes=passes)
-                added = more, layer.scale2
+                x, more, key, value, own = layer(x, added, **how)
+                added = layer.added(more, cast)
             keys.append(key)
             values.append(value)
-            given.append(own)
+            given.append([None] * (passes - len(own)) + own)
         grid = (frames.shape[1] // self.patch_px, frames.shape[2] // self.patch_px)
-        return FrameFeatures(keys, values, self.norm(scaled_sum(x, added)) if patches else None, grid, tickets=given if passes else [])
+        read = None
+        if queries is not None and asking:
+            ticket = given[-1][0] if passes and asking == 1 else None
+            last = None if weights is None else weights[-1]
+            read = self.norm(self.layers[-1].query(queries, keys[-1], values[-1], 1.0, ticket=ticket, weights=last))
+        kept = self.norm(scaled_sum(x, added)) if patches else None
+        return FrameFeatures(keys, values, kept, grid, tickets=given if passes else [], weights=weights, read=read)
 
-    def embed(self, frames: Tensor) -> Tensor:
-        """Frames [F, H, W, 3] as what the first layer takes, [F, N, D]: the CLS token and the patches, with their positions."""
+    def embed(self, frames: Tensor, queries: Tensor | None = None) -> Tensor:
+        """Frames [F, H, W, 3] as what the first layer takes, [F, N, D]: the CLS token and the patches, with their positions.
+
+        Behind them `queries` [F, Q, D].
+        """
         grid = (frames.shape[1] // self.patch_px, frames.shape[2] // self.patch_px)
         pixels = (frames.permute(0, 3, 1, 2).to(self.patches.weight.dtype) - self.pixel_mean) / self.pixel_std
         x = self.patches(pixels).flatten(2).transpose(1, 2)
-        return torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1) + self.positions(grid).to(x.dtype)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1) + self.positions(grid).to(x.dtype)
+        return x if queries is None else torch.cat([x, queries.to(x.dtype)], dim=1)
 
 
 def _side(px: object) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fvlm_core.config import LossSettings, ModelSettings
 from fvlm_core.data.batch import PackedBatch
 from fvlm_core.model.attention import PackedLayout, send
+from fvlm_core.model.casts import Casts
 from fvlm_core.model.connector import RANDOM_QUERIES, Connector
 from fvlm_core.model.encoder import Encoder, FrameFeatures
 from fvlm_core.model.glance import Chooser, GlanceFeatures, foveate, likeliest, look, with_everything
@@ -65,6 +66,7 @@ class FoveatedVLM(nn.Module):
         self.chooser: Chooser = likeliest
         """Which patches a query opens, with a glance; another one for controls."""
         self.cross_entropy = CrossEntropy()
+        self.casts = Casts()
         self.connector = Connector(settings, encoder.config.hidden_size, encoder.config.num_attention_heads, llm.config.hidden_size)
 
     # the parts that the three modes share
@@ -87,7 +89,16 @@ class FoveatedVLM(nn.Module):
                 return small
             return with_everything(self.encoder, small, self.settings.glance, self.connector.scale_embeddings)
         passes = len(self.pass_names) if self.settings.query in ("deep", "random") and torch.is_grad_enabled() else 0
-        features = self.encoder.encode(frames, patches=self.settings.query in ("pooled", "shallow"), passes=passes)
+        queries = None
+        if passes and self.encoder.has_tickets and self.settings.query == "deep" and self.connector.temperature == 1.0:
+            queries = self.connector.query_input_proj(self.connector.q_static).expand(len(frames), -1, -1)
+        features = self.encoder.encode(
+            frames,
+            patches=self.settings.query in ("pooled", "shallow"),
+            passes=passes,
+            queries=queries,
+            weights=self.encoder.cast(self.casts),
+        )
         return features if self.connector.shallow is None else self.connector.shallow.keys_values(features)
 
     def read_coarse(self, features: FrameFeatures, batch: PackedBatch, *, weights: bool = False, number: int | None = None) -> Read:
@@ -97,6 +108,8 @@ class FoveatedVLM(nn.Module):
             return Read(self.connector.tokens(pooled, pooled)[batch.shown_frames], None)
         n_frames = len(features.keys[0])
         queries = self.connector.q_static.expand(n_frames, -1, -1)
+        if features.read is not None and not weights:
+            return Read(self.connector.tokens(features.read, queries).index_select(0, batch.shown_frames), None)
         read = self.read(features, queries, weights=weights, opening=False, number=number)
         attended = None if read.weights is None else read.weights.index_select(0, batch.shown_frames)
         return Read(read.tokens.index_select(0, batch.shown_frames), attended)
@@ -181,7 +194,8 @@ class FoveatedVLM(nn.Module):
         weights = dict(zip(self.pass_names, [loss.coarse, *loss.fine], strict=True))
         total_weight = sum(weights.values())
         visual = [n for n, count in enumerate(batch.shown_counts) if count]
-        cast, text_embeddings = self.llm.cast(), self.embed(batch.input_ids)
+        cast, text_embeddings = self.llm.cast(self.casts), self.embed(batch.input_ids)
+        of_layers, head = (None, self.llm.lm_head.weight) if cast is None else cast
         features = self.encode(batch.frames) if visual else None
         objective = text_embeddings.new_zeros((), dtype=torch.float32)
         sums: dict[str, Tensor] = {}
@@ -190,8 +204,8 @@ class FoveatedVLM(nn.Module):
         text_only = [n for n, count in enumerate(batch.shown_counts) if not count and batch.label_prefix[n]]
         if text_only:
             kept = _Kept.of(batch, {n: batch.label_prefix[n] for n in text_only})
-            states = self.contextualise(text_embeddings[kept.index], batch.position_ids[kept.index], kept.layout, cast)
-            text_sum = self._cross_entropy(states, batch, kept, sample_of)
+            states = self.contextualise(text_embeddings[kept.index], batch.position_ids[kept.index], kept.layout, of_layers)
+            text_sum = self._cross_entropy(states, head, batch, kept, sample_of)
             objective = objective + text_sum.sum()  # equal in every pass, and the weights add up to 1
         for number, (name, weight) in enumerate(weights.items()):
             last = number == len(weights) - 1
@@ -208,10 +222,10 @@ class FoveatedVLM(nn.Module):
             embeddings = text_embeddings.index_copy(0, batch.visual_positions.flatten(), visual_tokens)[kept.index]
             states = embeddings
             if len(embeddings):
-                states = self.contextualise(embeddings, batch.position_ids[kept.index], kept.layout, cast)
+                states = self.contextualise(embeddings, batch.position_ids[kept.index], kept.layout, of_layers)
             hidden = torch.zeros_like(text_embeddings, dtype=states.dtype).index_copy(0, kept.index, states)
             if weight:
-                sums[name] = self._cross_entropy(states, batch, kept, sample_of)
+                sums[name] = self._cross_entropy(states, head, batch, kept, sample_of)
                 objective = objective + sums[name].sum() * (weight / total_weight)
             if weight and read.selection_loss is not None and self.settings.glance is not None:
                 objective = objective + read.selection_loss.float() * (self.settings.glance.distill * weight / total_weight)
@@ -286,15 +300,15 @@ class FoveatedVLM(nn.Module):
         square = features.patches[:, 1:].transpose(1, 2).unflatten(2, features.grid)
         return F.adaptive_avg_pool2d(square, side).flatten(2).transpose(1, 2)
 
-    def _cross_entropy(self, hidden: Tensor, batch: PackedBatch, kept: "_Kept", sample_of: Tensor | None) -> Tensor:
+    def _cross_entropy(self, hidden: Tensor, weight: Tensor, batch: PackedBatch, kept: "_Kept", sample_of: Tensor | None) -> Tensor:
         """Sum of cross-entropy over the labelled positions of hidden states [s, D]: logits of the others are not made.
 
-        The states are those of `kept`. With `sample_of` [S], the sample of every position, it is a sum per sample, [N].
+        `weight`: the output layer's. The states are those of `kept`. With `sample_of` [S], the sample of every position, it is a sum per
+        sample, [N].
         """
         if not kept.n_labels:
             none = hidden.sum() * 0.0
             return none if sample_of is None else none.expand(batch.n_samples)
-        weight = self.llm.lm_head.weight
         dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else weight.dtype
         targets = batch.labels[kept.labelled]
         states = hidden[kept.rows].to(dtype)

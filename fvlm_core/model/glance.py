@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fvlm_core.config import GlanceSettings
-from fvlm_core.model.encoder import Added, Encoder, EncoderLayer, FrameFeatures, scaled_sum
+from fvlm_core.model.encoder import Encoder, FrameFeatures
+from fvlm_core.model.encoder_layer import Added, EncoderLayer, scaled_sum
 from fvlm_core.model.walk import Walk
 
 LEAST = 1e-6
@@ -163,14 +164,14 @@ def open_patches(
     keys, values = [], []
     for number, layer in enumerate(encoder.layers):
         if number == len(encoder.layers) - 1:
-            key, value, _ = layer.keys_values(x, added)
+            key, value, *_ = layer.keys_values(x, added)
         else:
             context = [part[number] if rows is None else part[number].index_select(0, rows) for part in (features.keys, features.values)]
             if encoder.gradient_checkpointing and torch.is_grad_enabled():
                 x, more, key, value, _ = checkpoint(layer, scaled_sum(x, added), None, *context, seen, use_reentrant=False)
             else:
                 x, more, key, value, _ = layer(x, added, *context, seen)
-            added = more, layer.scale2
+            added = layer.added(more)
         keys.append(key)
         values.append(value)
     return Opened(keys, values, children.parents, children.roots, children.places)

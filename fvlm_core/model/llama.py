@@ -19,6 +19,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fvlm_core.model.attention import PackedLayout, Segments, attend, has_packed_kernel
+from fvlm_core.model.casts import Casts
 from fvlm_core.model.linear import Linear, joint, summed
 
 if TYPE_CHECKING:
@@ -35,6 +36,14 @@ class LayerWeights(NamedTuple):
     out: Tensor
     gate_up: Tensor
     down: Tensor
+
+
+class LlamaWeights(NamedTuple):
+    """All matrices in the precision of the products."""
+
+    layers: list[LayerWeights]
+    head: Tensor
+    """Of the output layer."""
 
 
 class Llama(nn.Module):
@@ -79,17 +88,20 @@ class Llama(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def cast(self) -> list[LayerWeights] | None:
-        """The layers' matrices for several forwards, where that saves casting them in each: compiled, under autocast."""
-        device = self.lm_head.weight.device.type
-        if not (self.model.casts_once and torch.is_grad_enabled() and torch.is_autocast_enabled(device)):
+    def cast(self, casts: Casts) -> LlamaWeights | None:
+        """The matrices for several forwards, where they are to be cast for all of them."""
+        dtype = casts.dtype("llm", self.lm_head.weight.device)
+        if dtype is None:
             return None
-        return [layer.cast(torch.get_autocast_dtype(device)) for layer in self.model.layers]
+        layers = [LayerWeights(*casts(layer.matrices, dtype)) for layer in self.model.layers]  # pyright: ignore[reportArgumentType]
+        (head,) = casts([[self.lm_head.weight]], dtype)
+        assert head is not None
+        return LlamaWeights(layers, head)
 
     def forward(self, embeddings: Tensor, position_ids: Tensor, layout: PackedLayout, weights: list[LayerWeights] | None = None) -> Tensor:
         """Last hidden states [S, D] of packed embeddings [S, D] at positions int64 [S]; new keys and values go to the layout's cache.
 
-        `weights`: from `cast`.
+        `weights`: the layers' of `cast`.
         """
         return self.model(embeddings, position_ids, layout, weights)
 
@@ -107,8 +119,6 @@ class LlamaBody(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
         self.gradient_checkpointing = False
-        self.casts_once = False
-        """Whether `Llama.cast` casts."""
 
     def forward(self, x: Tensor, position_ids: Tensor, layout: PackedLayout, weights: list[LayerWeights] | None = None) -> Tensor:
         """As `Llama.forward`."""
@@ -154,12 +164,12 @@ class LlamaLayer(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout, segments, weights)
         return x, self.mlp(self.post_attention_layernorm(x), weights)
 
-    def cast(self, dtype: torch.dtype) -> LayerWeights:
-        """Its matrices in another precision, those of products of the same input side by side."""
+    @property
+    def matrices(self) -> list[list[Tensor]]:
+        """Those of `LayerWeights`: of products of the same input together."""
         attention, mlp = self.self_attn, self.mlp
-        together = [attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]
-        query_key_value, gate_up = (torch.cat([layer.weight.to(dtype) for layer in layers]) for layers in together)
-        return LayerWeights(query_key_value, attention.o_proj.weight.to(dtype), gate_up, mlp.down_proj.weight.to(dtype))
+        together = [attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]
+        return [[layer.weight for layer in layers] for layers in together]
 
 
 class LlamaAttention(nn.Module):

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fvlm_core.model.encoder import Added, Encoder, FrameFeatures, scaled_sum
+from fvlm_core.model.encoder import Encoder, FrameFeatures
+from fvlm_core.model.encoder_layer import Added, scaled_sum
 
 
 class Walk:
@@ -49,9 +50,9 @@ class Walk:
         added: Added = None
         for layer, keys, values in zip(layers, self.keys, self.values, strict=False):
             both, more = layer.with_query(both, added, count, keys, values, seen, self.temperature, bias)
-            added = more, layer.scale2
+            added = layer.added(more)
         x, q = scaled_sum(both, added).tensor_split([n_rows])
-        key, value, _ = last.keys_values(x.unflatten(0, count))
+        key, value, *_ = last.keys_values(x.unflatten(0, count))
         self.keys[-1][:, :, start:], self.values[-1][:, :, start:] = key, value
         return q[:, None]
 

@@ -8,6 +8,7 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from fvlm_core.config import OptimizerSettings
@@ -60,9 +61,19 @@ def gradient_norms(optimizer: AdamW) -> dict[str, Tensor]:
     return {role: whole(nn.utils.get_total_norm(grads)) for role, grads in gradients.items()}
 
 
-def clip_gradients(optimizer: AdamW, clip_norm: float, norm: Tensor) -> None:
-    """Scale all gradients so that their total `norm` is at most `clip_norm`."""
-    nn.utils.clip_grads_with_norm_([p for group in optimizer.param_groups for p in group["params"]], clip_norm, norm)
+def clip_gradients(optimizer: AdamW, clip_norm: float, norm: Tensor, *, in_step: bool | None = None) -> None:
+    """Scale all gradients so that their total `norm` is at most `clip_norm`.
+
+    `in_step` (by default on a GPU, unless ranks hold shards): AdamW's kernel does it, which reads them anyway.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if in_step is None:
+        in_step = norm.is_cuda and not any(isinstance(parameter, DTensor) for parameter in parameters)
+    if in_step:
+        # what `torch.amp.GradScaler` sets: the fused kernel divides by it. The small number is `clip_grads_with_norm_`'s
+        optimizer.grad_scale = ((norm.float() + 1e-6) / clip_norm).clamp(min=1.0)  # pyright: ignore[reportAttributeAccessIssue]
+    else:
+        nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
 
 
 def optimizer_tensors(optimizer: AdamW) -> dict[str, dict[str, Tensor]]:

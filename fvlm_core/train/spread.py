@@ -46,7 +46,7 @@ class Spread:
 
     def step(self) -> AbstractContextManager[None]:
         """Around the forwards and backwards of an optimizer step; on leaving it, gradients are the mean over the ranks."""
-        return nullcontext()
+        return self.model.casts.step(adds=True)
 
     def accumulating(self, accumulate: bool) -> AbstractContextManager[None]:
         """Around a forward and backward within `step`: with `accumulate` it is not the last."""
@@ -84,6 +84,7 @@ class Replicated(Spread):
         return self.parallel(batch, loss, by_sample=by_sample)
 
     def accumulating(self, accumulate: bool) -> AbstractContextManager[None]:
+        self.model.casts.adds = accumulate  # it reduces the gradients that autograd gives it
         return self.parallel.no_sync() if accumulate else nullcontext()
 
 
@@ -95,7 +96,7 @@ class Sharded(Spread):
         mesh = init_device_mesh(world.device.type, (world.size,))
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         self.root = _Root(model)
-        model.llm.model.casts_once = False  # a layer's weights are there only once it runs
+        model.casts.parts = frozenset()  # a layer's weights are there only once it runs
         for module in (*model.encoder.layers, *model.llm.model.layers, self.root):
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
         self.parts = [module for module in self.root.modules() if isinstance(module, FSDPModule)]

@@ -14,6 +14,7 @@ from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.data.tokenizer import require_same_tokenizer
 from fvlm_core.errors import UserError
 from fvlm_core.model.build import build_model, load_model
+from fvlm_core.model.casts import add
 from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.train.jobs import MODEL_FOLDER
 
@@ -87,15 +88,18 @@ def compile_parts(model: FoveatedVLM, parts: Collection[CompiledPart], *, autotu
         _compile_method(model.encoder, "embed", options)
         _compile_method(model.encoder.layers[-1], "keys_values", options)
     model.encoder.has_tickets = {"encoder", "queries"} <= set(parts)
+    castable = {"encoder": model.encoder.has_tickets and model.encoder.castable, "llm": "llm" in parts and model.llm.castable}
+    model.casts.parts = frozenset(part for part, so in castable.items() if so)
+    if model.casts.parts:
+        fixed: dict[str, Any] = options | {"dynamic": False}  # a weight's shape is always the same
+        model.casts.add = torch.compile(add, **fixed)
     for layer in model.encoder.layers:
         if "encoder" in parts:
             layer.compile(**options)
         if "queries" in parts:
             _compile_method(layer, "query", options)
-    model.llm.model.casts_once = "llm" in parts and model.llm.castable
     for layer in model.llm.model.layers if "llm" in parts else ():
         layer.compile(**options)
-        _compile_method(layer, "cast", options)
     if "llm" in parts:
         model.cross_entropy.compile(**options)
 

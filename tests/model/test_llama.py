@@ -13,7 +13,8 @@ from fvlm_core.errors import UserError
 from fvlm_core.model import attention, llama
 from fvlm_core.model.attention import PackedCache, PackedLayout
 from fvlm_core.model.build import build_model
-from fvlm_core.model.llama import Llama
+from fvlm_core.model.casts import Casts
+from fvlm_core.model.llama import LayerWeights, Llama
 from tests.model.build import VOCAB, tiny_settings
 
 LENGTHS = [5, 1, 9, 3]
@@ -79,12 +80,14 @@ def test_logits_gradients_and_weights_are_those_of_transformers(changes: dict[st
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_weights_cast_once_for_several_forwards_are_the_same(checkpointing: bool) -> None:
     """In float64, where casting changes nothing: hidden states and gradients."""
+    casts = Casts()
     ids, positions = packed(LENGTHS)
     results = []
     for once in (False, True):
         ours = Llama.from_transformers(transformers_llama()).double()
         ours.model.gradient_checkpointing = checkpointing
-        weights = [layer.cast(torch.float64) for layer in ours.model.layers] if once else None
+        cast: list[Any] = [casts(layer.matrices, torch.float64) for layer in ours.model.layers]
+        weights = [LayerWeights(*matrices) for matrices in cast] if once else None
         hidden = ours.model.embed_tokens(ids)
         for _ in range(2):
             hidden = ours(hidden, positions, PackedLayout(LENGTHS), weights)

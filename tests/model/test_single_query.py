@@ -1,5 +1,7 @@
 """Gradients by tickets against those of torch's attention."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -47,20 +49,27 @@ def test_a_ticket_that_is_not_used_adds_nothing() -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("repeated", [False, True])
-def test_a_models_loss_and_gradients_are_the_same(checkpointing: bool, repeated: bool) -> None:
-    """Also where a frame is shown several times, and so read with several queries at once, the usual way."""
+@pytest.mark.parametrize("changes", [{"fine_iterations": 2}, {"tokens_per_frame": 4}, {"temperature": 0.5}], ids=str)
+def test_a_models_loss_and_gradients_are_the_same(checkpointing: bool, repeated: bool, changes: dict[str, Any]) -> None:
+    """Also where a frame is shown several times, and so read with several queries at once, the usual way.
+
+    The coarse pass's queries go through the layers beside the patches, where no temperature is set.
+    """
     shown = [[0, 1, 1]] if repeated else None
-    batch = pack([sample(np.random.default_rng(n), frames=frames, shown=shown) for n, frames in enumerate((2, 2))], CHAT)
+    samples = [sample(np.random.default_rng(n), frames=frames, shown=shown) for n, frames in enumerate((2, 2))]
+    batch = pack(samples, CHAT, tokens_per_frame=changes.get("tokens_per_frame", 1))
     results = []
     for has_tickets in (False, True):
-        model = tiny_model(fine_iterations=2).train()
+        model = tiny_model(**{"fine_iterations": 1} | changes).train()
+        fine = model.settings.fine_iterations
         model.set_gradient_checkpointing(checkpointing)
         model.encoder.has_tickets = has_tickets
         features = model.encode(batch.frames)
-        assert [len(of_layer) for of_layer in features.tickets] == ([3] * len(model.encoder.layers) if has_tickets else [])
-        objective = model(batch, LossSettings(coarse=1.0, fine=[1.0, 1.0])).objective
-        objective.backward()
-        results.append([objective.detach(), *(p.grad for p in model.parameters())])
+        assert [len(of_layer) for of_layer in features.tickets] == ([1 + fine] * len(model.encoder.layers) if has_tickets else [])
+        assert (features.read is not None) == (has_tickets and "temperature" not in changes)
+        losses = model(batch, LossSettings(coarse=1.0, fine=[1.0] * fine))
+        losses.objective.backward()
+        results.append([losses.objective.detach(), losses.entropy, *(p.grad for p in model.parameters())])
     torch.testing.assert_close(*results, atol=1e-9, rtol=1e-9)
 
 
@@ -74,7 +83,8 @@ def test_in_bf16_what_is_compiled_is_as_exact(monkeypatch: pytest.MonkeyPatch) -
             monkeypatch.setattr(linear, "_compiles", lambda kind=kind: kind == "compiled")
             model = tiny_model(fine_iterations=2).train()
             model = model if kind == "float64" else model.float()
-            model.encoder.has_tickets = model.llm.model.casts_once = kind == "compiled"
+            model.encoder.has_tickets = kind == "compiled"
+            model.casts.parts = frozenset(["encoder", "llm"] if kind == "compiled" else [])
             with torch.autocast("cpu", torch.bfloat16, enabled=kind != "float64"):
                 objective = model(batch, LossSettings(coarse=1.0, fine=[1.0, 1.0])).objective
             objective.backward()

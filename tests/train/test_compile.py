@@ -13,6 +13,9 @@ from fvlm_core.train.start import AUTOTUNE, compile_parts
 from tests.model.build import tiny_model
 from tests.train.conftest import tiny_recipe
 
+FEW = {"frames": 8, "tokens": 200}
+"""`run.micro_batch` with which a step has a few micro-batches."""
+
 
 def test_setting() -> None:
     assert RunSettings(steps=1).compiled_parts == ()
@@ -20,9 +23,11 @@ def test_setting() -> None:
     assert RunSettings(steps=1, compile=["llm"]).compiled_parts == ("llm",)
 
 
-@pytest.mark.parametrize("parts", [["encoder"], ["queries"], ["llm"], True], ids=str)
-def test_same_numbers(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, parts: Any) -> None:
-    """With a backend that only traces: what is wrong with the graphs shows, and no compiler is needed."""
+@pytest.mark.parametrize(
+    ("parts", "precision"), [(["encoder"], "fp32"), (["queries"], "fp32"), (["llm"], "fp32"), (True, "fp32"), (True, "bf16")], ids=str
+)
+def test_same_numbers(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, parts: Any, precision: str) -> None:
+    """With a backend that only traces: what is wrong with the graphs shows, and no compiler is needed. In bf16 to its rounding."""
     compiled: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> Any:
@@ -34,12 +39,13 @@ def test_same_numbers(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPa
     losses = []
     for chosen in (False, parts):
         torch.compiler.reset()
-        recipe = tiny_recipe(tmp_path / str(chosen), shards, run__compile=chosen)
+        recipe = tiny_recipe(tmp_path / str(chosen), shards, run__compile=chosen, run__precision=precision, run__micro_batch=FEW)
         trainer = Trainer(recipe, World(0, 1, torch.device("cpu")), "test", {}, has_wandb_key=False)
         trainer.go_to(None, trainer.state)
         losses.append([trainer.step()[0] for _ in range(3)])
         assert bool(compiled) == bool(chosen)
-    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5 if precision == "fp32" else 0.02)
+    assert any("_foreach_add_" in graph for graph in compiled) == (precision == "bf16")
 
 
 @pytest.mark.parametrize("autotune", [False, True])
@@ -49,7 +55,8 @@ def test_autotuning_is_asked_of_the_compiler_for_every_part(monkeypatch: pytest.
     monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options) or function)
     model = tiny_model()
     compile_parts(model, COMPILED_PARTS, autotune=autotune)
-    # embedding, last keys and values, loss; the encoder's layers, for patches and for queries; the language model's, and their casts
-    assert len(asked) == 3 + 2 * len(model.encoder.layers) + 2 * len(model.llm.model.layers)
-    assert all(options == ({"dynamic": True, "options": AUTOTUNE} if autotune else {"dynamic": True}) for options in asked)
+    # embedding, last keys and values, loss; the encoder's layers, for patches and for queries; the language model's; sums of gradients
+    assert len(asked) == 4 + 2 * len(model.encoder.layers) + len(model.llm.model.layers)
+    assert all(options.get("options") == (AUTOTUNE if autotune else None) for options in asked)
+    assert [options["dynamic"] for options in asked].count(False) == 1  # gradients have the shapes of weights
     assert AUTOTUNE.keys() <= set(torch._inductor.list_options())

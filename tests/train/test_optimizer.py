@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,7 +11,7 @@ from fvlm_core.config import OptimizerSettings
 from fvlm_core.errors import UserError
 from fvlm_core.model.build import build_model
 from fvlm_core.train.divergence import FREEZES, frozen_parameters, next_freeze
-from fvlm_core.train.optimizer import build_optimizer
+from fvlm_core.train.optimizer import build_optimizer, clip_gradients, gradient_norms, optimizer_tensors
 from fvlm_core.train.schedules import learning_rates
 from tests.model.build import tiny_settings
 
@@ -121,3 +122,22 @@ def test_peak_is_reached_and_wsd_stays() -> None:
 def test_converging_needs_a_backbone() -> None:
     with pytest.raises(UserError, match="converging"):
         learning_rates(OptimizerSettings(schedule="converging", lr_llm=0, lr_vision=0), 0, 10)
+
+
+@pytest.mark.parametrize("clip_norm", [0.5, 100.0])
+def test_clipping_in_adamws_kernel_is_clipping_before_it(clip_norm: float) -> None:
+    """Weights and moments after two steps, with gradients above the norm and below it."""
+    states = []
+    for in_step in (False, True):
+        model = build_model(tiny_settings(), vocab_size=50)
+        optimizer = build_optimizer(model, OptimizerSettings())
+        for seed in range(2):
+            generator = torch.Generator().manual_seed(seed)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator) * 0.01
+            norm = torch.stack(list(gradient_norms(optimizer).values())).norm()
+            assert 0.5 < norm < 100
+            clip_gradients(optimizer, clip_norm, norm, in_step=in_step)
+            optimizer.step()
+        states.append([part for tensors in optimizer_tensors(optimizer).values() for part in tensors.values()] + list(model.parameters()))
+    torch.testing.assert_close(*states, atol=1e-6, rtol=1e-5)

@@ -1,0 +1,182 @@
+"""One DINOv2 block, for patches and for the queries that read them.
+
+Keys and values are handed out, what it adds last is left to the next block's norm, and queries that are known beforehand go along with the
+patches. What it does in all, and its source: `fvlm_core.model.encoder`.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Dinov2Config
+
+from fvlm_core.model.linear import Linear, linear, summed
+from fvlm_core.model.single_query import Ticket, attend_once, tickets
+
+Added = tuple[Tensor, Tensor, Tensor | None] | None
+"""What a layer leaves to the next to be added, by which scale, and the bias that is not in it yet; None before the first layer."""
+
+
+def scaled_sum(x: Tensor, added: Added) -> Tensor:
+    """Patches [F, N, D] with what the layer before adds."""
+    return summed(x, None if added is None else _scaled(*added))
+
+
+def _scaled(x: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """(x + bias) * scale; the gradients of scale and bias are then sums over the same tensor, which one kernel reads once."""
+    return x * scale if bias is None else x * scale + bias * scale
+
+
+class LayerWeights(NamedTuple):
+    """A layer's matrices, and the biases that are added in its products, in the precision of these."""
+
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    fc1: Tensor
+    fc1_bias: Tensor
+    out: Tensor
+    fc2: Tensor
+
+
+class EncoderLayer(nn.Module):
+    """One DINOv2 block, whose keys and values are handed out."""
+
+    def __init__(self, config: Dinov2Config) -> None:
+        super().__init__()
+        width, hidden = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
+        self.heads = config.num_attention_heads
+        self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
+        self.out = Linear(width, width)
+        self.scale1 = nn.Parameter(torch.ones(width))
+        self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
+        self.scale2 = nn.Parameter(torch.ones(width))
+
+    def keys_values(
+        self, x: Tensor, added: Added = None, passes: int = 0, asking: int = 0, weights: LayerWeights | None = None
+    ) -> tuple[Tensor, Tensor, list[Ticket], Tensor]:
+        """Keys and values [F, heads, N, head_dim] of patches, a sum as in `forward`, without their queries; and `passes` tickets.
+
+        Also the `asking` tokens [F, asking, D] that are behind the patches, as they are.
+        """
+        x = scaled_sum(x, added)
+        patches, queries = x.split([x.shape[1] - asking, asking], dim=1)
+        key, value = self._project(self.norm1(patches), slice(x.shape[-1], None), weights)
+        return key, value, tickets(key, value, passes), queries
+
+    def forward(
+        self,
+        x: Tensor,
+        added: Added = None,
+        context_key: Tensor | None = None,
+        context_value: Tensor | None = None,
+        seen: Tensor | None = None,
+        passes: int = 0,
+        asking: int = 0,
+        weights: LayerWeights | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Ticket]]:
+        """Patches [F, N, D] one layer on and what the next layer adds to them (`added`), their keys and values, and `passes` tickets.
+
+        They attend to each other, or to M context patches and each other where `seen` bool [N, M + N] says so. The last `asking` of
+        them are queries, to which none attends.
+        """
+        x = scaled_sum(x, added)
+        query, key, value = self._project(self.norm1(x), slice(None), weights)
+        if asking:
+            key, value = key[:, :, :-asking], value[:, :, :-asking]
+        if context_key is None or context_value is None:
+            attended = F.scaled_dot_product_attention(query, key, value)
+        else:
+            around = torch.cat([context_key, key], dim=2), torch.cat([context_value, value], dim=2)
+            attended = F.scaled_dot_product_attention(query, *around, attn_mask=seen)
+        return *self._attended(x, attended, weights), key, value, tickets(key, value, passes)
+
+    def query(
+        self,
+        q: Tensor,
+        key: Tensor,
+        value: Tensor,
+        temperature: float,
+        bias: Tensor | None = None,
+        ticket: Ticket | None = None,
+        weights: LayerWeights | None = None,
+    ) -> Tensor:
+        """Queries [F, Q, D] one layer on: they attend to the frame's keys and values, not to each other.
+
+        `bias` [F, 1, Q, N] is added to the logits, whatever the temperature. `ticket`: of a single query's pass.
+        """
+        (query,) = self._project(self.norm1(q), slice(0, q.shape[-1]), weights)
+        scale = query.shape[-1] ** -0.5 / temperature
+        if ticket is not None:
+            return self._finish(q, attend_once(query, key, value, ticket, scale), weights)
+        return self._finish(q, F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale), weights)
+
+    def with_query(
+        self,
+        both: Tensor,
+        added: Added,
+        count: Sequence[int],
+        keys: Tensor,
+        values: Tensor,
+        seen: Tensor,
+        temperature: float,
+        bias: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Rows [R * n + R, D] one layer on, and what the next layer adds (`added`): n patches of each of R frames, and a query each.
+
+        Of `count` R, n. The patches' keys and values become the last n of `keys` and `values` [R, heads, N, head_dim]. They attend to what
+        `seen` [n, N] does not lower, as the queries do to what `bias` [R, 1, 1, N] does not.
+        """
+        both = scaled_sum(both, added)
+        patches, queries = self.norm1(both).tensor_split([count[0] * count[1]])
+        query, key, value = self._project(patches.unflatten(0, count), slice(None))
+        (reading,) = self._project(queries[:, None], slice(0, both.shape[-1]))
+        keys[:, :, -count[1] :], values[:, :, -count[1] :] = key, value
+        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=seen)
+        read = F.scaled_dot_product_attention(reading, keys, values, attn_mask=bias, scale=reading.shape[-1] ** -0.5 / temperature)
+        return self._finished(both, torch.cat([part.transpose(1, 2).flatten(2).flatten(0, 1) for part in (attended, read)]))
+
+    def weights(self, q: Tensor, key: Tensor, temperature: float, bias: Tensor | None = None) -> Tensor:
+        """Attention weights [F, heads, Q, N] of queries [F, Q, D]."""
+        return self.logits(q, key, temperature, bias).float().softmax(-1)
+
+    def logits(self, q: Tensor, key: Tensor, temperature: float, bias: Tensor | None = None) -> Tensor:
+        """What the attention weights [F, heads, Q, N] of queries [F, Q, D] are the softmax of."""
+        (query,) = self._project(self.norm1(q), slice(0, q.shape[-1]))
+        logits = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 / temperature)
+        return logits if bias is None else logits + bias
+
+    @property
+    def matrices(self) -> list[list[Tensor | None]]:
+        """Those of `LayerWeights`."""
+        with_bias = [tensor for layer in (self.qkv, self.fc1) for tensor in (layer.weight, layer.bias)]
+        return [[tensor] for tensor in (*with_bias, self.out.weight, self.fc2.weight)]
+
+    def added(self, more: Tensor, weights: LayerWeights | None = None) -> Added:
+        """What the layer leaves to be added, of the second result of its `forward` with these weights."""
+        return more, self.scale2, None if weights is None else self.fc2.bias
+
+    def _project(self, x: Tensor, part: slice, weights: LayerWeights | None = None) -> tuple[Tensor, ...]:
+        """Rows `part` of the fused projection, as tensors [F, heads, N, head_dim]."""
+        weight, bias = (self.qkv.weight, self.qkv.bias) if weights is None else (weights.qkv, weights.qkv_bias)
+        projected = linear(x, weight[part], None if bias is None else bias[part])
+        return tuple(p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in projected.split(x.shape[-1], dim=-1))
+
+    def _attended(self, x: Tensor, attended: Tensor, weights: LayerWeights | None) -> tuple[Tensor, Tensor]:
+        return self._finished(x, attended.transpose(1, 2).flatten(2), weights)
+
+    def _finished(self, x: Tensor, attended: Tensor, weights: LayerWeights | None = None) -> tuple[Tensor, Tensor]:
+        if weights is None:
+            x = x + self.out(attended) * self.scale1
+            return x, self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        x = x + _scaled(F.linear(attended, weights.out), self.scale1, self.out.bias)
+        hidden = F.linear(self.norm2(x), weights.fc1, weights.fc1_bias)
+        return x, F.linear(F.gelu(hidden), weights.fc2)
+
+    def _finish(self, x: Tensor, attended: Tensor, weights: LayerWeights | None = None) -> Tensor:
+        x, more = self._attended(x, attended, weights)
+        return scaled_sum(x, self.added(more, weights))
