@@ -101,7 +101,7 @@ def _worst(runs: Sequence[Run]) -> list[str]:
     for name, of_seeds in values.items():
         place = int(np.argmax(of_seeds))
         value = of_seeds[place] if name in ("coarse", "drift") else -of_seeds[place]
-        text = f"fine - {value:.3f}" if name == "drift" else f"{value:.3f}"
+        text = f"fine {'-' if value >= 0 else '+'} {abs(value):.3f}" if name == "drift" else f"{value:.3f}"
         said.append(f"{text} (seed {runs[place]['seed']})")
     return said
 
