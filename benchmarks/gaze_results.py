@@ -152,7 +152,11 @@ def plot(path: Path, runs: Sequence[Run]) -> None:
                 marker = "s" if run["control"] and run["equal_flops"] else "o"
                 axes.errorbar([run[what]], [one.value], yerr=error, color=colours[name], marker=marker, capsize=3, linestyle="")
             axes.axhline(runs[0]["bag_ceiling"], color="#8d99a6", linestyle=":")
-            axes.set_xscale("log")
+            values = sorted({run[what] for run in runs})
+            if values[-1] > 3 * values[0]:
+                axes.set_xscale("log")
+                axes.set_xticks(values, [f"{value:,}" for value in values], minor=False)
+                axes.set_xticks([], minor=True)
             axes.set_xlabel(label)
         for name, colour in colours.items():
             panels[0].plot([], [], color=colour, marker="o", linestyle="", label=name)
