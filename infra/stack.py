@@ -235,7 +235,7 @@ class Stack:
     def prepare_worker(self, pool: str) -> None:
         """Let the worker that `start_workers` will start for the pool import what it needs, while the server does too."""
         if self.fresh:
-            self.prepared[pool] = self._process(pool, [PREPARED, WORKER_MODULES], told=True)
+            self.prepared[pool] = self._process(pool, [PREPARED, WORKER_MODULES], piped=True)
 
     def start_workers(self, pool_types: Mapping[str, str], *, every_queue: bool = False, more: Mapping[str, str] | None = None) -> None:
         """Start a worker on the volume's queue of each pool of local processes or of RunPod's pods (`pool_types`: type by pool name).
@@ -311,23 +311,23 @@ class Stack:
         """Start a part of the stack: a module and its arguments, with those file `handles` and `more` variables."""
         child = None if more else self.prepared.pop(name, None)
         if child is not None and child.stdin is not None:
-            with contextlib.suppress(BrokenPipeError), child.stdin as told:  # where it has died: `check` says so
-                told.write(json.dumps(command).encode())
+            with contextlib.suppress(BrokenPipeError), child.stdin as pipe:  # where it has died: `check` says so
+                pipe.write(json.dumps(command).encode())
         else:
             child = self._process(name, command, *handles, more=more)
         self.children[name] = child
         self._running_state().processes[name] = child.pid
 
     def _process(
-        self, name: str, command: list[str], *handles: int, more: Mapping[str, str] | None = None, told: bool = False
+        self, name: str, command: list[str], *handles: int, more: Mapping[str, str] | None = None, piped: bool = False
     ) -> subprocess.Popen[bytes]:
-        """A process with a log of that name, in its own session: Ctrl-C is ours to handle. `told`: with a pipe as standard input."""
+        """A process with a log of that name, in its own session: Ctrl-C is ours to handle. `piped`: its standard input is a pipe."""
         with (self.home / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "infra.start", *command],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                stdin=subprocess.PIPE if told else subprocess.DEVNULL,
+                stdin=subprocess.PIPE if piped else subprocess.DEVNULL,
                 cwd=REPOSITORY,
                 env=self.environment() | dict(more or {}),
                 start_new_session=True,
