@@ -39,7 +39,6 @@ try:
     from deployments.checks import load_profile
     from deployments.register import register
     from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import WorkPool
     stack.wait_for_server()
     registered = asyncio.run(register(load_profile("ci"), stack.volume))
     stack.start_workers(registered.pool_types)

@@ -204,7 +204,7 @@ def test_there_and_back_by_command(finished, fvlm, tmp_path):
     for mode in MODES:
         torch.testing.assert_close(logits(second, batch, mode), logits(first, batch, mode), atol=1e-5, rtol=1e-5)
     status, printed = fvlm("convert", "original", finished / "model", there)
-    assert (status, "not written over" in printed) == (2, True)
+    assert (status, "not overwritten" in printed) == (2, True)
 
 
 def test_every_form_of_a_checkpoint_is_read(tmp_path):
