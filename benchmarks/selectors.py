@@ -33,6 +33,7 @@ from fvlm_core.eval.stats import Bootstrap
 from fvlm_core.manifest import write_atomically
 from fvlm_core.model.flop_counter import count_flops
 from fvlm_core.model.inference import read_batch
+from fvlm_core.release.sections.selectors import ACCURACIES, RECORD, Accuracy
 
 GRID, FRAMES, K = 9, 2, 1
 SELECTORS = ("ours", "question", "change", "saliency", "random", "centre", "low_resolution", "merging", "full", "oracle")
@@ -130,7 +131,15 @@ def main() -> None:
         dense_steps={"type": int, "default": None, "help": f"instead of {DENSE_STEPS}"},
         hits={"action": "store_true", "help": "only show how often the selectors that do not ask the query open the right patch"},
         table={"action": "store_true", "help": "only print what is in `--out`, as the page's tables"},
+        record={"action": "store_true", "help": "only write what is in `--out` to where the release's report finds it"},
     )
+    if options.record:
+        found = [
+            Accuracy(world=row.world, selector=row.selector, accuracy=row.accuracy, seeds=len(row.seeds), mflop=row.mflop)
+            for row in rows(options.out)
+        ]
+        write_atomically(RECORD, ACCURACIES.dump_json(found, indent=1))
+        return
     if options.table:
         print(tables(options.out))
         return

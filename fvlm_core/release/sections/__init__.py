@@ -23,6 +23,7 @@ from fvlm_core.release.sections import (
     published,
     reproduce,
     scaling,
+    selectors,
     speed,
 )
 
@@ -34,6 +35,7 @@ SECTIONS: tuple[Callable[[Evidence, Figures], Section], ...] = (
     data.section,
     cost.section,
     experiments.section,
+    selectors.section,
     limitations.section,
     published.section,
     provenance.section,
