@@ -48,7 +48,8 @@ def section(evidence: Evidence, figures: Figures) -> Section:
     )
     text = (
         "A model with a glance encodes only the patches that something chooses. In three rendered worlds, at equal FLOPs: the question "
-        "names the place (*asked*), little changes and the change is asked about (*still*), only the frame before says where to look (*hunt*). "
+        "names the place (*asked*), little changes and the change is asked about (*still*), "
+        "only the frame before says where to look (*hunt*). "
         f"*{OURS}* is the choice by the language model's state. Nothing here is about real video."
     )
     table = Table(head=["choice", "MFLOP a frame", *worlds], rows=rows, marked=[selectors.index(OURS)], note=note)
