@@ -28,18 +28,22 @@ ORIGINAL_GFLOP = 942.2
 
 def main() -> None:
     options = arguments(
-        __doc__ or "", rounds={"type": int, "default": 3}, frames={"type": int, "default": 64}, stream={"type": int, "default": 3600}
+        __doc__ or "",
+        rounds={"type": int, "default": 3},
+        frames={"type": int, "default": 64},
+        stream={"type": int, "default": 3600},
+        exact={"action": "store_true", "help": "keep the stream's keys and values in fp32 and not in bfloat16"},
     )
-    show(measure(options.frames, options.rounds, options.stream), as_json=options.json)
+    show(measure(options.frames, options.rounds, options.stream, rounded=not options.exact), as_json=options.json)
 
 
-def measure(frames: int, rounds: int, stream: int) -> Iterator[Measurement]:
+def measure(frames: int, rounds: int, stream: int, *, rounded: bool = True) -> Iterator[Measurement]:
     """The modes over `frames` frames, then a stream of `stream` frames, unless that is 0."""
     model = build_model(model_settings(), vocab_size=VOCABULARY).eval().requires_grad_(False)
     if frames:
         yield from modes(model, frames, rounds)
     if stream:
-        yield from stream_growth(model, stream)
+        yield from stream_growth(model, stream, rounded=rounded)
 
 
 def modes(model: FoveatedVLM, frames: int, rounds: int) -> Iterator[Measurement]:
@@ -68,9 +72,9 @@ def modes(model: FoveatedVLM, frames: int, rounds: int) -> Iterator[Measurement]
 
 
 @torch.no_grad()
-def stream_growth(model: FoveatedVLM, frames: int, early: int = 60) -> list[Measurement]:
+def stream_growth(model: FoveatedVLM, frames: int, early: int = 60, *, rounded: bool = True) -> list[Measurement]:
     """Resident memory and time per frame of a stream's last frames against its 60th, and the keys and values in between."""
-    stream = FrameStream(model, NO_TEMPLATE, task_ids=[1], context=frames + 512)
+    stream = FrameStream(model, NO_TEMPLATE, task_ids=[1], context=frames + 512, rounded=rounded)
     stream.cache.grow(frames + 512)  # all of it at once, and touched, so that growing is not mistaken for a leak
     assert isinstance(stream.cache, LongCache)
     for layer in stream.cache.layers:
@@ -99,7 +103,7 @@ def stream_growth(model: FoveatedVLM, frames: int, early: int = 60) -> list[Meas
 def _per_frame(model: FoveatedVLM, late: FrameStream, picture: np.ndarray, early: int, frames: int = 30) -> tuple[float, float, float]:
     """Median seconds of a long stream's next frames, of a new one's up to its frame `early`, and of reading what the first has in its cache
     and the second has not; taken in turn."""
-    new = FrameStream(model, NO_TEMPLATE, task_ids=[1])
+    new = FrameStream(model, NO_TEMPLATE, task_ids=[1], rounded=late.rounded)
     for _ in range(early - frames):
         new.push(picture)
 

@@ -22,3 +22,8 @@ def device_of(name: str | torch.device, *, where: str = "device", local: int = 0
     if number >= (count := torch.cuda.device_count()):
         raise UserError(f"there is no GPU {number}: torch sees {count} here", where=where, fix="use auto or cpu")
     return torch.device("cuda", number)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this machine's CPU has instructions for it (AVX-512 BF16); others convert first, which takes longer than fp32."""
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
