@@ -31,7 +31,12 @@ class LongCache(PackedCache):
         if known == 0:
             return attend_to_known(query, key, value, scaling)
         if len(query) > 1:
-            return attend_to_known(query, keys.permute(2, 0, 1).contiguous(), values.transpose(0, 1), scaling)
+            keys, values = self._by_token(keys, values)
+            return attend_to_known(query, keys.to(query.dtype), values.to(query.dtype), scaling)
+        return self._one(query, keys, values, scaling)
+
+    def _one(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+        """A single token's [1, H, D] attention to all that `held` gives."""
         # the heads that share keys and values are the rows of one product
         scores = torch.bmm(query[0].unflatten(0, (len(keys), -1)) * scaling, keys)
         weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(values.dtype)
@@ -51,6 +56,10 @@ class LongCache(PackedCache):
     def _turned(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """New keys and values as `held` gives them."""
         return key.permute(1, 2, 0), value.transpose(0, 1)
+
+    def _by_token(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What `held` gives, as [n, kv_heads, head_dim]."""
+        return keys.permute(2, 0, 1).contiguous(), values.transpose(0, 1)
 
     def grow(self, capacity: int) -> None:
         """Room for `capacity` tokens."""
@@ -75,19 +84,16 @@ class RoundedCache(LongCache):
         keys, values = self.layers[layer]
         return keys[:, begin:end], values[:, begin:end]
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float) -> Tensor:
-        (known,) = self.lengths
-        keys, values = self._store(layer, key, value)
-        if known == 0:
-            return attend_to_known(query, key, value, scaling)
-        if len(query) > 1:
-            return attend_to_known(query, keys.transpose(0, 1).to(query.dtype), values.transpose(0, 1).to(query.dtype), scaling)
+    def _one(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
         row = query.to(keys.dtype).transpose(0, 1)[None]  # [1, H, 1, D]
         read = F.scaled_dot_product_attention(row, keys[None], values[None], scale=scaling, enable_gqa=True)
         return read[0].transpose(0, 1).to(query.dtype)
 
     def _turned(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         return key.transpose(0, 1), value.transpose(0, 1)
+
+    def _by_token(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return self._turned(keys, values)
 
     def _buffers(self, like: Tensor, heads: int, width: int) -> tuple[Tensor, Tensor]:
         shape = heads, self.starts[-1], width
