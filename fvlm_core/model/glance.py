@@ -99,7 +99,8 @@ def with_everything(encoder: Encoder, features: GlanceFeatures, settings: Glance
     roots = places = torch.arange(features.grid[0] * features.grid[1], device=features.frames.device).expand(len(features.frames), -1)
     for level in range(settings.levels):
         every = torch.arange(places.shape[1], device=places.device).expand(len(places), -1)
-        opened.append(open_patches(encoder, features, settings, scales, level, every, places, roots))
+        children = children_of(encoder, features, settings, scales, level, every, places, roots)
+        opened.append(open_patches(encoder, features, children))
         places, roots = opened[-1].places, opened[-1].roots
     return replace(features, everything=opened)
 
@@ -145,19 +146,8 @@ def children_of(
     return Children(x, parent[:, None] == parent, parents, under, down * (columns * zoom) + right)
 
 
-def open_patches(
-    encoder: Encoder,
-    features: GlanceFeatures,
-    settings: GlanceSettings,
-    scales: Tensor,
-    level: int,
-    chosen: Tensor,
-    places: Tensor,
-    roots: Tensor,
-    rows: Tensor | None = None,
-) -> Opened:
-    """Encode the children of patches, chosen as in `children_of`."""
-    children = children_of(encoder, features, settings, scales, level, chosen, places, roots, rows)
+def open_patches(encoder: Encoder, features: GlanceFeatures, children: Children, rows: Tensor | None = None) -> Opened:
+    """Encode what `children_of` gave, of the same `rows`."""
     x = children.x
     seen = F.pad(children.siblings, (features.keys[0].shape[2], 0), value=True)  # [n, glance + n]
     added: Added = None
@@ -221,8 +211,8 @@ def foveate(
         if own:
             noise = 0.0 if not explore else -torch.empty_like(log_p).exponential_().log() * explore
             picked = chooser((log_p + noise)[:, 0], min(settings.open, places.shape[1]))
-            opening = children_of if walk else open_patches
-            opened = opening(encoder, features, settings, scales, level, picked, places, roots, rows)
+            children = children_of(encoder, features, settings, scales, level, picked, places, roots, rows)
+            opened = children if walk else open_patches(encoder, features, children, rows)
             chosen.append(picked)
         else:
             opened = features.everything[level]

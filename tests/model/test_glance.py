@@ -21,7 +21,17 @@ from fvlm_core.model.encoder import Encoder
 from fvlm_core.model.flop_counter import count_flops
 from fvlm_core.model.flops import ModelDims, SampleShape, sample_flops
 from fvlm_core.model.foveated import FoveatedVLM
-from fvlm_core.model.glance import GlanceFeatures, foveate, look, open_patches, positions_at, selection, to_last, with_everything
+from fvlm_core.model.glance import (
+    GlanceFeatures,
+    children_of,
+    foveate,
+    look,
+    open_patches,
+    positions_at,
+    selection,
+    to_last,
+    with_everything,
+)
 from fvlm_core.model.inference import gaze, read_batch
 from fvlm_core.release.hub.configuration_fvlm import FVLMConfig
 from fvlm_core.release.hub.modeling_fvlm import FVLMModel
@@ -239,9 +249,10 @@ def test_a_parents_keys_and_values_do_not_depend_on_what_else_is_open(k, seed, s
     chosen = torch.stack([torch.randperm(ALL, generator=torch.Generator().manual_seed(seed + row))[:k] for row in range(2)])
     places = torch.arange(ALL).expand(2, -1)
     assert model.settings.glance is not None
-    opened = open_patches(model.encoder, full, model.settings.glance, model.connector.scale_embeddings, 0, chosen, places, places)
-    children = shape["zoom"] ** 2
-    index = (chosen[..., None] * children + torch.arange(children)).flatten(1)
+    children = children_of(model.encoder, full, model.settings.glance, model.connector.scale_embeddings, 0, chosen, places, places)
+    opened = open_patches(model.encoder, full, children)
+    per_parent = shape["zoom"] ** 2
+    index = (chosen[..., None] * per_parent + torch.arange(per_parent)).flatten(1)
     (every,) = full.everything
     assert torch.equal(opened.places, every.places.gather(1, index))
     assert torch.equal(opened.roots, opened.parents)
