@@ -1,7 +1,8 @@
 """Marks on processes: an environment variable that says whose they are, so that leftovers are found and nothing else is."""
 
 import hashlib
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -10,6 +11,7 @@ STACK_VARIABLE = "FVLM_STACK"
 """Server, workers and flow runs of one volume's local stack."""
 JOB_VARIABLE = "FVLM_JOB"
 """The job that fills one folder."""
+POLL_S = 0.05
 
 
 def mark(folder: Path) -> str:
@@ -21,10 +23,17 @@ def marked(variable: str, value: str) -> Iterator[psutil.Process]:
     """Living processes of this user that carry the mark."""
     for process in psutil.process_iter():
         try:
-            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(variable) == value:
+            if _runs(process) and process.environ().get(variable) == value:
                 yield process
         except psutil.Error:  # ended meanwhile, or another user's
             continue
+
+
+def wait_until_ended(processes: Iterable[psutil.Process]) -> None:
+    """Return when none of them runs. psutil's own wait goes on until somebody reaps them, which a parent that hangs never does."""
+    for process in processes:
+        while _runs(process):
+            time.sleep(POLL_S)
 
 
 def end_marked(variable: str, value: str, *, grace_s: float = 0.0) -> int:
@@ -43,6 +52,14 @@ def end_marked(variable: str, value: str, *, grace_s: float = 0.0) -> int:
             _send(process, terminate=False)
         psutil.wait_procs(processes, timeout=5)
     return ended
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether it has not ended; one that has, and is not reaped, has."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _send(process: psutil.Process, *, terminate: bool) -> None:

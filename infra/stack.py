@@ -24,7 +24,7 @@ import psutil
 from infra import api, guard, prefect_settings
 from infra.locks import Lock, try_lock
 from infra.ports import FIRST_PORT, LOCALHOST, PORTS_TRIED, listen, listen_on_free
-from infra.processes import STACK_VARIABLE, end_marked, marked
+from infra.processes import STACK_VARIABLE, end_marked, marked, wait_until_ended
 from infra.start import PREPARED
 from infra.volume import HOME, PASSWORD_FILE, database_folder, known_volume_id, password, volume_id
 
@@ -403,7 +403,7 @@ def _let_jobs_save(volume: str) -> None:
         with contextlib.suppress(psutil.Error):
             guards += [process] if guard.__file__ in process.cmdline() else []
             process.terminate()
-    psutil.wait_procs(guards)
+    wait_until_ended(guards)
 
 
 def _carries(pid: int, value: str) -> bool:

@@ -33,8 +33,6 @@ class Stopped:
     folder: Path
     alone: RunManifest
     order: str
-    reached: int = 0
-    """The step where it was stopped last."""
     stops: int = 0
 
 
@@ -47,10 +45,11 @@ def stopped(folder: Path) -> Stopped:
 
 
 def going_on(volume: Volume, stopped: Stopped) -> Command:
-    """The same command again, when the stage has gone some way further."""
-    began = stopped.folder.stat().st_mtime if stopped.stops else 0.0
+    """The same command again, when the stage has gone some way further than it had when it was stopped last."""
+    reached = progress(stopped.folder)
     command = volume.start()
-    wait_until(lambda: progress(stopped.folder, since=began) >= stopped.reached + STEPS_BETWEEN, "the stage to go on")
+    wait_until(lambda: progress(stopped.folder) >= reached + STEPS_BETWEEN, "the stage to go on")
+    stopped.stops += 1
     return command
 
 
@@ -91,8 +90,6 @@ def test_a_stopped_command_ends_with_its_jobs_and_keeps_the_checkpoints(
 ) -> None:
     command = going_on(volume, stopped)
     stop(volume, command)
-    stopped.stops += 1
-    stopped.reached = progress(stopped.folder, since=0)
     assert not of_job(stopped.folder), "no job outlives its flow"
     assert any(stopped.folder.glob("checkpoints/*"))
 
@@ -105,7 +102,7 @@ def test_a_killed_job_is_tried_again_and_ends_with_the_weights_of_one_never_stop
     assert last.status == 0
     assert last.states == CACHED | {"train": "Completed"}, "equal weights: what follows from them is not made again"
     resumed = RunManifest.read(stopped.folder)
-    assert len(resumed.resumed_from) == stopped.stops + 1
+    assert len(resumed.resumed_from) == stopped.stops
     assert resumed.resumed_from[0] > 0
     assert resumed.resumed_from == sorted(set(resumed.resumed_from)), "each time further on"
     assert resumed.losses == stopped.alone.losses

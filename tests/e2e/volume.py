@@ -82,9 +82,11 @@ class Command:
 
     def result(self) -> Result:
         """Wait for its end."""
-        status = self.process.wait(RUN_TIMEOUT_S)
-        output = self.log.read_text()
-        print(output)
+        try:
+            status = self.process.wait(RUN_TIMEOUT_S)
+        finally:
+            output = self.log.read_text()
+            print(output)
         return Result(status, output, time.monotonic() - self.started)
 
 
@@ -173,10 +175,10 @@ def of_job(folder: Path) -> list[psutil.Process]:
     return list(marked(JOB_VARIABLE, mark(folder)))
 
 
-def progress(folder: Path, *, since: float) -> int:
-    """Steps that the job in `folder` has done, as it reported after `since` (seconds since the epoch); -1 where it did not."""
+def progress(folder: Path, *, since: float = 0.0) -> int:
+    """Steps that the job in `folder` has done, as it reported after `since` (seconds since the epoch); 0 where it did not."""
     report = ProgressReport.read(folder)
-    return report.step if report and (folder / "progress.json").stat().st_mtime > since else -1
+    return report.step if report and (folder / "progress.json").stat().st_mtime > since else 0
 
 
 def wait_until(condition: Callable[[], object], what: str, *, poll_s: float = 0.05) -> None:

@@ -14,6 +14,7 @@ import httpx
 import psutil
 import pytest
 
+from infra import guard
 from infra.api import credentials
 from infra.ports import listen, listen_on_free
 from infra.processes import STACK_VARIABLE, end_marked, marked
@@ -229,4 +230,23 @@ def test_stopping_lets_a_job_save_what_it_did(tmp_path: Path) -> None:
             time.sleep(0.05)
         Stack(volume, environment={}).stop()
     assert (tmp_path / "saved").exists()
+    assert not list(marked(STACK_VARIABLE, volume_id(volume)))
+
+
+def test_stopping_does_not_wait_for_somebody_to_reap_a_job_that_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flow run that hangs (on a server that is gone, say) leaves its job's guard a zombie."""
+    monkeypatch.setattr("infra.stack.END_GRACE_S", 0.2)
+    volume, ready = tmp_path / "volume", tmp_path / "ready"
+    job = f"open({str(ready)!r}, 'w'); import time; time.sleep(600)"
+    command = [sys.executable, guard.__file__, "PARENT", "1", sys.executable, "-c", job]
+    starter = (
+        "import os, signal, subprocess, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        f"subprocess.Popen([word if word != 'PARENT' else str(os.getpid()) for word in {command!r}])\n"
+        "time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", starter], env=os.environ | {STACK_VARIABLE: volume_id(volume)}):
+        while not ready.exists():
+            time.sleep(0.05)
+        Stack(volume, environment={}).stop()
     assert not list(marked(STACK_VARIABLE, volume_id(volume)))
