@@ -11,7 +11,7 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
     exit 2
 fi
 
-./infra/video2dataset_env.sh & # meanwhile: pip keeps one core busy
+./infra/video2dataset_env.sh & # meanwhile
 other=$!
 
 # The environment is complete when its stamp equals the lock it was made from; the stamp is written last.
@@ -24,9 +24,9 @@ if [ "$(cat $stamp 2>/dev/null)" != "$wanted" ]; then
   fix: install the venv module (Debian: apt-get install python3-venv)" >&2
         exit 2
     }
-    .venv/bin/pip install --quiet --disable-pip-version-check --no-compile -r requirements.lock
-    .venv/bin/pip install --quiet --disable-pip-version-check --no-compile --no-deps -r requirements-data.lock -e .
-    # pip would compile twenty-five thousand files on one core. Packages' tests and transformers' five hundred models, a third of it all,
+    ./infra/install.sh .venv -r requirements.lock
+    ./infra/install.sh .venv --no-deps -r requirements-data.lock -e .
+    # twenty-five thousand files are compiled on all cores. Packages' tests and transformers' five hundred models, a third of it all,
     # are compiled when something imports them; a few files are templates, which no Python compiles
     .venv/bin/python -m compileall -qq -j 0 -x '/(tests|transformers/models)/' .venv/lib || true
     echo "$wanted" >$stamp

@@ -15,7 +15,7 @@ ruff format --check .
 pyright & # most of a minute on one core, beside what is installed meanwhile
 types=$!
 lint-imports
-.venv/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements-test-data.lock
+./infra/install.sh .venv --no-deps -r requirements-test-data.lock
 wait "$types"
 wait "$spark"
 [ $# -gt 0 ] && exec python -m pytest "$@"

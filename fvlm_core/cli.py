@@ -1,7 +1,9 @@
 """The entry point that every job shares: `python -m fvlm_core.<module> job.yaml`."""
 
+import atexit
 import contextlib
 import errno
+import gc
 import json
 import os
 import sys
@@ -25,6 +27,7 @@ def run_job(settings: type[Job], function: Callable[[Job], object]) -> None:
     A UserError, or a full disk, is printed without a traceback and ends the process with status 2. It is also left as `error.json` in
     the job's output folder, where a new attempt removes it; so is that a job stopped on SIGTERM.
     """
+    atexit.register(gc.freeze)  # Python would look for garbage once more in a million objects: most of a second, before memory goes anyway
     if len(sys.argv) != 2:
         print(f"usage: python -m {function.__module__} SETTINGS.yaml", file=sys.stderr)
         sys.exit(USER_ERROR)

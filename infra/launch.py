@@ -16,13 +16,15 @@ import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from infra import guard
+from infra import guard, start
 from infra.exit_status import ATTEMPT_VARIABLE, ERROR_FILE, STOPPED, STOPPED_KIND, USER_ERROR, USER_ERROR_KIND
 from infra.processes import JOB_VARIABLE, STACK_VARIABLE, end_marked, mark
 from infra.runpod.pod import SHARED_VARIABLE
 
 LOG_NAME = "log.txt"
 TAIL_LINES = 25
+TORCHRUN = "torch.distributed.run"
+"""The module behind the program `torchrun`."""
 FULL_BYTES = 1_000_000
 """Of free space, below which a job that failed without a word of its own is said to have filled the disk."""
 KEPT_VARIABLES = ("PATH", "HOME", "USER", "LANG", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV", STACK_VARIABLE, SHARED_VARIABLE)
@@ -75,7 +77,7 @@ def torchrun_job(module: str, settings: Path, *, processes: int, nodes: int = 1,
 
     With several `nodes` each of them starts this same command, and they meet at `rendezvous`, the first node's host:port.
     """
-    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", str(processes)]
+    torchrun = [sys.executable, "-m", start.__name__, TORCHRUN, "--nproc-per-node", str(processes)]
     meeting = ["--standalone"] if nodes == 1 else ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", str(rendezvous)]
     return [*torchrun, *meeting, "-m", module, str(settings)]
 

@@ -16,10 +16,10 @@ fail() {
     exit 2
 }
 
-pip() { "$folder/bin/python" -m pip --quiet --disable-pip-version-check "$@"; }
+install() { "$root/infra/install.sh" "$folder" "$@"; }
 add_spark() {
-    [ -z "$spark" ] || pip install -r "$root/requirements-video2dataset-spark.txt" ||
-        fail "pyspark cannot be installed" "see pip's message above; is a package index reachable?"
+    [ -z "$spark" ] || install -r "$root/requirements-video2dataset-spark.txt" ||
+        fail "pyspark cannot be installed" "see the message above; is a package index reachable?"
 }
 
 # Complete when its stamp names this script, this lock and this checkout; the stamp is written last.
@@ -30,10 +30,10 @@ wanted=$( (cat "$root/requirements-video2dataset.lock" "$root/infra/video2datase
 echo "setting up video2dataset's environment (about half a minute)"
 [ -x "$folder/bin/python" ] || "$python" -m venv "$folder" ||
     fail "the environment cannot be made" "install the venv module (Debian: apt-get install python3-venv)"
-pip install --no-compile -r "$root/requirements-video2dataset.lock" ||
-    fail "video2dataset's packages cannot be installed" "see pip's message above; is a package index reachable?"
-pip install --no-compile --no-deps "$release" ||
-    fail "$release cannot be installed" "see pip's message above; is a package index reachable?"
+install -r "$root/requirements-video2dataset.lock" ||
+    fail "video2dataset's packages cannot be installed" "see the message above; is a package index reachable?"
+install --no-deps "$release" ||
+    fail "$release cannot be installed" "see the message above; is a package index reachable?"
 "$folder/bin/python" -m compileall -qq -j 0 -x '/tests/' "$folder/lib" || true # as in setup.sh
 
 # A .pth file is read at every start of this Python: by video2dataset, by its children, and by Spark's workers.

@@ -16,7 +16,7 @@ def browser_page() -> Iterator[Page]:
     with sync_playwright() as playwright:
         options = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
-        page = browser.new_page(viewport={"width": 1400, "height": 1100})
+        page = browser.new_page(viewport={"width": 1400, "height": 1100}, reduced_motion="reduce")  # drawn without a GPU: costly
         page.set_default_timeout(SLOW_MS)
         yield page
         browser.close()

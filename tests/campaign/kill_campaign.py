@@ -23,6 +23,7 @@ from benchmarks.report import Measurement, show
 from fvlm_core.manifest import sha256_file
 from fvlm_core.settings import hash_json
 from fvlm_core.train.jobs import METRICS_FILE, MODEL_FOLDER
+from infra.launch import TORCHRUN
 from tests.e2e.volume import Command, Volume, lengthen, of_job, progress
 
 STAGES = ("stage1", "stage2", "stage3")
@@ -167,7 +168,7 @@ def processes_of(volume: Volume, victim: str, command: Command, job: list[psutil
     kinds = {"guard": [], "torchrun": [], "rank": []}
     for process in job:
         words = " ".join(process.cmdline())
-        kinds["guard" if "guard.py" in words else "torchrun" if "/torchrun" in words else "rank"].append(process)
+        kinds["guard" if "guard.py" in words else "torchrun" if TORCHRUN in words else "rank"].append(process)
     return kinds[victim]
 
 
