@@ -3,11 +3,15 @@
 Model, packing, losses, optimizer and schedule are those of `fvlm_core`. What a run of shards cannot do is here: no clip is shown twice, and
 the clutter grows as fast as the model learns. A digit beside the asked one appears with a probability that starts at 0 and rises a
 little in every step in which questions before the video are answered well enough; dense from the start, nothing is learned.
+
+*hunt* is learned with two helps. A second turn asks for the places of the digits: those hang on the crosses, which the answer to the first
+turn says nothing of until somebody looks where they point. And a third of the clips are *cell* clips, where the question names
+the place in all frames: so looking where one is sent is learned before it is known who sends.
 """
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -15,10 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.gaze_supervision import gaze_loss, weight_at
 from fvlm_core.config import LLMSettings, LLMShape, LossSettings, ModelSettings, OptimizerSettings, VisionSettings, VisionShape
 from fvlm_core.data import gaze
-from fvlm_core.data.batch import ChatFormat, Sample, Turn, pack
+from fvlm_core.data.batch import ChatFormat, PackedBatch, Sample, Turn, pack
 from fvlm_core.data.tokenizer import chat_format, encode, render_chat, train_tokenizer
 from fvlm_core.eval.subject import Subject
 from fvlm_core.model.build import build_model
@@ -37,6 +40,17 @@ VOCABULARY = 400
 EVAL_BATCH = 128
 RUNNING = 0.9
 """How much of the running loss is kept at a step."""
+WHERE = "where"
+"""Asks for the places."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Samples of a step that are alike."""
+
+    task: gaze.Task
+    question_first: bool
+    samples: int
 
 
 @dataclass(frozen=True)
@@ -48,7 +62,7 @@ class Plan:
     steps: int = 1600
     """What six minutes of one core allow, about."""
     batch_samples: int = 96
-    """Half of them with the question before the video, half after it."""
+    """Half of them with the question before the video, half after it; with `cell_too` half, a sixth and a third of *cell*."""
     frames: int = 3
     noise: float = 0.1
     encoder_steps: int = 2000
@@ -61,14 +75,16 @@ class Plan:
     first_clutter: float = 0.0
     clutter_step: float = 0.01
     """What a step adds to the clutter while the running loss of the last pass, question first, is below `clutter_gate`."""
-    clutter_gate: float = 1.1
-    """Nats per digit; chance is 2.30."""
+    clutter_gate: float | None = None
+    """Nats per digit, where chance is 2.30; None: 1.1, or 0.6 where places are asked for, which are certain once they are known."""
     model: dict[str, Any] = field(default_factory=dict)
     """Changes of `model_settings`."""
     wording: Literal["words", "sentence"] = "words"
     """words: only what differs between questions, without a system prompt; sentence: the questions and the chat format of the pipeline."""
-    gaze_weight: float = 0.0
-    """Of the loss on the attention itself (`benchmarks.gaze_supervision`) at the first step; it fades to 0 at half of the training."""
+    places: bool | None = None
+    """Training asks for the places of the digits too; None: in *hunt*."""
+    cell_too: bool | None = None
+    """Training shows clips of *cell* too; None: in *hunt*."""
     max_cpu_s: float = float("inf")
     """Processor time after which the training stops early."""
 
@@ -86,15 +102,33 @@ class Plan:
         )
 
     @property
+    def asks_places(self) -> bool:
+        """`places`, decided."""
+        return self.task == "hunt" if self.places is None else self.places
+
+    @property
+    def gate(self) -> float:
+        """`clutter_gate`, decided."""
+        return self.clutter_gate if self.clutter_gate is not None else 0.6 if self.asks_places else 1.1
+
+    @property
+    def parts(self) -> list[Part]:
+        """What a step is made of; how well the first part is answered decides on the clutter."""
+        half, sixth = self.batch_samples // 2, self.batch_samples // 6
+        if self.task == "hunt" if self.cell_too is None else self.cell_too:
+            return [Part(self.task, True, half), Part(self.task, False, sixth), Part("cell", True, self.batch_samples - half - sixth)]
+        return [Part(self.task, True, half), Part(self.task, False, half)]
+
+    @property
     def loss(self) -> LossSettings:
         """Equal weights on all passes, so that queries are made of fine hidden states too."""
         return LossSettings(fine=[1.0] * self.model_settings.fine_iterations)
 
     @property
     def model_settings(self) -> ModelSettings:
-        """The model: 0.4 million parameters, two fine passes; in a hunt one a frame: each knows the frame before by the pass before."""
+        """The model: 0.4 million parameters, two fine passes."""
         base = {"vision": VisionSettings(shape=VISION, frame_px=gaze.FRAME_PX), "llm": LLMSettings(shape=LLM)}
-        usual = {"temperature": 4.0, "visual_scale": 0.5, "fine_iterations": self.frames if self.task == "hunt" else 2}
+        usual = {"temperature": 4.0, "visual_scale": 0.5, "fine_iterations": 2}
         return ModelSettings.model_validate(base | usual | self.model)
 
 
@@ -142,16 +176,26 @@ class Asker:
         return cls(plan, tokenizer, chat)
 
     def sample(self, clip: gaze.GazeClip, *, question_first: bool, answered: bool = True) -> Sample:
-        """The question about a clip's path, with its answer or up to where it begins."""
-        turn = Turn(self.ids(_question(self.plan, clip)), self.ids(_answer(clip)) if answered else [])
+        """The question about a clip's path, with its answer (and where that is asked for, the places) or up to where it begins."""
+        turns = [Turn(self.ids(_question(self.plan, clip)), self.ids(_answer(clip)) if answered else [])]
+        if answered and self.asks_places(clip.task):
+            turns.append(Turn(self.ids(WHERE), self.ids(_places(clip))))
         shown = list(range(len(clip.frames)))
-        return Sample("gaze", "gaze", clip.frames, [shown], [turn], question_first=question_first)
+        return Sample("gaze", "gaze", clip.frames, [shown], turns, question_first=question_first)
 
-    def clip(self, rng: np.random.Generator, split: gaze.Split, clutter: float) -> gaze.GazeClip:
-        """A clip of the task."""
+    def asks_places(self, task: gaze.Task) -> bool:
+        """Whether clips of the task are asked for the places too: the plan's own, not those beside them."""
+        return self.plan.asks_places and task == self.plan.task
+
+    def batch(self, rng: np.random.Generator, part: Part, clutter: float, tokens_per_frame: int) -> PackedBatch:
+        """New clips and their questions."""
         plan = self.plan
-        copies = plan.copies if split == "train" else 0
-        return gaze.render(rng, split, task=plan.task, frames=plan.frames, clutter=clutter, noise=plan.noise, copies=copies)
+        clips = [
+            gaze.render(rng, "train", task=part.task, frames=plan.frames, clutter=clutter, noise=plan.noise, copies=plan.copies)
+            for _ in range(part.samples)
+        ]
+        samples = [self.sample(clip, question_first=part.question_first) for clip in clips]
+        return pack(samples, self.chat, tokens_per_frame=tokens_per_frame)
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text."""
@@ -188,22 +232,16 @@ def train(plan: Plan, say: Callable[[str], None] = lambda _: None, start: Mappin
     cost, flops = Cost(model, plan.loss), 0.0
     rng = np.random.default_rng([plan.seed, 1])
     clutter, running, full_at, started = plan.first_clutter, 2.3, None, time.process_time()
-    last, half, done = objective.names[-1], plan.batch_samples // 2, 0
+    last, done = objective.names[-1], 0
     model.train()
     while done < plan.steps and time.process_time() - started < plan.max_cpu_s:
-        losses: dict[str, float] = {}
-        batches = {}
-        for order, first in (("first", True), ("after", False)):
-            clips = [asker.clip(rng, "train", clutter) for _ in range(half)]
-            samples = [asker.sample(clip, question_first=first) for clip in clips]
-            batches[order] = pack(samples, asker.chat, tokens_per_frame=model.settings.tokens_per_frame)
-            if first and (weight := weight_at(done, plan.steps, plan.gaze_weight)):
-                (weight * gaze_loss(model, batches[order], clips)).backward()
-        labels = sum(batch.n_labels for batch in batches.values())
-        for order, batch in batches.items():
+        batches = [asker.batch(rng, part, clutter, model.settings.tokens_per_frame) for part in plan.parts]
+        labels, nats = sum(batch.n_labels for batch in batches), []
+        for part, batch in zip(plan.parts, batches, strict=True):
             sums = objective(model, batch, subject.device)
             (sums.objective / labels).backward()
-            losses[order] = sums.parts[last].item() / half / plan.frames
+            asked = part.samples * plan.frames * (1 + asker.asks_places(part.task))
+            nats.append(sums.parts[last].item() / asked)
             flops += cost.batch(batch)
         norm = torch.stack(list(gradient_norms(optimizer).values())).norm()
         clip_gradients(optimizer, rates.clip_norm, norm)
@@ -211,25 +249,27 @@ def train(plan: Plan, say: Callable[[str], None] = lambda _: None, start: Mappin
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         done += 1
-        running = RUNNING * running + (1 - RUNNING) * losses["first"]
-        if running < plan.clutter_gate:
+        running = RUNNING * running + (1 - RUNNING) * nats[0]
+        if running < plan.gate:
             clutter = min(1.0, clutter + plan.clutter_step)
             full_at = done if full_at is None and clutter == 1.0 else full_at
         if done % 25 == 0:
-            heard = ", ".join(f"{loss:.2f} with the question {order}" for order, loss in losses.items())
-            say(f"step {done}: clutter {clutter:.2f}; nats per digit: {heard}; {time.process_time() - started:.0f} s")
+            orders = ["first" if part.question_first else "after" for part in plan.parts]
+            heard = [f"{loss:.2f} {part.task}, question {order}" for loss, part, order in zip(nats, plan.parts, orders, strict=True)]
+            say(f"step {done}: clutter {clutter:.2f}; nats per character: {'; '.join(heard)}; {time.process_time() - started:.0f} s")
+    cpu_s = time.process_time() - started
     model.eval()
-    return Trained(asker, subject, done, clutter, full_at, flops, time.process_time() - started, encoder_s, accuracy, entropy)
+    return Trained(asker, subject, done, clutter, full_at, flops, cpu_s, encoder_s, accuracy, entropy)
 
 
 def step_flops(plan: Plan) -> float:
     """Training FLOPs of a step, from the configuration."""
     asker = Asker.of(plan)
     model = build_model(plan.model_settings, vocab_size=len(asker.tokenizer))
-    rng = np.random.default_rng(0)
-    samples = [asker.sample(asker.clip(rng, "train", 1.0), question_first=first) for first in (True, False)]
-    batch = pack(samples, asker.chat, tokens_per_frame=model.settings.tokens_per_frame)
-    return Cost(model, plan.loss).batch(batch) / 2 * plan.batch_samples
+    rng, cost = np.random.default_rng(0), Cost(model, plan.loss)
+    alone = [replace(part, samples=1) for part in plan.parts]
+    costs = [cost.batch(asker.batch(rng, part, 1.0, model.settings.tokens_per_frame)) for part in alone]
+    return sum(one * part.samples for one, part in zip(costs, plan.parts, strict=True))
 
 
 @torch.no_grad()
@@ -241,11 +281,13 @@ def entropy_at_start(subject: Subject, asker: Asker, *, clips: int = 64) -> dict
     if not subject.gazes:
         return {}
     rng = np.random.default_rng(0)
-    samples = [asker.sample(asker.clip(rng, "train", 1.0), question_first=True) for _ in range(clips)]
+    plan = asker.plan
+    drawn = [gaze.render(rng, "train", task=plan.task, frames=plan.frames, noise=plan.noise, copies=plan.copies) for _ in range(clips)]
+    samples = [asker.sample(clip, question_first=True) for clip in drawn]
     shares = {}
     modes: dict[str, Mode] = {"coarse": "coarse_only", "fine": "coarse_fine"}
     for name, mode in modes.items():
-        attention = np.concatenate(subject.gaze(samples, mode)).reshape(clips * asker.plan.frames, -1)
+        attention = np.concatenate(subject.gaze(samples, mode)).reshape(clips * plan.frames, -1)
         shares[name] = round(float(-(attention * np.log(attention + 1e-12)).sum(1).mean() / np.log(attention.shape[1])), 3)
     return shares
 
@@ -254,6 +296,11 @@ def _question(plan: Plan, clip: gaze.GazeClip) -> str:
     if plan.wording == "sentence" or clip.task == "caption":
         return gaze.question(clip)
     return clip.colour if clip.task == "colour" else clip.place
+
+
+def _places(clip: gaze.GazeClip) -> str:
+    """Numbers of the cells that count, row by row from 1."""
+    return "".join(str(1 + cell) for cell in clip.path @ (gaze.GRID, 1))
 
 
 def _answer(clip: gaze.GazeClip) -> str:

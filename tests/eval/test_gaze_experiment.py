@@ -11,13 +11,11 @@ from scipy import stats
 from benchmarks import gaze as experiment
 from benchmarks import gaze_results
 from benchmarks.gaze_measures import CONTROLS, MAIN, Answers, Asked, answers, table
-from benchmarks.gaze_supervision import gaze_loss, weight_at
 from benchmarks.gaze_training import Plan, entropy_at_start, step_flops, train
 from fvlm_core.data import gaze
 from fvlm_core.data.batch import pack
 from fvlm_core.eval.stats import Bootstrap
 from fvlm_core.model.build import build_model
-from fvlm_core.model.inference import read_batch
 
 TINY = Plan(steps=2, batch_samples=8, encoder_steps=2, warmup_steps=1)
 CLIPS = 12
@@ -40,38 +38,30 @@ def test_training_is_a_function_of_the_plan(trained):
     assert any(not torch.equal(weights[name], different[name]) for name in weights)
 
 
-def test_steps_cost_what_their_batches_cost(trained):
-    """Questions of other cells have as many tokens, give or take one."""
-    assert trained.flops / trained.steps == pytest.approx(step_flops(TINY), rel=0.05)
-
-
 def test_time_is_limited():
     assert train(replace(TINY, encoder_steps=0, steps=500, max_cpu_s=0.05)).steps < 500
 
 
-def test_the_gaze_that_is_taught_is_the_one_that_inference_shows(trained, asked):
-    """With one fine pass, whose queries both make; and the loss reaches what a frame's token says to the next query."""
-    model, asker = trained.subject.model, trained.asker
-    one_pass = build_model(replace(TINY, model={"fine_iterations": 1}).model_settings, vocab_size=len(asker.tokenizer))
-    one_pass.load_state_dict(model.state_dict())
-    clips = asked.clips[:4]
-    batch = pack([asker.sample(clip, question_first=True) for clip in clips], asker.chat)
-    loss = gaze_loss(one_pass, batch, clips)
-    shown = read_batch(one_pass, batch, "coarse_fine", weights=True).weights
-    assert shown is not None
-    places = torch.tensor([1 + gaze.GRID * row + column for clip in clips for row, column in clip.path.tolist()])
-    on_them = shown.mean(1)[torch.arange(len(places)), 0, places]
-    torch.testing.assert_close(loss, -on_them.log().mean())
-    loss.backward()
-    gradient = one_pass.connector.visual_proj.weight.grad
-    assert gradient is not None
-    assert gradient.abs().sum() > 0
+def test_a_hunt_asks_for_places_too_and_shows_clips_that_stay_in_their_cell():
+    plan = replace(TINY, task="hunt", encoder_steps=0)
+    assert sum(part.samples for part in plan.parts) == TINY.batch_samples
+    asker = train(plan).asker
+    for task, turns in (("hunt", 2), ("cell", 1)):
+        clip = gaze.render(np.random.default_rng(0), "train", task=task, frames=TINY.frames)
+        asked = asker.sample(clip, question_first=True)
+        said = [asker.tokenizer.decode(turn.answer_ids) for turn in asked.turns]
+        assert said == [clip.answer, "".join(str(3 * row + column + 1) for row, column in clip.path)][:turns]
+        assert len(asker.sample(clip, question_first=True, answered=False).turns) == 1, "an evaluation asks for the digits"
+    alone = replace(plan, places=False, cell_too=False)
+    assert [part.task for part in alone.parts] == ["hunt", "hunt"]
+    assert not alone.asks_places
 
 
-def test_teaching_the_gaze_fades():
-    assert [weight_at(step, 100, 0.5) for step in (0, 25, 50, 99)] == [0.5, 0.25, 0.0, 0.0]
-    taught, alone = (train(replace(TINY, steps=4, encoder_steps=0, gaze_weight=weight)).subject.model.state_dict() for weight in (0.5, 0.0))
-    assert any(not torch.equal(taught[name], alone[name]) for name in taught)
+@pytest.mark.parametrize("task", ["cell", "hunt"])
+def test_a_step_s_cost_is_known_before(task):
+    plan = replace(TINY, task=task, encoder_steps=0)
+    trained = train(plan)
+    assert trained.flops / trained.steps == pytest.approx(step_flops(plan), rel=0.05)
 
 
 def test_clutter_grows_only_while_questions_are_answered():
