@@ -176,7 +176,7 @@ def test_an_ablation_can_switch_a_group_on_and_later_phases_take_it() -> None:
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        ({"px": 5}, "not glance.px x glance.zoom"),
+        ({"px": 5}, "not glance.px x its zooms"),
         ({"zooom": 3}, "unknown key 'model.glance.zooom'"),
         ({"px": {"a": 1}}, "ablations.0.value"),
     ],
