@@ -18,6 +18,7 @@ import numpy as np
 import simplejpeg
 import torch
 from PIL import Image
+from torch import Tensor
 
 from benchmarks import foveation_world
 from benchmarks.report import Measurement, arguments, show, side_by_side
@@ -25,10 +26,12 @@ from benchmarks.shapes import NO_TEMPLATE, VOCABULARY, model_settings, video_que
 from benchmarks.smolvlm2 import first_token
 from fvlm_core.config import GlanceSettings, VisionSettings, VisionShape
 from fvlm_core.data.batch import PackedBatch
+from fvlm_core.data.frames import encode_jpeg
+from fvlm_core.data.tiles import TiledFrame, TiledFrames, tiled
 from fvlm_core.model.build import build_model
 from fvlm_core.model.flop_counter import count_flops
 from fvlm_core.model.foveated import FoveatedVLM
-from fvlm_core.model.glance import GlanceFeatures, shrunk
+from fvlm_core.model.glance import look_at, shrunk
 from fvlm_core.model.inference import Context, read_batch
 from fvlm_core.serve.stream import FrameStream
 
@@ -78,6 +81,7 @@ def measure(options: Namespace) -> Iterator[Measurement]:
         yield stream_rate(min(options.frames, 32))
     if "decoding" in options.parts:
         yield from decoding(options.rounds)
+        yield from tiles(options.rounds)
     if "rival" in options.parts:
         yield first_tokens(options.rival_frames)
     yield from acuity(options.world, options.seeds, options.out)
@@ -144,9 +148,7 @@ def besides_downscaling(model: FoveatedVLM, batch: PackedBatch) -> Callable[[], 
     small = shrunk(batch.frames, model.settings.glance.shrink)
 
     def run() -> Context:
-        glance = model.encoder.encode(small)
-        features = GlanceFeatures(glance.keys, glance.values, None, glance.grid, batch.frames)
-        return read_batch(model, batch, "coarse_fine", features=features)
+        return read_batch(model, batch, "coarse_fine", features=look_at(model.encoder, small, batch.frames))
 
     return torch.no_grad()(run)
 
@@ -194,6 +196,46 @@ def decoding(rounds: int) -> Iterator[Measurement]:
         in_full = f"in full: {seconds['full'] * 50:.2f} ms"
         ratio = seconds["small"] / seconds["full"]
         yield Measurement("foveation", f"decode_glance_{frame_px}", seconds["small"] * 50, "ms", in_full, ratio)
+
+
+def tiles(rounds: int) -> Iterator[Measurement]:
+    """Frames stored as tiles: time of the small frame and the tiles that are opened, and bytes, beside one JPEG decoded in full."""
+    rng = np.random.default_rng(0)
+    for frame_px in (448, 896, FOUR_K):
+        glance = GlanceSettings(**GLANCES[frame_px])
+        grid = glance.px // 14
+        jpeg = encode_jpeg(textured(frame_px, rng))
+        stored, out = tiled(jpeg, frame_px // grid, glance.px), np.empty((frame_px, frame_px, 3), np.uint8)
+        opened = torch.from_numpy(rng.choice(grid**2, glance.open, replace=False))[None]
+
+        def some(stored: bytes = stored, glance: GlanceSettings = glance, opened: Tensor = opened, grid: int = grid) -> None:
+            frame = TiledFrame.parse(stored)
+            assert frame is not None
+            simplejpeg.decode_jpeg(frame.small)
+            TiledFrames([frame], "").squares(torch.zeros(1, dtype=torch.int64), opened // grid, opened % grid, frame.side // grid)
+
+        def every(stored: bytes = stored, out: np.ndarray = out) -> None:
+            frame = TiledFrame.parse(stored)
+            assert frame is not None
+            frame.decode(out)
+
+        taken = side_by_side({"full": lambda jpeg=jpeg: simplejpeg.decode_jpeg(jpeg), "some": some, "every": every}, rounds=5 * rounds)
+        ms = {name: seconds * 1000 for name, seconds in taken.items()}
+        in_full = f"one JPEG in full: {ms['full']:.2f} ms"
+        yield Measurement("foveation", f"decode_opened_tiles_{frame_px}", ms["some"], "ms", in_full, ms["some"] / ms["full"])
+        yield Measurement("foveation", f"decode_all_tiles_{frame_px}", ms["every"], "ms", in_full, ms["every"] / ms["full"])
+        size = f"one JPEG: {len(jpeg) / 1000:.0f} kB"
+        yield Measurement("foveation", f"bytes_of_tiles_{frame_px}", len(stored) / 1000, "kB", size, len(stored) / len(jpeg))
+
+
+def textured(side: int, rng: np.random.Generator) -> np.ndarray:
+    """A picture with detail at all scales, as a photograph has it: amplitude in proportion to size. uint8 [side, side, 3]."""
+    total, cells = np.full((side, side, 3), 127.5, np.float32), 4
+    while cells <= side:
+        noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+        total += (np.asarray(noise, np.float32) - 127.5) * (2 / cells)
+        cells *= 2
+    return total.clip(0, 255).astype(np.uint8)
 
 
 def acuity(grids: Sequence[int], seeds: int, out: Path) -> Iterator[Measurement]:

@@ -297,6 +297,13 @@ class PipelineConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _tiles_of_a_frame(self) -> Self:
+        tiles, side = self.precompute.shards.tiles, self.model.vision.frame_px
+        if tiles and (side % tiles.px or side % tiles.small_px):
+            raise ValueError(f"shards.tiles: px {tiles.px} and small_px {tiles.small_px} do not divide model.vision.frame_px {side}")
+        return self
+
+    @model_validator(mode="after")
     def _a_grid_that_can_be_compared(self) -> Self:
         """Every run of the grid leaves warm-up, ends decayed and has steps enough, as far as that is known before there are shards."""
         check_grid(self)

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from fvlm_core.config import GlanceSettings
 from fvlm_core.model.encoder import Encoder, FrameFeatures
 from fvlm_core.model.encoder_layer import Added, EncoderLayer, scaled_sum
+from fvlm_core.model.squares import StoredFrames, select, squares
 from fvlm_core.model.walk import Walk
 
 LEAST = 1e-6
@@ -54,8 +55,8 @@ class Opened:
 class GlanceFeatures(FrameFeatures):
     """The glance's keys and values, and the frames whose patches may be opened."""
 
-    frames: Tensor
-    """uint8 [F, H, W, 3]."""
+    frames: Tensor | StoredFrames
+    """uint8 [F, H, W, 3], or what decodes parts of such."""
     everything: Sequence[Opened] = ()
     """Every patch of every level, where all are read."""
 
@@ -63,7 +64,7 @@ class GlanceFeatures(FrameFeatures):
         """The features of some frames; `frames` int64 [f]."""
         small = super().select(frames)
         opened = [level.select(frames) for level in self.everything]
-        return GlanceFeatures(small.keys, small.values, None, small.grid, self.frames.index_select(0, frames), opened)
+        return GlanceFeatures(small.keys, small.values, None, small.grid, select(self.frames, frames), opened)
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,13 @@ def look(encoder: Encoder, frames: Tensor, settings: GlanceSettings) -> GlanceFe
     step = encoder.patch_px * settings.shrink
     if frames.shape[1] % step or frames.shape[2] % step:
         raise ValueError(f"frames of {frames.shape[1]}x{frames.shape[2]} px: not a multiple of {step}, the side of a glance patch")
-    small = encoder.encode(shrunk(frames, settings.shrink))
-    return GlanceFeatures(small.keys, small.values, None, small.grid, frames)
+    return look_at(encoder, shrunk(frames, settings.shrink), frames)
+
+
+def look_at(encoder: Encoder, small: Tensor, frames: Tensor | StoredFrames) -> GlanceFeatures:
+    """Encode the glance of frames whose small forms [F, h, w, 3] are at hand."""
+    glance = encoder.encode(small)
+    return GlanceFeatures(glance.keys, glance.values, None, glance.grid, frames)
 
 
 def with_everything(encoder: Encoder, features: GlanceFeatures, settings: GlanceSettings, scales: Tensor) -> GlanceFeatures:
@@ -292,12 +298,8 @@ def _embed(
     scale = math.prod(settings.zooms[level + 1 :])  # the frames are of the last level's resolution
     finer = settings.shrink // scale
     grid = (features.grid[0] * finer, features.grid[1] * finer)
-    lines = features.frames.contiguous().flatten(2)  # [F, H, W * 3]
-    moved = next(kind for kind in (torch.int64, torch.int32, torch.int16, torch.uint8) if scale * size * 3 % kind.itemsize == 0)
-    # indexing takes its time by numbers, not by bytes, so several bytes move as one number; [F, rows, columns, side, side * 3 bytes]
-    cut = lines.view(moved).unflatten(1, (grid[0], -1)).unflatten(3, (grid[1], -1)).transpose(2, 3)
     frame = torch.arange(len(features.frames), device=down.device) if rows is None else rows
-    patches = cut[frame[:, None], down, right].flatten(0, 1).view(torch.uint8).unflatten(2, (-1, 3))  # [R * n, side, side, 3]
+    patches = squares(features.frames, frame, down, right, scale * size)
     weight = encoder.patches.weight
     pixels = (shrunk(patches, scale) if scale > 1 else patches).permute(0, 3, 1, 2).to(weight.dtype)
     assert pixels.shape[-1] == size

@@ -101,6 +101,7 @@ def test_laptop_and_runpod_have_the_grid_and_the_ablations_that_are_promised() -
         ("name", "Mein Profil", ["name", "pattern"]),
         ("evaluation.captions.sample", 5, ["evaluation.captions.sample", "samples"]),
         ("release", {"name": "mine", "push": True}, ["release", "push needs push_to"]),
+        ("precompute.shards.tiles", {"px": 21, "small_px": 16}, ["shards.tiles: px 21 and small_px 16 do not divide", "frame_px 42"]),
         ("release.push_to", "mine", ["release.push_to", "pattern"]),
         ("precompute.sources", [{"name": "mine", "files": ["a.csv"], "format": "xml"}], ["precompute.sources.0.format", "webvid"]),
         ("precompute.sources", [{"name": "mine", "files": []}], ["precompute.sources.0", "the source mine has no files"]),
