@@ -78,7 +78,7 @@ class FVLMConfig(PretrainedConfig):
 
 @dataclass(frozen=True)
 class GlanceSettings:
-    """How frames are opened: a glance of `px`, whose likeliest `open` patches are opened, `zoom` times finer, `levels` times over.
+    """How frames are opened: a glance of `px`, whose likeliest `open` patches are opened, `zoom` times finer (a list: level by level).
 
     The others are of training: whether it reads every patch or chosen ones, the noise of its choice, and the weight of what teaches it.
     """
