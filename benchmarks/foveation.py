@@ -1,9 +1,9 @@
 """Gaze before encode (`model.glance`) at DINOv2-small + SmolLM2-135M, random weights: what it saves, and what a larger frame costs.
 
-64 frames and a question of 32 tokens, a glance of 112 px and 16 opened patches a query, against encoding every 224 px frame in full. At
-448 px and above the same number of patches or fewer is opened, spread over more levels. Downscaling to the glance is timed apart: a JPEG
-decoder does it on the way. `--parts` picks what is measured. `--world 6 9 12` trains the learning experiment of `foveation_world` (an hour
-and more on a core, resumed where its results are in `--out`), or shows the results that are there.
+64 frames and a question of 32 tokens, a glance of 112 px and 16 opened patches a query, against encoding every 224 px frame in full. Of
+larger frames about as many patches are encoded, glance and opened ones together, spread over more levels. Downscaling to the glance is
+timed apart: a JPEG decoder does it on the way. `--parts` picks what is measured. `--world 6 9 12` trains the learning experiment of
+`foveation_world` (an hour and more on a core, resumed where its results are in `--out`), or shows the results that are there.
 """
 
 import json
@@ -12,11 +12,13 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import simplejpeg
 import torch
 from PIL import Image
+from torch import Tensor
 
 from benchmarks import foveation_world
 from benchmarks.report import Measurement, arguments, show, side_by_side
@@ -24,22 +26,30 @@ from benchmarks.shapes import NO_TEMPLATE, VOCABULARY, model_settings, video_que
 from benchmarks.smolvlm2 import first_token
 from fvlm_core.config import GlanceSettings, VisionSettings, VisionShape
 from fvlm_core.data.batch import PackedBatch
+from fvlm_core.data.frames import encode_jpeg
+from fvlm_core.data.tiles import TiledFrame, TiledFrames, tiled
 from fvlm_core.model.build import build_model
 from fvlm_core.model.flop_counter import count_flops
 from fvlm_core.model.foveated import FoveatedVLM
-from fvlm_core.model.glance import GlanceFeatures, shrunk
+from fvlm_core.model.glance import look_at, shrunk
 from fvlm_core.model.inference import Context, read_batch
 from fvlm_core.serve.stream import FrameStream
 
 FULL_GFLOP = 768.7
 """Of 64 frames and a question, every frame encoded in full: what `benchmarks.inference` counts."""
-GLANCE_PX = 112
-OPENED = {224: (1, 4), 448: (2, 2), 896: (3, 1), 3584: (5, 1)}
-"""Frame size -> levels and patches opened at each: 16, 16, 12 and 20 patches a query in all. 3584 px is 4K's long side, cut to patches."""
-FOUR_K, TILE = 3584, 224
+GLANCES: dict[int, dict[str, Any]] = {
+    224: {"px": 112, "zoom": 2, "levels": 1, "open": 4},
+    448: {"px": 112, "zoom": 2, "levels": 2, "open": 2},
+    896: {"px": 112, "zoom": 2, "levels": 3, "open": 1},
+    3528: {"px": 98, "zoom": [4, 3, 3], "levels": 3, "open": 1},
+    3584: {"px": 112, "zoom": 2, "levels": 5, "open": 1},
+    4032: {"px": 84, "zoom": [4, 4, 3], "levels": 3, "open": 1},
+}
+"""By frame size. Patches that are encoded, glance and opened ones: 80, 80, 76, 83, 84 and 77. The long side of 4K is 3840 px."""
+FOUR_K, TILE = 4032, 224
 MANY, FEW = 16, 4
 """Frames of a clip: each level is one more walk through the encoder's weights, which the frames of a clip share."""
-LARGER = [frame_px for frame_px in OPENED if frame_px != TILE]
+LARGER = [frame_px for frame_px in GLANCES if frame_px != TILE]
 PARTS = ("costs", "larger", "stream", "decoding", "rival")
 RIVAL = "SmolVLM2-256M"
 
@@ -71,6 +81,7 @@ def measure(options: Namespace) -> Iterator[Measurement]:
         yield stream_rate(min(options.frames, 32))
     if "decoding" in options.parts:
         yield from decoding(options.rounds)
+        yield from tiles(options.rounds)
     if "rival" in options.parts:
         yield first_tokens(options.rival_frames)
     yield from acuity(options.world, options.seeds, options.out)
@@ -78,8 +89,7 @@ def measure(options: Namespace) -> Iterator[Measurement]:
 
 def glance_model(frame_px: int = TILE) -> FoveatedVLM:
     """The model for frames of that size."""
-    levels, opened = OPENED[frame_px]
-    glance = GlanceSettings(px=GLANCE_PX, zoom=2, levels=levels, open=opened)
+    glance = GlanceSettings(**GLANCES[frame_px])
     vision = VisionSettings(shape=VisionShape(), frame_px=frame_px)
     return build_model(model_settings(vision=vision, glance=glance), vocab_size=VOCABULARY).eval().requires_grad_(False)
 
@@ -113,6 +123,8 @@ def larger(frame_px: int, rounds: int, *, frames: int) -> Iterator[Measurement]:
     """Frames of another size beside those of 224 px, as many of each."""
     model, batch = glance_model(frame_px), video_question(frames, frame_px=frame_px)
     small, usual = glance_model(), video_question(frames)
+    glance = model.settings.glance
+    assert glance is not None
     gflop = [count_flops(lambda m=m, b=b: read_batch(m, b, "coarse_fine")) / 1e9 for m, b in ((model, batch), (small, usual))]
     name = ("4k" if frame_px == FOUR_K else str(frame_px)) + ("" if frames == MANY else f"_{frames}_frames")
     yield Measurement(
@@ -122,7 +134,7 @@ def larger(frame_px: int, rounds: int, *, frames: int) -> Iterator[Measurement]:
         {
             "large": besides_downscaling(model, batch),
             "small": besides_downscaling(small, usual),
-            "downscaling": lambda: shrunk(batch.frames, frame_px // GLANCE_PX),
+            "downscaling": lambda: shrunk(batch.frames, glance.shrink),
         },
         rounds=rounds,
     )
@@ -136,9 +148,7 @@ def besides_downscaling(model: FoveatedVLM, batch: PackedBatch) -> Callable[[], 
     small = shrunk(batch.frames, model.settings.glance.shrink)
 
     def run() -> Context:
-        glance = model.encoder.encode(small)
-        features = GlanceFeatures(glance.keys, glance.values, None, glance.grid, batch.frames)
-        return read_batch(model, batch, "coarse_fine", features=features)
+        return read_batch(model, batch, "coarse_fine", features=look_at(model.encoder, small, batch.frames))
 
     return torch.no_grad()(run)
 
@@ -169,7 +179,7 @@ def stream_rate(frames: int) -> Measurement:
 
 def decoding(rounds: int) -> Iterator[Measurement]:
     """JPEGs at the glance's size, which the decoder scales on the way by eighths, beside decoding them in full."""
-    rng = np.random.default_rng(0)
+    rng, small_px = np.random.default_rng(0), GLANCES[TILE]["px"]
     for frame_px in (224, 448, 896):
         rough = Image.fromarray(rng.integers(0, 256, (28, 28, 3), dtype=np.uint8))
         jpeg = simplejpeg.encode_jpeg(np.asarray(rough.resize((frame_px, frame_px), Image.Resampling.BICUBIC)), quality=90)
@@ -180,12 +190,52 @@ def decoding(rounds: int) -> Iterator[Measurement]:
 
         def small(jpeg: bytes = jpeg) -> None:
             for _ in range(20):
-                simplejpeg.decode_jpeg(jpeg, min_height=GLANCE_PX, min_width=GLANCE_PX)
+                simplejpeg.decode_jpeg(jpeg, min_height=small_px, min_width=small_px)
 
         seconds = side_by_side({"full": full, "small": small}, rounds=rounds)
         in_full = f"in full: {seconds['full'] * 50:.2f} ms"
         ratio = seconds["small"] / seconds["full"]
         yield Measurement("foveation", f"decode_glance_{frame_px}", seconds["small"] * 50, "ms", in_full, ratio)
+
+
+def tiles(rounds: int) -> Iterator[Measurement]:
+    """Frames stored as tiles: time of the small frame and the tiles that are opened, and bytes, beside one JPEG decoded in full."""
+    rng = np.random.default_rng(0)
+    for frame_px in (448, 896, FOUR_K):
+        glance = GlanceSettings(**GLANCES[frame_px])
+        grid = glance.px // 14
+        jpeg = encode_jpeg(textured(frame_px, rng))
+        stored, out = tiled(jpeg, frame_px // grid, glance.px), np.empty((frame_px, frame_px, 3), np.uint8)
+        opened = torch.from_numpy(rng.choice(grid**2, glance.open, replace=False))[None]
+
+        def some(stored: bytes = stored, glance: GlanceSettings = glance, opened: Tensor = opened, grid: int = grid) -> None:
+            frame = TiledFrame.parse(stored)
+            assert frame is not None
+            simplejpeg.decode_jpeg(frame.small)
+            TiledFrames([frame], "").squares(torch.zeros(1, dtype=torch.int64), opened // grid, opened % grid, frame.side // grid)
+
+        def every(stored: bytes = stored, out: np.ndarray = out) -> None:
+            frame = TiledFrame.parse(stored)
+            assert frame is not None
+            frame.decode(out)
+
+        taken = side_by_side({"full": lambda jpeg=jpeg: simplejpeg.decode_jpeg(jpeg), "some": some, "every": every}, rounds=5 * rounds)
+        ms = {name: seconds * 1000 for name, seconds in taken.items()}
+        in_full = f"one JPEG in full: {ms['full']:.2f} ms"
+        yield Measurement("foveation", f"decode_opened_tiles_{frame_px}", ms["some"], "ms", in_full, ms["some"] / ms["full"])
+        yield Measurement("foveation", f"decode_all_tiles_{frame_px}", ms["every"], "ms", in_full, ms["every"] / ms["full"])
+        size = f"one JPEG: {len(jpeg) / 1000:.0f} kB"
+        yield Measurement("foveation", f"bytes_of_tiles_{frame_px}", len(stored) / 1000, "kB", size, len(stored) / len(jpeg))
+
+
+def textured(side: int, rng: np.random.Generator) -> np.ndarray:
+    """A picture with detail at all scales, as a photograph has it: amplitude in proportion to size. uint8 [side, side, 3]."""
+    total, cells = np.full((side, side, 3), 127.5, np.float32), 4
+    while cells <= side:
+        noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+        total += (np.asarray(noise, np.float32) - 127.5) * (2 / cells)
+        cells *= 2
+    return total.clip(0, 255).astype(np.uint8)
 
 
 def acuity(grids: Sequence[int], seeds: int, out: Path) -> Iterator[Measurement]:

@@ -2,14 +2,16 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 from cyclopts import App
 from rich.console import Console
 
-from deployments.options import DEFAULT_VOLUME, Changes, Cloud, KeepServer, Live, Port, Profile, Videos, Volume, table_console
+from deployments.options import DEFAULT_VOLUME, Changes, Cloud, KeepServer, Live, Port, Profile, Recipes, Videos, Volume, table_console
 from fvlm_core.errors import UserError
 from fvlm_core.exit_status import USER_ERROR
 from infra.api import problem_with
@@ -17,6 +19,9 @@ from infra.errors import InfraError, RefusedError
 from infra.stack import REPOSITORY, Stack, StackError, StackRefusedError, require_access
 from infra.start import collect_rarely
 from infra.volume import known_volume_id
+
+if TYPE_CHECKING:
+    from tasks.config import PipelineConfig
 
 app = App(
     name="fvlm",
@@ -89,8 +94,12 @@ def plan(
     volume: Volume = DEFAULT_VOLUME,
     changes: Changes = (),
     live: Live = False,
+    recipes: Recipes = (),
 ) -> int:
-    """Show what a run would do, and because of what, before it does anything; for rented machines in dollars too."""
+    """Show what a run would do, and because of what, before it does anything; for rented machines in dollars too.
+
+    With --recipe, what these recipes would cost on the profile's machines, trained by themselves.
+    """
     from deployments.profile import chosen_profile
     from flows.registry import PHASES
     from fvlm_core.data.sources.sizes import missing_files, sources_table
@@ -101,6 +110,9 @@ def plan(
 
     config = chosen_profile(profile, videos=videos, changes=changes)
     rental = config.machine.rental
+    if recipes:
+        _plan_recipes(recipes, config, volume.resolve(), live=live)
+        return 0
     if sources := config.precompute.sources:
         table_console().print(sources_table(sources).terminal())
         if not rental and (missing := {source.name: paths for source in sources if (paths := missing_files(source))}):
@@ -122,6 +134,21 @@ def plan(
         rental = at_live_prices(config) if live else rental
         table_console().print(in_dollars(made, phases, rental).table().terminal())
     return 0
+
+
+def _plan_recipes(files: Sequence[Path], config: "PipelineConfig", volume: Path, *, live: bool) -> None:
+    from fvlm_core.config import Recipe
+    from tasks.dollars import recipes_in_dollars
+    from tasks.plan import plan_recipes
+    from tasks.rented import at_live_prices, seen_from_home
+
+    rental = config.machine.rental
+    there = (seen_from_home(rental) if rental else None) or volume
+    made = plan_recipes([Recipe.from_yaml(file) for file in files], config, there)
+    table_console().print(made.table().terminal())
+    if rental:
+        rental = at_live_prices(config) if live else rental
+        table_console().print(recipes_in_dollars(made, rental).table().terminal())
 
 
 @app.command

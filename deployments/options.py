@@ -22,6 +22,10 @@ Cloud = Annotated[
     Parameter(help="`emulator`: rehearse a rented run on pods of an emulated RunPod, which are processes of this machine; costs nothing."),
 ]
 Live = Annotated[bool, Parameter(negative="", help="Of rented machines: today's prices from the catalogue (needs RUNPOD_API_KEY).")]
+Recipes = Annotated[
+    tuple[Path, ...],
+    Parameter(name="--recipe", negative="", help="YAML file of a recipe to price, e.g. of `deployments/recipes/`; any number of times."),
+]
 Changes = Annotated[
     tuple[str, ...],
     Parameter(

@@ -5,6 +5,7 @@ unknown keys, and reusable: a phase of the pipeline combines the same parts. Pat
 out of `Recipe.identity`, so a run keeps its identity when the volume moves.
 """
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -14,6 +15,7 @@ from fvlm_core.settings import EXECUTION, NameOrFolder, Settings, hash_json
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+Zoom = Annotated[int, Field(ge=2, le=16)]
 
 
 class VisionShape(Settings):
@@ -89,13 +91,14 @@ class LLMSettings(Settings):
 class GlanceSettings(Settings):
     """Gaze before encode: a frame is encoded small, and the query decides which high-resolution patches are encoded at all.
 
-    `vision.frame_px` is `px` x `zoom` ^ `levels`. How it works and what was measured: docs/foveation.md.
+    `vision.frame_px` is `px` x `zoom` ^ `levels`, or `px` times all of a list of zooms. How it works, what was measured: docs/foveation.md.
     """
 
     px: Positive = 112
     """Side of the glance, the small frame that is always encoded; a multiple of the patch."""
-    zoom: Annotated[int, Field(ge=2, le=16)] = 2
-    """How much finer the patches under a patch are: `zoom` x `zoom` of them."""
+    zoom: Zoom | Annotated[list[Zoom], Field(min_length=1, max_length=6)] = 2
+    """How much finer the patches under a patch are: `zoom` x `zoom` of them. A list says it for every level: fewer and larger steps to the
+    same resolution are faster, because each is one more walk through the encoder."""
     levels: Annotated[int, Field(ge=1, le=6)] = 1
     """How often it is gone deeper. Above 1, the opened patches that are read most are opened too: 112 px, zoom 2, 3 levels: 896 px frames,
     of which the details under a few patches are encoded."""
@@ -110,9 +113,20 @@ class GlanceSettings(Settings):
     as much as a labelled token."""
 
     @property
+    def zooms(self) -> list[int]:
+        """The zoom of every level."""
+        return [self.zoom] * self.levels if isinstance(self.zoom, int) else self.zoom
+
+    @property
     def shrink(self) -> int:
         """Sides of the frame over those of the glance."""
-        return self.zoom**self.levels
+        return math.prod(self.zooms)
+
+    @model_validator(mode="after")
+    def _a_zoom_per_level(self) -> Self:
+        if len(self.zooms) != self.levels:
+            raise ValueError(f"zoom has {len(self.zooms)} values, levels is {self.levels}: one each")
+        return self
 
 
 class ModelSettings(Settings):
@@ -149,7 +163,8 @@ class ModelSettings(Settings):
             raise ValueError("glance needs query 'deep': it is the query's attention in every layer that chooses and reads patches")
         side = self.glance.px * self.glance.shrink
         if self.vision.frame_px != side:
-            raise ValueError(f"vision.frame_px {self.vision.frame_px} is not glance.px x glance.zoom ^ glance.levels, {side}")
+            zooms = " x ".join(map(str, self.glance.zooms))
+            raise ValueError(f"vision.frame_px {self.vision.frame_px} is not glance.px x its zooms, {self.glance.px} x {zooms} = {side}")
         if self.vision.shape is not None and self.glance.px % self.vision.shape.patch_px:
             raise ValueError(f"glance.px {self.glance.px} is not a multiple of vision.shape.patch_px {self.vision.shape.patch_px}")
         return self

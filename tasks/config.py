@@ -23,7 +23,7 @@ from fvlm_core.config import (
     SourceShares,
 )
 from fvlm_core.data.jobs import ClipSettings, DownloadSettings, ShardSettings, Source, StoreAddress
-from fvlm_core.dotted import UnknownPathError, flatten, with_changes
+from fvlm_core.dotted import UnknownPathError, flatten, value_at, with_changes
 from fvlm_core.eval.jobs import EvalSettings
 from fvlm_core.release.jobs import ReleaseSettings
 from fvlm_core.scaling.jobs import Weights
@@ -44,7 +44,9 @@ RENDERED = "clips"
 
 Values = dict[str, Any]
 """Settings as plain values."""
-Value = bool | int | float | str | list[float] | SourceShares
+Group = dict[str, bool | int | float | str | list[float]]
+"""The keys of a group of settings, e.g. of `model.glance`; those left out have their defaults."""
+Value = bool | int | float | str | list[float] | SourceShares | Group
 
 
 class Base(Settings):
@@ -58,6 +60,10 @@ class Base(Settings):
     run: RunSettings
 
 
+def _plain(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 class Ablation(Settings):
     """A run that differs from the base recipe in exactly one setting."""
 
@@ -68,7 +74,7 @@ class Ablation(Settings):
     path: str
     """Dotted path of the setting in a recipe, e.g. `optimizer.lr_llm`."""
     value: Value
-    """Its value in this run."""
+    """Its value in this run. A group that the base does not have is one value: `path: model.glance, value: {px: 112}`."""
     control: bool = False
     """A control or baseline (random queries, several tokens per frame): compared, but never the winner."""
 
@@ -90,7 +96,7 @@ class Ablation(Settings):
     @classmethod
     def _one_way_to_write_it(cls, value: Value) -> Value:
         """1.0 and 1 are the same setting; a form in a browser knows only the latter."""
-        return int(value) if isinstance(value, float) and value.is_integer() else value
+        return {key: _plain(one) for key, one in value.items()} if isinstance(value, dict) else _plain(value)
 
     @property
     def change(self) -> dict[str, Any]:
@@ -291,6 +297,13 @@ class PipelineConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _tiles_of_a_frame(self) -> Self:
+        tiles, side = self.precompute.shards.tiles, self.model.vision.frame_px
+        if tiles and (side % tiles.px or side % tiles.small_px):
+            raise ValueError(f"shards.tiles: px {tiles.px} and small_px {tiles.small_px} do not divide model.vision.frame_px {side}")
+        return self
+
+    @model_validator(mode="after")
     def _a_grid_that_can_be_compared(self) -> Self:
         """Every run of the grid leaves warm-up, ends decayed and has steps enough, as far as that is known before there are shards."""
         check_grid(self)
@@ -309,6 +322,8 @@ class PipelineConfig(Settings):
                 raise ValueError(f"{where}: no setting {ablation.path!r}; there are: {known}") from error
             if changed == fitted(recipe):
                 raise ValueError(f"{where}: {ablation.path} is {ablation.value!r} in the base already")
+            if isinstance(ablation.value, dict) and value_at(recipe, ablation.path) is not None:
+                raise ValueError(f"{where}: the base has {ablation.path} already; change one of its keys, as {ablation.path}.KEY")
             try:
                 Recipe.model_validate({"name": ablation.name, "output": "output", "shards": "shards"} | changed)
             except ValidationError as error:
@@ -319,12 +334,12 @@ class PipelineConfig(Settings):
 def fitted(values: Values) -> Values:
     """The values with the settings that follow from others set to what they must be.
 
-    Pooled frames have no queries and so no fine passes; there is one fine weight per fine pass (the last one repeats).
+    Pooled frames have no queries and so no fine passes and no glance; there is one fine weight per fine pass (the last one repeats).
     """
     values = deepcopy(values)
     model, loss = values["model"], values["loss"]
     if model["query"] == "pooled":
-        model["fine_iterations"] = 0
+        model["fine_iterations"], model["glance"] = 0, None
     weights, passes = loss["fine"], model["fine_iterations"]
     loss["fine"] = [*weights, *[weights[-1] if weights else 1.0] * (passes - len(weights))][:passes]
     if not passes and loss["coarse"] <= 0:

@@ -13,7 +13,7 @@ from fvlm_core.settings import Settings
 from fvlm_core.tables import Table
 from infra.budget import limit_text, usd_text
 from tasks.phase import Phase
-from tasks.plan import Plan, StepPlan, duration
+from tasks.plan import RECIPES, Plan, StepPlan, duration
 from tasks.rental import Rental
 
 MEASURED_SPREAD = 0.10
@@ -24,6 +24,7 @@ STORAGE_PER_GB_MONTH, LARGE_STORAGE_PER_GB_MONTH, SMALL_GB = 0.07, 0.05, 1000
 DAYS_PER_MONTH = 30.4
 STARTS, WAITING = "pod starts, environment", "the flow that waits for the phases"
 """Lines that are no steps."""
+NOT_KNOWN = "not known"
 
 
 class Usd(Settings):
@@ -118,20 +119,8 @@ class DollarPlan(Settings):
 
 def in_dollars(plan: Plan, phases: Sequence[Phase], rental: Rental) -> DollarPlan:
     """What a plan costs on rented machines."""
-    lines: list[Line] = []
-    unknown: list[str] = []
     rates = {"cpu": rental.cpu_usd_per_hour, "gpu": rental.gpu_usd_per_hour}
-    for phase in phases:
-        running = [one for one in plan.steps if one.phase == phase.name and one.state == "runs"]
-        if not running:
-            continue
-        rate = rates[phase.pool]
-        starts = Usd(low=rental.assumed.start_h / 3, value=rental.assumed.start_h, high=rental.assumed.start_h * 3)
-        lines.append(_line(phase.name, STARTS, starts, rate, basis="stated"))
-        for one in running:
-            hours, basis = hours_of(one, rental, overlap=plan.overlap.get(phase.name, 1.0))
-            unknown += [one.step] if hours is None else []
-            lines.append(_line(phase.name, one.step, hours or Usd(), rate, because=one.because, flops=one.flops, basis=basis))
+    lines = [line for phase in phases for line in _on_a_pod(plan, phase.name, rental, rates[phase.pool])]
     if lines:
         hours = sum((line.hours for line in lines), Usd())
         lines.append(_line("pipeline", WAITING, hours, rental.pipeline_usd_per_hour, basis="the hours above"))
@@ -139,7 +128,31 @@ def in_dollars(plan: Plan, phases: Sequence[Phase], rental: Rental) -> DollarPla
         stored = storage_usd_per_month(rental.volume_gb) * months
         usd = Usd(low=stored, value=stored, high=stored)
         lines.append(Line(phase="storage", what=f"{rental.volume_gb} GB for {rental.days:.0f} days", usd=usd, basis="list price"))
+    return _checked(lines, rental)
+
+
+def recipes_in_dollars(plan: Plan, rental: Rental) -> DollarPlan:
+    """What single recipes (`tasks.plan.plan_recipes`) cost, one after the other on one GPU pod: its time alone, the volume is there."""
+    return _checked(_on_a_pod(plan, RECIPES, rental, rental.gpu_usd_per_hour), rental)
+
+
+def _on_a_pod(plan: Plan, phase: str, rental: Rental, rate: float) -> list[Line]:
+    """A phase's steps that run, after the start of their pod."""
+    running = [one for one in plan.steps if one.phase == phase and one.state == "runs"]
+    if not running:
+        return []
+    starts = Usd(low=rental.assumed.start_h / 3, value=rental.assumed.start_h, high=rental.assumed.start_h * 3)
+    lines = [_line(phase, STARTS, starts, rate, basis="stated")]
+    for one in running:
+        hours, basis = hours_of(one, rental, overlap=plan.overlap.get(phase, 1.0))
+        lines.append(_line(phase, one.step, hours or Usd(), rate, because=one.because, flops=one.flops, basis=basis))
+    return lines
+
+
+def _checked(lines: list[Line], rental: Rental) -> DollarPlan:
+    """The plan of these lines, with what the cap leaves out."""
     limit = rental.cap_usd - rental.reserve_usd
+    unknown = [line.what for line in lines if line.basis == NOT_KNOWN]
     at_risk = _beyond(lines, limit, lambda usd: usd.high)
     dropped = _beyond(lines, limit, lambda usd: usd.value)
     return DollarPlan(
@@ -162,7 +175,7 @@ def hours_of(step: StepPlan, rental: Rental, *, overlap: float = 1.0) -> tuple[U
         return hours, f"MFU {mfu.expected:.0%} [{mfu.low:.0%}, {mfu.high:.0%}]{size}"
     found = _stated(step.step, assumed.hours)
     if found is None:
-        return None, "not known"
+        return None, NOT_KNOWN
     return Usd(low=found * (1 - STATED_SPREAD), value=found, high=found * (1 + STATED_SPREAD)), "stated"
 
 

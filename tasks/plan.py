@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 from pydantic import Field, ValidationError
 
 from fvlm_core.config import Recipe
+from fvlm_core.data.jobs import INDEX_FILE
 from fvlm_core.dotted import differences, with_changes
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import AnyManifest
@@ -30,6 +31,8 @@ TRAINING = "fvlm_core.train"
 PART = re.compile(r"-\d{5}$")
 """How the name of a step ends that does a part of a thing, e.g. `download-openvid-00012`."""
 REASONS_SHOWN = 3
+RECIPES = "recipes"
+"""What stands for a phase, of recipes that are trained by themselves."""
 MOST_AT_ONCE = 8
 """Steps of a phase that run side by side."""
 HEAD = ["phase", "step", "state", "because", "samples", "FLOPs", "time"]
@@ -166,6 +169,21 @@ def plan(phases: Sequence[Phase], config: PipelineConfig, volume: Path, *, measu
     warnings += [f"not here, so assumed: {what}" for what in absent or []]
     overlap = {phase.name: share for phase in phases if (share := speeds.overlap(phase.name)) is not None}
     return Plan(steps=plans, warnings=warnings, overlap=overlap)
+
+
+def plan_recipes(recipes: Iterable[Recipe], config: PipelineConfig, volume: Path) -> Plan:
+    """What recipes that are trained by themselves (`python -m fvlm_core.train`) would cost.
+
+    On the shards that they name, where those are here, else on the mean samples that the profile assumes; times are measured on `volume`.
+    """
+    rates, rental, plans = Speeds(volume).rates, config.machine.rental, []
+    for recipe in recipes:
+        there = recipe.shards if (recipe.shards / INDEX_FILE).is_file() else None
+        cost = expected_cost(recipe, there, rental.assumed.samples if rental else {})
+        seconds = cost.flops / median(rates) if cost.flops and rates else None
+        costs = {"samples": cost.samples, "flops": cost.flops, "seconds": seconds}
+        plans.append(StepPlan(phase=RECIPES, step=recipe.name, state="runs", because="it was asked for", **costs))
+    return Plan(steps=plans)
 
 
 class Speeds:

@@ -1,5 +1,6 @@
 """A small but complete folder of shards in a few seconds, for tests that need data but not how it came about; and the tests' profile."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import yaml
 
 from benchmarks.small_shards import write_small
 from fvlm_core.data import gaze
+from fvlm_core.data.frames import encode_jpeg
 from fvlm_core.data.rows import SPLITS, Split
 from fvlm_core.data.shard_files import ShardSample
 from fvlm_core.data.text import text_chats
+from fvlm_core.data.tiles import tiled
 
 VOCABULARY = 400
 PROFILE = Path(__file__).with_name("profile.yaml")
@@ -51,6 +54,19 @@ def tiny_shards(folder: Path, *, clips: int = 24, seed: int = 0) -> Path:
         ShardSample("text", "text", split, f"{split}-{number}", [[turn]], [None]) for split, number, turn in text_chats(seed, clips, clips)
     )
     return write_small(folder, samples, identity=f"tiny {clips} {seed}", frame_px=gaze.FRAME_PX, tokens=VOCABULARY)
+
+
+def tiled_shards(folder: Path) -> Path:
+    """Four clips per split of gaze_caption and as many chats, in frames of 84 px: 9 tiles of 28 px, and a small frame of 42 px."""
+
+    def made(split: Split, number: int) -> ShardSample:
+        sample = gaze_sample("gaze_caption")(0, split, number)
+        large = (simplejpeg.decode_jpeg(jpeg, "RGB").repeat(2, 0).repeat(2, 1) for jpeg in sample.frames())
+        return replace(sample, frames=lambda: [tiled(encode_jpeg(frame), 28, 42) for frame in large])
+
+    samples = [made(split, number) for split in SPLITS for number in range(4)]
+    samples += [ShardSample("text", "text", split, f"{split}-{n}", [[turn]], [None]) for split, n, turn in text_chats(0, 4, 4)]
+    return write_small(folder, samples, identity="tiled", frame_px=84, tokens=VOCABULARY)
 
 
 def gaze_sample(source: str):

@@ -1,7 +1,7 @@
 """Settings and manifests of the data jobs: light to import, so flows and reports read them without video or tokenizer libraries."""
 
 from pathlib import Path, PurePath
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from braceexpand import braceexpand
 from pydantic import AfterValidator, Field, model_validator
@@ -268,6 +268,15 @@ class TextExercises(Settings):
     """Chats in the validation split."""
 
 
+class TileSettings(Settings):
+    """How large frames are stored, so that a part of one can be decoded without the rest. Both sizes divide the frame's side."""
+
+    px: Positive = 448
+    """Side of a tile: best the frame's side over the glance's patches a side, because then a glance patch lies under one tile."""
+    small_px: Positive = 112
+    """Side of the small frame that is stored too: `model.glance.px` of the model that will read it."""
+
+
 class ShardSettings(Settings):
     """What goes into the shards."""
 
@@ -294,6 +303,13 @@ class ShardSettings(Settings):
     """Of the generated exercises."""
     processes: Annotated[int, Field(ge=1), EXECUTION] = 1
     """Processes that write shards."""
+    tiles: TileSettings | None = None
+    """None: a frame is one JPEG. Otherwise a small one and tiles, encoded again: docs/foveation.md says when that pays."""
+
+    def identity_values(self) -> dict[str, Any]:
+        """As of any settings; shards without tiles keep the identity that they had before there were any."""
+        values = super().identity_values()
+        return values if self.tiles else {name: value for name, value in values.items() if name != "tiles"}
 
     @model_validator(mode="after")
     def _one_tokenizer(self) -> Self:

@@ -20,6 +20,7 @@ from fvlm_core.data.jobs import INDEX_FILE, TOKENIZER_FOLDER, ShardManifest
 from fvlm_core.data.rows import Split
 from fvlm_core.data.shard_io import CorruptSampleError, ShardFile, spans
 from fvlm_core.data.staging import Staging
+from fvlm_core.data.tiles import TiledFrame, TiledFrames, TiledSample
 from fvlm_core.data.tokenizer import chat_format, load_tokenizer
 from fvlm_core.errors import UserError
 
@@ -171,6 +172,22 @@ class ShardSet:
         shown = [[index] * image_repeats for index in range(len(frames))] if is_image else [list(range(len(frames)))]
         return Sample(key, source, frames, shown if len(frames) else [], turns, question_first, label_questions)
 
+    def read_tiled(self, row: int, *, image_repeats: int, small_px: int) -> Sample:
+        """As `read`; where frames were stored as tiles beside small ones of `small_px`, a TiledSample, of which only those are decoded."""
+        first, end = self._place(row)
+        content = self._file(row).read(first, end - first)
+        places = zip((self._offsets[row].values.to_numpy() - first).tolist(), self._sizes[row].values.to_numpy().tolist(), strict=True)
+        try:
+            stored = [TiledFrame.parse(content[offset : offset + size]) for offset, size in places]
+            frames = [frame for frame in stored if frame is not None and frame.side == self.manifest.frame_px]
+            small = [simplejpeg.decode_jpeg(frame.small, "RGB") for frame in frames]
+        except ValueError as error:
+            raise CorruptSampleError(f"a frame is damaged: {error}") from error
+        if not frames or len(frames) < len(stored) or any(picture.shape[:2] != (small_px, small_px) for picture in small):
+            return self.read(row, image_repeats=image_repeats, content=content)
+        sample = self.read(row, image_repeats=image_repeats, content=content, frames=np.stack(small))
+        return TiledSample(**vars(sample), tiles=TiledFrames(frames, f"{self.shard_names[self.shard_numbers[row]]}, sample {sample.key}"))
+
     def _opened(self, shard: int) -> ShardFile:
         return ShardFile(self.folder / self.shard_names[shard], self.staging)
 
@@ -199,11 +216,15 @@ def _parse(content: Bytes) -> dict[str, Any]:
 
 
 def _decode(jpeg: Bytes, out: np.ndarray) -> None:
-    """Decode into `out`, uint8 [S, S, 3]."""
+    """Decode into `out`, uint8 [S, S, 3]; all tiles of a frame that was stored as such."""
     try:
-        height, width = simplejpeg.decode_jpeg_header(jpeg)[:2]
+        tiles = TiledFrame.parse(jpeg)
+        height, width = (tiles.side, tiles.side) if tiles else simplejpeg.decode_jpeg_header(jpeg)[:2]
         if (height, width) != out.shape[:2]:
             raise CorruptSampleError(f"a frame is {width}x{height}, not {out.shape[1]}x{out.shape[0]}")
-        simplejpeg.decode_jpeg(jpeg, "RGB", buffer=out)
+        if tiles:
+            tiles.decode(out)
+        else:
+            simplejpeg.decode_jpeg(jpeg, "RGB", buffer=out)
     except ValueError as error:
         raise CorruptSampleError(f"a frame is damaged: {error}") from error

@@ -41,6 +41,7 @@ from fvlm_core.data.shard_parts import ShardPart, write_index
 from fvlm_core.data.shard_plan import DUPLICATE, LEAK, SAME_VIDEO, Plan, Planned, numbered
 from fvlm_core.data.sources.record import Record, read_rows
 from fvlm_core.data.text import text_chats
+from fvlm_core.data.tiles import tiled
 from fvlm_core.data.tokenizer import chat_format, load_tokenizer, render_chat, train_tokenizer
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import FileEntry, file_entries, sha256_file, write_atomically
@@ -153,6 +154,9 @@ def _inputs(job: ShardJob) -> tuple[dict[str, str], int, float]:
     if job.validation:
         digests["validation"] = sha256_file(job.validation) if job.validation.is_file() else ""
     ((frame_px, fps),) = sizes
+    if job.tiles and (frame_px % job.tiles.px or frame_px % job.tiles.small_px):
+        what = f"frames of {frame_px} px are not cut into tiles of {job.tiles.px} px and small frames of {job.tiles.small_px} px"
+        raise UserError(what, where="shards.tiles", fix="give sizes that divide the frame's side")
     return digests, frame_px, fps
 
 
@@ -274,9 +278,19 @@ def _sample(job: ShardJob, planned: Planned) -> ShardSample:
         caption=record["caption"],
         duration_s=record["duration_s"],
         num_frames=record["num_frames"],
-        frames=lambda: raw.frames,
+        frames=lambda: _frames(job, raw.frames, f"{job.downloads[download] / tar}, {planned.origin}"),
         extra=json.loads(record["extra"]),
     )
+
+
+def _frames(job: ShardJob, jpegs: list[bytes], where: str) -> list[bytes]:
+    """A sample's frames as they are stored."""
+    if job.tiles is None:
+        return jpegs
+    try:
+        return [tiled(jpeg, job.tiles.px, job.tiles.small_px) for jpeg in jpegs]
+    except ValueError as error:
+        raise UserError(f"a frame is damaged: {error}", where=where, fix="delete that download and run again") from error
 
 
 if __name__ == "__main__":

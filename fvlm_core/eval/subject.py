@@ -12,10 +12,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fvlm_core.data.batch import ChatFormat, PackedBatch, Sample, pack
+from fvlm_core.data.tiles import tiles_of
 from fvlm_core.data.tokenizer import encode
 from fvlm_core.eval.generation import GREEDY, Generation, go_on
 from fvlm_core.model import inference
 from fvlm_core.model.foveated import FoveatedVLM
+from fvlm_core.model.glance import look_at
 from fvlm_core.model.names import Mode
 
 
@@ -88,7 +90,9 @@ class Subject:
             some = samples[start : start + self.batch_samples]
             with self.autocast():
                 batch = self.pack(some)
-                context = inference.read_batch(self.model, batch, mode, room=max_new_tokens)
+                tiles = tiles_of(some)  # then the batch's frames are the small ones
+                features = look_at(self.model.encoder, batch.frames, tiles.to(self.device)) if tiles else None
+                context = inference.read_batch(self.model, batch, mode, features=features, room=max_new_tokens)
                 assert context.cache is not None
                 tokens += go_on(
                     self.model,

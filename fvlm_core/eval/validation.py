@@ -65,9 +65,12 @@ class ValidationSplit:
         )
         return val_batches(self.shards, n_samples, data, tokens_per_frame=tokens_per_frame, batch_samples=batch_samples)
 
-    def captions(self, n: int) -> list[ClipQuestion]:
-        """Up to `n` clips and images with captions as their answers, evenly over their sources."""
-        return [self._question(row) for row in self._pick((row for row in self.rows if row.task == "caption"), n)]
+    def captions(self, n: int, *, small_px: int | None = None) -> list[ClipQuestion]:
+        """Up to `n` clips and images with captions as their answers, evenly over their sources.
+
+        `small_px`: frames that are stored as tiles beside small ones of that size stay so (`fvlm_core.data.tiles.TiledSample`).
+        """
+        return [self._question(row, small_px) for row in self._pick((row for row in self.rows if row.task == "caption"), n)]
 
     def items(self, n: int) -> list[Item]:
         """Up to `n` multiple-choice questions, evenly over their sources, those about one clip together."""
@@ -104,12 +107,12 @@ class ValidationSplit:
     def _asked_videos(self) -> list[Row]:
         return [row for row in self.rows if row.probed and row.kind == "video"]
 
-    def _question(self, row: Row) -> ClipQuestion:
+    def _question(self, row: Row, small_px: int | None = None) -> ClipQuestion:
         """A row as it stands, its question first unless it asks for a caption: that says nothing about where to look."""
         turn, probe = self._conversation(row)
         cells = [(int(r), int(c)) for r, c in (probe or {}).get("cells") or []]
         return ClipQuestion(
-            sample=replace(self._read(row), question_first=row.task != "caption"),
+            sample=replace(self._read(row) if small_px is None else self._read_tiled(row, small_px), question_first=row.task != "caption"),
             question=turn["question"],
             answer=turn["answer"],
             cells=cells if cells and len(cells) == len(turn["answer"]) else None,
@@ -153,6 +156,12 @@ class ValidationSplit:
             raise self._damaged(row, error) from error
         self._last = row.key, sample.frames
         return sample
+
+    def _read_tiled(self, row: Row, small_px: int) -> Sample:
+        try:
+            return self.shards.read_tiled(row.number, image_repeats=self.image_repeats, small_px=small_px)
+        except CorruptSampleError as error:
+            raise self._damaged(row, error) from error
 
     def _damaged(self, row: Row, error: CorruptSampleError) -> UserError:
         return UserError(f"validation sample {row.key} is damaged: {error}", where=str(self.shards.folder), fix="make the shards again")

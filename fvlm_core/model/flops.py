@@ -161,8 +161,8 @@ def _encoded(model: ModelSettings, dims: ModelDims) -> int:
 def _children(glance: GlanceSettings, patches: int) -> list[int]:
     """Patches of each level that are encoded: every one in training on all, those under the chosen ones otherwise."""
     children = []
-    for _ in range(glance.levels):
-        patches = glance.zoom**2 * (patches if glance.train_on == "all" else min(glance.open, patches))
+    for zoom in glance.zooms:
+        patches = zoom**2 * (patches if glance.train_on == "all" else min(glance.open, patches))
         children.append(patches)
     return children
 

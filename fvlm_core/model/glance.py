@@ -4,9 +4,10 @@ The query reads the glance; its attention over the glance's patches is a distrib
 `zoom` x `zoom` high-resolution patches under each go through the same DINOv2 layers. They attend to the glance's keys and values and to
 the children of their own parent only, so a parent's keys and values do not depend on what else is open, and the glance never sees them.
 Then the query reads glance and opened patches, log p(parent) added to the children's logits in every layer: the gradient reaches p through
-that. With `levels` above 1, the children that are read most are opened in turn, each time at `zoom` times the resolution.
+that. With `levels` above 1, the children that are read most are opened in turn, each time at its level's `zoom` times the resolution.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from fvlm_core.config import GlanceSettings
 from fvlm_core.model.encoder import Encoder, FrameFeatures
 from fvlm_core.model.encoder_layer import Added, EncoderLayer, scaled_sum
+from fvlm_core.model.squares import StoredFrames, select, squares
 from fvlm_core.model.walk import Walk
 
 LEAST = 1e-6
@@ -53,8 +55,8 @@ class Opened:
 class GlanceFeatures(FrameFeatures):
     """The glance's keys and values, and the frames whose patches may be opened."""
 
-    frames: Tensor
-    """uint8 [F, H, W, 3]."""
+    frames: Tensor | StoredFrames
+    """uint8 [F, H, W, 3], or what decodes parts of such."""
     everything: Sequence[Opened] = ()
     """Every patch of every level, where all are read."""
 
@@ -62,7 +64,7 @@ class GlanceFeatures(FrameFeatures):
         """The features of some frames; `frames` int64 [f]."""
         small = super().select(frames)
         opened = [level.select(frames) for level in self.everything]
-        return GlanceFeatures(small.keys, small.values, None, small.grid, self.frames.index_select(0, frames), opened)
+        return GlanceFeatures(small.keys, small.values, None, small.grid, select(self.frames, frames), opened)
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,13 @@ def look(encoder: Encoder, frames: Tensor, settings: GlanceSettings) -> GlanceFe
     step = encoder.patch_px * settings.shrink
     if frames.shape[1] % step or frames.shape[2] % step:
         raise ValueError(f"frames of {frames.shape[1]}x{frames.shape[2]} px: not a multiple of {step}, the side of a glance patch")
-    small = encoder.encode(shrunk(frames, settings.shrink))
-    return GlanceFeatures(small.keys, small.values, None, small.grid, frames)
+    return look_at(encoder, shrunk(frames, settings.shrink), frames)
+
+
+def look_at(encoder: Encoder, small: Tensor, frames: Tensor | StoredFrames) -> GlanceFeatures:
+    """Encode the glance of frames whose small forms [F, h, w, 3] are at hand."""
+    glance = encoder.encode(small)
+    return GlanceFeatures(glance.keys, glance.values, None, glance.grid, frames)
 
 
 def with_everything(encoder: Encoder, features: GlanceFeatures, settings: GlanceSettings, scales: Tensor) -> GlanceFeatures:
@@ -134,7 +141,7 @@ def children_of(
 
     `rows` int64 [R]: the frame of each row, where a row is not a frame.
     """
-    zoom, columns = settings.zoom, features.grid[1] * settings.zoom**level
+    zoom, columns = settings.zooms[level], features.grid[1] * math.prod(settings.zooms[:level])
     above = places.gather(1, chosen)
     offsets = torch.arange(zoom, device=above.device)
     down = (above // columns)[..., None, None] * zoom + offsets[:, None]
@@ -235,7 +242,7 @@ def foveate(
             attended = last.weights(entering, keys[-1], temperature, bias)
     loss = None
     if teach and own and attended is not None:
-        loss = _selection_loss(attended.mean(1)[:, 0, n_glance:], [log[:, 0] for log in logs], settings.zoom**2)
+        loss = _selection_loss(attended.mean(1)[:, 0, n_glance:], [log[:, 0] for log in logs], settings.zooms)
     result = encoder.norm(last.query(entering, keys[-1], values[-1], temperature, bias))
     pooled = None if attended is None or not weights else _pooled(attended, roots_of, n_glance)
     if not own:
@@ -261,7 +268,10 @@ def selection(last: EncoderLayer, key: Tensor, entering: Tensor, temperature: fl
 
 def shrunk(frames: Tensor, times: int) -> Tensor:
     """Frames uint8 [F, H, W, 3] at 1 / `times` of their side, float32: the mean of each square of `times` x `times` pixels."""
-    rows = frames.unflatten(1, (-1, times)).sum(2, dtype=torch.int32 if times > 128 else torch.int16)
+    apart = frames.unflatten(1, (-1, times))
+    rows = apart[:, :, 0].to(torch.int32 if times > 128 else torch.int16)
+    for number in range(1, times):  # `sum` would first make all of the frame as wide as its result
+        rows += apart[:, :, number]
     return rows.unflatten(2, (-1, times)).sum(3, dtype=torch.int32).float() / times**2
 
 
@@ -285,14 +295,11 @@ def _embed(
 ) -> Tensor:
     """Embeddings [R, n, D] of the patches in row `down` [R, n] and column `right` [R, n] of the grid below `level`."""
     size = encoder.patch_px
-    scale = settings.zoom ** (settings.levels - 1 - level)  # the frames are of the last level's resolution
-    grid = (features.grid[0] * settings.zoom ** (level + 1), features.grid[1] * settings.zoom ** (level + 1))
-    lines = features.frames.contiguous().flatten(2)  # [F, H, W * 3]
-    moved = next(kind for kind in (torch.int64, torch.int32, torch.int16, torch.uint8) if scale * size * 3 % kind.itemsize == 0)
-    # indexing takes its time by numbers, not by bytes, so several bytes move as one number; [F, rows, columns, side, side * 3 bytes]
-    cut = lines.view(moved).unflatten(1, (grid[0], -1)).unflatten(3, (grid[1], -1)).transpose(2, 3)
+    scale = math.prod(settings.zooms[level + 1 :])  # the frames are of the last level's resolution
+    finer = settings.shrink // scale
+    grid = (features.grid[0] * finer, features.grid[1] * finer)
     frame = torch.arange(len(features.frames), device=down.device) if rows is None else rows
-    patches = cut[frame[:, None], down, right].flatten(0, 1).view(torch.uint8).unflatten(2, (-1, 3))  # [R * n, side, side, 3]
+    patches = squares(features.frames, frame, down, right, scale * size)
     weight = encoder.patches.weight
     pixels = (shrunk(patches, scale) if scale > 1 else patches).permute(0, 3, 1, 2).to(weight.dtype)
     assert pixels.shape[-1] == size
@@ -301,24 +308,24 @@ def _embed(
     return embedded + positions_at(encoder, grid, down, right).to(embedded.dtype)
 
 
-def _selection_loss(attended: Tensor, logs: list[Tensor], children: int) -> Tensor:
+def _selection_loss(attended: Tensor, logs: list[Tensor], zooms: list[int]) -> Tensor:
     """Sum over rows and levels of the cross-entropy from where a query looked to log p of the parents it had opened.
 
     `attended` [R, n of all levels]: its attention to opened patches; `logs`: per level, log p of every opened patch's parent [R, n].
     """
     loss = attended.new_zeros(())
-    for weights, log_p in zip(attended.split([log.shape[1] for log in logs], dim=1), logs, strict=True):
-        by_parent = weights.unflatten(1, (-1, children)).sum(2)
+    for weights, log_p, zoom in zip(attended.split([log.shape[1] for log in logs], dim=1), logs, zooms, strict=True):
+        by_parent = weights.unflatten(1, (-1, zoom**2)).sum(2)
         target = by_parent / by_parent.sum(1, keepdim=True).clamp(min=LEAST)
-        loss = loss - (target * log_p[:, ::children]).sum()
+        loss = loss - (target * log_p[:, :: zoom**2]).sum()
     return loss
 
 
 def _most_children(settings: GlanceSettings, patches: int) -> int:
     """Patches that a query opens, all levels together."""
     total = 0
-    for _ in range(settings.levels):
-        patches = min(settings.open, patches) * settings.zoom**2
+    for zoom in settings.zooms:
+        patches = min(settings.open, patches) * zoom**2
         total += patches
     return total
 

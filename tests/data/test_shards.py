@@ -21,6 +21,7 @@ from fvlm_core.data import gaze
 from fvlm_core.data.frames import encode_jpeg
 from fvlm_core.data.jobs import INDEX_FILE, LEFT_OUT_FILE, VALIDATION_FILE, DownloadManifest, ShardJob, ShardManifest, Source
 from fvlm_core.data.raw_shards import CONTENT, write_contents
+from fvlm_core.data.rows import SPLITS
 from fvlm_core.data.shard_files import ShardSample, write_shards
 from fvlm_core.data.shard_plan import DUPLICATE, NOT_FROZEN, Plan
 from fvlm_core.data.shard_set import ShardSet
@@ -28,6 +29,7 @@ from fvlm_core.data.shards import make_shards
 from fvlm_core.data.sources.record import record, record_folder
 from fvlm_core.data.text import split_of, text_chats
 from fvlm_core.data.tokenizer import train_tokenizer
+from fvlm_core.data.verify import verify
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import file_entries
 from tests.tiny import tiny_shards
@@ -194,6 +196,23 @@ def test_failed_rows_are_dropped_and_splits_kept(tmp_path):
     assert counted["other", "val"] + counted["other", "train"] == 30
     assert manifest.problems(tmp_path / "shards") == []
     assert set(ShardSet(tmp_path / "shards").rows("train")["task"]) == {"caption"}
+
+
+def test_frames_are_stored_as_tiles_where_that_is_asked_for(tmp_path):
+    """The same pictures, and another set of shards; without the setting, the settings are what they were before there was one."""
+    download = raw_download(tmp_path / "download", [{"grey": 40 * number} for number in range(6)])
+    plain, other = job(tmp_path / "plain", download), job(tmp_path / "tiled", download, tiles={"px": 14, "small_px": 21})
+    assert "tiles" not in plain.identity_values()
+    manifests = [make_shards(one) for one in (plain, other)]
+    assert manifests[0].settings_hash != manifests[1].settings_hash
+    assert verify(other.output).problems == []
+    shards = [ShardSet(one.output) for one in (plain, other)]
+    for split in SPLITS:
+        for row in shards[0].rows(split).index:
+            plainly, tiled = (one.read(int(row), image_repeats=1).frames.astype(int) for one in shards)
+            assert np.abs(plainly - tiled).max() <= 4
+    with pytest.raises(UserError, match="42 px are not cut into tiles of 15 px"):
+        make_shards(job(tmp_path / "wrong", download, tiles={"px": 15, "small_px": 21}))
 
 
 def test_training_clip_with_a_validation_clips_frames_is_left_out(tmp_path):

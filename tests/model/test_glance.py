@@ -45,8 +45,9 @@ from tests.model.test_foveated import losses, mixed
 
 GLANCE_PX, ALL = 42, 9
 RECIPES = Path(__file__).parents[2] / "deployments" / "recipes"
-DEEPEST = [{"zoom": 2, "levels": 1}, {"zoom": 3, "levels": 1}, {"zoom": 2, "levels": 2}]
-"""Frames of 84, 126 and 168 px over a glance of 3 x 3 patches."""
+DEEPEST = [{"zoom": 2, "levels": 1}, {"zoom": 3, "levels": 1}, {"zoom": 2, "levels": 2}, {"zoom": [3, 2], "levels": 2}]
+"""Frames of 84, 126, 168 and 252 px over a glance of 3 x 3 patches."""
+ZOOMS = st.lists(st.integers(2, 4), min_size=1, max_size=3).filter(lambda zooms: np.prod(zooms) <= 12)
 
 
 def glance_settings(**changes) -> ModelSettings:
@@ -102,19 +103,19 @@ def reference_tokens(model: FoveatedVLM, frame: torch.Tensor, queries: torch.Ten
     glance, dino = model.settings.glance, model.encoder.to_dinov2().double()
     assert glance is not None
     size, mean, std = 14, model.encoder.pixel_mean, model.encoder.pixel_std
-    small = frame.double().permute(2, 0, 1)[None]
-    small = F.avg_pool2d(small, glance.zoom)
+    zoom = glance.shrink
+    small = F.avg_pool2d(frame.double().permute(2, 0, 1)[None], zoom)
     with torch.no_grad():
         outputs = dino((small - mean) / std, output_hidden_states=True)
     glance_states = [state[0] for state in outputs.hidden_states[:-1]]  # entering each layer
     side, children = small.shape[-1] // size, {}
-    table = dino.embeddings.position_embeddings[0, 1:].view(side * glance.zoom, side * glance.zoom, -1)
+    table = dino.embeddings.position_embeddings[0, 1:].view(side * zoom, side * zoom, -1)
     for parent in range(side**2 if opened else 0):
         row, column = divmod(parent, side)
         states = []
-        for i in range(glance.zoom):
-            for j in range(glance.zoom):
-                y, x = row * glance.zoom + i, column * glance.zoom + j
+        for i in range(zoom):
+            for j in range(zoom):
+                y, x = row * zoom + i, column * zoom + j
                 pixels = frame[y * size : (y + 1) * size, x * size : (x + 1) * size].double().permute(2, 0, 1)[None]
                 embedded = dino.embeddings.patch_embeddings((pixels - mean) / std)[0, 0]
                 states.append(embedded + table[y, x] + model.connector.scale_embeddings[0])
@@ -131,7 +132,7 @@ def reference_tokens(model: FoveatedVLM, frame: torch.Tensor, queries: torch.Ten
             probe, weights = one_layer(layer, probe, seen[number], None, 1.0), attention(layer, probe, seen[number], None, 1.0)
         p = weights.mean(0)[:, 1:]
         p = p / p.sum(-1, keepdim=True)
-        bias = torch.cat([torch.zeros(len(q), side**2 + 1), (p + 1e-6).log().repeat_interleave(glance.zoom**2, 1)], 1).double()
+        bias = torch.cat([torch.zeros(len(q), side**2 + 1), (p + 1e-6).log().repeat_interleave(zoom**2, 1)], 1).double()
         seen = [torch.cat([seen[number], *(children[parent][number] for parent in range(side**2))]) for number in range(len(seen))]
     for number, layer in enumerate(dino_layers(dino)):
         q = one_layer(layer, q, seen[number], bias, 1.0)
@@ -258,6 +259,58 @@ def test_a_parents_keys_and_values_do_not_depend_on_what_else_is_open(k, seed, s
     assert torch.equal(opened.roots, opened.parents)
     for some, all_ in zip(opened.keys + opened.values, list(every.keys) + list(every.values), strict=True):
         torch.testing.assert_close(some, all_.gather(2, index[:, None, :, None].expand_as(some)), rtol=1e-10, atol=1e-11)
+
+
+@settings(max_examples=12, deadline=None)
+@given(zooms=ZOOMS, k=st.integers(1, 3), seed=st.integers(0, 99))
+@torch.no_grad()
+def test_with_a_zoom_per_level_patches_are_those_of_the_frame_at_their_levels_size(zooms, k, seed):
+    """What is opened, level by level, against the complete frame at that level's size, cut up by the encoder's convolution."""
+    model = glance_model(zoom=zooms, levels=len(zooms))
+    encoder, chosen, scales = model.encoder, model.settings.glance, model.connector.scale_embeddings
+    assert chosen is not None
+    features = look(encoder, frames_of(model, 1), chosen)
+    places = roots = torch.arange(ALL)[None]
+    generator = torch.Generator().manual_seed(seed)
+    for level in range(len(zooms)):
+        picked = torch.randperm(places.shape[1], generator=generator)[None, :k]
+        found = children_of(encoder, features, chosen, scales, level, picked, places, roots)
+        pixels = features.frames.double().permute(0, 3, 1, 2)
+        pixels = F.avg_pool2d(pixels, int(np.prod(zooms[level + 1 :])))
+        side = pixels.shape[-1] // encoder.patch_px
+        embedded = encoder.patches((pixels - encoder.pixel_mean) / encoder.pixel_std).flatten(2)[0].T
+        expected = embedded + encoder.positions((side, side))[0, 1:] + scales[level]
+        torch.testing.assert_close(found.x[0], expected[found.places[0]], rtol=1e-5, atol=1e-5)
+        above = side // zooms[level]
+        for parent, place in zip(picked[0].repeat_interleave(zooms[level] ** 2).tolist(), found.places[0].tolist(), strict=True):
+            row, column = divmod(place, side)
+            assert int(places[0, parent]) == row // zooms[level] * above + column // zooms[level]
+        assert torch.equal(found.roots[0], (found.places[0] // side // (side // 3)) * 3 + found.places[0] % side // (side // 3))
+        assert len(set(found.places[0].tolist())) == k * zooms[level] ** 2
+        places, roots = found.places, found.roots
+
+
+@settings(max_examples=10, deadline=None)
+@given(zooms=ZOOMS, k=st.integers(1, 3))
+def test_with_a_zoom_per_level_inference_walks_to_what_training_reads(zooms, k):
+    model = glance_model(zoom=zooms, levels=len(zooms), open=k)
+    chosen, scales = model.settings.glance, model.connector.scale_embeddings
+    assert chosen is not None
+    features = look(model.encoder, frames_of(model, 2), chosen)
+    queries = torch.randn(2, 1, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    expected = foveate(model.encoder, features, queries, chosen, scales, weights=True, teach=True)
+    with torch.no_grad():
+        found = foveate(model.encoder, features, queries, chosen, scales, weights=True, teach=True)
+    assert torch.equal(found.opened, expected.opened)
+    torch.testing.assert_close(found.read, expected.read, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.selection_loss, expected.selection_loss, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_a_list_of_equal_zooms_is_that_zoom():
+    one, several = glance_model(zoom=2, levels=2), glance_model(zoom=[2, 2], levels=2)
+    batch = packed(one)
+    assert torch.equal(read_batch(one, batch, "coarse_fine").tokens, read_batch(several, batch, "coarse_fine").tokens)
 
 
 def test_the_finest_patches_are_the_frames_own_pixels():
@@ -418,7 +471,7 @@ def test_a_saved_model_comes_back_and_the_original_is_refused(tmp_path):
 
 def test_the_released_configuration_makes_the_same_model(tmp_path):
     """Through the JSON file that a released folder holds."""
-    model = glance_model(levels=2).float()
+    model = glance_model(levels=2, zoom=[3, 2]).float()
     recipe = Recipe.from_yaml(RECIPES / "glance_all.yaml").with_changes({"model": model.settings.model_dump(mode="json")})
     configuration(model, recipe).save_pretrained(tmp_path)
     released = FVLMModel(FVLMConfig.from_pretrained(tmp_path)).eval()
@@ -437,7 +490,13 @@ def test_a_model_without_a_glance_is_what_it_was():
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"px": 40}, "is not glance.px"), ({"zoom": 3, "levels": 2}, "is not glance.px"), ({"levels": 0}, "greater than or equal to 1")],
+    [
+        ({"px": 40}, "is not glance.px"),
+        ({"zoom": 3, "levels": 2}, "is not glance.px"),
+        ({"levels": 0}, "greater than or equal to 1"),
+        ({"zoom": [2, 2]}, "zoom has 2 values, levels is 1"),
+        ({"zoom": [2, 1], "levels": 2}, "greater than or equal to 2"),
+    ],
 )
 def test_settings_that_do_not_fit_are_refused(changes, message):
     values = glance_settings().model_dump()

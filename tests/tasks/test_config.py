@@ -101,6 +101,7 @@ def test_laptop_and_runpod_have_the_grid_and_the_ablations_that_are_promised() -
         ("name", "Mein Profil", ["name", "pattern"]),
         ("evaluation.captions.sample", 5, ["evaluation.captions.sample", "samples"]),
         ("release", {"name": "mine", "push": True}, ["release", "push needs push_to"]),
+        ("precompute.shards.tiles", {"px": 21, "small_px": 16}, ["shards.tiles: px 21 and small_px 16 do not divide", "frame_px 42"]),
         ("release.push_to", "mine", ["release.push_to", "pattern"]),
         ("precompute.sources", [{"name": "mine", "files": ["a.csv"], "format": "xml"}], ["precompute.sources.0.format", "webvid"]),
         ("precompute.sources", [{"name": "mine", "files": []}], ["precompute.sources.0", "the source mine has no files"]),
@@ -152,6 +153,51 @@ def test_every_ablation_differs_from_the_base_in_its_one_setting_and_what_follow
         differing = {path for path in base if base[path] != recipe[path]}
         assert ablation.path in differing
         assert differing - {ablation.path} <= follows.get(ablation.path, set()), ablation.name
+
+
+GLANCE = {"name": "glance", "hypothesis": "what is not read need not be encoded", "path": "model.glance"}
+
+
+def test_an_ablation_can_switch_a_group_on_and_later_phases_take_it() -> None:
+    """A glance is one change; where it wins, the pooled baseline of the grid, which has no queries, goes without."""
+    frame_px = TESTS["model"]["vision"]["frame_px"]
+    group = {"px": frame_px // 3, "zoom": 3, "open": 2, "explore": 1.0}
+    loaded = config(changed("ablations", [*TESTS["ablations"], GLANCE | {"value": group}]))
+    one = loaded.ablations[-1]
+    assert PipelineConfig.model_validate(loaded.model_dump(mode="json")) == loaded
+    recipe, base = ablation_recipe(loaded, one, 1, {}), baseline_recipe(loaded, 1, {})
+    assert recipe.model.glance is not None
+    assert (recipe.model.glance.px, recipe.model.glance.zoom, recipe.model.glance.open) == (frame_px // 3, 3, 2)
+    assert recipe.with_changes({"model.glance": None, "name": base.name}) == base
+    models = [part.recipe.model for part in planned(loaded, one.change)]
+    assert {model.query: model.glance is None for model in models} == {"deep": False, "pooled": True}
+    assert all(stage_recipe(loaded, stage, changes=one.change, start=False).model.glance for stage in loaded.stages.present)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ({"px": 5}, "not glance.px x its zooms"),
+        ({"zooom": 3}, "unknown key 'model.glance.zooom'"),
+        ({"px": {"a": 1}}, "ablations.0.value"),
+    ],
+)
+def test_a_group_that_does_not_fit_is_refused(value: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        config(changed("ablations", [GLANCE | {"value": value}]))
+
+
+def test_of_a_group_that_is_there_an_ablation_changes_one_key() -> None:
+    frame_px = TESTS["model"]["vision"]["frame_px"]
+    values = changed("model.glance", {"px": frame_px // 3, "zoom": 3})
+    values["ablations"] = [GLANCE | {"path": "model.glance.open", "value": 2}]
+    loaded = config(values)
+    glance = ablation_recipe(loaded, loaded.ablations[0], 0, {}).model.glance
+    assert glance is not None
+    assert (glance.open, glance.px) == (2, frame_px // 3)
+    values["ablations"] = [GLANCE | {"value": {"px": frame_px // 3, "zoom": 3, "open": 2, "explore": 0.5}}]
+    with pytest.raises(UserError, match="change one of its keys"):
+        config(values)
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

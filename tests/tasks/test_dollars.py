@@ -6,9 +6,10 @@ from deployments.checks import load_profile
 from flows.registry import PHASES
 from fvlm_core.config import Recipe
 from fvlm_core.train.expected import expected_cost
-from tasks.dollars import Usd, in_dollars, storage_usd_per_month
-from tasks.plan import Plan, StepPlan, plan
-from tasks.recipes import stage_recipe
+from infra.stack import REPOSITORY
+from tasks.dollars import Usd, in_dollars, recipes_in_dollars, storage_usd_per_month
+from tasks.plan import Plan, StepPlan, plan, plan_recipes
+from tasks.recipes import baseline_recipe, stage_recipe
 from tasks.rental import Assumed, Mfu, Rental
 
 RENTAL = Rental(
@@ -94,6 +95,24 @@ def test_the_production_plan_agrees_with_the_budget(tmp_path) -> None:
     gpu = sum(planned.of(phase).value for phase in ("speed", "ablations", "scaling", "train", "evaluate"))
     assert 150 <= gpu <= 260
     assert planned.total.value <= planned.total.high <= 310
+
+
+def test_recipes_by_themselves_are_priced_as_the_steps_of_a_phase_are(tmp_path) -> None:
+    """The baseline's own recipe costs what its step does; the pod's start is paid once, and neither storage nor a waiting flow."""
+    config = load_profile("runpod")
+    rental = config.machine.rental
+    assert rental is not None
+    pipeline = in_dollars(plan(PHASE_LIST, config, tmp_path), PHASE_LIST, rental)
+    step = next(line for line in pipeline.lines if line.what == "ablation-baseline")
+    glances = [Recipe.from_yaml(REPOSITORY / f"deployments/recipes/glance_{name}.yaml") for name in ("all", "chosen")]
+    planned = recipes_in_dollars(plan_recipes([baseline_recipe(config, 0, {}), *glances], config, tmp_path), rental)
+    start, baseline, every, chosen = planned.lines
+    assert (baseline.flops, baseline.usd, baseline.basis) == (step.flops, step.usd, step.basis)
+    assert start.usd.value == pytest.approx(rental.assumed.start_h * rental.gpu_usd_per_hour)
+    flops = [line.flops or 0.0 for line in (chosen, baseline, every)]
+    per_step = [flops[0] / 400, flops[1] / 1407, flops[2] / 1407]
+    assert 0 < per_step[0] < per_step[1] < per_step[2], "chosen patches; the frame in full; the glance beside it"
+    assert planned.unknown == []
 
 
 def test_assumed_samples_cost_what_the_flop_counter_says() -> None:

@@ -104,7 +104,8 @@ class Captions(Part):
         from fvlm_core.eval.questions import without_answer  # needs torch
 
         bootstrap = context.bootstrap
-        questions = context.split.captions(self.samples)
+        glance = context.subject.model.settings.glance
+        questions = context.split.captions(self.samples, small_px=glance and glance.px)
         require(len(questions), self.samples, "captions")
         samples = [without_answer(question.sample, question_first=False) for question in questions]
         generated: dict[Mode, list[str]] = {

@@ -1,5 +1,6 @@
 """Configuration of fVLM, a foveated vision-language model: every frame is read with a query, as one token (or a few)."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,13 +78,13 @@ class FVLMConfig(PretrainedConfig):
 
 @dataclass(frozen=True)
 class GlanceSettings:
-    """How frames are opened: a glance of `px`, whose likeliest `open` patches are opened, `zoom` times finer, `levels` times over.
+    """How frames are opened: a glance of `px`, whose likeliest `open` patches are opened, `zoom` times finer (a list: level by level).
 
     The others are of training: whether it reads every patch or chosen ones, the noise of its choice, and the weight of what teaches it.
     """
 
     px: int
-    zoom: int
+    zoom: int | list[int]
     levels: int
     open: int
     train_on: str
@@ -91,9 +92,14 @@ class GlanceSettings:
     distill: float
 
     @property
+    def zooms(self) -> list[int]:
+        """The zoom of every level."""
+        return [self.zoom] * self.levels if isinstance(self.zoom, int) else self.zoom
+
+    @property
     def shrink(self) -> int:
         """Sides of the frame over those of the glance."""
-        return self.zoom**self.levels
+        return math.prod(self.zooms)
 
 
 @dataclass(frozen=True)
