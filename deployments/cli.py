@@ -126,7 +126,7 @@ def plan(
     made = planned(phases, config, there)
     table_console().print(made.table().terminal())
     shards = volume.resolve() / "shards"
-    table_console().print(grid_table(planned_grid(config, {}, shards if shards.exists() else None)).terminal())
+    table_console().print(grid_table(planned_grid(config.grid, {}, shards if shards.exists() else None)).terminal())
     if rental:
         from tasks.dollars import in_dollars
         from tasks.rented import at_live_prices
@@ -238,7 +238,7 @@ def recipe(
         known = ", ".join(config.stages.present)
         raise UserError(f"there is no stage {stage!r}", where=f"the profile {config.name}", fix=f"use one of {known}")
     places = {"output": str(output), "shards": str(shards), "init_from": str(init_from) if init_from else None}
-    made = stage_recipe(config, stage, changes={}, start=False).with_changes(places)
+    made = stage_recipe(config.model, config.base, config.stages, stage, changes={}, start=False).with_changes(places)
     print(yaml.safe_dump(made.model_dump(mode="json"), sort_keys=False), end="")
     return 0
 

@@ -7,10 +7,10 @@ from fvlm_core.experiments import Experiment
 from fvlm_core.scaling.jobs import AblationReport, Confirmation
 from fvlm_core.scaling.tables import ablations_summary, change_text, difference_text, marked_name, show_value
 from fvlm_core.tables import Table
+from tasks.ablations import ablation_recipe, baseline_recipe
 from tasks.config import PipelineConfig
 from tasks.phase import Before, Changes, Phase, Results, Shown
 from tasks.phase_flow import flow_on_demand
-from tasks.recipes import ablation_recipe, baseline_recipe
 from tasks.steps import Step
 
 BASELINE = "baseline"
@@ -24,12 +24,12 @@ def steps(config: PipelineConfig, before: Before) -> list[Step]:
     inputs = training_inputs(before)
     seeds, runs, values = config.ablation_seeds, [], []
     for seed in range(seeds.baseline):
-        runs.append(baseline_recipe(config, seed, before.changes))
+        runs.append(baseline_recipe(config.model, config.base, seed, before.changes))
         values.append({"name": BASELINE, "seed": seed, "run": None})
     for one in config.ablations:
         said = {"change": one.path, "value": one.change[one.path], "hypothesis": one.hypothesis, "control": one.control}
         for seed in range(seeds.others):
-            runs.append(ablation_recipe(config, one, seed, before.changes))
+            runs.append(ablation_recipe(config.model, config.base, one, seed, before.changes))
             values.append({"name": one.name, "seed": seed, "run": None} | said)
     recipes = {value["name"]: recipe for value, recipe in zip(values, runs, strict=True) if value["seed"] == 0 and not value.get("control")}
     runs = [training(recipe, config.machine, inputs, shared=True) for recipe in runs]

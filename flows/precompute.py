@@ -9,10 +9,11 @@ from fvlm_core.data.sources.record import SOURCES, record_folder, recorded
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import sha256_file
 from fvlm_core.tables import Table
-from tasks.config import RENDERED, PipelineConfig
+from tasks.config import PipelineConfig
 from tasks.outside import external_inputs, natural_clips, record_sources
 from tasks.phase import Before, Changes, Phase, Results, Shown
 from tasks.phase_flow import flow_on_demand
+from tasks.precompute import RENDERED
 from tasks.recipes import AN_INPUT
 from tasks.steps import Given, Outside, Step
 

@@ -20,7 +20,7 @@ COLUMNS = {"size", "variant", "budget_flops", "seed", "params", "samples", "loss
 def steps(config: PipelineConfig, before: Before) -> list[Step]:
     scaling, inputs = config.scaling, training_inputs(before)
     shards = inputs["shards"]
-    plans = planned(config, before.changes, before.volume / shards.folder if isinstance(shards, Made) else None)
+    plans = planned(config.grid, before.changes, before.volume / shards.folder if isinstance(shards, Made) else None)
     runs = [training(one.recipe, config.machine, inputs, shared=True) for one in plans]
     values = [
         {"size": cell.size.name, "budget_flops": cell.budget_flops, "variant": cell.variant, "seed": cell.seed, "run": None}

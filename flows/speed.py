@@ -30,7 +30,7 @@ COLUMNS |= {"mfu", "gpu_busy", "power_w", "sm_clock_mhz", "peak_memory_gb", "dat
 
 
 def steps(config: PipelineConfig, before: Before) -> list[Step]:
-    recipe = base_recipe(config, "base", "speed", before.changes)
+    recipe = base_recipe(config.model, config.base, "base", "speed", before.changes)
     inputs = training_inputs(before, "recipe.")
     threads = os.cpu_count() or 1
     return [Step.of(REPORT, "fvlm_core.train.speed", config.speed, inputs=inputs, threads=threads, recipe=recipe.model_dump(mode="json"))]

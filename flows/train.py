@@ -21,7 +21,7 @@ CURVES = "curves"
 def steps(config: PipelineConfig, before: Before) -> list[Step]:
     stages: list[Step] = []
     for name in config.stages.present:
-        recipe = stage_recipe(config, name, changes=before.changes, start=bool(stages))
+        recipe = stage_recipe(config.model, config.base, config.stages, name, changes=before.changes, start=bool(stages))
         start = {"init_from": stages[-1]} if stages else {}
         stages.append(training(recipe, config.machine, training_inputs(before) | start))
     runs = {f"runs.{stage.name}": stage for stage in stages}

@@ -1,6 +1,7 @@
 """From a profile to finished steps and phases: what runs, in which order, and what is shown of it. In an order to read them in:
 
-* `config`: the profile. `machine`, `rental`, `recipes`, `mixtures`, `grid`, `outside`: parts of it, combined and checked.
+* `precompute`, `recipes` (`base`, `stages`), `ablations`, `scaling`, `machine`, `rental`: the parts of a profile. `grid`: the runs of the
+  scaling grid. `config`: the profile, made of these and checked. `mixtures`, `outside`: what it names, checked against what there is.
 * `steps`: what a step is and when it is done. `make` finds its result or runs its job; `adopt` takes a result from elsewhere.
 * `phase`: what a phase is, and what it leaves. `direct` runs phases in this process.
 * `plan`, `dollars`, `bill`: what a run would do and cost, and what it has cost. `rented`: what else rented machines need.

@@ -14,25 +14,37 @@ mean samples that it states, and again when there are shards, from these.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fvlm_core.config import Recipe
+from fvlm_core.config import ModelSettings, Recipe
 from fvlm_core.errors import UserError
 from fvlm_core.scaling.jobs import VARIANTS, Variant
 from fvlm_core.tables import Table
 from fvlm_core.train.expected import MeanSample, expected_cost, llm_width, patches_per_side
-
-if TYPE_CHECKING:
-    from tasks.config import PipelineConfig, Scaling, Size
+from tasks.recipes import Base, base_recipe
+from tasks.scaling import Scaling, Size
 
 DECAYING = ("cosine", "wsd")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What the grid's runs need to know of a profile."""
+
+    scaling: Scaling
+    model: ModelSettings
+    base: Base
+    samples: Mapping[str, MeanSample]
+    """A mean sample of each source, from which a run's steps are known before there are shards."""
+    vocab_size: int | None
+    """Of the tokenizer that the profile trains; None: it trains none."""
 
 
 @dataclass(frozen=True)
 class Cell:
     """One run of the grid."""
 
-    size: "Size"
+    size: Size
     budget_flops: float
     variant: Variant
     seed: int = 0
@@ -44,7 +56,7 @@ class Cell:
         return f"grid-{self.size.name}-{self.budget_flops:.2e}-{self.variant}{seed}".replace("+", "")
 
 
-def cells(scaling: "Scaling") -> list[Cell]:
+def cells(scaling: Scaling) -> list[Cell]:
     """The grid's runs: those of the first seed, then further seeds of the corners."""
     budgets = {size.name: size.budgets_flops or scaling.budgets_flops for size in scaling.sizes}
     first = [Cell(size, budget, variant) for size in scaling.sizes for budget in budgets[size.name] for variant in VARIANTS]
@@ -57,9 +69,9 @@ def cells(scaling: "Scaling") -> list[Cell]:
     ]
 
 
-def grid_changes(config: "PipelineConfig", cell: Cell, base: Recipe) -> dict[str, Any]:
+def grid_changes(grid: Grid, cell: Cell, base: Recipe) -> dict[str, Any]:
     """What a cell changes in the base recipe. Raises UserError for a schedule that does not decay."""
-    scaling = config.scaling
+    scaling = grid.scaling
     if base.optimizer.schedule not in DECAYING:
         raise UserError(
             f"the schedule {base.optimizer.schedule!r} does not decay, so runs of different lengths cannot be compared",
@@ -71,7 +83,7 @@ def grid_changes(config: "PipelineConfig", cell: Cell, base: Recipe) -> dict[str
     pooled = {"model.query": "pooled", "model.tokens_per_frame": scaling.baseline_tokens_per_frame}
     return {
         "model.llm": cell.size.llm.model_dump(mode="json"),
-        "optimizer.lr_llm": base.optimizer.lr_llm * lr_scale(config, cell.size),
+        "optimizer.lr_llm": base.optimizer.lr_llm * lr_scale(grid, cell.size),
         "optimizer.warmup_steps": 0,
         "optimizer.warmup_share": scaling.warmup_share,
         "run.steps": None,
@@ -84,14 +96,14 @@ def grid_changes(config: "PipelineConfig", cell: Cell, base: Recipe) -> dict[str
     }
 
 
-def lr_scale(config: "PipelineConfig", size: "Size") -> float:
+def lr_scale(grid: Grid, size: Size) -> float:
     """Of the language model's learning rate over the base's. Raises UserError where no rule says it."""
     if size.lr_scale is not None:
         return size.lr_scale
-    base, own = llm_width(config.model.llm), llm_width(size.llm)
+    base, own = llm_width(grid.model.llm), llm_width(size.llm)
     if base is None or own is None:
         raise UserError(
-            f"the width of the language model {size.llm.checkpoint or config.model.llm.checkpoint} is not known here",
+            f"the width of the language model {size.llm.checkpoint or grid.model.llm.checkpoint} is not known here",
             where=f"scaling.sizes, {size.name}",
             fix="give its lr_scale, or a checkpoint whose config.json is on this machine",
         )
@@ -108,18 +120,15 @@ class CellPlan:
     """None as long as neither shards nor stated samples say."""
 
 
-def planned(config: "PipelineConfig", changes: Mapping[str, Any], shards: Path | None = None) -> list[CellPlan]:
+def planned(grid: Grid, changes: Mapping[str, Any], shards: Path | None = None) -> list[CellPlan]:
     """Every cell with its recipe and steps. Raises UserError for a grid whose runs cannot be compared."""
-    from tasks.recipes import base_recipe  # imports the profile, which checks itself by this file
-
-    scaling = config.scaling
-    _check_shape(config)
-    assumed = scaling.samples or (config.machine.rental.assumed.samples if config.machine.rental else {})
+    scaling = grid.scaling
+    _check_shape(grid)
     found = []
     for cell in cells(scaling):
-        base = base_recipe(config, cell.name, "scaling", changes)
-        recipe = base_recipe(config, cell.name, "scaling", {**changes, **grid_changes(config, cell, base)})
-        found.append(CellPlan(cell, recipe, _steps(recipe, shards, assumed, config.precompute.shards.vocab_size)))
+        base = base_recipe(grid.model, grid.base, cell.name, "scaling", changes)
+        recipe = base_recipe(grid.model, grid.base, cell.name, "scaling", {**changes, **grid_changes(grid, cell, base)})
+        found.append(CellPlan(cell, recipe, _steps(grid, recipe, shards)))
     if few := [one for one in found if one.steps is not None and one.steps < scaling.min_steps]:
         listed = ", ".join(f"{one.cell.name} {one.steps}" for one in few[:6]) + (f" and {len(few) - 6} more" if len(few) > 6 else "")
         raise UserError(
@@ -130,10 +139,10 @@ def planned(config: "PipelineConfig", changes: Mapping[str, Any], shards: Path |
     return found
 
 
-def check_grid(config: "PipelineConfig") -> None:
+def check_grid(grid: Grid) -> None:
     """What `planned` checks, for a profile that is being read. Raises ValueError."""
     try:
-        planned(config, {})
+        planned(grid, {})
     except UserError as error:
         raise ValueError(f"{error.where}: {error.what}; {error.fix}") from error
 
@@ -155,8 +164,8 @@ def grid_table(plans: list[CellPlan]) -> Table:
     return Table(title="Scaling grid", head=["run", "FLOPs", "samples per step", "steps", "warm-up", "LLM rate"], rows=rows, note=note)
 
 
-def _check_shape(config: "PipelineConfig") -> None:
-    scaling = config.scaling
+def _check_shape(grid: Grid) -> None:
+    scaling = grid.scaling
     for size in scaling.sizes:
         if strangers := sorted(set(size.budgets_flops or []) - set(scaling.budgets_flops)):
             raise UserError(
@@ -164,7 +173,7 @@ def _check_shape(config: "PipelineConfig") -> None:
                 where=f"scaling.sizes, {size.name}",
                 fix=f"take some of {', '.join(f'{budget:.2e}' for budget in scaling.budgets_flops)}",
             )
-    side, across = patches_per_side(config.model.vision), round(scaling.baseline_tokens_per_frame**0.5)
+    side, across = patches_per_side(grid.model.vision), round(scaling.baseline_tokens_per_frame**0.5)
     if side is not None and side % across:
         fair = [tokens for tokens in (1, 4, 9, 16) if side % round(tokens**0.5) == 0]
         raise UserError(
@@ -174,8 +183,8 @@ def _check_shape(config: "PipelineConfig") -> None:
         )
 
 
-def _steps(recipe: Recipe, shards: Path | None, assumed: Mapping[str, MeanSample], vocab_size: int | None) -> int | None:
-    samples = expected_cost(recipe, shards, assumed, vocab_size=vocab_size).samples
+def _steps(grid: Grid, recipe: Recipe, shards: Path | None) -> int | None:
+    samples = expected_cost(recipe, shards, grid.samples, vocab_size=grid.vocab_size).samples
     return None if samples is None else samples // recipe.run.batch_samples
 
 

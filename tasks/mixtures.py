@@ -7,7 +7,8 @@ from fvlm_core.data.jobs import ShardManifest
 from fvlm_core.data.rows import SPLITS, Split
 from fvlm_core.data.sources.record import Record
 from fvlm_core.errors import UserError
-from tasks.config import NATURAL, PipelineConfig
+from tasks.config import PipelineConfig
+from tasks.precompute import NATURAL
 from tasks.recipes import OWN_DATA
 
 Known = Mapping[Split, Collection[str]]

@@ -1,12 +1,21 @@
-"""Recipes of the training phases: parts of the profile, with what earlier phases decided applied to them."""
+"""Recipes of the training phases: the parts of a profile that they are made of (`base`, `stages`), with what earlier phases decided
+applied to them.
+"""
 
 from collections.abc import Mapping
-from typing import Any
+from copy import deepcopy
+from typing import Annotated, Any
 
-from fvlm_core.config import Recipe
+from pydantic import Field
+
+from fvlm_core.config import BestSettings, DataSettings, DpoSettings, LossSettings, ModelSettings, OptimizerSettings, Recipe, RunSettings
 from fvlm_core.dotted import with_changes
 from fvlm_core.settings import Settings
-from tasks.config import Ablation, Base, PipelineConfig, Stage, Values, fitted
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
+"""Lower-case words joined by dashes: it becomes part of folder and run names."""
+Values = dict[str, Any]
+"""Settings as plain values."""
 
 AN_INPUT = "input"
 """Stands for the path of an input, which is known when the job starts."""
@@ -14,48 +23,87 @@ OWN_DATA = "data.mixture"
 """A stage's data is its own: an ablation of the data that wins does not replace it."""
 
 
-def base_recipe(config: PipelineConfig, name: str, phase: str, changes: Mapping[str, Any]) -> Recipe:
+class Base(Settings):
+    """The recipe that speed work, ablations and the scaling grid start from."""
+
+    data: DataSettings
+    loss: LossSettings = LossSettings()
+    best: BestSettings = BestSettings(use="last")
+    """Runs that are compared are compared after the same samples, not each at its best step."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    run: RunSettings
+
+
+class Stage(Settings):
+    """One stage of the final training; the model comes from the profile, the ablations and the grid."""
+
+    data: DataSettings
+    loss: LossSettings | None = None
+    """None: the base's."""
+    dpo: DpoSettings | None = None
+    """Preference optimization instead of labelled tokens; goes with `data.loss_on: preferences`."""
+    best: BestSettings = BestSettings()
+    optimizer: OptimizerSettings
+    run: RunSettings
+
+
+class Stages(Settings):
+    """The stages, each starting from the one before."""
+
+    stage1: Stage
+    """Video captioning."""
+    stage2: Stage
+    """Image question answering."""
+    stage3: Stage
+    """Video question answering."""
+    dpo: Stage | None = None
+    """Preference optimization after the three, where asked for."""
+
+    @property
+    def present(self) -> dict[str, Stage]:
+        """The stages to train, in order."""
+        stages = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: stage for name, stage in stages.items() if stage is not None}
+
+
+def base_recipe(model: ModelSettings, base: Base, name: str, phase: str, changes: Mapping[str, Any]) -> Recipe:
     """The base recipe with `changes`."""
-    return _recipe(name, phase, config, config.base, changes)
+    return _recipe(name, phase, model, base, base, changes)
 
 
-def baseline_recipe(config: PipelineConfig, seed: int, changes: Mapping[str, Any]) -> Recipe:
-    """The base recipe with `changes`, as ablations are compared with it; `seed` is added to its own."""
-    return base_recipe(config, f"ablation-baseline{_seeded(seed)}", "ablations", {**changes, **_compared(config, seed)})
-
-
-def ablation_recipe(config: PipelineConfig, ablation: Ablation, seed: int, changes: Mapping[str, Any]) -> Recipe:
-    """The baseline of the same seed with the ablation's one change."""
-    name = f"ablation-{ablation.name}{_seeded(seed)}"
-    return base_recipe(config, name, "ablations", {**changes, **_compared(config, seed), **ablation.change})
-
-
-def _compared(config: PipelineConfig, seed: int) -> Values:
-    """What all runs of a comparison have; that one diverges is a result."""
-    return {"run.seed": config.base.run.seed + seed, "run.on_divergence": "end"}
-
-
-def _seeded(seed: int) -> str:
-    return f"-seed{seed}" if seed else ""
-
-
-def stage_recipe(config: PipelineConfig, name: str, *, changes: Mapping[str, Any], start: bool) -> Recipe:
+def stage_recipe(model: ModelSettings, base: Base, stages: Stages, name: str, *, changes: Mapping[str, Any], start: bool) -> Recipe:
     """A stage of the final training, from the model's own start or (`start`) from the stage before."""
     kept = {path: value for path, value in changes.items() if path != OWN_DATA}
-    stage = config.stages.present[name]
-    recipe = _recipe(name, "dpo" if stage.dpo else "train", config, stage, kept)
+    stage = stages.present[name]
+    recipe = _recipe(name, "dpo" if stage.dpo else "train", model, base, stage, kept)
     return recipe.with_changes({"init_from": AN_INPUT}) if start else recipe
 
 
-def _recipe(name: str, phase: str, config: PipelineConfig, part: Base | Stage, changes: Mapping[str, Any]) -> Recipe:
+def fitted(values: Values) -> Values:
+    """The values with the settings that follow from others set to what they must be.
+
+    Pooled frames have no queries and so no fine passes and no glance; there is one fine weight per fine pass (the last one repeats).
+    """
+    values = deepcopy(values)
+    model, loss = values["model"], values["loss"]
+    if model["query"] == "pooled":
+        model["fine_iterations"], model["glance"] = 0, None
+    weights, passes = loss["fine"], model["fine_iterations"]
+    loss["fine"] = [*weights, *[weights[-1] if weights else 1.0] * (passes - len(weights))][:passes]
+    if not passes and loss["coarse"] <= 0:
+        loss["coarse"] = 1.0
+    return values
+
+
+def _recipe(name: str, phase: str, model: ModelSettings, base: Base, part: Base | Stage, changes: Mapping[str, Any]) -> Recipe:
     values: Values = {
         "name": name,
         "phase": phase,
         "output": "output",
         "shards": AN_INPUT,
-        "model": _dump(config.model),
+        "model": _dump(model),
         "data": _dump(part.data),
-        "loss": _dump(part.loss or config.base.loss),
+        "loss": _dump(part.loss or base.loss),
         "dpo": _dump(part.dpo) if isinstance(part, Stage) and part.dpo else None,
         "best": _dump(part.best),
         "optimizer": _dump(part.optimizer),

@@ -27,6 +27,17 @@ def profile_values() -> dict[str, Any]:
     return yaml.safe_load(PROFILE.read_text())
 
 
+def changed(path: str, value: Any) -> dict[str, Any]:
+    """The tests' profile with the value at a dotted path, whose last key need not be there yet."""
+    values = profile_values()
+    *parents, last = path.split(".")
+    node: Any = values
+    for key in parents:
+        node = node[int(key)] if isinstance(node, list) else node[key]
+    node[int(last) if isinstance(node, list) else last] = value
+    return values
+
+
 def precompute_values(folder: Path, urls: list[str], **download: Any) -> dict[str, Any]:
     """The tests' profile with nothing but one source of these clips, whose table is written to `folder`; `download`: its settings."""
     table = folder / "clips.csv"

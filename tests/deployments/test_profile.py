@@ -6,7 +6,8 @@ import pytest
 
 from deployments.checks import PROFILES, load_profile
 from deployments.profile import chosen_profile, with_command
-from tasks.recipes import baseline_recipe, stage_recipe
+from tasks.ablations import baseline_recipe
+from tasks.recipes import stage_recipe
 
 
 @pytest.mark.parametrize(
@@ -36,8 +37,8 @@ def test_a_profile_may_name_its_own_command_and_neither_decides_the_result():
 def test_production_trains_on_copies_on_the_pods_own_disk() -> None:
     """The network volume is slow with many small reads; what is copied has to fit beside everything else on that disk."""
     config = load_profile("runpod")
-    stages = [stage_recipe(config, name, changes={}, start=False) for name in config.stages.present]
-    recipes = [baseline_recipe(config, 0, {}), *stages]
+    stages = [stage_recipe(config.model, config.base, config.stages, name, changes={}, start=False) for name in config.stages.present]
+    recipes = [baseline_recipe(config.model, config.base, 0, {}), *stages]
     assert len(recipes) >= 4
     disk_gb = config.machine.pools.gpu.job_variables["disk_gb"]
     assert config.machine.rental is not None

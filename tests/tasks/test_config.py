@@ -1,7 +1,5 @@
 """Profiles: what is shipped loads, and what is wrong is refused by key, file and what is allowed."""
 
-import re
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +9,18 @@ import yaml
 from deployments.checks import load_profile
 from deployments.profile import chosen_profile, with_videos
 from flows.registry import PHASES
-from fvlm_core.data.jobs import ShardManifest, SourceCounts
-from fvlm_core.data.rows import SPLITS
-from fvlm_core.data.sources.record import Record, RowCount
-from fvlm_core.dotted import with_changes
 from fvlm_core.errors import UserError
-from tasks.config import PipelineConfig, fitted
+from tasks.ablations import ablation_recipe
+from tasks.config import PipelineConfig
 from tasks.grid import cells, planned
-from tasks.mixtures import Known, check_names, check_shards, known_sources
 from tasks.pipeline_flow import point
-from tasks.plan import look
-from tasks.recipes import AN_INPUT, ablation_recipe, base_recipe, baseline_recipe, stage_recipe
-from tests.tiny import profile_values
+from tasks.recipes import base_recipe, stage_recipe
+from tests.tiny import changed, profile_values
 
 TESTS: dict[str, Any] = profile_values()
 SEVEN = {"precompute", "speed", "ablations", "scaling", "train", "evaluate", "release"}
 """The phases that are shipped; another one may follow what it likes."""
 ABLATION = {"name": "warm", "hypothesis": "a softer start", "path": "model.temperature", "value": 2}
-
-
-def changed(path: str, value: Any) -> dict[str, Any]:
-    values = deepcopy(TESTS)
-    *parents, last = path.split(".")
-    node: Any = values
-    for key in parents:
-        node = node[int(key)] if isinstance(node, list) else node[key]
-    node[int(last) if isinstance(node, list) else last] = value
-    return values
 
 
 def config(values: dict[str, Any] = TESTS) -> PipelineConfig:
@@ -52,15 +35,15 @@ def keys(values: dict[str, Any]) -> dict[str, str]:
 def test_shipped_profiles_load_and_all_their_recipes_are_valid(profile: str) -> None:
     loaded = load_profile(profile)
     assert loaded.name == profile
-    base_recipe(loaded, "base", "speed", {})
+    base_recipe(loaded.model, loaded.base, "base", "speed", {})
     for ablation in loaded.ablations:
-        ablation_recipe(loaded, ablation, 0, {})
-    for one in planned(loaded, {}):
+        ablation_recipe(loaded.model, loaded.base, ablation, 0, {})
+    for one in planned(loaded.grid, {}):
         pooled = one.recipe.model.query == "pooled"
         assert pooled == (one.cell.variant == "baseline") == (one.recipe.model.fine_iterations == 0)
         assert (one.recipe.run.steps, one.recipe.run.budget_flops) == (None, one.cell.budget_flops)
     for stage in ("stage1", "stage2", "stage3"):
-        stage_recipe(loaded, stage, changes={}, start=stage != "stage1")
+        stage_recipe(loaded.model, loaded.base, loaded.stages, stage, changes={}, start=stage != "stage1")
 
 
 def test_laptop_and_runpod_have_the_grid_and_the_ablations_that_are_promised() -> None:
@@ -144,148 +127,6 @@ def test_a_change_reaches_its_phase_and_those_after_it_and_no_other(path: str, v
     assert {phase for phase in SEVEN if before[phase] != after[phase]} == rerun
 
 
-def test_every_ablation_differs_from_the_base_in_its_one_setting_and_what_follows_from_it() -> None:
-    loaded = load_profile("laptop")
-    follows = {"model.fine_iterations": {"loss.fine"}, "model.query": {"model.fine_iterations", "loss.fine"}}
-    base = flat(baseline_recipe(loaded, 1, {}).model_dump(mode="json") | {"name": "x"})
-    for ablation in loaded.ablations:
-        recipe = flat(ablation_recipe(loaded, ablation, 1, {}).model_dump(mode="json") | {"name": "x"})
-        differing = {path for path in base if base[path] != recipe[path]}
-        assert ablation.path in differing
-        assert differing - {ablation.path} <= follows.get(ablation.path, set()), ablation.name
-
-
-GLANCE = {"name": "glance", "hypothesis": "what is not read need not be encoded", "path": "model.glance"}
-
-
-def test_an_ablation_can_switch_a_group_on_and_later_phases_take_it() -> None:
-    """A glance is one change; where it wins, the pooled baseline of the grid, which has no queries, goes without."""
-    frame_px = TESTS["model"]["vision"]["frame_px"]
-    group = {"px": frame_px // 3, "zoom": 3, "open": 2, "explore": 1.0}
-    loaded = config(changed("ablations", [*TESTS["ablations"], GLANCE | {"value": group}]))
-    one = loaded.ablations[-1]
-    assert PipelineConfig.model_validate(loaded.model_dump(mode="json")) == loaded
-    recipe, base = ablation_recipe(loaded, one, 1, {}), baseline_recipe(loaded, 1, {})
-    assert recipe.model.glance is not None
-    assert (recipe.model.glance.px, recipe.model.glance.zoom, recipe.model.glance.open) == (frame_px // 3, 3, 2)
-    assert recipe.with_changes({"model.glance": None, "name": base.name}) == base
-    models = [part.recipe.model for part in planned(loaded, one.change)]
-    assert {model.query: model.glance is None for model in models} == {"deep": False, "pooled": True}
-    assert all(stage_recipe(loaded, stage, changes=one.change, start=False).model.glance for stage in loaded.stages.present)
-
-
-@pytest.mark.parametrize(
-    ("value", "said"),
-    [
-        ({"px": 5}, "not glance.px x its zooms"),
-        ({"zooom": 3}, "unknown key 'model.glance.zooom'"),
-        ({"px": {"a": 1}}, "ablations.0.value"),
-    ],
-)
-def test_a_group_that_does_not_fit_is_refused(value: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=re.escape(said)):
-        config(changed("ablations", [GLANCE | {"value": value}]))
-
-
-def test_of_a_group_that_is_there_an_ablation_changes_one_key() -> None:
-    frame_px = TESTS["model"]["vision"]["frame_px"]
-    values = changed("model.glance", {"px": frame_px // 3, "zoom": 3})
-    values["ablations"] = [GLANCE | {"path": "model.glance.open", "value": 2}]
-    loaded = config(values)
-    glance = ablation_recipe(loaded, loaded.ablations[0], 0, {}).model.glance
-    assert glance is not None
-    assert (glance.open, glance.px) == (2, frame_px // 3)
-    values["ablations"] = [GLANCE | {"value": {"px": frame_px // 3, "zoom": 3, "open": 2, "explore": 0.5}}]
-    with pytest.raises(UserError, match="change one of its keys"):
-        config(values)
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for name, value in values.items():
-        leaves |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return leaves
-
-
-def test_what_earlier_phases_decided_reaches_the_stages_but_not_their_data() -> None:
-    size = config().scaling.sizes[0]
-    decided = {
-        "run.micro_batch": {"frames": 8, "tokens": 99},
-        "model.temperature": 0.5,
-        "data.mixture": [{"source": "text", "share": 1.0}],
-        "model.llm": size.llm.model_dump(mode="json"),
-    }
-    recipe = stage_recipe(config(), "stage2", changes=decided, start=True)
-    assert (recipe.run.micro_batch.tokens, recipe.model.temperature, recipe.model.llm) == (99, 0.5, size.llm)
-    assert recipe.data == config().stages.stage2.data
-    assert str(recipe.init_from) == AN_INPUT
-
-
-def test_settings_that_follow_from_others_are_fitted() -> None:
-    values = {
-        "model": {"query": "deep", "fine_iterations": 2},
-        "loss": {"coarse": 0.0, "fine": [1.0, 2.0]},
-    }
-    assert fitted(with_changes(values, {"model.fine_iterations": 3}))["loss"]["fine"] == [1.0, 2.0, 2.0]
-    pooled = fitted(with_changes(values, {"model.query": "pooled"}))
-    assert (pooled["model"]["fine_iterations"], pooled["loss"]) == (0, {"coarse": 1.0, "fine": []})
-    with pytest.raises(KeyError, match=r"model\.depth"):
-        with_changes(values, {"model.depth": 1})
-
-
-@pytest.mark.parametrize("profile", ["ci", "laptop"])
-def test_shipped_mixtures_name_sources_that_precompute_makes(profile: str) -> None:
-    loaded = load_profile(profile)
-    check_names(loaded, known_sources(loaded, {}))
-
-
-@pytest.mark.parametrize(
-    ("path", "where"),
-    [
-        ("base.data.mixture.0.source", r"base\.data\.mixture"),
-        ("base.data.validation.mixture.0.source", r"base\.data\.validation\.mixture"),
-        ("stages.stage3.data.mixture.0.source", r"stages\.stage3\.data\.mixture"),
-        ("ablations.0.value.0.source", "ablations, captions-only"),
-    ],
-)
-def test_a_source_that_nothing_makes_is_refused_before_anything_starts(path: str, where: str) -> None:
-    wrong = config(changed(path, "gaze_cel"))
-    with pytest.raises(UserError, match="'gaze_cel'") as caught:
-        check_names(wrong, known_sources(wrong, {}))
-    assert re.search(where, caught.value.where)
-    assert "gaze_cell" in caught.value.fix
-
-
-def test_a_recorded_source_without_rows_to_validate_on_is_refused_before_anything_starts() -> None:
-    values = changed("precompute.sources", [{"name": "mine", "files": ["a.csv"]}])
-    values["stages"]["stage1"]["data"]["mixture"] = [{"source": "mine", "share": 1.0}]
-
-    def known(*splits: str, val_share: float = 0.05) -> Known:
-        counts = [RowCount(source="mine", split=split, rows=5) for split in splits]
-        record = Record(name="mine", kind="video", read=5, filtered=0, left_out=0, rows=5, counts=counts, rows_digest="", rows_bytes=0)
-        return known_sources(config(values).with_changes({"precompute.shards.val_share": val_share}), {"mine": record})
-
-    for fine in (known(""), known("train", "val"), known("val", "")):
-        check_names(config(values), fine)
-    for split, lacking in (("val", known("train")), ("train", known("val")), ("val", known("", val_share=0))):
-        with pytest.raises(UserError, match=f"no {split} samples of 'mine'"):
-            check_names(config(values), lacking)
-
-
-def test_a_source_without_samples_to_validate_on_is_refused() -> None:
-    counts = [
-        SourceCounts(name=name, kind="video", split=split, samples=1, conversations=1, frames=1, tokens=1)
-        for name in config().precompute.made_names
-        for split in SPLITS
-        if (name, split) != ("gaze_cell", "val")
-    ]
-    shards = ShardManifest(name="shards", settings_hash="", sources=counts, frame_px=42, fps=1, vocab_size=512)
-    with pytest.raises(UserError, match="no val samples of 'gaze_cell'"):
-        check_shards(config(), shards)
-    shards.sources.append(counts[0].model_copy(update={"name": "gaze_cell", "split": "val"}))
-    check_shards(config(), shards)
-
-
 def test_own_videos_without_a_share_are_refused(tmp_path: Path) -> None:
     values = changed("ablations", [one for one in TESTS["ablations"] if one["name"] != "captions-only"])
     without = yaml.safe_load(yaml.safe_dump(values).replace("gaze_caption", "gaze_cell2").replace("natural", "gaze_cell3"))
@@ -350,22 +191,3 @@ def test_the_newest_step_s_link_is_renewed_and_takes_nobody_s_place(tmp_path: Pa
     point(tmp_path / "release", "steps/shards-1")
     assert not (tmp_path / "release").is_symlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["release", "shards", "steps"]
-
-
-def test_preference_optimization_is_one_stage_more(tmp_path: Path) -> None:
-    stage = TESTS["stages"]["stage3"] | {"dpo": {"beta": 0.2}}
-    preferences = {"loss_on": "preferences", "mixture": [{"source": "pairs", "share": 1.0}]}
-
-    def profile(**changes: Any) -> PipelineConfig:
-        return config(TESTS | {"stages": TESTS["stages"] | {"dpo": stage | changes}})
-
-    mine = profile(data=preferences)
-    recipe = stage_recipe(mine, "dpo", changes={}, start=True)
-    assert recipe.dpo is not None
-    assert (recipe.dpo.beta, recipe.phase, str(recipe.init_from)) == (0.2, "dpo", AN_INPUT)
-    steps = {one.step.name: one.step for one in look(list(PHASES.values()), mine, tmp_path)}
-    assert [need.name for need in steps["dpo"].needs] == ["shards", "stage3"]
-    assert "dpo" in [need.name for need in steps["evaluation"].needs], "the last stage is evaluated"
-    assert "stages.dpo" in steps["release"].inputs
-    with pytest.raises(UserError, match="'preferences' go together"):
-        stage_recipe(profile(), "dpo", changes={}, start=True)

@@ -7,9 +7,10 @@ from flows.registry import PHASES
 from fvlm_core.config import Recipe
 from fvlm_core.train.expected import expected_cost
 from infra.stack import REPOSITORY
+from tasks.ablations import baseline_recipe
 from tasks.dollars import Usd, in_dollars, recipes_in_dollars, storage_usd_per_month
 from tasks.plan import Plan, StepPlan, plan, plan_recipes
-from tasks.recipes import baseline_recipe, stage_recipe
+from tasks.recipes import stage_recipe
 from tasks.rental import Assumed, Mfu, Rental
 
 RENTAL = Rental(
@@ -105,7 +106,7 @@ def test_recipes_by_themselves_are_priced_as_the_steps_of_a_phase_are(tmp_path) 
     pipeline = in_dollars(plan(PHASE_LIST, config, tmp_path), PHASE_LIST, rental)
     step = next(line for line in pipeline.lines if line.what == "ablation-baseline")
     glances = [Recipe.from_yaml(REPOSITORY / f"deployments/recipes/glance_{name}.yaml") for name in ("all", "chosen")]
-    planned = recipes_in_dollars(plan_recipes([baseline_recipe(config, 0, {}), *glances], config, tmp_path), rental)
+    planned = recipes_in_dollars(plan_recipes([baseline_recipe(config.model, config.base, 0, {}), *glances], config, tmp_path), rental)
     start, baseline, every, chosen = planned.lines
     assert (baseline.flops, baseline.usd, baseline.basis) == (step.flops, step.usd, step.basis)
     assert start.usd.value == pytest.approx(rental.assumed.start_h * rental.gpu_usd_per_hour)
@@ -119,7 +120,7 @@ def test_assumed_samples_cost_what_the_flop_counter_says() -> None:
     """Published shapes, no hub: 6 FLOPs per parameter and token of the language model, about, and the encoder's share."""
     config = load_profile("runpod")
     assert config.machine.rental is not None
-    recipe: Recipe = stage_recipe(config, "stage2", changes={}, start=False)
+    recipe: Recipe = stage_recipe(config.model, config.base, config.stages, "stage2", changes={}, start=False)
     cost = expected_cost(recipe, None, config.machine.rental.assumed.samples)
     assert cost.samples == recipe.run.steps * recipe.run.batch_samples  # type: ignore[operator]
     assert cost.flops is not None

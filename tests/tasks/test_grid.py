@@ -23,7 +23,7 @@ def config(**scaling: Any) -> PipelineConfig:
 @pytest.mark.parametrize("profile", ["laptop", "runpod"])
 def test_every_run_leaves_warm_up_and_ends_decayed(profile: str) -> None:
     loaded = load_profile(profile)
-    for one in planned(loaded, {}):
+    for one in planned(loaded.grid, {}):
         assert one.steps is not None
         assert one.steps >= loaded.scaling.min_steps
         optimizer = one.recipe.optimizer
@@ -34,20 +34,20 @@ def test_every_run_leaves_warm_up_and_ends_decayed(profile: str) -> None:
 
 
 def test_rates_go_with_the_width_and_batches_with_the_budget() -> None:
-    found = {one.cell.name: one.recipe for one in planned(config(min_steps=1), {})}
+    found = {one.cell.name: one.recipe for one in planned(config(min_steps=1).grid, {})}
     small, base = found["grid-small-8.00e09-foveated"], found["grid-base-8.00e09-foveated"]
     assert small.optimizer.lr_llm == pytest.approx(base.optimizer.lr_llm * 48 / 32)
     assert small.optimizer.lr_connector == base.optimizer.lr_connector
     assert (base.run.batch_samples, found["grid-base-1.00e09-foveated"].run.batch_samples) == (8, round(8 * (1 / 8) ** 0.3271))
     stated = config(min_steps=1, sizes=[{**config().scaling.sizes[0].model_dump(mode="json"), "lr_scale": 0.25}])
-    assert planned(stated, {})[0].recipe.optimizer.lr_llm == pytest.approx(base.optimizer.lr_llm / 4)
+    assert planned(stated.grid, {})[0].recipe.optimizer.lr_llm == pytest.approx(base.optimizer.lr_llm / 4)
 
 
 def test_corners_have_several_seeds() -> None:
     found = cells(config(min_steps=1, corner_seeds=3).scaling)
     assert len(found) == 8 + 8 * 2
     assert len({cell.name for cell in found}) == len(found)
-    again = [one for one in planned(config(min_steps=1, corner_seeds=3), {}) if one.cell.seed == 2]
+    again = [one for one in planned(config(min_steps=1, corner_seeds=3).grid, {}) if one.cell.seed == 2]
     assert {one.recipe.run.seed for one in again} == {2}
 
 
@@ -79,7 +79,7 @@ def test_a_schedule_that_does_not_decay_is_refused() -> None:
 
 
 def test_the_grid_is_shown_before_it_runs() -> None:
-    table = grid_table(planned(config(min_steps=1), {}))
+    table = grid_table(planned(config(min_steps=1).grid, {}))
     assert len(table.rows) == 8
     assert table.rows[0][0] == "small-1.00e09-foveated"
     assert all(row[3].replace(",", "").isdecimal() for row in table.rows)

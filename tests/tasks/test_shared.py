@@ -18,15 +18,16 @@ from infra import locks
 from infra.launch import python_job
 from infra.runpod.pod import SHARED_VARIABLE
 from infra.stack import REPOSITORY
+from tasks.ablations import baseline_recipe
 from tasks.make import Reporter, make
 from tasks.phase_flow import how_of
-from tasks.recipes import baseline_recipe
 from tasks.steps import Step
 
 HOST = """
 import sys
 from pathlib import Path
 from infra import locks
+from tasks.ablations import baseline_recipe
 from tasks.make import make
 from tests.tasks.test_shared import LEASE_S, counted
 locks.LEASE_S = LEASE_S
@@ -51,9 +52,9 @@ def counted() -> Step:
 def test_small_runs_of_the_production_profile_keep_both_gpus_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each sees one GPU, no two see the same one at once, and none of the first two ends before both are at work."""
     machine = (config := load_profile("runpod")).machine
-    ranks = training(baseline_recipe(config, 0, {}), machine, {}, shared=True).ranks
+    ranks = training(baseline_recipe(config.model, config.base, 0, {}), machine, {}, shared=True).ranks
     assert (machine.ranks, machine.parallel_jobs, ranks) == (2, 2, 1)
-    assert training(baseline_recipe(config, 0, {}), machine, {}).ranks == 2, "a stage has both"
+    assert training(baseline_recipe(config.model, config.base, 0, {}), machine, {}).ranks == 2, "a stage has both"
     # what torchrun would start, without waiting for torch
     monkeypatch.setattr("tasks.make.torchrun_job", lambda module, settings, **_: python_job(module, settings))
     how = how_of(config.with_changes({"machine.min_free_gb": 0.0}, where="the test"))

@@ -11,7 +11,7 @@ from deployments.checks import load_profile
 from fvlm_core.config import Recipe
 from fvlm_core.dotted import differences
 from fvlm_core.train.schedules import learning_rates
-from tasks.recipes import baseline_recipe
+from tasks.ablations import baseline_recipe
 
 RECIPES = Path(__file__).parents[2] / "deployments" / "recipes"
 EXAMPLE = RECIPES / "tiny.yaml"
@@ -35,7 +35,8 @@ def test_the_example_recipe() -> None:
     ],
 )
 def test_the_glance_recipes_differ_from_the_production_baseline_in_the_glance_alone(name: str, own: set[str]) -> None:
-    baseline = baseline_recipe(load_profile("runpod"), 0, {}).model_dump(mode="json")
+    config = load_profile("runpod")
+    baseline = baseline_recipe(config.model, config.base, 0, {}).model_dump(mode="json")
     recipe = Recipe.from_yaml(RECIPES / f"{name}.yaml").model_dump(mode="json")
     found = {path for path in differences(baseline, recipe) if not path.startswith("model.glance")}
     assert found == PLACES | own | {"run.micro_batch.frames"}  # rounding only: the glance keeps more of a frame
