@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that must hold: lint, format, types and import rules first, then all tests (unit, integration, end to end).
-# Arguments go to pytest: ./test.sh tests/model, ./test.sh -m "not slow". Without any, the tests are spread over four processes.
+# Arguments go to pytest: ./test.sh tests/model, ./test.sh -m "not slow". Without any, the tests are spread over five processes.
 # Needs what README.md ("What the machine needs") names, Debian's chromium and Java included. CONTRIBUTING.md: one test in seconds.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -19,4 +19,4 @@ lint-imports
 wait "$types"
 wait "$spark"
 [ $# -gt 0 ] && exec python -m pytest "$@"
-exec python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder # twice what small machines have cores: end-to-end tests wait a lot
+exec python -m pytest --numprocesses 5 --dist loadfile --no-loadscope-reorder # more than small machines have cores: end-to-end tests wait a lot
