@@ -10,7 +10,7 @@ from PIL import Image
 from benchmarks.foveation import besides_downscaling
 from benchmarks.foveation_results import MODELS, main, mflop, read, table
 from fvlm_core.model.inference import read_batch
-from tests.model.test_glance import glance_model, packed
+from tests.model.build_glance import glance_model, packed
 
 
 def write(folder, seed: int, *, shift: float = 0.0) -> None:

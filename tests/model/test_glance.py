@@ -1,6 +1,4 @@
-"""Gaze before encode: opening all equals all open, parents do not disturb each other, the gradient reaches the choice."""
-
-from pathlib import Path
+"""Gaze before encode: opening all equals all open, parents do not disturb each other, inference reads what training does."""
 
 import numpy as np
 import pytest
@@ -8,92 +6,26 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
-from fvlm_core.config import GlanceSettings, LossSettings, ModelSettings, Recipe
-from fvlm_core.data.batch import IGNORE, Sample, pack
-from fvlm_core.errors import UserError
+from fvlm_core.data.batch import pack
 from fvlm_core.eval.subject import Subject
 from fvlm_core.model.attention import PackedLayout
-from fvlm_core.model.build import build_model, load_model, save_model
-from fvlm_core.model.convert import to_original
 from fvlm_core.model.encoder import Encoder
-from fvlm_core.model.flop_counter import count_flops
-from fvlm_core.model.flops import ModelDims, SampleShape, sample_flops
 from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.model.glance import (
-    GlanceFeatures,
     children_of,
     foveate,
     look,
     open_patches,
     positions_at,
-    selection,
-    to_last,
-    with_everything,
 )
 from fvlm_core.model.inference import gaze, read_batch
-from fvlm_core.release.hub.configuration_fvlm import FVLMConfig
-from fvlm_core.release.hub.modeling_fvlm import FVLMModel
-from fvlm_core.release.hub_folder import configuration
 from fvlm_core.serve.answering import read
 from fvlm_core.serve.look import MARGIN_PX, PANEL_PX, TITLE_PX, pictures
 from fvlm_core.serve.session import Gaze
 from fvlm_core.serve.stream import FrameStream
-from tests.model.build import CHAT, VOCAB, sample, tiny_model, tiny_settings
-from tests.model.test_foveated import losses, mixed
-
-GLANCE_PX, ALL = 42, 9
-RECIPES = Path(__file__).parents[2] / "deployments" / "recipes"
-DEEPEST = [{"zoom": 2, "levels": 1}, {"zoom": 3, "levels": 1}, {"zoom": 2, "levels": 2}, {"zoom": [3, 2], "levels": 2}]
-"""Frames of 84, 126, 168 and 252 px over a glance of 3 x 3 patches."""
-ZOOMS = st.lists(st.integers(2, 4), min_size=1, max_size=3).filter(lambda zooms: np.prod(zooms) <= 12)
-
-
-def glance_settings(**changes) -> ModelSettings:
-    """A tiny model's settings; `k` is its tokens per frame."""
-    k = changes.pop("k", 1)
-    glance = GlanceSettings(**({"px": GLANCE_PX, "zoom": 2, "open": 2} | changes))
-    small = tiny_settings(tokens_per_frame=k)
-    vision = small.vision.model_copy(update={"frame_px": GLANCE_PX * glance.shrink})
-    return ModelSettings.model_validate(small.model_dump() | {"vision": vision.model_dump(), "glance": glance.model_dump()})
-
-
-def glance_model(**changes) -> FoveatedVLM:
-    """In float64 with sizeable weights, those that start at zero too."""
-    model = build_model(glance_settings(**changes), vocab_size=VOCAB, seed=3).double().eval()
-    rng = np.random.default_rng(7)
-    for parameter in model.parameters():
-        parameter.data += parameter.new_tensor(rng.normal(0, 0.05, tuple(parameter.shape)))
-    return model
-
-
-def large(samples: list[Sample], model: FoveatedVLM) -> list[Sample]:
-    """The samples with random frames of the model's size."""
-    side, rng = model.settings.vision.frame_px, np.random.default_rng(5)
-    return [
-        Sample(s.key, s.source, rng.integers(0, 256, (len(s.frames), side, side, 3), dtype=np.uint8), s.media, s.turns, s.question_first,
-               s.label_questions)
-        for s in samples
-    ]  # fmt: skip
-
-
-def packed(model: FoveatedVLM, samples: list[Sample] | None = None):
-    """A batch with everything in it."""
-    given = mixed(np.random.default_rng(1)) if samples is None else samples
-    return pack(large(given, model), CHAT, tokens_per_frame=model.settings.tokens_per_frame)
-
-
-def frames_of(model: FoveatedVLM, n: int) -> torch.Tensor:
-    side = model.settings.vision.frame_px
-    return torch.from_numpy(np.random.default_rng(8).integers(0, 256, (n, side, side, 3), dtype=np.uint8))
-
-
-def everything(model: FoveatedVLM, frames: torch.Tensor) -> GlanceFeatures:
-    assert model.settings.glance is not None
-    small = look(model.encoder, frames, model.settings.glance)
-    return with_everything(model.encoder, small, model.settings.glance, model.connector.scale_embeddings)
-
+from tests.model.build import CHAT, sample
+from tests.model.build_glance import ALL, DEEPEST, ZOOMS, everything, frames_of, glance_model, large, packed
 
 # an independent reference: transformers' Dinov2Model for its weights, attention written out, one patch's children at a time
 
@@ -335,83 +267,6 @@ def test_positions_at_patches_are_those_of_the_grid(grid):
     torch.testing.assert_close(positions_at(encoder, grid, down, right), encoder.positions(grid)[0, 1:], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", DEEPEST, ids=str)
-def test_gradient_reaches_the_choice(shape):
-    """By finite differences: p moves with the query, so a gradient that stopped at p would be found wrong."""
-    model = glance_model(**shape)
-    full = everything(model, frames_of(model, 1))
-    chosen, scales = model.settings.glance, model.connector.scale_embeddings.detach()
-    assert chosen is not None
-    queries = torch.randn(1, 2, 32, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(2))
-    assert torch.autograd.gradcheck(lambda q: foveate(model.encoder, full, q, chosen, scales).read, (queries,), fast_mode=True)
-    entering = to_last(model.encoder, full.keys, full.values, queries, 1.0, None)
-    p = selection(model.encoder.layers[-1], full.keys[-1], entering, 1.0, None, ALL)
-    torch.testing.assert_close(p.sum(-1), torch.ones(1, 2, dtype=torch.float64))
-    (gradient,) = torch.autograd.grad(p[0, 0, 0], queries)
-    assert gradient[0, 0].abs().max() > 1e-6
-    assert not gradient[0, 1].any()
-
-
-def test_what_a_query_saw_teaches_the_glance():
-    """The teaching loss of chosen patches is cross-entropy from where it looked to p: its gradient moves p there."""
-    model = glance_model(train_on="chosen", explore=0.0).train()
-    batch = packed(model)
-    out = model(batch, losses(model))
-    quiet = glance_model(train_on="chosen", explore=0.0, distill=0.0).train()(batch, losses(model))
-    assert out.sums == quiet.sums
-    assert out.objective > quiet.objective
-    out.objective.backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
-
-
-def test_noise_explores_in_training_only():
-    model = glance_model(train_on="chosen", explore=1.0, open=1)
-    features = model.encode(frames_of(model, 8))
-    queries = torch.randn(8, 1, 32, dtype=torch.float64)
-    twice = [model.eval().read(features, queries).opened for _ in range(2)]
-    assert torch.equal(*twice)
-    explored = {str(model.train().read(features, queries).opened.tolist()) for _ in range(5)}
-    assert len(explored) > 1
-
-
-@pytest.mark.parametrize("train_on", ["all", "chosen"])
-@pytest.mark.parametrize("k", [1, 4])
-def test_packed_equals_one_by_one(train_on, k):
-    model = glance_model(train_on=train_on, explore=0.0, k=k).train()
-    samples = large(mixed(np.random.default_rng(1)), model)
-    together = model(pack(samples, CHAT, tokens_per_frame=k), losses(model))
-    alone = [model(pack([s], CHAT, tokens_per_frame=k), losses(model)) for s in samples]
-    torch.testing.assert_close(together.objective, sum(part.objective for part in alone))
-    together.objective.backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    sum(part.objective for part in alone).backward()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-5, atol=1e-5, msg=name)
-
-
-@pytest.mark.parametrize("frozen", [(), ("vision",)], ids=str)
-@pytest.mark.parametrize("train_on", ["all", "chosen"])
-@pytest.mark.parametrize("shape", DEEPEST, ids=str)
-def test_configuration_says_what_a_step_costs(shape, train_on, frozen):
-    model = glance_model(**shape, train_on=train_on).float().train()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(model.role(name) not in frozen)
-    loss = LossSettings(coarse=1.0, fine=[0.0, 1.0])
-    samples = large(mixed(np.random.default_rng(1)), model)
-    batch = pack(samples, CHAT)
-    dims = ModelDims.from_configs(model.encoder.config.to_dict(), model.llm.config.to_dict(), model.settings.vision.frame_px)
-    labels = [int((part != IGNORE).sum()) for part in batch.labels.split(batch.lengths)]
-    costs = [
-        sample_flops(model.settings, dims, SampleShape(len(s.frames), shown, length - shown, n_labels, prefix), loss, frozen=frozen)
-        for s, shown, length, n_labels, prefix in zip(
-            samples, batch.shown_counts, batch.label_prefix, labels, batch.query_prefix, strict=True
-        )
-    ]
-    assert sum(c.forward for c in costs) == pytest.approx(count_flops(lambda: model(batch, loss)), rel=0.005)
-    assert sum(c.train for c in costs) == pytest.approx(count_flops(lambda: model(batch, loss).objective.backward()), rel=0.02)
-
-
 def test_gaze_is_over_the_glance_with_what_was_opened_below():
     model = glance_model(k=4)
     maps = gaze(model, packed(model), "autoregressive")
@@ -442,98 +297,3 @@ def test_the_clip_of_where_it_looks_frames_what_was_opened():
     patch, left = PANEL_PX // 3, 3 * MARGIN_PX + 2 * PANEL_PX
     drawn = set(zip(((rows - TITLE_PX) // patch).tolist(), ((columns - left) // patch).tolist(), strict=True))
     assert drawn == {(0, 1), (1, 2)}
-
-
-def test_checkpointing_changes_no_gradient():
-    model = glance_model(train_on="all").train()
-    batch = packed(model)
-    gradients = []
-    for enabled in (False, True):
-        model.set_gradient_checkpointing(enabled)
-        model.zero_grad()
-        model(batch, losses(model)).objective.backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
-    for name in gradients[0]:
-        torch.testing.assert_close(gradients[0][name], gradients[1][name], msg=name)
-
-
-def test_a_saved_model_comes_back_and_the_original_is_refused(tmp_path):
-    model = build_model(glance_settings(levels=2), vocab_size=VOCAB)
-    save_model(model, tmp_path / "model")
-    again = load_model(tmp_path / "model")
-    assert again.settings.glance == model.settings.glance
-    assert {name for name in model.state_dict() if name.startswith("encoder.")} == {
-        f"encoder.{name}" for name in tiny_model().encoder.state_dict()
-    }
-    with pytest.raises(UserError, match="encodes every frame in full"):
-        to_original(model)
-
-
-def test_the_released_configuration_makes_the_same_model(tmp_path):
-    """Through the JSON file that a released folder holds."""
-    model = glance_model(levels=2, zoom=[3, 2]).float()
-    recipe = Recipe.from_yaml(RECIPES / "glance_all.yaml").with_changes({"model": model.settings.model_dump(mode="json")})
-    configuration(model, recipe).save_pretrained(tmp_path)
-    released = FVLMModel(FVLMConfig.from_pretrained(tmp_path)).eval()
-    released.model.load_state_dict(model.state_dict())
-    batch = packed(model)
-    for mode in model.modes:
-        assert torch.equal(read_batch(released.model, batch, mode).tokens, read_batch(model, batch, mode).tokens)
-
-
-def test_a_model_without_a_glance_is_what_it_was():
-    """Its identity, which decides what is made again, has no trace of the setting."""
-    assert "glance" not in tiny_settings().identity_values()
-    assert glance_settings().identity_values()["glance"]["px"] == GLANCE_PX
-    assert not hasattr(tiny_model().connector, "scale_embeddings")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"px": 40}, "is not glance.px"),
-        ({"zoom": 3, "levels": 2}, "is not glance.px"),
-        ({"levels": 0}, "greater than or equal to 1"),
-        ({"zoom": [2, 2]}, "zoom has 2 values, levels is 1"),
-        ({"zoom": [2, 1], "levels": 2}, "greater than or equal to 2"),
-    ],
-)
-def test_settings_that_do_not_fit_are_refused(changes, message):
-    values = glance_settings().model_dump()
-    with pytest.raises(ValidationError, match=message):
-        ModelSettings.model_validate(values | {"glance": values["glance"] | changes})
-    with pytest.raises(ValidationError, match="needs query 'deep'"):
-        ModelSettings.model_validate(values | {"query": "shallow"})
-
-
-def test_frames_of_another_size_are_refused():
-    model = glance_model()
-    with pytest.raises(ValueError, match="not a multiple of 28"):
-        model.encode(torch.zeros(1, 98, 84, 3, dtype=torch.uint8))
-
-
-def test_the_recipes_for_a_pod_follow_on_each_other():
-    first, second = (Recipe.from_yaml(RECIPES / f"glance_{name}.yaml") for name in ("all", "chosen"))
-    assert second.init_from == first.output
-    assert first.model.glance is not None
-    assert second.model.glance == first.model.glance.model_copy(update={"train_on": "chosen"})
-    assert second.optimizer.lr_connector == first.optimizer.lr_connector / 2
-    assert (first.data, first.shards, first.model.vision) == (second.data, second.shards, second.model.vision)
-
-
-@pytest.mark.parametrize("train_on", ["all", "chosen"])
-def test_half_precision_trains(train_on):
-    """Under autocast, as on a GPU: attention's bias has the precision of its queries, and the loss is near that of fp32."""
-    model = glance_model(train_on=train_on, explore=0.0, open=ALL).float().train()
-    batch = packed(model)
-    expected = model(batch, losses(model)).objective.item()
-    with torch.autocast("cpu", torch.bfloat16):
-        found = model(batch, losses(model)).objective
-    found.backward()
-    assert found.item() == pytest.approx(expected, rel=0.02)
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    model.eval()
-    tokens = read_batch(model, batch, "coarse_fine").tokens
-    with torch.autocast("cpu", torch.bfloat16):
-        rounded = read_batch(model, batch, "coarse_fine").tokens
-    assert (rounded.float() - tokens).norm() < 0.05 * tokens.norm()

@@ -15,7 +15,7 @@ from fvlm_core.release.int8 import Int8Linear, int8_weights, weight_bytes
 from fvlm_core.release.onnx_export import export_onnx
 from tests.model.build import CHAT, FRAME_PX, tiny_model
 from tests.model.build import sample as make_sample
-from tests.model.test_glance import glance_model
+from tests.model.build_glance import glance_model
 
 pytestmark = pytest.mark.slow(reason="exports")
 
