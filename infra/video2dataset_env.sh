@@ -34,12 +34,11 @@ install -r "$root/requirements-video2dataset.lock" ||
     fail "video2dataset's packages cannot be installed" "see the message above; is a package index reachable?"
 install --no-deps "$release" ||
     fail "$release cannot be installed" "see the message above; is a package index reachable?"
-"$folder/bin/python" -m compileall -qq -j 0 -x '/tests/' "$folder/lib" || true # as in setup.sh
 
 # A .pth file is read at every start of this Python: by video2dataset, by its children, and by Spark's workers.
 site=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
 printf '%s\nimport fvlm_core.data.video2dataset_stubs\n' "$root" >"$site/fvlm.pth"
-"$folder/bin/python" -c 'import fvlm_core.data.video2dataset_plugin' ||
+PYTHONDONTWRITEBYTECODE= "$folder/bin/python" -c 'import fvlm_core.data.video2dataset_plugin' || # compiles it, as in setup.sh
     fail "video2dataset does not start" "delete the folder and run $0 again"
 echo "$wanted" >"$stamp"
 add_spark
