@@ -45,15 +45,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (place.get(item.path, len(LONGEST)), item.path not in slow))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """A running server of an empty volume, without workers."""
+    """A running server of an empty volume, without workers; of one file, because to start another costs what three idle minutes do."""
     stack = Stack(tmp_path_factory.mktemp("server") / "volume", environment=without(os.environ))
     try:
         stack.start_server()
         stack.wait_for_server()
         yield stack
     finally:
+        forget_server()
         stack.stop()
 
 
@@ -66,8 +67,13 @@ def prefect_api(stack: Stack) -> Iterator[Stack]:
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_servers() -> Iterator[None]:
-    """Prefect sends a process's events through a client of the server that the first of them went to: each file of tests starts anew."""
+    """Each file of tests starts anew."""
     yield
+    forget_server()
+
+
+def forget_server() -> None:
+    """Prefect sends a process's events through a client of the server that the first of them went to: that client ends here."""
     if "prefect.events.worker" in sys.modules:
         from prefect.events.worker import EventsWorker
 

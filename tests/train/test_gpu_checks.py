@@ -12,13 +12,13 @@ from benchmarks.gpu_train_step import NO_GPU
 from fvlm_core.config import ModelSettings
 
 
-@pytest.mark.slow(reason="trains a hundred steps")
+@pytest.mark.slow(reason="trains sixty steps")
 def test_on_a_cpu() -> None:
     sizes = {"tiny": ModelSettings.model_validate(TINY)}
-    found = {check.what: check.value for check in checks(sizes, torch.device("cpu"), budget_s=1e6, long_steps=100)}
+    found = {check.what: check.value for check in checks(sizes, torch.device("cpu"), budget_s=1e6, long_steps=60)}
     assert all(value is not None for value in found.values())
-    assert min(found[what] or 0.0 for what in ("tiny eager step", "tiny eager kernels", "45 steps speed")) > 0
-    assert {"45 steps stalls", "45 steps waiting for data"} <= found.keys()
+    assert min(found[what] or 0.0 for what in ("tiny eager step", "tiny eager kernels", "5 steps speed")) > 0
+    assert {"5 steps stalls", "5 steps waiting for data"} <= found.keys()
 
 
 def test_what_there_is_no_time_for_is_left_out_and_said() -> None:
