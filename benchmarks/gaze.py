@@ -29,7 +29,7 @@ from fvlm_core.tables import Table, number
 
 ASKED_TASKS = tuple(task for task in TASKS if task != "caption")
 """Tasks whose answers are one digit a frame."""
-CHANGES = ("steps", "encoder_steps", "copies", "clutter_step", "clutter_gate", "places", "cell_too", "empty_too")
+CHANGES = ("steps", "encoder_steps", "copies", "clutter_step", "clutter_gate", "places", "cell_too")
 """Settings of a plan that options change."""
 
 
@@ -172,11 +172,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--clutter-gate", type=float, help="nats a digit, below which it is added")
     parser.add_argument("--places", action=argparse.BooleanOptionalAction, help="training asks for the digits' places too; a hunt's does")
     parser.add_argument("--cell-too", action=argparse.BooleanOptionalAction, help="training shows clips of cell too; a hunt's does")
-    parser.add_argument(
-        "--empty-too",
-        action=argparse.BooleanOptionalAction,
-        help="training shows clips without digits too, and the encoder's; a hunt's does",
-    )
     parser.add_argument("--only", choices=[*CONTROLS, *VARIANTS], help="train this instead of the model")
     parser.add_argument("--start", type=Path, help="weights to begin with")
     parser.add_argument("--save", type=Path, help="where the weights go")

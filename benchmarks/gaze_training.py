@@ -4,11 +4,9 @@ Model, packing, losses, optimizer and schedule are those of `fvlm_core`. What a 
 the clutter grows as fast as the model learns. A digit beside the asked one appears with a probability that starts at 0 and rises a
 little in every step in which questions before the video are answered well enough; dense from the start, nothing is learned.
 
-*hunt* is learned with four helps. A second turn asks for the places of the digits: those hang on the crosses, which the answer to the first
-turn says nothing of until somebody looks where they point. In a third of the clips there is no digit and the answer to the first turn is
-`---`: so crosses are looked for before digits are all that any head looks at. Another third are *cell* clips, where the question names
-the place in all frames: so looking where one is sent is learned before it is known who sends. And the encoder has seen empty cells: to one
-that has not, eight of a first frame's nine patches are like nothing it knows, and most of the attention goes there.
+*hunt* is learned with two helps. A second turn asks for the places of the digits: those hang on the crosses, which the answer to the first
+turn says nothing of until somebody looks where they point. And a third of the clips are *cell* clips, where the question names
+the place in all frames: so looking where one is sent is learned before it is known who sends.
 """
 
 import time
@@ -53,8 +51,6 @@ class Part:
     task: gaze.Task
     question_first: bool
     samples: int
-    empty: bool = False
-    """No digits: only crosses."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ class Plan:
     steps: int = 1600
     """What six minutes of one core allow, about."""
     batch_samples: int = 96
-    """Half of them with the question before the video, half after it; or as `parts` says."""
+    """Half of them with the question before the video, half after it; with `cell_too` half, a sixth and a third of *cell*."""
     frames: int = 3
     noise: float = 0.1
     encoder_steps: int = 2000
@@ -89,8 +85,6 @@ class Plan:
     """Training asks for the places of the digits too; None: in *hunt*."""
     cell_too: bool | None = None
     """Training shows clips of *cell* too; None: in *hunt*."""
-    empty_too: bool | None = None
-    """Training shows clips without digits too, and so does the encoder's own; None: in *hunt*."""
     max_cpu_s: float = float("inf")
     """Processor time after which the training stops early."""
 
@@ -105,23 +99,12 @@ class Plan:
             copies=self.copies,
             colours=self.task in ("colour", "track"),
             crosses=self.task == "hunt",
-            empty=self.shows_empty,
         )
 
     @property
     def asks_places(self) -> bool:
         """`places`, decided."""
         return self.task == "hunt" if self.places is None else self.places
-
-    @property
-    def shows_cell(self) -> bool:
-        """`cell_too`, decided."""
-        return self.task == "hunt" if self.cell_too is None else self.cell_too
-
-    @property
-    def shows_empty(self) -> bool:
-        """`empty_too`, decided."""
-        return self.task == "hunt" if self.empty_too is None else self.empty_too
 
     @property
     def gate(self) -> float:
@@ -131,14 +114,10 @@ class Plan:
     @property
     def parts(self) -> list[Part]:
         """What a step is made of; how well the first part is answered decides on the clutter."""
-        if not self.shows_cell and not self.shows_empty:
-            return [Part(self.task, question_first, self.batch_samples // 2) for question_first in (True, False)]
-        beside = self.batch_samples * 7 // 24
-        cell = [Part("cell", True, beside)] * self.shows_cell
-        empty = [Part(self.task, True, beside, empty=True)] * self.shows_empty
-        own = self.batch_samples - beside * (self.shows_cell + self.shows_empty)
-        after = max(1, own // 5)
-        return [Part(self.task, True, own - after), Part(self.task, False, after), *cell, *empty]
+        half, sixth = self.batch_samples // 2, self.batch_samples // 6
+        if self.task == "hunt" if self.cell_too is None else self.cell_too:
+            return [Part(self.task, True, half), Part(self.task, False, sixth), Part("cell", True, self.batch_samples - half - sixth)]
+        return [Part(self.task, True, half), Part(self.task, False, half)]
 
     @property
     def loss(self) -> LossSettings:
@@ -212,16 +191,7 @@ class Asker:
         """New clips and their questions."""
         plan = self.plan
         clips = [
-            gaze.render(
-                rng,
-                "train",
-                task=part.task,
-                frames=plan.frames,
-                clutter=clutter,
-                noise=plan.noise,
-                copies=plan.copies,
-                empty=part.empty,
-            )
+            gaze.render(rng, "train", task=part.task, frames=plan.frames, clutter=clutter, noise=plan.noise, copies=plan.copies)
             for _ in range(part.samples)
         ]
         samples = [self.sample(clip, question_first=part.question_first) for clip in clips]

@@ -66,13 +66,13 @@ class GazeClip:
     colours: np.ndarray
     """int [T, G, G]: index into COLOURS."""
     path: np.ndarray
-    """int [T, 2]: row and column of the cell that counts in each frame; it always has a digit, but in a clip without any."""
+    """int [T, 2]: row and column of the cell that counts in each frame; it always has a digit."""
     task: Task
 
     @property
     def answer(self) -> str:
-        """The digits that count, a character a frame; `-` where there is none."""
-        return "".join(_character(digit) for digit in self.digits[np.arange(len(self.path)), *self.path.T])
+        """The digits that count, a character a frame."""
+        return "".join(str(digit) for digit in self.digits[np.arange(len(self.path)), *self.path.T])
 
     @property
     def place(self) -> str:
@@ -94,16 +94,14 @@ def render(
     frames: int,
     grid: int = GRID,
     scale: int = 1,
-    clutter: float | np.ndarray = 1.0,
+    clutter: float = 1.0,
     noise: float = 0.05,
     copies: int = 0,
-    empty: bool = False,
 ) -> GazeClip:
     """Draw a clip of `frames` frames of `grid` x `grid` cells, each of `scale` times 14 px.
 
-    The cell that counts has a digit; each other cell has one with probability `clutter`: a number, or one for each frame, [T, 1, 1].
-    `empty`: no cell has a digit, so only the crosses of `hunt` are left. `noise` is the standard deviation of the dark background,
-    as a share of full brightness; `copies` of each digit, distorted (`digits_of`), are drawn too. Raises ValueError for a grid
+    The cell that counts has a digit; each other cell has one with probability `clutter`. `noise` is the standard deviation of the dark
+    background, as a share of full brightness; `copies` of each digit, distorted (`digits_of`), are drawn too. Raises ValueError for a grid
     without a second cell.
     """
     if grid < 2:
@@ -122,7 +120,7 @@ def render(
         colours = (special + 1 + rng.integers(len(COLOURS) - 1, size=shape)) % len(COLOURS)
         colours[times, *path.T] = special
     present[times, *path.T] = True
-    digits = np.where(present & (not empty), labels[chosen], EMPTY)
+    digits = np.where(present, labels[chosen], EMPTY)
     if task == "hunt":  # after the last frame nothing counts: its cross stands anywhere but on its digit
         last = (path[-1] @ (grid, 1) + 1 + sign[-1]) % grid**2
         crosses = np.append(path[1:], [divmod(int(last), grid)], axis=0)
@@ -202,11 +200,7 @@ def caption(clip: GazeClip) -> str:
 
 def reading(clip: GazeClip) -> str:
     """All cells of the first frame, row by row, e.g. `371 205 998`; `-` where a cell is empty."""
-    return " ".join("".join(map(_character, row)) for row in clip.digits[0])
-
-
-def _character(digit: int) -> str:
-    return str(digit) if digit >= 0 else "-"
+    return " ".join("".join(str(digit) if digit >= 0 else "-" for digit in row) for row in clip.digits[0])
 
 
 def question(clip: GazeClip) -> str:

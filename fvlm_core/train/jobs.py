@@ -244,9 +244,7 @@ class VisionTrainingSettings(Settings):
     colours: bool = False
     """Patches predict the colour of their digit as well."""
     crosses: bool = False
-    """Each frame has the cross of the task `hunt`, which is one more class to predict."""
-    empty: bool = False
-    """Frames have any share of empty cells, which are one more class to predict; otherwise every cell has a digit."""
+    """Each frame has the cross of the task `hunt`, which is an eleventh digit to predict."""
     seed: int = 0
     """Of the weights and the rendered frames."""
     threads: Positive = 1

@@ -28,8 +28,8 @@ from fvlm_core.train.schedules import learning_rates
 TARGETS = ("own", "right", "below")
 """Digits that every patch predicts: its own, its right neighbour's, its lower neighbour's."""
 COLOUR = "colour"
-DIGITS = 10
-"""Their classes; after them come the cross's and the empty cell's, where there are any."""
+CLASSES = 11
+"""Ten digits, and the cross where there is one."""
 IGNORE = -100
 
 
@@ -60,7 +60,7 @@ def pretrained(
     rng = np.random.default_rng(settings.seed)
     encoder = build_encoder(VisionSettings(shape=shape, frame_px=gaze.FRAME_PX))
     targets = (*TARGETS, *([COLOUR] if settings.colours else []))
-    head = nn.Linear(shape.width, len(targets) * (DIGITS + settings.crosses + settings.empty))
+    head = nn.Linear(shape.width, len(targets) * (CLASSES if settings.crosses else CLASSES - 1))
     optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=settings.optimizer.lr_vision, fused=True)
     for step in range(settings.steps):
         for group in optimizer.param_groups:
@@ -87,19 +87,16 @@ def _logits(encoder: Encoder, head: nn.Linear, frames: Tensor, targets: int) -> 
 
 
 def _batch(rng: np.random.Generator, split: Split, settings: VisionTrainingSettings, frames: int) -> tuple[Tensor, Tensor]:
-    """Frames uint8 [frames, H, W, 3] and targets int64 [frames x patches, targets], IGNORE past the edges; validation's are full."""
-    training = split == "train"
-    task = "hunt" if settings.crosses else "cell"
-    clutter = rng.random((frames, 1, 1)) if settings.empty and training else 1.0
-    clip = gaze.render(rng, split, task=task, frames=frames, clutter=clutter, copies=settings.copies if training else 0)
-    digits = np.where(clip.digits == gaze.CROSS, DIGITS, clip.digits)
-    digits = np.where(clip.digits == gaze.EMPTY, DIGITS + settings.crosses, digits)
+    """Full grids uint8 [frames, H, W, 3] and targets int64 [frames x patches, targets], IGNORE past the edges."""
+    copies = settings.copies if split == "train" else 0
+    clip = gaze.render(rng, split, task="hunt" if settings.crosses else "cell", frames=frames, copies=copies)
+    digits = np.where(clip.digits == gaze.CROSS, CLASSES - 1, clip.digits)
     targets = np.full((*digits.shape, len(TARGETS) + settings.colours), IGNORE)
     targets[..., 0] = digits
     targets[:, :, :-1, 1] = digits[:, :, 1:]
     targets[:, :-1, :, 2] = digits[:, 1:]
     if settings.colours:
-        targets[..., 3] = np.where(clip.digits < 0, IGNORE, clip.colours)
+        targets[..., 3] = np.where(clip.digits == gaze.CROSS, IGNORE, clip.colours)
     return torch.from_numpy(clip.frames), torch.from_numpy(targets).flatten(0, 2)
 
 

@@ -141,20 +141,6 @@ def test_every_cell_counts_equally_often(task):
     assert counts.max() < 140
 
 
-def test_an_empty_clip_has_nothing_but_its_crosses_and_says_so():
-    clip = gaze.render(np.random.default_rng(0), "val", task="hunt", frames=3, empty=True)
-    assert clip.answer == "---"
-    assert sorted(np.unique(clip.digits)) == [gaze.CROSS, gaze.EMPTY]
-    assert np.argwhere(clip.digits[:-1] == gaze.CROSS)[:, 1:].tolist() == clip.path[1:].tolist()
-    bright = clip.frames.reshape(3, 3, gaze.CELL_PX, 3, gaze.CELL_PX, 3).max((2, 4, 5)) == 245
-    assert (bright == (clip.digits == gaze.CROSS)).all()
-
-
-def test_each_frame_may_have_a_clutter_of_its_own():
-    clip = gaze.render(np.random.default_rng(0), "val", frames=2, grid=6, clutter=np.array([0.0, 1.0]).reshape(2, 1, 1))
-    assert (clip.digits >= 0).sum((1, 2)).tolist() == [1, 36]
-
-
 def test_paths_move_as_the_task_says():
     rng = np.random.default_rng(2)
     for _ in range(50):

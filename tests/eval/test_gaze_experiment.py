@@ -42,7 +42,7 @@ def test_time_is_limited():
     assert train(replace(TINY, encoder_steps=0, steps=500, max_cpu_s=0.05)).steps < 500
 
 
-def test_a_hunt_asks_for_places_too_and_shows_clips_that_stay_in_their_cell_and_empty_ones():
+def test_a_hunt_asks_for_places_too_and_shows_clips_that_stay_in_their_cell():
     plan = replace(TINY, task="hunt", encoder_steps=0)
     assert sum(part.samples for part in plan.parts) == TINY.batch_samples
     asker = train(plan).asker
@@ -52,11 +52,8 @@ def test_a_hunt_asks_for_places_too_and_shows_clips_that_stay_in_their_cell_and_
         said = [asker.tokenizer.decode(turn.answer_ids) for turn in asked.turns]
         assert said == [clip.answer, "".join(str(3 * row + column + 1) for row, column in clip.path)][:turns]
         assert len(asker.sample(clip, question_first=True, answered=False).turns) == 1, "an evaluation asks for the digits"
-    assert [part.task for part in plan.parts if part.empty] == ["hunt"]
-    empty = gaze.render(np.random.default_rng(0), "train", task="hunt", frames=TINY.frames, empty=True)
-    assert asker.tokenizer.decode(asker.sample(empty, question_first=True).turns[0].answer_ids) == "---"
-    alone = replace(plan, places=False, cell_too=False, empty_too=False)
-    assert [(part.task, part.empty) for part in alone.parts] == [("hunt", False)] * 2
+    alone = replace(plan, places=False, cell_too=False)
+    assert [part.task for part in alone.parts] == ["hunt", "hunt"]
     assert not alone.asks_places
 
 

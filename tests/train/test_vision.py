@@ -1,12 +1,10 @@
 """The stand-in vision encoder: learns, loads like any DINOv2 checkpoint, and is the same every time."""
 
-import numpy as np
-import pytest
 from transformers import Dinov2Model
 
 from fvlm_core.config import OptimizerSettings, VisionShape
 from fvlm_core.train.jobs import VisionJob, VisionTrainingSettings
-from fvlm_core.train.vision import IGNORE, _batch, pretrained, train_vision
+from fvlm_core.train.vision import pretrained, train_vision
 
 
 def test_it_learns_digits_and_loads_in_transformers(tmp_path):
@@ -17,20 +15,6 @@ def test_it_learns_digits_and_loads_in_transformers(tmp_path):
     assert first.digest == second.digest
     assert first.counts["own_per_mille"] > 500  # chance is 100
     assert Dinov2Model.from_pretrained(tmp_path / "a").config.hidden_size == 32
-
-
-@pytest.mark.parametrize("crosses", [False, True])
-def test_empty_cells_are_the_last_class_and_only_training_sees_them(crosses: bool):
-    settings = VisionTrainingSettings(empty=True, crosses=crosses, colours=True)
-    _, wanted = _batch(np.random.default_rng(0), "train", settings, 64)
-    own, colour = wanted[:, 0], wanted[:, 3]
-    empty = own == 10 + crosses
-    assert 0.3 < empty.float().mean() < 0.6
-    assert own.max() == 10 + crosses
-    assert ((own == 10).sum() == 64) == crosses, "a cross in every frame"
-    assert (colour[own >= 10] == IGNORE).all()
-    assert (colour[own < 10] != IGNORE).all()
-    assert _batch(np.random.default_rng(0), "val", settings, 64)[1][:, 0].max() == 9 + crosses
 
 
 def test_it_learns_colours_and_crosses_where_asked_for():
