@@ -29,7 +29,7 @@ from fvlm_core.tables import Table, number
 
 ASKED_TASKS = tuple(task for task in TASKS if task != "caption")
 """Tasks whose answers are one digit a frame."""
-CHANGES = ("steps", "encoder_steps", "copies", "clutter_step", "clutter_gate", "places", "cell_too", "attempts")
+CHANGES = ("steps", "encoder_steps", "copies", "clutter_step", "clutter_gate", "places", "cell_too")
 """Settings of a plan that options change."""
 
 
@@ -89,7 +89,6 @@ def record(plan: Plan, trained: Trained, asked: Asked, rows: Sequence[Row]) -> d
         "clips": len(asked.clips),
         "steps": trained.steps,
         "planned_steps": plan.steps,
-        "given_up": trained.given_up,
         "copies": plan.copies,
         "wording": plan.wording,
         "places": plan.asks_places,
@@ -112,13 +111,12 @@ def record(plan: Plan, trained: Trained, asked: Asked, rows: Sequence[Row]) -> d
 def shown(plan: Plan, trained: Trained, asked: Asked, rows: Sequence[Row]) -> Table:
     """One seed's table."""
     stopped = f" Stopped by --minutes at step {trained.steps} of {plan.steps}." if trained.steps < plan.steps else ""
-    given_up = f" Given up before, at step: {', '.join(map(str, trained.given_up))}." if trained.given_up else ""
     full = f"reached 1 at step {trained.full_at}" if trained.full_at else f"ended at {trained.clutter:.2f}"
     note = (
         f"Best constant answer {asked.constant:.3f}; all digits without their places {asked.bag_ceiling:.3f}; gaze by chance {1 / 9:.3f}. "
         f"Clutter {full}. Intervals: 95 %, over clips; p: paired sign flips by clip against “{MAIN}”, adjusted by Holm. "
         f"Training: {trained.flops / 1e9:,.0f} GFLOP, {trained.cpu_s:.0f} s of one core, the encoder's {trained.encoder_cpu_s:.0f} s "
-        f"before.{given_up}{stopped}"
+        f"before.{stopped}"
     )
     head = ["condition", "accuracy", "by frame", "worst cell", "gaze on target", "below fine", "p"]
     cells = [
@@ -174,7 +172,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--clutter-gate", type=float, help="nats a digit, below which it is added")
     parser.add_argument("--places", action=argparse.BooleanOptionalAction, help="training asks for the digits' places too; a hunt's does")
     parser.add_argument("--cell-too", action=argparse.BooleanOptionalAction, help="training shows clips of cell too; a hunt's does")
-    parser.add_argument("--attempts", type=int, help="trainings of a hunt at most: one that learns one of two things only is given up")
     parser.add_argument("--only", choices=[*CONTROLS, *VARIANTS], help="train this instead of the model")
     parser.add_argument("--start", type=Path, help="weights to begin with")
     parser.add_argument("--save", type=Path, help="where the weights go")

@@ -4,15 +4,13 @@ Model, packing, losses, optimizer and schedule are those of `fvlm_core`. What a 
 the clutter grows as fast as the model learns. A digit beside the asked one appears with a probability that starts at 0 and rises a
 little in every step in which questions before the video are answered well enough; dense from the start, nothing is learned.
 
-*hunt* is learned with three helps. A second turn asks for the places of the digits: those hang on the crosses, which the answer to the
-first turn says nothing of until somebody looks where they point. A third of the clips are *cell* clips, where the question names the
-place in all frames: so looking where one is sent is learned before it is known who sends. And an attempt that has learned one of the
-two turns and stays at chance in the other is given up, and begun again from other random weights: none of those was seen to learn
-the other in as many steps as another attempt takes (docs/research.md).
+*hunt* is learned with two helps. A second turn asks for the places of the digits: those hang on the crosses, which the answer to the first
+turn says nothing of until somebody looks where they point. And a third of the clips are *cell* clips, where the question names
+the place in all frames: so looking where one is sent is learned before it is known who sends.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -44,11 +42,6 @@ RUNNING = 0.9
 """How much of the running loss is kept at a step."""
 WHERE = "where"
 """Asks for the places."""
-KNOWN, AT_CHANCE = 1.0, 1.3
-"""Nats per character: below the first, digits or places count as learned; above the second, places do not. Where no cross is seen a place
-costs 1.4, because the question says the first."""
-LOOK_EVERY = 25
-"""Steps between two looks at what is learned first."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +85,6 @@ class Plan:
     """Training asks for the places of the digits too; None: in *hunt*."""
     cell_too: bool | None = None
     """Training shows clips of *cell* too; None: in *hunt*."""
-    attempts: int = 12
-    """At most, where places are asked for: one that learns only the digits, or is not done with both in time, is given up for another."""
-    patience: int = 200
-    """Steps in which an attempt that is not the last has to learn digits and places, without clutter."""
     max_cpu_s: float = float("inf")
     """Processor time after which the training stops early."""
 
@@ -150,17 +139,15 @@ class Trained:
     asker: "Asker"
     subject: Subject
     steps: int
-    """Of the last attempt; fewer than planned where the time was up."""
-    given_up: list[int]
-    """Steps of the attempts before it."""
+    """Fewer than planned where the time was up."""
     clutter: float
     """At the last step."""
     full_at: int | None
     """The step at which the clutter reached 1."""
     flops: float
-    """Of all attempts, from the configuration, without the encoder's own."""
+    """Of the training, from the configuration, without the encoder's own."""
     cpu_s: float
-    """Processor time of all attempts, without the encoder's."""
+    """Processor time of the training, without the encoder's."""
     encoder_cpu_s: float
     encoder_accuracy: dict[str, float]
     """On validation digits: own, right neighbour's, lower neighbour's; empty where there was no training."""
@@ -200,18 +187,15 @@ class Asker:
         """Whether clips of the task are asked for the places too: the plan's own, not those beside them."""
         return self.plan.asks_places and task == self.plan.task
 
-    def samples(self, rng: np.random.Generator, part: Part, clutter: float) -> list[Sample]:
+    def batch(self, rng: np.random.Generator, part: Part, clutter: float, tokens_per_frame: int) -> PackedBatch:
         """New clips and their questions."""
         plan = self.plan
         clips = [
             gaze.render(rng, "train", task=part.task, frames=plan.frames, clutter=clutter, noise=plan.noise, copies=plan.copies)
             for _ in range(part.samples)
         ]
-        return [self.sample(clip, question_first=part.question_first) for clip in clips]
-
-    def pack(self, samples: Sequence[Sample], settings: ModelSettings) -> PackedBatch:
-        """A batch of samples for a model with these settings."""
-        return pack(samples, self.chat, tokens_per_frame=settings.tokens_per_frame)
+        samples = [self.sample(clip, question_first=part.question_first) for clip in clips]
+        return pack(samples, self.chat, tokens_per_frame=tokens_per_frame)
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text."""
@@ -229,103 +213,53 @@ def encoder_of(settings: VisionTrainingSettings) -> tuple[Encoder, dict[str, flo
 def train(plan: Plan, say: Callable[[str], None] = lambda _: None, start: Mapping[str, Tensor] | None = None) -> Trained:
     """Train to the end of the plan, or of its time; from the weights `start`, which another task may have made, where they are given."""
     asker = Asker.of(plan)
+    model = build_model(plan.model_settings, vocab_size=len(asker.tokenizer), seed=plan.seed)
     accuracy, encoder_s = {}, 0.0
-    if start is None and plan.encoder:
+    if start is not None:
+        model.load_state_dict(start)
+    elif plan.encoder:
         encoder, accuracy, encoder_s = encoder_of(plan.encoder)  # pyright: ignore[reportArgumentType]: frozen settings are hashable
-        start = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
+        model.encoder.load_state_dict(encoder.state_dict())
         say(f"encoder: {accuracy}, {encoder_s:.0f} s")
-    given_up, flops, started = [], 0.0, time.process_time()
-    while True:
-        attempt = Attempt(asker, len(given_up), start)
-        say(f"attention entropy at step 0: {attempt.entropy}")
-        attempt.run(say, plan.max_cpu_s - (time.process_time() - started), may_end=len(given_up) + 1 < plan.attempts)
-        flops += attempt.flops
-        if not attempt.given_up:
-            break
-        given_up.append(attempt.done)
-        say(f"given up at step {attempt.done}")
-    cpu_s = time.process_time() - started
-    attempt.model.eval()
-    ended = attempt.done, given_up, attempt.clutter, attempt.full_at
-    return Trained(asker, attempt.subject, *ended, flops, cpu_s, encoder_s, accuracy, attempt.entropy)
-
-
-class Attempt:
-    """A model and its training from random weights, or from `start`, which may be a part of them. The first of a plan is number 0."""
-
-    def __init__(self, asker: Asker, number: int, start: Mapping[str, Tensor] | None) -> None:
-        plan = self.plan = asker.plan
-        self.asker = asker
-        model = self.model = build_model(plan.model_settings, vocab_size=len(asker.tokenizer), seed=plan.seed + 1000 * number)
-        model.load_state_dict(model.state_dict() | dict(start or {}))
-        self.subject = Subject(model, asker.tokenizer, asker.chat, torch.device("cpu"), EVAL_BATCH)
-        self.entropy = entropy_at_start(self.subject, asker)
-        self.rates = OptimizerSettings(
-            lr_connector=plan.learning_rate, lr_vision=plan.learning_rate, lr_llm=plan.learning_rate, warmup_steps=plan.warmup_steps
-        )
-        self.optimizer = build_optimizer(model, self.rates)
-        self.objective = TokenLoss(plan.loss, model.pass_names)
-        self.cost = Cost(model, plan.loss)
-        self.rng = np.random.default_rng([plan.seed, 1 + number])
-        self.clutter, self.running = plan.first_clutter, 2.3
-        self.full_at: int | None = None
-        self.done, self.flops, self.given_up = 0, 0.0, False
-
-    def run(self, say: Callable[[str], None], seconds: float, *, may_end: bool) -> None:
-        """Train for as much processor time at most; `may_end`: give up where only the digits are learned, or not both in time."""
-        plan, started = self.plan, time.process_time()
-        undecided = may_end and plan.asks_places
-        self.model.train()
-        while self.done < plan.steps and time.process_time() - started < seconds:
-            drawn = [self.asker.samples(self.rng, part, self.clutter) for part in plan.parts]
-            nats = self.step(drawn)
-            if self.done % LOOK_EVERY:
-                continue
-            orders = ["first" if part.question_first else "after" for part in plan.parts]
-            heard = [f"{loss:.2f} {part.task}, question {order}" for loss, part, order in zip(nats, plan.parts, orders, strict=True)]
-            taken = time.process_time() - started
-            say(f"step {self.done}: clutter {self.clutter:.2f}; nats per character: {'; '.join(heard)}; {taken:.0f} s")
-            if undecided:
-                digits, places = self.by_turn(drawn[0])
-                say(f"step {self.done}: digits {digits:.2f}, places {places:.2f}")
-                undecided = max(digits, places) > KNOWN
-                self.given_up = undecided and ((digits < KNOWN and places > AT_CHANCE) or self.done >= plan.patience)
-                if self.given_up:
-                    return
-
-    def step(self, drawn: Sequence[Sequence[Sample]]) -> list[float]:
-        """Learn from the samples of each part; nats per character of the last pass, before it."""
-        plan = self.plan
-        batches = [self.asker.pack(samples, self.model.settings) for samples in drawn]
+    subject = Subject(model, asker.tokenizer, asker.chat, torch.device("cpu"), EVAL_BATCH)
+    entropy = entropy_at_start(subject, asker)
+    say(f"attention entropy at step 0: {entropy}")
+    rates = OptimizerSettings(
+        lr_connector=plan.learning_rate, lr_vision=plan.learning_rate, lr_llm=plan.learning_rate, warmup_steps=plan.warmup_steps
+    )
+    optimizer = build_optimizer(model, rates)
+    objective = TokenLoss(plan.loss, model.pass_names)
+    cost, flops = Cost(model, plan.loss), 0.0
+    rng = np.random.default_rng([plan.seed, 1])
+    clutter, running, full_at, started = plan.first_clutter, 2.3, None, time.process_time()
+    last, done = objective.names[-1], 0
+    model.train()
+    while done < plan.steps and time.process_time() - started < plan.max_cpu_s:
+        batches = [asker.batch(rng, part, clutter, model.settings.tokens_per_frame) for part in plan.parts]
         labels, nats = sum(batch.n_labels for batch in batches), []
         for part, batch in zip(plan.parts, batches, strict=True):
-            sums = self.objective(self.model, batch, self.subject.device)
+            sums = objective(model, batch, subject.device)
             (sums.objective / labels).backward()
-            asked = part.samples * plan.frames * (1 + self.asker.asks_places(part.task))
-            nats.append(sums.parts[self.objective.names[-1]].item() / asked)
-            self.flops += self.cost.batch(batch)
-        norm = torch.stack(list(gradient_norms(self.optimizer).values())).norm()
-        clip_gradients(self.optimizer, self.rates.clip_norm, norm)
-        set_learning_rates(self.optimizer, learning_rates(self.rates, self.done, plan.steps))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.done += 1
-        self.running = RUNNING * self.running + (1 - RUNNING) * nats[0]
-        if self.running < plan.gate:
-            self.clutter = min(1.0, self.clutter + plan.clutter_step)
-            self.full_at = self.done if self.full_at is None and self.clutter == 1.0 else self.full_at
-        return nats
-
-    @torch.no_grad()
-    def by_turn(self, samples: Sequence[Sample]) -> tuple[float, float]:
-        """Nats per character of the digits and of the places, in the last pass."""
-        first = [replace(sample, turns=sample.turns[:1]) for sample in samples]
-        digits, both = (
-            self.objective(self.model, self.asker.pack(asked, self.model.settings), self.subject.device).parts[self.objective.names[-1]]
-            for asked in (first, samples)
-        )
-        characters = len(samples) * self.plan.frames
-        return digits.item() / characters, (both - digits).item() / characters
+            asked = part.samples * plan.frames * (1 + asker.asks_places(part.task))
+            nats.append(sums.parts[last].item() / asked)
+            flops += cost.batch(batch)
+        norm = torch.stack(list(gradient_norms(optimizer).values())).norm()
+        clip_gradients(optimizer, rates.clip_norm, norm)
+        set_learning_rates(optimizer, learning_rates(rates, done, plan.steps))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        done += 1
+        running = RUNNING * running + (1 - RUNNING) * nats[0]
+        if running < plan.gate:
+            clutter = min(1.0, clutter + plan.clutter_step)
+            full_at = done if full_at is None and clutter == 1.0 else full_at
+        if done % 25 == 0:
+            orders = ["first" if part.question_first else "after" for part in plan.parts]
+            heard = [f"{loss:.2f} {part.task}, question {order}" for loss, part, order in zip(nats, plan.parts, orders, strict=True)]
+            say(f"step {done}: clutter {clutter:.2f}; nats per character: {'; '.join(heard)}; {time.process_time() - started:.0f} s")
+    cpu_s = time.process_time() - started
+    model.eval()
+    return Trained(asker, subject, done, clutter, full_at, flops, cpu_s, encoder_s, accuracy, entropy)
 
 
 def step_flops(plan: Plan) -> float:
@@ -334,7 +268,7 @@ def step_flops(plan: Plan) -> float:
     model = build_model(plan.model_settings, vocab_size=len(asker.tokenizer))
     rng, cost = np.random.default_rng(0), Cost(model, plan.loss)
     alone = [replace(part, samples=1) for part in plan.parts]
-    costs = [cost.batch(asker.pack(asker.samples(rng, part, 1.0), model.settings)) for part in alone]
+    costs = [cost.batch(asker.batch(rng, part, 1.0, model.settings.tokens_per_frame)) for part in alone]
     return sum(one * part.samples for one, part in zip(costs, plan.parts, strict=True))
 
 

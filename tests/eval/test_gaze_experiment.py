@@ -11,7 +11,7 @@ from scipy import stats
 from benchmarks import gaze as experiment
 from benchmarks import gaze_results
 from benchmarks.gaze_measures import CONTROLS, MAIN, Answers, Asked, answers, table
-from benchmarks.gaze_training import Asker, Attempt, Plan, entropy_at_start, step_flops, train
+from benchmarks.gaze_training import Plan, entropy_at_start, step_flops, train
 from fvlm_core.data import gaze
 from fvlm_core.data.batch import pack
 from fvlm_core.eval.stats import Bootstrap
@@ -55,28 +55,6 @@ def test_a_hunt_asks_for_places_too_and_shows_clips_that_stay_in_their_cell():
     alone = replace(plan, places=False, cell_too=False)
     assert [part.task for part in alone.parts] == ["hunt", "hunt"]
     assert not alone.asks_places
-
-
-def test_an_attempt_at_a_hunt_that_learns_nothing_in_time_is_given_up_but_the_last():
-    plan = replace(TINY, task="hunt", encoder_steps=0, steps=26, attempts=2, patience=25)
-    twice, once = train(plan), train(replace(plan, attempts=1))
-    assert (twice.given_up, once.given_up) == ([25], [])
-    assert twice.steps == once.steps == 26
-    assert twice.flops == pytest.approx(once.flops * 51 / 26, rel=0.05), "all attempts are counted"
-    second = Attempt(twice.asker, 1, None)
-    second.run(lambda _: None, float("inf"), may_end=False)
-    weights, first, same = (one.state_dict() for one in (twice.subject.model, once.subject.model, second.model))
-    assert all(torch.equal(weights[name], same[name]) for name in weights)
-    assert not torch.equal(weights["connector.q_static"], first["connector.q_static"])
-
-
-def test_digits_and_places_are_what_both_turns_cost():
-    plan = replace(TINY, task="hunt", encoder_steps=0)
-    attempt, alone = (Attempt(Asker.of(one), 0, None) for one in (plan, replace(plan, places=False)))
-    drawn, first = ([one.asker.samples(one.rng, part, 0.0) for part in plan.parts] for one in (attempt, alone))
-    digits, places = attempt.by_turn(drawn[0])
-    assert digits == pytest.approx(alone.step(first)[0], rel=1e-5)
-    assert digits + places == pytest.approx(2 * attempt.step(drawn)[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("task", ["cell", "hunt"])
