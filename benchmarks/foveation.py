@@ -45,9 +45,8 @@ GLANCES: dict[int, dict[str, Any]] = {
     3528: {"px": 98, "zoom": [4, 3, 3], "levels": 3, "open": 1},
     3584: {"px": 112, "zoom": 2, "levels": 5, "open": 1},
     4032: {"px": 84, "zoom": [4, 4, 3], "levels": 3, "open": 1},
-    4480: {"px": 70, "zoom": 4, "levels": 3, "open": 1},
 }
-"""By frame size. Patches that are encoded, glance and opened ones: 80, 80, 76, 83, 84, 77 and 73. The long side of 4K is 3840 px."""
+"""By frame size. Patches that are encoded, glance and opened ones: 80, 80, 76, 83, 84 and 77. The long side of 4K is 3840 px."""
 FOUR_K, TILE = 4032, 224
 MANY, FEW = 16, 4
 """Frames of a clip: each level is one more walk through the encoder's weights, which the frames of a clip share."""
