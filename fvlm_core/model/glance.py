@@ -287,7 +287,7 @@ def positions_at(encoder: Encoder, grid: tuple[int, int], down: Tensor, right: T
 def _pixels(
     encoder: Encoder, features: GlanceFeatures, settings: GlanceSettings, level: int, down: Tensor, right: Tensor, rows: Tensor | None
 ) -> Tensor:
-    """Normalised pixels [R * k * zoom**2, 3 * 14 * 14] of the children of the patches in row `down` [R, k] and column `right` at `level`."""
+    """Normalised pixels [R * k * zoom**2, 3 * 14 * 14] of the children of patches in row `down` [R, k] and column `right` at `level`."""
     zoom, size = settings.zooms[level], encoder.patch_px
     scale = math.prod(settings.zooms[level + 1 :])  # the frames are of the last level's resolution
     frame = torch.arange(len(features.frames), device=down.device) if rows is None else rows
