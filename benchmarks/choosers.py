@@ -16,8 +16,7 @@ from fvlm_core.data.cells_world import World
 from fvlm_core.model.encoder import FrameFeatures
 from fvlm_core.model.encoder_layer import Added
 from fvlm_core.model.foveated import FoveatedVLM
-from fvlm_core.model.glance import Chooser, likeliest, look, with_everything
-from fvlm_core.model.squares import shrunk
+from fvlm_core.model.glance import Chooser, likeliest, look, shrunk, with_everything
 
 LOW_SIDE = 4
 """Patches a side of a frame at low resolution: the square whose FLOPs are nearest to a glance of 3 x 3 with one patch opened."""

@@ -31,9 +31,8 @@ from fvlm_core.data.tiles import TiledFrame, TiledFrames, tiled
 from fvlm_core.model.build import build_model
 from fvlm_core.model.flop_counter import count_flops
 from fvlm_core.model.foveated import FoveatedVLM
-from fvlm_core.model.glance import look_at
+from fvlm_core.model.glance import look_at, shrunk
 from fvlm_core.model.inference import Context, read_batch
-from fvlm_core.model.squares import shrunk
 from fvlm_core.serve.stream import FrameStream
 
 FULL_GFLOP = 768.7

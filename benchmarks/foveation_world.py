@@ -27,10 +27,9 @@ from fvlm_core.data.gaze import CELL_PX
 from fvlm_core.data.rows import Split
 from fvlm_core.model.build import build_model
 from fvlm_core.model.foveated import FoveatedVLM
-from fvlm_core.model.glance import likeliest, with_everything
+from fvlm_core.model.glance import likeliest, shrunk, with_everything
 from fvlm_core.model.inference import read_batch
 from fvlm_core.model.names import Mode
-from fvlm_core.model.squares import shrunk
 
 ZOOM = 3
 WIDTH, LAYERS, HEADS = 64, 2, 4

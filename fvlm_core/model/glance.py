@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from fvlm_core.config import GlanceSettings
 from fvlm_core.model.encoder import Encoder, FrameFeatures
 from fvlm_core.model.encoder_layer import Added, EncoderLayer, scaled_sum
-from fvlm_core.model.squares import StoredFrames, select, shrunk, shrunk_squares
+from fvlm_core.model.squares import StoredFrames, select, squares
 from fvlm_core.model.walk import Walk
 
 LEAST = 1e-6
@@ -144,13 +144,10 @@ def children_of(
     zoom, columns = settings.zooms[level], features.grid[1] * math.prod(settings.zooms[:level])
     above = places.gather(1, chosen)
     offsets = torch.arange(zoom, device=above.device)
-    over = above // columns, above % columns
-    down, right = over[0][..., None, None] * zoom + offsets[:, None], over[1][..., None, None] * zoom + offsets
+    down = (above // columns)[..., None, None] * zoom + offsets[:, None]
+    right = (above % columns)[..., None, None] * zoom + offsets
     down, right = (part.expand(-1, -1, zoom, zoom).flatten(1) for part in (down, right))
-    x = _pixels(encoder, features, settings, level, *over, rows)
-    x = F.linear(x, encoder.patches.weight.flatten(1), encoder.patches.bias).unflatten(0, down.shape)
-    finer = math.prod(settings.zooms[: level + 1])
-    x = x + positions_at(encoder, (features.grid[0] * finer, features.grid[1] * finer), down, right).to(x.dtype) + scales[level]
+    x = _embed(encoder, features, settings, level, down, right, rows) + scales[level]
     parent = torch.arange(chosen.shape[1], device=x.device).repeat_interleave(zoom**2)
     parents, under = (part.repeat_interleave(zoom**2, dim=1) for part in (chosen, roots.gather(1, chosen)))
     return Children(x, parent[:, None] == parent, parents, under, down * (columns * zoom) + right)
@@ -269,6 +266,15 @@ def selection(last: EncoderLayer, key: Tensor, entering: Tensor, temperature: fl
     return p / p.sum(-1, keepdim=True).clamp(min=LEAST)
 
 
+def shrunk(frames: Tensor, times: int) -> Tensor:
+    """Frames uint8 [F, H, W, 3] at 1 / `times` of their side, float32: the mean of each square of `times` x `times` pixels."""
+    apart = frames.unflatten(1, (-1, times))
+    rows = apart[:, :, 0].to(torch.int32 if times > 128 else torch.int16)
+    for number in range(1, times):  # `sum` would first make all of the frame as wide as its result
+        rows += apart[:, :, number]
+    return rows.unflatten(2, (-1, times)).sum(3, dtype=torch.int32).float() / times**2
+
+
 def positions_at(encoder: Encoder, grid: tuple[int, int], down: Tensor, right: Tensor) -> Tensor:
     """Position embeddings [..., D] of the patches in row `down` [...] and column `right` [...] of a grid.
 
@@ -284,16 +290,22 @@ def positions_at(encoder: Encoder, grid: tuple[int, int], down: Tensor, right: T
     return sampled[0, :, 0].T.unflatten(0, down.shape).to(table.dtype)
 
 
-def _pixels(
+def _embed(
     encoder: Encoder, features: GlanceFeatures, settings: GlanceSettings, level: int, down: Tensor, right: Tensor, rows: Tensor | None
 ) -> Tensor:
-    """Normalised pixels [R * k * zoom**2, 3 * 14 * 14] of the children of patches in row `down` [R, k] and column `right` at `level`."""
-    zoom, size = settings.zooms[level], encoder.patch_px
+    """Embeddings [R, n, D] of the patches in row `down` [R, n] and column `right` [R, n] of the grid below `level`."""
+    size = encoder.patch_px
     scale = math.prod(settings.zooms[level + 1 :])  # the frames are of the last level's resolution
+    finer = settings.shrink // scale
+    grid = (features.grid[0] * finer, features.grid[1] * finer)
     frame = torch.arange(len(features.frames), device=down.device) if rows is None else rows
-    pixels = shrunk_squares(features.frames, frame, down, right, zoom * size * scale, scale)
-    patches = pixels.unflatten(1, (zoom, size)).unflatten(3, (zoom, size)).permute(0, 1, 3, 5, 2, 4).flatten(0, 2)
-    return ((patches.to(encoder.patches.weight.dtype) - encoder.pixel_mean) / encoder.pixel_std).flatten(1)
+    patches = squares(features.frames, frame, down, right, scale * size)
+    weight = encoder.patches.weight
+    pixels = (shrunk(patches, scale) if scale > 1 else patches).permute(0, 3, 1, 2).to(weight.dtype)
+    assert pixels.shape[-1] == size
+    pixels = ((pixels - encoder.pixel_mean) / encoder.pixel_std).flatten(1)
+    embedded = F.linear(pixels, weight.flatten(1), encoder.patches.bias).unflatten(0, down.shape)
+    return embedded + positions_at(encoder, grid, down, right).to(embedded.dtype)
 
 
 def _selection_loss(attended: Tensor, logs: list[Tensor], zooms: list[int]) -> Tensor:
