@@ -1,5 +1,5 @@
-"""Set before anything is imported: no test asks a hub, every test computes on one thread, CI tries the same examples every time. And one
-Prefect server for all tests."""
+"""Set before anything is imported: no test asks a hub, every test computes on one thread, CI tries the same examples every time. And a
+Prefect server for the tests of a file."""
 
 import os
 import sys
