@@ -1,15 +1,18 @@
 """Tiny models and batches that the model's tests share."""
 
 import numpy as np
+import torch
 
-from fvlm_core.config import LLMSettings, LLMShape, ModelSettings, VisionSettings, VisionShape
-from fvlm_core.data.batch import ChatFormat, Sample, Turn
+from fvlm_core.config import LLMSettings, LLMShape, LossSettings, ModelSettings, VisionSettings, VisionShape
+from fvlm_core.data.batch import ChatFormat, PackedBatch, Sample, Turn
 from fvlm_core.model.build import build_model
 from fvlm_core.model.foveated import FoveatedVLM
 
 CHAT = ChatFormat(system=[1, 2, 3], user_open=[4], user_close=[5], assistant_open=[6], assistant_close=[7, 8])
 VOCAB = 97
 FRAME_PX = 42
+VARIANTS = [{"query": query, "tokens_per_frame": k} for query in ("deep", "shallow", "random", "pooled") for k in (1, 4)]
+VARIANTS.append({"query": "deep", "film_head_width": 8, "temperature": 0.5})
 
 
 def tiny_settings(**changes) -> ModelSettings:
@@ -21,8 +24,12 @@ def tiny_settings(**changes) -> ModelSettings:
 
 
 def tiny_model(**changes) -> FoveatedVLM:
-    """In float64 with sizeable weights, so that comparisons can be strict and nothing is near zero."""
-    model = build_model(tiny_settings(**changes), vocab_size=VOCAB, seed=3).double().eval()
+    return built(tiny_settings(**changes))
+
+
+def built(settings: ModelSettings) -> FoveatedVLM:
+    """In float64 with sizeable weights, those that start at zero too, so that comparisons can be strict and nothing is near zero."""
+    model = build_model(settings, vocab_size=VOCAB, seed=3).double().eval()
     rng = np.random.default_rng(7)
     for parameter in model.parameters():
         parameter.data += parameter.new_tensor(rng.normal(0, 0.05, tuple(parameter.shape)))
@@ -52,3 +59,33 @@ def sample(
         question_first=question_first,
         label_questions=label_questions,
     )
+
+
+def mixed(rng: np.random.Generator):
+    """A batch with everything in it: both orders, an image shown four times, two videos, several turns, text only."""
+    return [
+        sample(rng, frames=3, question_first=True),
+        sample(rng, frames=5, question=7),
+        sample(rng, frames=1, shown=[[0] * 4], question_first=True),
+        sample(rng, frames=4, shown=[[0, 1], [2, 3, 2]], turns=2),
+        sample(rng, frames=0, answer=9),
+        sample(rng, frames=1, label_questions=True),
+    ]
+
+
+def losses(model) -> LossSettings:
+    return LossSettings(coarse=1.0, fine=[0.5, 2.0][: model.settings.fine_iterations])
+
+
+def checkpointing_changes_no_gradient(model: FoveatedVLM, batch: PackedBatch) -> None:
+    """Or it raises AssertionError."""
+    model.train()
+    gradients = []
+    for enabled in (False, True):
+        model.set_gradient_checkpointing(enabled)
+        model.zero_grad()
+        model(batch, losses(model)).objective.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == dict(model.named_parameters()).keys()
+    for name in gradients[0]:
+        torch.testing.assert_close(gradients[0][name], gradients[1][name], msg=name)

@@ -6,15 +6,9 @@ from hypothesis import strategies as st
 
 from fvlm_core.config import GlanceSettings, ModelSettings
 from fvlm_core.data.batch import Sample, pack
-from fvlm_core.model.build import build_model
 from fvlm_core.model.foveated import FoveatedVLM
-from fvlm_core.model.glance import (
-    GlanceFeatures,
-    look,
-    with_everything,
-)
-from tests.model.build import CHAT, VOCAB, tiny_settings
-from tests.model.test_foveated import mixed
+from fvlm_core.model.glance import GlanceFeatures, look, with_everything
+from tests.model.build import CHAT, built, mixed, tiny_settings
 
 GLANCE_PX, ALL = 42, 9
 DEEPEST = [{"zoom": 2, "levels": 1}, {"zoom": 3, "levels": 1}, {"zoom": 2, "levels": 2}, {"zoom": [3, 2], "levels": 2}]
@@ -32,12 +26,7 @@ def glance_settings(**changes) -> ModelSettings:
 
 
 def glance_model(**changes) -> FoveatedVLM:
-    """In float64 with sizeable weights, those that start at zero too."""
-    model = build_model(glance_settings(**changes), vocab_size=VOCAB, seed=3).double().eval()
-    rng = np.random.default_rng(7)
-    for parameter in model.parameters():
-        parameter.data += parameter.new_tensor(rng.normal(0, 0.05, tuple(parameter.shape)))
-    return model
+    return built(glance_settings(**changes))
 
 
 def large(samples: list[Sample], model: FoveatedVLM) -> list[Sample]:

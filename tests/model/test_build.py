@@ -13,8 +13,7 @@ from fvlm_core.data.batch import IGNORE, pack
 from fvlm_core.errors import UserError
 from fvlm_core.model.build import build_model, load_model, save_model
 from fvlm_core.model.inference import logits
-from tests.model.build import CHAT, VOCAB, sample, tiny_model, tiny_settings
-from tests.model.test_foveated import VARIANTS, mixed
+from tests.model.build import CHAT, VARIANTS, VOCAB, mixed, sample, tiny_model, tiny_settings
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)

@@ -7,8 +7,7 @@ from fvlm_core.config import LossSettings
 from fvlm_core.data.batch import IGNORE, pack
 from fvlm_core.model.flop_counter import count_flops
 from fvlm_core.model.flops import ModelDims, SampleShape, sample_flops, samples_for
-from tests.model.build import CHAT, FRAME_PX, tiny_model
-from tests.model.test_foveated import VARIANTS, mixed
+from tests.model.build import CHAT, FRAME_PX, VARIANTS, mixed, tiny_model
 
 
 @pytest.mark.parametrize("frozen", [(), ("vision",), ("llm",), ("vision", "llm")], ids=str)

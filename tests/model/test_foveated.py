@@ -13,26 +13,7 @@ from fvlm_core.config import LLMSettings, LLMShape, LossSettings
 from fvlm_core.data.batch import IGNORE, pack
 from fvlm_core.model.build import build_model
 from fvlm_core.model.inference import logits, read_batch
-from tests.model.build import CHAT, VOCAB, sample, tiny_model, tiny_settings
-
-VARIANTS = [{"query": query, "tokens_per_frame": k} for query in ("deep", "shallow", "random", "pooled") for k in (1, 4)]
-VARIANTS.append({"query": "deep", "film_head_width": 8, "temperature": 0.5})
-
-
-def mixed(rng: np.random.Generator):
-    """A batch with everything in it: both orders, an image shown four times, two videos, several turns, text only."""
-    return [
-        sample(rng, frames=3, question_first=True),
-        sample(rng, frames=5, question=7),
-        sample(rng, frames=1, shown=[[0] * 4], question_first=True),
-        sample(rng, frames=4, shown=[[0, 1], [2, 3, 2]], turns=2),
-        sample(rng, frames=0, answer=9),
-        sample(rng, frames=1, label_questions=True),
-    ]
-
-
-def losses(model) -> LossSettings:
-    return LossSettings(coarse=1.0, fine=[0.5, 2.0][: model.settings.fine_iterations])
+from tests.model.build import CHAT, VARIANTS, VOCAB, checkpointing_changes_no_gradient, losses, mixed, sample, tiny_model, tiny_settings
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -154,16 +135,7 @@ def test_roles_cover_every_parameter_and_decay_only_matrices():
 
 
 def test_gradient_checkpointing_changes_no_gradient():
-    model = tiny_model().train()
-    batch = pack(mixed(np.random.default_rng(11)), CHAT)
-    gradients = []
-    for enabled in (False, True):
-        model.set_gradient_checkpointing(enabled)
-        model.zero_grad()
-        model(batch, losses(model)).objective.backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
-    for name in gradients[0]:
-        torch.testing.assert_close(gradients[0][name], gradients[1][name], msg=name)
+    checkpointing_changes_no_gradient(tiny_model(), pack(mixed(np.random.default_rng(11)), CHAT))
 
 
 def test_rope_of_a_shape_is_what_was_asked_for():

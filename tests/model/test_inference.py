@@ -7,8 +7,7 @@ import torch
 from fvlm_core.data.batch import Sample, Turn, pack
 from fvlm_core.model.inference import gaze, generate, logits, read_batch, token_losses
 from fvlm_core.model.names import MODES
-from tests.model.build import CHAT, sample, tiny_model
-from tests.model.test_foveated import mixed
+from tests.model.build import CHAT, mixed, sample, tiny_model
 
 
 @pytest.mark.parametrize("query", ["deep", "shallow", "random"])

@@ -6,8 +6,7 @@ import torch
 from fvlm_core.config import LossSettings
 from fvlm_core.data.batch import IGNORE, pack
 from fvlm_core.train.naive import padded
-from tests.model.build import CHAT, tiny_model
-from tests.model.test_foveated import mixed
+from tests.model.build import CHAT, mixed, tiny_model
 
 
 def test_padding_changes_no_sample_and_costs_what_it_costs() -> None:
