@@ -10,7 +10,6 @@ from pathlib import Path
 
 import prefect
 from filelock import FileLock
-from prefect.server.database import provide_database_interface
 
 MODEL = Path(prefect.__file__).parent / "__pycache__" / f"database-{prefect.__version__}.db"
 """What came of the migrations, and nothing else: no server has run on it. It is where Python keeps what it makes of Prefect's source."""
@@ -29,6 +28,8 @@ def begin(database: Path, model: Path = MODEL) -> None:
         if not model.exists():
             with FileLock(model.with_suffix(".lock"), timeout=WAIT_S):
                 if not model.exists():
+                    from prefect.server.database import provide_database_interface  # a second, which a copy does not need
+
                     asyncio.run(provide_database_interface().create_db())
                     _copy(database, model)
                     return

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from sqlalchemy.exc import OperationalError
 
-from infra.server import LockingSqlite
-
 
 def test_a_refused_statement_that_is_dropped_keeps_nobody_waiting(tmp_path: Path) -> None:
     """Its connection meanwhile waits for a lock, and the lock's owner for the event loop."""
+    from infra.server import LockingSqlite  # a whole server: two seconds in every process that only collects tests
 
     async def drop_while_its_connection_waits() -> None:
         engine = await LockingSqlite(f"sqlite+aiosqlite:///{tmp_path / 'database'}").engine()
