@@ -29,7 +29,7 @@ from fvlm_core.tables import Table, number
 
 ASKED_TASKS = tuple(task for task in TASKS if task != "caption")
 """Tasks whose answers are one digit a frame."""
-CHANGES = ("steps", "encoder_steps", "copies", "clutter_step", "clutter_gate", "places", "cell_too")
+CHANGES = ("steps", "encoder_steps", "copies", "clutter_step", "clutter_gate", "vision_learning_rate")
 """Settings of a plan that options change."""
 
 
@@ -91,8 +91,7 @@ def record(plan: Plan, trained: Trained, asked: Asked, rows: Sequence[Row]) -> d
         "planned_steps": plan.steps,
         "copies": plan.copies,
         "wording": plan.wording,
-        "places": plan.asks_places,
-        "parts": [asdict(part) for part in plan.parts],
+        "vision_learning_rate": plan.vision_learning_rate,
         "tokens_per_frame": trained.subject.model.settings.tokens_per_frame,
         "params": sum(one.numel() for one in trained.subject.model.parameters()),
         "clutter": round(trained.clutter, 3),
@@ -170,8 +169,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--copies", type=int, help="distorted copies of each training digit")
     parser.add_argument("--clutter-step", type=float, help="what a step adds to the clutter")
     parser.add_argument("--clutter-gate", type=float, help="nats a digit, below which it is added")
-    parser.add_argument("--places", action=argparse.BooleanOptionalAction, help="training asks for the digits' places too; a hunt's does")
-    parser.add_argument("--cell-too", action=argparse.BooleanOptionalAction, help="training shows clips of cell too; a hunt's does")
+    parser.add_argument("--vision-learning-rate", type=float, help="of the encoder; all else learns at 2e-3")
     parser.add_argument("--only", choices=[*CONTROLS, *VARIANTS], help="train this instead of the model")
     parser.add_argument("--start", type=Path, help="weights to begin with")
     parser.add_argument("--save", type=Path, help="where the weights go")

@@ -4,14 +4,13 @@ Model, packing, losses, optimizer and schedule are those of `fvlm_core`. What a 
 the clutter grows as fast as the model learns. A digit beside the asked one appears with a probability that starts at 0 and rises a
 little in every step in which questions before the video are answered well enough; dense from the start, nothing is learned.
 
-*hunt* is learned with two helps. A second turn asks for the places of the digits: those hang on the crosses, which the answer to the first
-turn says nothing of until somebody looks where they point. And a third of the clips are *cell* clips, where the question names
-the place in all frames: so looking where one is sent is learned before it is known who sends.
+The encoder learns at a tenth of the others' rate. At the full one it loses within 50 steps what the clips of the beginning do not
+ask for (of a *hunt*: where the cross is), and does not learn it again.
 """
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -40,17 +39,6 @@ VOCABULARY = 400
 EVAL_BATCH = 128
 RUNNING = 0.9
 """How much of the running loss is kept at a step."""
-WHERE = "where"
-"""Asks for the places."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """Samples of a step that are alike."""
-
-    task: gaze.Task
-    question_first: bool
-    samples: int
 
 
 @dataclass(frozen=True)
@@ -62,7 +50,7 @@ class Plan:
     steps: int = 1600
     """What six minutes of one core allow, about."""
     batch_samples: int = 96
-    """Half of them with the question before the video, half after it; with `cell_too` half, a sixth and a third of *cell*."""
+    """Half of them with the question before the video, half after it."""
     frames: int = 3
     noise: float = 0.1
     encoder_steps: int = 2000
@@ -70,21 +58,19 @@ class Plan:
     copies: int = 8
     """Distorted copies of each training digit, for the encoder and for the model."""
     learning_rate: float = 2e-3
-    """Of all roles."""
+    """Of connector and language model."""
+    vision_learning_rate: float = 2e-4
+    """Of the encoder."""
     warmup_steps: int = 40
     first_clutter: float = 0.0
     clutter_step: float = 0.01
     """What a step adds to the clutter while the running loss of the last pass, question first, is below `clutter_gate`."""
-    clutter_gate: float | None = None
-    """Nats per digit, where chance is 2.30; None: 1.1, or 0.6 where places are asked for, which are certain once they are known."""
+    clutter_gate: float = 1.1
+    """Nats per digit, where chance is 2.30."""
     model: dict[str, Any] = field(default_factory=dict)
     """Changes of `model_settings`."""
     wording: Literal["words", "sentence"] = "words"
     """words: only what differs between questions, without a system prompt; sentence: the questions and the chat format of the pipeline."""
-    places: bool | None = None
-    """Training asks for the places of the digits too; None: in *hunt*."""
-    cell_too: bool | None = None
-    """Training shows clips of *cell* too; None: in *hunt*."""
     max_cpu_s: float = float("inf")
     """Processor time after which the training stops early."""
 
@@ -100,24 +86,6 @@ class Plan:
             colours=self.task in ("colour", "track"),
             crosses=self.task == "hunt",
         )
-
-    @property
-    def asks_places(self) -> bool:
-        """`places`, decided."""
-        return self.task == "hunt" if self.places is None else self.places
-
-    @property
-    def gate(self) -> float:
-        """`clutter_gate`, decided."""
-        return self.clutter_gate if self.clutter_gate is not None else 0.6 if self.asks_places else 1.1
-
-    @property
-    def parts(self) -> list[Part]:
-        """What a step is made of; how well the first part is answered decides on the clutter."""
-        half, sixth = self.batch_samples // 2, self.batch_samples // 6
-        if self.task == "hunt" if self.cell_too is None else self.cell_too:
-            return [Part(self.task, True, half), Part(self.task, False, sixth), Part("cell", True, self.batch_samples - half - sixth)]
-        return [Part(self.task, True, half), Part(self.task, False, half)]
 
     @property
     def loss(self) -> LossSettings:
@@ -176,25 +144,19 @@ class Asker:
         return cls(plan, tokenizer, chat)
 
     def sample(self, clip: gaze.GazeClip, *, question_first: bool, answered: bool = True) -> Sample:
-        """The question about a clip's path, with its answer (and where that is asked for, the places) or up to where it begins."""
-        turns = [Turn(self.ids(_question(self.plan, clip)), self.ids(_answer(clip)) if answered else [])]
-        if answered and self.asks_places(clip.task):
-            turns.append(Turn(self.ids(WHERE), self.ids(_places(clip))))
+        """The question about a clip's path, with its answer or up to where it begins."""
+        turn = Turn(self.ids(_question(self.plan, clip)), self.ids(_answer(clip)) if answered else [])
         shown = list(range(len(clip.frames)))
-        return Sample("gaze", "gaze", clip.frames, [shown], turns, question_first=question_first)
+        return Sample("gaze", "gaze", clip.frames, [shown], [turn], question_first=question_first)
 
-    def asks_places(self, task: gaze.Task) -> bool:
-        """Whether clips of the task are asked for the places too: the plan's own, not those beside them."""
-        return self.plan.asks_places and task == self.plan.task
-
-    def batch(self, rng: np.random.Generator, part: Part, clutter: float, tokens_per_frame: int) -> PackedBatch:
+    def batch(self, rng: np.random.Generator, clips: int, clutter: float, tokens_per_frame: int, *, question_first: bool) -> PackedBatch:
         """New clips and their questions."""
         plan = self.plan
-        clips = [
-            gaze.render(rng, "train", task=part.task, frames=plan.frames, clutter=clutter, noise=plan.noise, copies=plan.copies)
-            for _ in range(part.samples)
+        drawn = [
+            gaze.render(rng, "train", task=plan.task, frames=plan.frames, clutter=clutter, noise=plan.noise, copies=plan.copies)
+            for _ in range(clips)
         ]
-        samples = [self.sample(clip, question_first=part.question_first) for clip in clips]
+        samples = [self.sample(clip, question_first=question_first) for clip in drawn]
         return pack(samples, self.chat, tokens_per_frame=tokens_per_frame)
 
     def ids(self, text: str) -> list[int]:
@@ -225,7 +187,7 @@ def train(plan: Plan, say: Callable[[str], None] = lambda _: None, start: Mappin
     entropy = entropy_at_start(subject, asker)
     say(f"attention entropy at step 0: {entropy}")
     rates = OptimizerSettings(
-        lr_connector=plan.learning_rate, lr_vision=plan.learning_rate, lr_llm=plan.learning_rate, warmup_steps=plan.warmup_steps
+        lr_connector=plan.learning_rate, lr_vision=plan.vision_learning_rate, lr_llm=plan.learning_rate, warmup_steps=plan.warmup_steps
     )
     optimizer = build_optimizer(model, rates)
     objective = TokenLoss(plan.loss, model.pass_names)
@@ -235,13 +197,13 @@ def train(plan: Plan, say: Callable[[str], None] = lambda _: None, start: Mappin
     last, done = objective.names[-1], 0
     model.train()
     while done < plan.steps and time.process_time() - started < plan.max_cpu_s:
-        batches = [asker.batch(rng, part, clutter, model.settings.tokens_per_frame) for part in plan.parts]
+        half, tokens = plan.batch_samples // 2, model.settings.tokens_per_frame
+        batches = [asker.batch(rng, half, clutter, tokens, question_first=first) for first in (True, False)]
         labels, nats = sum(batch.n_labels for batch in batches), []
-        for part, batch in zip(plan.parts, batches, strict=True):
+        for batch in batches:
             sums = objective(model, batch, subject.device)
             (sums.objective / labels).backward()
-            asked = part.samples * plan.frames * (1 + asker.asks_places(part.task))
-            nats.append(sums.parts[last].item() / asked)
+            nats.append(sums.parts[last].item() / (half * plan.frames))
             flops += cost.batch(batch)
         norm = torch.stack(list(gradient_norms(optimizer).values())).norm()
         clip_gradients(optimizer, rates.clip_norm, norm)
@@ -250,13 +212,12 @@ def train(plan: Plan, say: Callable[[str], None] = lambda _: None, start: Mappin
         optimizer.zero_grad(set_to_none=True)
         done += 1
         running = RUNNING * running + (1 - RUNNING) * nats[0]
-        if running < plan.gate:
+        if running < plan.clutter_gate:
             clutter = min(1.0, clutter + plan.clutter_step)
             full_at = done if full_at is None and clutter == 1.0 else full_at
         if done % 25 == 0:
-            orders = ["first" if part.question_first else "after" for part in plan.parts]
-            heard = [f"{loss:.2f} {part.task}, question {order}" for loss, part, order in zip(nats, plan.parts, orders, strict=True)]
-            say(f"step {done}: clutter {clutter:.2f}; nats per character: {'; '.join(heard)}; {time.process_time() - started:.0f} s")
+            heard = f"nats per digit {nats[0]:.2f}, with the question after {nats[1]:.2f}"
+            say(f"step {done}: clutter {clutter:.2f}; {heard}; {time.process_time() - started:.0f} s")
     cpu_s = time.process_time() - started
     model.eval()
     return Trained(asker, subject, done, clutter, full_at, flops, cpu_s, encoder_s, accuracy, entropy)
@@ -266,10 +227,9 @@ def step_flops(plan: Plan) -> float:
     """Training FLOPs of a step, from the configuration."""
     asker = Asker.of(plan)
     model = build_model(plan.model_settings, vocab_size=len(asker.tokenizer))
-    rng, cost = np.random.default_rng(0), Cost(model, plan.loss)
-    alone = [replace(part, samples=1) for part in plan.parts]
-    costs = [cost.batch(asker.batch(rng, part, 1.0, model.settings.tokens_per_frame)) for part in alone]
-    return sum(one * part.samples for one, part in zip(costs, plan.parts, strict=True))
+    rng, cost, tokens = np.random.default_rng(0), Cost(model, plan.loss), model.settings.tokens_per_frame
+    both = [cost.batch(asker.batch(rng, 1, 1.0, tokens, question_first=first)) for first in (True, False)]
+    return sum(both) * plan.batch_samples / 2
 
 
 @torch.no_grad()
@@ -296,11 +256,6 @@ def _question(plan: Plan, clip: gaze.GazeClip) -> str:
     if plan.wording == "sentence" or clip.task == "caption":
         return gaze.question(clip)
     return clip.colour if clip.task == "colour" else clip.place
-
-
-def _places(clip: gaze.GazeClip) -> str:
-    """Numbers of the cells that count, row by row from 1."""
-    return "".join(str(1 + cell) for cell in clip.path @ (gaze.GRID, 1))
 
 
 def _answer(clip: gaze.GazeClip) -> str:

@@ -75,6 +75,11 @@ class GazeClip:
         return "".join(str(digit) for digit in self.digits[np.arange(len(self.path)), *self.path.T])
 
     @property
+    def crosses(self) -> np.ndarray:
+        """int [T]: the cell of each frame's cross, counted row by row from 0; of a `hunt`, because no other task has any."""
+        return (self.digits == CROSS).reshape(len(self.digits), -1).argmax(1)
+
+    @property
     def place(self) -> str:
         """Name of the first frame's cell that counts."""
         row, column = self.path[0].tolist()

@@ -244,7 +244,7 @@ class VisionTrainingSettings(Settings):
     colours: bool = False
     """Patches predict the colour of their digit as well."""
     crosses: bool = False
-    """Each frame has the cross of the task `hunt`, which is an eleventh digit to predict."""
+    """Each frame has the cross of the task `hunt`, which is an eleventh digit to predict; patches also predict which cell it is in."""
     seed: int = 0
     """Of the weights and the rendered frames."""
     threads: Positive = 1

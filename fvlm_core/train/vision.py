@@ -3,7 +3,8 @@
 `python -m fvlm_core.train.vision job.yaml` trains a DINOv2-shaped encoder on rendered digit grids and leaves a transformers
 checkpoint, which the model then loads by path as it would load `facebook/dinov2-small` by name. Each patch predicts its own
 digit and those to its right and below (and its digit's colour where asked for): the neighbours make the encoder's attention carry
-*where* something is, without which queries never learn to look (own digits alone are not enough).
+*where* something is, without which queries never learn to look (own digits alone are not enough). Where frames have a cross, what a
+query reads of any patch says where it is, as patches of a large encoder know something of the whole image.
 """
 
 import time
@@ -27,7 +28,7 @@ from fvlm_core.train.schedules import learning_rates
 
 TARGETS = ("own", "right", "below")
 """Digits that every patch predicts: its own, its right neighbour's, its lower neighbour's."""
-COLOUR = "colour"
+COLOUR, CROSS = "colour", "cross"
 CLASSES = 11
 """Ten digits, and the cross where there is one."""
 IGNORE = -100
@@ -52,52 +53,82 @@ def train_vision(job: VisionJob) -> Manifest:
 def pretrained(
     settings: VisionTrainingSettings, shape: VisionShape, each_step: Callable[[int, float], None] | None = None
 ) -> tuple[Encoder, dict[str, float]]:
-    """An encoder of a shape after its training, and its accuracy on held-out digits by target.
+    """An encoder of a shape after its training, and its accuracy on frames of held-out digits by what was asked.
 
     `each_step` is called with the number of steps done and the last one's loss.
     """
     torch.manual_seed(settings.seed)
     rng = np.random.default_rng(settings.seed)
     encoder = build_encoder(VisionSettings(shape=shape, frame_px=gaze.FRAME_PX))
-    targets = (*TARGETS, *([COLOUR] if settings.colours else []))
-    head = nn.Linear(shape.width, len(targets) * (CLASSES if settings.crosses else CLASSES - 1))
-    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=settings.optimizer.lr_vision, fused=True)
+    asked = _Questions(settings, shape.width)
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *asked.parameters()], lr=settings.optimizer.lr_vision, fused=True)
     for step in range(settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rates(settings.optimizer, step, settings.steps)["vision"]
-        frames, wanted = _batch(rng, "train", settings, settings.batch_frames)
-        loss = F.cross_entropy(_logits(encoder, head, frames, len(targets)), wanted, ignore_index=IGNORE)
+        loss = asked.loss(encoder, _frames(rng, "train", settings, settings.batch_frames))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if each_step is not None:
             each_step(step + 1, loss.item())
-    with torch.no_grad():
-        frames, wanted = _batch(rng, "val", settings, 256)
-        right = _logits(encoder, head, frames, len(targets)).argmax(1) == wanted
-    accuracy = {name: right[:, n][wanted[:, n] != IGNORE].float().mean().item() for n, name in enumerate(targets)}
-    return encoder, accuracy
+    return encoder, asked.accuracy(encoder, _frames(rng, "val", settings, 256))
 
 
-def _logits(encoder: Encoder, head: nn.Linear, frames: Tensor, targets: int) -> Tensor:
-    """Frames uint8 [F, H, W, 3] -> logits [F x patches, classes, targets]."""
-    patches = encoder.encode(frames, patches=True).patches
-    assert patches is not None
-    return head(patches[:, 1:]).unflatten(-1, (-1, targets)).flatten(0, 1)
-
-
-def _batch(rng: np.random.Generator, split: Split, settings: VisionTrainingSettings, frames: int) -> tuple[Tensor, Tensor]:
-    """Full grids uint8 [frames, H, W, 3] and targets int64 [frames x patches, targets], IGNORE past the edges."""
+def _frames(rng: np.random.Generator, split: Split, settings: VisionTrainingSettings, frames: int) -> gaze.GazeClip:
+    """Frames with something in every cell."""
     copies = settings.copies if split == "train" else 0
-    clip = gaze.render(rng, split, task="hunt" if settings.crosses else "cell", frames=frames, copies=copies)
-    digits = np.where(clip.digits == gaze.CROSS, CLASSES - 1, clip.digits)
-    targets = np.full((*digits.shape, len(TARGETS) + settings.colours), IGNORE)
-    targets[..., 0] = digits
-    targets[:, :, :-1, 1] = digits[:, :, 1:]
-    targets[:, :-1, :, 2] = digits[:, 1:]
-    if settings.colours:
-        targets[..., 3] = np.where(clip.digits == gaze.CROSS, IGNORE, clip.colours)
-    return torch.from_numpy(clip.frames), torch.from_numpy(targets).flatten(0, 2)
+    return gaze.render(rng, split, task="hunt" if settings.crosses else "cell", frames=frames, copies=copies)
+
+
+class _Questions(nn.Module):
+    """What every patch is asked: linear heads, which are thrown away after the training."""
+
+    def __init__(self, settings: VisionTrainingSettings, width: int) -> None:
+        super().__init__()
+        self.targets = (*TARGETS, *([COLOUR] if settings.colours else []))
+        self.of_output = nn.Linear(width, len(self.targets) * (CLASSES if settings.crosses else CLASSES - 1))
+        self.of_values = nn.Linear(width, gaze.GRID**2) if settings.crosses else None
+        """Asks for the cross's cell. Of the last layer's values, because those are all that a query gets of a patch there."""
+
+    def loss(self, encoder: Encoder, clip: gaze.GazeClip) -> Tensor:
+        """Nats per answer, those about the cross apart and added."""
+        logits, of_cross = self(encoder, clip)
+        loss = F.cross_entropy(logits, self._answers(clip), ignore_index=IGNORE)
+        return loss if of_cross is None else loss + F.cross_entropy(of_cross, _crosses(clip))
+
+    @torch.no_grad()
+    def accuracy(self, encoder: Encoder, clip: gaze.GazeClip) -> dict[str, float]:
+        """Share of right answers by target."""
+        logits, of_cross = self(encoder, clip)
+        wanted = self._answers(clip)
+        right = logits.argmax(1) == wanted
+        found = {name: right[:, n][wanted[:, n] != IGNORE].float().mean().item() for n, name in enumerate(self.targets)}
+        return found if of_cross is None else found | {CROSS: (of_cross.argmax(1) == _crosses(clip)).float().mean().item()}
+
+    def forward(self, encoder: Encoder, clip: gaze.GazeClip) -> tuple[Tensor, Tensor | None]:
+        """Logits [frames x patches, classes, targets], and those of the cross's cell [frames x patches, cells]."""
+        features = encoder.encode(torch.from_numpy(clip.frames), patches=True)
+        assert features.patches is not None
+        logits = self.of_output(features.patches[:, 1:]).unflatten(-1, (-1, len(self.targets))).flatten(0, 1)
+        if self.of_values is None:
+            return logits, None
+        return logits, self.of_values(features.values[-1].transpose(1, 2).flatten(2)[:, 1:]).flatten(0, 1)
+
+    def _answers(self, clip: gaze.GazeClip) -> Tensor:
+        """int64 [frames x patches, targets], IGNORE past the edges."""
+        digits = np.where(clip.digits == gaze.CROSS, CLASSES - 1, clip.digits)
+        answers = np.full((*digits.shape, len(self.targets)), IGNORE)
+        answers[..., 0] = digits
+        answers[:, :, :-1, 1] = digits[:, :, 1:]
+        answers[:, :-1, :, 2] = digits[:, 1:]
+        if COLOUR in self.targets:
+            answers[..., 3] = np.where(clip.digits == gaze.CROSS, IGNORE, clip.colours)
+        return torch.from_numpy(answers).flatten(0, 2)
+
+
+def _crosses(clip: gaze.GazeClip) -> Tensor:
+    """The cell of the frame's cross, for each of its patches: int64 [frames x patches]."""
+    return torch.from_numpy(clip.crosses).repeat_interleave(gaze.GRID**2)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ def solve(clip: gaze.GazeClip, question: str) -> str:
             cells.append(only(t, "white"))
         elif "cross" in question and t:
             [cell] = np.argwhere(clip.digits[t - 1] == gaze.CROSS).tolist()
+            assert divmod(clip.crosses[t - 1], clip.digits.shape[-1]) == tuple(cell)
             cells.append(tuple(cell))
         elif "follow its colour" in question:
             assert named is not None

@@ -22,6 +22,6 @@ def test_it_learns_colours_and_crosses_where_asked_for():
     optimizer = OptimizerSettings(lr_vision=4e-3, warmup_steps=10)
     settings = VisionTrainingSettings(steps=60, batch_frames=48, optimizer=optimizer, copies=1, colours=True, crosses=True)
     _, accuracy = pretrained(settings, shape)
-    assert set(accuracy) == {"own", "right", "below", "colour"}
+    assert set(accuracy) == {"own", "right", "below", "colour", "cross"}
     assert accuracy["colour"] > 0.8  # chance is 1 / 6
-    assert accuracy["own"] > 0.45  # of eleven
+    assert accuracy["own"] > 0.3  # chance is 1 / 11; where the cross is takes a thousand steps
