@@ -26,6 +26,7 @@ from benchmarks.gaze_training import Plan, Trained, step_flops, train
 from fvlm_core.data.gaze import TASKS
 from fvlm_core.eval.stats import Bootstrap
 from fvlm_core.tables import Table, number
+from fvlm_core.train.vision import still_known
 
 ASKED_TASKS = tuple(task for task in TASKS if task != "caption")
 """Tasks whose answers are one digit a frame."""
@@ -100,6 +101,7 @@ def record(plan: Plan, trained: Trained, asked: Asked, rows: Sequence[Row]) -> d
         "cpu_s": round(trained.cpu_s, 1),
         "encoder_cpu_s": round(trained.encoder_cpu_s, 1),
         "encoder_accuracy": trained.encoder_accuracy,
+        "encoder_keeps": still_known(trained.subject.model.encoder, plan.encoder) if plan.encoder else {},
         "entropy_at_start": trained.entropy,
         "constant": round(asked.constant, 4),
         "bag_ceiling": round(asked.bag_ceiling, 4),

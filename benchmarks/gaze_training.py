@@ -118,7 +118,7 @@ class Trained:
     """Processor time of the training, without the encoder's."""
     encoder_cpu_s: float
     encoder_accuracy: dict[str, float]
-    """On validation digits: own, right neighbour's, lower neighbour's; empty where there was no training."""
+    """On validation digits: own, right neighbour's, lower neighbour's and what else was asked; empty where there was no training."""
     entropy: dict[str, float]
     """`entropy_at_start`."""
 

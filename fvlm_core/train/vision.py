@@ -9,6 +9,7 @@ query reads of any patch says where it is, as patches of a large encoder know so
 
 import time
 from collections.abc import Callable
+from copy import deepcopy
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fvlm_core.cli import run_job
-from fvlm_core.config import VisionSettings, VisionShape
+from fvlm_core.config import OptimizerSettings, VisionSettings, VisionShape
 from fvlm_core.data import gaze
 from fvlm_core.data.rows import Split
 from fvlm_core.manifest import Manifest, file_entries
@@ -32,6 +33,8 @@ COLOUR, CROSS = "colour", "cross"
 CLASSES = 11
 """Ten digits, and the cross where there is one."""
 IGNORE = -100
+PROBE_STEPS, PROBE_RATE = 300, 1e-2
+"""Of the heads of `still_known`."""
 
 
 def train_vision(job: VisionJob) -> Manifest:
@@ -58,10 +61,23 @@ def pretrained(
     `each_step` is called with the number of steps done and the last one's loss.
     """
     torch.manual_seed(settings.seed)
-    rng = np.random.default_rng(settings.seed)
     encoder = build_encoder(VisionSettings(shape=shape, frame_px=gaze.FRAME_PX))
-    asked = _Questions(settings, shape.width)
-    optimizer = torch.optim.AdamW([*encoder.parameters(), *asked.parameters()], lr=settings.optimizer.lr_vision, fused=True)
+    return encoder, _taught(encoder, settings, each_step)
+
+
+def still_known(encoder: Encoder, settings: VisionTrainingSettings) -> dict[str, float]:
+    """What new linear heads read off an encoder that stays as it is, as `pretrained` tells it: what a training after its own has left."""
+    torch.manual_seed(settings.seed)
+    probe = {"steps": PROBE_STEPS, "optimizer": OptimizerSettings(lr_vision=PROBE_RATE, warmup_steps=10)}
+    return _taught(deepcopy(encoder).requires_grad_(False), settings.model_copy(update=probe))
+
+
+def _taught(encoder: Encoder, settings: VisionTrainingSettings, each_step: Callable[[int, float], None] | None = None) -> dict[str, float]:
+    """Train heads, and the encoder where it is trainable; accuracy on frames of held-out digits by what was asked."""
+    rng = np.random.default_rng(settings.seed)
+    asked = _Questions(settings, encoder.config.hidden_size)
+    trained = [one for one in (*encoder.parameters(), *asked.parameters()) if one.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=settings.optimizer.lr_vision, fused=True)
     for step in range(settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rates(settings.optimizer, step, settings.steps)["vision"]
@@ -71,7 +87,7 @@ def pretrained(
         optimizer.step()
         if each_step is not None:
             each_step(step + 1, loss.item())
-    return encoder, asked.accuracy(encoder, _frames(rng, "val", settings, 256))
+    return asked.accuracy(encoder, _frames(rng, "val", settings, 256))
 
 
 def _frames(rng: np.random.Generator, split: Split, settings: VisionTrainingSettings, frames: int) -> gaze.GazeClip:
