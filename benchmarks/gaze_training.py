@@ -4,7 +4,7 @@ Model, packing, losses, optimizer and schedule are those of `fvlm_core`. What a 
 the clutter grows as fast as the model learns. A digit beside the asked one appears with a probability that starts at 0 and rises a
 little in every step in which questions before the video are answered well enough; dense from the start, nothing is learned.
 
-The encoder learns at a tenth of the others' rate. At the full one it loses within 50 steps what the clips of the beginning do not
+The encoder learns at a fifth of the others' rate. At the full one it loses within 50 steps what the clips of the beginning do not
 ask for (of a *hunt*: where the cross is), and does not learn it again.
 """
 
@@ -59,7 +59,7 @@ class Plan:
     """Distorted copies of each training digit, for the encoder and for the model."""
     learning_rate: float = 2e-3
     """Of connector and language model."""
-    vision_learning_rate: float = 2e-4
+    vision_learning_rate: float = 4e-4
     """Of the encoder."""
     warmup_steps: int = 40
     first_clutter: float = 0.0
