@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gaze_measures import MAIN
+from benchmarks.gaze_training import Plan
 from fvlm_core.canvas import COLOURS, WIDTH, canvas
 from fvlm_core.eval.estimates import Estimate
 from fvlm_core.tables import Table, number
@@ -30,13 +31,18 @@ def read(folder: Path) -> list[Run]:
 
 
 def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The model's own runs by task, number of steps and wording, e.g. `cell, 1,600 steps`."""
+    """The model's own runs by task, number of steps, wording and the encoder's rate, e.g. `cell, 1,600 steps`."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         if not run["control"]:
             sentences = ", questions as sentences" if run["wording"] == "sentence" else ""
-            found.setdefault(f"{run['task']}, {run['planned_steps']:,} steps{sentences}", []).append(run)
+            rate = "" if _usual_rate(run) else f", encoder at {run['vision_learning_rate']:g}"
+            found.setdefault(f"{run['task']}, {run['planned_steps']:,} steps{sentences}{rate}", []).append(run)
     return found
+
+
+def _usual_rate(run: Run) -> bool:
+    return run["vision_learning_rate"] == Plan().vision_learning_rate
 
 
 def row(run: Run, condition: str) -> dict[str, Any] | None:
@@ -112,6 +118,21 @@ def _value(run: Run, condition: str, what: str = "accuracy") -> float:
     return found.value
 
 
+def encoders_table(runs: Sequence[Run]) -> Table | None:
+    """What linear heads read off the encoder before and after the model's training; None where no run has asked."""
+    asked = [run for run in runs if run.get("encoder_keeps")]
+    if not asked:
+        return None
+    names = list(dict.fromkeys(name for run in asked for name in run["encoder_keeps"]))
+    rows = []
+    for run in asked:
+        both = [run["encoder_accuracy"], run["encoder_keeps"]]
+        shares = [" -> ".join(f"{one[name]:.3f}" for one in both) if name in both[0] else "" for name in names]
+        rows.append([run["task"], str(run["seed"]), f"{run['vision_learning_rate']:g}", f"{run['steps']:,}", *shares])
+    note = "Held-out digits, full grids, before -> after; after: by heads trained anew on the encoder as it is."
+    return Table(title="What the encoder knows", head=["task", "seed", "encoder's rate", "steps", *names], rows=rows, note=note)
+
+
 def controls_table(runs: Sequence[Run]) -> Table:
     """The model and the trained controls: tokens, FLOPs, accuracy."""
     rows = []
@@ -174,8 +195,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = read(options.folder)
     for task, own in groups(runs).items():
         print(seeds_table(task, own).markdown(), end="\n\n")
+    if known := encoders_table([run for run in runs if not run["control"]]):
+        print(known.markdown(), end="\n\n")
     longest = max(one["planned_steps"] for one in runs)
-    cell = [run for run in runs if (run["task"], run["wording"], run["planned_steps"]) == ("cell", "words", longest)]
+    alike = [run for run in runs if _usual_rate(run) and run["planned_steps"] == longest]
+    cell = [run for run in alike if (run["task"], run["wording"]) == ("cell", "words")]
     if any(run["control"] for run in cell):
         print(controls_table(cell).markdown())
         if options.figure:

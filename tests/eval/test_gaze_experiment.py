@@ -188,14 +188,16 @@ def test_results_are_put_beside_controls(tmp_path, capsys):
     experiment.main([*QUICK, "--json", "--only", "9 pooled tokens"])
     lines = capsys.readouterr().out.splitlines()
     runs = [json.loads(line) for line in lines]
-    for number, run in enumerate(runs):  # accuracies that are known
+    faster = json.loads(lines[0]) | {"vision_learning_rate": 2e-3, "encoder_accuracy": {"own": 0.9}, "encoder_keeps": {"own": 0.4}}
+    for number, run in enumerate([*runs, faster]):  # accuracies that are known
         for row in run["rows"]:
             row["accuracy"] |= {"value": 0.5 - 0.1 * number, "low": 0.1, "high": 0.9}
         (tmp_path / f"{number}.json").write_text(json.dumps(run))
     gaze_results.main([str(tmp_path), "--figure", str(tmp_path / "plot")])
     text = capsys.readouterr().out
-    assert "**0.400 (seed 1)**" in text
+    assert text.index("**0.400 (seed 1)**") < text.index("**0.200 (seed 0)**"), "another rate of the encoder's is another table"
     assert "| 9 pooled tokens | 0 | 9 | 1 |" in text
+    assert "| cell | 0 | 0.002 | 1 | 0.900 -> 0.400 |" in text
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert "</svg>" in (tmp_path / "plot.svg").read_text()
 
