@@ -4,7 +4,7 @@
 checkpoint, which the model then loads by path as it would load `facebook/dinov2-small` by name. Each patch predicts its own
 digit and those to its right and below (and its digit's colour where asked for): the neighbours make the encoder's attention carry
 *where* something is, without which queries never learn to look (own digits alone are not enough). Where frames have a cross, what a
-query reads of any patch says where it is, as patches of a large encoder know something of the whole image.
+query reads of any patch says where it is: the one token of such a frame has to tell a digit, and where to look in the next.
 """
 
 import time
