@@ -32,6 +32,8 @@ TARGETS = ("own", "right", "below")
 COLOUR, CROSS = "colour", "cross"
 CLASSES = 11
 """Ten digits, and the cross where there is one."""
+CROSS_WEIGHT = 0.3
+"""Of the loss about the cross's cell beside the digits'. At 1, neighbours were known in .62 to .71 after 2,000 steps instead of .87 to .91."""
 IGNORE = -100
 PROBE_STEPS, PROBE_RATE = 300, 1e-2
 """Of the heads of `still_known`."""
@@ -107,10 +109,10 @@ class _Questions(nn.Module):
         """Asks for the cross's cell. Of the last layer's values, because those are all that a query gets of a patch there."""
 
     def loss(self, encoder: Encoder, clip: gaze.GazeClip) -> Tensor:
-        """Nats per answer, those about the cross apart and added."""
+        """Nats per answer, and those about the cross at their weight."""
         logits, of_cross = self(encoder, clip)
         loss = F.cross_entropy(logits, self._answers(clip), ignore_index=IGNORE)
-        return loss if of_cross is None else loss + F.cross_entropy(of_cross, _crosses(clip))
+        return loss if of_cross is None else loss + CROSS_WEIGHT * F.cross_entropy(of_cross, _crosses(clip))
 
     @torch.no_grad()
     def accuracy(self, encoder: Encoder, clip: gaze.GazeClip) -> dict[str, float]:
