@@ -33,7 +33,7 @@ COLOUR, CROSS = "colour", "cross"
 CLASSES = 11
 """Ten digits, and the cross where there is one."""
 CROSS_WEIGHT = 0.3
-"""Of the loss about the cross's cell beside the digits'. At 1, neighbours were known in .62 to .71 after 2,000 steps instead of .87 to .91."""
+"""Of the loss about the cross's cell beside the digits'. At 1, neighbours are known in .62 to .71 after 2,000 steps, not in .87 to .91."""
 IGNORE = -100
 PROBE_STEPS, PROBE_RATE = 300, 1e-2
 """Of the heads of `still_known`."""
