@@ -47,8 +47,8 @@ class Plan:
 
     task: gaze.Task = "cell"
     seed: int = 0
-    steps: int = 1600
-    """What six minutes of one core allow, about."""
+    steps: int = 1400
+    """Five to six minutes of one core, with the encoder's."""
     batch_samples: int = 96
     """Half of them with the question before the video, half after it."""
     frames: int = 3
