@@ -133,6 +133,12 @@ def encoders_table(runs: Sequence[Run]) -> Table | None:
     return Table(title="What the encoder knows", head=["task", "seed", "encoder's rate", "steps", *names], rows=rows, note=note)
 
 
+def beside_controls(runs: Sequence[Run]) -> list[Run]:
+    """The controls, and the model's own runs of their task, wording and rate of the encoder."""
+    recipes = {(run["task"], run["wording"], run["vision_learning_rate"]) for run in runs if run["control"]}
+    return [run for run in runs if (run["task"], run["wording"], run["vision_learning_rate"]) in recipes]
+
+
 def controls_table(runs: Sequence[Run]) -> Table:
     """The model and the trained controls: tokens, FLOPs, accuracy."""
     rows = []
@@ -197,13 +203,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(seeds_table(task, own).markdown(), end="\n\n")
     if known := encoders_table([run for run in runs if not run["control"]]):
         print(known.markdown(), end="\n\n")
-    longest = max(one["planned_steps"] for one in runs)
-    alike = [run for run in runs if _usual_rate(run) and run["planned_steps"] == longest]
-    cell = [run for run in alike if (run["task"], run["wording"]) == ("cell", "words")]
-    if any(run["control"] for run in cell):
-        print(controls_table(cell).markdown())
+    if compared := beside_controls(runs):
+        print(controls_table(compared).markdown())
         if options.figure:
-            plot(options.figure, cell)
+            plot(options.figure, compared)
 
 
 if __name__ == "__main__":
