@@ -175,15 +175,23 @@ def test_a_job_that_succeeds_without_a_manifest_is_an_error(tmp_path: Path) -> N
 
 
 def test_stop_leaves_the_folder_for_the_next_run_to_go_on_from(tmp_path: Path) -> None:
-    slow, stop, log = step(seconds=2.0), threading.Event(), Log()
-    threading.Timer(1.2, stop.set).start()
+    slow, stop, log = step(seconds=4.0), threading.Event(), Log()
+    counted = tmp_path / slow.folder / "done.txt"
+
+    def stop_when_begun() -> None:
+        while not (counted.exists() and counted.stat().st_size):
+            time.sleep(0.02)
+        stop.set()
+
+    stopping = threading.Thread(target=stop_when_begun, daemon=True)
+    stopping.start()
     with pytest.raises(JobStoppedError):
         make(slow, tmp_path, stop=stop)
-    done = int((tmp_path / slow.folder / "done.txt").read_text())
-    assert 0 < done < 20
+    done = int(counted.read_text())
+    assert 0 < done < 40
     make(slow, tmp_path, reporter=log)
     assert all(report.step >= done for report in log.reports), "the first may still be the stopped run's last"
-    assert log.reports[-1].step == 20
+    assert log.reports[-1].step == 40
 
 
 def _make(one: Step, volume: Path) -> None:
