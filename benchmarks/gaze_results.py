@@ -21,6 +21,8 @@ from fvlm_core.tables import Table, number
 AIMS = ("<= 0.32", ">= 0.93", "fine - 0.02", "as the others", ">= 0.85", ">= 0.9")
 """Of the worst seed, in the order of the table's columns."""
 COARSE, AUTOREGRESSIVE = "coarse, question first", "autoregressive, question first"
+RECIPE = ("task", "wording", "vision_learning_rate")
+"""What a control shares with the runs that it is compared with."""
 Run = dict[str, Any]
 """A record of `benchmarks.gaze --json`."""
 
@@ -120,7 +122,7 @@ def _value(run: Run, condition: str, what: str = "accuracy") -> float:
 
 def encoders_table(runs: Sequence[Run]) -> Table | None:
     """What linear heads read off the encoder before and after the model's training; None where no run has asked."""
-    asked = [run for run in runs if run.get("encoder_keeps")]
+    asked = [run for run in runs if run["encoder_keeps"]]
     if not asked:
         return None
     names = list(dict.fromkeys(name for run in asked for name in run["encoder_keeps"]))
@@ -135,8 +137,8 @@ def encoders_table(runs: Sequence[Run]) -> Table | None:
 
 def beside_controls(runs: Sequence[Run]) -> list[Run]:
     """The controls, and the model's own runs of their task, wording and rate of the encoder."""
-    recipes = {(run["task"], run["wording"], run["vision_learning_rate"]) for run in runs if run["control"]}
-    return [run for run in runs if (run["task"], run["wording"], run["vision_learning_rate"]) in recipes]
+    recipes = [tuple(run[key] for key in RECIPE) for run in runs if run["control"]]
+    return [run for run in runs if tuple(run[key] for key in RECIPE) in recipes]
 
 
 def controls_table(runs: Sequence[Run]) -> Table:

@@ -183,8 +183,7 @@ def test_stop_leaves_the_folder_for_the_next_run_to_go_on_from(tmp_path: Path) -
             time.sleep(0.02)
         stop.set()
 
-    stopping = threading.Thread(target=stop_when_begun, daemon=True)
-    stopping.start()
+    threading.Thread(target=stop_when_begun, daemon=True).start()
     with pytest.raises(JobStoppedError):
         make(slow, tmp_path, stop=stop)
     done = int(counted.read_text())
