@@ -5,7 +5,7 @@ the clutter grows as fast as the model learns. A digit beside the asked one appe
 little in every step in which questions before the video are answered well enough; dense from the start, nothing is learned.
 
 The encoder learns at a fifth of the others' rate. At the full one it loses within 50 steps what the clips of the beginning do not
-ask for (of a *hunt*: where the cross is), and does not learn it again.
+ask for (of a *hunt*: where the cross is), and seldom learns it again.
 """
 
 import time
@@ -48,7 +48,7 @@ class Plan:
     task: gaze.Task = "cell"
     seed: int = 0
     steps: int = 1400
-    """Five to six minutes of one core, with the encoder's."""
+    """Five to seven minutes of one core, with the encoder's."""
     batch_samples: int = 96
     """Half of them with the question before the video, half after it."""
     frames: int = 3
