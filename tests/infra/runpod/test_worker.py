@@ -40,7 +40,7 @@ LOST = {
     "deleted early": (Fault("deleted_early"), "the pod is gone"),
     "stuck": (Fault("never_starts"), "the pod did not start in 3 s; it is PROVISIONING"),
     "image": (Fault("image_missing"), "error pulling image runpod/pytorch:1.0.2-cu1281-torch280-ubuntu2404: layer does not exist"),
-    "loop": (Fault("bad_command"), "no sign of life for 0 min; system: the container's command ended with status 127; it is started again"),
+    "loop": (Fault("bad_command"), "; system: the container's command ended with status 127; it is started again"),
     "hung": (Fault("hangs", after_s=0.3), "no sign of life"),
 }
 """Faults of a pod by the name of the run that they strike, and what its state says then."""
