@@ -30,7 +30,7 @@ from fvlm_core.train.vision import still_known
 
 ASKED_TASKS = tuple(task for task in TASKS if task != "caption")
 """Tasks whose answers are one digit a frame."""
-CHANGES = ("steps", "encoder_steps", "copies", "clutter_step", "clutter_gate", "vision_learning_rate")
+CHANGES = ("steps", "encoder_steps", "copies", "clutter_step", "clutter_gate", "vision_learning_rate", "init_std")
 """Settings of a plan that options change."""
 
 
@@ -93,6 +93,7 @@ def record(plan: Plan, trained: Trained, asked: Asked, rows: Sequence[Row]) -> d
         "copies": plan.copies,
         "wording": plan.wording,
         "vision_learning_rate": plan.vision_learning_rate,
+        "init_std": plan.init_std,
         "tokens_per_frame": trained.subject.model.settings.tokens_per_frame,
         "params": sum(one.numel() for one in trained.subject.model.parameters()),
         "clutter": round(trained.clutter, 3),
@@ -172,6 +173,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--clutter-step", type=float, help="what a step adds to the clutter")
     parser.add_argument("--clutter-gate", type=float, help="nats a digit, below which it is added")
     parser.add_argument("--vision-learning-rate", type=float, help="of the encoder; all else learns at 2e-3")
+    parser.add_argument("--init-std", type=float, help="of the language model's weights at the start")
     parser.add_argument("--only", choices=[*CONTROLS, *VARIANTS], help="train this instead of the model")
     parser.add_argument("--start", type=Path, help="weights to begin with")
     parser.add_argument("--save", type=Path, help="where the weights go")

@@ -21,7 +21,7 @@ from fvlm_core.tables import Table, number
 AIMS = ("<= 0.32", ">= 0.93", "fine - 0.02", "as the others", ">= 0.85", ">= 0.9")
 """Of the worst seed, in the order of the table's columns."""
 COARSE, AUTOREGRESSIVE = "coarse, question first", "autoregressive, question first"
-RECIPE = ("task", "wording", "vision_learning_rate")
+RECIPE = ("task", "wording", "vision_learning_rate", "init_std")
 """What a control shares with the runs that it is compared with."""
 Run = dict[str, Any]
 """A record of `benchmarks.gaze --json`."""
@@ -33,18 +33,15 @@ def read(folder: Path) -> list[Run]:
 
 
 def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The model's own runs by task, number of steps, wording and the encoder's rate, e.g. `cell, 1,600 steps`."""
+    """The model's own runs by task, number of steps, and what is not as in `Plan`, e.g. `cell, 1,600 steps`."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         if not run["control"]:
             sentences = ", questions as sentences" if run["wording"] == "sentence" else ""
-            rate = "" if _usual_rate(run) else f", encoder at {run['vision_learning_rate']:g}"
-            found.setdefault(f"{run['task']}, {run['planned_steps']:,} steps{sentences}{rate}", []).append(run)
+            rate = "" if run["vision_learning_rate"] == Plan().vision_learning_rate else f", encoder at {run['vision_learning_rate']:g}"
+            std = "" if run["init_std"] is None else f", weights of standard deviation {run['init_std']:g}"
+            found.setdefault(f"{run['task']}, {run['planned_steps']:,} steps{sentences}{rate}{std}", []).append(run)
     return found
-
-
-def _usual_rate(run: Run) -> bool:
-    return run["vision_learning_rate"] == Plan().vision_learning_rate
 
 
 def row(run: Run, condition: str) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ from fvlm_core.data import gaze
 from fvlm_core.data.batch import ChatFormat, PackedBatch, Sample, Turn, pack
 from fvlm_core.data.tokenizer import chat_format, encode, render_chat, train_tokenizer
 from fvlm_core.eval.subject import Subject
-from fvlm_core.model.build import build_model
+from fvlm_core.model.build import build_model, init_std
 from fvlm_core.model.encoder import Encoder
 from fvlm_core.model.names import Mode
 from fvlm_core.train.cost import Cost
@@ -61,6 +61,8 @@ class Plan:
     """Of connector and language model."""
     vision_learning_rate: float = 4e-4
     """Of the encoder."""
+    init_std: float | None = None
+    """Standard deviation of the language model's weights at the start; one over the square root of its width by default."""
     warmup_steps: int = 40
     first_clutter: float = 0.0
     clutter_step: float = 0.01
@@ -176,6 +178,11 @@ def train(plan: Plan, say: Callable[[str], None] = lambda _: None, start: Mappin
     """Train to the end of the plan, or of its time; from the weights `start`, which another task may have made, where they are given."""
     asker = Asker.of(plan)
     model = build_model(plan.model_settings, vocab_size=len(asker.tokenizer), seed=plan.seed)
+    if plan.init_std is not None:
+        with torch.no_grad():
+            for weights in model.llm.parameters():
+                if weights.ndim == 2:
+                    weights *= plan.init_std / init_std(LLM.width)
     accuracy, encoder_s = {}, 0.0
     if start is not None:
         model.load_state_dict(start)

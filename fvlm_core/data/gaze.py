@@ -28,6 +28,8 @@ Task = Literal["cell", "colour", "hunt", "track", "caption"]
 TASKS: tuple[Task, ...] = ("cell", "colour", "hunt", "track", "caption")
 OF_A_PLACE: tuple[Task, ...] = ("cell", "caption")
 """Tasks whose cell is the same in all frames."""
+OF_A_COLOUR: tuple[Task, ...] = ("colour", "track")
+"""Tasks whose cells have one colour in all frames."""
 GRID = 3
 """Cells per side, where no other number is asked for."""
 CELL_PX = 14
@@ -45,6 +47,9 @@ COLOURS = {
     "blue": (80, 110, 255),
     "yellow": (250, 230, 40),
     "pink": (255, 90, 220),
+    "orange": (255, 145, 20),
+    "cyan": (40, 225, 225),
+    "purple": (150, 40, 255),
     "white": (245, 245, 245),
 }
 WHITE = list(COLOURS).index("white")
@@ -117,13 +122,12 @@ def render(
     times = np.arange(frames)
     present = rng.random(shape) < clutter
     chosen = rng.integers(len(labels), size=shape)
-    colours = rng.integers(len(COLOURS), size=shape)
+    colours = _each_once(rng, path, grid) if task in OF_A_COLOUR else rng.integers(len(COLOURS), size=shape)
     jitter = rng.integers(-scale, scale + 1, size=(*shape, 2))
     sign = rng.integers(grid**2 - 1, size=frames)
-    if task in ("colour", "track", "caption"):  # the colour that counts is nowhere else
-        special = WHITE if task == "caption" else int(rng.integers(len(COLOURS)))
-        colours = (special + 1 + rng.integers(len(COLOURS) - 1, size=shape)) % len(COLOURS)
-        colours[times, *path.T] = special
+    if task == "caption":  # white is nowhere else
+        colours = (WHITE + 1 + rng.integers(len(COLOURS) - 1, size=shape)) % len(COLOURS)
+        colours[times, *path.T] = WHITE
     present[times, *path.T] = True
     digits = np.where(present, labels[chosen], EMPTY)
     if task == "hunt":  # after the last frame nothing counts: its cross stands anywhere but on its digit
@@ -154,6 +158,22 @@ def _path(rng: np.random.Generator, task: Task, frames: int, grid: int) -> np.nd
             path[t] = beside[rng.integers(len(beside))]
         return path
     return anywhere
+
+
+def _each_once(rng: np.random.Generator, path: np.ndarray, grid: int) -> np.ndarray:
+    """Colours of all cells, int [T, G, G]: in each frame every colour once, and one of them on all cells that are left.
+
+    The cell that counts has the same colour in all frames and shares it with no other; so do as many other cells as there are colours, so
+    that it does not stand out to a model that does not know which colour is asked for.
+    """
+    frames, count = len(path), len(COLOURS)
+    wanted = int(rng.integers(count))
+    others = np.delete(np.arange(count), wanted)
+    palette = np.column_stack([np.full(frames, wanted), rng.permuted(np.tile(others, (frames, 1)), axis=1)])
+    order = rng.random((frames, grid, grid))
+    order[np.arange(frames), *path.T] = -1
+    ranks = order.reshape(frames, -1).argsort(1).argsort(1)
+    return np.take_along_axis(palette, np.minimum(ranks, count - 1), 1).reshape(frames, grid, grid)
 
 
 def _draw(images: np.ndarray, digits: np.ndarray, colours: np.ndarray, chosen: np.ndarray, jitter: np.ndarray, scale: int) -> np.ndarray:

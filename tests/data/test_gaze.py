@@ -142,6 +142,23 @@ def test_every_cell_counts_equally_often(task):
     assert counts.max() < 140
 
 
+@pytest.mark.parametrize("task", gaze.OF_A_COLOUR)
+@pytest.mark.parametrize("grid", [3, 5])
+def test_the_colour_that_counts_is_one_of_many_that_stand_once(task, grid):
+    """So a frame alone does not tell which of them is asked for; all of them are, over many clips."""
+    rng, asked = np.random.default_rng(3), set()
+    for _ in range(100):
+        clip = gaze.render(rng, "train", task=task, frames=4, grid=grid)
+        colours = clip.colours[np.arange(4), *clip.path.T]
+        assert len(set(colours)) == 1
+        asked.add(int(colours[0]))
+        for frame in clip.colours:
+            times = np.bincount(frame.ravel(), minlength=len(gaze.COLOURS))
+            assert times[colours[0]] == 1
+            assert sorted(times)[:-1] == [1] * (len(gaze.COLOURS) - 1)
+    assert asked == set(range(len(gaze.COLOURS)))
+
+
 def test_paths_move_as_the_task_says():
     rng = np.random.default_rng(2)
     for _ in range(50):

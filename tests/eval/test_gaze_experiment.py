@@ -50,6 +50,14 @@ def test_the_encoder_learns_at_its_own_rate():
     assert (kept, changed) == ({"encoder"}, {"connector", "llm"})
 
 
+def test_weights_start_with_the_standard_deviation_that_is_asked_for():
+    usual, small = (train(replace(TINY, steps=0, encoder_steps=0, init_std=std)).subject.model.state_dict() for std in (None, 0.02))
+    for name in (name for name, weights in usual.items() if name.startswith("llm.") and weights.ndim == 2):
+        assert usual[name].std().item() == pytest.approx(96**-0.5, rel=0.05)
+        assert small[name].std().item() == pytest.approx(0.02, rel=0.05)
+    assert all(torch.equal(usual[name], small[name]) for name in usual if not name.startswith("llm.") or usual[name].ndim == 1)
+
+
 @pytest.mark.parametrize("task", ["cell", "hunt"])
 def test_a_step_s_cost_is_known_before(task):
     plan = replace(TINY, task=task, encoder_steps=0)
