@@ -47,9 +47,6 @@ COLOURS = {
     "blue": (80, 110, 255),
     "yellow": (250, 230, 40),
     "pink": (255, 90, 220),
-    "orange": (255, 145, 20),
-    "cyan": (40, 225, 225),
-    "purple": (150, 40, 255),
     "white": (245, 245, 245),
 }
 WHITE = list(COLOURS).index("white")
@@ -122,9 +119,11 @@ def render(
     times = np.arange(frames)
     present = rng.random(shape) < clutter
     chosen = rng.integers(len(labels), size=shape)
-    colours = _each_once(rng, path, grid) if task in OF_A_COLOUR else rng.integers(len(COLOURS), size=shape)
+    colours = rng.integers(len(COLOURS), size=shape)
     jitter = rng.integers(-scale, scale + 1, size=(*shape, 2))
     sign = rng.integers(grid**2 - 1, size=frames)
+    if task in OF_A_COLOUR:
+        colours = _each_once(rng, path, grid)
     if task == "caption":  # white is nowhere else
         colours = (WHITE + 1 + rng.integers(len(COLOURS) - 1, size=shape)) % len(COLOURS)
         colours[times, *path.T] = WHITE
@@ -161,19 +160,20 @@ def _path(rng: np.random.Generator, task: Task, frames: int, grid: int) -> np.nd
 
 
 def _each_once(rng: np.random.Generator, path: np.ndarray, grid: int) -> np.ndarray:
-    """Colours of all cells, int [T, G, G]: in each frame every colour once, and one of them on all cells that are left.
+    """Colours of all cells, int [T, G, G]: in each frame all colours but one stand once, and that one in all cells that are left.
 
-    The cell that counts has the same colour in all frames and shares it with no other; so do as many other cells as there are colours, so
-    that it does not stand out to a model that does not know which colour is asked for.
+    The cell that counts has the same colour in all frames, one of those that stand once: so it does not stand out to a model that does not
+    know which colour is asked for.
     """
-    frames, count = len(path), len(COLOURS)
-    wanted = int(rng.integers(count))
-    others = np.delete(np.arange(count), wanted)
-    palette = np.column_stack([np.full(frames, wanted), rng.permuted(np.tile(others, (frames, 1)), axis=1)])
-    order = rng.random((frames, grid, grid))
-    order[np.arange(frames), *path.T] = -1
-    ranks = order.reshape(frames, -1).argsort(1).argsort(1)
-    return np.take_along_axis(palette, np.minimum(ranks, count - 1), 1).reshape(frames, grid, grid)
+    others = len(COLOURS) - 1
+    wanted = int(rng.integers(len(COLOURS)))
+    order = rng.integers(2**31, size=(len(path), grid, grid))
+    times = np.arange(len(path))
+    repeated = order[times, *path.T] % others
+    order[times, *path.T] = -1
+    ranks = order.reshape(len(path), -1).argsort(1).argsort(1).reshape(order.shape)
+    colours = (wanted + 1 + (repeated[:, None, None] + np.minimum(ranks, others)) % others) % len(COLOURS)
+    return np.where(ranks == 0, wanted, colours)
 
 
 def _draw(images: np.ndarray, digits: np.ndarray, colours: np.ndarray, chosen: np.ndarray, jitter: np.ndarray, scale: int) -> np.ndarray:
