@@ -88,11 +88,18 @@ class Asked:
 
     @property
     def bag_ceiling(self) -> float:
-        """Accuracy of who knows every digit of a frame and no place: the most frequent one is as good as any guess."""
+        """Accuracy of who knows every digit of a frame and not which is asked for: the most frequent one is as good as any guess.
+
+        Where a colour tells which, only digits of colours that stand once can be it, and that is known too.
+        """
         shares = []
-        for frame in np.concatenate([clip.digits for clip in self.clips]):
-            counts = np.bincount(frame[frame >= 0])
-            shares.append(counts.max() / counts.sum())
+        for clip in self.clips:
+            for digits, colours in zip(clip.digits, clip.colours, strict=True):
+                possible = digits >= 0
+                if clip.task in gaze.OF_A_COLOUR:
+                    possible &= np.bincount(colours[possible], minlength=len(gaze.COLOURS))[colours] == 1
+                counts = np.bincount(digits[possible])
+                shares.append(counts.max() / counts.sum())
         return float(np.mean(shares))
 
 

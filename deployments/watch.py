@@ -23,7 +23,8 @@ from infra.processes import end_marked
 from tasks.config import PipelineConfig
 from tasks.status import PhaseStatus
 
-POLL_S = 1.0
+POLL_S = 2.0
+"""Between looks at a run, each of which costs the server 20 ms of a core."""
 CANCEL_S = 90.0
 """How long a run may be Cancelling: Prefect's worker gives its process 30 s, and loads the flow for its hooks. After that nobody is at it:
 the worker hears of a cancellation by one event, which can get lost."""

@@ -1,23 +1,24 @@
 """The phases of the pipeline, in the order in which they run. A new phase is its flow's file, its settings, and a line here."""
 
+from importlib import import_module
 from types import ModuleType
 
 from prefect.flows import Flow
 
-from flows import ablations, evaluate, precompute, release, scaling, speed, train
 from tasks.phase import Phase
 
-REGISTRY: list[tuple[Phase, ModuleType]] = [
-    (precompute.PRECOMPUTE, precompute),
-    (speed.SPEED, speed),
-    (ablations.ABLATIONS, ablations),
-    (scaling.SCALING, scaling),
-    (train.TRAIN, train),
-    (evaluate.EVALUATE, evaluate),
-    (release.RELEASE, release),
-]
-PHASES: dict[str, Phase] = {phase.name: phase for phase, _ in REGISTRY}
-MODULES: dict[str, ModuleType] = {phase.name: module for phase, module in REGISTRY}
+ORDER = (
+    "precompute",
+    "speed",
+    "ablations",
+    "scaling",
+    "train",
+    "evaluate",
+    "release",
+)
+"""Names of phases. `flows/NAME.py` defines the phase, under its name in capitals, and makes its flow, under its name."""
+MODULES: dict[str, ModuleType] = {name: import_module(f"flows.{name}") for name in ORDER}
+PHASES: dict[str, Phase] = {name: getattr(module, name.upper()) for name, module in MODULES.items()}
 
 
 def flow_of(name: str) -> Flow[..., None]:

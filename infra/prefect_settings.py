@@ -12,7 +12,8 @@ DEFAULTS = {
     "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
     "PREFECT_LOGGING_LEVEL": "INFO",
-    "PREFECT_WORKER_QUERY_SECONDS": "1",
+    # a phase begins within that time; each look for work costs the server 30 ms of a core, and two workers look
+    "PREFECT_WORKER_QUERY_SECONDS": "2",
     "PREFECT_WORKER_PREFETCH_SECONDS": "1",
     "PREFECT_CLIENT_MAX_RETRIES": "10",
     # the shortest that Prefect takes: a run whose process has vanished is noticed after a few of them

@@ -17,7 +17,7 @@ POLL_S = 1.0
 LOOK_S = 10.0
 """Between looks at signs of life; they cost the server more."""
 UNPOLLED_S = 120.0
-"""Silence of a work queue's workers. They ask for work every second (every ten by Prefect's default), and the server itself calls a
+"""Silence of a work queue's workers. They ask for work every two seconds (every ten by Prefect's default), and the server itself calls a
 queue not ready after 60; twice that allows for a machine that is very busy, or for a worker that is being started anew."""
 MISSED_HEARTBEATS = 5
 """In a row, of a running flow run. One gets lost with its connection or comes late; of five, with the default of 30 s two and a half

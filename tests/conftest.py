@@ -28,6 +28,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.ge
 collect_rarely()  # what tests import makes two million objects, and none is garbage
 
 
+QUIETER = {"PREFECT_WORKER_QUERY_SECONDS": "5"}
+"""Each look of a worker for work costs the server 30 ms of a core, which other tests could use."""
+
 LONGEST = (
     *("e2e/test_pipeline", "infra/runpod/test_worker", "train/test_ends", "deployments/test_remote", "flows/test_register"),
     *("release/test_elsewhere", "e2e/test_helpers", "model/test_transformers_range", "train/test_lock", "train/test_divergence"),
@@ -48,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """A running server of an empty volume, without workers; of one file, because to start another costs what three idle minutes do."""
-    stack = Stack(tmp_path_factory.mktemp("server") / "volume", environment=without(os.environ))
+    stack = Stack(tmp_path_factory.mktemp("server") / "volume", environment=without(os.environ) | QUIETER)
     try:
         stack.start_server()
         stack.wait_for_server()

@@ -102,7 +102,7 @@ def test_a_server_on_a_pod_runs_flows_ends_and_goes_on(remote: Remote, tmp_path:
         ).apply()
         with get_client(sync_client=True) as client:
             run = client.create_flow_run_from_deployment(made, parameters={"folder": str(tmp_path / "work")}).id
-            until(lambda: (state := client.read_flow_run(run).state) and state.is_final(), f"the run to end\n{remote.logs()}")
+            until(lambda: (now := client.read_flow_run(run).state) and now.is_final(), f"the run to end\n{remote.logs()}", poll_s=0.5)
             assert (state := client.read_flow_run(run).state)
             assert state.is_completed(), remote.logs()
             tags = [volume_tag(volume_id(remote.volume))]

@@ -98,7 +98,7 @@ def test_what_a_lost_worker_was_making_is_made_by_the_other(prefect_api: Stack, 
                     state = client.read_flow_run(run).state
                 return state is not None and state.is_final()
 
-            wait_until(ended, "precompute")
+            wait_until(ended, "precompute", poll_s=1)
     finally:
         site.gate.set()
         site.server.shutdown()

@@ -27,6 +27,7 @@ from infra.stack import Stack
 from infra.volume import password, volume_id
 from tasks.config import PipelineConfig
 from tasks.phase import PhaseManifest
+from tests.conftest import QUIETER
 from tests.tiny import profile_values
 
 RUN_TIMEOUT_S = 1500
@@ -35,8 +36,6 @@ EVENT_TIMEOUT_S = 600
 """For something that takes seconds on an idle machine."""
 LONG_STAGE2_STEPS = 500
 """Long enough to be stopped in the middle, five times, by something that takes seconds to arrive."""
-QUIETER = {"PREFECT_WORKER_QUERY_SECONDS": "2"}
-"""Each look of a worker for work costs the server 20 ms of a core, and there are two workers; by default they look every second."""
 FVLM = Path(sys.executable).with_name("fvlm")
 
 

@@ -131,7 +131,7 @@ class Rig:
         return state
 
     def finish(self, run: UUID, timeout_s: float = EVENT_TIMEOUT_S) -> State[Any]:
-        until(lambda: self.state(run).is_final(), f"the run to end\n{self.tail()}", timeout_s)
+        until(lambda: self.state(run).is_final(), f"the run to end\n{self.tail()}", timeout_s, poll_s=0.5)
         return self.state(run)
 
     def wait_for_no_pods(self, timeout_s: float = EVENT_TIMEOUT_S) -> None:
@@ -146,11 +146,12 @@ class Rig:
         return [one["message"] for one in httpx.post(f"{self.stack.api_url}/logs/filter", json=asked, auth=auth).json()]  # type: ignore[arg-type]
 
 
-def until(condition: Callable[[], object], what: str, timeout_s: float = EVENT_TIMEOUT_S) -> None:
+def until(condition: Callable[[], object], what: str, timeout_s: float = EVENT_TIMEOUT_S, *, poll_s: float = 0.1) -> None:
+    """`poll_s`: longer where each look is a request to Prefect's server, which costs 20 ms of a core."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
-        time.sleep(0.1)
+        time.sleep(poll_s)
 
 
 @contextlib.contextmanager

@@ -171,7 +171,7 @@ def test_no_secret_shows_and_a_click_in_the_ui_ends_the_pod_within_a_minute(rig:
         page.goto(f"{rig.stack.ui_url}/runs/flow-run/{run.id}")
         page.get_by_role("button", name="Cancel").first.click()
         page.get_by_role("button", name="Confirm").click()
-        until(lambda: rig.state(run.id).type in (StateType.CANCELLING, StateType.CANCELLED), "the click to arrive")
+        until(lambda: rig.state(run.id).type in (StateType.CANCELLING, StateType.CANCELLED), "the click to arrive", poll_s=0.5)
     until(lambda: not pods_of(rig, run), "its pod to end", timeout_s=60)
     assert rig.finish(run.id).is_cancelled()
 
@@ -183,12 +183,16 @@ def test_a_schedule_starts_a_pod_and_ends_it(rig: Rig) -> None:
         work_pool_name=rig.pool,
         parameters={"folder": str(rig.folder / "work" / "scheduled")},
         entrypoint_type=EntrypointType.MODULE_PATH,
-        interval=timedelta(seconds=10),
+        interval=timedelta(seconds=20),
     ).apply()
     by_schedule = FlowRunFilter(deployment_id=FlowRunFilterDeploymentId(any_=[made]))
     with get_client(sync_client=True) as client:
-        until(lambda: any(run.state and run.state.is_completed() for run in client.read_flow_runs(flow_run_filter=by_schedule)), rig.tail())
-        (first, *_) = [run for run in client.read_flow_runs(flow_run_filter=by_schedule) if run.state and run.state.is_completed()]
+
+        def completed() -> list[FlowRun]:
+            return [run for run in client.read_flow_runs(flow_run_filter=by_schedule) if run.state and run.state.is_completed()]
+
+        until(completed, "a run of the schedule", poll_s=0.5)
+        first = completed()[0]
         client.delete_deployment(made)
     assert first.auto_scheduled
     until(lambda: not pods_of(rig, first), "its pod to end")
@@ -197,7 +201,7 @@ def test_a_schedule_starts_a_pod_and_ends_it(rig: Rig) -> None:
 
 def test_a_killed_worker_is_followed_by_another_or_by_the_reaper_alone(rig: Rig) -> None:
     adopted, left, vanished = (rig.submit(name, pieces=1000) for name in ("adopted", "left", "vanished"))
-    until(lambda: {rig.state(run.id).type for run in (adopted, left, vanished)} == {StateType.RUNNING}, "the runs to run")
+    until(lambda: {rig.state(run.id).type for run in (adopted, left, vanished)} == {StateType.RUNNING}, "the runs to run", poll_s=0.5)
     rig.kill_worker(signal.SIGKILL)
     (pod,), (reaped,) = pods_of(rig, adopted), pods_of(rig, left)
     rig.emulator.cloud.pods[reaped.id].container.pause()
