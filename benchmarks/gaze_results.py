@@ -1,14 +1,15 @@
 """Tables and the efficiency plot of finished runs of `benchmarks.gaze`: one line a seed, the worst one named, controls beside them.
 
-python -m benchmarks.gaze --json --no-controls --save cell.pt > benchmarks/gaze_runs/cell_0.json
-python -m benchmarks.gaze_results benchmarks/gaze_runs --figure docs/gaze_efficiency
+python -m benchmarks.gaze --json --no-controls > benchmarks/gaze_runs/cell_0.json
+python -m benchmarks.gaze_results benchmarks/gaze_runs --document docs/research.md --figure docs/gaze_efficiency
 """
 
 import argparse
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,8 +19,39 @@ from fvlm_core.canvas import COLOURS, WIDTH, canvas
 from fvlm_core.eval.estimates import Estimate
 from fvlm_core.tables import Table, number
 
+BEGIN, END = "<!-- benchmarks.gaze_results -->", "<!-- end of benchmarks.gaze_results -->"
+"""Around the tables in a document."""
+
+
+class Seed(NamedTuple):
+    """A run's numbers, question first, for which there are aims, in the order of the table's columns."""
+
+    coarse: float
+    fine: float
+    drift: float
+    """Fine less autoregressive."""
+    first: float
+    """The first frame's, fine."""
+    cell: float
+    """The worst cell's, fine."""
+    gaze: float
+    """On target."""
+    others: float
+    """The mean of later frames, fine."""
+
+
 AIMS = ("<= 0.32", ">= 0.93", "fine - 0.02", "as the others", ">= 0.85", ">= 0.9")
 """Of the worst seed, in the order of the table's columns."""
+REACHED: dict[str, Callable[[Seed], bool]] = {
+    "coarse at most 0.32": lambda seed: seed.coarse <= 0.32,
+    "fine at least 0.93": lambda seed: seed.fine >= 0.93,
+    "fine above coarse by 0.20": lambda seed: seed.fine - seed.coarse >= 0.20,
+    "autoregressive within 0.02": lambda seed: seed.drift <= 0.02,
+    "first frame within 0.05 of the others": lambda seed: seed.first >= seed.others - 0.05,
+    "every cell at least 0.85": lambda seed: seed.cell >= 0.85,
+    "gaze at least 0.9": lambda seed: seed.gaze >= 0.9,
+}
+"""The same, and what *hunt* aims at, in words."""
 COARSE, AUTOREGRESSIVE = "coarse, question first", "autoregressive, question first"
 RECIPE = ("task", "wording", "vision_learning_rate", "init_std")
 """What a control shares with the runs that it is compared with."""
@@ -92,20 +124,38 @@ def seeds_table(task: str, runs: Sequence[Run]) -> Table:
     return Table(title=task, head=head, rows=rows, marked=[len(runs)], note=note)
 
 
+def numbers(run: Run) -> Seed:
+    """A run of the model itself."""
+    main = row(run, MAIN)
+    assert main is not None
+    fine, frames = _value(run, MAIN), main["by_frame"]
+    return Seed(
+        coarse=_value(run, COARSE),
+        fine=fine,
+        drift=fine - _value(run, AUTOREGRESSIVE),
+        first=frames[0],
+        cell=worst_cell(run),
+        gaze=_value(run, MAIN, "on_target"),
+        others=float(np.mean(frames[1:])),
+    )
+
+
+def reached(runs: Sequence[Run]) -> str:
+    """Which aims the worst seed reaches."""
+    seeds = [numbers(run) for run in runs]
+    good = [aim for aim, holds in REACHED.items() if all(map(holds, seeds))]
+    bad = [aim for aim in REACHED if aim not in good]
+    return f"Of the worst seed reached: {', '.join(good) or 'nothing'}. Not reached: {', '.join(bad) or 'nothing'}."
+
+
 def _worst(runs: Sequence[Run]) -> list[str]:
     """Of each column, with the seed's name."""
-    values = {
-        "coarse": [_value(run, COARSE) for run in runs],
-        "fine": [-_value(run, MAIN) for run in runs],
-        "drift": [_value(run, MAIN) - _value(run, AUTOREGRESSIVE) for run in runs],
-        "first": [-row(run, MAIN)["by_frame"][0] for run in runs],  # pyright: ignore[reportOptionalSubscript]
-        "cell": [-worst_cell(run) for run in runs],
-        "gaze": [-_value(run, MAIN, "on_target") for run in runs],
-    }
-    said = []
-    for name, of_seeds in values.items():
-        place = int(np.argmax(of_seeds))
-        value = of_seeds[place] if name in ("coarse", "drift") else -of_seeds[place]
+    seeds, said = [numbers(run) for run in runs], []
+    for name in Seed._fields[: len(AIMS)]:
+        high_is_worse = name in ("coarse", "drift")
+        values = [getattr(seed, name) for seed in seeds]
+        place = int(np.argmax(values) if high_is_worse else np.argmin(values))
+        value = values[place]
         text = f"fine {'-' if value >= 0 else '+'} {abs(value):.3f}" if name == "drift" else f"{value:.3f}"
         said.append(f"{text} (seed {runs[place]['seed']})")
     return said
@@ -127,7 +177,8 @@ def encoders_table(runs: Sequence[Run]) -> Table | None:
     for run in asked:
         both = [run["encoder_accuracy"], run["encoder_keeps"]]
         shares = [" -> ".join(f"{one[name]:.3f}" for one in both) if name in both[0] else "" for name in names]
-        rows.append([run["task"], str(run["seed"]), f"{run['vision_learning_rate']:g}", f"{run['steps']:,}", *shares])
+        task = run["task"] if run["init_std"] is None else f"{run['task']}, weights of {run['init_std']:g}"
+        rows.append([task, str(run["seed"]), f"{run['vision_learning_rate']:g}", f"{run['steps']:,}", *shares])
     note = "Held-out digits, full grids, before -> after; after: by heads trained anew on the encoder as it is."
     return Table(title="What the encoder knows", head=["task", "seed", "encoder's rate", "steps", *names], rows=rows, note=note)
 
@@ -191,21 +242,41 @@ def plot(path: Path, runs: Sequence[Run]) -> None:
         panels[1].set_title("squares: as many FLOPs as fVLM; dotted: all digits without their places", fontsize=9, loc="right")
 
 
+def report(runs: Sequence[Run]) -> str:
+    """All tables as markdown."""
+    parts = []
+    for title, own in groups(runs).items():
+        task, _, how = title.partition(",")
+        seeds = f"{len(own)} seed{'s' if len(own) > 1 else ''}"
+        parts += [f"*{task}*,{how}, {seeds}:", seeds_table(task, own).markdown().strip(), reached(own)]
+    if known := encoders_table([run for run in runs if not run["control"]]):
+        parts += ["What the encoder knows before and after the model's training:", known.markdown().strip()]
+    if compared := beside_controls(runs):
+        parts += ["Controls, trained alike, beside the seeds of their recipe:", controls_table(compared).markdown().strip()]
+    return "\n\n".join(parts)
+
+
+def write_into(document: Path, text: str) -> None:
+    """Put the tables between the document's two marks."""
+    between = re.compile(f"{BEGIN}.*{END}", re.DOTALL)
+    document.write_text(between.sub(lambda _: f"{BEGIN}\n\n{text}\n\n{END}", document.read_text()))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the tables as markdown, and draw."""
+    """Print the tables as markdown, or put them into a document, and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--document", type=Path, help="gets the tables between its two marks")
     parser.add_argument("--figure", type=Path, help="of the plot, without a suffix")
     options = parser.parse_args(arguments)
     runs = read(options.folder)
-    for task, own in groups(runs).items():
-        print(seeds_table(task, own).markdown(), end="\n\n")
-    if known := encoders_table([run for run in runs if not run["control"]]):
-        print(known.markdown(), end="\n\n")
-    if compared := beside_controls(runs):
-        print(controls_table(compared).markdown())
-        if options.figure:
-            plot(options.figure, compared)
+    text = report(runs)
+    if options.document:
+        write_into(options.document, text)
+    else:
+        print(text)
+    if options.figure and (compared := beside_controls(runs)):
+        plot(options.figure, compared)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ pytestmark = [
 ]
 
 BEFORE_EVALUATION = ("precompute", "speed", "ablations", "scaling", "train")
-"""Phases."""
 
 
 def test_one_command_leads_from_videos_to_a_released_model(volume: Volume, finished: Result) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -203,13 +204,54 @@ def test_results_are_put_beside_controls(tmp_path, capsys):
         for row in run["rows"]:
             row["accuracy"] |= {"value": 0.5 - 0.1 * number, "low": 0.1, "high": 0.9}
         (tmp_path / f"{number}.json").write_text(json.dumps(run))
-    gaze_results.main([str(tmp_path), "--figure", str(tmp_path / "plot")])
-    text = capsys.readouterr().out
+    document = tmp_path / "document.md"
+    document.write_text(f"before\n{gaze_results.BEGIN}\nan earlier table\n{gaze_results.END}\nafter\n")
+    gaze_results.main([str(tmp_path), "--document", str(document), "--figure", str(tmp_path / "plot")])
+    gaze_results.main([str(tmp_path)])
+    text = capsys.readouterr().out.strip()
+    assert document.read_text() == f"before\n{gaze_results.BEGIN}\n\n{text}\n\n{gaze_results.END}\nafter\n"
     assert text.index("**0.400 (seed 1)**") < text.index("**0.200 (seed 0)**"), "another rate of the encoder's is another table"
     assert "| 9 pooled tokens | 0 | 9 | 1 |" in text
     assert "| cell | 0 | 0.002 | 1 | 0.900 -> 0.400 |" in text
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert "</svg>" in (tmp_path / "plot.svg").read_text()
+
+
+def test_aims_are_reached_by_the_worst_seed():
+    def run(**changes):
+        numbers = {
+            "coarse": 0.3,
+            "fine": 0.95,
+            "autoregressive": 0.94,
+            "by_frame": [0.93, 0.96, 0.96],
+            "by_cell": [0.9, None, 0.86],
+            "gaze": 0.92,
+        }
+        numbers |= changes
+        rows = [
+            {"condition": name, "accuracy": estimate(numbers[key]), "by_frame": numbers["by_frame"], "by_cell": numbers["by_cell"]}
+            | {"on_target": estimate(numbers["gaze"])}
+            for name, key in ((gaze_results.COARSE, "coarse"), (MAIN, "fine"), (gaze_results.AUTOREGRESSIVE, "autoregressive"))
+        ]
+        return {"rows": rows}
+
+    def estimate(value):
+        return {"value": value, "low": value, "high": value, "n": 10, "count": 10, "exact": False}
+
+    def missed(*runs):
+        return gaze_results.reached(runs).partition("Not reached: ")[2]
+
+    assert missed(run(), run()) == "nothing."
+    assert missed(run(), run(coarse=0.33)) == "coarse at most 0.32."
+    assert missed(run(fine=0.92), run(autoregressive=0.92)) == "fine at least 0.93, autoregressive within 0.02."
+    assert missed(run(by_frame=[0.9, 0.96, 0.96]), run()) == "first frame within 0.05 of the others."
+    assert missed(run(by_cell=[0.84, 0.99, 0.99]), run(gaze=0.89)) == "every cell at least 0.85, gaze at least 0.9."
+
+
+def test_the_document_holds_the_tables_of_the_recorded_runs():
+    root = Path(gaze_results.__file__).parent
+    tables = gaze_results.report(gaze_results.read(root / "gaze_runs"))
+    assert tables in (root.parent / "docs" / "research.md").read_text(), gaze_results.__doc__
 
 
 def test_command_names_the_worst_seed(capsys):
