@@ -36,8 +36,8 @@ from infra.stack import REPOSITORY, volume_tag
 from infra.store import FolderStore
 from infra.volume import volume_id
 from tests.infra.runpod.conftest import KEY, QUICK
-from tests.infra.runpod.rig import until
 from tests.infra.runpod.tiny_flow import tiny
+from tests.waiting import wait_until
 
 POOL = "everything"
 
@@ -102,12 +102,12 @@ def test_a_server_on_a_pod_runs_flows_ends_and_goes_on(remote: Remote, tmp_path:
         ).apply()
         with get_client(sync_client=True) as client:
             run = client.create_flow_run_from_deployment(made, parameters={"folder": str(tmp_path / "work")}).id
-            until(lambda: (now := client.read_flow_run(run).state) and now.is_final(), f"the run to end\n{remote.logs()}", poll_s=0.5)
+            wait_until(lambda: (now := client.read_flow_run(run).state) and now.is_final(), f"the run to end\n{remote.logs()}", poll_s=0.5)
             assert (state := client.read_flow_run(run).state)
             assert state.is_completed(), remote.logs()
             tags = [volume_tag(volume_id(remote.volume))]
             left = client.create_flow_run_from_deployment(made, parameters={"folder": str(tmp_path / "left"), "pieces": 1000}, tags=tags).id
-            until((tmp_path / "left" / "piece1").exists, f"another run to work\n{remote.logs()}")
+            wait_until((tmp_path / "left" / "piece1").exists, f"another run to work\n{remote.logs()}")
     assert len(list((tmp_path / "work").glob("piece*"))) == 3
     files = [path for path in remote.volume.rglob("*") if path.is_file() and not path.is_relative_to(remote.volume / CODE)]
     everything = "\n".join(path.read_text(errors="replace") for path in files)
@@ -126,7 +126,7 @@ def test_a_server_on_a_pod_runs_flows_ends_and_goes_on(remote: Remote, tmp_path:
     serving = threading.Thread(target=home.run)
     serving.start()
     try:
-        until(lambda: healthy(f"{remote.address}/api"), "the next server")
+        wait_until(lambda: healthy(f"{remote.address}/api"), "the next server")
         with temporary_settings(settings), get_client(sync_client=True) as client:
             assert client.read_flow_run(run).deployment_id == made, "what an earlier server knew, this one knows"
     finally:

@@ -26,8 +26,8 @@ from infra.volume import volume_id
 from tasks.config import PipelineConfig
 from tasks.phase import Before
 from tests.data.test_download import WebSite, needs_video2dataset
-from tests.e2e.volume import wait_until
 from tests.tiny import precompute_values
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow(reason="a real server, two workers and their flow runs"), needs_video2dataset]
 

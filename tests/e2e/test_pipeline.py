@@ -9,7 +9,8 @@ from prefect.states import AwaitingRetry
 
 from fvlm_core.eval.results import EvalReport
 from fvlm_core.manifest import AnyManifest
-from tests.e2e.volume import COMPLETED, FVLM, Result, Volume, newest_pipeline_run, wait_until
+from tests.e2e.volume import COMPLETED, FVLM, Result, Volume, newest_pipeline_run
+from tests.waiting import wait_until
 
 pytestmark = [
     pytest.mark.e2e,

@@ -14,7 +14,8 @@ from prefect.states import Cancelling
 
 from fvlm_core.train.jobs import METRICS_FILE, RunManifest
 from tests.campaign.kill_campaign import order_of, processes_of
-from tests.e2e.volume import CACHED, Command, Volume, newest_pipeline_run, of_job, progress, wait_until
+from tests.e2e.volume import CACHED, Command, Volume, newest_pipeline_run, of_job, progress
+from tests.waiting import wait_until
 
 pytestmark = [
     pytest.mark.e2e,

@@ -10,7 +10,8 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.browser import SLOW_MS, browser_page
-from tests.e2e.volume import CACHED, Volume, wait_until
+from tests.e2e.volume import CACHED, Volume
+from tests.waiting import wait_until
 
 pytestmark = [
     pytest.mark.e2e,

@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,8 +31,6 @@ from tests.tiny import profile_values
 
 RUN_TIMEOUT_S = 1500
 """Of one command: many times what an idle machine takes."""
-EVENT_TIMEOUT_S = 600
-"""For something that takes seconds on an idle machine."""
 LONG_STAGE2_STEPS = 500
 """Long enough to be stopped in the middle, five times, by something that takes seconds to arrive."""
 FVLM = Path(sys.executable).with_name("fvlm")
@@ -178,14 +175,6 @@ def progress(folder: Path, *, since: float = 0.0) -> int:
     """Steps that the job in `folder` has done, as it reported after `since` (seconds since the epoch); 0 where it did not."""
     report = ProgressReport.read(folder)
     return report.step if report and (folder / "progress.json").stat().st_mtime > since else 0
-
-
-def wait_until(condition: Callable[[], object], what: str, *, poll_s: float = 0.05) -> None:
-    """`poll_s`: longer where each look is a request, which costs the server what the awaited could use."""
-    deadline = time.monotonic() + EVENT_TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {EVENT_TIMEOUT_S} s for {what}"
-        time.sleep(poll_s)
 
 
 def _unused_port() -> int:

@@ -5,8 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -30,8 +29,8 @@ from infra.runpod.worker import RunPodWorker
 from infra.stack import REPOSITORY, Stack
 from infra.store import FolderStore
 from tests.infra.runpod.tiny_flow import tiny
+from tests.waiting import EVENT_TIMEOUT_S, wait_until
 
-EVENT_TIMEOUT_S = 300
 PLANTED = "planted-value-that-must-not-appear"
 
 
@@ -131,11 +130,11 @@ class Rig:
         return state
 
     def finish(self, run: UUID, timeout_s: float = EVENT_TIMEOUT_S) -> State[Any]:
-        until(lambda: self.state(run).is_final(), f"the run to end\n{self.tail()}", timeout_s, poll_s=0.5)
+        wait_until(lambda: self.state(run).is_final(), f"the run to end\n{self.tail()}", timeout_s, poll_s=0.5)
         return self.state(run)
 
     def wait_for_no_pods(self, timeout_s: float = EVENT_TIMEOUT_S) -> None:
-        until(lambda: not self.client.pods(), f"the pods to end\n{self.tail()}", timeout_s)
+        wait_until(lambda: not self.client.pods(), f"the pods to end\n{self.tail()}", timeout_s)
 
     def tail(self) -> str:
         return self.log.read_text()[-6000:] if self.log.exists() else ""
@@ -144,14 +143,6 @@ class Rig:
         asked = {"logs": {"flow_run_id": {"any_": [str(run)]}}, "sort": "TIMESTAMP_ASC"}
         auth = tuple(self.stack.client_environment()["PREFECT_API_AUTH_STRING"].split(":", 1))
         return [one["message"] for one in httpx.post(f"{self.stack.api_url}/logs/filter", json=asked, auth=auth).json()]  # type: ignore[arg-type]
-
-
-def until(condition: Callable[[], object], what: str, timeout_s: float = EVENT_TIMEOUT_S, *, poll_s: float = 0.1) -> None:
-    """`poll_s`: longer where each look is a request to Prefect's server, which costs 20 ms of a core."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
-        time.sleep(poll_s)
 
 
 @contextlib.contextmanager

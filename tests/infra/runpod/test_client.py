@@ -1,7 +1,6 @@
 """The client and the emulator, both checked against RunPod's OpenAPI document, through what goes wrong on the way."""
 
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import httpx
@@ -24,6 +23,7 @@ from infra.runpod.errors import (
 )
 from infra.runpod.models import CpuRequest, CreatePod, CreateVolume, GpuRequest, Mounts, NetworkMount, Pod, Status, Volume
 from tests.infra.runpod.contract import Witness, request_faults
+from tests.waiting import wait_until
 
 A100 = "NVIDIA A100 80GB PCIe"
 SLEEP = "sleep 600"
@@ -35,15 +35,8 @@ def small(name: str = "fvlm-test", args: str = SLEEP, **more: object) -> CreateP
     )
 
 
-def until(condition: Callable[[], object], what: str, timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited for {what}"
-        time.sleep(0.02)
-
-
 def running(client: RunPod, pod: Pod) -> Pod:
-    until(lambda: client.pod(pod.id).status == Status.RUNNING, "the pod to run")
+    wait_until(lambda: client.pod(pod.id).status == Status.RUNNING, "the pod to run")
     return client.pod(pod.id)
 
 
@@ -209,7 +202,7 @@ def test_the_balance_is_where_the_live_document_says() -> None:
 def test_a_container_has_its_environment_is_restarted_and_is_read(client: RunPod, emulator: Emulator) -> None:
     command = "bash -c 'echo pod=$RUNPOD_POD_ID given=$GIVEN home=$HOME; exit 3'"
     pod = client.create_pod(small(args=command, env={"GIVEN": "yes"}))
-    until(lambda: emulator.cloud.pods[pod.id].container.starts > 2, "restarts")
+    wait_until(lambda: emulator.cloud.pods[pod.id].container.starts > 2, "restarts")
     lines, last = [], ""
     for line in client.logs(pod.id, tail=100):
         lines.append(line)
@@ -227,7 +220,7 @@ def test_a_container_has_its_environment_is_restarted_and_is_read(client: RunPod
 
 def test_a_container_that_fills_its_disk_is_ended_and_wiped(client: RunPod, emulator: Emulator) -> None:
     pod = client.create_pod(small(disk=1, args="sh -c 'ls $HOME; truncate -s 2G $HOME/large; sleep 60'"))
-    until(lambda: emulator.cloud.pods[pod.id].container.starts > 1, "a restart")
+    wait_until(lambda: emulator.cloud.pods[pod.id].container.starts > 1, "a restart")
     lines = [line.line for line in emulator.cloud.pods[pod.id].container.log.lines]
     assert "the container's disk of 1 GB is full" in lines
     assert "large" not in lines, "the second start finds an empty disk"
@@ -247,8 +240,8 @@ def test_pods_that_never_start_are_seen_as_such_and_end(client: RunPod, emulator
 def test_dead_and_deleted_pods(client: RunPod, emulator: Emulator) -> None:
     emulator.cloud.faults.arm(Fault("dies"))
     pod = client.create_pod(small())
-    until(lambda: client.pod(pod.id).status == Status.ERROR, "the pod to die")
+    wait_until(lambda: client.pod(pod.id).status == Status.ERROR, "the pod to die")
     assert client.pod(pod.id).cost > 0, "billed until it is terminated"
     emulator.cloud.faults.arm(Fault("deleted"))
     gone = client.create_pod(small("fvlm-gone"))
-    until(lambda: gone.id not in [one.id for one in client.pods()], "the pod to be gone")
+    wait_until(lambda: gone.id not in [one.id for one in client.pods()], "the pod to be gone")

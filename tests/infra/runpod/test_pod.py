@@ -23,7 +23,7 @@ from infra.runpod.models import Pod as RentedPod
 from infra.runpod.pod import CODE, ENVIRONMENTS, IDENTITY, JOB_VARIABLE, OUTCOME, PODS, SHARDS, STARTED, Pod, PreflightError
 from infra.runpod.program import PROGRAM_VARIABLE, START
 from infra.stack import REPOSITORY, Stack
-from tests.infra.runpod.test_client import until
+from tests.waiting import wait_until
 
 A100 = "NVIDIA A100 80GB PCIe"
 
@@ -70,7 +70,7 @@ class Pods:
 
     def outcome(self, pod: RentedPod) -> dict[str, Any]:
         """How its job ended, when the pod has ended itself."""
-        until(lambda: pod.id not in [one.id for one in self.client.pods()], f"the pod to end itself\n{self.log(pod)}", timeout_s=90)
+        wait_until(lambda: pod.id not in [one.id for one in self.client.pods()], f"the pod to end itself\n{self.log(pod)}", timeout_s=90)
         return json.loads((self.folder / PODS / pod.id / OUTCOME).read_text())
 
     def log(self, pod: RentedPod) -> str:
@@ -136,7 +136,7 @@ def test_a_pod_that_hangs_before_its_job_is_ended_at_its_deadline(pods: Pods) ->
     code.mkdir()
     os.mkfifo(code / "requirements.lock")  # to read it waits for ever, as on a network file system that has gone
     pod = pods.start(["true"], python=None, code_folder=str(code), lock="requirements.lock", seconds=4.0)
-    until(lambda: pod.id not in [one.id for one in pods.client.pods()], f"the watchdog\n{pods.log(pod)}", timeout_s=30)
+    wait_until(lambda: pod.id not in [one.id for one in pods.client.pods()], f"the watchdog\n{pods.log(pod)}", timeout_s=30)
     assert "watchdog: the pod's time is over" in pods.log(pod)
     assert not (pods.folder / PODS / pod.id / OUTCOME).exists()
 

@@ -28,8 +28,9 @@ from infra.stack import Stack
 from tests.browser import SLOW_MS, browser_page
 from tests.conftest import known_to_clients
 from tests.infra.runpod.conftest import KEY, QUICK
-from tests.infra.runpod.rig import PLANTED, Rig, until, working
+from tests.infra.runpod.rig import PLANTED, Rig, working
 from tests.infra.runpod.tiny_flow import tiny
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow(reason="every flow run starts a process with Prefect")
 
@@ -126,8 +127,8 @@ def test_flow_runs_are_pods_that_end_with_them(rig: Rig, runs: dict[str, FlowRun
     good, bad = runs["good"], runs["bad"]
     assert rig.finish(good.id).is_completed(), rig.tail()
     assert rig.finish(bad.id).is_failed()
-    until(lambda: not pods_of(rig, good) + pods_of(rig, bad), "their pods to end")
-    until(lambda: "[pod] runs" in "\n".join(rig.run_logs(good.id)), "the pod's log to reach the run's")
+    wait_until(lambda: not pods_of(rig, good) + pods_of(rig, bad), "their pods to end")
+    wait_until(lambda: "[pod] runs" in "\n".join(rig.run_logs(good.id)), "the pod's log to reach the run's")
     lines = rig.run_logs(good.id)
     assert any(line.startswith("tiny flow on pod") for line in lines), "what the job prints is in the run's log"
     assert sum("Finished in state Completed" in line for line in lines) == 1, "what the run logs itself is not there twice"
@@ -139,7 +140,7 @@ def test_a_lost_pod_crashes_its_run_with_a_reason_and_is_ended(rig: Rig, runs: d
     state = rig.finish(runs[name].id)
     assert state.is_crashed()
     assert LOST[name][1] in (state.message or "")
-    until(lambda: not pods_of(rig, runs[name]), "its pod to end")
+    wait_until(lambda: not pods_of(rig, runs[name]), "its pod to end")
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -154,13 +155,13 @@ def test_the_ledger_knows_that_all_of_them_have_ended(rig: Rig, runs: dict[str, 
     for run in runs.values():
         rig.finish(run.id)
     rig.wait_for_no_pods()
-    until(lambda: not any(entry.running and entry.kind == "pod" for entry in rig.budget.entries()), "the ledger to know")
+    wait_until(lambda: not any(entry.running and entry.kind == "pod" for entry in rig.budget.entries()), "the ledger to know")
     assert {entry.phase for entry in rig.budget.entries() if entry.started} == {"tiny"}
 
 
 def test_no_secret_shows_and_a_click_in_the_ui_ends_the_pod_within_a_minute(rig: Rig) -> None:
     run = rig.submit("clicked", pieces=1000, show=True)
-    until((rig.folder / "work" / "clicked" / "piece1").exists, "the run to work")
+    wait_until((rig.folder / "work" / "clicked" / "piece1").exists, "the run to work")
     its_own = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id]))
     with get_client(sync_client=True) as client:
         assert [one.key for one in client.read_artifacts(artifact_filter=its_own)] == ["tiny"]
@@ -171,8 +172,8 @@ def test_no_secret_shows_and_a_click_in_the_ui_ends_the_pod_within_a_minute(rig:
         page.goto(f"{rig.stack.ui_url}/runs/flow-run/{run.id}")
         page.get_by_role("button", name="Cancel").first.click()
         page.get_by_role("button", name="Confirm").click()
-        until(lambda: rig.state(run.id).type in (StateType.CANCELLING, StateType.CANCELLED), "the click to arrive", poll_s=0.5)
-    until(lambda: not pods_of(rig, run), "its pod to end", timeout_s=60)
+        wait_until(lambda: rig.state(run.id).type in (StateType.CANCELLING, StateType.CANCELLED), "the click to arrive", poll_s=0.5)
+    wait_until(lambda: not pods_of(rig, run), "its pod to end", timeout_s=60)
     assert rig.finish(run.id).is_cancelled()
 
 
@@ -191,17 +192,17 @@ def test_a_schedule_starts_a_pod_and_ends_it(rig: Rig) -> None:
         def completed() -> list[FlowRun]:
             return [run for run in client.read_flow_runs(flow_run_filter=by_schedule) if run.state and run.state.is_completed()]
 
-        until(completed, "a run of the schedule", poll_s=0.5)
+        wait_until(completed, "a run of the schedule", poll_s=0.5)
         first = completed()[0]
         client.delete_deployment(made)
     assert first.auto_scheduled
-    until(lambda: not pods_of(rig, first), "its pod to end")
+    wait_until(lambda: not pods_of(rig, first), "its pod to end")
     assert [pod.request.cpu is not None for pod in rig.emulator.cloud.pods.values() if first.id.hex in pod.request.name] == [True]
 
 
 def test_a_killed_worker_is_followed_by_another_or_by_the_reaper_alone(rig: Rig) -> None:
     adopted, left, vanished = (rig.submit(name, pieces=1000) for name in ("adopted", "left", "vanished"))
-    until(lambda: {rig.state(run.id).type for run in (adopted, left, vanished)} == {StateType.RUNNING}, "the runs to run", poll_s=0.5)
+    wait_until(lambda: {rig.state(run.id).type for run in (adopted, left, vanished)} == {StateType.RUNNING}, "the runs to run", poll_s=0.5)
     rig.kill_worker(signal.SIGKILL)
     (pod,), (reaped,) = pods_of(rig, adopted), pods_of(rig, left)
     rig.emulator.cloud.pods[reaped.id].container.pause()
@@ -214,7 +215,7 @@ def test_a_killed_worker_is_followed_by_another_or_by_the_reaper_alone(rig: Rig)
     assert [one.pod.id for one in gone] == [reaped.id]
     rig.emulator.cloud.faults.arm(Fault("too_many_requests", times=5))  # as often as the client asks
     rig.start_worker()
-    until(lambda: f"goes on with the pod {pod.id}" in rig.tail(), "the new worker to take it over, at its second try")
+    wait_until(lambda: f"goes on with the pod {pod.id}" in rig.tail(), "the new worker to take it over, at its second try")
     assert "pods of an earlier worker are looked for again" in rig.tail()
     rig.emulator.cloud.strike(rig.emulator.cloud.pods[pod.id], Fault("dies"))
     state = rig.finish(adopted.id)
