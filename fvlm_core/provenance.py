@@ -58,6 +58,13 @@ def digest(path: str) -> str:
         return ""
 
 
+def remember(module: str) -> None:
+    """Take the code that `module` reaches as it is now for that of this process and of all that are forked off it."""
+    for path in reached(module):
+        digest(path)
+    versions()
+
+
 @cache
 def versions() -> dict[str, str]:
     """Versions of Python and of `LIBRARIES`."""

@@ -4,6 +4,8 @@
 orphaned descendants, whatever session they moved to: torchrun puts each of its processes in a session of its own, so
 neither a process group nor a session would reach them. When the command ends, or the guard gets a signal to stop, every
 descendant is killed before the guard leaves. Only the standard library, so that it starts in milliseconds.
+
+Its process is called `NAME`, whatever command line it has (`fork_server.py` makes guards without one of their own).
 """
 
 import ctypes
@@ -15,35 +17,78 @@ import time
 from types import FrameType
 
 PR_SET_PDEATHSIG = 1
+PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
+NAME = "fvlm guard"
+STOPPING = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+POLL_S = 0.05
+
+
+class Forked:
+    """A child made by fork alone, with as much of `subprocess.Popen` as a guard needs."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+
+    def poll(self) -> int | None:
+        """Its exit status once it has ended, -N where signal N ended it."""
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        return os.waitstatus_to_exitcode(status) if pid else None
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+        os.kill(self.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it."""
+        os.kill(self.pid, signal.SIGKILL)
+
+
+class Guard:
+    """This process as the guard of one child, which is made after it."""
+
+    def __init__(self, parent: int) -> None:
+        """`parent` is the process that asked for the child. Ends this process where it has died."""
+        self.stopping = False
+        for number in STOPPING:
+            signal.signal(number, self._stop)
+        set_name(NAME)
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+        end_with(parent)
+
+    def watch(self, child: subprocess.Popen[bytes] | Forked, grace_s: float) -> int:
+        """See the child to its end. Returns its exit status, 128 + N if signal N ended it."""
+        asked_at: float | None = None
+        while (status := child.poll()) is None:
+            if self.stopping and asked_at is None:
+                child.terminate()
+                asked_at = time.monotonic()
+            if asked_at is not None and time.monotonic() - asked_at > grace_s:
+                child.kill()
+            time.sleep(POLL_S)
+        kill_descendants()
+        return status if status >= 0 else 128 - status
+
+    def _stop(self, _signal: int, _frame: FrameType | None) -> None:
+        self.stopping = True
 
 
 def main(parent: int, grace_s: float, command: list[str]) -> int:
     """Run the command to its end. Returns its exit status, 128 + N if signal N ended it."""
-    libc = ctypes.CDLL(None)
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
-    if os.getppid() != parent:  # it died before the kernel was asked
-        return 128 + signal.SIGTERM
-    stopping = False
+    guard, own = Guard(parent), os.getpid()
+    return guard.watch(subprocess.Popen(command, start_new_session=True, preexec_fn=lambda: end_with(own)), grace_s)
 
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        nonlocal stopping
-        stopping = True
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, stop)
-    child = subprocess.Popen(command, start_new_session=True, preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM))
-    told_at: float | None = None
-    while child.poll() is None:
-        if stopping and told_at is None:
-            child.terminate()
-            told_at = time.monotonic()
-        if told_at is not None and time.monotonic() - told_at > grace_s:
-            child.kill()
-        time.sleep(0.05)
-    kill_descendants()
-    return child.returncode if child.returncode >= 0 else 128 - child.returncode
+def set_name(name: str) -> None:
+    """Name this process, as `ps -o comm` and `top` show it; at most 15 letters. Its forks are called the same."""
+    ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode())
+
+
+def end_with(parent: int) -> None:
+    """Get a SIGTERM when the process dies that made this one; leave at once where it has died already."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # before the kernel was asked
+        os._exit(128 + signal.SIGTERM)
 
 
 def kill_descendants() -> None:

@@ -13,11 +13,13 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 from infra import guard, start
 from infra.exit_status import ATTEMPT_VARIABLE, ERROR_FILE, STOPPED, STOPPED_KIND, USER_ERROR, USER_ERROR_KIND
+from infra.fork_server import ForkedJob, ForkServer
 from infra.processes import JOB_VARIABLE, STACK_VARIABLE, end_marked, mark
 from infra.runpod.pod import SHARED_VARIABLE
 
@@ -25,6 +27,7 @@ LOG_NAME = "log.txt"
 TAIL_LINES = 25
 TORCHRUN = "torch.distributed.run"
 """The module behind the program `torchrun`."""
+FORKED_RANKS = "infra.forked_ranks"
 FULL_BYTES = 1_000_000
 """Of free space, below which a job that failed without a word of its own is said to have filled the disk."""
 KEPT_VARIABLES = ("PATH", "HOME", "USER", "LANG", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV", STACK_VARIABLE, SHARED_VARIABLE)
@@ -82,6 +85,11 @@ def torchrun_job(module: str, settings: Path, *, processes: int, nodes: int = 1,
     return [*torchrun, *meeting, "-m", module, str(settings)]
 
 
+def forked_ranks_job(module: str, settings: Path, *, processes: int) -> list[str]:
+    """The same on this machine alone, with ranks that are forked off their launcher: for a fork server, which has imported the module."""
+    return [sys.executable, "-m", FORKED_RANKS, str(processes), module, str(settings)]
+
+
 def launch(
     command: list[str],
     folder: Path,
@@ -89,6 +97,7 @@ def launch(
     threads: int = 1,
     min_free_bytes: int = 0,
     devices: Mapping[str, str] | None = None,
+    server: ForkServer | None = None,
     stop: threading.Event | None = None,
     watch: Callable[[], None] = lambda: None,
     poll_s: float = 0.2,
@@ -99,7 +108,7 @@ def launch(
 
     `watch` is called every `watch_s` seconds in this thread. When `stop` is set, or this thread is interrupted by an exception, the
     job gets SIGTERM, and SIGKILL after `grace_s`: the time it has for saving what it did. `threads` is OMP_NUM_THREADS; `devices` are
-    variables that say which GPUs it sees (`infra.devices`).
+    variables that say which GPUs it sees (`infra.devices`); `server` forks it, where it is not to start from nothing.
 
     Raises JobRefusedError (the job says what is wrong), JobInterruptedError (somebody else stopped it), another JobError,
     JobStoppedError, or DiskFullError (also before anything starts).
@@ -111,19 +120,12 @@ def launch(
     job = mark(folder)
     end_marked(JOB_VARIABLE, job)
     attempt = uuid.uuid4().hex
-    own = {JOB_VARIABLE: job, ATTEMPT_VARIABLE: attempt}
+    environment = job_environment(os.environ, threads=threads) | dict(devices or {}) | _torchrun_grace(grace_s)
+    environment |= {JOB_VARIABLE: job, ATTEMPT_VARIABLE: attempt}
     log = folder / LOG_NAME
-    guarded = [sys.executable, "-S", "-E", guard.__file__, str(os.getpid()), str(grace_s), *command]
     with log.open("ab") as stream:
-        start = stream.tell()
-        process = subprocess.Popen(
-            guarded,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env={**job_environment(os.environ, threads=threads), **(devices or {}), **own, **_torchrun_grace(grace_s)},
-            start_new_session=True,
-        )
+        begin = stream.tell()
+        process = (server.start if server else _start)(command, stream, environment, grace_s)
     watched = time.monotonic()
     try:
         while process.poll() is None:
@@ -138,7 +140,7 @@ def launch(
         _end(process, grace_s)
     watch()
     if process.returncode:
-        raise _failure(command, process.returncode, folder, start, attempt)
+        raise _failure(command, process.returncode, folder, begin, attempt)
 
 
 def job_environment(environment: Mapping[str, str], *, threads: int) -> dict[str, str]:
@@ -147,12 +149,24 @@ def job_environment(environment: Mapping[str, str], *, threads: int) -> dict[str
     return kept | {"OMP_NUM_THREADS": str(max(1, threads)), "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
+def _start(command: Sequence[str], log: IO[bytes], environment: Mapping[str, str], grace_s: float) -> subprocess.Popen[bytes]:
+    """Start the command under a guard."""
+    return subprocess.Popen(
+        [sys.executable, "-S", "-E", guard.__file__, str(os.getpid()), str(grace_s), *command],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        env=environment,
+        start_new_session=True,
+    )
+
+
 def _torchrun_grace(grace_s: float) -> dict[str, str]:
     """torchrun kills its ranks 30 s after it passed a SIGTERM on, whatever grace it was itself given."""
     return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(grace_s))}
 
 
-def _end(process: subprocess.Popen[bytes], grace_s: float) -> None:
+def _end(process: subprocess.Popen[bytes] | ForkedJob, grace_s: float) -> None:
     """Stop the guard, which stops the job; nothing to do when it has ended."""
     if process.poll() is None:
         process.terminate()

@@ -1,5 +1,6 @@
 """Marks on processes: an environment variable that says whose they are, so that leftovers are found and nothing else is."""
 
+import ctypes
 import hashlib
 import time
 from collections.abc import Iterable, Iterator
@@ -11,12 +12,28 @@ STACK_VARIABLE = "FVLM_STACK"
 """Server, workers and flow runs of one volume's local stack."""
 JOB_VARIABLE = "FVLM_JOB"
 """The job that fills one folder."""
+UNMARKED = "0" * 16
+"""The mark of a process that has none yet, in whose place `change_mark` can write one."""
 POLL_S = 0.05
 
 
 def mark(folder: Path) -> str:
     """The value that marks processes working on `folder`."""
     return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+
+
+def change_mark(variable: str, before: str, value: str) -> None:
+    """Change the mark that this process was started with and that its children will have.
+
+    What the system shows of a process is the memory that held its environment when its program began. Setting a variable writes
+    somewhere else; a fork has a copy of that memory, and its program began before anyone knew the mark.
+    """
+    library = ctypes.CDLL(None)
+    library.getenv.restype = ctypes.c_void_p
+    place = library.getenv(variable.encode())
+    if place is None or len(before) != len(value) or ctypes.string_at(place) != before.encode():
+        raise ValueError(f"{variable} is not {before}, or {value!r} is not as long")
+    ctypes.memmove(place, value.encode(), len(value))
 
 
 def marked(variable: str, value: str) -> Iterator[psutil.Process]:

@@ -401,7 +401,7 @@ def _let_jobs_save(volume: str) -> None:
     guards = []
     for process in processes:
         with contextlib.suppress(psutil.Error):
-            guards += [process] if guard.__file__ in process.cmdline() else []
+            guards += [process] if process.name() == guard.NAME else []
             process.terminate()
     wait_until_ended(guards)
 

@@ -5,6 +5,8 @@ Prefect makes a million of them when it is imported, and none is garbage: lookin
 
 `python -m infra.start --prepared MODULES` imports the modules (with commas) and waits: a line of its standard input says, as a JSON list,
 what to run. So a program can be imported before it is known what it is to do. Where the input ends without a line, it ends too.
+
+`python -m infra.start --forks MODULES` does so for many programs, each in a process that is forked off (`fork_server.py`).
 """
 
 import atexit
@@ -17,7 +19,7 @@ import sys
 
 THRESHOLDS = 50_000, 20, 20
 """New objects before the youngest are looked at (a few milliseconds), and how often that is done before older ones are."""
-PREPARED = "--prepared"
+PREPARED, FORKS = "--prepared", "--forks"
 
 
 def collect_rarely() -> None:
@@ -41,5 +43,9 @@ if __name__ == "__main__":
     command = sys.argv[1:]
     if command[0] == PREPARED:
         command = awaited(command[1]) or sys.exit()
+    elif command[0] == FORKS:
+        from infra.fork_server import next_job  # others need nothing of it
+
+        command = next_job(command[1])
     sys.argv = command
     runpy.run_module(command[0], run_name="__main__", alter_sys=True)

@@ -13,11 +13,14 @@ from fvlm_core.manifest import FILE_NAME, write_atomically
 from fvlm_core.progress import ProgressReport
 from fvlm_core.train.grace import stop_grace_s
 from infra.devices import Devices
-from infra.launch import DiskFullError, JobRefusedError, launch, python_job, torchrun_job
+from infra.fork_server import ForkServer
+from infra.launch import DiskFullError, JobRefusedError, forked_ranks_job, launch, python_job, torchrun_job
 from infra.locks import locked
 from tasks.steps import RECORD, STEPS, Made, OnCodeChange, Step, Verify
 
 PROBLEMS_SHOWN = 5
+PRELOADED = "fvlm_core.train.preload"
+"""What a fork server imports."""
 GRACE_S = 10.0
 """Time to end for a job that has nothing to save."""
 
@@ -34,6 +37,13 @@ class How:
     """Time that a training job has to save and end when it is stopped; None: by the size of its checkpoints."""
     devices: Devices = field(default_factory=lambda: Devices(0))
     """The GPUs, where several training jobs run at once and each gets its own."""
+    server: ForkServer | None = None
+    """Forks training jobs, where they are not to start from nothing."""
+
+    def close(self) -> None:
+        """End what was started for the sake of several steps."""
+        if self.server:
+            self.server.close()
 
 
 class BusyError(RuntimeError):
@@ -103,7 +113,10 @@ def _run(step: Step, volume: Path, how: How, stop: threading.Event | None, repor
     write_atomically(folder / RECORD, step.record.model_dump_json(indent=2).encode())
     settings = folder / "job.yaml"
     settings.write_text(yaml.safe_dump(step.job_settings(volume), sort_keys=False))
-    if step.ranks:
+    server = how.server if step.ranks and step.nodes == 1 else None
+    if server:
+        command = forked_ranks_job(step.module, settings, processes=step.ranks)
+    elif step.ranks:
         command = torchrun_job(step.module, settings, processes=step.ranks, nodes=step.nodes, rendezvous=step.rendezvous)
     else:
         command = python_job(step.module, settings)
@@ -123,6 +136,7 @@ def _run(step: Step, volume: Path, how: How, stop: threading.Event | None, repor
                 threads=step.threads,
                 min_free_bytes=how.min_free_bytes,
                 devices=devices,
+                server=server,
                 stop=stop,
                 watch=watch,
                 grace_s=_grace_s(step, volume, how),

@@ -19,12 +19,13 @@ from fvlm_core.data.jobs import ShardManifest
 from fvlm_core.errors import UserError
 from fvlm_core.progress import ProgressReport
 from infra.devices import Devices
+from infra.fork_server import ForkServer
 from infra.launch import JobStoppedError
 from tasks import artifacts
 from tasks.board import on_board
 from tasks.config import PipelineConfig
 from tasks.helpers import helped, share
-from tasks.make import How, Reporter, make
+from tasks.make import PRELOADED, How, Reporter, make
 from tasks.mixtures import check_shards
 from tasks.phase import Phase, PhaseManifest, Results, before_of, conclude, require
 from tasks.status_board import StatusBoard
@@ -125,12 +126,12 @@ def help_phase(phase: Phase, config: PipelineConfig, volume: str, number: int) -
     root, log = Path(volume), get_run_logger()
     done = require(phase.ancestors, config, root, by=phase.name, verify="sizes")
     steps = next(in_waves(phase.steps(config, before_of(phase, config, root, done))), [])
-    stop, machine = threading.Event(), config.machine
+    stop, machine, how = threading.Event(), config.machine, how_of(config)
     try:
         made = share(
             steps,
             root,
-            how_of(config),
+            how,
             number=number,
             of=phase.helpers(config) + 1,
             at_once=machine.parallel_jobs,
@@ -139,6 +140,7 @@ def help_phase(phase: Phase, config: PipelineConfig, volume: str, number: int) -
         )
     finally:
         stop.set()
+        how.close()
     log.info("made %d of %d steps: %s", len(made), len(steps), ", ".join(made))
     return made
 
@@ -163,6 +165,7 @@ def how_of(config: PipelineConfig) -> How:
         min_free_bytes=int(machine.min_free_gb * GB),
         stop_grace_s=machine.stop_grace_s,
         devices=Devices(machine.ranks if machine.parallel_jobs > 1 else 0),
+        server=ForkServer([PRELOADED]) if machine.fork_server else None,
     )
 
 
@@ -220,6 +223,7 @@ class StepRunner:
 
     def __exit__(self, *_error: object) -> None:
         self.stop.set()  # whatever ended the flow, no job goes on
+        self.how.close()
 
     def make(self, steps: Sequence[Step]) -> None:
         """Make independent steps, at most `machine.parallel_jobs` at a time, into `made`.

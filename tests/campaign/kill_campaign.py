@@ -23,7 +23,7 @@ from benchmarks.report import Measurement, show
 from fvlm_core.manifest import sha256_file
 from fvlm_core.settings import hash_json
 from fvlm_core.train.jobs import METRICS_FILE, MODEL_FOLDER
-from infra.launch import TORCHRUN
+from infra import guard
 from tests.e2e.volume import Command, Volume, lengthen, of_job, progress
 
 STAGES = ("stage1", "stage2", "stage3")
@@ -165,11 +165,9 @@ def processes_of(volume: Volume, victim: str, command: Command, job: list[psutil
     if victim in ("pipeline's run", "phase's run"):
         runs = sorted(volume.processes("prefect.engine"), key=lambda process: process.create_time())
         return runs[:1] if victim == "pipeline's run" else runs[-1:]
-    kinds = {"guard": [], "torchrun": [], "rank": []}
-    for process in job:
-        words = " ".join(process.cmdline())
-        kinds["guard" if "guard.py" in words else "torchrun" if TORCHRUN in words else "rank"].append(process)
-    return kinds[victim]
+    guards = [process for process in job if process.name() == guard.NAME]
+    launchers = [child for one in guards for child in one.children()]
+    return {"guard": guards, "torchrun": launchers, "rank": [one for one in job if one not in (*guards, *launchers)]}[victim]
 
 
 def ended_with(volume: Volume) -> Ended:

@@ -1,0 +1,15 @@
+"""Everything that a training run imports: for a process off which runs are forked, so that each need not import it again."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported, as in `__main__`
+
+import pyarrow.dataset  # noqa: F401
+import torch.distributed.launcher.api  # noqa: F401
+from transformers.models.dinov2 import modeling_dinov2  # noqa: F401
+from transformers.models.llama import modeling_llama  # noqa: F401
+
+import fvlm_core.train.loop  # noqa: F401
+from fvlm_core import provenance
+
+provenance.remember("fvlm_core.train")

@@ -1,0 +1,195 @@
+"""Starts many short jobs in less time: each is forked off a process that has imported what all of them need.
+
+Importing torch and transformers takes six processor seconds, more than a small training run itself. A fork server, as Python's
+multiprocessing has one for functions, imports them once. `ForkServer` is the launcher's end; the other is `python -m infra.start
+--forks MODULES`, whose standard input is a socket. A request is one message: the job as JSON, and two file descriptors, its log and a
+pipe that brings back the process id of the job's guard and, when it has ended, the exit status.
+
+A job has a guard as any other (`guard.py`). Whatever ends the launcher closes its end of the socket; then the server ends, and the
+kernel tells the guards. A server that died is started again for the next job.
+"""
+
+import contextlib
+import gc
+import importlib
+import json
+import math
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import IO, Any
+
+from infra import guard, start
+from infra.processes import JOB_VARIABLE, UNMARKED, change_mark
+
+LARGEST = 1 << 17
+"""Bytes of a request; an environment has a few thousand."""
+NUMBER_BYTES = 8
+"""Of a process id and an exit status."""
+THREADS = "OMP_NUM_THREADS"
+LOST = 128 + signal.SIGKILL
+"""Exit status of a job whose guard could not say one any more."""
+POLL_S = 0.05
+
+
+class ForkedJob:
+    """A job's guard, with as much of `subprocess.Popen` as a launcher needs."""
+
+    def __init__(self, pipe: int) -> None:
+        """Waits until the job is forked: seconds, where its server has just begun to import."""
+        self._pipe = pipe
+        self.returncode: int | None = None
+        self._guard: int | None = None
+        if forked := os.read(pipe, NUMBER_BYTES):
+            with contextlib.suppress(ProcessLookupError):  # it has ended already
+                self._guard = os.pidfd_open(int.from_bytes(forked))
+
+    def poll(self) -> int | None:
+        """The exit status once it has ended."""
+        if self.returncode is None and select.select([self._pipe], [], [], 0)[0]:
+            said = os.read(self._pipe, NUMBER_BYTES)
+            self.returncode = int.from_bytes(said) if said else LOST
+            os.close(self._pipe)
+            if self._guard is not None:
+                os.close(self._guard)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit status, when it has ended. Raises subprocess.TimeoutExpired after `timeout` seconds."""
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(guard.NAME, deadline)
+            time.sleep(POLL_S)
+        return status
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+        self._send(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it."""
+        self._send(signal.SIGKILL)
+
+    def _send(self, number: int) -> None:
+        if self.poll() is None and self._guard is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._guard, number)
+
+
+@dataclass
+class _Server:
+    process: subprocess.Popen[bytes]
+    requests: socket.socket
+
+
+class ForkServer:
+    """Forks jobs off processes that have imported `modules`: one for each number of threads, which torch asks for only once."""
+
+    def __init__(self, modules: Sequence[str]) -> None:
+        self.modules = modules
+        self._servers: dict[str, _Server] = {}
+        self._lock = threading.Lock()
+
+    def start(self, command: Sequence[str], log: IO[bytes], environment: Mapping[str, str], grace_s: float) -> ForkedJob:
+        """Start a job, `python -m MODULE ARGUMENTS...`; the first one's server is started with it."""
+        if list(command[:2]) != [sys.executable, "-m"]:
+            raise ValueError(f"only modules of this Python can be forked, not {' '.join(command)}")
+        request = {"command": command[2:], "environment": dict(environment), "grace_s": grace_s}
+        pipe, said = os.pipe()
+        try:
+            with self._lock:
+                requests = self._server(environment, log)
+                with contextlib.suppress(BrokenPipeError):  # it has died: so the pipe will say
+                    socket.send_fds(requests, [json.dumps(request).encode()], [log.fileno(), said])
+        finally:
+            os.close(said)
+        return ForkedJob(pipe)
+
+    def close(self) -> None:
+        """End the servers. Jobs that still run are told to end."""
+        with self._lock:
+            for server in self._servers.values():
+                server.requests.close()
+                server.process.terminate()
+                server.process.wait()
+            self._servers.clear()
+
+    def _server(self, environment: Mapping[str, str], log: IO[bytes]) -> socket.socket:
+        """The socket of a living server; what it prints while it imports goes to the log of the job that it is started for."""
+        threads = environment[THREADS]
+        server = self._servers.get(threads)
+        if server is None or server.process.poll() is not None:
+            ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with its:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", start.__name__, start.FORKS, ",".join(self.modules)],
+                    stdin=its.fileno(),
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env={**environment, JOB_VARIABLE: UNMARKED},
+                    start_new_session=True,
+                )
+            server = self._servers[threads] = _Server(process, ours)
+        return server.requests
+
+
+def next_job(modules: str) -> list[str]:
+    """What the server does: import the modules (with commas), then fork. Returns in each job's process, with what the job is to run."""
+    for module in modules.split(","):
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # looking for garbage would write to every object, and so copy the memory that jobs share
+    server = os.getpid()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # guards need not be reaped
+    requests = socket.socket(fileno=os.dup(sys.stdin.fileno()))
+    while True:
+        message, descriptors, *_ = socket.recv_fds(requests, LARGEST, 2)
+        if not message:
+            sys.exit()
+        if os.fork() == 0:
+            break
+        for descriptor in descriptors:
+            os.close(descriptor)
+    requests.close()
+    return _guarded(json.loads(message), *descriptors, server=server)
+
+
+def _guarded(request: dict[str, Any], log: int, said: int, *, server: int) -> list[str]:
+    """In the server's child: become the guard of a job, and return in the job's process."""
+    os.setsid()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for descriptor, stream in ((nothing, sys.stdin), (log, sys.stdout), (log, sys.stderr)):
+        os.dup2(descriptor, stream.fileno())
+    os.close(nothing)
+    os.close(log)
+    change_mark(JOB_VARIABLE, UNMARKED, request["environment"][JOB_VARIABLE])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    own, job_guard = os.getpid(), guard.Guard(server)
+    os.write(said, own.to_bytes(NUMBER_BYTES))
+    job = os.fork()
+    if job:
+        status = job_guard.watch(guard.Forked(job), request["grace_s"])
+        os.write(said, status.to_bytes(NUMBER_BYTES))
+        os._exit(status)
+    os.close(said)
+    own_process("fvlm job")
+    os.setsid()
+    guard.end_with(own)
+    return request["command"]
+
+
+def own_process(name: str) -> None:
+    """Forget the signal handlers and the name that this process was forked with."""
+    guard.set_name(name)
+    for number in guard.STOPPING:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

@@ -1,0 +1,181 @@
+"""Forked jobs against real processes: they are what a job of its own process is, and nothing of them is ever left behind."""
+
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+
+import psutil
+import pytest
+
+from infra import guard
+from infra.fork_server import ForkServer
+from infra.launch import JobError, JobRefusedError, JobStoppedError, forked_ranks_job, launch
+from infra.processes import JOB_VARIABLE, UNMARKED, change_mark, mark, marked
+from infra.stack import REPOSITORY
+from tests.jobs import count
+from tests.waiting import wait_until
+
+PROGRAM = """
+import atexit, json, os, pickle, subprocess, sys, threading, time
+atexit.register(print, "atexit")
+class Mine: ...
+assert type(pickle.loads(pickle.dumps(Mine()))) is Mine, "found in the main module"
+match sys.argv[1:]:
+    case ["say", *words]:
+        print(__name__, *words, "needed" in sys.modules, os.environ["OMP_NUM_THREADS"], sorted({"SEEN", "HIDDEN"} & os.environ.keys()))
+    case ["end", status]:
+        sys.exit(int(status))
+    case ["fail"]:
+        raise RuntimeError("the reason")
+    case ["die"]:
+        os.kill(os.getpid(), 9)
+    case ["family"]:
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+        open("pids.tmp", "w").write(f"{os.getpid()} {child.pid}")
+        os.rename("pids.tmp", "pids")
+        time.sleep(600)
+"""
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ForkServer]:
+    """One that has imported the module `needed`; jobs find `program` in the folder they run in."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "needed.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    made = ForkServer(["needed"])
+    yield made
+    made.close()
+
+
+def program(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "program", *arguments]
+
+
+def family(folder: Path) -> list[psutil.Process]:
+    """The processes of the program's `family`, once they are there."""
+    wait_until((folder / "pids").exists, "the family to be there")
+    return [psutil.Process(int(pid)) for pid in (folder / "pids").read_text().split()]
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+
+
+def servers() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if "--forks" in child.cmdline()]
+
+
+def test_a_job_is_the_main_module_with_its_own_arguments_environment_and_log(
+    server: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HIDDEN", "of the orchestration")
+    for number, threads in enumerate((1, 2, 1)):
+        folder = tmp_path / str(number)
+        launch(program("say", f"job {number}"), folder, server=server, threads=threads, devices={"SEEN": "0"} if number else None)
+        seen = ["SEEN"] if number else []
+        assert (folder / "log.txt").read_text() == f"__main__ job {number} True {threads} {seen}\natexit\n"
+    assert len(servers()) == 2, "one for each number of threads"
+
+
+@pytest.mark.parametrize(("what", "status"), [(("end", "0"), 0), (("end", "3"), 3), (("fail",), 1), (("die",), 128 + 9)])
+def test_it_ends_as_a_process_of_its_own_does(server: ForkServer, tmp_path: Path, what: tuple[str, ...], status: int) -> None:
+    if not status:
+        launch(program(*what), tmp_path / "job", server=server)
+        return
+    with pytest.raises(JobError) as caught:
+        launch(program(*what), tmp_path / "job", server=server)
+    assert caught.value.status == status
+    assert ("the reason" in caught.value.tail) == (what == ("fail",))
+
+
+def test_jobs_at_once_have_their_own_marks_and_ends(server: ForkServer, tmp_path: Path) -> None:
+    folders = [tmp_path / str(number) for number in range(6)]
+
+    def one(number: int) -> int:
+        try:
+            launch(program("end", str(number)), folders[number], server=server)
+        except JobError as error:
+            return error.status
+        return 0
+
+    with ThreadPoolExecutor(len(folders)) as pool:
+        assert list(pool.map(one, range(len(folders)))) == list(range(len(folders)))
+
+
+def test_stopping_it_ends_all_that_bears_its_mark(server: ForkServer, tmp_path: Path) -> None:
+    stop = threading.Event()
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(launch, program("family"), tmp_path, server=server, stop=stop, grace_s=2)
+        processes = family(tmp_path)
+        at_work = list(marked(JOB_VARIABLE, mark(tmp_path)))
+        assert sorted(process.name() for process in at_work) == ["fvlm guard", "fvlm job", processes[1].name()]
+        stop.set()
+        with pytest.raises(JobStoppedError):
+            running.result(20)
+    wait_until(lambda: gone([*processes, *at_work]), "the job to be gone")
+
+
+@pytest.mark.parametrize("victim", ["job", "guard", "server"])
+def test_a_killed_part_takes_the_rest_along_and_the_next_job_starts(server: ForkServer, tmp_path: Path, victim: str) -> None:
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(launch, program("family"), tmp_path, server=server, grace_s=2)
+        processes = family(tmp_path)
+        (guarding,) = (process for process in marked(JOB_VARIABLE, mark(tmp_path)) if process.name() == guard.NAME)
+        {"job": processes[0], "guard": guarding, "server": servers()[0]}[victim].kill()
+        with pytest.raises(JobError) as caught:
+            running.result(20)
+    assert caught.value.status == 128 + (signal.SIGTERM if victim == "server" else signal.SIGKILL)
+    launch(program("say"), tmp_path, server=server)
+    assert "__main__" in (tmp_path / "log.txt").read_text()
+    wait_until(lambda: gone([*processes, guarding]), "the first job to be gone")
+
+
+def test_neither_job_nor_server_outlives_the_launcher(server: ForkServer, tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+from infra.fork_server import ForkServer
+from infra.launch import launch
+launch({program("family")!r}, Path("."), server=ForkServer(["needed"]), grace_s=2)
+"""
+    launcher = psutil.Process(subprocess.Popen([sys.executable, "-c", code]).pid)
+    processes = [*family(tmp_path), *launcher.children()]
+    assert len(processes) == 3
+    launcher.kill()
+    wait_until(lambda: gone(processes), "all of it to be gone")
+
+
+def test_what_cannot_be_imported_is_said_in_the_jobs_log(tmp_path: Path) -> None:
+    server = ForkServer(["there_is_no_such_module"])
+    for _ in range(2):
+        with pytest.raises(JobError, match="No module named 'there_is_no_such_module'"):
+            launch(program("say"), tmp_path, server=server)
+    server.close()
+
+
+def test_ranks_are_forked_and_a_refusal_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    server = ForkServer(["torch.distributed.launcher.api"])
+    settings, folder = tmp_path / "job.yaml", tmp_path / "job"
+    for refuse in (True, False):
+        settings.write_text(f"{{output: {folder}, value: 1, refuse: {refuse}}}")
+        with pytest.raises(JobRefusedError, match="the value is bad") if refuse else nullcontext():
+            launch(forked_ranks_job(count.__name__, settings, processes=2), folder, server=server)
+    ranks = (tmp_path / "job.runs").read_text().split()
+    server.close()
+    assert len(set(ranks)) == 2
+
+
+def test_a_mark_is_only_changed_where_it_is_what_it_should_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FVLM_TEST_MARK", UNMARKED)
+    change_mark("FVLM_TEST_MARK", UNMARKED, "f" * 16)
+    for before, value in ((UNMARKED, "a" * 16), ("f" * 16, "short")):
+        with pytest.raises(ValueError, match="FVLM_TEST_MARK"):
+            change_mark("FVLM_TEST_MARK", before, value)
+    with pytest.raises(ValueError, match="FVLM_NO_MARK"):
+        change_mark("FVLM_NO_MARK", UNMARKED, "a" * 16)
