@@ -1,9 +1,9 @@
 """Starts many short jobs in less time: each is forked off a process that has imported what all of them need.
 
 Importing torch and transformers takes six processor seconds, more than a small training run itself. A fork server, as Python's
-multiprocessing has one for functions, imports them once. `ForkServer` is the launcher's end; the other is `python -m infra.start
---forks MODULES`, whose standard input is a socket. A request is one message: the job as JSON, and two file descriptors, its log and a
-pipe that brings back the process id of the job's guard and, when it has ended, the exit status.
+multiprocessing has one for functions, imports them once. `ForkServer` is the launcher's end; the other is `python -m infra.fork_server
+MODULES`, whose standard input is a socket. A request is one message: the job as JSON, and two file descriptors, its log and a pipe
+that brings back the process id of the job's guard and, when it has ended, the exit status.
 
 A job has a guard as any other (`guard.py`). Whatever ends the launcher closes its end of the socket; then the server ends, and the
 kernel tells the guards. A server that died is started again for the next job.
@@ -15,7 +15,6 @@ import importlib
 import json
 import math
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -26,8 +25,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
-from infra import guard, start
+from infra import guard
 from infra.processes import JOB_VARIABLE, UNMARKED, change_mark
+from infra.start import collect_rarely, run
 
 LARGEST = 1 << 17
 """Bytes of a request; an environment has a few thousand."""
@@ -50,11 +50,15 @@ class ForkedJob:
         if forked := os.read(pipe, NUMBER_BYTES):
             with contextlib.suppress(ProcessLookupError):  # it has ended already
                 self._guard = os.pidfd_open(int.from_bytes(forked))
+        os.set_blocking(pipe, False)
 
     def poll(self) -> int | None:
         """The exit status once it has ended."""
-        if self.returncode is None and select.select([self._pipe], [], [], 0)[0]:
-            said = os.read(self._pipe, NUMBER_BYTES)
+        if self.returncode is None:
+            try:
+                said = os.read(self._pipe, NUMBER_BYTES)
+            except BlockingIOError:
+                return None
             self.returncode = int.from_bytes(said) if said else LOST
             os.close(self._pipe)
             if self._guard is not None:
@@ -130,7 +134,7 @@ class ForkServer:
             ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with its:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", start.__name__, start.FORKS, ",".join(self.modules)],
+                    [sys.executable, "-m", "infra.fork_server", ",".join(self.modules)],
                     stdin=its.fileno(),
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -176,8 +180,9 @@ def _guarded(request: dict[str, Any], log: int, said: int, *, server: int) -> li
     os.environ.update(request["environment"])
     own, job_guard = os.getpid(), guard.Guard(server)
     os.write(said, own.to_bytes(NUMBER_BYTES))
-    job = os.fork()
-    if job:
+    signal.pthread_sigmask(signal.SIG_BLOCK, guard.STOPPING)  # a signal must not meet the job while it still has the guard's handlers
+    if job := os.fork():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, guard.STOPPING)
         status = job_guard.watch(guard.Forked(job), request["grace_s"])
         os.write(said, status.to_bytes(NUMBER_BYTES))
         os._exit(status)
@@ -193,3 +198,9 @@ def own_process(name: str) -> None:
     guard.set_name(name)
     for number in guard.STOPPING:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, guard.STOPPING)
+
+
+if __name__ == "__main__":
+    collect_rarely()
+    run(next_job(sys.argv[1]))

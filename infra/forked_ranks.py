@@ -4,7 +4,6 @@ It is the launcher that torchrun is, with torchrun's settings, but for the start
 imports everything again. Where this runs off a fork server, everything is imported already.
 """
 
-import runpy
 import sys
 import uuid
 
@@ -12,6 +11,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from infra.fork_server import own_process
+from infra.start import run
 
 
 @record
@@ -28,14 +28,13 @@ def main() -> None:
         max_restarts=0,
         start_method="fork",
     )
-    elastic_launch(config, run)(command)
+    elastic_launch(config, rank)(command)
 
 
-def run(command: list[str]) -> None:
+def rank(command: list[str]) -> None:
     """What a rank does: the module, as the main one."""
     own_process("fvlm rank")
-    sys.argv = command
-    runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+    run(command)
 
 
 if __name__ == "__main__":

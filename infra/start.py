@@ -5,8 +5,6 @@ Prefect makes a million of them when it is imported, and none is garbage: lookin
 
 `python -m infra.start --prepared MODULES` imports the modules (with commas) and waits: a line of its standard input says, as a JSON list,
 what to run. So a program can be imported before it is known what it is to do. Where the input ends without a line, it ends too.
-
-`python -m infra.start --forks MODULES` does so for many programs, each in a process that is forked off (`fork_server.py`).
 """
 
 import atexit
@@ -19,7 +17,7 @@ import sys
 
 THRESHOLDS = 50_000, 20, 20
 """New objects before the youngest are looked at (a few milliseconds), and how often that is done before older ones are."""
-PREPARED, FORKS = "--prepared", "--forks"
+PREPARED = "--prepared"
 
 
 def collect_rarely() -> None:
@@ -38,14 +36,15 @@ def awaited(modules: str) -> list[str]:
     return json.loads(line) if line else []
 
 
+def run(command: list[str]) -> None:
+    """Run a module as the main one: its name, and its arguments."""
+    sys.argv = command
+    runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+
+
 if __name__ == "__main__":
     collect_rarely()
     command = sys.argv[1:]
     if command[0] == PREPARED:
         command = awaited(command[1]) or sys.exit()
-    elif command[0] == FORKS:
-        from infra.fork_server import next_job  # others need nothing of it
-
-        command = next_job(command[1])
-    sys.argv = command
-    runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+    run(command)

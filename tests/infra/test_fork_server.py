@@ -68,7 +68,7 @@ def gone(processes: list[psutil.Process]) -> bool:
 
 
 def servers() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "--forks" in child.cmdline()]
+    return [child for child in psutil.Process().children() if "infra.fork_server" in child.cmdline()]
 
 
 def test_a_job_is_the_main_module_with_its_own_arguments_environment_and_log(

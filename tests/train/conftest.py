@@ -3,9 +3,9 @@
 import logging
 import os
 import socket
-import subprocess
 import sys
 from multiprocessing import get_context
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from fvlm_core.train.__main__ import train
 from fvlm_core.train.distributed import World
 from fvlm_core.train.folder import input_digests
 from fvlm_core.train.loop import Trainer
+from infra import forked_ranks
+from infra.start import run
 from tests.tiny import tiny_shards
 
 # torch logs every tensor it saves, and pytest would keep it all
@@ -71,9 +73,8 @@ def tiny_recipe(output: Path, shards: Path, **changes: Any) -> Recipe:
 
 
 def on_ranks(recipe: Recipe, ranks: int) -> None:
-    """Train on several ranks as torchrun would start them, off a process that has imported everything."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["fvlm_core.train.loop"])
+    """Train on several ranks as torchrun would start them."""
+    context = imported()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -91,11 +92,32 @@ def _rank(recipe: Recipe, environment: dict[str, str]) -> None:
     train(recipe)
 
 
-def torchrun(recipe: Recipe, ranks: int) -> None:
+def imported() -> ForkServerContext:
+    """Starts processes off one that has imported what a training run does."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["fvlm_core.train.preload"])
+    return context
+
+
+def start(recipe: Recipe, ranks: int = 0) -> ForkServerProcess:
+    """Train in a process of its own, `python -m fvlm_core.train RECIPE`; with ranks under torchrun's launcher (`infra.forked_ranks`)."""
     path = recipe.output.with_suffix(".yaml")
     recipe.to_yaml(path)
-    launcher = Path(sys.executable).with_name("torchrun")
-    subprocess.run([launcher, "--standalone", "--nproc-per-node", str(ranks), "-m", "fvlm_core.train", path], check=True, timeout=120)
+    command = ["fvlm_core.train", str(path)]
+    return program([forked_ranks.__name__, str(ranks), *command] if ranks else command)
+
+
+def program(command: list[str], output: str | None = None) -> ForkServerProcess:
+    """`python -m MODULE ARGUMENTS` as a process of its own, which prints into the file or terminal `output`."""
+    process = imported().Process(target=_program, args=(command, output))
+    process.start()
+    return process
+
+
+def _program(command: list[str], output: str | None) -> None:
+    if output is not None:
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_NOCTTY), sys.stdout.fileno())
+    run(command)
 
 
 def one_rank_then_stop(recipe: Recipe, steps: int, *, evaluated: bool = True) -> None:

@@ -14,7 +14,9 @@ from fvlm_core.config import Recipe
 from fvlm_core.exit_status import ERROR_FILE, STOPPED
 from fvlm_core.train.__main__ import train
 from infra import guard
-from infra.launch import DiskFullError, JobInterruptedError, JobRefusedError, launch, python_job, torchrun_job
+from infra.fork_server import ForkServer
+from infra.launch import DiskFullError, JobInterruptedError, JobRefusedError, forked_ranks_job, launch, python_job, torchrun_job
+from tasks.make import PRELOADED
 from tests.train.conftest import tiny_recipe
 from tests.train.test_resume import same_end
 
@@ -86,16 +88,23 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     subprocess.run(["umount", place], check=False, capture_output=True)
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    server = ForkServer([PRELOADED])
+    yield server
+    server.close()
+
+
 @pytest.mark.parametrize(("size", "ranks"), [("64k", 0), ("1500k", 0), ("1500k", 2)])
 def test_a_full_disk_is_called_so_and_the_run_goes_on_when_there_is_space(
-    tmp_path: Path, shards: Path, disk: Callable[[str], Path], size: str, ranks: int
+    tmp_path: Path, shards: Path, disk: Callable[[str], Path], server: ForkServer, size: str, ranks: int
 ) -> None:
     """Wherever the disk runs full: in a checkpoint, the metrics, or the model that is made of it all."""
     recipe = tiny_recipe(disk(size) / "run", shards, run__checkpoint_every=1)
     undisturbed = tiny_recipe(tmp_path / "undisturbed", shards, run__checkpoint_every=1)
     settings = tmp_path / "run.yaml"
     recipe.to_yaml(settings)
-    command = torchrun_job(MODULE, settings, processes=ranks) if ranks else python_job(MODULE, settings)
+    command = forked_ranks_job(MODULE, settings, processes=ranks) if ranks else python_job(MODULE, settings)
     if size == "1500k" and not ranks:  # its own words, in a log on another disk: what cannot be written is not seen
         alone = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
         assert alone.returncode == 2
@@ -104,11 +113,11 @@ def test_a_full_disk_is_called_so_and_the_run_goes_on_when_there_is_space(
         assert "Traceback" not in alone.stdout
     else:
         with pytest.raises((JobRefusedError, DiskFullError), match="the disk is full") as caught:
-            launch(command, recipe.output)
+            launch(command, recipe.output, server=server)
         assert str(recipe.output.parent) in str(caught.value)
     if not ranks:
         disk("64m")
-        launch(command, recipe.output)
+        launch(command, recipe.output, server=server)
         assert not (recipe.output / ERROR_FILE).exists()
         train(undisturbed)
         same_end(recipe, undisturbed)

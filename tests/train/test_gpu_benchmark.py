@@ -1,13 +1,12 @@
 """The GPU benchmark is ready to run: its code on a CPU with a tiny model, and a clear refusal where there is no GPU."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.gpu_train_step import NO_GPU, fill, measurements, speed_job, write_videos
+from benchmarks.gpu_train_step import NO_GPU, fill, main, measurements, speed_job, write_videos
 from fvlm_core.config import ModelSettings
 from fvlm_core.data.shard_set import ShardSet
 
@@ -32,10 +31,11 @@ def test_on_a_cpu(tmp_path: Path) -> None:
     assert 0 <= found["tiny eager data_wait"].value <= 1
 
 
-@pytest.mark.slow(reason="starts the benchmark as a program")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_says_that_there_is_no_gpu() -> None:
-    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu_train_step", "--json"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == NO_GPU
-    assert "needs a CUDA GPU" in done.stderr
-    assert done.stdout == ""
+def test_says_that_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_train_step", "--json"])
+    with pytest.raises(SystemExit, match=str(NO_GPU)):
+        main()
+    said = capsys.readouterr()
+    assert "needs a CUDA GPU" in said.err
+    assert said.out == ""

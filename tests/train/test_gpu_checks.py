@@ -1,13 +1,12 @@
 """The checks that wait for a GPU run: their code on a CPU with a tiny model."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.gpu_checks import TINY, checks
+from benchmarks.gpu_checks import TINY, checks, main
 from benchmarks.gpu_train_step import NO_GPU
 from fvlm_core.config import ModelSettings
 
@@ -27,10 +26,9 @@ def test_what_there_is_no_time_for_is_left_out_and_said() -> None:
     assert len(found) == 2
 
 
-@pytest.mark.slow(reason="starts the benchmark as a program")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_says_that_there_is_no_gpu(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu_checks", "--output", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == NO_GPU
-    assert "torch sees no GPU" in done.stderr
+def test_says_that_there_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_checks", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match=str(NO_GPU)):
+        main()
+    assert "torch sees no GPU" in capsys.readouterr().err

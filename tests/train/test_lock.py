@@ -1,4 +1,4 @@
-"""One run at a time in a folder, whatever happens to the launcher: real torchrun, killed."""
+"""One run at a time in a folder, whatever happens to the launcher: torchrun, killed."""
 
 import os
 import signal
@@ -10,33 +10,25 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fvlm_core.config import Recipe
 from fvlm_core.errors import UserError
 from fvlm_core.train import lock
 from fvlm_core.train.lock import RunLock
-from tests.train.conftest import on_ranks, tiny_recipe
+from tests.train.conftest import on_ranks, start, tiny_recipe
 from tests.train.test_resume import rows, same_end, wait_for_rows
 
 LONG = {"run__steps": 60, "run__eval_every": 1, "run__checkpoint_every": 4}
 
 
-def start(recipe: Recipe, ranks: int = 2) -> subprocess.Popen[bytes]:
-    path = recipe.output.with_suffix(".yaml")
-    recipe.to_yaml(path)
-    torchrun = Path(sys.executable).with_name("torchrun")
-    return subprocess.Popen([torchrun, "--standalone", "--nproc-per-node", str(ranks), "-m", "fvlm_core.train", path])
-
-
 def test_a_killed_launcher_and_the_same_command_again(tmp_path: Path, shards: Path) -> None:
     """The ranks outlive their torchrun for as long as they need to save; the next run waits for them and goes on."""
     recipe, undisturbed = (tiny_recipe(tmp_path / name, shards, **LONG) for name in ("killed", "undisturbed"))
-    killed = start(recipe)
+    killed = start(recipe, ranks=2)
     wait_for_rows(recipe, killed, 5)
     ranks = psutil.Process(killed.pid).children(recursive=True)
     killed.kill()
-    again = start(recipe)
-    killed.wait()
-    assert again.wait(120) == 0
+    again = start(recipe, ranks=2)
+    again.join(120)
+    assert again.exitcode == 0
     _, alive = psutil.wait_procs(ranks, timeout=10)
     assert not alive
     on_ranks(undisturbed, 2)
@@ -46,7 +38,10 @@ def test_a_killed_launcher_and_the_same_command_again(tmp_path: Path, shards: Pa
 
 def test_ranks_end_with_their_launcher_and_save(tmp_path: Path, shards: Path) -> None:
     recipe = tiny_recipe(tmp_path / "run", shards, **LONG | {"run__steps": 5000, "run__checkpoint_every": 5000})
-    killed = start(recipe)
+    recipe.to_yaml(recipe.output.with_suffix(".yaml"))
+    torchrun = Path(sys.executable).with_name("torchrun")
+    command = [torchrun, "--standalone", "--nproc-per-node", "2", "-m", "fvlm_core.train", recipe.output.with_suffix(".yaml")]
+    killed = subprocess.Popen(command)
     wait_for_rows(recipe, killed, 3)
     ranks = psutil.Process(killed.pid).children(recursive=True)
     assert len(ranks) >= 2
@@ -68,10 +63,10 @@ def test_a_second_run_is_refused_and_the_first_goes_on(tmp_path: Path, shards: P
         assert second.returncode == 2
         assert f"another run is at work in this folder: process {worker.pid} on " in second.stderr
         assert str(recipe.output) in second.stderr
-        assert first.poll() is None
+        assert first.exitcode is None
     finally:
         first.terminate()
-        first.wait(60)
+        first.join(60)
 
 
 @pytest.mark.parametrize("shared", [False, True])

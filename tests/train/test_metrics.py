@@ -1,14 +1,13 @@
 """`metrics.csv` holds each step once whatever happened before; wandb writes its files without a key, and no key anywhere."""
 
-import contextlib
 import csv
 import math
 import os
 import pty
 import re
+import select
 import shutil
-import subprocess
-import sys
+import termios
 import time
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from fvlm_core.train.__main__ import train
 from fvlm_core.train.distributed import World
 from fvlm_core.train.loop import Trainer
 from fvlm_core.train.metrics import MetricsFile, columns
-from tests.train.conftest import tiny_recipe
+from tests.train.conftest import program, tiny_recipe
 
 
 @given(written=st.integers(0, 8), resumed=st.integers(0, 10), cut=st.integers(0, 30))
@@ -94,18 +93,20 @@ def test_a_terminal_shows_where_the_run_is(tmp_path: Path, shards: Path) -> None
     """A live line on a terminal, none in a file."""
     recipe = tiny_recipe(tmp_path / "run", shards)
     recipe.to_yaml(tmp_path / "run.yaml")
-    command = [sys.executable, "-m", "fvlm_core.train", str(tmp_path / "run.yaml")]
+    command = ["fvlm_core.train", str(tmp_path / "run.yaml")]
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(command, stdout=theirs, env=os.environ | {"TERM": "xterm", "COLUMNS": "120"})
-    os.close(theirs)
+    termios.tcsetwinsize(theirs, (40, 120))
+    process = program(command, os.ttyname(theirs))
     shown = b""
-    with contextlib.suppress(OSError):  # the terminal is gone when the process is
-        while part := os.read(ours, 65536):
-            shown += part
-    assert process.wait(60) == 0
+    while select.select([ours], [], [], 0.1)[0] or process.exitcode is None:
+        shown += os.read(ours, 65536) if select.select([ours], [], [], 0)[0] else b""
+    for end in (ours, theirs):
+        os.close(end)
+    assert process.exitcode == 0
     text = re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b"", shown).decode()
     assert re.search(r"tiny .*6/6 +loss \d+\.\d{4} +lr \d\.\d+e-\d+ +0:00:00", text)
     assert "step 6/6  train" in text
     shutil.rmtree(recipe.output)
-    plain = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    assert [line.split("/")[0] for line in plain.stdout.splitlines()] == [f"step {number}" for number in range(1, 7)]
+    process = program(command, str(tmp_path / "printed"))
+    process.join(60)
+    assert [line.split("/")[0] for line in (tmp_path / "printed").read_text().splitlines()] == [f"step {number}" for number in range(1, 7)]

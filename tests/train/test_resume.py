@@ -1,13 +1,12 @@
 """A run that is killed, stopped or finds its checkpoint damaged ends where one that never stopped ends, bit for bit."""
 
 import json
-import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pandas as pd
@@ -19,26 +18,23 @@ from fvlm_core.exit_status import STOPPED
 from fvlm_core.manifest import sha256_file
 from fvlm_core.train.__main__ import train
 from fvlm_core.train.jobs import RunManifest
-from tests.train.conftest import one_rank_then_stop, tiny_recipe
+from tests.train.conftest import one_rank_then_stop, start, tiny_recipe
+from tests.waiting import wait_until
 
 TIMINGS = ["samples_per_s", "frames_per_s", "tokens_per_s", "mfu", "data_wait_share", "peak_memory_gb"]
 LONG = {"run__steps": 60, "run__eval_every": 3, "run__checkpoint_every": 4}
 
 
-def start(recipe: Recipe) -> subprocess.Popen[bytes]:
-    path = recipe.output.with_suffix(".yaml")
-    recipe.to_yaml(path)
-    return subprocess.Popen([sys.executable, "-m", "fvlm_core.train", path], env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-def wait_for_rows(recipe: Recipe, process: subprocess.Popen[bytes], rows: int) -> None:
+def wait_for_rows(recipe: Recipe, process: BaseProcess | subprocess.Popen[bytes], rows: int) -> None:
     """Until the run has written so many rows."""
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None:
-        if (recipe.output / "metrics.csv").is_file() and len((recipe.output / "metrics.csv").read_text().splitlines()) > rows:
-            return
-        time.sleep(0.002)
-    raise AssertionError(f"the run ended (status {process.poll()}) before row {rows}")
+
+    def written() -> bool:
+        status = process.poll() if isinstance(process, subprocess.Popen) else process.exitcode
+        assert status is None, f"the run ended (status {status}) before row {rows}"
+        metrics = recipe.output / "metrics.csv"
+        return metrics.is_file() and len(metrics.read_text().splitlines()) > rows
+
+    wait_until(written, f"row {rows}", poll_s=0.002)
 
 
 def rows(recipe: Recipe) -> pd.DataFrame:
@@ -66,8 +62,9 @@ def test_stopped_then_killed_then_finished(tmp_path: Path, shards: Path, uninter
     recipe = tiny_recipe(tmp_path / "run", shards, **LONG)
     stopped = start(recipe)
     wait_for_rows(recipe, stopped, random.randint(1, 4))
-    stopped.send_signal(signal.SIGTERM)
-    assert stopped.wait(30) == STOPPED
+    stopped.terminate()
+    stopped.join(30)
+    assert stopped.exitcode == STOPPED
     newest = max((recipe.output / "checkpoints").glob("step-*"))
     assert (newest / "manifest.json").is_file()
     at_stop = int(newest.name.removeprefix("step-"))
@@ -75,7 +72,7 @@ def test_stopped_then_killed_then_finished(tmp_path: Path, shards: Path, uninter
     wait_for_rows(recipe, killed, at_stop // 3 + random.randint(1, 6))
     time.sleep(random.random() * 0.1)
     killed.kill()
-    killed.wait()
+    killed.join()
     assert not (recipe.output / "manifest.json").exists()
     manifest = train(recipe)
     same_end(recipe, uninterrupted)
