@@ -102,6 +102,12 @@ class ForkServer:
         self._servers: dict[str, _Server] = {}
         self._lock = threading.Lock()
 
+    def runs(self, threads: int) -> bool:
+        """Whether there is a server for that number of threads, so that any job of a phase starts in no time too."""
+        with self._lock:
+            server = self._servers.get(str(threads))
+            return server is not None and server.process.poll() is None
+
     def start(self, command: Sequence[str], log: IO[bytes], environment: Mapping[str, str], grace_s: float) -> ForkedJob:
         """Start a job, `python -m MODULE ARGUMENTS...`; the first one's server is started with it."""
         if list(command[:2]) != [sys.executable, "-m"]:
@@ -187,7 +193,7 @@ def _guarded(request: dict[str, Any], log: int, said: int, *, server: int) -> li
         os.write(said, status.to_bytes(NUMBER_BYTES))
         os._exit(status)
     os.close(said)
-    own_process("fvlm job")
+    own_process("fvlm-job")
     os.setsid()
     guard.end_with(own)
     return request["command"]

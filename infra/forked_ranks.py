@@ -33,7 +33,7 @@ def main() -> None:
 
 def rank(command: list[str]) -> None:
     """What a rank does: the module, as the main one."""
-    own_process("fvlm rank")
+    own_process("fvlm-rank")
     run(command)
 
 

@@ -19,7 +19,7 @@ from types import FrameType
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
-NAME = "fvlm guard"
+NAME = "fvlm-guard"
 STOPPING = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 POLL_S = 0.05
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 from tasks.config import PipelineConfig
@@ -16,8 +17,7 @@ def run_directly(phases: Sequence[Phase], config: PipelineConfig, volume: Path) 
     done: dict[str, PhaseManifest] = {}
     for phase in phases:
         phase.prepare(config, volume)
-    how = How(verify=config.machine.verify, on_code_change=config.machine.on_code_change)
-    with ThreadPoolExecutor(config.machine.parallel_jobs) as pool:
+    with ThreadPoolExecutor(config.machine.parallel_jobs) as pool, closing(How.of(config.machine)) as how:
         for phase in phases:
             started, made = time.monotonic(), dict[str, Made]()
             for wave in in_waves(phase.steps(config, before_of(phase, config, volume, done))):

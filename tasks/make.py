@@ -16,9 +16,11 @@ from infra.devices import Devices
 from infra.fork_server import ForkServer
 from infra.launch import DiskFullError, JobRefusedError, forked_ranks_job, launch, python_job, torchrun_job
 from infra.locks import locked
+from tasks.machine import Machine
 from tasks.steps import RECORD, STEPS, Made, OnCodeChange, Step, Verify
 
 PROBLEMS_SHOWN = 5
+GB = 10**9
 PRELOADED = "fvlm_core.train.preload"
 """What a fork server imports."""
 GRACE_S = 10.0
@@ -38,7 +40,19 @@ class How:
     devices: Devices = field(default_factory=lambda: Devices(0))
     """The GPUs, where several training jobs run at once and each gets its own."""
     server: ForkServer | None = None
-    """Forks training jobs, where they are not to start from nothing."""
+    """Forks training jobs, where they are not to start from nothing, and the jobs after them."""
+
+    @classmethod
+    def of(cls, machine: Machine) -> "How":
+        """How a profile wants them made. To be closed."""
+        return cls(
+            verify=machine.verify,
+            on_code_change=machine.on_code_change,
+            min_free_bytes=int(machine.min_free_gb * GB),
+            stop_grace_s=machine.stop_grace_s,
+            devices=Devices(machine.ranks if machine.parallel_jobs > 1 else 0),
+            server=ForkServer([PRELOADED]) if machine.fork_server else None,
+        )
 
     def close(self) -> None:
         """End what was started for the sake of several steps."""
@@ -113,8 +127,8 @@ def _run(step: Step, volume: Path, how: How, stop: threading.Event | None, repor
     write_atomically(folder / RECORD, step.record.model_dump_json(indent=2).encode())
     settings = folder / "job.yaml"
     settings.write_text(yaml.safe_dump(step.job_settings(volume), sort_keys=False))
-    server = how.server if step.ranks and step.nodes == 1 else None
-    if server:
+    server = how.server if how.server and step.nodes == 1 and (step.ranks or how.server.runs(step.threads)) else None
+    if server and step.ranks:
         command = forked_ranks_job(step.module, settings, processes=step.ranks)
     elif step.ranks:
         command = torchrun_job(step.module, settings, processes=step.ranks, nodes=step.nodes, rendezvous=step.rendezvous)

@@ -18,14 +18,12 @@ from pydantic import JsonValue
 from fvlm_core.data.jobs import ShardManifest
 from fvlm_core.errors import UserError
 from fvlm_core.progress import ProgressReport
-from infra.devices import Devices
-from infra.fork_server import ForkServer
 from infra.launch import JobStoppedError
 from tasks import artifacts
 from tasks.board import on_board
 from tasks.config import PipelineConfig
 from tasks.helpers import helped, share
-from tasks.make import PRELOADED, How, Reporter, make
+from tasks.make import How, Reporter, make
 from tasks.mixtures import check_shards
 from tasks.phase import Phase, PhaseManifest, Results, before_of, conclude, require
 from tasks.status_board import StatusBoard
@@ -35,7 +33,6 @@ RESULTS = "prefect/results"
 """Folder of the volume where Prefect keeps results of tasks and their cache keys: one for all workers."""
 RETRIES = 2
 FIRST_RETRY_S = 5
-GB = 10**9
 
 
 def phase_flow(phase: Phase, module: str) -> Flow[..., None]:
@@ -126,7 +123,7 @@ def help_phase(phase: Phase, config: PipelineConfig, volume: str, number: int) -
     root, log = Path(volume), get_run_logger()
     done = require(phase.ancestors, config, root, by=phase.name, verify="sizes")
     steps = next(in_waves(phase.steps(config, before_of(phase, config, root, done))), [])
-    stop, machine, how = threading.Event(), config.machine, how_of(config)
+    stop, machine, how = threading.Event(), config.machine, How.of(config.machine)
     try:
         made = share(
             steps,
@@ -154,19 +151,6 @@ def worth_retrying(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> b
 def result_storage(volume: Path) -> Path:
     """Where tasks that work on `volume` keep their results."""
     return volume / RESULTS
-
-
-def how_of(config: PipelineConfig) -> How:
-    """How the profile wants steps to be made."""
-    machine = config.machine
-    return How(
-        verify=machine.verify,
-        on_code_change=machine.on_code_change,
-        min_free_bytes=int(machine.min_free_gb * GB),
-        stop_grace_s=machine.stop_grace_s,
-        devices=Devices(machine.ranks if machine.parallel_jobs > 1 else 0),
-        server=ForkServer([PRELOADED]) if machine.fork_server else None,
-    )
 
 
 class RunReporter(Reporter):
@@ -214,7 +198,7 @@ class StepRunner:
 
     def __init__(self, config: PipelineConfig, volume: Path, board: StatusBoard, phase: str) -> None:
         self.config, self.volume, self.board, self.phase = config, volume, board, phase
-        self.how = how_of(config)
+        self.how = How.of(config.machine)
         self.stop = threading.Event()
         self.made: dict[str, Made] = {}
 

@@ -81,6 +81,7 @@ def test_a_job_is_the_main_module_with_its_own_arguments_environment_and_log(
         seen = ["SEEN"] if number else []
         assert (folder / "log.txt").read_text() == f"__main__ job {number} True {threads} {seen}\natexit\n"
     assert len(servers()) == 2, "one for each number of threads"
+    assert [server.runs(threads) for threads in (1, 2, 3)] == [True, True, False]
 
 
 @pytest.mark.parametrize(("what", "status"), [(("end", "0"), 0), (("end", "3"), 3), (("fail",), 1), (("die",), 128 + 9)])
@@ -114,7 +115,7 @@ def test_stopping_it_ends_all_that_bears_its_mark(server: ForkServer, tmp_path: 
         running = pool.submit(launch, program("family"), tmp_path, server=server, stop=stop, grace_s=2)
         processes = family(tmp_path)
         at_work = list(marked(JOB_VARIABLE, mark(tmp_path)))
-        assert sorted(process.name() for process in at_work) == ["fvlm guard", "fvlm job", processes[1].name()]
+        assert sorted(process.name() for process in at_work) == ["fvlm-guard", "fvlm-job", processes[1].name()]
         stop.set()
         with pytest.raises(JobStoppedError):
             running.result(20)
