@@ -1,6 +1,6 @@
 """Starts many short jobs in less time: each is forked off a process that has imported what all of them need.
 
-Importing torch and transformers takes six processor seconds, more than a small training run itself. A fork server, as Python's
+Importing torch and transformers takes five processor seconds, more than a small training run itself. A fork server, as Python's
 multiprocessing has one for functions, imports them once. `ForkServer` is the launcher's end; the other is `python -m infra.fork_server
 MODULES`, whose standard input is a socket. A request is one message: the job as JSON, and two file descriptors, its log and a pipe
 that brings back the process id of the job's guard and, when it has ended, the exit status.

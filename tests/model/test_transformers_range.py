@@ -13,8 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.e2e
 def test_the_oldest_transformers_gives_the_same_numbers(tmp_path):
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", str(tmp_path), *OLDEST]
-    subprocess.run(pip, check=True)
+    subprocess.run([ROOT / "infra" / "install.sh", sys.prefix, "--no-deps", "--target", tmp_path, *OLDEST], check=True)
     names = ("encoder", "llama", "build", "foveated", "inference", "convert")
     tests = [*(f"tests/model/test_{name}.py" for name in names), "tests/data/test_tokenizer.py"]
     tests += [f"tests/serve/test_{name}.py" for name in ("session", "use")]  # the rest of serving deals with what these load

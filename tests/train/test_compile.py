@@ -24,7 +24,7 @@ def test_setting() -> None:
 
 
 @pytest.mark.parametrize(
-    ("parts", "precision"), [(["encoder"], "fp32"), (["queries"], "fp32"), (["llm"], "fp32"), (True, "fp32"), (True, "bf16")], ids=str
+    ("parts", "precision"), [(["encoder"], "fp32"), (["queries"], "fp32"), (True, "fp32"), (True, "bf16")], ids=str
 )
 def test_same_numbers(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, parts: Any, precision: str) -> None:
     """With a backend that only traces: what is wrong with the graphs shows, and no compiler is needed. In bf16 to its rounding."""

@@ -70,7 +70,7 @@ def test_a_run_that_is_compared_ends_by_it(tmp_path: Path, shards: Path) -> None
     assert manifest.problems(recipe.output) == []
 
 
-@pytest.mark.parametrize("checkpoint_every", [1, 5, 10])
+@pytest.mark.parametrize("checkpoint_every", [3, 10])
 def test_a_collapse_goes_back_to_before_it_and_not_to_the_start(tmp_path: Path, shards: Path, checkpoint_every: int) -> None:
     """Checkpoints made while the alarm is pending take no good one's place: neither the way back nor the best."""
     recipe = tiny_recipe(tmp_path / "run", shards, run__steps=60, run__checkpoint_every=checkpoint_every, run__eval_every=10)
