@@ -85,7 +85,7 @@ class Plan:
             steps=self.encoder_steps,
             seed=self.seed,
             copies=self.copies,
-            colours=self.task in ("colour", "track"),
+            colours=gaze.usual_colours(self.task) if self.task in gaze.OF_A_COLOUR else None,
             crosses=self.task == "hunt",
         )
 
@@ -135,9 +135,11 @@ class Asker:
 
     @classmethod
     def of(cls, plan: Plan) -> "Asker":
-        """With a tokenizer that knows the questions of all tasks, so that a training can go on with another task."""
+        """With a tokenizer that knows the questions of all tasks, so that a training can go on with another task; the names of all nine
+        colours only where the task is *colour*."""
         rng = np.random.default_rng(0)
-        clips = [gaze.render(rng, "train", task=task, frames=plan.frames) for task in gaze.TASKS for _ in range(100)]
+        colours = gaze.usual_colours(plan.task)
+        clips = [gaze.render(rng, "train", task=task, frames=plan.frames, colours=colours) for task in gaze.TASKS for _ in range(100)]
         words = (render_chat([{"question": _question(plan, clip), "answer": _answer(clip)}]) for clip in clips)
         tokenizer = train_tokenizer(words, VOCABULARY)
         chat = chat_format(tokenizer)

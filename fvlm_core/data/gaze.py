@@ -5,7 +5,7 @@ from one that sees the frame as a whole. Every task gives each frame one cell th
 
 =======  ==================================================================================================================
 cell     the question names it; it is the same in all frames
-colour   the question names a colour that exactly one digit of every frame has
+colour   the question names a colour that exactly one digit of every frame has; on the usual grid every digit has its own
 hunt     the question names the first; a cross in each frame stands where the next frame's digit counts
 track    the question names the first; later it is the cell beside it with a digit of the same colour as the first
 caption  it is the only one with white digits; the answer names its place too
@@ -48,7 +48,12 @@ COLOURS = {
     "yellow": (250, 230, 40),
     "pink": (255, 90, 220),
     "white": (245, 245, 245),
+    "orange": (255, 140, 20),
+    "cyan": (50, 220, 230),
+    "violet": (150, 70, 240),
 }
+FEWEST_COLOURS = 6
+"""The first of COLOURS: those of all tasks but `colour`, which has one for each cell of the usual grid."""
 WHITE = list(COLOURS).index("white")
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "centre", "right")
@@ -104,41 +109,51 @@ def render(
     clutter: float = 1.0,
     noise: float = 0.05,
     copies: int = 0,
+    colours: int | None = None,
 ) -> GazeClip:
     """Draw a clip of `frames` frames of `grid` x `grid` cells, each of `scale` times 14 px.
 
     The cell that counts has a digit; each other cell has one with probability `clutter`. `noise` is the standard deviation of the dark
-    background, as a share of full brightness; `copies` of each digit, distorted (`digits_of`), are drawn too. Raises ValueError for a grid
-    without a second cell.
+    background, as a share of full brightness; `copies` of each digit, distorted (`digits_of`), are drawn too. Digits have the first
+    `colours` of COLOURS, `usual_colours` where no number is given. Raises ValueError for a grid without a second cell, or another number
+    of colours than 6 to 9.
     """
     if grid < 2:
         raise ValueError(f"a grid needs at least 2 x 2 cells, not {grid} x {grid}")
+    count = usual_colours(task) if colours is None else colours
+    if not FEWEST_COLOURS <= count <= len(COLOURS):
+        raise ValueError(f"a clip has {FEWEST_COLOURS} to {len(COLOURS)} colours, not {count}")
     labels = digits_of(split, DIGIT_PX * scale, copies)[1]
     shape = frames, grid, grid
     path = _path(rng, task, frames, grid)
     times = np.arange(frames)
     present = rng.random(shape) < clutter
     chosen = rng.integers(len(labels), size=shape)
-    colours = rng.integers(len(COLOURS), size=shape)
+    of_digits = rng.integers(count, size=shape)
     jitter = rng.integers(-scale, scale + 1, size=(*shape, 2))
     sign = rng.integers(grid**2 - 1, size=frames)
     if task in OF_A_COLOUR:
-        colours = _each_once(rng, path, grid)
+        of_digits = _each_once(rng, path, grid, count)
     if task == "caption":  # white is nowhere else
-        colours = (WHITE + 1 + rng.integers(len(COLOURS) - 1, size=shape)) % len(COLOURS)
-        colours[times, *path.T] = WHITE
+        of_digits = (WHITE + 1 + rng.integers(count - 1, size=shape)) % count
+        of_digits[times, *path.T] = WHITE
     present[times, *path.T] = True
     digits = np.where(present, labels[chosen], EMPTY)
     if task == "hunt":  # after the last frame nothing counts: its cross stands anywhere but on its digit
         last = (path[-1] @ (grid, 1) + 1 + sign[-1]) % grid**2
         crosses = np.append(path[1:], [divmod(int(last), grid)], axis=0)
         digits[times, *crosses.T] = CROSS
-    pixels = _draw(_bordered(split, DIGIT_PX * scale, copies), digits, colours, chosen, jitter, scale)
+    pixels = _draw(_bordered(split, DIGIT_PX * scale, copies), digits, of_digits, chosen, jitter, scale)
     drawn = rng.integers(256, size=(frames, grid * CELL_PX, grid * CELL_PX, 3), dtype=np.uint8)
     background = _noise(noise)[drawn]
     if scale > 1:
         background = background.repeat(scale, axis=1).repeat(scale, axis=2)
-    return GazeClip(np.maximum(pixels, background), digits, colours, path, task)
+    return GazeClip(np.maximum(pixels, background), digits, of_digits, path, task)
+
+
+def usual_colours(task: Task) -> int:
+    """How many of COLOURS the digits of a task's clips have."""
+    return len(COLOURS) if task == "colour" else FEWEST_COLOURS
 
 
 def _path(rng: np.random.Generator, task: Task, frames: int, grid: int) -> np.ndarray:
@@ -159,20 +174,20 @@ def _path(rng: np.random.Generator, task: Task, frames: int, grid: int) -> np.nd
     return anywhere
 
 
-def _each_once(rng: np.random.Generator, path: np.ndarray, grid: int) -> np.ndarray:
-    """Colours of all cells, int [T, G, G]: in each frame all colours but one stand once, and that one in all cells that are left.
+def _each_once(rng: np.random.Generator, path: np.ndarray, grid: int, count: int) -> np.ndarray:
+    """Colours of all cells, int [T, G, G]: of `count`, in each frame all but one stand once, and that one in all cells that are left.
 
     The cell that counts has the same colour in all frames, one of those that stand once: so it does not stand out to a model that does not
     know which colour is asked for.
     """
-    others = len(COLOURS) - 1
-    wanted = int(rng.integers(len(COLOURS)))
+    others = count - 1
+    wanted = int(rng.integers(count))
     order = rng.integers(2**31, size=(len(path), grid, grid))
     times = np.arange(len(path))
     repeated = order[times, *path.T] % others
     order[times, *path.T] = -1
     ranks = order.reshape(len(path), -1).argsort(1).argsort(1).reshape(order.shape)
-    colours = (wanted + 1 + (repeated[:, None, None] + np.minimum(ranks, others)) % others) % len(COLOURS)
+    colours = (wanted + 1 + (repeated[:, None, None] + np.minimum(ranks, others)) % others) % count
     return np.where(ranks == 0, wanted, colours)
 
 

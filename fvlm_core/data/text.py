@@ -9,7 +9,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from fvlm_core.data.gaze import COLOURS
+from fvlm_core.data.gaze import COLOURS, FEWEST_COLOURS
 from fvlm_core.data.rows import Split
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -71,7 +71,7 @@ def _read(rng: np.random.Generator) -> Turn:
 
 
 def _colour(rng: np.random.Generator) -> Turn:
-    names = rng.permutation(list(COLOURS))[:3]
+    names = rng.permutation(list(COLOURS)[:FEWEST_COLOURS])[:3]
     place = int(rng.integers(3))
     return {"question": f"Which colour is {('first', 'second', 'third')[place]} in {', '.join(names)}?", "answer": str(names[place])}
 

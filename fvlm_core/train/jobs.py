@@ -241,8 +241,8 @@ class VisionTrainingSettings(Settings):
     optimizer: OptimizerSettings = OptimizerSettings(lr_vision=2e-3, warmup_steps=40)
     copies: Annotated[int, Field(ge=0)] = 0
     """Distorted copies of each training digit that are drawn too."""
-    colours: bool = False
-    """Patches predict the colour of their digit as well."""
+    colours: Annotated[int, Field(ge=6, le=9)] | None = None
+    """Patches predict the colour of their digit as well, one of so many; None asks for none."""
     crosses: bool = False
     """Each frame has the cross of the task `hunt`, which is an eleventh digit to predict; patches also predict which cell it is in."""
     seed: int = 0

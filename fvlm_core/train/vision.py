@@ -95,7 +95,8 @@ def _taught(encoder: Encoder, settings: VisionTrainingSettings, each_step: Calla
 def _frames(rng: np.random.Generator, split: Split, settings: VisionTrainingSettings, frames: int) -> gaze.GazeClip:
     """Frames with something in every cell."""
     copies = settings.copies if split == "train" else 0
-    return gaze.render(rng, split, task="hunt" if settings.crosses else "cell", frames=frames, copies=copies)
+    task = "hunt" if settings.crosses else "cell"
+    return gaze.render(rng, split, task=task, frames=frames, copies=copies, colours=settings.colours)
 
 
 class _Questions(nn.Module):

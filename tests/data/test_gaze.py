@@ -146,17 +146,23 @@ def test_every_cell_counts_equally_often(task):
 @pytest.mark.parametrize("grid", [3, 5])
 def test_the_colour_that_counts_is_one_of_many_that_stand_once(task, grid):
     """So a frame alone does not tell which of them is asked for; all of them are, over many clips."""
-    rng, asked = np.random.default_rng(3), set()
+    rng, asked, count = np.random.default_rng(3), set(), gaze.usual_colours(task)
     for _ in range(100):
         clip = gaze.render(rng, "train", task=task, frames=4, grid=grid)
         colours = clip.colours[np.arange(4), *clip.path.T]
         assert len(set(colours)) == 1
         asked.add(int(colours[0]))
         for frame in clip.colours:
-            times = np.bincount(frame.ravel(), minlength=len(gaze.COLOURS))
+            times = np.bincount(frame.ravel(), minlength=count)
             assert times[colours[0]] == 1
-            assert sorted(times)[:-1] == [1] * (len(gaze.COLOURS) - 1)
-    assert asked == set(range(len(gaze.COLOURS)))
+            assert sorted(times)[:-1] == [1] * (count - 1)
+    assert asked == set(range(count))
+
+
+@pytest.mark.parametrize("count", [5, 10])
+def test_a_clip_has_no_other_number_of_colours(count):
+    with pytest.raises(ValueError, match=f"6 to 9 colours, not {count}"):
+        gaze.render(np.random.default_rng(0), "train", frames=1, colours=count)
 
 
 def test_paths_move_as_the_task_says():

@@ -21,7 +21,7 @@ def test_it_learns_digits_and_loads_in_transformers(tmp_path):
 def test_it_learns_colours_and_crosses_where_asked_for():
     shape = VisionShape(width=32, layers=2, heads=2)
     optimizer = OptimizerSettings(lr_vision=4e-3, warmup_steps=10)
-    settings = VisionTrainingSettings(steps=60, batch_frames=48, optimizer=optimizer, copies=1, colours=True, crosses=True)
+    settings = VisionTrainingSettings(steps=60, batch_frames=48, optimizer=optimizer, copies=1, colours=6, crosses=True)
     _, accuracy = pretrained(settings, shape)
     assert set(accuracy) == {"own", "right", "below", "colour", "cross"}
     assert accuracy["colour"] > 0.8  # chance is 1 / 6
