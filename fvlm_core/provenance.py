@@ -63,6 +63,7 @@ def remember(module: str) -> None:
     for path in reached(module):
         digest(path)
     versions()
+    commit()
 
 
 @cache

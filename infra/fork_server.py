@@ -34,8 +34,10 @@ LARGEST = 1 << 17
 NUMBER_BYTES = 8
 """Of a process id and an exit status."""
 THREADS = "OMP_NUM_THREADS"
+NEVER_BEGUN = 1
+"""Exit status of a job that its server could not fork: it died, by an import that failed for example, or there was no memory."""
 LOST = 128 + signal.SIGKILL
-"""Exit status of a job whose guard could not say one any more."""
+"""Of one whose guard could not say a status any more."""
 POLL_S = 0.05
 
 
@@ -43,26 +45,26 @@ class ForkedJob:
     """A job's guard, with as much of `subprocess.Popen` as a launcher needs."""
 
     def __init__(self, pipe: int) -> None:
-        """Waits until the job is forked: seconds, where its server has just begun to import."""
-        self._pipe = pipe
-        self.returncode: int | None = None
-        self._guard: int | None = None
-        if forked := os.read(pipe, NUMBER_BYTES):
-            with contextlib.suppress(ProcessLookupError):  # it has ended already
-                self._guard = os.pidfd_open(int.from_bytes(forked))
+        """`pipe` brings the guard's process id once the job is forked, which takes seconds where its server has just begun to import."""
         os.set_blocking(pipe, False)
+        self._pipe = pipe
+        self._forked = False
+        self._guard: int | None = None
+        self.returncode: int | None = None
 
     def poll(self) -> int | None:
         """The exit status once it has ended."""
-        if self.returncode is None:
+        while self.returncode is None:
             try:
                 said = os.read(self._pipe, NUMBER_BYTES)
             except BlockingIOError:
-                return None
-            self.returncode = int.from_bytes(said) if said else LOST
-            os.close(self._pipe)
-            if self._guard is not None:
-                os.close(self._guard)
+                break
+            if said and not self._forked:
+                self._forked = True
+                with contextlib.suppress(ProcessLookupError):  # it has ended already
+                    self._guard = os.pidfd_open(int.from_bytes(said))
+            else:
+                self._ended(int.from_bytes(said) if said else LOST if self._forked else NEVER_BEGUN)
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
@@ -70,12 +72,12 @@ class ForkedJob:
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         while (status := self.poll()) is None:
             if time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired(guard.NAME, deadline)
+                raise subprocess.TimeoutExpired(guard.NAME, timeout or 0)
             time.sleep(POLL_S)
         return status
 
     def terminate(self) -> None:
-        """Ask it to end."""
+        """Ask it to end; one that is not forked yet never is."""
         self._send(signal.SIGTERM)
 
     def kill(self) -> None:
@@ -83,9 +85,19 @@ class ForkedJob:
         self._send(signal.SIGKILL)
 
     def _send(self, number: int) -> None:
-        if self.poll() is None and self._guard is not None:
+        if self.poll() is not None:
+            return
+        if not self._forked:
+            self._ended(128 + number)  # a guard that nobody reads the pipe of begins no job
+        elif self._guard is not None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._guard, number)
+
+    def _ended(self, status: int) -> None:
+        self.returncode = status
+        os.close(self._pipe)
+        if self._guard is not None:
+            os.close(self._guard)
 
 
 @dataclass
@@ -103,7 +115,7 @@ class ForkServer:
         self._lock = threading.Lock()
 
     def runs(self, threads: int) -> bool:
-        """Whether there is a server for that number of threads, so that any job of a phase starts in no time too."""
+        """Whether there is a server for that number of threads, off which any other job can be forked too."""
         with self._lock:
             server = self._servers.get(str(threads))
             return server is not None and server.process.poll() is None
@@ -114,14 +126,18 @@ class ForkServer:
             raise ValueError(f"only modules of this Python can be forked, not {' '.join(command)}")
         request = {"command": command[2:], "environment": dict(environment), "grace_s": grace_s}
         pipe, said = os.pipe()
+        job = ForkedJob(pipe)
         try:
             with self._lock:
                 requests = self._server(environment, log)
-                with contextlib.suppress(BrokenPipeError):  # it has died: so the pipe will say
+                with contextlib.suppress(ConnectionError):  # it has died, and the pipe says so
                     socket.send_fds(requests, [json.dumps(request).encode()], [log.fileno(), said])
+        except BaseException:
+            job.kill()
+            raise
         finally:
             os.close(said)
-        return ForkedJob(pipe)
+        return job
 
     def close(self) -> None:
         """End the servers. Jobs that still run are told to end."""
@@ -160,12 +176,19 @@ def next_job(modules: str) -> list[str]:
     server = os.getpid()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # guards need not be reaped
     requests = socket.socket(fileno=os.dup(sys.stdin.fileno()))
+    nothing = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, sys.stdin.fileno())
+    _print_into(nothing)  # not into the first job's log for as long as this lives
+    os.close(nothing)
     while True:
         message, descriptors, *_ = socket.recv_fds(requests, LARGEST, 2)
         if not message:
-            sys.exit()
-        if os.fork() == 0:
-            break
+            os._exit(0)
+        try:
+            if os.fork() == 0:
+                break
+        except OSError as error:  # no memory, or too many processes: this job has not begun, others go on
+            os.write(descriptors[0], f"cannot fork: {error}\n".encode())
         for descriptor in descriptors:
             os.close(descriptor)
     requests.close()
@@ -176,27 +199,36 @@ def _guarded(request: dict[str, Any], log: int, said: int, *, server: int) -> li
     """In the server's child: become the guard of a job, and return in the job's process."""
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for descriptor, stream in ((nothing, sys.stdin), (log, sys.stdout), (log, sys.stderr)):
-        os.dup2(descriptor, stream.fileno())
-    os.close(nothing)
+    _print_into(log)
     os.close(log)
     change_mark(JOB_VARIABLE, UNMARKED, request["environment"][JOB_VARIABLE])
     os.environ.clear()
     os.environ.update(request["environment"])
     own, job_guard = os.getpid(), guard.Guard(server)
-    os.write(said, own.to_bytes(NUMBER_BYTES))
+    try:
+        os.write(said, own.to_bytes(NUMBER_BYTES))
+    except BrokenPipeError:  # the launcher has gone, or wants the job no more
+        os._exit(128 + signal.SIGTERM)
     signal.pthread_sigmask(signal.SIG_BLOCK, guard.STOPPING)  # a signal must not meet the job while it still has the guard's handlers
     if job := os.fork():
         signal.pthread_sigmask(signal.SIG_UNBLOCK, guard.STOPPING)
-        status = job_guard.watch(guard.Forked(job), request["grace_s"])
-        os.write(said, status.to_bytes(NUMBER_BYTES))
-        os._exit(status)
+        status = LOST
+        try:
+            status = job_guard.watch(guard.Forked(job), request["grace_s"])
+            with contextlib.suppress(BrokenPipeError):  # the launcher has gone
+                os.write(said, status.to_bytes(NUMBER_BYTES))
+        finally:
+            os._exit(status)
     os.close(said)
     own_process("fvlm-job")
     os.setsid()
     guard.end_with(own)
     return request["command"]
+
+
+def _print_into(descriptor: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(descriptor, stream.fileno())
 
 
 def own_process(name: str) -> None:

@@ -17,7 +17,7 @@ def run_directly(phases: Sequence[Phase], config: PipelineConfig, volume: Path) 
     done: dict[str, PhaseManifest] = {}
     for phase in phases:
         phase.prepare(config, volume)
-    with ThreadPoolExecutor(config.machine.parallel_jobs) as pool, closing(How.of(config.machine)) as how:
+    with closing(How.of(config.machine)) as how, ThreadPoolExecutor(config.machine.parallel_jobs) as pool:
         for phase in phases:
             started, made = time.monotonic(), dict[str, Made]()
             for wave in in_waves(phase.steps(config, before_of(phase, config, volume, done))):

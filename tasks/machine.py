@@ -55,7 +55,7 @@ class Machine(Settings):
     """Ablation and grid runs at once; they share the ranks, and of several GPUs each run sees its own only."""
     fork_server: bool = False
     """Whether training runs, and what their phase runs after them, are forked off one process that has imported torch, which saves each
-    five processor seconds. For many short runs on CPUs; has not been tried with CUDA, nor is it for several nodes."""
+    five processor seconds. For many short runs on CPUs; where there is a GPU, or several nodes, torchrun starts them all the same."""
     precompute_workers: Positive = 1
     """Flow runs that share the download and the frames of precompute, each on a worker (or a rented machine) of the CPU pool."""
     verify: Verify = "sha256"

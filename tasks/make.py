@@ -21,7 +21,7 @@ from tasks.steps import RECORD, STEPS, Made, OnCodeChange, Step, Verify
 
 PROBLEMS_SHOWN = 5
 GB = 10**9
-PRELOADED = "fvlm_core.train.preload"
+PRELOADED = "fvlm_core.train.preload", "infra.launch"
 """What a fork server imports."""
 GRACE_S = 10.0
 """Time to end for a job that has nothing to save."""
@@ -40,7 +40,7 @@ class How:
     devices: Devices = field(default_factory=lambda: Devices(0))
     """The GPUs, where several training jobs run at once and each gets its own."""
     server: ForkServer | None = None
-    """Forks training jobs, where they are not to start from nothing, and the jobs after them."""
+    """Starts training jobs by fork, and other jobs once it runs; None: each is a new Python."""
 
     @classmethod
     def of(cls, machine: Machine) -> "How":
@@ -51,7 +51,7 @@ class How:
             min_free_bytes=int(machine.min_free_gb * GB),
             stop_grace_s=machine.stop_grace_s,
             devices=Devices(machine.ranks if machine.parallel_jobs > 1 else 0),
-            server=ForkServer([PRELOADED]) if machine.fork_server else None,
+            server=ForkServer(PRELOADED) if machine.fork_server else None,
         )
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from transformers.models.dinov2 import modeling_dinov2  # noqa: F401
 from transformers.models.llama import modeling_llama  # noqa: F401
 
 import fvlm_core.train.loop  # noqa: F401
-from fvlm_core import provenance
+from fvlm_core import cli, provenance  # noqa: F401
+from fvlm_core.train import folder, lock  # noqa: F401
 
 provenance.remember("fvlm_core.train")

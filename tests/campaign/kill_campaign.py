@@ -1,9 +1,10 @@
 """Kills parts of running pipelines at random, again and again, and compares what they end with: `python -m tests.campaign.kill_campaign`.
 
 One pipeline runs undisturbed. Copies of its volume lose their training and do it again under kills (SIGKILL): of a training process, of
-torchrun, of the job's guard, of the phase's or the pipeline's flow run, of a worker, of the server, or of the command itself. The same
-command is started again whenever it has ended. At the end every stage must have the same weights, and must have read the same samples
-in the same order (`metrics.csv`: the running counts of samples, frames and labelled tokens, and every loss to the last digit).
+torchrun, of the job's guard, of the server it is forked off, of the phase's or the pipeline's flow run, of a worker, of Prefect's
+server, or of the command itself. The same command is started again whenever it has ended. At the end every stage must have the same
+weights, and must have read the same samples in the same order (`metrics.csv`: the running counts of samples, frames and labelled
+tokens, and every loss to the last digit).
 """
 
 import argparse
@@ -30,7 +31,7 @@ STAGES = ("stage1", "stage2", "stage3")
 STAGE_STEPS = 300
 TIMINGS = {"samples_per_s", "frames_per_s", "tokens_per_s", "mfu", "data_wait_share", "peak_memory_gb"}
 """Columns of `metrics.csv` that differ from run to run."""
-VICTIMS = ("rank", "torchrun", "guard", "phase's run", "pipeline's run", "worker", "server", "command")
+VICTIMS = ("rank", "torchrun", "guard", "fork server", "phase's run", "pipeline's run", "worker", "server", "command")
 EARLIEST, LATEST = 0.05, 0.85
 """Of a run's steps: where kills are placed; what follows the last one is the proof."""
 POLL_S = 0.05
@@ -160,6 +161,8 @@ def processes_of(volume: Volume, victim: str, command: Command, job: list[psutil
         return [psutil.Process(command.process.pid)] if command.process.poll() is None else []
     if victim == "worker":
         return volume.processes("worker", "fvlm-gpu")
+    if victim == "fork server":
+        return [process for process in volume.processes("infra.fork_server") if not process.name().startswith("fvlm-")]
     if victim == "server":
         return volume.processes("infra.server")
     if victim in ("pipeline's run", "phase's run"):

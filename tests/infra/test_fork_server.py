@@ -145,10 +145,30 @@ from infra.launch import launch
 launch({program("family")!r}, Path("."), server=ForkServer(["needed"]), grace_s=2)
 """
     launcher = psutil.Process(subprocess.Popen([sys.executable, "-c", code]).pid)
-    processes = [*family(tmp_path), *launcher.children()]
-    assert len(processes) == 3
+    processes = [*family(tmp_path), *launcher.children(), *marked(JOB_VARIABLE, mark(tmp_path))]
+    assert len({process.pid for process in processes}) == 4, "the job and its child, the server, the guard"
     launcher.kill()
     wait_until(lambda: gone(processes), "all of it to be gone")
+    assert (tmp_path / "log.txt").read_text() == "", "nobody complains"
+
+
+def test_a_job_is_stopped_before_its_server_has_imported_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "slow.py").write_text("import time; open('importing', 'w'); time.sleep(3); open('imported', 'w')")
+    (tmp_path / "program.py").write_text("open('begun', 'w')")
+    server, stop = ForkServer(["slow"]), threading.Event()
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(launch, program(), tmp_path, server=server, stop=stop)
+        wait_until((tmp_path / "importing").exists, "the server to import")
+        stop.set()
+        with pytest.raises(JobStoppedError):
+            running.result(2)
+        wait_until((tmp_path / "imported").exists, "the server to be ready")
+        (tmp_path / "program.py").write_text("open('next', 'w')")
+        launch(program(), tmp_path, server=server)
+    assert (tmp_path / "next").exists()
+    assert not (tmp_path / "begun").exists()
+    server.close()
 
 
 def test_what_cannot_be_imported_is_said_in_the_jobs_log(tmp_path: Path) -> None:
@@ -170,6 +190,16 @@ def test_ranks_are_forked_and_a_refusal_comes_back(tmp_path: Path, monkeypatch: 
     ranks = (tmp_path / "job.runs").read_text().split()
     server.close()
     assert len(set(ranks)) == 2
+
+
+@pytest.mark.parametrize(("end", "status"), [("os.kill(os.getpid(), 2)", 1), ("sys.exit(3)", 1), ("sys.exit()", 0), ("", 0)])
+def test_however_a_rank_ends_its_launcher_ends_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, status: int) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "program.py").write_text(f"import os, sys; {end}")
+    server = ForkServer(["torch.distributed.launcher.api"])
+    with pytest.raises(JobError) if status else nullcontext():
+        launch(forked_ranks_job("program", tmp_path / "none", processes=1), tmp_path, server=server)
+    server.close()
 
 
 def test_a_mark_is_only_changed_where_it_is_what_it_should_be(monkeypatch: pytest.MonkeyPatch) -> None:

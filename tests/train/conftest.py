@@ -117,6 +117,7 @@ def program(command: list[str], output: str | None = None) -> ForkServerProcess:
 def _program(command: list[str], output: str | None) -> None:
     if output is not None:
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_NOCTTY), sys.stdout.fileno())
+        os.environ |= {"TERM": "xterm", "COLUMNS": "120"}
     run(command)
 
 

@@ -90,7 +90,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ForkServer]:
-    server = ForkServer([PRELOADED])
+    server = ForkServer(PRELOADED)
     yield server
     server.close()
 

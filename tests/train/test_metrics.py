@@ -7,7 +7,6 @@ import pty
 import re
 import select
 import shutil
-import termios
 import time
 from pathlib import Path
 
@@ -95,7 +94,6 @@ def test_a_terminal_shows_where_the_run_is(tmp_path: Path, shards: Path) -> None
     recipe.to_yaml(tmp_path / "run.yaml")
     command = ["fvlm_core.train", str(tmp_path / "run.yaml")]
     ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (40, 120))
     process = program(command, os.ttyname(theirs))
     shown = b""
     while select.select([ours], [], [], 0.1)[0] or process.exitcode is None:
