@@ -5,8 +5,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import psutil
@@ -68,7 +68,19 @@ def gone(processes: list[psutil.Process]) -> bool:
 
 
 def servers() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "infra.fork_server" in child.cmdline()]
+    alive = (child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE)
+    return [child for child in alive if "infra.fork_server" in child.cmdline()]
+
+
+@contextmanager
+def running(folder: Path, server: ForkServer) -> Iterator[tuple[Future[None], threading.Event]]:
+    """The program's `family`, and what stops it; it is stopped at the end of the block, whatever ends that."""
+    stop = threading.Event()
+    with ThreadPoolExecutor() as pool:
+        try:
+            yield pool.submit(launch, program("family"), folder, server=server, stop=stop, grace_s=2), stop
+        finally:
+            stop.set()
 
 
 def test_a_job_is_the_main_module_with_its_own_arguments_environment_and_log(
@@ -110,27 +122,24 @@ def test_jobs_at_once_have_their_own_marks_and_ends(server: ForkServer, tmp_path
 
 
 def test_stopping_it_ends_all_that_bears_its_mark(server: ForkServer, tmp_path: Path) -> None:
-    stop = threading.Event()
-    with ThreadPoolExecutor() as pool:
-        running = pool.submit(launch, program("family"), tmp_path, server=server, stop=stop, grace_s=2)
+    with running(tmp_path, server) as (launched, stop):
         processes = family(tmp_path)
         at_work = list(marked(JOB_VARIABLE, mark(tmp_path)))
         assert sorted(process.name() for process in at_work) == ["fvlm-guard", "fvlm-job", processes[1].name()]
         stop.set()
         with pytest.raises(JobStoppedError):
-            running.result(20)
+            launched.result(60)
     wait_until(lambda: gone([*processes, *at_work]), "the job to be gone")
 
 
 @pytest.mark.parametrize("victim", ["job", "guard", "server"])
 def test_a_killed_part_takes_the_rest_along_and_the_next_job_starts(server: ForkServer, tmp_path: Path, victim: str) -> None:
-    with ThreadPoolExecutor() as pool:
-        running = pool.submit(launch, program("family"), tmp_path, server=server, grace_s=2)
+    with running(tmp_path, server) as (launched, _):
         processes = family(tmp_path)
         (guarding,) = (process for process in marked(JOB_VARIABLE, mark(tmp_path)) if process.name() == guard.NAME)
         {"job": processes[0], "guard": guarding, "server": servers()[0]}[victim].kill()
         with pytest.raises(JobError) as caught:
-            running.result(20)
+            launched.result(60)
     assert caught.value.status == 128 + (signal.SIGTERM if victim == "server" else signal.SIGKILL)
     launch(program("say"), tmp_path, server=server)
     assert "__main__" in (tmp_path / "log.txt").read_text()
@@ -144,25 +153,27 @@ from infra.fork_server import ForkServer
 from infra.launch import launch
 launch({program("family")!r}, Path("."), server=ForkServer(["needed"]), grace_s=2)
 """
-    launcher = psutil.Process(subprocess.Popen([sys.executable, "-c", code]).pid)
-    processes = [*family(tmp_path), *launcher.children(), *marked(JOB_VARIABLE, mark(tmp_path))]
+    launcher = subprocess.Popen([sys.executable, "-c", code])
+    processes = [*family(tmp_path), *psutil.Process(launcher.pid).children(), *marked(JOB_VARIABLE, mark(tmp_path))]
     assert len({process.pid for process in processes}) == 4, "the job and its child, the server, the guard"
     launcher.kill()
+    launcher.wait()
     wait_until(lambda: gone(processes), "all of it to be gone")
     assert (tmp_path / "log.txt").read_text() == "", "nobody complains"
 
 
 def test_a_job_is_stopped_before_its_server_has_imported_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "slow.py").write_text("import time; open('importing', 'w'); time.sleep(3); open('imported', 'w')")
+    (tmp_path / "slow.py").write_text("import time; open('importing', 'w'); time.sleep(5); open('imported', 'w')")
     (tmp_path / "program.py").write_text("open('begun', 'w')")
     server, stop = ForkServer(["slow"]), threading.Event()
     with ThreadPoolExecutor() as pool:
-        running = pool.submit(launch, program(), tmp_path, server=server, stop=stop)
+        launched = pool.submit(launch, program(), tmp_path, server=server, stop=stop)
         wait_until((tmp_path / "importing").exists, "the server to import")
         stop.set()
         with pytest.raises(JobStoppedError):
-            running.result(2)
+            launched.result(60)
+        assert not (tmp_path / "imported").exists()
         wait_until((tmp_path / "imported").exists, "the server to be ready")
         (tmp_path / "program.py").write_text("open('next', 'w')")
         launch(program(), tmp_path, server=server)
