@@ -15,13 +15,14 @@ import pytest
 from infra import guard
 from infra.fork_server import ForkServer
 from infra.launch import JobError, JobRefusedError, JobStoppedError, forked_ranks_job, launch
-from infra.processes import JOB_VARIABLE, UNMARKED, change_mark, mark, marked
+from infra.processes import JOB_VARIABLE, UNMARKED, change_mark, mark, marked, wait_until_ended
 from infra.stack import REPOSITORY
+from tests.infra.test_launch import FAMILY, family
 from tests.jobs import count
 from tests.waiting import wait_until
 
 PROGRAM = """
-import atexit, json, os, pickle, subprocess, sys, threading, time
+import atexit, os, pickle, sys
 atexit.register(print, "atexit")
 class Mine: ...
 assert type(pickle.loads(pickle.dumps(Mine()))) is Mine, "found in the main module"
@@ -35,11 +36,8 @@ match sys.argv[1:]:
     case ["die"]:
         os.kill(os.getpid(), 9)
     case ["family"]:
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
-        open("pids.tmp", "w").write(f"{os.getpid()} {child.pid}")
-        os.rename("pids.tmp", "pids")
-        time.sleep(600)
-"""
+        exec(FAMILY)
+""".replace("FAMILY", repr(FAMILY))
 
 
 @pytest.fixture
@@ -55,16 +53,6 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ForkServ
 
 def program(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "program", *arguments]
-
-
-def family(folder: Path) -> list[psutil.Process]:
-    """The processes of the program's `family`, once they are there."""
-    wait_until((folder / "pids").exists, "the family to be there")
-    return [psutil.Process(int(pid)) for pid in (folder / "pids").read_text().split()]
-
-
-def gone(processes: list[psutil.Process]) -> bool:
-    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
 
 
 def servers() -> list[psutil.Process]:
@@ -129,7 +117,7 @@ def test_stopping_it_ends_all_that_bears_its_mark(server: ForkServer, tmp_path: 
         stop.set()
         with pytest.raises(JobStoppedError):
             launched.result(60)
-    wait_until(lambda: gone([*processes, *at_work]), "the job to be gone")
+    wait_until_ended([*processes, *at_work])
 
 
 @pytest.mark.parametrize("victim", ["job", "guard", "server"])
@@ -143,7 +131,7 @@ def test_a_killed_part_takes_the_rest_along_and_the_next_job_starts(server: Fork
     assert caught.value.status == 128 + (signal.SIGTERM if victim == "server" else signal.SIGKILL)
     launch(program("say"), tmp_path, server=server)
     assert "__main__" in (tmp_path / "log.txt").read_text()
-    wait_until(lambda: gone([*processes, guarding]), "the first job to be gone")
+    wait_until_ended([*processes, guarding])
 
 
 def test_neither_job_nor_server_outlives_the_launcher(server: ForkServer, tmp_path: Path) -> None:
@@ -158,7 +146,7 @@ launch({program("family")!r}, Path("."), server=ForkServer(["needed"]), grace_s=
     assert len({process.pid for process in processes}) == 4, "the job and its child, the server, the guard"
     launcher.kill()
     launcher.wait()
-    wait_until(lambda: gone(processes), "all of it to be gone")
+    wait_until_ended(processes)
     assert (tmp_path / "log.txt").read_text() == "", "nobody complains"
 
 

@@ -24,7 +24,8 @@ from infra.launch import (
     python_job,
     torchrun_job,
 )
-from infra.processes import JOB_VARIABLE, mark, marked
+from infra.processes import JOB_VARIABLE, mark, marked, wait_until_ended
+from tests.waiting import wait_until
 
 # A job whose child leaves its session, as torchrun's ranks do, and writes both process ids down before it waits.
 FAMILY = """
@@ -40,19 +41,10 @@ def python(code: str, folder: Path) -> list[str]:
     return [sys.executable, "-c", f"import os; os.chdir({str(folder)!r})\n{code}"]
 
 
-def wait_for(path: Path, timeout_s: float = 20) -> str:
-    deadline = time.monotonic() + timeout_s
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.02)
-    return path.read_text()
-
-
-def assert_gone(pids: list[int], timeout_s: float = 15) -> None:
-    deadline = time.monotonic() + timeout_s
-    while alive := [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]:
-        assert time.monotonic() < deadline, f"still there: {alive}"
-        time.sleep(0.05)
+def family(folder: Path) -> list[psutil.Process]:
+    """The processes of FAMILY, once they are there: the job and its child."""
+    wait_until((folder / "pids").exists, "the family to be there")
+    return [psutil.Process(int(pid)) for pid in (folder / "pids").read_text().split()]
 
 
 def in_thread(folder: Path, stop: threading.Event) -> tuple[threading.Thread, list[BaseException]]:
@@ -136,31 +128,31 @@ def test_torchrun_gives_its_ranks_the_same_grace(tmp_path: Path) -> None:
 def test_stop_ends_the_whole_family(tmp_path: Path) -> None:
     stop = threading.Event()
     thread, errors = in_thread(tmp_path, stop)
-    pids = [int(pid) for pid in wait_for(tmp_path / "pids").split()]
+    processes = family(tmp_path)
     stop.set()
     thread.join(20)
     assert isinstance(errors[0], JobStoppedError)
-    assert_gone(pids)
+    wait_until_ended(processes)
 
 
 def test_killing_the_main_process_takes_its_children_along(tmp_path: Path) -> None:
     thread, errors = in_thread(tmp_path, threading.Event())
-    main, child = (int(pid) for pid in wait_for(tmp_path / "pids").split())
-    os.kill(main, signal.SIGKILL)
+    main, child = family(tmp_path)
+    main.kill()
     thread.join(20)
     assert isinstance(errors[0], JobError)
     assert errors[0].status == 128 + signal.SIGKILL
-    assert_gone([main, child])
+    wait_until_ended([main, child])
 
 
 def test_a_job_does_not_outlive_its_launcher(tmp_path: Path) -> None:
     arguments = f"{python(FAMILY, tmp_path)!r}, Path({str(tmp_path)!r}), grace_s=2"
     code = f"from pathlib import Path; from infra.launch import launch; launch({arguments})"
     launcher = subprocess.Popen([sys.executable, "-c", code])
-    pids = [int(pid) for pid in wait_for(tmp_path / "pids").split()]
+    processes = family(tmp_path)
     launcher.kill()
     launcher.wait()
-    assert_gone(pids)
+    wait_until_ended(processes)
 
 
 def test_leftovers_of_the_same_folder_are_ended_and_others_are_not(tmp_path: Path) -> None:
