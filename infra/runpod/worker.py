@@ -30,7 +30,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.events.filters import EventFilter, EventNameFilter, EventResourceFilter
 from prefect.exceptions import InfrastructureNotAvailable, InfrastructureNotFound, ObjectNotFound
-from prefect.states import Cancelled
+from prefect.states import Cancelled, Crashed
 from prefect.workers.base import BaseWorker, BaseWorkerResult
 
 from infra.board import Board
@@ -172,17 +172,19 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
                 # this worker is being stopped: the pod ends itself, and the next worker looks after it
                 log.info("the worker leaves the pod %s to itself", pod.id)
                 raise
-        await ended(account, tenancy.budget, pod.id, str(name), log.warning)
-        outcome = await anyio.to_thread.run_sync(account.outcome, pod.id)
         if not crashed:
+            await ended(account, tenancy.budget, pod.id, str(name), log.warning)
             log.info("the pod %s has ended", pod.id)
             await anyio.to_thread.run_sync(tenancy.post, f"{flow_run.name} has ended, and its pod {pod.id} with it")
             return RunPodResult(identifier=pod.id, status_code=0)
+        outcome = await anyio.to_thread.run_sync(account.outcome, pod.id)
         hint = f"if its image {configuration.image} cannot be pulled, correct it or give its `registry`" if UNSTARTED in crashed else ""
-        reason = "; ".join(part for part in (crashed, outcome, *system, hint) if part)
-        log.error("the pod %s was lost: %s", pod.id, reason)
-        await anyio.to_thread.run_sync(tenancy.post, f"BLOCKER: {flow_run.name}: its pod {pod.id} was lost: {reason}")
-        await self._propose_crashed_state(flow_run, f"pod {pod.id}: {reason}")
+        reason = f"pod {pod.id}: " + "; ".join(part for part in (crashed, outcome, *system, hint) if part)
+        await self._propose_crashed_state(flow_run, reason)
+        await ended(account, tenancy.budget, pod.id, str(name), log.warning)
+        await self._keep_reason(flow_run.id, reason)
+        log.error("lost the %s", reason)
+        await anyio.to_thread.run_sync(tenancy.post, f"BLOCKER: {flow_run.name} lost its {reason}")
         return RunPodResult(identifier=pod.id, status_code=1)
 
     async def _until_over(self, flow_run: FlowRun, poller: Poller, watch: Watch, pod: str) -> str | None:
@@ -227,6 +229,13 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
     async def _cancelled(self, run: UUID) -> None:
         with contextlib.suppress(Exception):
             await self.client.set_flow_run_state(run, Cancelled(message="cancelled; its pod was ended"), force=True)
+
+    async def _keep_reason(self, run: UUID, reason: str) -> None:
+        """Put the reason back where the run's process, ended by us, has said that a signal ended it."""
+        with contextlib.suppress(Exception):
+            state = (await self.client.read_flow_run(run)).state
+            if state is not None and state.is_crashed() and state.message != reason:
+                await self.client.set_flow_run_state(run, Crashed(message=reason), force=True)
 
     async def _recover(self) -> None:
         """What a worker before this one has left: its pods, and runs that it had taken and not yet given a pod."""

@@ -141,6 +141,8 @@ def test_a_lost_pod_crashes_its_run_with_a_reason_and_is_ended(rig: Rig, runs: d
     assert state.is_crashed()
     assert LOST[name][1] in (state.message or "")
     wait_until(lambda: not pods_of(rig, runs[name]), "its pod to end")
+    wait_until(lambda: "lost the pod" in "\n".join(rig.run_logs(runs[name].id)), "the worker's last word on it")
+    assert LOST[name][1] in (rig.state(runs[name].id).message or ""), "whatever the process said of the signal that ended it"
 
 
 @pytest.mark.parametrize("name", REFUSED)
