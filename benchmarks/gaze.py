@@ -1,14 +1,15 @@
 """The gaze experiment: does a model with one token a frame look where the question asks, and what does that give?
 
-A model of 0.4 million parameters is trained from scratch on one task of `fvlm_core.data.gaze`, and asked about clips with digits of writers
-whom it has never seen: in its three modes, with the question before and after the video, and beside every control. How each number
-is made, and what was found: docs/research.md.
+A model is trained from scratch on one task of `fvlm_core.data.gaze`, at laptop size with 0.4 million parameters, and asked about clips with
+digits of writers whom it has never seen: in its three modes, with the question before and after the video, and beside every control. How
+each number is made, and what was found: docs/research.md.
 
     python -m benchmarks.gaze                                  # cell, one seed
     python -m benchmarks.gaze --task cell --seeds 5            # five seeds, and the worst one
     python -m benchmarks.gaze --no-controls --minutes 2        # the model alone, at most two minutes of processor time a training
     python -m benchmarks.gaze --only "9 pooled tokens"         # a control alone
     python -m benchmarks.gaze --task hunt --start cell.pt      # from the weights that --save left
+    python -m benchmarks.gaze --size production --llm-checkpoint FOLDER   # DINOv2-small and SmolLM2-135M at 224 px, on a GPU
 """
 
 import argparse
@@ -22,7 +23,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.gaze_measures import CONTROLS, MAIN, VARIANTS, Answers, Asked, Row, answers, table
-from benchmarks.gaze_training import Plan, Trained, step_flops, train
+from benchmarks.gaze_training import PLANS, Plan, Trained, step_flops, train
 from fvlm_core.data.gaze import TASKS
 from fvlm_core.eval.stats import Bootstrap
 from fvlm_core.tables import Table, number
@@ -30,7 +31,10 @@ from fvlm_core.train.vision import still_known
 
 ASKED_TASKS = tuple(task for task in TASKS if task != "caption")
 """Tasks whose answers are one digit a frame."""
-CHANGES = ("steps", "encoder_steps", "copies", "clutter_step", "clutter_gate", "vision_learning_rate", "init_std")
+CHANGES = (
+    *("steps", "encoder_steps", "copies", "clutter_step", "clutter_gate", "init_std", "wording", "llm_checkpoint", "device", "workers"),
+    *("learning_rate", "llm_learning_rate", "vision_learning_rate", "encoder_learning_rate"),
+)
 """Settings of a plan that options change."""
 
 
@@ -45,9 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     found: list[list[Row]] = []
     for seed in range(options.first_seed, options.first_seed + options.seeds):
-        plan = Plan(task=options.task, seed=seed, wording=options.wording, max_cpu_s=60 * options.minutes)
         given = {name: getattr(options, name) for name in CHANGES if getattr(options, name) is not None}
-        plan = replace(plan, **given)
+        plan = replace(PLANS[options.size], task=options.task, seed=seed, max_cpu_s=60 * options.minutes, **given)
         asked = Asked(plan, options.clips)
         controls = {name: _alike(plan, changes, equal_flops=options.equal_flops) for name, changes in CONTROLS.items()}
         if options.only:
@@ -86,13 +89,19 @@ def record(plan: Plan, trained: Trained, asked: Asked, rows: Sequence[Row]) -> d
     """Everything about one seed, for JSON."""
     return {
         "task": plan.task,
+        "size": plan.size,
+        "device": torch.cuda.get_device_name(trained.subject.device) if trained.subject.device.type == "cuda" else "cpu",
         "seed": plan.seed,
         "clips": len(asked.clips),
         "steps": trained.steps,
         "planned_steps": plan.steps,
         "copies": plan.copies,
         "wording": plan.wording,
+        "learning_rate": plan.learning_rate,
+        "llm_learning_rate": plan.llm_learning_rate,
         "vision_learning_rate": plan.vision_learning_rate,
+        "encoder_learning_rate": plan.encoder_learning_rate,
+        "llm_checkpoint": plan.llm_checkpoint and Path(plan.llm_checkpoint).name,
         "init_std": plan.init_std,
         "tokens_per_frame": trained.subject.model.settings.tokens_per_frame,
         "params": sum(one.numel() for one in trained.subject.model.parameters()),
@@ -100,10 +109,13 @@ def record(plan: Plan, trained: Trained, asked: Asked, rows: Sequence[Row]) -> d
         "full_clutter_at": trained.full_at,
         "train_gflop": round(trained.flops / 1e9, 1),
         "cpu_s": round(trained.cpu_s, 1),
+        "seconds": round(trained.seconds, 1),
+        "mfu": trained.mfu and round(trained.mfu, 4),
         "encoder_cpu_s": round(trained.encoder_cpu_s, 1),
         "encoder_accuracy": trained.encoder_accuracy,
         "encoder_keeps": still_known(trained.subject.model.encoder, plan.encoder) if plan.encoder else {},
         "entropy_at_start": trained.entropy,
+        "curve": trained.curve,
         "constant": round(asked.constant, 4),
         "bag_ceiling": round(asked.bag_ceiling, 4),
         "rows": [_plain(row) for row in rows],
@@ -113,12 +125,13 @@ def record(plan: Plan, trained: Trained, asked: Asked, rows: Sequence[Row]) -> d
 def shown(plan: Plan, trained: Trained, asked: Asked, rows: Sequence[Row]) -> Table:
     """One seed's table."""
     stopped = f" Stopped by --minutes at step {trained.steps} of {plan.steps}." if trained.steps < plan.steps else ""
+    speed = f"; {trained.seconds:.0f} s by the clock, MFU {trained.mfu:.1%}" if trained.mfu else ""
     full = f"reached 1 at step {trained.full_at}" if trained.full_at else f"ended at {trained.clutter:.2f}"
     note = (
         f"Best constant answer {asked.constant:.3f}; all digits without their places {asked.bag_ceiling:.3f}; gaze by chance {1 / 9:.3f}. "
         f"Clutter {full}. Intervals: 95 %, over clips; p: paired sign flips by clip against “{MAIN}”, adjusted by Holm. "
         f"Training: {trained.flops / 1e9:,.0f} GFLOP, {trained.cpu_s:.0f} s of one core, the encoder's {trained.encoder_cpu_s:.0f} s "
-        f"before.{stopped}"
+        f"before{speed}.{stopped}"
     )
     head = ["condition", "accuracy", "by frame", "worst cell", "gaze on target", "below fine", "p"]
     cells = [
@@ -163,6 +176,7 @@ def _plain(row: Row) -> dict:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=ASKED_TASKS, default="cell")
+    parser.add_argument("--size", choices=PLANS, default="laptop", help="production: DINOv2-small and SmolLM2-135M at 224 px, on a GPU")
     parser.add_argument("--seeds", type=int, default=1, help="so many seeds")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="most processor time of a training")
@@ -172,13 +186,19 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--copies", type=int, help="distorted copies of each training digit")
     parser.add_argument("--clutter-step", type=float, help="what a step adds to the clutter")
     parser.add_argument("--clutter-gate", type=float, help="nats a digit, below which it is added")
-    parser.add_argument("--vision-learning-rate", type=float, help="of the encoder; all else learns at 2e-3")
+    parser.add_argument("--learning-rate", type=float, help="of the connector, and of the language model where it has none of its own")
+    parser.add_argument("--llm-learning-rate", type=float, help="of the language model")
+    parser.add_argument("--vision-learning-rate", type=float, help="of the encoder")
+    parser.add_argument("--encoder-learning-rate", type=float, help="of the encoder's own training before")
+    parser.add_argument("--llm-checkpoint", help="folder or hub name of a language model to begin with, such as SmolLM2-135M")
+    parser.add_argument("--device", help="cpu or cuda")
+    parser.add_argument("--workers", type=int, help="processes that draw clips ahead")
     parser.add_argument("--init-std", type=float, help="of the language model's weights at the start")
     parser.add_argument("--only", choices=[*CONTROLS, *VARIANTS], help="train this instead of the model")
     parser.add_argument("--start", type=Path, help="weights to begin with")
     parser.add_argument("--save", type=Path, help="where the weights go")
     parser.add_argument("--controls", action=argparse.BooleanOptionalAction, default=True, help="train the controls too")
-    parser.add_argument("--wording", choices=("words", "sentence"), default="words", help="of the questions: bare, or the pipeline's")
+    parser.add_argument("--wording", choices=("words", "sentence"), help="of the questions: bare, or the pipeline's")
     parser.add_argument("--equal-flops", action="store_true", help="train controls for as many FLOPs as the model, not steps")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="one JSON object a seed")

@@ -77,8 +77,10 @@ class Asked:
         self.names = [str(number) for number in range(clips)]
 
     def _clip(self, number: int, clutter: float) -> gaze.GazeClip:
-        rng = np.random.default_rng([SEED, number])
-        return gaze.render(rng, "val", task=self.plan.task, frames=self.plan.frames, clutter=clutter, noise=self.plan.noise)
+        rng, plan = np.random.default_rng([SEED, number]), self.plan
+        px = plan.model_settings.vision.frame_px
+        look = {"frames": plan.frames, "scale": gaze.largest_scale(px), "noise": plan.noise}
+        return gaze.enlarged(gaze.render(rng, "val", task=plan.task, clutter=clutter, **look), px)
 
     @property
     def constant(self) -> float:
@@ -165,11 +167,12 @@ def _ask_at_random(trained: Trained, samples: Sequence[Sample]) -> list[str]:
     said = []
     for batch in subject.batches(samples):
         shape = (len(batch.shown_frames), *model.connector.q_init.shape)
-        queries = torch.randn(shape, generator=generator) * model.connector.q_init.std()
-        context = read_batch(model, batch, "coarse_fine", queries=queries, room=trained.asker.plan.frames + 1)
-        assert context.cache is not None
-        hidden = context.hidden[batch.cu_seqlens[1:].long() - 1]
-        ids = continue_greedily(model, context.cache, hidden, max_new_tokens=trained.asker.plan.frames + 1, stop_ids=stop)
+        queries = torch.randn(shape, generator=generator).to(subject.device) * model.connector.q_init.std()
+        with subject.autocast():
+            context = read_batch(model, batch, "coarse_fine", queries=queries, room=trained.asker.plan.frames + 1)
+            assert context.cache is not None
+            hidden = context.hidden[batch.cu_seqlens[1:].long() - 1]
+            ids = continue_greedily(model, context.cache, hidden, max_new_tokens=trained.asker.plan.frames + 1, stop_ids=stop)
         said.extend(subject.decode(one) for one in ids)
     return said
 

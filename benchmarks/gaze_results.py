@@ -6,8 +6,10 @@ python -m benchmarks.gaze_results benchmarks/gaze_runs --document docs/research.
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,15 +56,16 @@ REACHED: dict[str, Callable[[Seed], bool]] = {
 }
 """The same, and what *hunt* aims at, in words."""
 COARSE, AUTOREGRESSIVE = "coarse, question first", "autoregressive, question first"
-RECIPE = ("task", "wording", "vision_learning_rate", "init_std")
+RECIPE = ("task", "size", "wording", "vision_learning_rate", "init_std")
 """What a control shares with the runs that it is compared with."""
 Run = dict[str, Any]
 """A record of `benchmarks.gaze --json`."""
 
 
 def read(folder: Path) -> list[Run]:
-    """Every record of a folder's files, in the order of their names."""
-    return [json.loads(line) for path in sorted(folder.glob("*.json")) for line in path.read_text().splitlines() if line.strip()]
+    """Every record of a folder's files, in the order of their names; those that do not say their size are of the laptop's."""
+    lines = [line for path in sorted(folder.glob("*.json")) for line in path.read_text().splitlines() if line.strip()]
+    return [{"size": "laptop"} | json.loads(line) for line in lines]
 
 
 def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -73,7 +76,8 @@ def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
             sentences = ", questions as sentences" if run["wording"] == "sentence" else ""
             rate = "" if run["vision_learning_rate"] == Plan().vision_learning_rate else f", encoder at {run['vision_learning_rate']:g}"
             std = "" if run["init_std"] is None else f", weights of standard deviation {run['init_std']:g}"
-            found.setdefault(f"{run['task']}, {run['planned_steps']:,} steps{sentences}{rate}{std}", []).append(run)
+            where = "" if run["size"] == "laptop" else f", {run['size']} size on {run['device']}"
+            found.setdefault(f"{run['task']}, {run['planned_steps']:,} steps{where}{sentences}{rate}{std}", []).append(run)
     return found
 
 
@@ -243,6 +247,24 @@ def plot(path: Path, runs: Sequence[Run]) -> None:
         panels[1].set_title("squares: as many FLOPs as fVLM; dotted: all digits without their places", fontsize=9, loc="right")
 
 
+def plot_curves(path: Path, runs: Sequence[Run]) -> None:
+    """Nats per digit over the steps of each training of the model itself, and its clutter, as PNG and SVG."""
+    with canvas(path.with_suffix(".png"), (WIDTH, 4.2), vector=True) as figure:
+        nats, clutter = figure.subplots(1, 2)
+        for run, colour in zip(runs, cycle(COLOURS)):
+            steps = [point["step"] for point in run["curve"]]
+            for order, style in (("first", "-"), ("after", ":")):
+                name = f"{run['task']}, seed {run['seed']}, question {order}"
+                nats.plot(steps, [point[order] for point in run["curve"]], style, color=colour, label=name)
+            clutter.plot(steps, [point["clutter"] for point in run["curve"]], color=colour)
+        nats.axhline(math.log(10), color="#8d99a6", linewidth=0.8)
+        nats.set_ylabel("nats a digit (line: chance)")
+        clutter.set_ylabel("clutter")
+        for axes in (nats, clutter):
+            axes.set_xlabel("step")
+        nats.legend(fontsize=7)
+
+
 def report(runs: Sequence[Run]) -> str:
     """All tables as markdown."""
     parts = []
@@ -268,7 +290,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--document", type=Path, help="gets the tables between its two marks")
-    parser.add_argument("--figure", type=Path, help="of the plot, without a suffix")
+    parser.add_argument("--figure", type=Path, help="of the controls' plot, without a suffix")
+    parser.add_argument("--curves", type=Path, help="of the plot of the trainings that have recorded theirs, without a suffix")
     options = parser.parse_args(arguments)
     runs = read(options.folder)
     text = report(runs)
@@ -278,6 +301,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(text)
     if options.figure and (compared := beside_controls(runs)):
         plot(options.figure, compared)
+    if options.curves and (recorded := [run for run in runs if run.get("curve") and not run["control"]]):
+        plot_curves(options.curves, recorded)
 
 
 if __name__ == "__main__":

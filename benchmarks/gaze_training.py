@@ -9,34 +9,49 @@ ask for (of a *hunt*: where the cross is), and seldom learns it again.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.shapes import DINOV2_SMALL, FRAME_PX, SMOLLM2
 from fvlm_core.config import LLMSettings, LLMShape, LossSettings, ModelSettings, OptimizerSettings, VisionSettings, VisionShape
 from fvlm_core.data import gaze
 from fvlm_core.data.batch import ChatFormat, PackedBatch, Sample, Turn, pack
-from fvlm_core.data.tokenizer import chat_format, encode, render_chat, train_tokenizer
+from fvlm_core.data.drawn import drawn
+from fvlm_core.data.tokenizer import chat_format, encode, load_tokenizer, render_chat, train_tokenizer
 from fvlm_core.eval.subject import Subject
 from fvlm_core.model.build import build_model, init_std
 from fvlm_core.model.encoder import Encoder
 from fvlm_core.model.names import Mode
 from fvlm_core.train.cost import Cost
 from fvlm_core.train.jobs import VisionTrainingSettings
+from fvlm_core.train.metrics import peak_flops
 from fvlm_core.train.objective import TokenLoss
 from fvlm_core.train.optimizer import build_optimizer, clip_gradients, gradient_norms, set_learning_rates
 from fvlm_core.train.schedules import learning_rates
 from fvlm_core.train.vision import pretrained
 
-VISION = VisionShape(width=64, layers=2, heads=4, patch_px=gaze.CELL_PX)
-LLM = LLMShape(width=96, layers=2, heads=4, kv_heads=4, mlp_width=256, context=512)
+Size = Literal["laptop", "production"]
+VISION: dict[Size, VisionSettings] = {
+    "laptop": VisionSettings(shape=VisionShape(width=64, layers=2, heads=4, patch_px=gaze.CELL_PX), frame_px=gaze.FRAME_PX),
+    "production": VisionSettings(shape=DINOV2_SMALL, frame_px=FRAME_PX),
+}
+LLM: dict[Size, LLMShape] = {
+    "laptop": LLMShape(width=96, layers=2, heads=4, kv_heads=4, mlp_width=256, context=512),
+    "production": SMOLLM2["135M"],
+}
+"""Where no checkpoint is given."""
 VOCABULARY = 400
-EVAL_BATCH = 128
+"""Of a tokenizer that is made for the questions, where there is no checkpoint."""
+EVAL_BATCH: dict[Size, int] = {"laptop": 128, "production": 64}
+SAID_EVERY = 25
+"""Steps."""
 RUNNING = 0.9
 """How much of the running loss is kept at a step."""
 
@@ -46,6 +61,7 @@ class Plan:
     """One training."""
 
     task: gaze.Task = "cell"
+    size: Size = "laptop"
     seed: int = 0
     steps: int = 1400
     """Five to seven minutes of one core, with the encoder's."""
@@ -59,8 +75,12 @@ class Plan:
     """Distorted copies of each training digit, for the encoder and for the model."""
     learning_rate: float = 2e-3
     """Of connector and language model."""
+    llm_learning_rate: float | None = None
+    """Of the language model by itself."""
     vision_learning_rate: float = 4e-4
     """Of the encoder."""
+    encoder_learning_rate: float = 2e-3
+    """Of the encoder's own training before."""
     init_std: float | None = None
     """Standard deviation of the language model's weights at the start; one over the square root of its width by default."""
     warmup_steps: int = 40
@@ -71,10 +91,15 @@ class Plan:
     """Nats per digit, where chance is 2.30."""
     model: dict[str, Any] = field(default_factory=dict)
     """Changes of `model_settings`."""
+    llm_checkpoint: str | None = None
+    """A language model to begin with, and its tokenizer."""
     wording: Literal["words", "sentence"] = "words"
     """words: only what differs between questions, without a system prompt; sentence: the questions and the chat format of the pipeline."""
     max_cpu_s: float = float("inf")
     """Processor time after which the training stops early."""
+    device: str = "cpu"
+    workers: int = 0
+    """Processes that draw clips ahead, for a device that is faster than one: a step's clutter is then that of two rounds of them before."""
 
     @property
     def encoder(self) -> VisionTrainingSettings | None:
@@ -83,6 +108,7 @@ class Plan:
             return None
         return VisionTrainingSettings(
             steps=self.encoder_steps,
+            optimizer=OptimizerSettings(lr_vision=self.encoder_learning_rate, warmup_steps=self.warmup_steps),
             seed=self.seed,
             copies=self.copies,
             colours=gaze.usual_colours(self.task) if self.task in gaze.OF_A_COLOUR else None,
@@ -96,10 +122,28 @@ class Plan:
 
     @property
     def model_settings(self) -> ModelSettings:
-        """The model: 0.4 million parameters, two fine passes."""
-        base = {"vision": VisionSettings(shape=VISION, frame_px=gaze.FRAME_PX), "llm": LLMSettings(shape=LLM)}
+        """The model, with two fine passes: 0.4 million parameters, or DINOv2-small and SmolLM2-135M at 224 px."""
+        llm = LLMSettings(checkpoint=self.llm_checkpoint) if self.llm_checkpoint else LLMSettings(shape=LLM[self.size])
+        base = {"vision": VISION[self.size], "llm": llm}
         usual = {"temperature": 4.0, "visual_scale": 0.5, "fine_iterations": 2}
         return ModelSettings.model_validate(base | usual | self.model)
+
+
+PLANS: dict[Size, Plan] = {
+    "laptop": Plan(),
+    "production": Plan(
+        size="production",
+        wording="sentence",
+        learning_rate=1e-3,
+        llm_learning_rate=1e-4,
+        vision_learning_rate=1e-4,
+        encoder_learning_rate=5e-4,
+        warmup_steps=100,
+        device="cuda",
+        workers=12,
+    ),
+}
+"""By size. The rates of production are a first guess: no card has run it yet."""
 
 
 @dataclass(frozen=True)
@@ -118,11 +162,21 @@ class Trained:
     """Of the training, from the configuration, without the encoder's own."""
     cpu_s: float
     """Processor time of the training, without the encoder's."""
+    seconds: float
+    """The same by the clock."""
     encoder_cpu_s: float
     encoder_accuracy: dict[str, float]
     """On validation digits: own, right neighbour's, lower neighbour's and what else was asked; empty where there was no training."""
     entropy: dict[str, float]
     """`entropy_at_start`."""
+    curve: list[dict[str, float]]
+    """Every so many steps: step, clutter, and nats per digit with the question before and after the video."""
+
+    @property
+    def mfu(self) -> float | None:
+        """Share of the device's peak FLOP/s that the training used, drawing included; None where the peak is not known."""
+        peak = peak_flops(self.subject.device)
+        return self.flops / self.seconds / peak if peak and self.seconds else None
 
 
 @dataclass(frozen=True)
@@ -136,12 +190,12 @@ class Asker:
     @classmethod
     def of(cls, plan: Plan) -> "Asker":
         """With a tokenizer that knows the questions of all tasks, so that a training can go on with another task; the names of all nine
-        colours only where the task is *colour*."""
+        colours only where the task is *colour*. Where the language model is a checkpoint, with that one's."""
         rng = np.random.default_rng(0)
         colours = gaze.usual_colours(plan.task)
         clips = [gaze.render(rng, "train", task=task, frames=plan.frames, colours=colours) for task in gaze.TASKS for _ in range(100)]
         words = (render_chat([{"question": _question(plan, clip), "answer": _answer(clip)}]) for clip in clips)
-        tokenizer = train_tokenizer(words, VOCABULARY)
+        tokenizer = load_tokenizer(plan.llm_checkpoint) if plan.llm_checkpoint else train_tokenizer(words, VOCABULARY)
         chat = chat_format(tokenizer)
         if plan.wording == "words":
             chat = ChatFormat([], chat.user_open[:1], chat.user_close[:1], chat.assistant_open[:1], chat.assistant_close[:1])
@@ -153,15 +207,21 @@ class Asker:
         shown = list(range(len(clip.frames)))
         return Sample("gaze", "gaze", clip.frames, [shown], [turn], question_first=question_first)
 
-    def batch(self, rng: np.random.Generator, clips: int, clutter: float, tokens_per_frame: int, *, question_first: bool) -> PackedBatch:
-        """New clips and their questions."""
-        plan = self.plan
-        drawn = [
-            gaze.render(rng, "train", task=plan.task, frames=plan.frames, clutter=clutter, noise=plan.noise, copies=plan.copies)
-            for _ in range(clips)
+    def clips(self, rng: np.random.Generator, count: int, clutter: float) -> list[gaze.GazeClip]:
+        """New clips of training digits."""
+        plan, px = self.plan, self.plan.model_settings.vision.frame_px
+        look = {"frames": plan.frames, "scale": gaze.largest_scale(px), "noise": plan.noise, "copies": plan.copies}
+        return [gaze.enlarged(gaze.render(rng, "train", task=plan.task, clutter=clutter, **look), px) for _ in range(count)]
+
+    def batches(self, rng: np.random.Generator, clutter: float, *, samples: int) -> list[PackedBatch]:
+        """New clips and their questions: a batch with the question before the video, one with it after."""
+        tokens = self.plan.model_settings.tokens_per_frame
+        return [
+            pack(
+                [self.sample(clip, question_first=first) for clip in self.clips(rng, samples, clutter)], self.chat, tokens_per_frame=tokens
+            )
+            for first in (True, False)
         ]
-        samples = [self.sample(clip, question_first=question_first) for clip in drawn]
-        return pack(samples, self.chat, tokens_per_frame=tokens_per_frame)
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text."""
@@ -169,50 +229,61 @@ class Asker:
 
 
 @lru_cache(maxsize=8)
-def encoder_of(settings: VisionTrainingSettings) -> tuple[Encoder, dict[str, float], float]:
+def encoder_of(settings: VisionTrainingSettings, size: Size, device: str, workers: int) -> tuple[Encoder, dict[str, float], float]:
     """A pre-trained encoder, its accuracy, and the processor time that it took; several trainings of one process share it."""
-    started = time.process_time()
-    encoder, accuracy = pretrained(settings, VISION)
+    started, vision = time.process_time(), VISION[size]
+    assert vision.shape is not None
+    encoder, accuracy = pretrained(settings, vision.shape, frame_px=vision.frame_px, device=torch.device(device), workers=workers)
     return encoder, accuracy, time.process_time() - started
 
 
 def train(plan: Plan, say: Callable[[str], None] = lambda _: None, start: Mapping[str, Tensor] | None = None) -> Trained:
     """Train to the end of the plan, or of its time; from the weights `start`, which another task may have made, where they are given."""
-    asker = Asker.of(plan)
+    asker, device = Asker.of(plan), torch.device(plan.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # as the trainer does for bf16
     model = build_model(plan.model_settings, vocab_size=len(asker.tokenizer), seed=plan.seed)
     if plan.init_std is not None:
         with torch.no_grad():
             for weights in model.llm.parameters():
                 if weights.ndim == 2:
-                    weights *= plan.init_std / init_std(LLM.width)
+                    weights *= plan.init_std / init_std(model.llm.config.hidden_size)
     accuracy, encoder_s = {}, 0.0
     if start is not None:
         model.load_state_dict(start)
     elif plan.encoder:
-        encoder, accuracy, encoder_s = encoder_of(plan.encoder)  # pyright: ignore[reportArgumentType]: frozen settings are hashable
+        encoder, accuracy, encoder_s = encoder_of(plan.encoder, plan.size, plan.device, plan.workers)  # pyright: ignore[reportArgumentType]: frozen settings are hashable
         model.encoder.load_state_dict(encoder.state_dict())
         say(f"encoder: {accuracy}, {encoder_s:.0f} s")
-    subject = Subject(model, asker.tokenizer, asker.chat, torch.device("cpu"), EVAL_BATCH)
+    subject = Subject(model.to(device), asker.tokenizer, asker.chat, device, EVAL_BATCH[plan.size])
     entropy = entropy_at_start(subject, asker)
     say(f"attention entropy at step 0: {entropy}")
     rates = OptimizerSettings(
-        lr_connector=plan.learning_rate, lr_vision=plan.vision_learning_rate, lr_llm=plan.learning_rate, warmup_steps=plan.warmup_steps
+        lr_connector=plan.learning_rate,
+        lr_vision=plan.vision_learning_rate,
+        lr_llm=plan.llm_learning_rate or plan.learning_rate,
+        warmup_steps=plan.warmup_steps,
     )
     optimizer = build_optimizer(model, rates)
     objective = TokenLoss(plan.loss, model.pass_names)
     cost, flops = Cost(model, plan.loss), 0.0
-    rng = np.random.default_rng([plan.seed, 1])
-    clutter, running, full_at, started = plan.first_clutter, 2.3, None, time.process_time()
-    last, done = objective.names[-1], 0
+    clutter, running, full_at, started, clock = plan.first_clutter, 2.3, None, time.process_time(), time.monotonic()
+    last, done, curve, half = objective.names[-1], 0, [], plan.batch_samples // 2
+
+    def wanted() -> Iterator[float]:
+        """The clutter, at the moment when clips are drawn."""
+        while done < plan.steps and time.process_time() - started < plan.max_cpu_s:
+            yield clutter
+
     model.train()
-    while done < plan.steps and time.process_time() - started < plan.max_cpu_s:
-        half, tokens = plan.batch_samples // 2, model.settings.tokens_per_frame
-        batches = [asker.batch(rng, half, clutter, tokens, question_first=first) for first in (True, False)]
+    rng = np.random.default_rng([plan.seed, 1])
+    for batches in islice(drawn(partial(asker.batches, samples=half), wanted(), rng, plan.workers), plan.steps):
         labels, nats = sum(batch.n_labels for batch in batches), []
         for batch in batches:
-            sums = objective(model, batch, subject.device)
+            with subject.autocast():
+                sums = objective(model, batch, device)
             (sums.objective / labels).backward()
-            nats.append(sums.parts[last].item() / (half * plan.frames))
+            nats.append(sums.parts[last].detach())
             flops += cost.batch(batch)
         norm = torch.stack(list(gradient_norms(optimizer).values())).norm()
         clip_gradients(optimizer, rates.clip_norm, norm)
@@ -220,25 +291,26 @@ def train(plan: Plan, say: Callable[[str], None] = lambda _: None, start: Mappin
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         done += 1
-        running = RUNNING * running + (1 - RUNNING) * nats[0]
+        first, after = (value / (half * plan.frames) for value in torch.stack(nats).tolist())
+        running = RUNNING * running + (1 - RUNNING) * first
         if running < plan.clutter_gate:
             clutter = min(1.0, clutter + plan.clutter_step)
             full_at = done if full_at is None and clutter == 1.0 else full_at
-        if done % 25 == 0:
-            heard = f"nats per digit {nats[0]:.2f}, with the question after {nats[1]:.2f}"
-            say(f"step {done}: clutter {clutter:.2f}; {heard}; {time.process_time() - started:.0f} s")
-    cpu_s = time.process_time() - started
+        if done % SAID_EVERY == 0:
+            curve.append({"step": done, "clutter": round(clutter, 3), "first": round(first, 4), "after": round(after, 4)})
+            heard = f"nats per digit {first:.2f}, with the question after {after:.2f}"
+            say(f"step {done}: clutter {clutter:.2f}; {heard}; {time.monotonic() - clock:.0f} s")
+    cpu_s, seconds = time.process_time() - started, time.monotonic() - clock
     model.eval()
-    return Trained(asker, subject, done, clutter, full_at, flops, cpu_s, encoder_s, accuracy, entropy)
+    return Trained(asker, subject, done, clutter, full_at, flops, cpu_s, seconds, encoder_s, accuracy, entropy, curve)
 
 
 def step_flops(plan: Plan) -> float:
     """Training FLOPs of a step, from the configuration."""
     asker = Asker.of(plan)
     model = build_model(plan.model_settings, vocab_size=len(asker.tokenizer))
-    rng, cost, tokens = np.random.default_rng(0), Cost(model, plan.loss), model.settings.tokens_per_frame
-    both = [cost.batch(asker.batch(rng, 1, 1.0, tokens, question_first=first)) for first in (True, False)]
-    return sum(both) * plan.batch_samples / 2
+    cost = Cost(model, plan.loss)
+    return sum(map(cost.batch, asker.batches(np.random.default_rng(0), 1.0, samples=1))) * plan.batch_samples / 2
 
 
 @torch.no_grad()
@@ -249,10 +321,8 @@ def entropy_at_start(subject: Subject, asker: Asker, *, clips: int = 64) -> dict
     """
     if not subject.gazes:
         return {}
-    rng = np.random.default_rng(0)
     plan = asker.plan
-    drawn = [gaze.render(rng, "train", task=plan.task, frames=plan.frames, noise=plan.noise, copies=plan.copies) for _ in range(clips)]
-    samples = [asker.sample(clip, question_first=True) for clip in drawn]
+    samples = [asker.sample(clip, question_first=True) for clip in asker.clips(np.random.default_rng(0), clips, 1.0)]
     shares = {}
     modes: dict[str, Mode] = {"coarse": "coarse_only", "fine": "coarse_fine"}
     for name, mode in modes.items():

@@ -14,12 +14,13 @@ caption  it is the only one with white digits; the answer names its place too
 Everything is a pure function of the generator passed in. Digits of the two splits are of different writers (`fvlm_core.data.digits`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
+from PIL import Image
 
 from fvlm_core.data.digits import digits_of
 from fvlm_core.data.rows import Split
@@ -149,6 +150,25 @@ def render(
     if scale > 1:
         background = background.repeat(scale, axis=1).repeat(scale, axis=2)
     return GazeClip(np.maximum(pixels, background), digits, of_digits, path, task)
+
+
+def largest_scale(frame_px: int, grid: int = GRID) -> int:
+    """The largest scale at which a grid fits into frames of a side."""
+    return max(1, frame_px // (grid * CELL_PX))
+
+
+def enlarged(clip: GazeClip, frame_px: int) -> GazeClip:
+    """The clip with frames of `frame_px`, by bilinear interpolation, so that the grid fills them whatever their side."""
+    if clip.frames.shape[1] == frame_px:
+        return clip
+    size = frame_px, frame_px
+    frames = [np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BILINEAR)) for frame in clip.frames]
+    return replace(clip, frames=np.stack(frames))
+
+
+def cells_of_patches(patches: int) -> np.ndarray:
+    """The usual grid's row, or column, in which the middle of each of so many patches of a frame's side lies: int [patches]."""
+    return ((np.arange(patches) + 0.5) / patches * GRID).astype(int)
 
 
 def usual_colours(task: Task) -> int:

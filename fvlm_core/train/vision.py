@@ -10,6 +10,8 @@ query reads of any patch says where it is: the one token of such a frame has to 
 import time
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from fvlm_core.cli import run_job
 from fvlm_core.config import OptimizerSettings, VisionSettings, VisionShape
 from fvlm_core.data import gaze
+from fvlm_core.data.drawn import drawn
 from fvlm_core.data.rows import Split
 from fvlm_core.manifest import Manifest, file_entries
 from fvlm_core.model.build import build_encoder
@@ -35,6 +38,7 @@ CLASSES = 11
 CROSS_WEIGHT = 0.3
 """Of the loss about the cross's cell beside the digits'. At 1, neighbours are known in .62 to .71 after 2,000 steps, not in .87 to .91."""
 IGNORE = -100
+CPU = torch.device("cpu")
 PROBE_STEPS, PROBE_RATE = 300, 1e-2
 """Of the heads of `still_known`."""
 
@@ -56,15 +60,21 @@ def train_vision(job: VisionJob) -> Manifest:
 
 
 def pretrained(
-    settings: VisionTrainingSettings, shape: VisionShape, each_step: Callable[[int, float], None] | None = None
+    settings: VisionTrainingSettings,
+    shape: VisionShape,
+    each_step: Callable[[int, float], None] | None = None,
+    *,
+    frame_px: int = gaze.FRAME_PX,
+    device: torch.device = CPU,
+    workers: int = 0,
 ) -> tuple[Encoder, dict[str, float]]:
     """An encoder of a shape after its training, and its accuracy on frames of held-out digits by what was asked.
 
-    `each_step` is called with the number of steps done and the last one's loss.
+    `each_step` is called with the number of steps done and the last one's loss. `workers`: processes that draw the frames.
     """
     torch.manual_seed(settings.seed)
-    encoder = build_encoder(VisionSettings(shape=shape, frame_px=gaze.FRAME_PX))
-    return encoder, _taught(encoder, settings, each_step)
+    encoder = build_encoder(VisionSettings(shape=shape, frame_px=frame_px)).to(device)
+    return encoder, _taught(encoder, settings, each_step, workers)
 
 
 def still_known(encoder: Encoder, settings: VisionTrainingSettings) -> dict[str, float]:
@@ -74,29 +84,33 @@ def still_known(encoder: Encoder, settings: VisionTrainingSettings) -> dict[str,
     return _taught(deepcopy(encoder).requires_grad_(False), settings.model_copy(update=probe))
 
 
-def _taught(encoder: Encoder, settings: VisionTrainingSettings, each_step: Callable[[int, float], None] | None = None) -> dict[str, float]:
+def _taught(
+    encoder: Encoder, settings: VisionTrainingSettings, each_step: Callable[[int, float], None] | None = None, workers: int = 0
+) -> dict[str, float]:
     """Train heads, and the encoder where it is trainable; accuracy on frames of held-out digits by what was asked."""
     rng = np.random.default_rng(settings.seed)
-    asked = _Questions(settings, encoder.config.hidden_size)
+    asked = _Questions(settings, encoder.config.hidden_size).to(encoder.cls_token.device)
     trained = [one for one in (*encoder.parameters(), *asked.parameters()) if one.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.optimizer.lr_vision, fused=True)
-    for step in range(settings.steps):
+    make = partial(_frames, split="train", settings=settings, frame_px=encoder.image_px)
+    for step, clip in enumerate(drawn(make, repeat(settings.batch_frames, settings.steps), rng, workers)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rates(settings.optimizer, step, settings.steps)["vision"]
-        loss = asked.loss(encoder, _frames(rng, "train", settings, settings.batch_frames))
+        loss = asked.loss(encoder, clip)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if each_step is not None:
             each_step(step + 1, loss.item())
-    return asked.accuracy(encoder, _frames(rng, "val", settings, 256))
+    return asked.accuracy(encoder, _frames(rng, 256, split="val", settings=settings, frame_px=encoder.image_px))
 
 
-def _frames(rng: np.random.Generator, split: Split, settings: VisionTrainingSettings, frames: int) -> gaze.GazeClip:
+def _frames(rng: np.random.Generator, frames: int, *, split: Split, settings: VisionTrainingSettings, frame_px: int) -> gaze.GazeClip:
     """Frames with something in every cell."""
     copies = settings.copies if split == "train" else 0
-    task = "hunt" if settings.crosses else "cell"
-    return gaze.render(rng, split, task=task, frames=frames, copies=copies, colours=settings.colours)
+    task, scale = "hunt" if settings.crosses else "cell", gaze.largest_scale(frame_px)
+    clip = gaze.render(rng, split, task=task, frames=frames, scale=scale, copies=copies, colours=settings.colours)
+    return gaze.enlarged(clip, frame_px)
 
 
 class _Questions(nn.Module):
@@ -112,29 +126,32 @@ class _Questions(nn.Module):
     def loss(self, encoder: Encoder, clip: gaze.GazeClip) -> Tensor:
         """Nats per answer, and those about the cross at their weight."""
         logits, of_cross = self(encoder, clip)
-        loss = F.cross_entropy(logits, self._answers(clip), ignore_index=IGNORE)
-        return loss if of_cross is None else loss + CROSS_WEIGHT * F.cross_entropy(of_cross, _crosses(clip))
+        answers, crosses = self._answers(encoder, clip)
+        loss = F.cross_entropy(logits, answers, ignore_index=IGNORE)
+        return loss if of_cross is None else loss + CROSS_WEIGHT * F.cross_entropy(of_cross, crosses)
 
     @torch.no_grad()
     def accuracy(self, encoder: Encoder, clip: gaze.GazeClip) -> dict[str, float]:
         """Share of right answers by target."""
         logits, of_cross = self(encoder, clip)
-        wanted = self._answers(clip)
+        wanted, crosses = self._answers(encoder, clip)
         right = logits.argmax(1) == wanted
         found = {name: right[:, n][wanted[:, n] != IGNORE].float().mean().item() for n, name in enumerate(self.targets)}
-        return found if of_cross is None else found | {CROSS: (of_cross.argmax(1) == _crosses(clip)).float().mean().item()}
+        return found if of_cross is None else found | {CROSS: (of_cross.argmax(1) == crosses).float().mean().item()}
 
     def forward(self, encoder: Encoder, clip: gaze.GazeClip) -> tuple[Tensor, Tensor | None]:
         """Logits [frames x patches, classes, targets], and those of the cross's cell [frames x patches, cells]."""
-        features = encoder.encode(torch.from_numpy(clip.frames), patches=True)
+        device = encoder.cls_token.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            features = encoder.encode(torch.from_numpy(clip.frames).to(device), patches=True)
         assert features.patches is not None
-        logits = self.of_output(features.patches[:, 1:]).unflatten(-1, (-1, len(self.targets))).flatten(0, 1)
+        logits = self.of_output(features.patches[:, 1:].float()).unflatten(-1, (-1, len(self.targets))).flatten(0, 1)
         if self.of_values is None:
             return logits, None
-        return logits, self.of_values(features.values[-1].transpose(1, 2).flatten(2)[:, 1:]).flatten(0, 1)
+        return logits, self.of_values(features.values[-1].transpose(1, 2).flatten(2)[:, 1:].float()).flatten(0, 1)
 
-    def _answers(self, clip: gaze.GazeClip) -> Tensor:
-        """int64 [frames x patches, targets], IGNORE past the edges."""
+    def _answers(self, encoder: Encoder, clip: gaze.GazeClip) -> tuple[Tensor, Tensor]:
+        """int64 [frames x patches, targets], IGNORE past the edges; and the cell of its frame's cross: int64 [frames x patches]."""
         digits = np.where(clip.digits == gaze.CROSS, CLASSES - 1, clip.digits)
         answers = np.full((*digits.shape, len(self.targets)), IGNORE)
         answers[..., 0] = digits
@@ -142,12 +159,10 @@ class _Questions(nn.Module):
         answers[:, :-1, :, 2] = digits[:, 1:]
         if COLOUR in self.targets:
             answers[..., 3] = np.where(clip.digits == gaze.CROSS, IGNORE, clip.colours)
-        return torch.from_numpy(answers).flatten(0, 2)
-
-
-def _crosses(clip: gaze.GazeClip) -> Tensor:
-    """The cell of the frame's cross, for each of its patches: int64 [frames x patches]."""
-    return torch.from_numpy(clip.crosses).repeat_interleave(gaze.GRID**2)
+        cells, device = gaze.cells_of_patches(encoder.image_px // encoder.patch_px), encoder.cls_token.device
+        of_patches = torch.from_numpy(answers[:, cells][:, :, cells]).flatten(0, 2)
+        crosses = torch.from_numpy(clip.crosses).repeat_interleave(len(cells) ** 2)
+        return of_patches.to(device), crosses.to(device)
 
 
 if __name__ == "__main__":

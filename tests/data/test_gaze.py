@@ -241,6 +241,26 @@ def test_digits_stay_readable_through_h264_and_scaling():
     assert (classifier.predict(np.array(cells)) == truth).mean() > 0.87
 
 
+@given(st.integers(42, 250))
+@settings(max_examples=20)
+def test_the_grid_fills_frames_of_any_side(side):
+    """Every cell's share of the frame is as bright as before, whatever the side."""
+    small = gaze.render(np.random.default_rng(0), "val", frames=1, scale=gaze.largest_scale(side), noise=0)
+    clip = gaze.enlarged(small, side)
+    assert clip.frames.shape == (1, side, side, 3)
+    edges = [(side * number // 3, side * (number + 1) // 3) for number in range(3)]
+    means = np.array([[clip.frames[0, a:b, c:d].mean() for c, d in edges] for a, b in edges])
+    cell = small.frames.shape[1] // 3
+    expected = small.frames[0].reshape(3, cell, 3, cell, 3).mean((1, 3, 4))
+    assert np.allclose(means, expected, rtol=0.12, atol=2)
+
+
+@pytest.mark.parametrize(("patches", "cells"), [(3, [1, 1, 1]), (6, [2, 2, 2]), (16, [5, 6, 5])])
+def test_patches_belong_to_the_cell_of_their_middle(patches, cells):
+    assert np.bincount(gaze.cells_of_patches(patches)).tolist() == cells
+    assert (np.diff(gaze.cells_of_patches(patches)) >= 0).all()
+
+
 def test_every_task_is_a_source_of_clips(tmp_path):
     sources = {f"gaze_{task}": GazeSource(task=task, train=1, val=1) for task in gaze.TASKS}
     make_clips(ClipJob(output=tmp_path, sources=sources, scale=2))

@@ -1,6 +1,7 @@
 """The pieces of `benchmarks.gaze`: its training at the smallest size, its controls, its numbers against independent ones."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from scipy import stats
 from benchmarks import gaze as experiment
 from benchmarks import gaze_results
 from benchmarks.gaze_measures import CONTROLS, MAIN, Answers, Asked, answers, table
-from benchmarks.gaze_training import Plan, entropy_at_start, step_flops, train
+from benchmarks.gaze_training import LLM, PLANS, VISION, Plan, entropy_at_start, step_flops, train
+from fvlm_core.config import VisionSettings, VisionShape
 from fvlm_core.data import gaze
 from fvlm_core.data.batch import pack
 from fvlm_core.eval.stats import Bootstrap
 from fvlm_core.model.build import build_model
+from fvlm_core.train.vision import still_known
 
 TINY = Plan(steps=2, batch_samples=8, encoder_steps=2, warmup_steps=1)
 CLIPS = 12
@@ -71,6 +74,25 @@ def test_clutter_grows_only_while_questions_are_answered():
     always = train(replace(TINY, encoder_steps=0, clutter_gate=99.0, clutter_step=0.5))
     assert (never.clutter, never.full_at) == (0.0, None)
     assert (always.clutter, always.full_at) == (1.0, 2)
+
+
+def test_production_s_plan_at_sizes_of_a_laptop(monkeypatch):
+    """Frames larger than the grid, clips drawn by other processes: the same ones, however many processes there are."""
+    monkeypatch.setitem(VISION, "production", VisionSettings(shape=VisionShape(width=16, layers=1, heads=2), frame_px=112))
+    monkeypatch.setitem(LLM, "production", LLM["laptop"])
+    small = {"device": "cpu", "steps": 2, "batch_samples": 8, "encoder_steps": 2, "clutter_gate": 0.0}
+    plan = replace(PLANS["production"], **small, workers=1)
+    one, two = train(plan), train(replace(plan, workers=2))
+    weights, same = (trained.subject.model.state_dict() for trained in (one, two))
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+    assert one.steps == 2
+    held_out = Asked(plan, 3)
+    assert held_out.clips[0].frames.shape == (plan.frames, 112, 112, 3)
+    found = answers(one, held_out)[MAIN]
+    assert found.hits is not None
+    assert found.hits.shape == found.right.shape == (3, plan.frames)
+    assert one.asker.plan.encoder is not None
+    assert still_known(one.subject.model.encoder, one.asker.plan.encoder).keys() == one.encoder_accuracy.keys()
 
 
 def test_first_query_comes_from_the_question(trained, asked):
@@ -203,10 +225,12 @@ def test_results_are_put_beside_controls(tmp_path, capsys):
     for number, run in enumerate([*runs, faster]):  # accuracies that are known
         for row in run["rows"]:
             row["accuracy"] |= {"value": 0.5 - 0.1 * number, "low": 0.1, "high": 0.9}
+        run["curve"] = [{"step": 25, "clutter": 0.0, "first": 2.3, "after": 2.3}, {"step": 50, "clutter": 0.2, "first": 1.0, "after": 2.2}]
         (tmp_path / f"{number}.json").write_text(json.dumps(run))
     document = tmp_path / "document.md"
     document.write_text(f"before\n{gaze_results.BEGIN}\nan earlier table\n{gaze_results.END}\nafter\n")
-    gaze_results.main([str(tmp_path), "--document", str(document), "--figure", str(tmp_path / "plot")])
+    drawn = ["--figure", str(tmp_path / "plot"), "--curves", str(tmp_path / "curves")]
+    gaze_results.main([str(tmp_path), "--document", str(document), *drawn])
     gaze_results.main([str(tmp_path)])
     text = capsys.readouterr().out.strip()
     assert document.read_text() == f"before\n{gaze_results.BEGIN}\n\n{text}\n\n{gaze_results.END}\nafter\n"
@@ -215,6 +239,7 @@ def test_results_are_put_beside_controls(tmp_path, capsys):
     assert "| cell | 0 | 0.002 | 1 | 0.900 -> 0.400 |" in text
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert "</svg>" in (tmp_path / "plot.svg").read_text()
+    assert "cell, seed 1, question after" in re.sub(r"<!--|-->", "", (tmp_path / "curves.svg").read_text())
 
 
 def test_aims_are_reached_by_the_worst_seed():

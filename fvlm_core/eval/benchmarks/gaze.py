@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from fvlm_core.eval.benchmarks.benchmark import Benchmark, groups
 from fvlm_core.eval.items import Item
@@ -61,10 +60,7 @@ def _frames(number: int, side: int) -> np.ndarray:
     """The clip's frames, uint8 [T, side, side, 3]: drawn at the largest scale that fits, then enlarged."""
     from fvlm_core.data import gaze
 
-    frames = clip_of(number, scale=max(1, side // gaze.FRAME_PX)).frames
-    if frames.shape[1] == side:
-        return frames
-    return np.stack([np.asarray(Image.fromarray(frame).resize((side, side), Image.Resampling.BILINEAR)) for frame in frames])
+    return gaze.enlarged(clip_of(number, scale=gaze.largest_scale(side)), side).frames
 
 
 BENCHMARK = Benchmark(name="gaze", title="Gaze", generate=items, needs_folder=False, split="generated", scorer="mean")

@@ -160,7 +160,7 @@ def _sample(answerer: "FoveatedAnswerer", place: int, frames: int) -> "tuple[Sam
 
     side, encode = answerer.rule.frame_px, answerer.subject.encode
     rng = np.random.default_rng([SEED, frames, place])
-    clip = gaze.render(rng, "val", frames=frames, scale=max(1, side // gaze.FRAME_PX))
+    clip = gaze.render(rng, "val", frames=frames, scale=gaze.largest_scale(side))
     media = Media(clip.frames, [list(range(frames))]).load(answerer.rule, 1)
     turn = Turn(encode(gaze.question(clip)), encode(clip.answer))
     return Sample(f"drift-{frames}-{place}", "drift", media.frames, media.shown, [turn], question_first=True), clip.path

@@ -142,12 +142,12 @@ def order_results(subject: "Subject", questions: "Sequence[ClipQuestion]", modes
 
 def gaze_hits(attention: np.ndarray, cells: Sequence[tuple[int, int]]) -> np.ndarray:
     """Whether the peak of each frame's attention [T, rows, columns] lies in that frame's asked cell: bool [T]."""
-    from fvlm_core.data.gaze import GRID
+    from fvlm_core.data.gaze import cells_of_patches
 
     frames, rows, columns = attention.shape
     peaks = attention.reshape(frames, -1).argmax(1)
-    centres = np.stack([(peaks // columns + 0.5) / rows, (peaks % columns + 0.5) / columns], 1)
-    return ((centres * GRID).astype(int) == np.asarray(cells)).all(1)
+    found = np.stack([cells_of_patches(rows)[peaks // columns], cells_of_patches(columns)[peaks % columns]], 1)
+    return (found == np.asarray(cells)).all(1)
 
 
 def _cells_of(

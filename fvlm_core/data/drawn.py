@@ -1,0 +1,37 @@
+"""Samples of a generator that has no end, drawn where they are used or, ahead, in other processes."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+T, U = TypeVar("T"), TypeVar("U")
+
+
+def drawn(make: Callable[[np.random.Generator, T], U], wanted: Iterable[T], rng: np.random.Generator, workers: int) -> Iterator[U]:
+    """`make(rng, one)` for each of `wanted`.
+
+    Without `workers` one after the other, each when it is asked for. So many processes draw ahead, each sample from a generator of its
+    own, so that the samples do not depend on how many there are; then each of `wanted` is taken two rounds of the processes early.
+    """
+    if not workers:
+        yield from (make(rng, one) for one in wanted)
+        return
+    numbered = _Numbered(make, int(rng.integers(2**63)))
+    yield from DataLoader(numbered, sampler=enumerate(wanted), batch_size=None, collate_fn=_unchanged, num_workers=workers)  # type: ignore[arg-type]
+
+
+class _Numbered(Dataset[U], Generic[T, U]):
+    """Draws by number, from a seed."""
+
+    def __init__(self, make: Callable[[np.random.Generator, T], U], seed: int) -> None:
+        self.make, self.seed = make, seed
+
+    def __getitem__(self, numbered: tuple[int, T]) -> U:
+        number, one = numbered
+        return self.make(np.random.default_rng([self.seed, number]), one)
+
+
+def _unchanged(one: Any) -> Any:
+    return one
