@@ -1,18 +1,30 @@
-"""A new SQLite database of Prefect's server. Its migrations from nothing take four processor seconds and give the same for every volume:
-an environment does them once, and later databases begin as copies of what came of it.
+"""A new SQLite database of Prefect's server. Its migrations from nothing take four processor seconds, and Prefect's types of blocks another
+one at every start; both give the same for every volume. An environment does them once, and later databases begin as copies of the result.
 """
 
 import asyncio
 import os
 import sqlite3
 from contextlib import closing, suppress
+from importlib.metadata import entry_points
 from pathlib import Path
+from zlib import crc32
 
 import prefect
 from filelock import FileLock
 
-MODEL = Path(prefect.__file__).parent / "__pycache__" / f"database-{prefect.__version__}.db"
-"""What came of the migrations, and nothing else: no server has run on it. It is where Python keeps what it makes of Prefect's source."""
+
+def _installed() -> int:
+    """A number for this release of Prefect and the installed packages that bring types of blocks; it fits SQLite's `user_version`."""
+    found = entry_points(group="prefect.collections")
+    names = [f"{one.value} {one.dist.version if one.dist else ''}" for one in found]
+    return crc32(" ".join([prefect.__version__, *sorted(names)]).encode()) >> 1
+
+
+INSTALLED = _installed()
+MODEL = Path(prefect.__file__).parent / "__pycache__" / f"database-{INSTALLED}.db"
+"""What came of the migrations and the types of blocks, and nothing else: no server has run on it. It is where Python keeps what it makes of
+Prefect's source."""
 WAIT_S = 60.0
 """For another process that makes it."""
 
@@ -28,12 +40,31 @@ def begin(database: Path, model: Path = MODEL) -> None:
         if not model.exists():
             with FileLock(model.with_suffix(".lock"), timeout=WAIT_S):
                 if not model.exists():
-                    from prefect.server.database import provide_database_interface  # a second, which a copy does not need
-
-                    asyncio.run(provide_database_interface().create_db())
+                    asyncio.run(_made())
+                    with closing(sqlite3.connect(database)) as made:
+                        made.execute(f"PRAGMA user_version = {INSTALLED}")
                     _copy(database, model)
                     return
         _copy(model, database)
+
+
+def has_block_types(database: Path) -> bool:
+    """Whether the database began with the types of blocks of what is installed, so that a server need not look for new ones."""
+    with closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)) as read:
+        return read.execute("PRAGMA user_version").fetchone()[0] == INSTALLED
+
+
+async def _made() -> None:
+    """The database that Prefect's settings name, with its tables and types of blocks."""
+    from prefect.plugins import load_prefect_collections  # seconds, which a copy does not need
+    from prefect.server.database import provide_database_interface
+    from prefect.server.models.block_registration import run_block_auto_registration
+
+    database = provide_database_interface()
+    await database.create_db()
+    load_prefect_collections()
+    async with await database.session() as session:
+        await run_block_auto_registration(session=session)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""JSON schemas that were found valid are not checked again in the life of a process.
+"""JSON schemas that were found valid are not checked again, in this process or in a later one of the same environment.
 
 The schema of a deployment's form is seventy kilobytes. Prefect's server checks it against the schema of schemas twice when the deployment
 is registered and once for every run of it: a fifth of a processor second each.
@@ -6,26 +6,37 @@ is registered and once for every run of it: a fifth of a processor second each.
 
 import hashlib
 import json
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import prefect
 from jsonschema import Draft202012Validator
 from prefect.utilities.schema_tools import validation
+
+KNOWN = Path(prefect.__file__).parent / "__pycache__" / f"schemas-{version('jsonschema')}.txt"
+"""Digests of valid schemas, a line each. It is where Python keeps what it makes of Prefect's source."""
 
 
 def check_schemas_once() -> None:
     """For both validators that Prefect uses."""
     for validator in (Draft202012Validator, validation._VALIDATOR):
-        check_once(validator)
+        check_once(validator, KNOWN)
 
 
-def check_once(validator: Any) -> None:
-    """`validator.check_schema` remembers what it found valid, by content."""
-    check, valid = validator.check_schema, set[bytes]()
+def check_once(validator: Any, known: Path) -> None:
+    """`validator.check_schema` remembers by content what it found valid, and in the file `known` where that can be written."""
+    check, valid = validator.check_schema, set[str]()
+    with suppress(OSError):
+        valid.update(known.read_text().split())
 
     def check_schema(schema: Any, *more: Any, **options: Any) -> None:
-        content = hashlib.sha256(json.dumps(schema, default=repr).encode()).digest()
+        content = hashlib.sha256(json.dumps([validator.META_SCHEMA, schema], default=repr).encode()).hexdigest()
         if content not in valid:
             check(schema, *more, **options)
             valid.add(content)
+            with suppress(OSError), known.open("a") as lines:
+                lines.write(f"{content}\n")
 
     validator.check_schema = staticmethod(check_schema)

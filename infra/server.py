@@ -10,7 +10,8 @@ N; its settings are in the environment.
   server did not answer for a minute then, until SQLite's own time-out.
 * The page `/open#PASSWORD` keeps the password where the UI's own login page would, so that one link opens the UI. What follows
   the # never leaves the browser, so it is in no log.
-* Less work: a new database is a copy of one that is migrated (`new_database.py`), a schema is checked once (`schema_checks.py`).
+* Less work: a new database is a copy of one that is migrated and has Prefect's types of blocks (`new_database.py`), a schema is checked
+  once (`schema_checks.py`).
 """
 
 import argparse
@@ -31,7 +32,12 @@ from prefect.server.api.server import create_app
 from prefect.server.database.configurations import AioSqliteConfiguration
 from prefect.server.database.dependencies import MODELS_DEPENDENCIES
 from prefect.server.utilities.database import get_dialect
-from prefect.settings import get_current_settings
+from prefect.settings import (
+    PREFECT_API_BLOCKS_REGISTER_ON_START,
+    PREFECT_MEMOIZE_BLOCK_AUTO_REGISTRATION,
+    get_current_settings,
+    temporary_settings,
+)
 from sqlalchemy import Dialect, event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
@@ -42,7 +48,7 @@ from starlette.responses import HTMLResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from infra.new_database import begin
+from infra.new_database import begin, has_block_types
 from infra.schema_checks import check_schemas_once
 
 OPEN_PATH = "/open"
@@ -198,14 +204,21 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
+def prepared_database() -> bool:
+    """See to it that SQLite locks as it should, and begins with a database. Returns whether that has all of Prefect's types of blocks."""
+    url = get_current_settings().server.database.connection_url
+    if not url or get_dialect(url.get_secret_value()).name != "sqlite":
+        return False
+    MODELS_DEPENDENCIES["database_config"] = config = LockingSqlite(url.get_secret_value())
+    file = Path(make_url(config.connection_url).database or "")
+    if config.is_inmemory():
+        return False
+    begin(file)
+    return file.exists() and has_block_types(file)
+
+
 def app() -> ASGIApp:
     """Prefect's application with the additions."""
-    check_schemas_once()
-    url = get_current_settings().server.database.connection_url
-    if url and get_dialect(url.get_secret_value()).name == "sqlite":
-        MODELS_DEPENDENCIES["database_config"] = config = LockingSqlite(url.get_secret_value())
-        if not config.is_inmemory():
-            begin(Path(make_url(config.connection_url).database or ""))
     served = create_app(final=True)
     page = PAGE % json.dumps(get_current_settings().server.ui.serve_base or "/")
 
@@ -216,11 +229,8 @@ def app() -> ASGIApp:
     return OneWriterAtATime(served)
 
 
-def main() -> None:
-    """Serve until a signal ends it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--socket", required=True, type=int, help="file descriptor of a listening socket")
-    options = parser.parse_args()
+def serve(listening: int) -> None:
+    """Serve on a socket until a signal ends it."""
     settings = get_current_settings().server
     config = uvicorn.Config(
         app(),
@@ -229,7 +239,18 @@ def main() -> None:
         ws_ping_timeout=settings.api.websocket_ping_timeout,
         log_level=settings.logging_level.lower(),
     )
-    uvicorn.Server(config).run(sockets=[socket.socket(fileno=options.socket)])
+    uvicorn.Server(config).run(sockets=[socket.socket(fileno=listening)])
+
+
+def main() -> None:
+    """Serve until a signal ends it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--socket", required=True, type=int, help="file descriptor of a listening socket")
+    options = parser.parse_args()
+    check_schemas_once()
+    needless = (PREFECT_API_BLOCKS_REGISTER_ON_START, PREFECT_MEMOIZE_BLOCK_AUTO_REGISTRATION) if prepared_database() else ()
+    with temporary_settings(dict.fromkeys(needless, False)):
+        serve(options.socket)
 
 
 if __name__ == "__main__":
