@@ -8,6 +8,7 @@ import csv
 import subprocess
 import time
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 import pyarrow as pa
@@ -31,7 +32,7 @@ CHECK = f"import av, {PLUGIN}; assert 'h264' in av.codecs_available, 'PyAV canno
 def download(job: DownloadJob) -> DownloadManifest:
     """Fetch everything. Raises UserError for a bad source, a missing environment, or too many videos that fail."""
     started = time.monotonic()
-    _check_environment(job)
+    _check_environment(job.video2dataset_python)
     known, folder = _recorded(job)
     part = Part.of(folder, job.first, min(known.rows - job.first, job.rows or known.rows))
     job.output.mkdir(parents=True, exist_ok=True)
@@ -63,15 +64,16 @@ def _recorded(job: DownloadJob) -> tuple[Record, Path]:
     return record(job.source, job.output), record_folder(job.source, job.output)
 
 
-def _check_environment(job: DownloadJob) -> None:
+@lru_cache  # of a process: an environment that works is not looked at before every download
+def _check_environment(python: Path) -> None:
     fix = "run ./infra/video2dataset_env.sh"
     try:
-        result = subprocess.run([job.video2dataset_python, "-c", CHECK], capture_output=True, text=True, env=environment(), check=False)
+        result = subprocess.run([python, "-c", CHECK], capture_output=True, text=True, env=environment(), check=False)
     except OSError as error:
-        raise UserError("video2dataset's environment is missing", where=str(job.video2dataset_python), fix=fix) from error
+        raise UserError("video2dataset's environment is missing", where=str(python), fix=fix) from error
     if result.returncode:
         reason = result.stderr.strip().splitlines()[-1:] or ["no reason given"]
-        raise UserError(f"video2dataset's environment does not work: {reason[0]}", where=str(job.video2dataset_python), fix=fix)
+        raise UserError(f"video2dataset's environment does not work: {reason[0]}", where=str(python), fix=fix)
 
 
 def _write_bad(path: Path, folder: Path, part: Part, bad: dict[int, str]) -> list[BadClip]:
