@@ -10,7 +10,7 @@ quick:
 
 # lint, format, types, import rules
 check:
-    PATH="$PWD/.venv/bin:$PATH" && ruff check . && ruff format --check . && pyright && lint-imports
+    PATH="$PWD/.venv/bin:$PATH" && ruff check . && ruff format --check . && ty check && lint-imports
 
 # everything: set-up, checks, all tests
 test *arguments:

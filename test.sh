@@ -12,13 +12,11 @@ export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYT
 
 ruff check .
 ruff format --check .
-pyright & # most of a minute on one core, beside what is installed meanwhile
-types=$!
+ty check
 lint-imports
 ./infra/install.sh .venv --no-deps -r requirements-test-data.lock
 # A test that cannot be imported is seen now, and what the import compiles is compiled once and not by five processes at a time.
 found=$(python -m pytest --collect-only -qq "$@") || { echo "$found"; exit 1; }
-wait "$types"
 wait "$spark"
 [ $# -gt 0 ] && exec python -m pytest "$@"
 exec python -m pytest --numprocesses 5 --dist loadfile --no-loadscope-reorder # more than small machines have cores: end-to-end tests wait a lot

@@ -6,6 +6,7 @@ mode (what the original does, and what a harness of independent requests amounts
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +43,8 @@ def measure(frames: int, rounds: int) -> Iterator[Measurement]:
     """FLOPs; with `rounds` also seconds and peak memory."""
     model = build_model(model_settings(), vocab_size=VOCABULARY).eval().requires_grad_(False)
     chat = ChatFormat(system=[1], user_open=[1], user_close=[2], assistant_open=[1], assistant_close=[2])
-    subject = Tokens(model, None, chat, torch.device("cpu"), 64)  # pyright: ignore[reportArgumentType]  # `encode` needs none
+    tokenizer: Any = None  # `encode` needs none
+    subject = Tokens(model, tokenizer, chat, torch.device("cpu"), 64)
     answerer = FoveatedAnswerer(subject, "random", "", FrameRule(FRAME_PX))
     rng = np.random.default_rng(0)
     media = Media(rng.integers(0, 256, (frames, FRAME_PX, FRAME_PX, 3), dtype=np.uint8), [list(range(frames))])

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from fvlm_core.data.gaze import CELL_PX
 from fvlm_core.data.rows import Split
 from fvlm_core.model.build import build_model
 from fvlm_core.model.foveated import FoveatedVLM
-from fvlm_core.model.glance import likeliest, shrunk, with_everything
+from fvlm_core.model.glance import GlanceFeatures, likeliest, shrunk, with_everything
 from fvlm_core.model.inference import read_batch
 from fvlm_core.model.names import Mode
 
@@ -142,7 +143,8 @@ class Run:
             features = model.encode(batch.frames)
             if everything:
                 assert model.settings.glance is not None
-                features = with_everything(model.encoder, features, model.settings.glance, model.connector.scale_embeddings)  # pyright: ignore[reportArgumentType]
+                assert isinstance(features, GlanceFeatures)
+                features = with_everything(model.encoder, features, model.settings.glance, model.connector.scale_embeddings)
             read = read_batch(model, batch, mode, features=features)
             said = model.llm.lm_head(read.hidden[torch.from_numpy(batch.labelled)]).argmax(-1)
             correct = (said == batch.labels[torch.from_numpy(batch.labelled)]).unflatten(0, (BATCH, FRAMES + 1))[:, :FRAMES]
@@ -216,7 +218,8 @@ def experiment(
 ) -> dict:
     """Train as the recipe says and compare; weights and results are left in `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    started, done = time.monotonic(), {"grid": run.grid, "seed": run.seed, "start": str(start) if start else None}
+    started = time.monotonic()
+    done: dict[str, Any] = {"grid": run.grid, "seed": run.seed, "start": str(start) if start else None}
     dense_file = out / f"dense_{run.grid}_{run.seed}.pt"
     if dense_file.exists():
         run.model.load_state_dict(torch.load(dense_file))

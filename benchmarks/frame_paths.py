@@ -46,7 +46,7 @@ class Stock:
     """
 
     def __init__(self) -> None:
-        from video2dataset.subsamplers import FrameSubsampler, ResolutionSubsampler  # pyright: ignore[reportMissingImports]
+        from video2dataset.subsamplers import FrameSubsampler, ResolutionSubsampler
 
         self.subsamplers = ResolutionSubsampler(video_size=224, resize_mode="scale,crop"), FrameSubsampler(frame_rate=1)
 
@@ -75,7 +75,7 @@ def _used() -> float:
 def find_ffmpeg(folder: Path) -> None:
     """Put imageio-ffmpeg's program on PATH under the name that ffmpeg-python looks for, where there is no other."""
     if shutil.which("ffmpeg") is None:
-        import imageio_ffmpeg  # pyright: ignore[reportMissingImports]
+        import imageio_ffmpeg
 
         (folder / "ffmpeg").symlink_to(imageio_ffmpeg.get_ffmpeg_exe())
         os.environ["PATH"] = f"{folder}:{os.environ['PATH']}"

@@ -5,6 +5,7 @@ Every condition answers the same questions, one a clip, so conditions are compar
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,7 +80,7 @@ class Asked:
     def _clip(self, number: int, clutter: float) -> gaze.GazeClip:
         rng, plan = np.random.default_rng([SEED, number]), self.plan
         px = plan.model_settings.vision.frame_px
-        look = {"frames": plan.frames, "scale": gaze.largest_scale(px), "noise": plan.noise}
+        look: dict[str, Any] = {"frames": plan.frames, "scale": gaze.largest_scale(px), "noise": plan.noise}
         return gaze.enlarged(gaze.render(rng, "val", task=plan.task, clutter=clutter, **look), px)
 
     @property

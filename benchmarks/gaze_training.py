@@ -210,7 +210,7 @@ class Asker:
     def clips(self, rng: np.random.Generator, count: int, clutter: float) -> list[gaze.GazeClip]:
         """New clips of training digits."""
         plan, px = self.plan, self.plan.model_settings.vision.frame_px
-        look = {"frames": plan.frames, "scale": gaze.largest_scale(px), "noise": plan.noise, "copies": plan.copies}
+        look: dict[str, Any] = {"frames": plan.frames, "scale": gaze.largest_scale(px), "noise": plan.noise, "copies": plan.copies}
         return [gaze.enlarged(gaze.render(rng, "train", task=plan.task, clutter=clutter, **look), px) for _ in range(count)]
 
     def batches(self, rng: np.random.Generator, clutter: float, *, samples: int) -> list[PackedBatch]:
@@ -252,7 +252,7 @@ def train(plan: Plan, say: Callable[[str], None] = lambda _: None, start: Mappin
     if start is not None:
         model.load_state_dict(start)
     elif plan.encoder:
-        encoder, accuracy, encoder_s = encoder_of(plan.encoder, plan.size, plan.device, plan.workers)  # pyright: ignore[reportArgumentType]: frozen settings are hashable
+        encoder, accuracy, encoder_s = encoder_of(plan.encoder, plan.size, plan.device, plan.workers)
         model.encoder.load_state_dict(encoder.state_dict())
         say(f"encoder: {accuracy}, {encoder_s:.0f} s")
     subject = Subject(model.to(device), asker.tokenizer, asker.chat, device, EVAL_BATCH[plan.size])

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 import torch
-from webdataset import WebDataset  # pyright: ignore[reportAttributeAccessIssue]
+from webdataset import WebDataset
 
 from benchmarks.mixed_shards import mixed_data, write_mixed
 from benchmarks.report import Measurement, arguments, peak_memory_gb, show

@@ -6,7 +6,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def show(measurements: Iterable[Measurement], *, as_json: bool) -> None:
             table.add_row(m.metric, f"{m.value:,.3f}", m.unit, ratio, m.reference, str(m.threads), f"{m.load:.1f}")
 
 
-def side_by_side(functions: dict[str, Callable[[], Any]], *, rounds: int = 5) -> dict[str, float]:
+def side_by_side(functions: Mapping[str, Callable[[], Any]], *, rounds: int = 5) -> dict[str, float]:
     """Median seconds of each function, taken in turn, after one warm-up each: drift of the machine meets all alike."""
     for function in functions.values():
         function()

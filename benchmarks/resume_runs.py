@@ -153,10 +153,10 @@ class _Resampled(IterableDataset[Sample]):
     def __iter__(self) -> Iterator[Sample]:
         import webdataset as wds
 
-        pipeline = wds.DataPipeline(  # pyright: ignore[reportAttributeAccessIssue]
-            wds.ResampledShards(self.urls, seed=self.seed, deterministic=True),  # pyright: ignore[reportAttributeAccessIssue]
-            wds.tarfile_to_samples(),  # pyright: ignore[reportAttributeAccessIssue]
-            wds.shuffle(20, rng=random.Random(self.seed)),  # pyright: ignore[reportAttributeAccessIssue]
+        pipeline = wds.DataPipeline(
+            wds.ResampledShards(self.urls, seed=self.seed, deterministic=True),
+            wds.tarfile_to_samples(),
+            wds.shuffle(20, rng=random.Random(self.seed)),
         )
         for sample in pipeline:
             yield self.rows.shards.read(self.first[sample["__key__"]], image_repeats=self.rows.repeats)

@@ -12,8 +12,8 @@ import contextlib
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 from unittest.mock import patch
 
@@ -100,7 +100,7 @@ class Recorder(TorchDispatchMode):
         self.groups = 0
 
     @contextlib.contextmanager
-    def within(self, part: str | None, *, compiled: bool = False, fused: bool = False) -> Iterator[None]:
+    def within(self, part: str | None, *, compiled: bool = False, fused: bool = False) -> Generator[None]:
         """The operations inside belong to `part` (None: the one around), and to a compiled call of its own where asked for."""
         around = self.stack[-1]
         self.groups += 1
@@ -119,7 +119,7 @@ class Recorder(TorchDispatchMode):
         elif node is None:
             place = self.stack[-1]
             # the first operation after a node was made is its own; later ones may have none
-            self.place_of_node.setdefault(torch.autograd._get_sequence_nr() - 1, place)  # pyright: ignore[reportPrivateImportUsage]
+            self.place_of_node.setdefault(torch.autograd._get_sequence_nr() - 1, place)
         else:
             place = self.place_of_node.get(node._sequence_nr(), ("other", None, False))
         name = str(func)
@@ -239,7 +239,7 @@ def rows(size: str, card: str, traces: dict[Kind, Traced], *, micro_batches: int
         bound = "host" if launching > step.ms / 1e3 else step.bound
         mfu = traced.model_flops * micro_batches / seconds / peak
         memory = STATE_BYTES[kind] * traced.parameters + sum(kernel.kept for kernel in kernels(traced.operations, kind=kind))
-        made.append(Row(**asdict(step) | {"ms": seconds * 1e3, "bound": bound, "mfu": mfu, "memory_gb": memory / 1e9}))
+        made.append(replace(step, ms=seconds * 1e3, bound=bound, mfu=mfu, memory_gb=memory / 1e9))
         yield from made
 
 
@@ -282,7 +282,7 @@ def _over_last(args: Sequence[Any]) -> bool:
 
 
 @contextlib.contextmanager
-def _parts(model: FoveatedVLM, recorder: Recorder) -> Iterator[None]:
+def _parts(model: FoveatedVLM, recorder: Recorder) -> Generator[None]:
     """Lets the recorder know which part runs; calls of what `run.compile` compiles are groups. The packed kernel runs, as on a card."""
 
     def named(part: str | None, *, compiled: bool = False, fused: bool = False) -> Callable[[Any], Any]:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -193,10 +193,10 @@ def wait(condition: Callable[[], object], what: str, *, must: bool = True, timeo
 
 def usd_beyond_plan(rig: Rig) -> float:
     """What pods really cost beyond what the ledger had promised for each to its deadline; of pods that it does not know, all."""
-    promised: Counter[str] = Counter()
+    promised: defaultdict[str, float] = defaultdict(float)
     for event in rig.budget.events():
         if event.what == "reserved":
-            promised[event.name] = (event.until - event.at) * event.usd_per_hour / HOUR_S  # type: ignore[assignment]
+            promised[event.name] = (event.until - event.at) * event.usd_per_hour / HOUR_S
     return sum(max(0.0, usd - promised[pod.request.name]) for pod, _, usd in rig.emulator.cloud.pod_bills())
 
 

@@ -11,7 +11,7 @@ import socket
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from http import HTTPStatus
 from pathlib import Path
 
@@ -81,7 +81,7 @@ def measure(clicks: int, runs: int) -> Iterator[Measurement]:
 
 
 @contextlib.contextmanager
-def _server(kind: type[Stack]) -> Iterator[Stack]:
+def _server(kind: type[Stack]) -> Generator[Stack]:
     """A server with workers on an empty volume."""
     with tempfile.TemporaryDirectory() as folder:
         stack = kind(Path(folder) / "volume", environment=without(os.environ))

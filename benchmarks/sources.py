@@ -101,7 +101,7 @@ def write_archive(table: Path, archive: Path, rows: int) -> tuple[Path, Path]:
         for number in range(rows):
             stream.write(f"{number:08d}.mp4,{' '.join(WORDS)}\n")
             made.addfile(tarfile.TarInfo(f"videos/{number:08d}.mp4"))
-            made.members = []  # pyright: ignore[reportAttributeAccessIssue] -- tarfile would keep them all
+            made.members = []  # ty: ignore[missing-attribute] -- tarfile would keep them all
     return table, archive
 
 

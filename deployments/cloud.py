@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +60,7 @@ class Rehearsal:
 
 
 @contextlib.contextmanager
-def rehearsal(config: PipelineConfig, volume: Path, *, delays: Delays | None = None) -> Iterator[Rehearsal]:
+def rehearsal(config: PipelineConfig, volume: Path, *, delays: Delays | None = None) -> Generator[Rehearsal]:
     """The emulator with the folder `volume` as its network volume, and the profile that runs on it."""
     cloud = volume / HOME / "emulator"
     with Emulator(cloud, key=KEY, delays=delays) as emulator:

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -169,7 +169,7 @@ def advice(message: str, *, stopped: str | None) -> list[str]:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def _undisturbed() -> Generator[None]:
     """Neither Ctrl-C nor a closed terminal leaves half of a stack behind."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
@@ -180,7 +180,7 @@ def _undisturbed() -> Iterator[None]:
 
 
 @contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
+def _terminated_as_interrupted() -> Generator[None]:
     """SIGTERM and a closed terminal end the run as Ctrl-C does; what ignores them (nohup) goes on doing so."""
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:

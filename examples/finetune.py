@@ -48,7 +48,7 @@ def finetune(model_name: str, data: Path, output: Path, *, steps: int, batch: in
     kind, arguments, options, rows = Trainer, TrainingArguments, {}, conversations(data)
     if with_trl:
         from datasets import Dataset
-        from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
+        from trl import SFTConfig, SFTTrainer
 
         class ModelsLoss(SFTTrainer):
             """SFT with the loss that the model returns, over all its passes; TRL's own is over the logits of one."""
@@ -75,7 +75,7 @@ def finetune(model_name: str, data: Path, output: Path, *, steps: int, batch: in
     trainer = kind(
         model=model,
         args=settings,
-        train_dataset=rows,  # pyright: ignore[reportArgumentType] -- any sequence will do
+        train_dataset=rows,  # any sequence will do
         data_collator=Collator(processor),
         processing_class=processor,
     )

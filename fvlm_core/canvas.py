@@ -1,6 +1,6 @@
 """The common style of all charts: drawn on white, equal bytes for equal inputs."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ WIDTH = 11
 
 
 @contextmanager
-def canvas(path: Path, size: tuple[float, float], *, vector: bool = False) -> Iterator[Figure]:
+def canvas(path: Path, size: tuple[float, float], *, vector: bool = False) -> Generator[Figure]:
     """A figure of `size` inches in the common style, written to `path` at the end; with `vector` as SVG beside it, too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):

@@ -1,7 +1,7 @@
 """The GPUs of this machine, dealt out to jobs that run at once: each sees its own and no other."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -16,7 +16,7 @@ class Devices:
         self._changed = threading.Condition()
 
     @contextmanager
-    def taken(self, count: int) -> Iterator[dict[str, str]]:
+    def taken(self, count: int) -> Generator[dict[str, str]]:
         """Have `count` of them to oneself, as environment variables; waits until so many are free. All of them need no variable."""
         count = min(count, self.count)
         if count in (0, self.count):

@@ -5,7 +5,7 @@ import secrets
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -29,7 +29,7 @@ class Lock(Protocol):
 
 
 @contextmanager
-def locked(path: Path, *, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+def locked(path: Path, *, waiting: Callable[[], None] = lambda: None) -> Generator[None]:
     """Hold an exclusive lock on `path` (made if it is not there).
 
     While another process holds it, calls `waiting` before every new try; `waiting` may raise to give up. On a volume that other hosts work
@@ -51,7 +51,7 @@ def locked(path: Path, *, waiting: Callable[[], None] = lambda: None) -> Iterato
 @contextmanager
 def leased(
     path: Path, *, waiting: Callable[[], None] = lambda: None, lease_s: float = LEASE_S, lost: Callable[[], None] | None = None
-) -> Iterator[None]:
+) -> Generator[None]:
     """Hold `path` against every process on every host that sees the file system; `waiting` as in `locked`.
 
     `lost` is called where another took the lease; by default this process gets SIGTERM, since what it writes is another's now.

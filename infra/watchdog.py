@@ -8,7 +8,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from types import FrameType
 from typing import NoReturn
@@ -31,7 +31,7 @@ class Watch:
 
 
 @contextlib.contextmanager
-def watched(stack: Stack, say: Callable[[str], None], *, given_up_s: float = GIVEN_UP_S) -> Iterator[Watch]:
+def watched(stack: Stack, say: Callable[[str], None], *, given_up_s: float = GIVEN_UP_S) -> Generator[Watch]:
     """Leave the block with a StackError as soon as a part of the stack has died, whatever the main thread waits for.
 
     In the block, the error arrives as KeyboardInterrupt: `Watch.error` tells it from the user's. `say` gets a line when the

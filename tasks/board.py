@@ -1,7 +1,7 @@
 """What a phase on a rented machine posts on the volume's board: that it began, how it ended, and what it cannot go on without."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 from infra.board import Board
@@ -11,7 +11,7 @@ from tasks.config import PipelineConfig
 
 
 @contextlib.contextmanager
-def on_board(phase: str, config: PipelineConfig, volume: Path) -> Iterator[Callable[[str], None]]:
+def on_board(phase: str, config: PipelineConfig, volume: Path) -> Generator[Callable[[str], None]]:
     """Post on the board what happens in the block; yields a function that posts more. Without rented machines there is no board.
 
     A board that cannot be written stops nothing.

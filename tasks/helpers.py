@@ -5,7 +5,7 @@ takes one, the phase's own run makes everything.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +25,7 @@ from tasks.steps import Step
 
 
 @contextmanager
-def helped(phase: str, config: PipelineConfig, volume: str, count: int) -> Iterator[None]:
+def helped(phase: str, config: PipelineConfig, volume: str, count: int) -> Generator[None]:
     """While in the block, `count` more runs of the phase's deployment make steps of it; those that still run are cancelled at its end."""
     if not count or not deployment.name:
         yield

@@ -161,7 +161,7 @@ class PhaseManifest(Manifest):
         """What is missing or damaged in the phase's steps."""
         return [problem for made in self.steps.values() for problem in made.problems(volume, verify)]
 
-    def other_code(self, volume: Path) -> dict[str, list[str]]:
+    def steps_of_other_code(self, volume: Path) -> dict[str, list[str]]:
         """How the code of now differs from that which made each step, where it does."""
         found = {name: made.manifest(volume).other_code for name, made in self.steps.items()}
         return {name: changes for name, changes in found.items() if changes}
@@ -201,7 +201,7 @@ def current(phase: Phase, config: PipelineConfig, volume: Path, *, done: Mapping
         return None
     if manifest.inputs != phase.inputs(config, volume, done) or manifest.step_problems(volume, config.machine.verify):
         return None
-    return None if config.machine.on_code_change == "rerun" and manifest.other_code(volume) else manifest
+    return None if config.machine.on_code_change == "rerun" and manifest.steps_of_other_code(volume) else manifest
 
 
 def require(phases: Sequence[Phase], config: PipelineConfig, volume: Path, *, by: str, verify: Verify) -> dict[str, PhaseManifest]:

@@ -61,7 +61,7 @@ def pipeline_flow(phases: Sequence[Phase], module: str) -> Flow[..., None]:
         run_pipeline(phases, changed(config, changes, volume), volume)
 
     pipeline.fn.__module__ = pipeline.__module__ = module
-    pipeline.fn.__qualname__ = "pipeline"
+    pipeline.fn.__qualname__ = "pipeline"  # ty: ignore[missing-attribute] -- a function, as all that flows are made of
     return pipeline
 
 
@@ -88,7 +88,7 @@ def phase_result(phase: Phase, config: PipelineConfig, volume: Path, done: Mappi
     """The phase's manifest: cached while configuration, inputs and files are unchanged, else made by its deployment."""
     cache_key = f"{phase.name}-{phase.key(config)}-{hash_json(phase.inputs(config, volume, done))[:12]}"
     found = current(phase, config, volume, done=done)
-    for step, differences in (found.other_code(volume) if found and config.machine.on_code_change == "warn" else {}).items():
+    for step, differences in (found.steps_of_other_code(volume) if found and config.machine.on_code_change == "warn" else {}).items():
         get_run_logger().warning("%s was made by other code: %s", step, "; ".join(differences))
     started_anew = run_phase.with_options(task_run_name=phase.name, refresh_cache=found is None, result_storage=result_storage(volume))
     started_anew(phase.name, config, str(volume), cache_key)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import median
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
@@ -181,7 +181,7 @@ def plan_recipes(recipes: Iterable[Recipe], config: PipelineConfig, volume: Path
         there = recipe.shards if (recipe.shards / INDEX_FILE).is_file() else None
         cost = expected_cost(recipe, there, rental.assumed.samples if rental else {})
         seconds = cost.flops / median(rates) if cost.flops and rates else None
-        costs = {"samples": cost.samples, "flops": cost.flops, "seconds": seconds}
+        costs: dict[str, Any] = {"samples": cost.samples, "flops": cost.flops, "seconds": seconds}
         plans.append(StepPlan(phase=RECIPES, step=recipe.name, state="runs", because="it was asked for", **costs))
     return Plan(steps=plans)
 

@@ -105,7 +105,7 @@ def _members(parts: Sequence[str]) -> Iterator[tuple[str, str]]:
                         if member.isfile():
                             reference = range_reference(parts, raw.sizes, member.offset_data, member.size, header=False)
                             yield member.name.removeprefix("./"), reference
-                        archive.members = []  # pyright: ignore[reportAttributeAccessIssue] -- tarfile would keep them all
+                        archive.members = []  # ty: ignore[missing-attribute] -- tarfile would keep them all
                 return
             with zipfile.ZipFile(stream) as archive:
                 for member in archive.infolist():

@@ -6,7 +6,8 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-T, U = TypeVar("T"), TypeVar("U")
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 def drawn(make: Callable[[np.random.Generator, T], U], wanted: Iterable[T], rng: np.random.Generator, workers: int) -> Iterator[U]:
@@ -19,7 +20,7 @@ def drawn(make: Callable[[np.random.Generator, T], U], wanted: Iterable[T], rng:
         yield from (make(rng, one) for one in wanted)
         return
     numbered = _Numbered(make, int(rng.integers(2**63)))
-    yield from DataLoader(numbered, sampler=enumerate(wanted), batch_size=None, collate_fn=_unchanged, num_workers=workers)  # type: ignore[arg-type]
+    yield from DataLoader(numbered, sampler=enumerate(wanted), batch_size=None, collate_fn=_unchanged, num_workers=workers)
 
 
 class _Numbered(Dataset[U], Generic[T, U]):
@@ -28,8 +29,8 @@ class _Numbered(Dataset[U], Generic[T, U]):
     def __init__(self, make: Callable[[np.random.Generator, T], U], seed: int) -> None:
         self.make, self.seed = make, seed
 
-    def __getitem__(self, numbered: tuple[int, T]) -> U:
-        number, one = numbered
+    def __getitem__(self, index: tuple[int, T]) -> U:
+        number, one = index
         return self.make(np.random.default_rng([self.seed, number]), one)
 
 

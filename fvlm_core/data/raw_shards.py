@@ -119,7 +119,7 @@ def _samples(stream: Any) -> Iterator[RawSample]:
     sample = RawSample()
     with tarfile.open(fileobj=stream) as archive:
         for member in archive:
-            archive.members = []  # type: ignore[reportAttributeAccessIssue] -- a tar of any length in the memory of one member
+            archive.members = []  # ty: ignore[missing-attribute] -- a tar of any length in the memory of one member
             name, suffix = member.name.split(".", 1)
             if name != key:
                 if key is not None:

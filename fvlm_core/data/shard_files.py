@@ -262,7 +262,7 @@ class _TarWriter:
         info.size = len(content)
         offset = self.tar.offset + TAR_BLOCK_BYTES
         self.tar.addfile(info, io.BytesIO(content))
-        self.tar.members = []  # type: ignore[reportAttributeAccessIssue] -- it would keep every member in memory
+        self.tar.members = []  # ty: ignore[missing-attribute] -- it would keep every member in memory
         return offset, len(content)
 
 

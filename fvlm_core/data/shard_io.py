@@ -65,7 +65,7 @@ class ShardFile:
 
     def _read(self, offset: int, size: int) -> tuple[bytes, int]:
         """What one request brings, and the file's length (only of interest where that is too little)."""
-        local = self.staging and self.staging.open(self.path)
+        local = self.staging.open(self.path) if self.staging else None
         descriptor = self._open() if local is None else local
         try:
             content = os.pread(descriptor, size, offset)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import simplejpeg
 from transformers import PreTrainedTokenizerBase
 
 from fvlm_core.config import DataSettings, StagingSettings
+from fvlm_core.data.arrow import pc
 from fvlm_core.data.batch import ChatFormat, Sample, Turn
 from fvlm_core.data.jobs import INDEX_FILE, TOKENIZER_FOLDER, ShardManifest
 from fvlm_core.data.rows import Split
@@ -54,7 +54,7 @@ class ShardSet:
         self._conversations, self._json_offsets, self._json_sizes, self.n_frames, self.n_tokens = (
             self._table[name].to_numpy() for name in ("conversation", "json_offset", "json_size", "n_frames", "n_tokens")
         )
-        self.is_caption = pc.equal(self._table["task"], "caption").to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
+        self.is_caption = pc.equal(self._table["task"], "caption").to_numpy()
         self._offsets, self._sizes = (self._table[name].combine_chunks() for name in ("frame_offsets", "frame_sizes"))
         self._read_from(staging)
 
@@ -72,7 +72,7 @@ class ShardSet:
 
     def _read_from(self, staging: StagingSettings | None) -> None:
         self.staging_settings = staging
-        self.staging = staging and Staging(self.folder, self.manifest, staging)
+        self.staging = Staging(self.folder, self.manifest, staging) if staging else None
         self._open = lru_cache(maxsize=OPEN_SHARDS)(self._opened)
 
     @cached_property
@@ -90,12 +90,12 @@ class ShardSet:
 
     def row_numbers(self, split: Split, source: str) -> np.ndarray:
         """int64, ascending: the numbers of a source's rows in a split."""
-        chosen = pc.and_(pc.equal(self._table["split"], split), pc.equal(self._table["source"], source))  # pyright: ignore[reportAttributeAccessIssue]
+        chosen = pc.and_(pc.equal(self._table["split"], split), pc.equal(self._table["source"], source))
         return np.flatnonzero(chosen.to_numpy())
 
     def sequence_tokens(self, *, image_repeats: int, tokens_per_frame: int) -> np.ndarray:
         """int64 per row: positions of its packed sequence, text and visual tokens."""
-        image = pc.equal(self._table["kind"], "image").to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
+        image = pc.equal(self._table["kind"], "image").to_numpy()
         return self.n_tokens + self.n_frames.astype(np.int64) * np.where(image, image_repeats, 1) * tokens_per_frame
 
     @cached_property
@@ -203,7 +203,7 @@ class ShardSet:
     def longest_sequence(self, data: DataSettings, *, tokens_per_frame: int) -> int:
         """Tokens of the longest packed sample of what is trained and validated on; to be checked against a model's context."""
         chosen = [part.source for part in [*data.mixture, *data.held_out.mixture]]
-        known = pc.is_in(self._table["source"], pa.array(chosen)).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
+        known = pc.is_in(self._table["source"], pa.array(chosen)).to_numpy()
         tokens = self.sequence_tokens(image_repeats=data.image_repeats, tokens_per_frame=tokens_per_frame)
         return int(tokens[known].max(initial=0))
 

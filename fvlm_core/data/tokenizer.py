@@ -7,6 +7,7 @@ real one loads SmolLM2's. Both get our chat template: SmolLM2's, with a system p
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -33,10 +34,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     if vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(f"vocab_size must be at least {SMALLEST_VOCABULARY}, not {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[reportAttributeAccessIssue]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),
@@ -61,7 +62,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     Raises UserError if it cannot be loaded or lacks SmolLM2's chat tokens.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name))
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(name))
     except (OSError, ValueError) as error:
         raise UserError(
             f"cannot load the tokenizer: {error}", where=str(name), fix="give a folder with a tokenizer, or a hub name that can be reached"

@@ -21,10 +21,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import requests
-import video2dataset  # pyright: ignore[reportMissingImports] -- as all of that environment
-import yt_dlp.utils  # pyright: ignore[reportMissingModuleSource]
+import video2dataset
+import yt_dlp.utils
 from pyarrow.fs import FileSystem
-from video2dataset.workers import download_worker  # pyright: ignore[reportMissingImports]
+from video2dataset.workers import download_worker
 
 from fvlm_core.data.frames import HTML_MARKS, ClipError, FrameRule, encode_jpeg, extract_frames
 from fvlm_core.data.media import MediaError, open_media, time_window
@@ -153,7 +153,7 @@ class Reader:
                 "color": "no_color",
             }
             try:
-                with yt_dlp.YoutubeDL(options) as downloader:  # pyright: ignore[reportArgumentType]
+                with yt_dlp.YoutubeDL(options) as downloader:
                     downloader.download([url])
             except yt_dlp.utils.YoutubeDLError as error:
                 raise ClipError(f"yt-dlp: {COLOURS.sub('', str(error)).removeprefix('ERROR: ')}") from error
@@ -199,7 +199,7 @@ def main(settings: dict[str, Any]) -> None:
 
 def start_spark(master: str) -> Any:
     """The session that video2dataset's distributor takes: its workers are this environment's Python, with this package."""
-    from pyspark.sql import SparkSession  # pyright: ignore[reportMissingImports] -- only where it is asked for
+    from pyspark.sql import SparkSession  # only where it is asked for
 
     os.environ["PYSPARK_PYTHON"] = sys.executable
     session = SparkSession.builder.master(master).appName("fvlm precompute")

@@ -5,6 +5,7 @@ Made from the records alone, so it can be made again without a model. Nothing he
 
 from collections.abc import Sequence
 from itertools import combinations
+from typing import cast
 
 import numpy as np
 
@@ -174,7 +175,7 @@ def chosen(record: ItemRecord, condition: str, scorer: str, *, yes_no: bool = Fa
     if scorer == GENERATED:
         text = record.said[condition].text or ""
         return parse_yes_no(text) if yes_no else parse_choice(text, record.choices)
-    scores = option_scores(record, condition, scorer)  # pyright: ignore[reportArgumentType]
+    scores = option_scores(record, condition, cast(Scorer, scorer))
     return None if scores is None else int(scores.argmax())
 
 

@@ -87,7 +87,7 @@ def bleu_from_sums(sums: np.ndarray, n: int) -> np.ndarray:
 
 def meteor(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """METEOR 1.5 of the corpus by pycocoevalcap's jar; only where `meteor_absence` is None."""
-    from pycocoevalcap.meteor.meteor import Meteor  # pyright: ignore[reportMissingImports]  # optional, heavy
+    from pycocoevalcap.meteor.meteor import Meteor  # optional, heavy
 
     tokenized = {i: [" ".join(tokenize(text))] for i, text in enumerate(hypotheses)}
     score, _ = Meteor().compute_score({i: [" ".join(tokenize(text)) for text in texts] for i, texts in enumerate(references)}, tokenized)

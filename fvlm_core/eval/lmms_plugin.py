@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]  # in an environment of its own
-from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]
+from lmms_eval.api.model import lmms  # in an environment of its own
+from lmms_eval.models.registry_v2 import ModelManifest
 from PIL.Image import Image
 from tqdm import tqdm
 

@@ -5,7 +5,7 @@ Nothing here needs torch. Which parts there are, and what each holds, is in `par
 
 import json
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator
 
@@ -67,7 +67,7 @@ class Results(Settings):
 
     def part(self, kind: type[AnyResult]) -> AnyResult | None:
         """The result of exactly that class, if it was measured."""
-        return next((part for part in self.parts.values() if type(part) is kind), None)
+        return cast(AnyResult | None, next((part for part in self.parts.values() if type(part) is kind), None))
 
     def headline(self) -> list[Metric]:
         """Every part's lines of the result table."""

@@ -1,10 +1,12 @@
 """The shapes of tables that parts of the evaluation share: rows by mode, paired differences, and the result table."""
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from fvlm_core.eval.estimates import Estimate, Metric, PairedTest
 from fvlm_core.tables import Table, difference, number
 
+AnyMode = TypeVar("AnyMode", bound=str)
 BASELINES = (
     "Compare with: chance, which is guessing; no frames, the same model without frames; constant, the best of the answers, positions or "
     "captions that are always the same; uniform, looking everywhere."
@@ -13,7 +15,7 @@ BASELINES = (
 
 
 def by_mode(
-    title: str, what: str, modes: Sequence[str], rows: Mapping[str, Mapping[str, Estimate | float | None]], *, note: str = ""
+    title: str, what: str, modes: Sequence[AnyMode], rows: Mapping[str, Mapping[AnyMode, Estimate | float | None]], *, note: str = ""
 ) -> Table:
     """A row per name and a column per mode; `what` heads the names."""
     return Table(

@@ -158,7 +158,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, segm
         starts, longest, known = segments
         of_keys, longest_key, stored = (starts, longest, None) if known is None else (known.starts, known.longest, known.lengths)
         lengths = starts, of_keys, longest, longest_key
-        return varlen_attn(query, key, value, *lengths, scale=scale, window_size=(-1, 0), enable_gqa=True, seqused_k=stored)  # pyright: ignore[reportReturnType]
+        return varlen_attn(  # ty: ignore[invalid-explicit-return] -- one tensor, where no `return_aux` asks for more
+            query, key, value, *lengths, scale=scale, window_size=(-1, 0), enable_gqa=True, seqused_k=stored
+        )
     return _attend_each(query, key, value, layout.lengths, scale)
 
 

@@ -5,7 +5,7 @@ A saved model is a folder of `settings.yaml`, `model.safetensors` and, where it 
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -169,7 +169,7 @@ def init_std(width: int) -> float:
     return width**-0.5
 
 
-def _from_checkpoint(cls: type, checkpoint: str):
+def _from_checkpoint(cls: Any, checkpoint: str):
     """`cls.from_pretrained` in fp32, complete or not at all."""
     try:
         model, report = cls.from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True)

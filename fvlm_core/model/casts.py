@@ -6,7 +6,7 @@ precision, summed over the passes of a micro-batch (as with autocast's own cache
 where casting it first and adding it then would read and write twice as much.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ class Casts:
         self._kept: dict[tuple[int, torch.dtype], list[Tensor]] | None = None
 
     @contextmanager
-    def step(self, *, adds: bool) -> Iterator[None]:
+    def step(self, *, adds: bool) -> Generator[None]:
         """Around everything that is computed with the same weights."""
         self._kept, self.adds = {}, adds
         try:
@@ -43,8 +43,8 @@ class Casts:
         asked = part in self.parts and torch.is_grad_enabled() and torch.is_autocast_enabled(device.type)
         return torch.get_autocast_dtype(device.type) if asked else None
 
-    def __call__(self, groups: Sequence[Group], dtype: torch.dtype) -> list[Tensor | None]:
-        """Each group's parameters as one tensor [sum of first dimensions, ...], differentiably."""
+    def __call__(self, groups: Sequence[Group], dtype: torch.dtype) -> list[Any]:
+        """Each group's parameters as one tensor [sum of first dimensions, ...], differentiably; of a group of Nones, None."""
         present = [[parameter for parameter in group if parameter is not None] for group in groups]
         filled = [group for group in present if group]
         key = id(filled[0][0]), dtype
@@ -61,14 +61,14 @@ class Casts:
 
 def add(totals: list[Tensor], parts: list[Tensor]) -> None:
     """Add to each of the totals its part, of another precision; compiled, it is one kernel."""
-    torch._foreach_add_(totals, parts)  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_add_(totals, parts)
 
 
 @torch.no_grad()
 def _copied(groups: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[Tensor]:
     copies = [group[0].new_empty((sum(map(len, group)), *group[0].shape[1:]), dtype=dtype) for group in groups]
     parts = [part for copy, group in zip(copies, groups, strict=True) for part in _split(copy, group)]
-    torch._foreach_copy_(parts, [parameter for group in groups for parameter in group])  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_copy_(parts, [parameter for group in groups for parameter in group])
     return copies
 
 
@@ -99,5 +99,5 @@ class _Cast(Function):
             ctx.casts.add(list(added.values()), [found[n] for n in added])
         new = {n: torch.empty_like(parameters[n]) for n in found if n not in added}
         if new:
-            torch._foreach_copy_(list(new.values()), [found[n] for n in new])  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_copy_(list(new.values()), [found[n] for n in new])
         return None, None, None, *(new.get(n) for n in range(len(parameters)))

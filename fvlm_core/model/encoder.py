@@ -100,7 +100,7 @@ class Encoder(nn.Module):
 
     pixel_mean: Tensor
     pixel_std: Tensor
-    layers: Sequence[EncoderLayer]
+    layers: Sequence[EncoderLayer]  # in an nn.ModuleList, whose type does not say what is in it
 
     def __init__(self, config: Dinov2Config) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class Encoder(nn.Module):
         self.patches = nn.Conv2d(3, config.hidden_size, self.patch_px, stride=self.patch_px)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + (self.image_px // self.patch_px) ** 2, config.hidden_size))
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))  # pyright: ignore[reportAttributeAccessIssue]
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))  # ty: ignore[invalid-assignment]
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1) * 255, persistent=False)
@@ -136,7 +136,7 @@ class Encoder(nn.Module):
         dtype = casts.dtype("encoder", self.cls_token.device)
         if dtype is None:
             return None
-        return [LayerWeights(*casts(layer.matrices, dtype)) for layer in self.layers]  # pyright: ignore[reportArgumentType]
+        return [LayerWeights(*casts(layer.matrices, dtype)) for layer in self.layers]
 
     @staticmethod
     def from_dinov2_state(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:

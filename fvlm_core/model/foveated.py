@@ -255,7 +255,7 @@ class FoveatedVLM(nn.Module):
 
     def role(self, name: str) -> Role:
         """The learning-rate group of a parameter."""
-        return {"encoder": "vision", "connector": "connector", "llm": "llm"}[name.split(".", 1)[0]]  # pyright: ignore[reportReturnType]
+        return {"encoder": "vision", "connector": "connector", "llm": "llm"}[name.split(".", 1)[0]]
 
     def no_decay(self, name: str) -> bool:
         """Whether weight decay leaves a parameter alone: norms, biases, layer scales, queries, positions."""

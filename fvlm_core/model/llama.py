@@ -93,7 +93,7 @@ class Llama(nn.Module):
         dtype = casts.dtype("llm", self.lm_head.weight.device)
         if dtype is None:
             return None
-        layers = [LayerWeights(*casts(layer.matrices, dtype)) for layer in self.model.layers]  # pyright: ignore[reportArgumentType]
+        layers = [LayerWeights(*casts(layer.matrices, dtype)) for layer in self.model.layers]
         (head,) = casts([[self.lm_head.weight]], dtype)
         assert head is not None
         return LlamaWeights(layers, head)
@@ -109,13 +109,13 @@ class Llama(nn.Module):
 class LlamaBody(nn.Module):
     """All but the output layer."""
 
-    layers: Sequence["LlamaLayer"]
+    layers: Sequence["LlamaLayer"]  # in an nn.ModuleList, whose type does not say what is in it
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         # no `padding_idx`: SmolLM2 names its end-of-turn token for padding, and torch gives a padding token's embedding no gradient
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(LlamaLayer(config, number) for number in range(config.num_hidden_layers))  # pyright: ignore[reportAttributeAccessIssue]
+        self.layers = nn.ModuleList(LlamaLayer(config, n) for n in range(config.num_hidden_layers))  # ty: ignore[invalid-assignment]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
         self.gradient_checkpointing = False

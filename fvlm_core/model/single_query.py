@@ -30,12 +30,12 @@ def tickets(key: Tensor, value: Tensor, passes: int) -> list[Ticket]:
     """One for each pass that will read keys and values [F, heads, N, head_dim]."""
     if not passes:
         return []
-    return [Ticket(*four) for four in _by_pass(_Share.apply(key, value, passes))]  # pyright: ignore[reportArgumentType]
+    return [Ticket(*four) for four in _by_pass(_Share.apply(key, value, passes))]
 
 
 def attend_once(query: Tensor, key: Tensor, value: Tensor, ticket: Ticket, scale: float) -> Tensor:
     """Attention of query [F, heads, 1, head_dim] to N keys and values; their gradients go back by the ticket."""
-    return _Attend.apply(query, key.detach(), value.detach(), *ticket, scale)  # pyright: ignore[reportReturnType]
+    return _Attend.apply(query, key.detach(), value.detach(), *ticket, scale)
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
@@ -76,7 +76,7 @@ class _Attend(Function):
         return (weights[..., None] * value.to(exact)).sum(-2, keepdim=True).to(query.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # ty: ignore[incompatible-method-override] -- it has one output
         query, key, value, weights = ctx.saved_tensors
         of_weights = (gradient.to(weights.dtype) * value.to(weights.dtype)).sum(-1)
         of_logits = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True)) * ctx.scale

@@ -40,7 +40,7 @@ class Walk:
         Returns the queries [R, 1, D] as they enter the last layer. `bias` [R, 1, 1, all that is open] is added to the query's logits.
         """
         count, start = x.shape[:2], self.length
-        n_rows = count.numel()
+        n_rows = count.numel()  # ty: ignore[missing-attribute] -- ty takes part of a `torch.Size` for a tuple
         self.length += count[1]
         seen = self._keys[0].new_full((count[1], self.length), -torch.inf)
         seen[:, : self.n_glance] = 0

@@ -50,5 +50,5 @@ def main(folder: str, expected: str) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    sys.modules["fvlm_core"] = None  # type: ignore[assignment] -- an import of the project now fails
+    sys.modules["fvlm_core"] = None  # ty: ignore[invalid-assignment] -- an import of the project now fails
     print(json.dumps(main(sys.argv[1], sys.argv[2])))

@@ -112,7 +112,7 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> dict:
     """Tokens, their kinds and merges of a byte-level BPE; what the embedding has beyond the tokenizer is unused."""
     import gguf
 
-    parts = json.loads(tokenizer.backend_tokenizer.to_str())  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
     splitting = parts["pre_tokenizer"] or {}
     steps = tuple(step["type"] for step in splitting.get("pretokenizers", [splitting]) if "type" in step)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in parts["model"].get("merges", ())]

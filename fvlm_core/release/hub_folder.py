@@ -35,7 +35,7 @@ def write_hub_folder(
     export(folder, __version__)
     weights = {f"{WEIGHTS_PREFIX}{name}": tensor for name, tensor in model.weights().items()}
     save_torch_state_dict(weights, str(folder), max_shard_size=max_shard)
-    tokens = AutoTokenizer.from_pretrained(str(tokenizer))
+    tokens: Any = AutoTokenizer.from_pretrained(str(tokenizer))
     FVLMProcessor(
         tokens,
         frame_px=shards.frame_px,

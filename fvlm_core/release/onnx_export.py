@@ -63,17 +63,12 @@ class NextQueries(nn.Module):
         return self.connector.next_queries(hidden), self.connector.q_static.clone(), self.connector.q_init.clone()
 
 
-class Coarse(nn.Module):
-    """The coarse mode of one sample: its frames and tokens to the logits of every position."""
+class OneSample(nn.Module):
+    """A mode of one sample: its frames and tokens to the logits of every position."""
 
     def __init__(self, model: FoveatedVLM) -> None:
         super().__init__()
         self.model, self.reading = model, ReadFrames(model)
-
-    def forward(self, frames: Tensor, input_ids: Tensor, visual_positions: Tensor) -> Tensor:
-        """uint8 [F, H, W, 3], int64 [S], int64 [F * k] -> [S, vocabulary]."""
-        tokens = self.reading(frames, self.static(frames))
-        return self.model.llm.lm_head(self.states(tokens, input_ids, visual_positions))
 
     def static(self, frames: Tensor) -> Tensor:
         """The same queries [F, k, D] for every frame."""
@@ -86,10 +81,19 @@ class Coarse(nn.Module):
         return self.model.contextualise(embedded, positions, PackedLayout([ANY_LENGTH]))
 
 
-class Fine(Coarse):
-    """The fine mode of one sample: frames are encoded once, read coarsely, and read again with queries from what that gave."""
+class Coarse(OneSample):
+    """The coarse mode."""
 
-    def forward(self, frames: Tensor, input_ids: Tensor, visual_positions: Tensor, query_sources: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, frames: Tensor, input_ids: Tensor, visual_positions: Tensor) -> Tensor:
+        """uint8 [F, H, W, 3], int64 [S], int64 [F * k] -> [S, vocabulary]."""
+        tokens = self.reading(frames, self.static(frames))
+        return self.model.llm.lm_head(self.states(tokens, input_ids, visual_positions))
+
+
+class Fine(OneSample):
+    """The fine mode: frames are encoded once, read coarsely, and read again with queries from what that gave."""
+
+    def forward(self, frames: Tensor, input_ids: Tensor, visual_positions: Tensor, query_sources: Tensor) -> Tensor:
         """uint8 [F, H, W, 3], int64 [S], int64 [F * k], int64 [F, k] -> [S, vocabulary]."""
         features = self.reading.encode(frames)
         coarse = self.model.read(features, self.static(frames)).tokens

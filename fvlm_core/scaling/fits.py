@@ -238,7 +238,7 @@ def fit_law_huber(grid: Grid) -> Law:
     grid_of_starts = product((typical - 1, typical), levels, levels, exponents, exponents)
     starts = sorted(map(np.array, grid_of_starts), key=lambda start: float(huber(1, residuals(start)).sum()))[:HUBER_STARTS]
     options: dict[str, Any] = {"loss": "huber", "ftol": 1e-12, "xtol": 1e-12, "gtol": 1e-12, "max_nfev": HUBER_EVALUATIONS}
-    fits = [least_squares(residuals, start, jac=slopes, **options) for start in starts]  # type: ignore[arg-type]
+    fits = [least_squares(residuals, start, jac=slopes, **options) for start in starts]
     x = min(fits, key=lambda found: found.cost).x
     scale_n, scale_d = np.log(grid.params).mean(), np.log(grid.tokens).mean()
     law = Law(

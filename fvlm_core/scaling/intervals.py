@@ -61,6 +61,6 @@ def _end(profile: Callable[[float], float], value: float, allowed: float, sign: 
         outside = max(outside, limit) if sign < 0 else min(outside, limit)
         if excess(outside) > 0:
             crossing = brentq(excess, inside, outside, xtol=1e-4 * abs(outside - centre))
-            return float(back(float(crossing)))  # type: ignore[arg-type]
+            return float(back(float(crossing)))
         inside, step = outside, 2 * step
     return None

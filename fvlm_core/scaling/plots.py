@@ -1,6 +1,6 @@
 """The pictures of comparisons and of the scaling study. Equal inputs give equal files; losses are in nats per labelled token."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -189,13 +189,13 @@ def plot_allocation(
 
 
 @contextmanager
-def _figure(path: Path, size: tuple[float, float]) -> Iterator[Axes]:
+def _figure(path: Path, size: tuple[float, float]) -> Generator[Axes]:
     with canvas(path, size, vector=True) as figure:
         yield figure.add_subplot()
 
 
 @contextmanager
-def _panels(path: Path) -> Iterator[tuple[Axes, Axes]]:
+def _panels(path: Path) -> Generator[tuple[Axes, Axes]]:
     with canvas(path, (WIDTH, 4.3), vector=True) as figure:
         left, right = figure.subplots(1, 2)
         yield left, right

@@ -10,7 +10,7 @@ import hmac
 import json
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from hashlib import sha256
@@ -25,6 +25,7 @@ import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from pydantic import ValidationError
+from starlette.types import Receive, Scope, Send
 
 from fvlm_core.data.frames import encode_jpeg
 from fvlm_core.errors import UserError
@@ -235,9 +236,9 @@ class _Stream(StreamingResponse):
         super().__init__(asking.stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         self.asking = asking
 
-    async def __call__(self, *arguments: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(*arguments)
+            await super().__call__(scope, receive, send)
         finally:
             self.asking.asking.cancelled = True
             self.asking.server.inside -= 1
@@ -248,7 +249,7 @@ def create_app(answerer: FoveatedAnswerer, limits: Limits | None = None, *, api_
     server = Server(answerer, limits or Limits(), api_key)
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         server.engine.start()
         yield
         await asyncio.to_thread(server.engine.close)

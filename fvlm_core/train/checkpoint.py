@@ -252,7 +252,7 @@ def _hashed(folder: Path) -> list[FileEntry]:
 
 def rng_tensors(device: torch.device) -> dict[str, Tensor]:
     """The state of every random generator of this process, as tensors of fixed size."""
-    keys, position = np.random.get_state()[1:3]  # pyright: ignore[reportArgumentType]
+    keys, position = np.random.get_state()[1:3]  # ty: ignore[invalid-argument-type] -- a dict only where `legacy` is False
     states = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor(random.getstate()[1], dtype=torch.int64),

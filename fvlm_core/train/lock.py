@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
@@ -48,7 +48,7 @@ class RunLock:
             self.lock = FileLock(self.path, fallback_to_soft=False, poll_interval=POLL_S)
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> Generator[None]:
         """Hold the lock; while a run that is ending holds it, wait. Raises UserError where another run goes on."""
         self._acquire()
         try:

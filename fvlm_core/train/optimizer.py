@@ -71,7 +71,7 @@ def clip_gradients(optimizer: AdamW, clip_norm: float, norm: Tensor, *, in_step:
         in_step = norm.is_cuda and not any(isinstance(parameter, DTensor) for parameter in parameters)
     if in_step:
         # what `torch.amp.GradScaler` sets: the fused kernel divides by it. The small number is `clip_grads_with_norm_`'s
-        optimizer.grad_scale = ((norm.float() + 1e-6) / clip_norm).clamp(min=1.0)  # pyright: ignore[reportAttributeAccessIssue]
+        optimizer.grad_scale = ((norm.float() + 1e-6) / clip_norm).clamp(min=1.0)  # ty: ignore[missing-attribute]
     else:
         nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
 

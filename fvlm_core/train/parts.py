@@ -42,7 +42,7 @@ def time_parts(trainer: Trainer) -> dict[str, float]:
         for name in names:
             setattr(trainer.model, name, timed(part, getattr(trainer.model, name)))
     take, waited = trainer.optimizer.step, trainer.clock.waited
-    trainer.optimizer.step = timed("optimizer", take)  # type: ignore[method-assign]
+    trainer.optimizer.step = timed("optimizer", take)
     try:
         started = time.perf_counter()
         for _ in range(STEPS):
@@ -50,7 +50,7 @@ def time_parts(trainer: Trainer) -> dict[str, float]:
         _finish(device)
         total = time.perf_counter() - started
     finally:
-        trainer.optimizer.step = take  # type: ignore[method-assign]
+        trainer.optimizer.step = take
         for names in METHODS.values():
             for name in names:
                 delattr(trainer.model, name)

@@ -9,7 +9,7 @@ they do not: text-only samples run no encoder, and how often a layer is queried 
 """
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -112,7 +112,7 @@ class Sharded(Spread):
         return self.root(batch, loss, by_sample=by_sample)
 
     @contextmanager
-    def step(self) -> Iterator[None]:
+    def step(self) -> Generator[None]:
         with self._gathered(self.first):
             self._reduce(False)
             yield
@@ -125,7 +125,7 @@ class Sharded(Spread):
         return self._gathered(self.parts)
 
     @contextmanager
-    def _gathered(self, parts: Sequence[FSDPModule]) -> Iterator[None]:
+    def _gathered(self, parts: Sequence[FSDPModule]) -> Generator[None]:
         """With the weights of some parts; on leaving, those of all are given back."""
         for gathering in [part.unshard(async_op=True) for part in parts]:
             if gathering is not None:

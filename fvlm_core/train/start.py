@@ -35,7 +35,7 @@ def prepare(run: RunSettings, rank: int, device: torch.device) -> None:
     if device.type == "cpu":
         # On CUDA it would exchange the fast attention and scatter kernels for slow ones.
         torch.use_deterministic_algorithms(True)
-        deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]  # finds bugs, costs a write
+        deterministic.fill_uninitialized_memory = False  # ty: ignore[missing-attribute]  # finds bugs, costs a write
     else:  # what autocast leaves in fp32 may use TF32; set either way, since one process measures several precisions
         torch.set_float32_matmul_precision("high" if run.precision == "bf16" else "highest")
 
@@ -83,7 +83,7 @@ def compile_parts(model: FoveatedVLM, parts: Collection[CompiledPart], *, autotu
     options: dict[str, Any] = {"dynamic": True} | ({"options": AUTOTUNE} if autotune else {})
     if parts:
         # modules of a class share one cache, and each sees several dtypes, numbers of queries, training and validation
-        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT  # ty: ignore[invalid-assignment] -- its default is not its type
     if "encoder" in parts:
         _compile_method(model.encoder, "embed", options)
         _compile_method(model.encoder.layers[-1], "keys_values", options)

@@ -26,7 +26,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import IO
 
 JOB_VARIABLE = "FVLM_POD_JOB"
@@ -403,7 +403,7 @@ class Pod:
 
 
 @contextlib.contextmanager
-def lease(path: str, owner: str, lease_s: float = LEASE_S, lost: Callable[[], None] = lambda: None) -> Iterator[bool]:
+def lease(path: str, owner: str, lease_s: float = LEASE_S, lost: Callable[[], None] = lambda: None) -> Generator[bool]:
     """Hold `path` against other hosts, as long as signs of life are given; yields whether it is held.
 
     `owner` is unique. `lost` is called, once and from another thread, where another took the lease because no sign came for `lease_s`.

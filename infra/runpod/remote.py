@@ -35,7 +35,8 @@ class RemoteServerError(InfraError):
 
 def server_pod(account: Account) -> Pod | None:
     """The pod that keeps the server of the account's volume, if there is one; of several the oldest."""
-    mine, found = owner(account.volume().id), []
+    mine = owner(account.volume().id)
+    found: list[Pod] = []
     for pod in account.client.pods():
         name = PodName.parse(pod.name)
         if name and name.owner == mine and name.run == NO_RUN and pod.status not in OVER:

@@ -7,7 +7,7 @@ again if RunPod starts it again. Both leave files on the volume, which are looke
 import contextlib
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeVar
 from uuid import UUID, uuid4
@@ -82,7 +82,7 @@ def smoke(
 @contextlib.contextmanager
 def rented(
     account: Account, budget: Budget, configuration: RunPodConfiguration, run: UUID, say: Callable[[str], None], *, args: str = ""
-) -> Iterator[Pod]:
+) -> Generator[Pod]:
     """A pod that is ended at the end of the block. `args`: its command, instead of the pod's program."""
     volume, wish = account.volume(), configuration.wish
     pod, name = rent(

@@ -66,5 +66,5 @@ def test_ten_commands_lead_from_a_key_to_a_running_pipeline() -> None:
     assert deployment == profile.name
     assert (REPOSITORY / "setup.sh").is_file()
     pools = {pool.name for pool in profile.machine.pools.by_role.values()}
-    assert {f"fvlm-runpod-{word}" for word in re.findall(r"`(\w+)`", re.search(r"fvlm-runpod-\$pool`? for (.*)\.", rest)[1])} == pools  # type: ignore[index]
+    assert {f"fvlm-runpod-{word}" for word in re.findall(r"`(\w+)`", re.search(r"fvlm-runpod-\$pool`? for (.*)\.", rest)[1])} == pools
     assert f"`{POOL}`" in rest

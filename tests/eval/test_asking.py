@@ -113,7 +113,7 @@ def test_controls_are_what_they_say(answerer: FoveatedAnswerer):
     assert shuffled == pytest.approx(sums(Condition("autoregressive"), shown.shuffled(answerer.seed, "m")), abs=1e-4)
     plain = sums(Condition("coarse_fine"))
     for view in ("random_query", "question_query"):
-        assert not np.allclose(sums(Condition("coarse_fine", view=view)), plain, atol=1e-5)  # pyright: ignore[reportArgumentType]
+        assert not np.allclose(sums(Condition("coarse_fine", view=view)), plain, atol=1e-5)
 
 
 def test_the_questions_query_is_the_first_frames(answerer: FoveatedAnswerer):
@@ -178,7 +178,7 @@ def test_a_random_model_has_no_liking_for_lengths(answerer: FoveatedAnswerer):
             prior = [row[0] + row[2] for one in priors[4 * number : 4 * number + 4] for row in rounded(one)]
             record = ItemRecord(id="", clip="", groups={}, said={"c": Said(options=rounded(reply))}, unconditional=prior)
             for scorer, chosen_lengths in picks.items():
-                scores = option_scores(record, "c", scorer)  # pyright: ignore[reportArgumentType]
+                scores = option_scores(record, "c", scorer)
                 assert scores is not None
                 chosen_lengths.append(int(order[scores.argmax()]))
     shares = {scorer: np.bincount(lengths, minlength=4) / 240 for scorer, lengths in picks.items()}

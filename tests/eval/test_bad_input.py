@@ -135,4 +135,4 @@ def test_a_checkpoint_that_is_none_is_refused(model_folder: Path, tmp_path: Path
 def asked(checkpoint: Path, folder: Path, **options: object) -> int:
     """The command on Video-MME in `folder/data`."""
     where = {"checkpoint": checkpoint, "benchmarks": "videomme", "data": folder / "data", "output": folder / "out"}
-    return evaluate(**where, mode="coarse", device="cpu", **options)  # pyright: ignore[reportArgumentType]
+    return evaluate(**where, mode="coarse", device="cpu", **options)

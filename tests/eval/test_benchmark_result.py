@@ -139,7 +139,7 @@ def test_the_headline_is_read_off_as_asked_for_or_as_the_benchmark_does():
     ]
     all_of = Loaded(benchmark("videomme"), [], len(found), {}, {})
     for wanted, scorer, accuracy in ((None, "letter", 1 / 3), ("mean", "mean", 2 / 3), ("pmi", "letter", 1 / 3)):
-        result = benchmark_result(all_of, found, Bootstrap(20, 0), fps=1.0, frame_px=42, scorer=wanted)  # pyright: ignore[reportArgumentType]
+        result = benchmark_result(all_of, found, Bootstrap(20, 0), fps=1.0, frame_px=42, scorer=wanted)
         assert result.scorer == scorer, "pmi was not asked for"
         assert result.conditions["question_first/coarse_only"].headline.value == pytest.approx(accuracy, abs=1e-6)
 
@@ -152,7 +152,7 @@ def test_ways_to_read_a_choice():
         unconditional=[-3.0, -9.0],
         said={"c": Said(letters=[-2.0, -1.0], options=[(-2.0, 1, -1.0), (-6.0, 4, -0.5)])},
     )
-    found = {scorer: option_scores(record, "c", scorer) for scorer in ("letter", "sum", "mean", "pmi")}  # pyright: ignore
+    found = {scorer: option_scores(record, "c", scorer) for scorer in ("letter", "sum", "mean", "pmi")}
     assert found["letter"].tolist() == [-2, -1]
     assert found["sum"].tolist() == [-3, -6.5]
     assert found["mean"].tolist() == pytest.approx([(-2 + 1.6) * 1, (-1.5 + 1.6) * 2])

@@ -34,7 +34,7 @@ def folder(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def asked(checkpoint: Path, output: Path, **options: object) -> tuple[Results, list[ItemRecord]]:
     """What the command leaves."""
-    assert evaluate(checkpoint=checkpoint, benchmarks="gaze", output=output, limit=QUESTIONS, device="cpu", **options) == 0  # pyright: ignore[reportArgumentType]
+    assert evaluate(checkpoint=checkpoint, benchmarks="gaze", output=output, limit=QUESTIONS, device="cpu", **options) == 0
     lines = [line for file in sorted((output / "items" / "gaze").glob("*.jsonl")) for line in file.read_text().splitlines()[1:]]
     return Results.read(output), [ItemRecord.model_validate_json(line) for line in lines]
 

@@ -63,7 +63,7 @@ def test_it_says_why_nothing_was_timed(answerer: FoveatedAnswerer):
 def test_fvlm_eval_times_every_mode_outside_the_results(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     output = tmp_path / "out"
     options = {"checkpoint": model_folder, "benchmarks": "gaze", "output": output, "limit": 9, "device": "cpu"}
-    assert evaluate(**options, latency_clips=1) == 0  # pyright: ignore[reportArgumentType]
+    assert evaluate(**options, latency_clips=1) == 0
     said = capsys.readouterr().out
     assert "first token (ms)" in said
     assert "answer (ms)" in said
@@ -73,7 +73,7 @@ def test_fvlm_eval_times_every_mode_outside_the_results(model_folder: Path, tmp_
     assert b"median_ms" not in before
     assert "## Latency" in (output / "tables.md").read_text()
     assert "latency" in Results.read(output).parts
-    assert evaluate(**options, latency_clips=1) == 0  # pyright: ignore[reportArgumentType]
+    assert evaluate(**options, latency_clips=1) == 0
     assert (output / "results.json").read_bytes() == before
 
 

@@ -98,7 +98,7 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_its_share():
     assert found[0].tolist() == pytest.approx([0, 0.625, 0.375, 0])
     assert nucleus(torch.tensor([[0.2, 0.8]]), 1.0)[0].tolist() == pytest.approx([0.2, 0.8])
     with pytest.raises(ValueError, match="must be above 0"):
-        continue_sampling(None, None, torch.zeros(1, 1), max_new_tokens=1, stop_ids=[], seeds=[0], temperature=0)  # pyright: ignore
+        continue_sampling(None, None, torch.zeros(1, 1), max_new_tokens=1, stop_ids=[], seeds=[0], temperature=0)
 
 
 def test_branches_leave_the_cache_as_it_was(model: FoveatedVLM):

@@ -277,7 +277,7 @@ def test_gaze_is_over_the_glance_with_what_was_opened_below():
 def test_serving_shows_the_gaze():
     """What `fvlm look` draws: a map a frame, over the glance."""
     model = glance_model(zoom=3)
-    subject = Subject(model, None, CHAT, torch.device("cpu"), batch_samples=4)  # pyright: ignore[reportArgumentType]
+    subject = Subject(model, None, CHAT, torch.device("cpu"), batch_samples=4)
     clips = large([sample(np.random.default_rng(3), frames=n, answer=0) for n in (2, 3)], model)
     found = read(subject, clips, "autoregressive", gaze=True, room=1)
     maps = found.gaze

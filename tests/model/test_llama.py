@@ -100,7 +100,7 @@ def test_only_plain_matrices_are_cast_once() -> None:
     assert Llama.from_transformers(transformers_llama()).castable
     assert not Llama.from_transformers(transformers_llama(mlp_bias=True)).castable
     adapted = Llama.from_transformers(transformers_llama())
-    adapted.model.layers[1].mlp.up_proj = torch.nn.Linear(48, 64, bias=False)  # pyright: ignore[reportAttributeAccessIssue]
+    adapted.model.layers[1].mlp.up_proj = torch.nn.Linear(48, 64, bias=False)
     assert not adapted.castable
 
 

@@ -122,7 +122,7 @@ def test_assumed_samples_cost_what_the_flop_counter_says() -> None:
     assert config.machine.rental is not None
     recipe: Recipe = stage_recipe(config.model, config.base, config.stages, "stage2", changes={}, start=False)
     cost = expected_cost(recipe, None, config.machine.rental.assumed.samples)
-    assert cost.samples == recipe.run.steps * recipe.run.batch_samples  # type: ignore[operator]
+    assert cost.samples == recipe.run.steps * recipe.run.batch_samples
     assert cost.flops is not None
     tokens = 0.86 * (160 + 8) + 0.14 * 700
     passes = 2.2  # text is read once, pictures by the coarse pass and two fine ones up to their last query

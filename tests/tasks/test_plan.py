@@ -97,7 +97,7 @@ def test_a_changed_input_is_named(tmp_path: Path) -> None:
 
 def test_damage_is_named(tmp_path: Path) -> None:
     run(tmp_path, phases())
-    (tmp_path / phases()[0].steps(TESTS, None)[0].folder / "value.txt").unlink()  # type: ignore[arg-type]
+    (tmp_path / phases()[0].steps(TESTS, None)[0].folder / "value.txt").unlink()
     assert reasons(plan(phases(), TESTS, tmp_path))["one"].startswith("damaged: ")
 
 

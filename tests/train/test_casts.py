@@ -24,7 +24,7 @@ def gradients(folder: Path, shards: Path, kind: str) -> torch.Tensor:
         trainer.model.encoder.has_tickets = True
     found: list[torch.Tensor] = []
     update = trainer.optimizer.step
-    trainer.optimizer.step = lambda *args: found.append(flat(trainer)) or update(*args)  # pyright: ignore[reportAttributeAccessIssue]
+    trainer.optimizer.step = lambda *args: found.append(flat(trainer)) or update(*args)
     for _ in range(2):
         trainer.step()
     trainer.spread.end()
@@ -39,7 +39,7 @@ def flat(trainer: Trainer) -> torch.Tensor:
 def test_a_steps_gradients_are_as_exact_as_autocasts(tmp_path: Path, shards: Path, kind: str) -> None:
     """Against fp32, in the second step, whose weights are others than the first's."""
     if kind == "replicated":
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         exact, plain, cast = (gradients(tmp_path, shards, one) for one in ("fp32", "bf16", kind))
     finally:

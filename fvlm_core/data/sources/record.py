@@ -9,7 +9,7 @@ import glob
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from fcntl import LOCK_EX, flock
@@ -184,7 +184,7 @@ def _code() -> str:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Generator[None]:
     """One process at a time makes a record; the lock ends with its process."""
     with (folder / ".lock").open("w") as stream:
         flock(stream, LOCK_EX)

@@ -6,7 +6,7 @@ Each option goes on from a copy of the question's keys and values, all of them i
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import get_args
+from typing import cast, get_args
 
 import numpy as np
 import torch
@@ -106,7 +106,7 @@ class OpenedMedia:
     def _replies(self, samples: Sequence[Sample], asks: Sequence[Ask], condition: Condition) -> list[Reply]:
         subject, model = self.subject, self.subject.model
         batch = subject.pack(samples)
-        mode: Mode = "coarse_only" if condition.view == "blind" else condition.mode  # pyright: ignore[reportAssignmentType]
+        mode: Mode = "coarse_only" if condition.view == "blind" else cast(Mode, condition.mode)
         room = max(ask.max_new_tokens for ask in asks)
         features, queries = self._encoded(batch), None
         if features is not None and condition.view == "random_query":

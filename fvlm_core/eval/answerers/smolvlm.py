@@ -57,7 +57,7 @@ class SmolVLMAnswerer:
         try:
             loaded: Any = SmolVLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
             model, report = loaded
-            tokenizer = AutoTokenizer.from_pretrained(str(folder))
+            tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"the SmolVLM2 folder does not load: {reason}", where=str(folder), fix="download it again") from error

@@ -105,7 +105,7 @@ class Captions(Part):
 
         bootstrap = context.bootstrap
         glance = context.subject.model.settings.glance
-        questions = context.split.captions(self.samples, small_px=glance and glance.px)
+        questions = context.split.captions(self.samples, small_px=glance.px if glance else None)
         require(len(questions), self.samples, "captions")
         samples = [without_answer(question.sample, question_first=False) for question in questions]
         generated: dict[Mode, list[str]] = {

@@ -25,7 +25,7 @@ class FVLMConfig(PretrainedConfig):
     """
 
     model_type = "fvlm"
-    sub_configs = {"vision_config": Dinov2Config, "text_config": LlamaConfig}  # pyright: ignore[reportAssignmentType]
+    sub_configs = {"vision_config": Dinov2Config, "text_config": LlamaConfig}
 
     def __init__(
         self,

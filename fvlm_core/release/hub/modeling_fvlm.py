@@ -12,7 +12,7 @@ A batch is padded outside and packed inside (`padded.py`): the model's passes se
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,8 +57,8 @@ class FVLMModel(PreTrainedModel, GenerationMixin):
     accepts_loss_kwargs = True
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"model.llm.lm_head.weight": "model.llm.model.embed_tokens.weight"}
-    _no_split_modules: ClassVar[list[str]] = ["EncoderLayer", "LlamaLayer"]
+    _tied_weights_keys = {"model.llm.lm_head.weight": "model.llm.model.embed_tokens.weight"}
+    _no_split_modules = ["EncoderLayer", "LlamaLayer"]
 
     def __init__(self, config: FVLMConfig) -> None:
         super().__init__(config)
@@ -131,7 +131,7 @@ class FVLMModel(PreTrainedModel, GenerationMixin):
         logits = padded(self.model.llm.lm_head(context.hidden), attention_mask, (input_ids.shape[0], input_ids.shape[1]))
         return FVLMOutput(loss=loss, logits=logits, past_key_values=past_key_values)
 
-    def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def prepare_inputs_for_generation(  # ty: ignore[incompatible-method-override] -- transformers names what it gives
         self, input_ids: Tensor, past_key_values: FVLMCache | None = None, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """What a step of transformers' generation reads: the prompt with its frames, then one token after the other."""
@@ -147,7 +147,7 @@ class FVLMModel(PreTrainedModel, GenerationMixin):
         """
         inputs = self.processor(text=question, videos=frames, question_first=question_first).to(self.device)
         options = {"mode": mode, "max_new_tokens": max_new_tokens, "do_sample": False}
-        tokens = self.generate(**inputs, **options)  # pyright: ignore[reportAttributeAccessIssue] -- a protocol that no model fits
+        tokens = self.generate(**inputs, **options)  # ty: ignore[invalid-argument-type] -- a protocol that no model fits
         return self.processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
     def gaze(self, frames: Any, question: str, *, mode: str | None = None, question_first: bool = True) -> Tensor:
@@ -210,13 +210,17 @@ class FVLMModel(PreTrainedModel, GenerationMixin):
         cache.columns += new
         return FVLMOutput(logits=self.model.llm.lm_head(hidden).unflatten(0, (rows, new)), past_key_values=cache)
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any) -> None:
+    def _prepare_cache_for_generation(  # ty: ignore[incompatible-method-override] -- what it returns depends on the release
+        self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any
+    ) -> None:
         """transformers' hook: the cache of a generation."""
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = FVLMCache(generation_config.max_new_tokens or ROOM)
 
-    def _expand_inputs_for_generation(self, expand_size: int = 1, **inputs: Any) -> tuple[Tensor, dict[str, Any]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def _expand_inputs_for_generation(  # ty: ignore[incompatible-method-override] -- by name, too
+        self, expand_size: int = 1, **inputs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
         """transformers' hook: rows are repeated for beams, frames are not."""
         frames = inputs.pop("frames", None)
-        input_ids, expanded = super()._expand_inputs_for_generation(expand_size=expand_size, **inputs)  # pyright: ignore
+        input_ids, expanded = super()._expand_inputs_for_generation(expand_size=expand_size, **inputs)  # ty: ignore[invalid-argument-type]
         return input_ids, expanded | {"frames": frames}

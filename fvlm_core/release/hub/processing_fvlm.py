@@ -62,7 +62,7 @@ class FVLMProcessor(ProcessorMixin):
         """What `apply_chat_template` makes."""
         return ["input_ids", "attention_mask", "frames", "frame_ids", "query_offsets"]
 
-    def apply_chat_template(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def apply_chat_template(  # ty: ignore[incompatible-method-override] -- options by name only
         self,
         conversation: Any,
         chat_template: str | None = None,
@@ -110,7 +110,7 @@ class FVLMProcessor(ProcessorMixin):
             del made["assistant_masks"]
         return made if return_dict else made["input_ids"]
 
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __call__(
         self,
         images: Any = None,
         text: str | list[str] | None = None,
@@ -141,7 +141,7 @@ class FVLMProcessor(ProcessorMixin):
         for name, part in filled.items():
             if len(part) != len(questions):
                 raise ValueError(f"{len(questions)} questions, but {len(part)} {name}: give one each")
-        chats = []
+        chats: list[list[dict[str, Any]]] = []
         for question, image, video, answer in zip(questions, filled["images"], filled["videos"], filled["answers"], strict=True):
             seen = [{"type": kind, kind: one} for kind, one in (("image", image), ("video", video)) if one is not None]
             asked = [{"type": "text", "text": question}]

@@ -142,7 +142,7 @@ class Rig:
     def run_logs(self, run: UUID) -> list[str]:
         asked = {"logs": {"flow_run_id": {"any_": [str(run)]}}, "sort": "TIMESTAMP_ASC"}
         auth = tuple(self.stack.client_environment()["PREFECT_API_AUTH_STRING"].split(":", 1))
-        return [one["message"] for one in httpx.post(f"{self.stack.api_url}/logs/filter", json=asked, auth=auth).json()]  # type: ignore[arg-type]
+        return [one["message"] for one in httpx.post(f"{self.stack.api_url}/logs/filter", json=asked, auth=auth).json()]
 
 
 @contextlib.contextmanager

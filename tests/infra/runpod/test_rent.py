@@ -74,7 +74,7 @@ def rented(client: RunPod, emulator: Emulator, volume: Volume, budget: Budget) -
     def go(wish: Wish, **more: object) -> tuple[Pod, PodName]:
         path = str(emulator.cloud.volumes[volume.id].folder)
         given = {"run": uuid4(), "volume": volume, "mount_path": path, "max_runtime_s": 3600.0, "sleep": lambda _: None} | more
-        return rent(client, wish, budget, **given)  # type: ignore[arg-type]
+        return rent(client, wish, budget, **given)
 
     return go
 
