@@ -138,13 +138,15 @@ def _run(stack: Stack, config: PipelineConfig, volume: Path, console: Console, p
             if stack.fresh:
                 asyncio.run(register.crash_stale_runs(volume))
             types = asyncio.run(register.make_pools(config, volume))
-            # the one that takes the run now, the others when it has begun: each imports for seconds, and two at once delay each other
+            # the one that takes the run now; of a pipeline the others when it has begun: each imports for seconds, and two at once delay
+            # each other
             first = pools[PHASES[phase].pool if phase else register.PIPELINE].name
             stack.start_workers(types if config.machine.rental else {first: types[first]})
+            later = {} if phase else types
             registered = asyncio.run(register.register(config, volume, pool_types=types))
             run: UUID = watch.trigger(config, phase or register.PIPELINE, registered.deployment)
             try:
-                state = watch.follow(run, config, volume, console, phase, begun=lambda: stack.start_workers(types))
+                state = watch.follow(run, config, volume, console, phase, begun=lambda: stack.start_workers(later))
             except KeyboardInterrupt:
                 if watchdog.error is None:
                     watch.cancel(run, timeout_s=CANCEL_TIMEOUT_S)

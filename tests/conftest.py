@@ -36,6 +36,7 @@ LONGEST = (
     *("release/test_elsewhere", "e2e/test_helpers", "model/test_transformers_range", "train/test_lock", "train/test_divergence"),
     *("train/test_sharding", "train/test_resume", "train/test_exactness", "train/test_best", "e2e/test_stops", "e2e/test_ui"),
     *("flows/test_precompute", "release/test_release", "model/test_smollm2", "train/test_dpo", "tasks/test_phase_flow"),
+    *("train/test_compile", "scaling/test_grid", "release/test_report", "scaling/test_confirm"),
 )
 """Files that take half a minute and more, the longest first; but test_stops and test_ui when test_pipeline has made the volume that
 they work on, four minutes after the start: before, they would only wait."""

@@ -1,6 +1,7 @@
 """One stage stopped five ways, one after the other: it goes on from its checkpoint each time, and ends with an undisturbed one's weights.
 
-Each test stops it once more and leaves the rest to the next; any of them works without the others.
+Each test stops it once more and leaves the rest to the next; any of them works without the others. It is stopped as a part of the
+pipeline and as a phase that runs by itself.
 """
 
 import shutil
@@ -45,10 +46,10 @@ def stopped(folder: Path) -> Stopped:
     return stopped
 
 
-def going_on(volume: Volume, stopped: Stopped) -> Command:
-    """The same command again, when the stage has gone some way further than it had when it was stopped last."""
+def going_on(volume: Volume, stopped: Stopped, phase: str | None = None) -> Command:
+    """A command that trains the stage, when that has gone some way further than it had when it was stopped last."""
     reached = progress(stopped.folder)
-    command = volume.start()
+    command = volume.start(phase=phase)
     wait_until(lambda: progress(stopped.folder) >= reached + STEPS_BETWEEN, "the stage to go on")
     stopped.stops += 1
     return command
@@ -85,11 +86,15 @@ def _part_is_killed(volume: Volume, command: Command, part: str, name: str) -> N
     assert "Run the same command again" in result.output
 
 
-@pytest.mark.parametrize("stop", [ctrl_c, cancelled_in_the_ui, worker_is_killed, server_is_killed])
+STOPS = ((ctrl_c, "train"), (cancelled_in_the_ui, None), (worker_is_killed, "train"), (server_is_killed, "train"))
+"""With the phase that the command runs, or None for the pipeline."""
+
+
+@pytest.mark.parametrize(("stop", "phase"), STOPS)
 def test_a_stopped_command_ends_with_its_jobs_and_keeps_the_checkpoints(
-    volume: Volume, stopped: Stopped, stop: Callable[[Volume, Command], None]
+    volume: Volume, stopped: Stopped, stop: Callable[[Volume, Command], None], phase: str | None
 ) -> None:
-    command = going_on(volume, stopped)
+    command = going_on(volume, stopped, phase)
     stop(volume, command)
     assert not of_job(stopped.folder), "no job outlives its flow"
     assert any(stopped.folder.glob("checkpoints/*"))

@@ -106,14 +106,14 @@ class Volume:
         """Of its server."""
         return password(self.path)
 
-    def start(self, *options: str) -> Command:
-        """`fvlm speedrun` in a process of its own."""
+    def start(self, *options: str, phase: str | None = None) -> Command:
+        """`fvlm speedrun`, or `fvlm run PHASE`, in a process of its own."""
         profile, log = self.path.with_suffix(".yaml"), self.path.with_suffix(".log")
         profile.write_text(yaml.safe_dump(self.values))
-        environment = without(os.environ) | QUIETER
+        environment, command = without(os.environ) | QUIETER, ["run", phase] if phase else ["speedrun"]
         with log.open("wb") as stream:
             process = subprocess.Popen(
-                [FVLM, "speedrun", "--profile", profile, "--volume", self.path, "--port", str(_unused_port()), *options],
+                [FVLM, *command, "--profile", profile, "--volume", self.path, "--port", str(_unused_port()), *options],
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 env=environment,
