@@ -15,8 +15,9 @@ ruff format --check .
 ty check
 lint-imports
 ./infra/install.sh .venv --no-deps -r requirements-test-data.lock
-# A test that cannot be imported is seen now, and what the import compiles is compiled once and not by five processes at a time.
-found=$(python -m pytest --collect-only -qq "$@") || { echo "$found"; exit 1; }
-wait "$spark"
-[ $# -gt 0 ] && exec python -m pytest "$@"
-exec python -m pytest --numprocesses 5 --dist loadfile --no-loadscope-reorder # more than small machines have cores: end-to-end tests wait a lot
+if [ $# -gt 0 ]; then
+    wait "$spark"
+    exec python -m pytest "$@"
+fi
+# more processes than small machines have cores: end-to-end tests wait a lot
+exec python -m tests.forked 5 "$spark" --dist loadfile --no-loadscope-reorder
