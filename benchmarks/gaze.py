@@ -32,7 +32,19 @@ from fvlm_core.train.vision import still_known
 ASKED_TASKS = tuple(task for task in TASKS if task != "caption")
 """Tasks whose answers are one digit a frame."""
 CHANGES = (
-    *("steps", "encoder_steps", "copies", "clutter_step", "clutter_gate", "init_std", "wording", "llm_checkpoint", "device", "workers"),
+    *(
+        "frame_px",
+        "steps",
+        "encoder_steps",
+        "copies",
+        "clutter_step",
+        "clutter_gate",
+        "init_std",
+        "wording",
+        "llm_checkpoint",
+        "device",
+        "workers",
+    ),
     *("learning_rate", "llm_learning_rate", "vision_learning_rate", "encoder_learning_rate"),
 )
 """Settings of a plan that options change."""
@@ -90,6 +102,7 @@ def record(plan: Plan, trained: Trained, asked: Asked, rows: Sequence[Row]) -> d
     return {
         "task": plan.task,
         "size": plan.size,
+        "frame_px": plan.vision.frame_px,
         "device": torch.cuda.get_device_name(trained.subject.device) if trained.subject.device.type == "cuda" else "cpu",
         "seed": plan.seed,
         "clips": len(asked.clips),
@@ -177,6 +190,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=ASKED_TASKS, default="cell")
     parser.add_argument("--size", choices=PLANS, default="laptop", help="production: DINOv2-small and SmolLM2-135M at 224 px, on a GPU")
+    parser.add_argument("--frame-px", type=int, help="side of the frames, a multiple of 14: 42 at laptop size, 224 at production's")
     parser.add_argument("--seeds", type=int, default=1, help="so many seeds")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="most processor time of a training")

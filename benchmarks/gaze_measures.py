@@ -79,7 +79,7 @@ class Asked:
 
     def _clip(self, number: int, clutter: float) -> gaze.GazeClip:
         rng, plan = np.random.default_rng([SEED, number]), self.plan
-        px = plan.model_settings.vision.frame_px
+        px = plan.vision.frame_px
         look: dict[str, Any] = {"frames": plan.frames, "scale": gaze.largest_scale(px), "noise": plan.noise}
         return gaze.enlarged(gaze.render(rng, "val", task=plan.task, clutter=clutter, **look), px)
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.gaze_measures import MAIN
-from benchmarks.gaze_training import Plan
+from benchmarks.gaze_training import VISION, Plan
 from fvlm_core.canvas import COLOURS, WIDTH, canvas
 from fvlm_core.eval.estimates import Estimate
 from fvlm_core.tables import Table, number
@@ -56,16 +56,16 @@ REACHED: dict[str, Callable[[Seed], bool]] = {
 }
 """The same, and what *hunt* aims at, in words."""
 COARSE, AUTOREGRESSIVE = "coarse, question first", "autoregressive, question first"
-RECIPE = ("task", "size", "wording", "vision_learning_rate", "init_std")
+RECIPE = ("task", "size", "frame_px", "wording", "vision_learning_rate", "init_std")
 """What a control shares with the runs that it is compared with."""
 Run = dict[str, Any]
 """A record of `benchmarks.gaze --json`."""
 
 
 def read(folder: Path) -> list[Run]:
-    """Every record of a folder's files, in the order of their names; those that do not say their size are of the laptop's."""
+    """Every record of a folder's files, in the order of their names; those that do not say their sizes are of the laptop's."""
     lines = [line for path in sorted(folder.glob("*.json")) for line in path.read_text().splitlines() if line.strip()]
-    return [{"size": "laptop"} | json.loads(line) for line in lines]
+    return [{"size": "laptop", "frame_px": VISION["laptop"].frame_px} | json.loads(line) for line in lines]
 
 
 def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -77,6 +77,7 @@ def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
             rate = "" if run["vision_learning_rate"] == Plan().vision_learning_rate else f", encoder at {run['vision_learning_rate']:g}"
             std = "" if run["init_std"] is None else f", weights of standard deviation {run['init_std']:g}"
             where = "" if run["size"] == "laptop" else f", {run['size']} size on {run['device']}"
+            where += "" if run["frame_px"] == VISION[run["size"]].frame_px else f", frames of {run['frame_px']} px"
             found.setdefault(f"{run['task']}, {run['planned_steps']:,} steps{where}{sentences}{rate}{std}", []).append(run)
     return found
 

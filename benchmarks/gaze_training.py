@@ -62,6 +62,8 @@ class Plan:
 
     task: gaze.Task = "cell"
     size: Size = "laptop"
+    frame_px: int | None = None
+    """Side of the frames, a multiple of 14; the size's own by default."""
     seed: int = 0
     steps: int = 1400
     """Five to seven minutes of one core, with the encoder's."""
@@ -121,10 +123,16 @@ class Plan:
         return LossSettings(fine=[1.0] * self.model_settings.fine_iterations)
 
     @property
+    def vision(self) -> VisionSettings:
+        """The encoder's shape and the side of its frames."""
+        usual = VISION[self.size]
+        return usual if self.frame_px is None else usual.model_copy(update={"frame_px": self.frame_px})
+
+    @property
     def model_settings(self) -> ModelSettings:
         """The model, with two fine passes: 0.4 million parameters, or DINOv2-small and SmolLM2-135M at 224 px."""
         llm = LLMSettings(checkpoint=self.llm_checkpoint) if self.llm_checkpoint else LLMSettings(shape=LLM[self.size])
-        base = {"vision": VISION[self.size], "llm": llm}
+        base = {"vision": self.vision, "llm": llm}
         usual = {"temperature": 4.0, "visual_scale": 0.5, "fine_iterations": 2}
         return ModelSettings.model_validate(base | usual | self.model)
 
@@ -209,7 +217,7 @@ class Asker:
 
     def clips(self, rng: np.random.Generator, count: int, clutter: float) -> list[gaze.GazeClip]:
         """New clips of training digits."""
-        plan, px = self.plan, self.plan.model_settings.vision.frame_px
+        plan, px = self.plan, self.plan.vision.frame_px
         look: dict[str, Any] = {"frames": plan.frames, "scale": gaze.largest_scale(px), "noise": plan.noise, "copies": plan.copies}
         return [gaze.enlarged(gaze.render(rng, "train", task=plan.task, clutter=clutter, **look), px) for _ in range(count)]
 
@@ -229,9 +237,11 @@ class Asker:
 
 
 @lru_cache(maxsize=8)
-def encoder_of(settings: VisionTrainingSettings, size: Size, device: str, workers: int) -> tuple[Encoder, dict[str, float], float]:
+def encoder_of(
+    settings: VisionTrainingSettings, vision: VisionSettings, device: str, workers: int
+) -> tuple[Encoder, dict[str, float], float]:
     """A pre-trained encoder, its accuracy, and the processor time that it took; several trainings of one process share it."""
-    started, vision = time.process_time(), VISION[size]
+    started = time.process_time()
     assert vision.shape is not None
     encoder, accuracy = pretrained(settings, vision.shape, frame_px=vision.frame_px, device=torch.device(device), workers=workers)
     return encoder, accuracy, time.process_time() - started
@@ -252,7 +262,7 @@ def train(plan: Plan, say: Callable[[str], None] = lambda _: None, start: Mappin
     if start is not None:
         model.load_state_dict(start)
     elif plan.encoder:
-        encoder, accuracy, encoder_s = encoder_of(plan.encoder, plan.size, plan.device, plan.workers)
+        encoder, accuracy, encoder_s = encoder_of(plan.encoder, plan.vision, plan.device, plan.workers)
         model.encoder.load_state_dict(encoder.state_dict())
         say(f"encoder: {accuracy}, {encoder_s:.0f} s")
     subject = Subject(model.to(device), asker.tokenizer, asker.chat, device, EVAL_BATCH[plan.size])

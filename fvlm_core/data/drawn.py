@@ -6,6 +6,8 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
+from fvlm_core.data.loader import loader_processes
+
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -20,7 +22,14 @@ def drawn(make: Callable[[np.random.Generator, T], U], wanted: Iterable[T], rng:
         yield from (make(rng, one) for one in wanted)
         return
     numbered = _Numbered(make, int(rng.integers(2**63)))
-    yield from DataLoader(numbered, sampler=enumerate(wanted), batch_size=None, collate_fn=_unchanged, num_workers=workers)
+    yield from DataLoader(
+        numbered,
+        sampler=enumerate(wanted),
+        batch_size=None,
+        collate_fn=_unchanged,
+        num_workers=workers,
+        multiprocessing_context=loader_processes(),
+    )
 
 
 class _Numbered(Dataset[U], Generic[T, U]):
