@@ -55,6 +55,8 @@ RUN_LOOK_S = 5.0
 HEARTBEAT = "prefect.flow-run.heartbeat"
 LINGER_S = 60.0
 """For a pod to end itself when its run is over."""
+LAST_WORDS_S = 75.0
+"""For a lost pod's run to say something itself: a job has a minute to end after the signal."""
 CANCEL_S = 20.0
 """For a cancelled run to end itself; then its pod is ended."""
 FINAL = frozenset({StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED})
@@ -172,19 +174,19 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
                 # this worker is being stopped: the pod ends itself, and the next worker looks after it
                 log.info("the worker leaves the pod %s to itself", pod.id)
                 raise
+        await ended(account, tenancy.budget, pod.id, str(name), log.warning)
+        outcome = await anyio.to_thread.run_sync(account.outcome, pod.id)
         if not crashed:
-            await ended(account, tenancy.budget, pod.id, str(name), log.warning)
             log.info("the pod %s has ended", pod.id)
             await anyio.to_thread.run_sync(tenancy.post, f"{flow_run.name} has ended, and its pod {pod.id} with it")
             return RunPodResult(identifier=pod.id, status_code=0)
-        outcome = await anyio.to_thread.run_sync(account.outcome, pod.id)
         hint = f"if its image {configuration.image} cannot be pulled, correct it or give its `registry`" if UNSTARTED in crashed else ""
-        reason = f"pod {pod.id}: " + "; ".join(part for part in (crashed, outcome, *system, hint) if part)
-        await self._propose_crashed_state(flow_run, reason)
-        await ended(account, tenancy.budget, pod.id, str(name), log.warning)
-        await self._keep_reason(flow_run.id, reason)
-        log.error("lost the %s", reason)
-        await anyio.to_thread.run_sync(tenancy.post, f"BLOCKER: {flow_run.name} lost its {reason}")
+        reason = "; ".join(part for part in (crashed, outcome, *system, hint) if part)
+        log.error("the pod %s was lost: %s", pod.id, reason)
+        await anyio.to_thread.run_sync(tenancy.post, f"BLOCKER: {flow_run.name}: its pod {pod.id} was lost: {reason}")
+        message = f"pod {pod.id}: {reason}"
+        if await self._crash(flow_run.id, pod.id, message) and self._runs_task_group:
+            self._runs_task_group.start_soon(self._crash_again, flow_run.id, pod.id, message)
         return RunPodResult(identifier=pod.id, status_code=1)
 
     async def _until_over(self, flow_run: FlowRun, poller: Poller, watch: Watch, pod: str) -> str | None:
@@ -230,12 +232,21 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
         with contextlib.suppress(Exception):
             await self.client.set_flow_run_state(run, Cancelled(message="cancelled; its pod was ended"), force=True)
 
-    async def _keep_reason(self, run: UUID, reason: str) -> None:
-        """Put the reason back where the run's process, ended by us, has said that a signal ended it."""
-        with contextlib.suppress(Exception):
-            state = (await self.client.read_flow_run(run)).state
-            if state is not None and state.is_crashed() and state.message != reason:
-                await self.client.set_flow_run_state(run, Crashed(message=reason), force=True)
+    async def _crash(self, run: UUID, pod: str, message: str) -> bool:
+        """Mark the pod's run Crashed with the message, also where it is Crashed with another one. False where it is no longer the pod's."""
+        with contextlib.suppress(Exception):  # the server is away
+            found = await self.client.read_flow_run(run)
+            if found.infrastructure_pid != pod or found.state is None or (found.state.is_final() and not found.state.is_crashed()):
+                return False
+            if not found.state.is_crashed() or found.state.message != message:
+                await self.client.set_flow_run_state(run, Crashed(message=message), force=True)
+        return True
+
+    async def _crash_again(self, run: UUID, pod: str, message: str) -> None:
+        """`_crash` as often as needed: the run's process, which ends a while after its pod was told to, calls its own signal the reason."""
+        until = time.time() + LAST_WORDS_S
+        while time.time() < until and await self._crash(run, pod, message):
+            await asyncio.sleep(RUN_LOOK_S)
 
     async def _recover(self) -> None:
         """What a worker before this one has left: its pods, and runs that it had taken and not yet given a pod."""
