@@ -20,4 +20,4 @@ if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
 # more processes than small machines have cores: end-to-end tests wait a lot
-exec python -m tests.forked 5 "$spark" --dist loadfile --no-loadscope-reorder
+exec python -m tests.forked 5 --dist loadfile --no-loadscope-reorder

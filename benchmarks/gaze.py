@@ -15,7 +15,7 @@ each number is made, and what was found: docs/research.md.
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,22 +31,7 @@ from fvlm_core.train.vision import still_known
 
 ASKED_TASKS = tuple(task for task in TASKS if task != "caption")
 """Tasks whose answers are one digit a frame."""
-CHANGES = (
-    *(
-        "frame_px",
-        "steps",
-        "encoder_steps",
-        "copies",
-        "clutter_step",
-        "clutter_gate",
-        "init_std",
-        "wording",
-        "llm_checkpoint",
-        "device",
-        "workers",
-    ),
-    *("learning_rate", "llm_learning_rate", "vision_learning_rate", "encoder_learning_rate"),
-)
+CHANGES = tuple(one.name for one in fields(Plan) if one.name not in ("task", "size", "seed", "model", "max_cpu_s"))
 """Settings of a plan that options change."""
 
 
@@ -61,13 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     found: list[list[Row]] = []
     for seed in range(options.first_seed, options.first_seed + options.seeds):
-        given = {name: getattr(options, name) for name in CHANGES if getattr(options, name) is not None}
+        given = {name: value for name in CHANGES if (value := getattr(options, name, None)) is not None}
         plan = replace(PLANS[options.size], task=options.task, seed=seed, max_cpu_s=60 * options.minutes, **given)
         asked = Asked(plan, options.clips)
         controls = {name: _alike(plan, changes, equal_flops=options.equal_flops) for name, changes in CONTROLS.items()}
         if options.only:
             plan = _alike(plan, (CONTROLS | VARIANTS)[options.only], equal_flops=options.equal_flops)
-        trained = train(plan, note, torch.load(options.start, weights_only=True) if options.start else None)
+        trained = train(plan, note, torch.load(options.start, map_location="cpu", weights_only=True) if options.start else None)
         if options.save:
             torch.save(trained.subject.model.state_dict(), options.save)
         said = answers(trained, asked)
@@ -123,10 +108,11 @@ def record(plan: Plan, trained: Trained, asked: Asked, rows: Sequence[Row]) -> d
         "train_gflop": round(trained.flops / 1e9, 1),
         "cpu_s": round(trained.cpu_s, 1),
         "seconds": round(trained.seconds, 1),
+        "workers": plan.workers,
         "mfu": trained.mfu and round(trained.mfu, 4),
         "encoder_cpu_s": round(trained.encoder_cpu_s, 1),
         "encoder_accuracy": trained.encoder_accuracy,
-        "encoder_keeps": still_known(trained.subject.model.encoder, plan.encoder) if plan.encoder else {},
+        "encoder_keeps": still_known(trained.subject.model.encoder, plan.encoder, plan.workers) if plan.encoder else {},
         "entropy_at_start": trained.entropy,
         "curve": trained.curve,
         "constant": round(asked.constant, 4),

@@ -29,8 +29,9 @@ CONTROLS: dict[str, dict[str, object]] = {
     "16 pooled tokens": {"query": "pooled", "fine_iterations": 0, "tokens_per_frame": 16},
     "mean of patches, modulated by the question": {"query": "shallow", "temperature": 1e6, "film_head_width": 128},
 }
-"""Models that are trained beside the one that is measured, by what they change of it. 9 tokens are the 9 patches of the grid; 16 are four
-of them and averages of neighbours. At a temperature of 1e6 a shallow query weighs all patches alike, and the FiLM head knows the query."""
+"""Models that are trained beside the one that is measured, by what they change of it. At laptop size 9 tokens
+are the 9 patches of the grid; 16 are four of them and averages of neighbours. At a temperature of 1e6 a shallow query weighs all patches
+alike, and the FiLM head knows the query."""
 VARIANTS: dict[str, dict[str, object]] = {"attention at temperature 1": {"temperature": 1.0}}
 """The model itself with one setting changed: what was suspected of keeping it from learning to look."""
 

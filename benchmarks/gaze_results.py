@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.gaze_measures import MAIN
-from benchmarks.gaze_training import VISION, Plan
+from benchmarks.gaze_training import PLANS, VISION
 from fvlm_core.canvas import COLOURS, WIDTH, canvas
 from fvlm_core.eval.estimates import Estimate
 from fvlm_core.tables import Table, number
@@ -56,29 +56,45 @@ REACHED: dict[str, Callable[[Seed], bool]] = {
 }
 """The same, and what *hunt* aims at, in words."""
 COARSE, AUTOREGRESSIVE = "coarse, question first", "autoregressive, question first"
-RECIPE = ("task", "size", "frame_px", "wording", "vision_learning_rate", "init_std")
+SAID = {
+    "device": " on {}",
+    "frame_px": ", frames of {} px",
+    "llm_checkpoint": ", from {}",
+    "wording": ", questions as {}s",
+    "vision_learning_rate": ", encoder at {:g}",
+    "learning_rate": ", all else at {:g}",
+    "llm_learning_rate": ", language model at {:g}",
+    "encoder_learning_rate": ", encoder's own training at {:g}",
+    "init_std": ", weights of standard deviation {:g}",
+}
+"""How it is said what is not as usual."""
+USUAL = {
+    size: {"device": "cpu", "frame_px": VISION[size].frame_px}
+    | {name: value for name, value in vars(plan).items() if name in list(SAID)[2:]}
+    for size, plan in PLANS.items()
+}
+"""What is not said, by size."""
+RECIPE = ("task", "size", *SAID)
 """What a control shares with the runs that it is compared with."""
 Run = dict[str, Any]
 """A record of `benchmarks.gaze --json`."""
 
 
 def read(folder: Path) -> list[Run]:
-    """Every record of a folder's files, in the order of their names; those that do not say their sizes are of the laptop's."""
+    """Every record of a folder's files, in the order of their names; what older ones do not say was as usual at laptop size."""
     lines = [line for path in sorted(folder.glob("*.json")) for line in path.read_text().splitlines() if line.strip()]
-    return [{"size": "laptop", "frame_px": VISION["laptop"].frame_px} | json.loads(line) for line in lines]
+    return [{"size": "laptop"} | USUAL["laptop"] | json.loads(line) for line in lines]
 
 
 def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The model's own runs by task, number of steps, and what is not as in `Plan`, e.g. `cell, 1,600 steps`."""
+    """The model's own runs by task, number of steps, and what is not as usual, e.g. `cell, 1,600 steps`."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         if not run["control"]:
-            sentences = ", questions as sentences" if run["wording"] == "sentence" else ""
-            rate = "" if run["vision_learning_rate"] == Plan().vision_learning_rate else f", encoder at {run['vision_learning_rate']:g}"
-            std = "" if run["init_std"] is None else f", weights of standard deviation {run['init_std']:g}"
-            where = "" if run["size"] == "laptop" else f", {run['size']} size on {run['device']}"
-            where += "" if run["frame_px"] == VISION[run["size"]].frame_px else f", frames of {run['frame_px']} px"
-            found.setdefault(f"{run['task']}, {run['planned_steps']:,} steps{where}{sentences}{rate}{std}", []).append(run)
+            size, usual = run["size"], USUAL[run["size"]]
+            unusual = [said.format(run[name]) for name, said in SAID.items() if run[name] != usual[name]]
+            at = "" if size == "laptop" else f", {size} size"
+            found.setdefault(f"{run['task']}, {run['planned_steps']:,} steps{at}{''.join(unusual)}", []).append(run)
     return found
 
 

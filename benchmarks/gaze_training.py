@@ -4,15 +4,14 @@ Model, packing, losses, optimizer and schedule are those of `fvlm_core`. What a 
 the clutter grows as fast as the model learns. A digit beside the asked one appears with a probability that starts at 0 and rises a
 little in every step in which questions before the video are answered well enough; dense from the start, nothing is learned.
 
-The encoder learns at a fifth of the others' rate. At the full one it loses within 50 steps what the clips of the beginning do not
-ask for (of a *hunt*: where the cross is), and seldom learns it again.
+At laptop size the encoder learns at a fifth of the others' rate. At the full one it loses within 50 steps what the clips of the
+beginning do not ask for (of a *hunt*: where the cross is), and seldom learns it again.
 """
 
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +24,7 @@ from fvlm_core.data import gaze
 from fvlm_core.data.batch import ChatFormat, PackedBatch, Sample, Turn, pack
 from fvlm_core.data.drawn import drawn
 from fvlm_core.data.tokenizer import chat_format, encode, load_tokenizer, render_chat, train_tokenizer
+from fvlm_core.errors import UserError
 from fvlm_core.eval.subject import Subject
 from fvlm_core.model.build import build_model, init_std
 from fvlm_core.model.encoder import Encoder
@@ -101,7 +101,7 @@ class Plan:
     """Processor time after which the training stops early."""
     device: str = "cpu"
     workers: int = 0
-    """Processes that draw clips ahead, for a device that is faster than one: a step's clutter is then that of two rounds of them before."""
+    """Processes that draw clips ahead, for a device that is faster than one: the clutter is then that of as many steps before."""
 
     @property
     def encoder(self) -> VisionTrainingSettings | None:
@@ -126,7 +126,7 @@ class Plan:
     def vision(self) -> VisionSettings:
         """The encoder's shape and the side of its frames."""
         usual = VISION[self.size]
-        return usual if self.frame_px is None else usual.model_copy(update={"frame_px": self.frame_px})
+        return usual if self.frame_px is None else VisionSettings(shape=usual.shape, frame_px=self.frame_px)
 
     @property
     def model_settings(self) -> ModelSettings:
@@ -151,7 +151,7 @@ PLANS: dict[Size, Plan] = {
         workers=12,
     ),
 }
-"""By size. The rates of production are a first guess: no card has run it yet."""
+"""By size. The rates of production are a first guess: no GPU has run it yet."""
 
 
 @dataclass(frozen=True)
@@ -169,9 +169,9 @@ class Trained:
     flops: float
     """Of the training, from the configuration, without the encoder's own."""
     cpu_s: float
-    """Processor time of the training, without the encoder's."""
+    """Processor time of the training, without the encoder's and without that of processes that draw."""
     seconds: float
-    """The same by the clock."""
+    """By the clock, for the same."""
     encoder_cpu_s: float
     encoder_accuracy: dict[str, float]
     """On validation digits: own, right neighbour's, lower neighbour's and what else was asked; empty where there was no training."""
@@ -199,11 +199,7 @@ class Asker:
     def of(cls, plan: Plan) -> "Asker":
         """With a tokenizer that knows the questions of all tasks, so that a training can go on with another task; the names of all nine
         colours only where the task is *colour*. Where the language model is a checkpoint, with that one's."""
-        rng = np.random.default_rng(0)
-        colours = gaze.usual_colours(plan.task)
-        clips = [gaze.render(rng, "train", task=task, frames=plan.frames, colours=colours) for task in gaze.TASKS for _ in range(100)]
-        words = (render_chat([{"question": _question(plan, clip), "answer": _answer(clip)}]) for clip in clips)
-        tokenizer = load_tokenizer(plan.llm_checkpoint) if plan.llm_checkpoint else train_tokenizer(words, VOCABULARY)
+        tokenizer = load_tokenizer(plan.llm_checkpoint) if plan.llm_checkpoint else train_tokenizer(_words(plan), VOCABULARY)
         chat = chat_format(tokenizer)
         if plan.wording == "words":
             chat = ChatFormat([], chat.user_open[:1], chat.user_close[:1], chat.assistant_open[:1], chat.assistant_close[:1])
@@ -221,10 +217,10 @@ class Asker:
         look: dict[str, Any] = {"frames": plan.frames, "scale": gaze.largest_scale(px), "noise": plan.noise, "copies": plan.copies}
         return [gaze.enlarged(gaze.render(rng, "train", task=plan.task, clutter=clutter, **look), px) for _ in range(count)]
 
-    def batches(self, rng: np.random.Generator, clutter: float, *, samples: int) -> list[PackedBatch]:
-        """New clips and their questions: a batch with the question before the video, one with it after."""
+    def batches(self, rng: np.random.Generator, clutter: float, *, samples: int) -> tuple[float, list[PackedBatch]]:
+        """New clips and their questions: their clutter; a batch with the question before the video, one with it after."""
         tokens = self.plan.model_settings.tokens_per_frame
-        return [
+        return clutter, [
             pack(
                 [self.sample(clip, question_first=first) for clip in self.clips(rng, samples, clutter)], self.chat, tokens_per_frame=tokens
             )
@@ -249,6 +245,9 @@ def encoder_of(
 
 def train(plan: Plan, say: Callable[[str], None] = lambda _: None, start: Mapping[str, Tensor] | None = None) -> Trained:
     """Train to the end of the plan, or of its time; from the weights `start`, which another task may have made, where they are given."""
+    if plan.init_std is not None and plan.llm_checkpoint:
+        fix = "leave one of the two out"
+        raise UserError("a checkpoint's weights are not drawn, so they have no standard deviation to choose", where="init_std", fix=fix)
     asker, device = Asker.of(plan), torch.device(plan.device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # as the trainer does for bf16
@@ -271,7 +270,7 @@ def train(plan: Plan, say: Callable[[str], None] = lambda _: None, start: Mappin
     rates = OptimizerSettings(
         lr_connector=plan.learning_rate,
         lr_vision=plan.vision_learning_rate,
-        lr_llm=plan.llm_learning_rate or plan.learning_rate,
+        lr_llm=plan.learning_rate if plan.llm_learning_rate is None else plan.llm_learning_rate,
         warmup_steps=plan.warmup_steps,
     )
     optimizer = build_optimizer(model, rates)
@@ -282,12 +281,14 @@ def train(plan: Plan, say: Callable[[str], None] = lambda _: None, start: Mappin
 
     def wanted() -> Iterator[float]:
         """The clutter, at the moment when clips are drawn."""
-        while done < plan.steps and time.process_time() - started < plan.max_cpu_s:
+        for _ in range(plan.steps):
+            if time.process_time() - started > plan.max_cpu_s:
+                return
             yield clutter
 
     model.train()
     rng = np.random.default_rng([plan.seed, 1])
-    for batches in islice(drawn(partial(asker.batches, samples=half), wanted(), rng, plan.workers), plan.steps):
+    for shown, batches in drawn(partial(asker.batches, samples=half), wanted(), rng, plan.workers):
         labels, nats = sum(batch.n_labels for batch in batches), []
         for batch in batches:
             with subject.autocast():
@@ -307,7 +308,7 @@ def train(plan: Plan, say: Callable[[str], None] = lambda _: None, start: Mappin
             clutter = min(1.0, clutter + plan.clutter_step)
             full_at = done if full_at is None and clutter == 1.0 else full_at
         if done % SAID_EVERY == 0:
-            curve.append({"step": done, "clutter": round(clutter, 3), "first": round(first, 4), "after": round(after, 4)})
+            curve.append({"step": done, "clutter": round(shown, 3), "first": round(first, 4), "after": round(after, 4)})
             heard = f"nats per digit {first:.2f}, with the question after {after:.2f}"
             say(f"step {done}: clutter {clutter:.2f}; {heard}; {time.monotonic() - clock:.0f} s")
     cpu_s, seconds = time.process_time() - started, time.monotonic() - clock
@@ -320,7 +321,7 @@ def step_flops(plan: Plan) -> float:
     asker = Asker.of(plan)
     model = build_model(plan.model_settings, vocab_size=len(asker.tokenizer))
     cost = Cost(model, plan.loss)
-    return sum(map(cost.batch, asker.batches(np.random.default_rng(0), 1.0, samples=1))) * plan.batch_samples / 2
+    return sum(map(cost.batch, asker.batches(np.random.default_rng(0), 1.0, samples=1)[1])) * plan.batch_samples / 2
 
 
 @torch.no_grad()
@@ -339,6 +340,13 @@ def entropy_at_start(subject: Subject, asker: Asker, *, clips: int = 64) -> dict
         attention = np.concatenate(subject.gaze(samples, mode)).reshape(clips * plan.frames, -1)
         shares[name] = round(float(-(attention * np.log(attention + 1e-12)).sum(1).mean() / np.log(attention.shape[1])), 3)
     return shares
+
+
+def _words(plan: Plan) -> Iterator[str]:
+    """Questions of all tasks with their answers, as chats."""
+    rng, colours = np.random.default_rng(0), gaze.usual_colours(plan.task)
+    clips = (gaze.render(rng, "train", task=task, frames=plan.frames, colours=colours) for task in gaze.TASKS for _ in range(100))
+    return (render_chat([{"question": _question(plan, clip), "answer": _answer(clip)}]) for clip in clips)
 
 
 def _question(plan: Plan, clip: gaze.GazeClip) -> str:

@@ -138,8 +138,8 @@ def _run(stack: Stack, config: PipelineConfig, volume: Path, console: Console, p
             if stack.fresh:
                 asyncio.run(register.crash_stale_runs(volume))
             types = asyncio.run(register.make_pools(config, volume))
-            # the one that takes the run now; of a pipeline the others when it has begun: each imports for seconds, and two at once delay
-            # each other
+            # first the worker that takes the run. A pipeline's others start when it has begun: each imports for seconds, and two at once
+            # delay each other
             first = pools[PHASES[phase].pool if phase else register.PIPELINE].name
             stack.start_workers(types if config.machine.rental else {first: types[first]})
             later = {} if phase else types

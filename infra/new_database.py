@@ -15,16 +15,18 @@ from filelock import FileLock
 
 
 def _installed() -> int:
-    """A number for this release of Prefect and the installed packages that bring types of blocks; it fits SQLite's `user_version`."""
+    """A number for this release of Prefect, the installed packages that bring types of blocks, and what is done here with them; it fits
+    SQLite's `user_version`."""
     found = entry_points(group="prefect.collections")
     names = [f"{one.value} {one.dist.version if one.dist else ''}" for one in found]
-    return crc32(" ".join([prefect.__version__, *sorted(names)]).encode()) >> 1
+    return crc32(" ".join([prefect.__version__, *sorted(names), Path(__file__).read_text()]).encode()) >> 1
 
 
 INSTALLED = _installed()
 MODEL = Path(prefect.__file__).parent / "__pycache__" / f"database-{INSTALLED}.db"
-"""What came of the migrations and the types of blocks, and nothing else: no server has run on it. It is where Python keeps what it makes of
-Prefect's source."""
+"""A database with Prefect's tables and types of blocks, and nothing else: no server has run on it. It is where Python keeps what it makes
+of Prefect's source."""
+INCOMPLETE = "select slug from block_type where id not in (select block_type_id from block_schema)"
 WAIT_S = 60.0
 """For another process that makes it."""
 
@@ -42,7 +44,8 @@ def begin(database: Path, model: Path = MODEL) -> None:
                 if not model.exists():
                     asyncio.run(_made())
                     with closing(sqlite3.connect(database)) as made:
-                        made.execute(f"PRAGMA user_version = {INSTALLED}")
+                        if made.execute(INCOMPLETE).fetchone() is None:  # Prefect logs what it cannot register, and goes on
+                            made.execute(f"PRAGMA user_version = {INSTALLED}")
                     _copy(database, model)
                     return
         _copy(model, database)

@@ -32,11 +32,15 @@ def check_once(validator: Any, known: Path) -> None:
         valid.update(known.read_text().split())
 
     def check_schema(schema: Any, *more: Any, **options: Any) -> None:
-        content = hashlib.sha256(json.dumps([validator.META_SCHEMA, schema], default=repr).encode()).hexdigest()
+        try:
+            content = hashlib.sha256(json.dumps([validator.META_SCHEMA, schema]).encode()).hexdigest()
+        except (TypeError, ValueError):  # it is no JSON, and would look different every time
+            return check(schema, *more, **options)
         if content not in valid:
             check(schema, *more, **options)
             valid.add(content)
             with suppress(OSError), known.open("a") as lines:
                 lines.write(f"{content}\n")
+        return None
 
     validator.check_schema = staticmethod(check_schema)

@@ -64,7 +64,7 @@ def _recorded(job: DownloadJob) -> tuple[Record, Path]:
     return record(job.source, job.output), record_folder(job.source, job.output)
 
 
-@lru_cache  # of a process: an environment that works is not looked at before every download
+@lru_cache  # one look per process is enough; a failure is not remembered
 def _check_environment(python: Path) -> None:
     fix = "run ./infra/video2dataset_env.sh"
     try:

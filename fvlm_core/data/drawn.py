@@ -15,8 +15,8 @@ U = TypeVar("U")
 def drawn(make: Callable[[np.random.Generator, T], U], wanted: Iterable[T], rng: np.random.Generator, workers: int) -> Iterator[U]:
     """`make(rng, one)` for each of `wanted`.
 
-    Without `workers` one after the other, each when it is asked for. So many processes draw ahead, each sample from a generator of its
-    own, so that the samples do not depend on how many there are; then each of `wanted` is taken two rounds of the processes early.
+    Without `workers` one after the other, each when it is asked for. With them, as many processes draw ahead, each sample from a generator
+    of its own: equal `wanted` give equal samples however many there are, but each of `wanted` is taken `workers` samples early.
     """
     if not workers:
         yield from (make(rng, one) for one in wanted)
@@ -28,6 +28,7 @@ def drawn(make: Callable[[np.random.Generator, T], U], wanted: Iterable[T], rng:
         batch_size=None,
         collate_fn=_unchanged,
         num_workers=workers,
+        prefetch_factor=1,  # what waits is in shared memory
         multiprocessing_context=loader_processes(),
     )
 

@@ -77,11 +77,11 @@ def pretrained(
     return encoder, _taught(encoder, settings, each_step, workers)
 
 
-def still_known(encoder: Encoder, settings: VisionTrainingSettings) -> dict[str, float]:
+def still_known(encoder: Encoder, settings: VisionTrainingSettings, workers: int = 0) -> dict[str, float]:
     """What new linear heads read off an encoder that stays as it is, as `pretrained` tells it: what a training after its own has left."""
     torch.manual_seed(settings.seed)
     probe = {"steps": PROBE_STEPS, "optimizer": OptimizerSettings(lr_vision=PROBE_RATE, warmup_steps=10)}
-    return _taught(deepcopy(encoder).requires_grad_(False), settings.model_copy(update=probe))
+    return _taught(deepcopy(encoder).requires_grad_(False), settings.model_copy(update=probe), workers=workers)
 
 
 def _taught(

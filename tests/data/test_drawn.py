@@ -37,4 +37,4 @@ def test_what_is_wanted_may_have_no_end_and_is_asked_for_a_little_early() -> Non
         asked.clear()
         taken = [number for number, _ in islice(drawn(draw, wanted(), np.random.default_rng(0), workers), 3)]
         assert taken == [0, 1, 2]
-        assert len(asked) <= 3 + 2 * workers
+        assert len(asked) <= 3 + workers

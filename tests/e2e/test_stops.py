@@ -86,7 +86,7 @@ def _part_is_killed(volume: Volume, command: Command, part: str, name: str) -> N
     assert "Run the same command again" in result.output
 
 
-STOPS = ((ctrl_c, "train"), (cancelled_in_the_ui, None), (worker_is_killed, "train"), (server_is_killed, "train"))
+STOPS = ((ctrl_c, None), (cancelled_in_the_ui, None), (worker_is_killed, "train"), (server_is_killed, "train"))
 """With the phase that the command runs, or None for the pipeline."""
 
 

@@ -110,7 +110,8 @@ class Volume:
         """`fvlm speedrun`, or `fvlm run PHASE`, in a process of its own."""
         profile, log = self.path.with_suffix(".yaml"), self.path.with_suffix(".log")
         profile.write_text(yaml.safe_dump(self.values))
-        environment, command = without(os.environ) | QUIETER, ["run", phase] if phase else ["speedrun"]
+        command = ["run", phase] if phase else ["speedrun"]
+        environment = without(os.environ) | QUIETER
         with log.open("wb") as stream:
             process = subprocess.Popen(
                 [FVLM, *command, "--profile", profile, "--volume", self.path, "--port", str(_unused_port()), *options],
