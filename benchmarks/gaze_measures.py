@@ -5,7 +5,6 @@ Every condition answers the same questions, one a clip, so conditions are compar
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -80,9 +79,8 @@ class Asked:
 
     def _clip(self, number: int, clutter: float) -> gaze.GazeClip:
         rng, plan = np.random.default_rng([SEED, number]), self.plan
-        px = plan.vision.frame_px
-        look: dict[str, Any] = {"frames": plan.frames, "scale": gaze.largest_scale(px), "noise": plan.noise}
-        return gaze.enlarged(gaze.render(rng, "val", task=plan.task, clutter=clutter, **look), px)
+        options = {"task": plan.task, "frames": plan.frames, "clutter": clutter, "noise": plan.noise}
+        return gaze.render_to_fit(rng, "val", plan.vision.frame_px, **options)
 
     @property
     def constant(self) -> float:

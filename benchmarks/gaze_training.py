@@ -214,8 +214,8 @@ class Asker:
     def clips(self, rng: np.random.Generator, count: int, clutter: float) -> list[gaze.GazeClip]:
         """New clips of training digits."""
         plan, px = self.plan, self.plan.vision.frame_px
-        look: dict[str, Any] = {"frames": plan.frames, "scale": gaze.largest_scale(px), "noise": plan.noise, "copies": plan.copies}
-        return [gaze.enlarged(gaze.render(rng, "train", task=plan.task, clutter=clutter, **look), px) for _ in range(count)]
+        look: dict[str, Any] = {"frames": plan.frames, "noise": plan.noise, "copies": plan.copies}
+        return [gaze.render_to_fit(rng, "train", px, task=plan.task, clutter=clutter, **look) for _ in range(count)]
 
     def batches(self, rng: np.random.Generator, clutter: float, *, samples: int) -> tuple[float, list[PackedBatch]]:
         """New clips and their questions: their clutter; a batch with the question before the video, one with it after."""

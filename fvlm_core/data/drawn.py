@@ -1,12 +1,12 @@
 """Samples of a generator that has no end, drawn where they are used or, ahead, in other processes."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from fvlm_core.data.loader import loader_processes
+from fvlm_core.data.loader import as_it_is, loader_processes
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -26,7 +26,7 @@ def drawn(make: Callable[[np.random.Generator, T], U], wanted: Iterable[T], rng:
         numbered,
         sampler=enumerate(wanted),
         batch_size=None,
-        collate_fn=_unchanged,
+        collate_fn=as_it_is,
         num_workers=workers,
         prefetch_factor=1,  # what waits is in shared memory
         multiprocessing_context=loader_processes(),
@@ -42,7 +42,3 @@ class _Numbered(Dataset[U], Generic[T, U]):
     def __getitem__(self, index: tuple[int, T]) -> U:
         number, one = index
         return self.make(np.random.default_rng([self.seed, number]), one)
-
-
-def _unchanged(one: Any) -> Any:
-    return one

@@ -17,7 +17,7 @@ Everything is a pure function of the generator passed in. Digits of the two spli
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import NormalDist
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -152,13 +152,14 @@ def render(
     return GazeClip(np.maximum(pixels, background), digits, of_digits, path, task)
 
 
-def largest_scale(frame_px: int, grid: int = GRID) -> int:
-    """The largest scale at which a grid fits into frames of a side."""
-    return max(1, frame_px // (grid * CELL_PX))
+def largest_scale(frame_px: int) -> int:
+    """The largest scale at which the usual grid fits into frames of a side."""
+    return max(1, frame_px // FRAME_PX)
 
 
-def enlarged(clip: GazeClip, frame_px: int) -> GazeClip:
-    """The clip with frames of `frame_px`, by bilinear interpolation, so that the grid fills them whatever their side."""
+def render_to_fit(rng: np.random.Generator, split: Split, frame_px: int, **options: Any) -> GazeClip:
+    """`render` with these options and frames of any side: drawn at the largest scale that fits, then enlarged (bilinear)."""
+    clip = render(rng, split, scale=largest_scale(frame_px), **options)
     if clip.frames.shape[1] == frame_px:
         return clip
     size = frame_px, frame_px

@@ -276,7 +276,7 @@ def _reads(items: Dataset[Read], wanted: Iterable[Any], *, workers: int, depth: 
         prefetch_factor=depth // workers,
         multiprocessing_context=loader_processes(),
         pin_memory=pinned,
-        collate_fn=_as_it_is,
+        collate_fn=as_it_is,
     )
 
 
@@ -287,5 +287,5 @@ def loader_processes() -> BaseContext:
     return context
 
 
-def _as_it_is(item: Item) -> Item:
+def as_it_is(item: Item) -> Item:
     return item

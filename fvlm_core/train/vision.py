@@ -108,9 +108,8 @@ def _taught(
 def _frames(rng: np.random.Generator, frames: int, *, split: Split, settings: VisionTrainingSettings, frame_px: int) -> gaze.GazeClip:
     """Frames with something in every cell."""
     copies = settings.copies if split == "train" else 0
-    task, scale = "hunt" if settings.crosses else "cell", gaze.largest_scale(frame_px)
-    clip = gaze.render(rng, split, task=task, frames=frames, scale=scale, copies=copies, colours=settings.colours)
-    return gaze.enlarged(clip, frame_px)
+    task = "hunt" if settings.crosses else "cell"
+    return gaze.render_to_fit(rng, split, frame_px, task=task, frames=frames, copies=copies, colours=settings.colours)
 
 
 class _Questions(nn.Module):

@@ -246,7 +246,7 @@ def test_digits_stay_readable_through_h264_and_scaling():
 def test_the_grid_fills_frames_of_any_side(side):
     """Every cell's share of the frame is as bright as before, whatever the side."""
     small = gaze.render(np.random.default_rng(0), "val", frames=1, scale=gaze.largest_scale(side), noise=0)
-    clip = gaze.enlarged(small, side)
+    clip = gaze.render_to_fit(np.random.default_rng(0), "val", side, frames=1, noise=0)
     assert clip.frames.shape == (1, side, side, 3)
     edges = [(side * number // 3, side * (number + 1) // 3) for number in range(3)]
     means = np.array([[clip.frames[0, a:b, c:d].mean() for c, d in edges] for a, b in edges])

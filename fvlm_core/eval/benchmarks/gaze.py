@@ -57,10 +57,10 @@ def clip_of(number: int, *, scale: int = 1) -> "GazeClip":
 
 
 def _frames(number: int, side: int) -> np.ndarray:
-    """The clip's frames, uint8 [T, side, side, 3]: drawn at the largest scale that fits, then enlarged."""
+    """The frames of `clip_of` at another side: uint8 [T, side, side, 3]."""
     from fvlm_core.data import gaze
 
-    return gaze.enlarged(clip_of(number, scale=gaze.largest_scale(side)), side).frames
+    return gaze.render_to_fit(np.random.default_rng([SEED, number]), "val", side, frames=FRAMES).frames
 
 
 BENCHMARK = Benchmark(name="gaze", title="Gaze", generate=items, needs_folder=False, split="generated", scorer="mean")
