@@ -1,14 +1,15 @@
 """Everything that waits for a GPU, in one command of at most eight minutes: `python -m benchmarks.gpu_checks --output FOLDER`.
 
 1. `tests/train/test_cuda.py`.
-2. The micro-batch of `benchmarks.roofline` on the card, eager, compiled and autotuned: milliseconds, MFU, memory and kernels, and the time
-   beside that of the model of the card.
+2. The step of `benchmarks.roofline` on the card, eager, compiled and autotuned, in four, two and one micro-batches: milliseconds, MFU,
+   memory and kernels, and the time beside that of the model of the card. Larger micro-batches are fewer launches for the host.
 3. Thousands of steps of the trainer itself on shards of videos, read by the loader's processes: recompilations after the warm-up, stalls,
    the share of the time waiting for data, and how often a step waits for the device.
 
 The most important comes first; what the time no longer allows is left out, and the table says so. Every line is also written to
-`checks.jsonl`. `--device cpu --tiny` runs the same code on a CPU with a model of a few thousand parameters. The batches that fill a card,
-with the real loader at all three sizes, are `benchmarks.gpu_train_step`, which takes longer.
+`checks.jsonl`, and the kernels of a step, with how often each ran and how long, to `kernels.jsonl`. `--device cpu --tiny` runs the same
+code on a CPU with a model of a few thousand parameters. The batches that fill a card, with the real loader at all three sizes, are
+`benchmarks.gpu_train_step`, which takes longer.
 """
 
 import gc
@@ -19,7 +20,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -35,11 +37,13 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.gpu_train_step import GOAL_MFU, GOAL_WAIT, NO_GPU, speed_job, write_videos
 from benchmarks.kernels import Kind
 from benchmarks.report import arguments
-from benchmarks.roofline import GROUPS, MICRO_BATCHES, videos
+from benchmarks.roofline import FRAMES, GROUPS, MICRO_BATCHES, videos
 from benchmarks.shapes import FRAME_PX, SMOLLM2, VOCABULARY, model_settings
 from benchmarks.train_step import LOSS
 from fvlm_core.config import COMPILED_PARTS, ModelSettings, OptimizerSettings, Recipe
+from fvlm_core.data.batch import PackedBatch
 from fvlm_core.model.build import build_model
+from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.train.cost import Cost
 from fvlm_core.train.distributed import World
 from fvlm_core.train.folder import input_digests
@@ -52,7 +56,7 @@ BUDGET_S = 460.0
 EXPECTED_S: dict[Kind, float] = {"eager": 15.0, "compiled": 75.0, "autotuned": 150.0}
 """With compilation; what has less time left is left out."""
 STEPS = 5
-"""Measured of a micro-batch's kind, after as many for warming up."""
+"""Measured, after as many for warming up."""
 LONG_STEPS, LONG_WARM_UP = 2000, 50
 LONG_SAMPLES = 4
 """Of each of the many steps: small, so that 2,000 of them fit into the time; what makes a step compile again or wait is the same."""
@@ -99,7 +103,8 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     table = Table("check", "value", "unit", "goal", "met")
     with (options.output / "checks.jsonl").open("w") as lines:
-        for check in checks(sizes, device, budget_s=options.budget_s, long_steps=options.long_steps):
+        found = checks(sizes, device, options.output / "kernels.jsonl", budget_s=options.budget_s, long_steps=options.long_steps)
+        for check in found:
             print(json.dumps(asdict(check)), file=lines, flush=True)
             met = "" if check.met is None else "yes" if check.met else "NO"
             table.add_row(check.what, "" if check.value is None else f"{check.value:,.4g}", check.unit, check.goal, met)
@@ -107,8 +112,8 @@ def main() -> None:
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
-def checks(sizes: dict[str, ModelSettings], device: torch.device, *, budget_s: float, long_steps: int) -> Iterator[Check]:
-    """All of them, the most important first, within `budget_s`."""
+def checks(sizes: dict[str, ModelSettings], device: torch.device, kernels: Path, *, budget_s: float, long_steps: int) -> Iterator[Check]:
+    """All of them, the most important first, within `budget_s`; the kernels of steps are written to the file `kernels`."""
     ends = time.monotonic() + budget_s
     card = next((name for name in PEAK_TFLOPS if device.type == "cuda" and name in torch.cuda.get_device_name(device)), None)
     with ThreadPoolExecutor(1) as aside, tempfile.TemporaryDirectory() as folder:
@@ -121,52 +126,90 @@ def checks(sizes: dict[str, ModelSettings], device: torch.device, *, budget_s: f
             if kind == kinds[-1]:
                 yield from _within(ends, "compiled", f"{long_steps} steps", lambda: long_run(smallest, device, Path(folder), long_steps))
             for size, settings in sizes.items():
-                one = partial(micro_batch, size, settings, kind, device, modelled.result)
+                one = partial(steps_of, size, settings, kind, device, modelled.result, kernels)
                 yield from _within(ends, kind, size, one)
 
 
-def micro_batch(
-    size: str, settings: ModelSettings, kind: Kind, device: torch.device, modelled: Callable[[], dict[tuple[str, str], float]]
+def steps_of(
+    size: str,
+    settings: ModelSettings,
+    kind: Kind,
+    device: torch.device,
+    modelled: Callable[[], dict[tuple[str, str], float]],
+    kernels: Path,
 ) -> Iterator[Check]:
-    """A step of the roofline's micro-batches on the device."""
-    name = f"{size} {kind}"
-    groups, micro_batches = (GROUPS, MICRO_BATCHES) if device.type == "cuda" else (1, 1)
-    batch = videos(groups, frame_px=settings.vision.frame_px)
-    model, optimizer, flops = _model(settings, kind, device, batch)
-    on_device = batch.to(device)
+    """The roofline's step on the device, in ever larger micro-batches for as long as they fit."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    torch.compiler.reset()
+    model = build_model(settings, vocab_size=VOCABULARY).to(device).train()
+    compile_parts(model, () if kind == "eager" else COMPILED_PARTS, autotune=kind == "autotuned")
+    optimizer = build_optimizer(model, OptimizerSettings())
+    most = GROUPS * MICRO_BATCHES if device.type == "cuda" else 2
+    for micro_batches in (MICRO_BATCHES, MICRO_BATCHES // 2, 1) if device.type == "cuda" else (2, 1):
+        groups = most // micro_batches
+        name = f"{size} {kind}, {micro_batches} micro-batches"
+        try:
+            yield from _steps(name, model, optimizer, (size, kind), groups, micro_batches, modelled, kernels)
+        except torch.OutOfMemoryError:
+            yield Check(f"{name} of {groups * sum(FRAMES)} frames", None, "out of memory")
+            return
 
-    def step() -> None:
+
+def _steps(
+    name: str,
+    model: FoveatedVLM,
+    optimizer: torch.optim.AdamW,
+    modelled_as: tuple[str, Kind],
+    groups: int,
+    micro_batches: int,
+    modelled: Callable[[], dict[tuple[str, str], float]],
+    kernels: Path,
+) -> Iterator[Check]:
+    device = next(model.parameters()).device
+    batch = videos(groups, frame_px=model.settings.vision.frame_px)
+    flops = Cost(model, LOSS).batch(batch) * micro_batches
+
+    def step(on_device: PackedBatch, labels: int) -> None:
         with model.casts.step(adds=True):
             for _ in range(micro_batches):
                 with torch.autocast(device.type, torch.bfloat16):
                     objective = model(on_device, LOSS).objective
-                (objective / (batch.n_labels * micro_batches)).backward()
+                (objective / (labels * micro_batches)).backward()
         norm = torch.stack(list(gradient_norms(optimizer).values())).norm()
         clip_gradients(optimizer, 1.0, norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    smaller = videos(max(1, groups - 1), frame_px=model.settings.vision.frame_px)
+    step(smaller.to(device), smaller.n_labels)  # of another shape first: what is measured is compiled for any
+    one = partial(step, batch.to(device), batch.n_labels)
     for _ in range(STEPS):
-        step()
+        one()
     _finish(device)
     reset_peak_memory(device)
     seconds = []
     for _ in range(STEPS):
         started = time.perf_counter()
-        step()
+        one()
         _finish(device)
         seconds.append(time.perf_counter() - started)
-    took = statistics.median(seconds)
-    yield Check(f"{name} micro-batch", float(len(batch.frames)), "frames")
+    took, (size, kind) = statistics.median(seconds), modelled_as
+    yield Check(f"{name} of", float(len(batch.frames)), "frames")
     yield Check(f"{name} step", took * 1e3, "ms")
     if peak := peak_flops(device):
-        mfu, goal = flops * micro_batches / took / peak, GOAL_MFU.get(size)
+        mfu, goal = flops / took / peak, GOAL_MFU.get(size)
         yield Check(f"{name} MFU", mfu, "of the peak", f">= {goal}" if goal else "", mfu >= goal if goal else None)
     yield Check(f"{name} peak memory", peak_memory_gb(device), "GB")
     with profile(activities=[ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]) as seen:
-        step()
+        one()
         _finish(device)
-    yield Check(f"{name} kernels", float(sum(e.count for e in seen.key_averages() if e.device_type.name == device.type.upper())), "a step")
+    ran = [event for event in seen.key_averages() if event.device_type.name == device.type.upper()]
+    _write_kernels(kernels, name, ran)
+    yield Check(f"{name} kernels", float(sum(event.count for event in ran)), "a step")
+    if device.type == "cuda":
+        yield Check(f"{name} kernels' time", sum(event.self_device_time_total for event in ran) / 1e3, "ms a step")
     if expected := modelled().get((size, kind)):
         yield Check(f"{name} step over the roofline's", took * 1e3 / expected, "1 is the model's bound")
 
@@ -195,13 +238,16 @@ def long_run(settings: ModelSettings, device: torch.device, folder: Path, steps:
     yield Check(f"{len(seconds)} steps speed", clock.samples / clock.seconds, "samples/s")
     yield Check(f"{len(seconds)} steps waiting for data", wait, "of the time", f"<= {GOAL_WAIT}", wait <= GOAL_WAIT)
     if device.type == "cuda":
-        waits = host_waits(trainer.step, WATCHED_STEPS)
+        places = host_waits(trainer.step)
+        for place, count in places.most_common():
+            yield Check(f"waits for the device: {place}", count / WATCHED_STEPS, "a step")
+        waits = places.total() / WATCHED_STEPS
         yield Check("waits for the device", waits, "a step", f"<= {GOAL_WAITS}", waits <= GOAL_WAITS)
     trainer.spread.end()
 
 
-def host_waits(step: Callable[[], object], steps: int) -> float:
-    """How often a step makes the host wait for a CUDA device, as torch counts it."""
+def host_waits(step: Callable[[], object], steps: int = WATCHED_STEPS) -> Counter[str]:
+    """Where in so many steps the host waits for a CUDA device, as torch sees it: file and line, and how often."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as seen:
@@ -210,17 +256,16 @@ def host_waits(step: Callable[[], object], steps: int) -> float:
                 step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing CUDA operation" in str(warning.message) for warning in seen) / steps
+    waits = (one for one in seen if "synchronizing CUDA operation" in str(one.message))
+    return Counter(f"{'/'.join(Path(one.filename).parts[-3:])}:{one.lineno}" for one in waits)
 
 
-def _model(settings: ModelSettings, kind: Kind, device: torch.device, batch: Any) -> tuple[Any, torch.optim.AdamW, float]:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    torch.compiler.reset()
-    model = build_model(settings, vocab_size=VOCABULARY).to(device).train()
-    compile_parts(model, () if kind == "eager" else COMPILED_PARTS, autotune=kind == "autotuned")
-    return model, build_optimizer(model, OptimizerSettings()), Cost(model, LOSS).batch(batch)
+def _write_kernels(file: Path, name: str, kernels: Sequence[Any]) -> None:
+    """Append a line for each kernel of a step, those that took longest first."""
+    with file.open("a") as lines:
+        for event in sorted(kernels, key=lambda event: -event.self_device_time_total):
+            said = {"step": name, "kernel": event.key, "count": event.count, "ms": event.self_device_time_total / 1e3}
+            print(json.dumps(said), file=lines)
 
 
 def _trainer(settings: ModelSettings, device: torch.device, folder: Path, steps: int) -> Trainer:
@@ -256,7 +301,7 @@ def _modelled(sizes: list[str], card: str | None) -> dict[tuple[str, str], float
 
 
 def _tests() -> Check:
-    command = [sys.executable, "-m", "pytest", "tests/train/test_cuda.py", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "tests/train/test_cuda.py", "-q", "-p", "no:cacheprovider", "-n", "4"]
     done = subprocess.run(command, capture_output=True, text=True)
     print(done.stdout[-3000:], file=sys.stderr)
     return Check("tests/train/test_cuda.py", float(done.returncode), "exit status", "0", done.returncode == 0)

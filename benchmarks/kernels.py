@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Literal
 
 Kind = Literal["eager", "compiled", "autotuned"]
-_ATTENTION = ("_varlen_attn", "scaled_dot_product", "_flash_attention")
+_ATTENTION = ("_flash_attention", "scaled_dot_product")
 _ANCHORS = ("mm", "convolution", "embedding", "index", "sort", "scatter", "gather", *_ATTENTION)
 """Parts of names of the operations that are kernels of their own also when compiled."""
 _EPILOGUES = ("gelu", "silu")

@@ -155,7 +155,7 @@ class Recorder(TorchDispatchMode):
 
     def _flops(self, func: Any, args: Any, kwargs: Any, out: Any) -> float:
         name = str(func)
-        if "_varlen_attn" in name:
+        if "aten._flash_attention" in name:
             backward = "backward" in name
             query = args[1] if backward else args[0]
             return (2.5 if backward else 1.0) * self.layout_flops(query)

@@ -1,8 +1,8 @@
 """Causal attention over packed sequences, with or without a KV cache.
 
-The samples of a batch stand one after another in a single sequence; each attends only to itself. On CUDA this is torch's
-`varlen_attn` (bf16, Ampere or newer), with a cache too; on CPU, which has no such kernel, SDPA runs per sample (or once, where all
-are equally long). The `PackedCache` keeps every sample's keys and values in one buffer with room to grow, so that appending copies
+The samples of a batch stand one after another in a single sequence; each attends only to itself. On CUDA this is flash attention
+(bf16, Ampere or newer), with a cache too; on CPU, which has no such kernel, SDPA runs per sample (or once, where all are equally long).
+The `PackedCache` keeps every sample's keys and values in one buffer with room to grow, so that appending copies
 nothing that is already there.
 """
 
@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 
 class PackedCache:
@@ -158,10 +157,31 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, segm
         starts, longest, known = segments
         of_keys, longest_key, stored = (starts, longest, None) if known is None else (known.starts, known.longest, known.lengths)
         lengths = starts, of_keys, longest, longest_key
-        return varlen_attn(  # ty: ignore[invalid-explicit-return] -- one tensor, where no `return_aux` asks for more
-            query, key, value, *lengths, scale=scale, window_size=(-1, 0), enable_gqa=True, seqused_k=stored
-        )
+        return flash_attention(query, key, value, *lengths, scale=scale, stored=stored)
     return _attend_each(query, key, value, layout.lengths, scale)
+
+
+def flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    of_keys: Tensor,
+    longest: int,
+    longest_key: int,
+    *,
+    scale: float,
+    stored: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of packed samples [S, H, D] to keys and values [T, Hkv, D], which begin at `starts` and `of_keys` int32 [N + 1].
+
+    `stored` int32 [N]: how many of its keys a sample has; all by default. Each sample's last query sees its last key.
+
+    It is what torch's `varlen_attn` calls, without the operator in Python around it: an H200's host took 0.16 ms to call that, and 0.23 ms
+    backward, in place of 0.02 and 0.12, where the kernels for SmolLM2-135M take 0.03 and 0.10.
+    """
+    lengths = starts, of_keys, longest, longest_key
+    return torch.ops.aten._flash_attention_forward(query, key, value, *lengths, 0.0, True, False, scale=scale, seqused_k=stored)[0]
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -174,7 +194,7 @@ def _int32(values: Sequence[int], device: torch.device) -> Tensor:
 
 
 def has_packed_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether `varlen_attn`, which is flash attention, runs there on heads of that width."""
+    """Whether flash attention runs there on heads of that width."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_dim % 8:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)

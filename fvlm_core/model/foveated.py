@@ -244,7 +244,8 @@ class FoveatedVLM(nn.Module):
     def logits_losses(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
         """Cross-entropy [n labelled] fp32 of a batch's hidden states [S, D] at their labelled positions, in order."""
         kept = send(torch.from_numpy(batch.labelled), hidden.device)
-        return F.linear_cross_entropy(hidden[kept].float(), self.llm.lm_head.weight.float(), batch.labels[kept], reduction="none")
+        logits = F.linear(hidden[kept].float(), self.llm.lm_head.weight.float())
+        return F.cross_entropy(logits, batch.labels[kept], reduction="none")
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute activations layer by layer in the backward pass."""
@@ -328,11 +329,11 @@ class FoveatedVLM(nn.Module):
 
 
 class CrossEntropy(nn.Module):
-    """`F.linear_cross_entropy` as a module, so that it can be compiled: logits are then read twice instead of eleven times."""
+    """Output layer and loss as a module, so that they are compiled together: logits are then read twice instead of eleven times."""
 
     def forward(self, states: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
         """Of states [n, D] and output weights [vocabulary, D], against targets int64 [n]; reduced to a sum, or [n]."""
-        return F.linear_cross_entropy(states, weight, targets, reduction=reduction)
+        return F.cross_entropy(F.linear(states, weight), targets, reduction=reduction)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,11 @@ from fvlm_core.train.jobs import MODEL_FOLDER
 
 RECOMPILE_LIMIT = 64
 """Beyond it a part runs uncompiled; torch's own 8 is just about what the model's variants need."""
+OPTIONS = {"realize_opcount_threshold": 18}
+"""Options of the compiler: what two kernels read and takes more than so many operations (its own limit is 30) is written once, and not
+computed by both. GELU's gradient was computed for the product and once more for the bias, from two tensors as large as itself."""
 AUTOTUNE = {"max_autotune_gemm": True}
-"""Options of the compiler that `run.autotune` sets."""
+"""Further options that `run.autotune` sets."""
 
 
 def prepare(run: RunSettings, rank: int, device: torch.device) -> None:
@@ -77,10 +80,12 @@ def initial_model(recipe: Recipe, shards: ShardSet) -> FoveatedVLM:
 def compile_parts(model: FoveatedVLM, parts: Collection[CompiledPart], *, autotune: bool = False) -> None:
     """`torch.compile` the encoder's embedding and layers, the queries' way through them, the language model's layers and the loss.
 
-    Each is one graph. Shapes are dynamic, because every batch has another number of frames and tokens. `autotune`: where a matrix product
+    Each is one graph, compiled twice: for the first batch's shapes, and when another comes, with the numbers of frames and tokens as
+    variables. From the start, widths and grids would be variables too (`dynamic=True`): the indices of every element are then computed
+    by divisions, and the gradient of keys and values took 2.8 ms on an H200 where its bytes need 0.2. `autotune`: where a matrix product
     written by the compiler is measured to be faster than the library's, it is taken, with the elementwise operations that follow.
     """
-    options: dict[str, Any] = {"dynamic": True} | ({"options": AUTOTUNE} if autotune else {})
+    options: dict[str, Any] = {"options": OPTIONS | (AUTOTUNE if autotune else {})}
     if parts:
         # modules of a class share one cache, and each sees several dtypes, numbers of queries, training and validation
         torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT  # ty: ignore[invalid-assignment] -- its default is not its type

@@ -20,29 +20,28 @@ def mixed_batch() -> PackedBatch:
 
 @pytest.fixture
 def kernel(monkeypatch):
-    """`varlen_attn` by SDPA, where its conditions hold but for the device; the calls it got."""
+    """Flash attention by SDPA, where its conditions hold but for the device; the calls it got."""
     calls = []
 
-    def varlen_attn(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa, seqused_k=None):
+    def flash_attention(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, stored=None):
         assert query.dtype == key.dtype == value.dtype == torch.bfloat16
         assert cu_q.dtype == cu_k.dtype == torch.int32
-        assert (window_size, enable_gqa) == ((-1, 0), True)
         new = cu_q.diff().tolist()
-        stored = new if seqused_k is None else seqused_k.tolist()
-        assert (cu_q is cu_k) == (seqused_k is None)
-        assert (max_q, max_k) == (max(new), max(stored))
+        held = new if stored is None else stored.tolist()
+        assert (cu_q is cu_k) == (stored is None)
+        assert (max_q, max_k) == (max(new), max(held))
         assert sum(new) == len(query)
         assert cu_k[-1] == len(key) == len(value)
         calls.append(cu_q)
         outs = []
-        for first, n, start, t in zip(cu_q.tolist(), new, cu_k.tolist(), stored, strict=False):
+        for first, n, start, t in zip(cu_q.tolist(), new, cu_k.tolist(), held, strict=False):
             assert n <= t
             q, k, v = (part.transpose(0, 1)[None] for part in (query[first : first + n], key[start : start + t], value[start : start + t]))
             mask = torch.ones(n, t, dtype=torch.bool).tril(t - n)
             outs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)[0].transpose(0, 1))
         return torch.cat(outs)
 
-    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(attention, "flash_attention", flash_attention)
     monkeypatch.setattr(llama, "has_packed_kernel", lambda _device, dtype, _head_dim: dtype in (torch.bfloat16, torch.float16))
     return calls
 

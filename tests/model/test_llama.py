@@ -137,10 +137,10 @@ def test_what_it_does_not_compute_is_refused(changes: dict[str, Any], tmp_path) 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """A packed kernel for this device: what it gets is right, what it computes does not matter."""
 
-    def varlen_attn(query, key, value, starts, _starts, longest, _longest, **_options):
+    def flash_attention(query, key, value, starts, _starts, longest, _longest, **_options):
         return query + (key + value).mean(1, keepdim=True) * starts[-1] / longest
 
-    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(attention, "flash_attention", flash_attention)
     monkeypatch.setattr(llama, "has_packed_kernel", lambda *_: True)
 
 

@@ -9,7 +9,7 @@ import torch
 from fvlm_core.config import COMPILED_PARTS, RunSettings
 from fvlm_core.train.distributed import World
 from fvlm_core.train.loop import Trainer
-from fvlm_core.train.start import AUTOTUNE, compile_parts
+from fvlm_core.train.start import AUTOTUNE, OPTIONS, compile_parts
 from tests.model.build import tiny_model
 from tests.train.conftest import tiny_recipe
 
@@ -28,7 +28,7 @@ def test_same_numbers(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPa
     """With a backend that only traces: what is wrong with the graphs shows, and no compiler is needed. In bf16 to its rounding."""
     compiled: list[str] = []
 
-    def backend(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> Any:
+    def backend(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor], **_options: Any) -> Any:
         compiled.append(str(graph.graph))
         return graph.forward
 
@@ -55,6 +55,7 @@ def test_autotuning_is_asked_of_the_compiler_for_every_part(monkeypatch: pytest.
     compile_parts(model, COMPILED_PARTS, autotune=autotune)
     # embedding, last keys and values, loss; the encoder's layers, for patches and for queries; the language model's; sums of gradients
     assert len(asked) == 4 + 2 * len(model.encoder.layers) + len(model.llm.model.layers)
-    assert all(options.get("options") == (AUTOTUNE if autotune else None) for options in asked)
-    assert [options["dynamic"] for options in asked].count(False) == 1  # gradients have the shapes of weights
-    assert AUTOTUNE.keys() <= set(torch._inductor.list_options())
+    assert all(options["options"] == OPTIONS | (AUTOTUNE if autotune else {}) for options in asked)
+    # gradients have the shapes of weights; of all else the compiler finds out what changes
+    assert sorted(str(options.get("dynamic")) for options in asked) == ["False"] + ["None"] * (len(asked) - 1)
+    assert (OPTIONS | AUTOTUNE).keys() <= set(torch._inductor.list_options())

@@ -31,7 +31,7 @@ def cuda_recipe(output: Path, shards: Path, **changes: Any) -> Recipe:
 def test_the_packed_kernel_is_used_and_right(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
     """Gradients against float64, which has neither the kernel nor anything compiled."""
     recipe, calls = cuda_recipe(tmp_path, shards), []
-    kernel = attention.varlen_attn
+    kernel = attention.flash_attention
 
     def counted(*args: Any, **options: Any) -> Any:
         calls.append(args[0].dtype)
@@ -42,7 +42,7 @@ def test_the_packed_kernel_is_used_and_right(tmp_path: Path, shards: Path, monke
     if compiled:
         compile_parts(model, COMPILED_PARTS)
     else:
-        monkeypatch.setattr(attention, "varlen_attn", counted)
+        monkeypatch.setattr(attention, "flash_attention", counted)
     ((batch, *_), *_) = train_steps(ShardSet(shards), recipe.data, recipe.run, tokens_per_frame=1, rank=0, world_size=1)
     batch = batch.to(torch.device("cuda"))
     with torch.autocast("cuda", torch.bfloat16):

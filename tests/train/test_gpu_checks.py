@@ -1,5 +1,6 @@
 """The checks that wait for a GPU run: their code on a CPU with a tiny model."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -12,16 +13,21 @@ from fvlm_core.config import ModelSettings
 
 
 @pytest.mark.slow(reason="trains sixty steps")
-def test_on_a_cpu() -> None:
-    sizes = {"tiny": ModelSettings.model_validate(TINY)}
-    found = {check.what: check.value for check in checks(sizes, torch.device("cpu"), budget_s=1e6, long_steps=60)}
+def test_on_a_cpu(tmp_path: Path) -> None:
+    sizes, kernels = {"tiny": ModelSettings.model_validate(TINY)}, tmp_path / "kernels.jsonl"
+    found = {check.what: check.value for check in checks(sizes, torch.device("cpu"), kernels, budget_s=1e6, long_steps=60)}
     assert all(value is not None for value in found.values())
-    assert min(found[what] or 0.0 for what in ("tiny eager step", "tiny eager kernels", "5 steps speed")) > 0
+    assert (
+        min(found[what] or 0.0 for what in ("tiny eager, 1 micro-batches step", "tiny eager, 2 micro-batches kernels", "5 steps speed")) > 0
+    )
     assert {"5 steps stalls", "5 steps waiting for data"} <= found.keys()
+    ran = [json.loads(line) for line in kernels.read_text().splitlines()]
+    assert sum(kernel["count"] for kernel in ran) == sum(found[f"tiny eager, {n} micro-batches kernels"] or 0.0 for n in (1, 2))
 
 
-def test_what_there_is_no_time_for_is_left_out_and_said() -> None:
-    found = list(checks({"tiny": ModelSettings.model_validate(TINY)}, torch.device("cpu"), budget_s=0.0, long_steps=100))
+def test_what_there_is_no_time_for_is_left_out_and_said(tmp_path: Path) -> None:
+    sizes = {"tiny": ModelSettings.model_validate(TINY)}
+    found = list(checks(sizes, torch.device("cpu"), tmp_path / "kernels.jsonl", budget_s=0.0, long_steps=100))
     assert {check.unit for check in found} == {"left out: no time"}
     assert len(found) == 2
 
