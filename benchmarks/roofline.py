@@ -2,7 +2,7 @@
 
 The step (forward, backward, gradient norm, AdamW) runs on `FakeTensor`s, which have shapes and no numbers; every operation is recorded.
 Each kernel takes the longest of its FLOPs at the card's tensor-core peak, its bytes at the card's bandwidth, both times the share of
-them that kernels reach, and the shortest time of a kernel. Which operations are one kernel, eager and compiled: `benchmarks.kernels`.
+them that kernels reach (`RATES`), and the shortest time of a kernel. Which operations are one kernel: `benchmarks.kernels`.
 The host has to launch them all. MFU is that of `metrics.csv`: FLOPs of the configuration over time and the data sheet's peak.
 
 It also proves that no operation of the step asks the device for a number: FakeTensors have none to give.
@@ -43,12 +43,30 @@ from fvlm_core.train.metrics import PEAK_TFLOPS
 
 BANDWIDTH_TB_S = {"A100": 2.04, "H100": 3.35, "H200": 4.8}
 """Of the SXM cards (A100: 80 GB), NVIDIA's data sheets."""
-MATMUL, ATTENTION, BANDWIDTH = 0.75, 0.5, 0.85
-"""Shares of the peaks that large matrix products, flash attention, and copies reach."""
 KERNEL_US = 2.0
 """The shortest time that a kernel takes of the device."""
-LAUNCH_US: dict[Kind, float] = {"eager": 6.0, "compiled": 4.0, "autotuned": 4.0}
-"""What the host needs to launch a kernel, autograd included."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What of a card's peaks kernels reach, and what the host needs to start them."""
+
+    matmul: float
+    attention: float
+    """Of the frames."""
+    packed_attention: float
+    """Of the texts."""
+    bandwidth: float
+    launch_us: dict[Kind, float]
+    """Per kernel of the model, with all that Python, autograd and the compiler's checks do for it."""
+
+
+RATES = {
+    "measured": Rates(0.6, 0.15, 0.05, 0.55, {"eager": 39.0, "compiled": 67.0, "autotuned": 67.0}),
+    "large": Rates(0.75, 0.5, 0.5, 0.85, {"eager": 6.0, "compiled": 4.0, "autotuned": 4.0}),
+}
+"""measured: by the step's own kernels at 135M, compiled, and by the host, on a rented H200 (`benchmarks.gpu_checks`, 2026-11-27). large: by
+large products, long attention and copies, and by a host that does nothing else, so what better kernels could come to."""
 GOAL_MFU = {"135M": 0.40, "1.7B": 0.50}
 FRAMES, TEXTS = (4, 8, 8, 16), (24, 48, 96, 200)
 """Of each four samples, as in `benchmarks.train_step`."""
@@ -207,7 +225,9 @@ def videos(groups: int, *, frame_px: int = FRAME_PX) -> PackedBatch:
     return pack(samples, NO_TEMPLATE)
 
 
-def rows(size: str, card: str, traces: dict[Kind, Traced], *, micro_batches: int = MICRO_BATCHES) -> Iterator[Row]:
+def rows(
+    size: str, card: str, traces: dict[Kind, Traced], *, micro_batches: int = MICRO_BATCHES, rates: Rates = RATES["measured"]
+) -> Iterator[Row]:
     """Per part, and of the step, for each kind by its trace."""
     peak, bandwidth = PEAK_TFLOPS[card] * 1e12, BANDWIDTH_TB_S[card] * 1e12
     for kind, traced in traces.items():
@@ -221,10 +241,12 @@ def rows(size: str, card: str, traces: dict[Kind, Traced], *, micro_batches: int
         for part, members in sorted(parts.items()):
             times: dict[str, float] = defaultdict(float)
             for kernel in members:
-                reached = ATTENTION if kernel.attention else MATMUL
+                reached = rates.matmul
+                if kernel.attention:
+                    reached = rates.packed_attention if kernel.part.startswith("llm") else rates.attention
                 limits = {
                     "attention" if kernel.attention else "matmul": kernel.flops / (peak * reached),
-                    "bytes": kernel.bytes / (bandwidth * BANDWIDTH),
+                    "bytes": kernel.bytes / (bandwidth * rates.bandwidth),
                     "kernels": KERNEL_US * 1e-6,
                 }
                 bound = max(limits, key=lambda name: limits[name])
@@ -233,7 +255,7 @@ def rows(size: str, card: str, traces: dict[Kind, Traced], *, micro_batches: int
                 total[bound] += seconds
             made.append(_row(size, card, kind, part, members, times))
         every = [kernel for members in parts.values() for kernel in members]
-        launching = len(every) * LAUNCH_US[kind] * 1e-6
+        launching = len(every) * rates.launch_us[kind] * 1e-6
         step = _row(size, card, kind, "step", every, total)
         seconds = max(step.ms / 1e3, launching)
         bound = "host" if launching > step.ms / 1e3 else step.bound
@@ -337,13 +359,18 @@ def main() -> None:
         cards={"nargs": "+", "choices": list(BANDWIDTH_TB_S), "default": ["H100"]},
         groups={"type": int, "default": GROUPS, "help": "four videos each, of 36 frames together, in a micro-batch"},
         micro_batches={"type": int, "default": MICRO_BATCHES, "help": "of a step"},
+        rates={"choices": list(RATES), "default": "measured", "help": "of the step's own kernels, or of large ones"},
     )
     found = []
     for size in options.sizes:
         settings = model_settings(size)
         eager, compiled = (trace(settings, groups=options.groups, compiled=as_compiled) for as_compiled in (False, True))
         traces: dict[Kind, Traced] = {kind: eager if kind == "eager" else compiled for kind in get_args(Kind)}
-        found += [row for card in options.cards for row in rows(size, card, traces, micro_batches=options.micro_batches)]
+        found += [
+            row
+            for card in options.cards
+            for row in rows(size, card, traces, micro_batches=options.micro_batches, rates=RATES[options.rates])
+        ]
     if options.json:
         for row in found:
             print(json.dumps(asdict(row)), flush=True)
