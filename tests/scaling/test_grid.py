@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from fvlm_core.errors import UserError
+from fvlm_core.scaling import grid
 from fvlm_core.scaling.choice import choose
 from fvlm_core.scaling.fits import Law
 from fvlm_core.scaling.grid import study
-from fvlm_core.scaling.jobs import FITS_FILE, PLOTS, POINTS_FILE, SCALING_TEXT, GridJob, GridPoint, GridRun, ScalingReport
+from fvlm_core.scaling.jobs import FITS_FILE, PLOTS, POINTS_FILE, SCALING_TEXT, VECTOR_PLOTS, GridJob, GridPoint, GridRun, ScalingReport
 from fvlm_core.scaling.study import to_grid
 from tests.scaling.build import finished
 
@@ -41,6 +42,17 @@ def grid_job(folder: Path, sizes: dict[str, int], *, baseline_extra=lambda budge
                 )
                 runs.append(GridRun(size=size, budget_flops=budget, variant=variant, run=run))
     return GridJob(output=folder / "out", runs=runs, **fields)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten empty files in place of five plots, for tests of numbers: to draw them takes two seconds."""
+
+    def plot_grid(output: Path, *_: object) -> None:
+        for name in (*PLOTS, *VECTOR_PLOTS):
+            (output / name).touch()
+
+    monkeypatch.setattr(grid, "plot_grid", plot_grid)
 
 
 def fits_of(job: GridJob) -> dict:
@@ -98,6 +110,7 @@ def test_the_final_budget_chooses_by_the_law():
     assert far.margin == pytest.approx(losses[second] - losses[first], rel=1e-3)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_smallest_grid_says_what_it_cannot_know(tmp_path):
     job = grid_job(tmp_path, {name: SIZES[name] for name in ("xs", "s", "m")}, target_flops=1e18)
     report = study(job)
@@ -113,12 +126,14 @@ def test_the_smallest_grid_says_what_it_cannot_know(tmp_path):
     assert "not identifiable: 3 model sizes, at least 4 are needed" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_crossover_between_budgets(tmp_path):
     """The baseline is ahead at small budgets, behind at large ones."""
     report = study(grid_job(tmp_path, {"xs": SIZES["xs"]}, baseline_extra=lambda budget: 0.1 * np.log(budget / 1e14)))
     assert report.crossover_flops.value == pytest.approx(1e14, rel=0.01)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_equal_losses_choose_the_smaller_size(tmp_path):
     runs = [
         GridRun(size=size, budget_flops=1e12, variant="foveated", run=finished(tmp_path / size, 2.0, params=params))
@@ -129,6 +144,7 @@ def test_equal_losses_choose_the_smaller_size(tmp_path):
     assert report.crossover_flops.reason == "only one variant was run"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_seeds_of_a_cell_show_the_noise(tmp_path):
     losses = {0: 2.0, 1: 2.1, 2: 1.9}
     runs = [
@@ -154,6 +170,7 @@ def test_the_same_runs_give_the_same_bytes(tmp_path):
     assert {entry.path for entry in first.files if entry.identity} == {POINTS_FILE, FITS_FILE}, "pictures and texts are renderings"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_points_hold_what_the_fits_use(tmp_path):
     job = grid_job(tmp_path, {"xs": SIZES["xs"]})
     study(job)
@@ -164,6 +181,7 @@ def test_points_hold_what_the_fits_use(tmp_path):
     assert int(pooled["visual_tokens"]) == 16 * int(pooled["frames"])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_params_of_the_job_replace_the_runs_own(tmp_path):
     run = GridRun(size="a", params=77, budget_flops=1e12, variant="foveated", run=finished(tmp_path / "a", 2.0))
     assert study(GridJob(output=tmp_path / "out", runs=[run])).points[0].params == 77
