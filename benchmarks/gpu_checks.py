@@ -53,8 +53,8 @@ from fvlm_core.train.optimizer import build_optimizer, clip_gradients, gradient_
 from fvlm_core.train.start import compile_parts
 
 BUDGET_S = 460.0
-EXPECTED_S: dict[Kind, float] = {"eager": 15.0, "compiled": 75.0, "autotuned": 150.0}
-"""With compilation; what has less time left is left out."""
+EXPECTED_S: dict[Kind, float] = {"eager": 40.0, "compiled": 160.0, "autotuned": 240.0}
+"""With compilation, which took two minutes on an H200's machine; what has less time left is left out."""
 STEPS = 5
 """Measured, after as many for warming up."""
 LONG_STEPS, LONG_WARM_UP = 2000, 50
@@ -101,9 +101,11 @@ def main() -> None:
         sys.exit(NO_GPU)
     sizes = {"tiny": ModelSettings.model_validate(TINY)} if options.tiny else {size: model_settings(size) for size in options.sizes}
     options.output.mkdir(parents=True, exist_ok=True)
+    kernels = options.output / "kernels.jsonl"
+    kernels.unlink(missing_ok=True)
     table = Table("check", "value", "unit", "goal", "met")
     with (options.output / "checks.jsonl").open("w") as lines:
-        found = checks(sizes, device, options.output / "kernels.jsonl", budget_s=options.budget_s, long_steps=options.long_steps)
+        found = checks(sizes, device, kernels, budget_s=options.budget_s, long_steps=options.long_steps)
         for check in found:
             print(json.dumps(asdict(check)), file=lines, flush=True)
             met = "" if check.met is None else "yes" if check.met else "NO"

@@ -22,10 +22,6 @@ add_spark() {
         fail "pyspark cannot be installed" "see the message above; is a package index reachable?"
 }
 
-mkdir -p "$folder"
-exec {lock}>"$folder/.fvlm-lock"
-flock "$lock" # one at a time: test.sh begins it beside the set-up, which does too
-
 # Complete when its stamp names this script, this lock and this checkout; the stamp is written last.
 stamp=$folder/.fvlm-stamp
 wanted=$( (cat "$root/requirements-video2dataset.lock" "$root/infra/video2dataset_env.sh" && echo "$root") | sha256sum)
