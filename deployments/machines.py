@@ -21,7 +21,7 @@ from infra.runpod.code import upload_code
 from infra.runpod.errors import WrongKeyError
 from infra.runpod.models import HOURS_PER_MONTH
 from infra.runpod.naming import owner
-from infra.runpod.reaper import reap
+from infra.runpod.reaper import reap, settle
 from infra.runpod.setup import find_or_create_volume, mark
 from infra.s3 import S3Store, local_path
 from infra.stack import REPOSITORY
@@ -171,6 +171,7 @@ def budget(*, profile: Profile = "runpod") -> int:
     rental = rental_of(chosen_profile(profile))
     account = account_of(rental)
     ledger = budget_of(rental, account.store)
+    settle(ledger, {pod.name for pod in account.client.pods()}, ledger.clock())
     for line in reconcile(account.client, ledger):
         _say(line)
     position, now = ledger.position(), ledger.clock()

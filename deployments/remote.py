@@ -2,6 +2,7 @@
 
 import contextlib
 import shlex
+import time
 from pathlib import Path
 from urllib.parse import quote
 
@@ -12,11 +13,15 @@ from fvlm_core.tables import Table
 from infra import prefect_settings
 from infra.runpod.account import Account
 from infra.runpod.code import upload_code
+from infra.runpod.models import Pod
+from infra.runpod.naming import PodName
 from infra.runpod.setup import mark
 from infra.s3 import S3Store
 from infra.stack import PROCESS_POOL, REPOSITORY
 from tasks.config import PipelineConfig
 from tasks.rented import account_of, budget_of, rental_of
+
+DAY_S = 86_400.0
 
 
 def up(config: PipelineConfig, console: Console, *, days: float | None = None) -> int:
@@ -42,17 +47,32 @@ def up(config: PipelineConfig, console: Console, *, days: float | None = None) -
             pools=_pool_types(config),
             port=rental.server_port,
             address=rental.server_address.replace("{port}", str(rental.server_port)),
-            days=days or rental.server_days,
+            days=rental.server_days if days is None else days,
             say=say,
         )
     else:
-        say(f"the server's pod {pod.id} is there already")
+        refuse_longer(pod, days)
+        say(f"the server's pod {pod.id} is there already, until {_until(pod)}")
     address = rental.server_address.format(pod=pod.id, port=rental.server_port)
     wait_until_it_answers(account, pod, address, say)
     prefect_settings.apply(variables(account, address))
     deploy(config, Path(rental.mount_path), code)
     _say_where(account, address, console)
     return 0
+
+
+def refuse_longer(pod: Pod, days: float | None) -> None:
+    """Raise UserError where the server's pod ends sooner than was asked for, by a tenth or more."""
+    name = PodName.parse(pod.name)
+    if days is not None and name is not None and name.deadline < time.time() + 0.9 * days * DAY_S:
+        fix = f"run `fvlm infra down`, which saves the server's records, and then `fvlm infra up --days {days:g}`"
+        what = f"the server's pod {pod.id} runs already, and ends sooner than in {days:g} days"
+        raise UserError(what, where=f"its end: {_until(pod)}", fix=fix)
+
+
+def _until(pod: Pod) -> str:
+    name = PodName.parse(pod.name)
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(name.deadline)) if name else "an unknown time"
 
 
 def variables(account: Account, address: str) -> dict[str, str]:

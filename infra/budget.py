@@ -22,6 +22,10 @@ LEDGER = "budget/ledger"
 WARN_AT = (0.50, 0.80, 0.95)
 """Shares of the cap at which everybody is warned."""
 HOUR_S = 3600.0
+BILL_LAG_S = 2 * HOUR_S
+"""After the end of a pod its bill is complete; RunPod bills by the hour."""
+OVERTIME_S = HOUR_S
+"""Past its deadline, a pod whose end was not written down is counted for no longer."""
 
 What = Literal["reserved", "storage", "started", "released", "ended", "storage_ended", "billed"]
 ORDER: tuple[What, ...] = get_args(What)
@@ -68,20 +72,29 @@ class Entry:
     started: bool = False
     released: bool = False
     billed: float | None = None
+    billed_at: float = 0.0
 
     @property
     def running(self) -> bool:
         """Whether it costs money, as far as is known."""
         return not self.released and self.ended is None
 
+    @property
+    def settled(self) -> bool:
+        """Whether its bill is complete: one of the time of its end lacks the last hours."""
+        return self.billed is not None and self.ended is not None and self.billed_at >= self.ended + BILL_LAG_S
+
     def spent(self, now: float) -> float:
-        """USD up to now: by the bill where there is one, else by price and time."""
+        """USD up to now: by the bill where that is complete, else by price and time, or by the bill where it is more.
+
+        A pod whose end nobody wrote down costs nothing long after its deadline: it ended itself, or the bill says more.
+        """
         if self.released:
             return 0.0
-        if self.billed is not None and not self.running:
+        if self.billed is not None and self.settled:
             return self.billed
-        used = max(0.0, (self.ended if self.ended is not None else now) - self.since) * self.usd_per_hour / HOUR_S
-        return max(used, self.billed or 0.0)
+        end = self.ended if self.ended is not None else now if self.kind == "storage" else min(now, self.until + OVERTIME_S)
+        return max(max(0.0, end - self.since) * self.usd_per_hour / HOUR_S, self.billed or 0.0)
 
     def committed(self, now: float, horizon: float) -> float:
         """USD that will follow if it runs to its deadline; of storage, up to `horizon`."""
@@ -229,7 +242,7 @@ def entries(events: Iterable[Event]) -> tuple[Entry, ...]:
         elif event.what in ("ended", "storage_ended"):
             known[event.name] = entry if entry.ended is not None else replace(entry, ended=event.at)
         elif event.what == "billed":
-            known[event.name] = replace(entry, billed=event.usd)
+            known[event.name] = replace(entry, billed=event.usd, billed_at=event.at)
     return tuple(known.values())
 
 

@@ -28,6 +28,8 @@ CREATE_TIMEOUT = httpx.Timeout(90.0, connect=10.0)
 LOG_TIMEOUT = httpx.Timeout(60.0, connect=10.0)
 ATTEMPTS = 5
 FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 30.0
+LOOKS = 4
+"""For a pod whose creation was not answered: some 15 s."""
 CURSORS = ("nextCursor", "next_cursor", "nextPageToken", "cursor")
 """Fields of a list's reply that lead to its next page. The document has none yet; a pod on a page that nobody read would be billed on."""
 PAGES = 1000
@@ -81,7 +83,24 @@ class RunPod:
                 self._sleep(_delay_s(attempt))
                 if found := self.pod_named(request.name):  # it may take a moment to appear
                     return found
+            except RunPodError as error:
+                if attempt == 0:
+                    raise
+                # the request that was not answered may have made the pod, and taken the last machine for it
+                if found := self._appears(request.name):
+                    return found
+                what = f"RunPod: whether there is a pod {request.name} is not known: the first request for it was not answered, and then"
+                fix = "look at the console; the reaper ends such a pod"
+                raise UnavailableError(f"{what} {error.what.removeprefix('RunPod: ')}", where=error.where or self.url, fix=fix) from error
         raise AssertionError
+
+    def _appears(self, name: str) -> Pod | None:
+        """The pod of that name, which may be listed late."""
+        for look in range(LOOKS):
+            if found := self.pod_named(name):
+                return found
+            self._sleep(_delay_s(look))
+        return None
 
     def _end_twins(self, pod: Pod) -> None:
         """End pods of the same name: one whose creation was not answered may be listed late."""

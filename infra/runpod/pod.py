@@ -62,7 +62,9 @@ STARTED, OUTCOME, LOG = "started", "outcome.json", "log.txt"
 IDENTITY = "fvlm-volume.json"
 """On every volume that was set up here; a pod that does not see it has no volume, whatever is at the path."""
 GRACE_S = 60.0
-"""For the job to save, when its time is up."""
+"""For the job to save, before its time is up, where the job says nothing."""
+END_S = 15.0
+"""Before the deadline, at which the pod is gone: to kill what does not end, and to write down how it ended."""
 LEASE_S = 120.0
 """After which the maker of an environment that gives no sign is thought dead."""
 BEATS = 8
@@ -321,14 +323,14 @@ class Pod:
             assert process.stdout is not None
             reader = threading.Thread(target=copy, args=(process.stdout, log), daemon=True)
             reader.start()
-            stop_asked = None
+            stop_asked, grace_s = None, self.job.get("grace_s", GRACE_S)
             while process.poll() is None:
-                if self.stopping is None and time.time() > self.deadline - GRACE_S:
+                if self.stopping is None and time.time() > self.deadline - grace_s - END_S:
                     self.stopping = "its time was over"
                 if self.stopping and stop_asked is None:
                     stop_asked = time.time()
                     signal_group(process, signal.SIGTERM)
-                if stop_asked is not None and time.time() - stop_asked > self.job.get("grace_s", GRACE_S):
+                if stop_asked is not None and time.time() - stop_asked > grace_s:
                     signal_group(process, signal.SIGKILL)
                 time.sleep(0.1)
             signal_group(process, signal.SIGKILL)  # what it left behind

@@ -4,6 +4,7 @@ import ipaddress
 import json
 import os
 import shlex
+import time
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -25,6 +26,8 @@ PUBLIC_API_VARIABLE = "FVLM_PREFECT_API_URL"
 """Of the worker: the address by which pods reach the server, where it is not the worker's own."""
 DEFAULT_COMMAND = "{python} -m prefect.engine"
 """The flow's code is there already: `prefect flow-run execute`, Prefect's own default, would copy it first."""
+SAVE_S, SAVE_SHARE = 600.0, 0.1
+"""Of a pod's time, at its end, for the job to save what it did: a checkpoint of 1.7B takes 440 s (`fvlm_core.train.grace`)."""
 POLL_S = 15.0
 """Between two lists of all pods; RunPod allows 60 requests a minute."""
 LOCAL_NAMES = ("localhost", ".local", ".internal", ".lan")
@@ -145,6 +148,7 @@ class RunPodConfiguration(BaseJobConfiguration, RunPodVariables):
             {
                 "run": str(run),
                 "deadline": deadline,
+                "grace_s": min(SAVE_S, SAVE_SHARE * (deadline - time.time())),
                 "volume": volume.id,
                 "mount_path": self.mount_path,
                 "command": shlex.split(command),

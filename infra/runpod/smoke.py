@@ -67,16 +67,35 @@ def smoke(
     job = configuration.model_copy(update={"command": shlex.join(["python3", "-c", WRITE, written]), "python": "python3", "code": None})
     again = f"mkdir -p {shlex.quote(str(written.rpartition('/')[0]))}; date +%s >> {shlex.quote(starts)}; sleep 3"
     lines: list[str] = []
-    answers = [Answer("credit of the account", _balance(client)), no_capacity(client, volume, configuration)]
+    answers = [Answer("credit of the account", _balance(client))]
     with (
+        ended(client, budget, run, say),
         rented(account, budget, job, run, say) as ending,
         rented(account, budget, configuration, run, say, args=shlex.join(["sh", "-c", again])) as repeating,
         reading_logs(client, ending.id, lines.append),
     ):
+        answers.append(no_capacity(client, volume, run, configuration))
         answers += list(_s3(bucket, place, patience_s, say))
         answers.append(_restarts(client, bucket, f"{place}/starts", repeating, patience_s, say))
         answers.append(_self_end(client, ending, lines, patience_s, say))
     return answers
+
+
+@contextlib.contextmanager
+def ended(client: RunPod, budget: Budget, run: UUID, say: Callable[[str], None]) -> Generator[None]:
+    """At the end of the block no pod of the run is left, those included whose creation was interrupted or not answered."""
+    try:
+        yield
+    finally:
+        try:
+            for pod in client.pods():
+                if (name := PodName.parse(pod.name)) and name.run == run:
+                    say(f"pod {pod.id} was left, and is ended")
+                    client.terminate(pod.id)
+                    budget.ended(pod.name)
+        except RunPodError:
+            say("whether all pods have ended is not known: run `fvlm infra reap`, or look at RunPod's console")
+            raise
 
 
 @contextlib.contextmanager
@@ -104,14 +123,14 @@ def rented(
         budget.ended(str(name))
 
 
-def no_capacity(client: RunPod, volume: Volume, configuration: RunPodConfiguration) -> Answer:
+def no_capacity(client: RunPod, volume: Volume, run: UUID, configuration: RunPodConfiguration) -> Answer:
     """What a create says for a GPU that the catalogue does not have in the volume's data centre. If it is there after all, it is ended."""
     question = "text of a create without capacity"
     stocks = {gpu.id: {one.id: one.availability for one in gpu.dataCenters} for gpu in client.gpus()}
     gone = [gpu for gpu, there in stocks.items() if there.get(volume.dataCenter, "NONE") == "NONE"]
     if not gone:
         return Answer(question, f"not tried: every GPU is in stock in {volume.dataCenter}")
-    name = PodName.new(volume.id, time.time() + MAX_RUNTIME_S, uuid4())
+    name = PodName.new(volume.id, time.time() + MAX_RUNTIME_S, run)
     wanted = CreatePod(
         name=str(name), image=configuration.image, args="sleep 60", gpu=GpuRequest(id=gone[0]), dataCenterIds=[volume.dataCenter]
     )

@@ -69,7 +69,9 @@ class Watch:
         started = now - uptime
         # of a command that ends at once every look sees the same uptime, and another container
         again = self.started is not None and not self.speaks and started > self.started + STALE_S
-        if uptime < self.uptime or again:
+        # where the pod's program was heard, an uptime that falls by seconds is an older copy of the answer
+        fell = uptime < self.uptime and (not self.speaks or self.started is None or started > self.started + STALE_S)
+        if fell or again:
             self.restarts += 1
             self.started = started
         self.started, self.uptime = started if self.started is None else min(self.started, started), uptime

@@ -14,6 +14,7 @@ from prefect.client.orchestration import get_client
 
 from deployments.checks import PROFILES, load_profile
 from deployments.cli import app
+from deployments.remote import refuse_longer
 from flows.reap import reap
 from flows.registry import PHASES
 from fvlm_core.dotted import with_changes
@@ -30,6 +31,7 @@ from infra.runpod.emulator.s3 import S3Side
 from infra.runpod.emulator.server import Emulator
 from infra.runpod.models import CpuRequest, CreatePod, Mounts, NetworkMount, Pod
 from infra.runpod.naming import NO_RUN, PodName
+from infra.runpod.smoke import ended
 from infra.stack import Stack
 from infra.store import FolderStore
 from tasks.phase import Before, PhaseManifest, Shown
@@ -280,6 +282,29 @@ def test_the_first_dollar_answers_what_no_document_settles(
     assert RunPod(KEY, cloud.url).pods() == []
     ledger = Budget(FolderStore(volume.folder), cap_usd=500, reserve_usd=15)
     assert [entry.running for entry in ledger.entries() if entry.phase == "smoke"] == [False, False]
+
+
+def test_a_server_that_ends_sooner_than_is_asked_for_is_said() -> None:
+    name = PodName.new("volume", time.time() + 86_400, NO_RUN)
+    pod = Pod.model_validate({"id": "a", "name": str(name), "status": "RUNNING", "createdAt": "2026-11-25T00:00:00Z"})
+    for days in (None, 0.5, 1.0):
+        refuse_longer(pod, days)
+    with pytest.raises(UserError, match="runs already, and ends sooner than in 7 days") as caught:
+        refuse_longer(pod, 7)
+    assert "fvlm infra up --days 7" in caught.value.fix
+
+
+def test_a_pod_that_a_first_test_left_is_ended(cloud: Emulator, tmp_path: Path) -> None:
+    """One whose creation was interrupted: nobody else knows of it."""
+    run, said = uuid4(), []
+    budget = Budget(FolderStore(tmp_path), cap_usd=10, reserve_usd=1)
+    with RunPod(KEY, cloud.url) as client:
+        mine, other = (PodName.new("volume", time.time() + 900, owner) for owner in (run, uuid4()))
+        with ended(client, budget, run, said.append):
+            for name in (mine, other):
+                client.create_pod(CreatePod(name=str(name), image="i", args="sleep 60", cpu=CpuRequest(id="cpu3c", vcpuCount=2)))
+        assert [pod.name for pod in client.pods()] == [str(other)]
+    assert len(said) == 1
 
 
 def test_a_deployment_on_rented_machines_runs_this_checkout(

@@ -15,7 +15,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from websockets import ConnectionClosed, Subprotocol
 from websockets.sync.client import connect
 
-from infra.api import credentials
+from infra.api import credentials, run_over
 from infra.stack import Stack
 
 CHROMIUM = "/usr/bin/chromium"
@@ -186,3 +186,11 @@ def test_the_user_s_own_password_and_port_are_taken(stack: Stack) -> None:
     mine.state = stack.state
     assert mine.environment()["PREFECT_API_AUTH_STRING"] == "me:mine"
     assert mine.opening_link() is None, "the user's own password is not printed"
+
+
+def test_only_prefect_says_that_it_does_not_know_a_run(stack: Stack) -> None:
+    """A proxy whose server is gone says 404 too, in words of its own."""
+    environment = stack.client_environment()
+    assert run_over(stack.api_url, environment, uuid4()) == "Prefect does not know its flow run"
+    assert run_over(f"{stack.api_url}/elsewhere", environment, uuid4()) is None
+    assert run_over(stack.ui_url, environment, uuid4()) is None

@@ -1,5 +1,6 @@
 """Plan against bill: what was planned first stands, a phase's bill is divided by its steps' times, and nothing of it is lost."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def volume(tmp_path: Path) -> Path:
 
 
 def pod(phase: str, usd_per_hour: float, *, hours: float = 1.0, billed: float | None = None) -> Entry:
-    return Entry("a", 0.0, usd_per_hour, pod="p", phase=phase, ended=hours * HOUR, started=True, billed=billed)
+    return Entry("a", 0.0, usd_per_hour, pod="p", phase=phase, ended=hours * HOUR, started=True, billed=billed, billed_at=math.inf)
 
 
 def test_a_phases_bill_is_divided_by_the_time_its_steps_took(volume: Path) -> None:

@@ -22,6 +22,7 @@ from infra.runpod.errors import (
     raise_for,
 )
 from infra.runpod.models import CpuRequest, CreatePod, CreateVolume, GpuRequest, Mounts, NetworkMount, Pod, Status, Volume
+from tests.infra.runpod.conftest import KEY
 from tests.infra.runpod.contract import Witness, request_faults
 from tests.waiting import wait_until
 
@@ -109,6 +110,24 @@ def test_a_pod_that_is_listed_only_after_another_was_created_is_ended(client: Ru
     pod = client.create_pod(small("fvlm-late"))
     assert len(emulator.cloud.pods) == 2
     assert [one.id for one in client.pods()] == [pod.id]
+
+
+@pytest.mark.parametrize(("late", "appears"), [(2, True), (99, False)])
+def test_a_refusal_after_a_lost_answer_is_no_proof_that_there_is_no_pod(emulator: Emulator, late: int, appears: bool) -> None:
+    """The pod that nobody has seen yet may have been the last machine."""
+    emulator.cloud.faults.arm(Fault("create_lost"))
+    emulator.cloud.faults.arm(Fault("listed_late", times=late))
+
+    def none_left(_seconds: float) -> None:
+        emulator.cloud.faults.arm(Fault("no_capacity", times=99))
+
+    with RunPod(KEY, emulator.url, sleep=none_left) as client:
+        if appears:
+            assert client.create_pod(small("fvlm-last")).id in emulator.cloud.pods
+        else:
+            with pytest.raises(UnavailableError, match="whether there is a pod fvlm-last is not known"):
+                client.create_pod(small("fvlm-last"))
+    assert len(emulator.cloud.pods) == 1
 
 
 def test_too_many_requests_wait_as_long_as_is_asked(client: RunPod, emulator: Emulator, waits: list[float]) -> None:

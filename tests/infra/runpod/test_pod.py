@@ -20,7 +20,7 @@ from infra.runpod.emulator.faults import Fault
 from infra.runpod.emulator.server import Emulator
 from infra.runpod.models import CpuRequest, CreatePod, GpuRequest, Mounts, NetworkMount, Volume
 from infra.runpod.models import Pod as RentedPod
-from infra.runpod.pod import CODE, ENVIRONMENTS, IDENTITY, JOB_VARIABLE, OUTCOME, PODS, SHARDS, STARTED, Pod, PreflightError
+from infra.runpod.pod import CODE, END_S, ENVIRONMENTS, IDENTITY, JOB_VARIABLE, OUTCOME, PODS, SHARDS, STARTED, Pod, PreflightError
 from infra.runpod.program import PROGRAM_VARIABLE, START
 from infra.stack import REPOSITORY, Stack
 from tests.waiting import wait_until
@@ -112,7 +112,7 @@ def test_a_container_that_is_started_again_does_not_run_its_job_again(pods: Pods
 @pytest.mark.parametrize("how", ["ends", "hangs on to its time"])
 def test_the_deadline_ends_a_job_and_the_pod(pods: Pods, how: str) -> None:
     command = "sleep 60" if how == "ends" else "trap '' TERM; while true; do sleep 0.1; done"
-    pod = pods.start(["sh", "-c", command], seconds=61.0)  # GRACE_S before its end it is stopped
+    pod = pods.start(["sh", "-c", command], seconds=END_S + 2.0)  # END_S and a second's grace before its end it is stopped
     outcome = pods.outcome(pod)
     assert outcome["status"] != 0
     assert outcome["reason"].endswith("its time was over")
@@ -123,12 +123,14 @@ def test_a_container_that_is_started_again_keeps_its_deadline(pods: Pods, emulat
     emulator.cloud.faults.arm(Fault("restarts", after_s=3.0))
     began = time.time()
     job = f"echo ran >> {pods.folder}/runs; rm {pods.folder}/{PODS}/$RUNPOD_POD_ID/{STARTED}; sleep 60"
-    pod = pods.start(["sh", "-c", job], seconds=65.0)
+    pod = pods.start(["sh", "-c", job], seconds=END_S + 6.0)
     outcome = pods.outcome(pod)
     assert emulator.cloud.pods[pod.id].container.starts == 2
     assert (pods.folder / "runs").read_text() == "ran\nran\n"
     assert outcome["reason"].endswith("its time was over")
-    assert outcome["ended"] - began < 7.5, "at 5 s (GRACE_S before the deadline); counted from the second start it would be 8"
+    assert outcome["ended"] - began < 7.5, (
+        "at 5 s (END_S and a second's grace before the deadline); counted from the second start it would be 8"
+    )
 
 
 def test_a_pod_that_hangs_before_its_job_is_ended_at_its_deadline(pods: Pods) -> None:

@@ -1,16 +1,21 @@
 """What is found of a pool's settings before anything is rented: a server that no pod reaches, an image that no pod can pull."""
 
+import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
+from uuid import uuid4
 
 import pytest
 
 from infra.errors import RefusedError
 from infra.runpod.image import HUB, check_image, parts
+from infra.runpod.models import GpuRequest, Volume
 from infra.runpod.pool import RunPodConfiguration
+from infra.runpod.rent import Candidate
 
 DIGEST = f"sha256:{'0' * 64}"
 PUBLIC, PRIVATE, TOKEN = "ours/fvlm", "ours/secret", "everybodys"
@@ -120,3 +125,12 @@ def test_a_server_that_no_pod_reaches_is_refused(host: str, reachable: bool) -> 
             configuration.check_reachable()
         assert "fvlm infra up" in caught.value.fix
     configuration.model_copy(update={"runpod_url": "http://127.0.0.1:1"}).check_reachable()  # an emulator's pods are here
+
+
+@pytest.mark.parametrize(("hours", "grace_s"), [(48.0, 600.0), (0.25, 90.0)])
+def test_a_job_has_time_to_save_before_its_pod_ends(hours: float, grace_s: float) -> None:
+    """A checkpoint of 1.7B takes 440 s; a pod of a quarter of an hour works for most of it."""
+    volume = Volume(id="v", name="fvlm", size=100, dataCenter="US-KS-2")
+    machine = Candidate(GpuRequest(id="NVIDIA L40S", count=1), "US-KS-2", 0.8, "HIGH")
+    job = json.loads(RunPodConfiguration.model_validate({}).job(uuid4(), volume, time.time() + hours * 3600, machine))
+    assert job["grace_s"] == pytest.approx(grace_s, abs=1.0)

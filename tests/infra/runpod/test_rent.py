@@ -280,12 +280,14 @@ def test_a_volume_that_is_away_holds_up_neither_the_end_of_a_pod_nor_the_reaper(
     assert not any(entry.running for entry in budget.entries()), "it is when the volume is there again"
 
 
-def test_the_bill_replaces_the_ledgers_own_sum(rented, client: RunPod, emulator: Emulator, budget: Budget) -> None:
+def test_the_bill_replaces_the_ledgers_own_sum(rented, client: RunPod, emulator: Emulator, budget: Budget, clock: Clock) -> None:
     emulator.cloud.faults.arm(Fault("billed_on"))
     pod, name = rented(Wish("i", gpus=[H100], gpu_count=8, args=SLEEP, max_usd_per_hour=30), max_runtime_s=600.0)
     client.terminate(pod.id)
     budget.ended(str(name))
     time.sleep(2)  # a cent is 1.5 s
+    assert reconcile(client, budget) == [], "not complete yet"
+    clock.now += 3 * 3600
     assert [line for line in reconcile(client, budget) if str(name) in line], "billed on after its end"
     true = sum(usd for _, _, usd in emulator.cloud.pod_bills())
     assert budget.position().spent == pytest.approx(true, abs=0.01)
@@ -333,6 +335,28 @@ def test_the_cap_holds_whatever_pods_come_and_go(data: st.DataObject) -> None:
     assert true <= 90 + 1e-6
     assert writers[0].position().committed == pytest.approx(true, abs=1e-6)
     assert clock.now >= began
+
+
+def test_a_bill_that_is_not_complete_makes_nothing_cheaper(budget: Budget, clock: Clock) -> None:
+    began = clock.now
+    budget.reserve("a", usd_per_hour=3.0, until=began + 4 * 3600)
+    budget.started("a", "pod", usd_per_hour=3.0)
+    clock.now += 1.5 * 3600
+    budget.billed("a", 3.0)
+    clock.now += 0.5 * 3600
+    budget.ended("a")
+    assert budget.position().spent == pytest.approx(6.0)
+    clock.now += 3 * 3600
+    budget.billed("a", 5.5)
+    assert budget.position().spent == pytest.approx(5.5)
+
+
+def test_a_pod_whose_end_nobody_wrote_down_does_not_cost_for_ever(budget: Budget, clock: Clock) -> None:
+    budget.reserve("a", usd_per_hour=1.0, until=clock.now + 2 * 3600)
+    clock.now += 7 * 24 * 3600
+    assert budget.position().committed == pytest.approx(3.0)
+    budget.billed("a", 4.0)
+    assert budget.position().committed == pytest.approx(4.0)
 
 
 def test_two_who_reserve_at_once_do_not_both_pass(tmp_path: Path, clock: Clock) -> None:
@@ -404,9 +428,11 @@ def test_what_looks_at_a_pod_mean() -> None:
     assert watch.look(seen("RUNNING", **idle), 1500) == "no GPU of the pod has done anything for 10 min"
     assert fresh().look(seen("RUNNING"), 10_121) == "the pod is past its deadline and did not end itself"
     watch = fresh()
-    uptimes = [watch.look(seen("RUNNING", runtime={"uptime": uptime}), 1) for uptime in (50, 3, 60, 2, 70, 1)]
+    uptimes = [watch.look(seen("RUNNING", runtime={"uptime": uptime}), 1) for uptime in (500, 3, 500, 2, 500, 1)]
     assert uptimes[:5] == [None] * 5
     assert uptimes[5] == "the container was started 4 times"
+    watch = fresh()
+    assert [watch.look(seen("RUNNING", runtime={"uptime": now - now % 40}), 3000 + now % 20) for now in range(0, 900, 10)] == [None] * 90
 
 
 @given(run=st.uuids(), deadline=st.integers(0, 2**32 - 1), volume=st.text(st.sampled_from("abcdefghij0123456789"), min_size=1, max_size=12))
