@@ -1,5 +1,6 @@
 """Keeps a phase's status: on the volume, and as a progress artifact in Prefect's UI."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from fvlm_core.manifest import write_atomically
 from fvlm_core.progress import ProgressReport
 from tasks.status import FILE_NAME, PhaseStatus
+
+log = logging.getLogger(__name__)
 
 
 class StatusBoard:
@@ -47,7 +50,10 @@ class StatusBoard:
         """`change` says what becomes of the status there is then: other threads change it too."""
         with self.lock:
             self.status = self.status.model_copy(update=change(self.status))
-            write_atomically(self.folder / FILE_NAME, self.status.model_dump_json().encode())
-            if now or time.monotonic() - self.sent > self.ARTIFACT_INTERVAL_S:
-                self.sent = time.monotonic()
-                update_progress_artifact(self.artifact, self.status.percent, self.status.text())
+            try:
+                write_atomically(self.folder / FILE_NAME, self.status.model_dump_json().encode())
+                if now or time.monotonic() - self.sent > self.ARTIFACT_INTERVAL_S:
+                    self.sent = time.monotonic()
+                    update_progress_artifact(self.artifact, self.status.percent, self.status.text())
+            except Exception as error:  # of the disk or of Prefect's client; what it shows goes on, and would be stopped by it
+                log.warning("the status of %s was not shown: %s", self.status.phase, error)

@@ -55,8 +55,12 @@ def compare(job: AblationJob) -> AblationReport:
         finished[run.name][run.seed] = FinishedRun.read(run.run)
         progress.update(number + 1, note=run.name)
     same_shards({f"{name} (seed {seed})" if seed else name: run for name, runs in finished.items() for seed, run in runs.items()})
-    losses = {name: {seed: run.manifest.final_loss for seed, run in runs.items()} for name, runs in finished.items()}
-    comparison = compare_losses(losses, job.baseline)
+    if not _healthy(finished[job.baseline]):
+        fix = "train it with a lower learning rate: there is nothing to compare with"
+        raise UserError(f"the baseline {job.baseline!r} diverged with every seed", where="runs", fix=fix)
+    # the loss of a run that diverged is that of its last good checkpoint: as noise it would drown every difference
+    losses = {name: {seed: run.manifest.final_loss for seed, run in _healthy(runs).items()} for name, runs in finished.items()}
+    comparison = compare_losses({name: by_seed for name, by_seed in losses.items() if by_seed}, job.baseline)
     first = {run.name: run for run in reversed(job.runs)}
     outcomes, questions = _outcomes(job, finished, progress)
     rows = [
@@ -97,7 +101,7 @@ def _outcomes(job: AblationJob, finished: dict[str, Runs], progress: Progress) -
     questions = Questions(job.shards, job.questions)
     measured: dict[str, dict[str, dict[int, float]]] = {}
     for name, runs in finished.items():
-        for seed, run in runs.items():
+        for seed, run in _healthy(runs).items():
             progress.say(f"questions to {name}, seed {seed}")
             for outcome, value in asdict(questions.outcomes(run.folder)).items():
                 if value is not None:
@@ -117,7 +121,9 @@ def _row(run: AblationRun, runs: Runs, baseline: Runs, comparison: Comparison, j
     one, other = runs[shared[0]], baseline.get(shared[0], next(iter(baseline.values())))
     changed = differences(one, other)
     manifests = [found.manifest for found in runs.values()]
-    difference = comparison.differences.get(run.name, Difference(0.0))
+    reference = mean(found.manifest.final_loss for found in _healthy(baseline).values())
+    loss = mean(m.final_loss for m in manifests)
+    difference = comparison.differences.get(run.name, Difference(loss - reference if run.name != job.baseline else 0.0))
     passes = {name: mean(m.losses[name] for m in manifests) for name in manifests[0].losses}
     ordered = list(passes.values())
     row = AblationRow(
@@ -126,7 +132,7 @@ def _row(run: AblationRun, runs: Runs, baseline: Runs, comparison: Comparison, j
         change=run.change,
         value=run.value,
         seeds=len(runs),
-        loss=mean(m.final_loss for m in manifests),
+        loss=loss,
         by_seed={seed: found.manifest.final_loss for seed, found in sorted(runs.items())},
         delta=difference.delta,
         low=difference.low,
@@ -148,8 +154,12 @@ def _row(run: AblationRun, runs: Runs, baseline: Runs, comparison: Comparison, j
         also_changed=[path for path in changed if path != run.change and not path.startswith(f"{run.change}.")] if run.change else changed,
         divergences=sum(len(m.divergences) for m in manifests),
     )
-    reference = mean(found.manifest.final_loss for found in baseline.values())
     return row if run.name == job.baseline else row.model_copy(update={"verdict": _verdict(row, reference, job.relevance)})
+
+
+def _healthy(runs: Runs) -> Runs:
+    """Those that did not diverge."""
+    return {seed: run for seed, run in runs.items() if not run.manifest.divergences}
 
 
 def _verdict(row: AblationRow, reference: float, relevance: float) -> Verdict:

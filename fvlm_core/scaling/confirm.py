@@ -27,21 +27,22 @@ def confirm(job: ConfirmJob) -> Confirmation:
     started = time.monotonic()
     report = AblationReport.read(job.report)
     winner, progress = report.winner, Progress(job.output, max(1, 2 * len(job.seeds)))
-    losses: dict[str, dict[int, float]] = {}
+    losses: dict[str, dict[int, float | None]] = {}
     if winner != report.baseline:
         for number, seed in enumerate(job.seeds):
             for place, name in enumerate((report.baseline, winner)):
                 progress.update(2 * number + place, note=f"{name}, seed {seed}")
                 losses.setdefault(name, {})[seed] = _loss(job, name, seed)
-    deltas = [losses[winner][seed] - losses[report.baseline][seed] for seed in job.seeds] if losses else []
-    values = {} if not deltas else _verdict(deltas, list(losses[report.baseline].values()), report, job.min_gain)
+    won, base = losses.get(winner, {}), losses.get(report.baseline, {})
+    pairs = [(ours, theirs) for ours, theirs in zip(won.values(), base.values(), strict=True) if ours is not None and theirs is not None]
+    values = {} if not pairs or None in won.values() else _verdict(pairs, report, job.min_gain)
     write_atomically(job.output / LOSSES_FILE, json.dumps(losses, sort_keys=True).encode())
     progress.update(progress.total, note="done")
     return Confirmation(
         name="confirmation",
         settings_hash=job.hash(exclude={"output", "report"}),
         inputs={"report": report.digest},
-        counts={"runs": 2 * len(deltas)},
+        counts={"runs": len(won) + len(base)},
         files=file_entries(job.output, [LOSSES_FILE]),
         winner=winner,
         losses=losses,
@@ -50,20 +51,22 @@ def confirm(job: ConfirmJob) -> Confirmation:
     ).write(job.output)
 
 
-def _loss(job: ConfirmJob, name: str, seed: int) -> float:
+def _loss(job: ConfirmJob, name: str, seed: int) -> float | None:
+    """None where the run diverged."""
     recipe = job.recipes[name]
     changes = {"name": f"confirm-{name}-seed{seed}", "output": str(job.output / RUNS / f"{name}-seed{seed}"), "run.seed": seed}
     manifest: RunManifest = train(recipe.with_changes(changes))
-    return float("inf") if manifest.divergences else manifest.final_loss
+    return None if manifest.divergences else manifest.final_loss
 
 
-def _verdict(deltas: list[float], baseline: list[float], report: AblationReport, min_gain: float) -> dict:
+def _verdict(pairs: list[tuple[float, float]], report: AblationReport, min_gain: float) -> dict:
     """The mean difference and its interval by the comparison's noise, which more runs than these have measured."""
-    delta, noise = mean(deltas), report.noise.value
+    delta, noise = mean(ours - theirs for ours, theirs in pairs), report.noise.value
     if noise is None or not report.noise_degrees:
         return {"delta": delta, "confirmed": False}
-    half = float(t.ppf(1 - (1 - CONFIDENCE) / 2, report.noise_degrees)) * noise * (2 / len(deltas)) ** 0.5
-    return {"delta": delta, "low": delta - half, "high": delta + half, "confirmed": delta + half < 0 and delta < -min_gain * mean(baseline)}
+    half = float(t.ppf(1 - (1 - CONFIDENCE) / 2, report.noise_degrees)) * noise * (2 / len(pairs)) ** 0.5
+    enough = delta < -min_gain * mean(theirs for _, theirs in pairs)
+    return {"delta": delta, "low": delta - half, "high": delta + half, "confirmed": delta + half < 0 and enough}
 
 
 if __name__ == "__main__":

@@ -188,10 +188,10 @@ class Confirmation(Manifest):
 
     winner: str
     """The comparison's; where it is the baseline there was nothing to confirm."""
-    losses: dict[str, dict[int, float]]
-    """By run and seed, nats."""
+    losses: dict[str, dict[int, float | None]]
+    """By run and seed, nats; None of a run that diverged."""
     delta: float | None = None
-    """Winner less baseline, the mean over pairs of equal seeds."""
+    """Winner less baseline, the mean over pairs of equal seeds; None where there was nothing to confirm, or the winner diverged."""
     low: float | None = None
     """95 % interval, by the comparison's noise."""
     high: float | None = None
@@ -201,12 +201,18 @@ class Confirmation(Manifest):
     @property
     def text(self) -> str:
         """A sentence; empty where there was nothing to confirm."""
-        if self.delta is None:
+        if not self.losses:
             return ""
+        lost = [f"{name} with seed {seed}" for name, runs in self.losses.items() for seed, loss in runs.items() if loss is None]
+        diverged = f" Diverged: {', '.join(lost)}." if lost else ""
+        if self.delta is None:
+            return f"New seeds do not confirm **{self.winner}**, so it is not adopted.{diverged}"
         interval = "" if self.low is None or self.high is None else f" [{signed(self.low)}, {signed(self.high)}]"
         said = "confirmed and adopted" if self.confirmed else "not confirmed, so not adopted"
-        pairs = len(next(iter(self.losses.values())))
-        return f"On {pairs} seeds that did not choose it, **{self.winner}** differs by {signed(self.delta)}{interval} nats: {said}."
+        pairs = sum(None not in pair for pair in zip(*(runs.values() for runs in self.losses.values()), strict=True))
+        return (
+            f"On {pairs} seeds that did not choose it, **{self.winner}** differs by {signed(self.delta)}{interval} nats: {said}.{diverged}"
+        )
 
 
 class GridRun(Settings):

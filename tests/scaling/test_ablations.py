@@ -93,6 +93,24 @@ def test_verdicts(job):
     assert AblationReport.read(job.output).problems(job.output) == []
 
 
+def test_a_seed_that_diverged_hides_no_other_difference(job, tmp_path):
+    """Its loss is that of an early checkpoint: no noise of the others."""
+    alone = {row.name: row for row in compare(job).rows}
+    lost = finished(tmp_path / "half", 6.0, changes={"optimizer.lr_llm": 0.5, "run.seed": 1}, divergences=[_divergence()])
+    kept = finished(tmp_path / "kept", 1.95, changes={"optimizer.lr_llm": 0.5, "run.seed": 0})
+    half = [AblationRun(name="half", change="optimizer.lr_llm", value=0.5, seed=seed, run=run) for seed, run in ((0, kept), (1, lost))]
+    rows = {row.name: row for row in compare(job.model_copy(update={"runs": [*job.runs, *half], "output": tmp_path / "more"})).rows}
+    assert rows["half"].verdict == "diverged"
+    assert {name: row.verdict for name, row in alone.items()} == {name: rows[name].verdict for name in alone}
+    assert rows["cool"].low == pytest.approx(alone["cool"].low, abs=1e-3)
+
+
+def test_a_baseline_that_diverged_is_none(tmp_path):
+    runs = seeded(tmp_path, "base", 2.0, divergences=[_divergence()]) + seeded(tmp_path, "cool", 1.9, "model.temperature", 0.5)
+    with pytest.raises(UserError, match="the baseline 'base' diverged with every seed"):
+        compare(AblationJob(output=tmp_path / "out", baseline="base", runs=runs))
+
+
 def test_one_seed_gives_no_verdict_and_no_winner(job):
     report = compare(job.model_copy(update={"runs": [run for run in job.runs if run.seed == 0]}))
     assert {row.verdict for row in report.rows} == {"baseline", "no verdict", "other validation", "diverged"}

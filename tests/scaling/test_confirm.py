@@ -14,7 +14,7 @@ from fvlm_core.eval.subject import Subject
 from fvlm_core.model.build import load_model
 from fvlm_core.scaling.ablations import compare
 from fvlm_core.scaling.confirm import RUNS, confirm
-from fvlm_core.scaling.jobs import AblationJob, AblationReport, AblationRun, ConfirmJob
+from fvlm_core.scaling.jobs import AblationJob, AblationReport, AblationRun, Confirmation, ConfirmJob
 from fvlm_core.scaling.outcomes import Questions, outcomes_of
 from fvlm_core.train.__main__ import train
 from tests.tiny import tiny_shards
@@ -95,6 +95,14 @@ def test_a_gain_that_new_seeds_do_not_show_is_not_confirmed(compared, report, sh
     done = confirm(job(tmp_path, shards, report, recipes=same, seeds=[3]))
     assert (done.delta, done.confirmed) == (0.0, False)
     assert "not adopted" in done.text
+
+
+def test_a_winner_that_diverges_is_not_confirmed(compared, report, shards, tmp_path):
+    wild = recipe(Path("output"), shards, **{"optimizer.lr_connector": 1e30, "run.on_divergence": "end"})
+    done = confirm(job(tmp_path, shards, report, recipes={"baseline": recipe(Path("output"), shards), "fast": wild}, seeds=[3]))
+    assert Confirmation.read(tmp_path) == done
+    assert (done.losses["fast"], done.delta, done.confirmed) == ({3: None}, None, False)
+    assert done.text == "New seeds do not confirm **fast**, so it is not adopted. Diverged: fast with seed 3."
 
 
 def test_a_baseline_that_won_needs_no_confirmation(compared, shards, tmp_path):

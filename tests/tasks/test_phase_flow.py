@@ -266,3 +266,17 @@ def test_steps_that_report_and_end_at_once_are_all_counted(tmp_path: Path) -> No
 
     phase()
     assert PhaseStatus.read(tmp_path) == PhaseStatus(phase="precompute", total=64, done=64)
+
+
+def test_a_status_that_cannot_be_shown_stops_nothing(tmp_path: Path) -> None:
+    @flow
+    def phase() -> None:
+        board = StatusBoard("precompute", tmp_path, 1)
+        with get_client(sync_client=True) as client:
+            client.delete_artifact(board.artifact)
+        board.sent = 0.0
+        board.running("step", None)
+        board.finish()
+
+    phase()
+    assert PhaseStatus.read(tmp_path) == PhaseStatus(phase="precompute", total=1, done=1)
