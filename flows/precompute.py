@@ -124,7 +124,8 @@ def _shards(config: PipelineConfig, downloads: list[Step], volume: Path) -> Step
     """Makes the shards, of downloads and of the records of chats."""
     settings = config.precompute
     texts = [_record(source, volume) for source in settings.text_sources]
-    val_shares = {source.name: source.val_share for source in settings.sources if source.val_share is not None}
+    shares = [(source, source.val_share) for source in settings.sources if source.val_share is not None]
+    val_shares = {name: share for source, share in shares for name in _names(source, volume)}
     inputs: dict[str, Given] = {"downloads": downloads, "texts": texts}
     if frozen := settings.shards.validation:
         inputs["validation"] = Outside(frozen, sha256_file(frozen) if frozen.is_file() else "")
@@ -142,6 +143,14 @@ def _record(source: Source, volume: Path) -> Outside:
         return Outside(record_folder(source, volume), recorded(source, volume).digest)
     except UserError:  # only a plan gets here without its files: a run was refused before
         return Outside(volume / SOURCES / source.name, "not here")
+
+
+def _names(source: Source, volume: Path) -> set[str]:
+    """The sources that the rows of a source from outside are of: rows may name their own."""
+    try:
+        return recorded(source, volume).sources
+    except UserError:  # only a plan gets here without its files: a run was refused before
+        return {source.name}
 
 
 def _vision(config: PipelineConfig) -> Step:

@@ -25,7 +25,8 @@ def known_sources(config: PipelineConfig, records: Mapping[str, Record]) -> Know
     if precompute.natural:
         known["train"].add(NATURAL)
         known["val"].add(NATURAL)
-    shares = {source.name: source.val_share for source in precompute.sources if source.val_share is not None}
+    own = [source for source in precompute.sources if source.val_share is not None and source.name in records]
+    shares = {name: source.val_share for source in own for name in records[source.name].sources}
     for count in (count for record in records.values() for count in record.counts):
         undecided = not count.split
         if count.split == "train" or undecided:

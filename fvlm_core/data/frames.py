@@ -142,7 +142,7 @@ Choose = Callable[[InputContainer, VideoStream, list[_Packet], list[float]], Ite
 
 
 def _extract(content: bytes, rule: FrameRule, choose: Choose, window: Window | None) -> Frames:
-    with av.open(io.BytesIO(content), "r") as container:
+    with av.open(io.BytesIO(content), "r", metadata_errors="replace") as container:
         stream = _video_stream(container)
         packets = [_of(packet) for packet in container.demux(stream) if packet.size]
         duration_s, aspect = _duration_s(container, stream, packets), _pixel_aspect(stream) if rule.square_pixels else 1.0

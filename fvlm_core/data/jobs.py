@@ -291,8 +291,8 @@ class ShardSettings(Settings):
     max_text_tokens: Positive = 2048
     """Conversations of more text tokens are left out and counted, never cut."""
     val_share: Share = 0.05
-    """Share of validation samples among rows whose source does not say; by a hash of the frames (of a chat's text), at least one per
-    source."""
+    """Share of validation samples among rows whose source does not say; by a hash of the frames (of a chat's text, of the
+    address of the film that a sample is seconds of), at least one per source."""
     val_samples: Positive | None = None
     """Validation samples at most: of those that the shares choose, the ones with the lowest hashes. Samples that their source puts into
     validation stay in any case."""

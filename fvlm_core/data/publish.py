@@ -1,6 +1,7 @@
 """Copies a folder of shards into an object store: `python -m fvlm_core.data.publish job.yaml`.
 
-The manifest goes last, so whoever finds it there finds all its files. A job that is run again copies only what is not there in full size.
+The manifest goes last, and one of other shards goes first, so whoever finds it there finds all its files. A job that is run again copies
+only what is not there yet: files there are known by the manifest there or, where a job was interrupted, by the mark that it left.
 """
 
 import time
@@ -13,11 +14,14 @@ from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem, copy
 from fvlm_core.cli import run_job
 from fvlm_core.data.jobs import PublishJob, ShardManifest
 from fvlm_core.errors import UserError
-from fvlm_core.manifest import FILE_NAME, Manifest
+from fvlm_core.manifest import FILE_NAME, AnyManifest, Manifest
 from fvlm_core.progress import Progress
+from fvlm_core.settings import hash_json
 
 PARALLEL = 8
 """Files on their way at a time."""
+MARK = "publishing.txt"
+"""In the store while files are on their way: the digest of the shards. A file there of the size of one of theirs is that one."""
 
 
 def publish(job: PublishJob) -> Manifest:
@@ -26,17 +30,13 @@ def publish(job: PublishJob) -> Manifest:
     shards = ShardManifest.read(job.shards)
     try:
         store, prefix = FileSystem.from_uri(job.to)
-        there = {
-            info.path: info.size
-            for info in store.get_file_info(FileSelector(prefix, recursive=True, allow_not_found=True))
-            if info.type == FileType.File
-        }
-        left = [file.path for file in shards.files if there.get(f"{prefix}/{file.path}") != file.bytes]
-        progress = Progress(job.output, len(left) + 1)
         with ThreadPoolExecutor(PARALLEL) as pool:
+            left = _begin(shards, job.shards, store, prefix, pool)
+            progress = Progress(job.output, len(left) + 1)
             for done, _ in enumerate(pool.map(lambda path: _copy(job.shards / path, store, f"{prefix}/{path}"), left), 1):
                 progress.update(done, note="files")
         _copy(job.shards / FILE_NAME, store, f"{prefix}/{FILE_NAME}")
+        store.delete_file(f"{prefix}/{MARK}")
     except (OSError, pa.ArrowException) as error:
         fix = "check the address, AWS_ENDPOINT_URL and the credentials in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
         raise UserError(f"the object store cannot be written: {error}", where=job.to, fix=fix) from error
@@ -48,6 +48,46 @@ def publish(job: PublishJob) -> Manifest:
         counts={"files": len(shards.files) + 1, "bytes": sum(file.bytes for file in shards.files)},
         seconds=time.monotonic() - started,
     ).write(job.output)
+
+
+def _begin(shards: ShardManifest, folder: Path, store: FileSystem, prefix: str, pool: ThreadPoolExecutor) -> list[str]:
+    """Remove what could be taken for these shards and is not of them, and leave the mark; returns the files that are to be copied."""
+    there = {
+        info.path.removeprefix(f"{prefix}/"): info.size
+        for info in store.get_file_info(FileSelector(prefix, recursive=True, allow_not_found=True))
+        if info.type == FileType.File
+    }
+
+    def read(name: str) -> bytes:
+        if name not in there:
+            return b""
+        with store.open_input_stream(f"{prefix}/{name}") as stream:
+            return stream.readall()
+
+    ours = {file.path: file.sha256 for file in shards.files}
+    mark = hash_json(ours).encode()
+    known: dict[str, str] = {}
+    if published := read(FILE_NAME):
+        known = _digests(published)
+    elif read(MARK) == mark:
+        known = ours
+    left = [file for file in shards.files if (there.get(file.path), known.get(file.path)) != (file.bytes, file.sha256)]
+    if published and published != (folder / FILE_NAME).read_bytes():
+        store.delete_file(f"{prefix}/{FILE_NAME}")
+    # before the mark, which would vouch for them
+    others = [f"{prefix}/{file.path}" for file in left if there.get(file.path) == file.bytes]
+    list(pool.map(store.delete_file, others))
+    with store.open_output_stream(f"{prefix}/{MARK}") as stream:
+        stream.write(mark)
+    return [file.path for file in left]
+
+
+def _digests(manifest: bytes) -> dict[str, str]:
+    """The files of a manifest; none where it is damaged."""
+    try:
+        return {file.path: file.sha256 for file in AnyManifest.model_validate_json(manifest).files}
+    except ValueError:
+        return {}
 
 
 def _copy(path: Path, store: FileSystem, to: str) -> None:

@@ -15,7 +15,7 @@ from typing import NamedTuple, Self
 import pyarrow.parquet as pq
 
 from fvlm_core.data.jobs import BadClip
-from fvlm_core.data.media import without_window
+from fvlm_core.data.media import time_window, without_window
 from fvlm_core.data.raw_shards import CONTENT, PLACES
 from fvlm_core.data.rows import Split
 from fvlm_core.data.shard_files import bucket_of, key_of
@@ -210,7 +210,9 @@ class Plan:
         def complete() -> Iterator[tuple]:
             for source, kind, split, origin, content, text, frames, seconds, *place in rows:
                 self._ordinal += 1
-                unit = int.from_bytes(content[:6], "big") / 2**48
+                # a film's scenes are drawn together: of those apart, all that are in training would be left out as leaks
+                drawn = content if time_window(origin) is None else sha256(without_window(origin).encode()).digest()
+                unit = int.from_bytes(drawn[:6], "big") / 2**48
                 known = (self._ordinal, source, kind, split, origin, content, text, unit, frames, bucket_of(frames), seconds)
                 yield *known, *place, int(not split), None
 
@@ -229,7 +231,7 @@ class Plan:
             )
 
     def _hold_out(self, share: Callable[[str], float], most: int | None) -> None:
-        """Validation by hash of the content, of every source one at least."""
+        """Validation by hash of the content, or of a film that has its scenes as samples; of every source one at least."""
         run = self._db.execute
         undecided = "undecided AND reason IS NULL"
         sources = [source for (source,) in run(f"SELECT DISTINCT source FROM sample WHERE {undecided}").fetchall()]

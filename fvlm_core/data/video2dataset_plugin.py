@@ -171,7 +171,7 @@ def _is_page(content_type: str, start: bytes) -> bool:
 
 
 class FrameSubsampler:
-    """Replaces a video by its JPEG frames, `000.jpg`, `001.jpg`, ..."""
+    """Replaces a video by its JPEG frames, `000000.jpg`, `000001.jpg`, ...: they are written sorted by name."""
 
     encode_formats = {"video": "mp4"}
 
@@ -186,8 +186,10 @@ class FrameSubsampler:
             frames = extract_frames(streams["video"][0], self.rule, time_window(metadata[0][ORIGIN]))
         except ClipError as error:
             return {}, metadata, str(error)
+        except Exception as error:  # one that gets out leaves the video without a reason
+            return {}, metadata, f"{type(error).__name__}: {error}"
         metadata[0] |= {"num_frames": len(frames.pixels), "duration_s": frames.duration_s}
-        return {f"{number:03d}.jpg": [encode_jpeg(frame)] for number, frame in enumerate(frames.pixels)}, metadata, None
+        return {f"{number:06d}.jpg": [encode_jpeg(frame)] for number, frame in enumerate(frames.pixels)}, metadata, None
 
 
 def main(settings: dict[str, Any]) -> None:

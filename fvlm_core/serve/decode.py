@@ -119,7 +119,7 @@ def _video(content: bytes, rule: FrameRule, pixels: int, video_s: float) -> np.n
     import av.error
 
     try:
-        with av.open(io.BytesIO(content), "r") as container:
+        with av.open(io.BytesIO(content), "r", metadata_errors="replace") as container:
             if not container.streams.video:
                 raise RefusedError("the file has no video stream", HTTPStatus.UNPROCESSABLE_ENTITY)
             stream = container.streams.video[0]

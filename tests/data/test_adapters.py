@@ -154,6 +154,18 @@ def test_several_images_and_several_turns(rows: dict[str, list[dict[str, Any]]],
             assert len({frame.tobytes() for frame in sample.frames}) == len(sample.frames), "different images"
 
 
+def test_files_of_equal_folder_and_name_are_told_apart(tmp_path: Path) -> None:
+    for configuration in ("one", "two"):
+        (tmp_path / configuration).mkdir()
+        PUBLISHED["finevideo"](tmp_path / configuration)
+    source = Source.model_validate({"name": "films", "format": "finevideo", "files": [tmp_path / "*" / "data" / "train-*.parquet"]})
+    record(source, tmp_path)
+    urls = [url for batch in read_rows(record_folder(source, tmp_path), ["url"]) for url in batch.column(0).to_pylist()]
+    assert len(urls) == len(set(urls))
+    assert urls[0] == "one/data/train-00000-of-00001.parquet#row=1"
+    assert urls[-1].startswith("two/data/train-00000-of-00001.parquet#row=")
+
+
 @pytest.mark.parametrize("repeats", [1, 3, 8])
 def test_images_train_as_one_frame_or_several(shards: ShardSet, tmp_path: Path, repeats: int) -> None:
     mixture = [{"source": "cauldron", "share": 0.5}, {"source": "user", "share": 0.5}]

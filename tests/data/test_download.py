@@ -1,11 +1,14 @@
 """Rendered clips through real HTTP and real video2dataset to shards and batches."""
 
 import csv
+import io
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +23,7 @@ from fvlm_core.config import DataSettings, RunSettings
 from fvlm_core.data import gaze
 from fvlm_core.data.clips import make_clips
 from fvlm_core.data.download import download
+from fvlm_core.data.frames import encode_jpeg
 from fvlm_core.data.jobs import ClipJob, ClipManifest, DownloadJob, DownloadManifest, ShardJob
 from fvlm_core.data.loader import train_steps, val_batches
 from fvlm_core.data.shard_set import ShardSet
@@ -319,6 +323,43 @@ def test_addresses_without_a_suffix_pages_and_large_files(clips, site, tmp_path)
             assert len(clip.reason) > len(urls[clip.url]) + 10
     tried = {Path(path).name for path in site.asked}
     assert {"soft.mp4", "gone"} <= tried
+
+
+SUBSAMPLE = """
+import json, sys
+from fvlm_core.data.video2dataset_plugin import ORIGIN, FrameSubsampler
+streams, _, error = FrameSubsampler(frame_px=14, max_frames=2000)({"video": [sys.stdin.buffer.read()]}, [{ORIGIN: "a"}])
+print(json.dumps([list(streams), error]))
+"""
+
+
+def subsampled(content):
+    """Names of the frames in their order, and the error."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([PYTHON, "-c", SUBSAMPLE], input=content, env=environment, capture_output=True, check=True)
+    return json.loads(done.stdout)
+
+
+@needs_video2dataset
+def test_more_than_a_thousand_frames_are_in_order_by_their_names():
+    image = encode_jpeg(np.zeros((14, 14, 3), np.uint8))
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        for number in range(1001):
+            member = tarfile.TarInfo(f"{number:06d}")
+            member.size = len(image)
+            archive.addfile(member, io.BytesIO(image))
+    names, error = subsampled(content.getvalue())
+    assert error is None
+    assert len(names) == 1001
+    assert names == sorted(names)
+
+
+@needs_video2dataset
+def test_a_failure_of_whatever_kind_is_the_video_s_reason():
+    names, error = subsampled(bytes(257) + b"ustar" + b"no tar" * 100)
+    assert names == []
+    assert error.startswith("ReadError: ")
 
 
 def test_environment_is_checked_first(clips, tmp_path):

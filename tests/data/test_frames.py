@@ -137,6 +137,17 @@ def test_what_is_not_a_video(content, reason):
         extract_frames(content, FrameRule(42))
 
 
+def test_metadata_in_another_encoding_does_no_harm():
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4", metadata_encoding="latin-1") as container:
+        container.metadata["title"] = "Été"
+        stream = container.add_stream("libx264", rate=1)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(grey([100])[0], format="rgb24")))
+        container.mux(stream.encode())
+    assert levels_of(buffer.getvalue()) == pytest.approx([100], abs=3)
+
+
 def test_sound_alone_is_not_a_video():
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="wav") as container:

@@ -419,3 +419,9 @@ def test_columns_of_several_types_are_texts_and_unknown_ones_are_absent(tmp_path
     (tmp_path / "a.jsonl").write_text('{"id": 1, "x": "a"}\n\n{"id": "two"}\n')
     (batch,) = read_table(tmp_path / "a.jsonl", ["id", "x", "y"])
     assert batch.to_pydict() == {"id": ["1", "two"], "x": ["a", None]}
+
+
+def test_integers_beyond_64_bits_are_texts(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(f'{{"id": 1}}\n{{"id": {2**64 - 1}}}\n')
+    (batch,) = read_table(tmp_path / "a.jsonl", ["id"])
+    assert batch.to_pydict() == {"id": ["1", str(2**64 - 1)]}

@@ -3,12 +3,14 @@
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow.fs
 import pytest
 import webdataset
 
+from fvlm_core.data import publish as publish_module
 from fvlm_core.data.clips import make_clips
 from fvlm_core.data.download import download
 from fvlm_core.data.jobs import ClipJob, DownloadJob, PublishJob, ShardManifest, Source
@@ -17,6 +19,7 @@ from fvlm_core.data.publish import publish
 from fvlm_core.data.sources.record import PATH, SOURCES, read_rows, record, record_folder
 from fvlm_core.data.sources.stored import copies
 from fvlm_core.errors import UserError
+from fvlm_core.manifest import sha256_file
 from tests.tiny import tiny_shards
 
 PYTHON = Path(__file__).parents[2] / ".venv-video2dataset/bin/python"
@@ -78,6 +81,49 @@ def test_shards_into_a_store(store: pyarrow.fs.FileSystem, tmp_path: Path) -> No
     publish(job)
     assert store.get_file_info(name).size == tar.stat().st_size
     assert store.get_file_info("fvlm/v1/shards/index.parquet").mtime == untouched
+
+
+def test_other_shards_of_equal_sizes_replace_those_there(
+    store: pyarrow.fs.FileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the job is interrupted: no manifest is there meanwhile, and the next one copies the rest only."""
+    shards = tiny_shards(tmp_path / "shards", clips=4)
+    job = PublishJob(output=tmp_path / "publish", shards=shards, to="s3://fvlm/v1/shards")
+    publish(job)
+    for path in shards.rglob("*.tar"):
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + b"x")  # of the padding, equal size
+    manifest = ShardManifest.read(shards)
+    changed = [
+        file.model_copy(update={"sha256": sha256_file(shards / file.path)}) if file.path.endswith(".tar") else file
+        for file in manifest.files
+    ]
+    manifest.model_copy(update={"files": changed}).write(shards)
+
+    copied: list[str] = []
+    real = publish_module._copy
+
+    def copy(path: Path, *to: Any) -> None:
+        if len(copied) == stop_after:
+            raise OSError("the connection is lost")
+        copied.append(path.name)
+        real(path, *to)
+
+    monkeypatch.setattr(publish_module, "_copy", copy)
+    monkeypatch.setattr(publish_module, "PARALLEL", 1)
+    stop_after = 2
+    with pytest.raises(UserError, match="the connection is lost"):
+        publish(job)
+    assert store.get_file_info("fvlm/v1/shards/manifest.json").type == pyarrow.fs.FileType.NotFound
+    stop_after = -1
+    publish(job)
+    tars = [file.path for file in changed if file.path.endswith(".tar")]
+    assert sorted(copied) == sorted([*(Path(path).name for path in tars), "manifest.json"]), "each once, and nothing else"
+    back = tmp_path / "back"
+    back.mkdir()
+    pyarrow.fs.copy_files("fvlm/v1/shards", str(back), source_filesystem=store)
+    assert ShardManifest.read_whole(back) == ShardManifest.read(shards)
+    assert not (back / publish_module.MARK).exists()
 
 
 def test_a_store_that_cannot_be_written(store: pyarrow.fs.FileSystem, tmp_path: Path) -> None:

@@ -182,3 +182,11 @@ def test_after_a_kill_only_the_unfinished_part_is_made_again(folder: Path, tmp_p
     assert sorted(shards.record(int(row))["caption"] for split in SPLITS for row in shards.rows(split, "web").index) == [
         f"clip {n}" for n in range(6)
     ]
+
+
+def test_a_share_for_validation_goes_to_the_sources_that_its_rows_name(tmp_path: Path) -> None:
+    rows = {"url": ["a.mp4", "b.mp4"], "caption": "a clip", "source": ["web", ""]}
+    pd.DataFrame(rows).to_csv(tmp_path / "some.csv", index=False)
+    config = profile(tmp_path, {"name": "mine", "files": ["some.csv"], "val_share": 0.25})
+    steps = PRECOMPUTE.steps(config, Before(tmp_path, {}, {}, {}))
+    assert next(one for one in steps if one.name == SHARDS).settings["val_shares"] == {"web": 0.25, "mine": 0.25}

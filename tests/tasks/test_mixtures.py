@@ -58,6 +58,15 @@ def test_a_recorded_source_without_rows_to_validate_on_is_refused_before_anythin
             check_names(config(values), lacking)
 
 
+def test_a_share_for_validation_is_that_of_the_sources_that_its_rows_name() -> None:
+    values = changed("precompute.sources", [{"name": "mine", "files": ["a.csv"], "val_share": 0.0}])
+    counts = [RowCount(source="web", split="", rows=5)]
+    record = Record(name="mine", kind="video", read=5, filtered=0, left_out=0, rows=5, counts=counts, rows_digest="", rows_bytes=0)
+    known = known_sources(config(values), {"mine": record})
+    assert "web" in known["train"]
+    assert "web" not in known["val"]
+
+
 def test_a_source_without_samples_to_validate_on_is_refused() -> None:
     counts = [
         SourceCounts(name=name, kind="video", split=split, samples=1, conversations=1, frames=1, tokens=1)

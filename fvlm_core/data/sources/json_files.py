@@ -40,10 +40,10 @@ def batches_of(records: Records, columns: Collection[str]) -> Iterator[pa.Record
 
 
 def _array(values: list[Any]) -> pa.Array:
-    """A column; values of several types as their JSON text."""
+    """A column; values of several types, or integers beyond 64 bits, as their JSON text."""
     try:
         return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
         texts = [None if value is None else value if isinstance(value, str) else json.dumps(value) for value in values]
         return pa.array(texts, pa.string())
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -62,9 +63,9 @@ def read_source(source: Source, files: Sequence[Path], archives: Archives | None
 
     `archives`: those of the source, where its media are looked for first.
     """
-    adapter, left = ADAPTERS[source.format], source.limit
+    adapter, left, places = ADAPTERS[source.format], source.limit, _places(files)
     for file in files:
-        for part in _read_file(source, adapter, file, archives):
+        for part in _read_file(source, adapter, file, places[file], archives):
             if left is None:
                 yield part
                 continue
@@ -74,7 +75,20 @@ def read_source(source: Source, files: Sequence[Path], archives: Archives | None
                 return
 
 
-def _read_file(source: Source, adapter: Adapter, file: Path, archives: Archives | None) -> Iterator[Part]:
+def _places(files: Sequence[Path]) -> dict[Path, str]:
+    """What addresses of media in the files call each: its folder and name only, so that it is the same wherever the dataset lies.
+
+    Where these are the same for two files, each has its path below the folder that they are all in.
+    """
+    whole = {file: file.absolute() for file in files}
+    places = {file: f"{path.parent.name}/{path.name}" for file, path in whole.items()}
+    if len(set(places.values())) == len(set(whole.values())):
+        return places
+    top = os.path.commonpath([path.parent for path in whole.values()])
+    return {file: path.relative_to(top).as_posix() for file, path in whole.items()}
+
+
+def _read_file(source: Source, adapter: Adapter, file: Path, place: str, archives: Archives | None) -> Iterator[Part]:
     replacing = [name for names in adapter.instead.values() for name in names]
     wanted = dict.fromkeys([*adapter.required, *replacing, *adapter.optional, *(condition.column for condition in source.filter)])
     first, media = 1, None
@@ -95,7 +109,7 @@ def _read_file(source: Source, adapter: Adapter, file: Path, archives: Archives 
             kept = kept.take(of)
             paths = None
             if media:
-                ours, paths = _embedded(ours, kept, chosen.column(media[0]).take(of), *media, file)
+                ours, paths = _embedded(ours, kept, chosen.column(media[0]).take(of), *media, file, place)
             rows = complete(ours, adapter, source.name)
         except FilterError as error:
             raise UserError(
@@ -126,13 +140,10 @@ def _require_columns(batch: pa.RecordBatch, adapter: Adapter, file: Path) -> Non
 
 
 def _embedded(
-    ours: pa.RecordBatch, numbers: pa.Array, counts: pa.Array, column: str, listed: bool, file: Path
+    ours: pa.RecordBatch, numbers: pa.Array, counts: pa.Array, column: str, listed: bool, file: Path, place: str
 ) -> tuple[pa.RecordBatch, pa.Array]:
-    """The rows with addresses of their media in the parquet file, and the references.
-
-    An address names the file by its folder and name only, so that it is the same wherever the dataset lies.
-    """
-    where, place = str(file.absolute()), f"{file.absolute().parent.name}/{file.name}"
+    """The rows with addresses of their media in the parquet file, which these call `place`, and the references."""
+    where = str(file.absolute())
     windows = ours.column("url").to_pylist() if "url" in ours.schema.names else [""] * ours.num_rows
     urls, references = [], []
     for number, count, window in zip(numbers.to_pylist(), counts.to_pylist(), windows, strict=True):
