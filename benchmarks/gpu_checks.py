@@ -3,7 +3,8 @@
 1. `tests/train/test_cuda.py`.
 2. The step of `benchmarks.roofline` on the card, eager, compiled and autotuned, in four, two and one micro-batches: milliseconds, MFU,
    memory and kernels, and the time beside that of the model of the card. Larger micro-batches are fewer launches for the host.
-3. Thousands of steps of the trainer itself on shards of videos, read by the loader's processes: recompilations after the warm-up, stalls,
+3. Attention within the frames by each of torch's kernels, at the frames' length and at the next full tile.
+4. Thousands of steps of the trainer itself on shards of videos, read by the loader's processes: recompilations after the warm-up, stalls,
    the share of the time waiting for data, and how often a step waits for the device.
 
 The most important comes first; what the time no longer allows is left out, and the table says so. Every line is also written to
@@ -29,9 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_train_step import GOAL_MFU, GOAL_WAIT, NO_GPU, speed_job, write_videos
@@ -124,12 +128,55 @@ def checks(sizes: dict[str, ModelSettings], device: torch.device, kernels: Path,
             yield _tests()
         kinds: list[Kind] = ["compiled", "eager", "autotuned"] if device.type == "cuda" else ["eager"]
         smallest = next(iter(sizes.values()))
+        yield from _within(ends, "eager", "attention", lambda: attention_kernels(smallest, device))
         for kind in kinds:
             if kind == kinds[-1]:
                 yield from _within(ends, "compiled", f"{long_steps} steps", lambda: long_run(smallest, device, Path(folder), long_steps))
             for size, settings in sizes.items():
                 one = partial(steps_of, size, settings, kind, device, modelled.result, kernels)
                 yield from _within(ends, kind, size, one)
+
+
+def attention_kernels(settings: ModelSettings, device: torch.device) -> Iterator[Check]:
+    """Milliseconds, forward and backward, of attention within as many frames as a step has, by each kernel that takes them.
+
+    With the first token alone, with a query beside it, and with neither: 256 patches fill two tiles of 128, and 258 tokens begin a third.
+    """
+    shape = settings.vision.shape
+    assert shape is not None
+    frames = GROUPS * MICRO_BATCHES * sum(FRAMES) if device.type == "cuda" else 2
+    patches = (settings.vision.frame_px // shape.patch_px) ** 2
+    for tokens in (patches, patches + 1, patches + 2):
+        size = (frames, shape.heads, tokens, shape.width // shape.heads)
+        query, key, value, gradient = (torch.randn(size, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(4))
+        both = partial(_attend, query, key, value, gradient)
+        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+            try:
+                with sdpa_kernel(backend):
+                    took = _median_s(both, device)
+            except RuntimeError as error:  # torch has no kernel of that kind for these
+                yield Check(f"attention of {tokens} tokens, {backend.name}", None, str(error).splitlines()[0])
+            else:
+                yield Check(f"attention of {tokens} tokens, {backend.name}", took * 1e3, "ms")
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor) -> None:
+    torch.autograd.grad(F.scaled_dot_product_attention(query, key, value), (query, key, value), gradient)
+
+
+def _median_s(run: Callable[[], object], device: torch.device) -> float:
+    """Median of `STEPS`, after as many for warming up; the peak of memory begins after them."""
+    for _ in range(STEPS):
+        run()
+    _finish(device)
+    reset_peak_memory(device)
+    seconds = []
+    for _ in range(STEPS):
+        started = time.perf_counter()
+        run()
+        _finish(device)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
 
 
 def steps_of(
@@ -187,17 +234,7 @@ def _steps(
     smaller = videos(max(1, groups - 1), frame_px=model.settings.vision.frame_px)
     step(smaller.to(device), smaller.n_labels)  # of another shape first: what is measured is compiled for any
     one = partial(step, batch.to(device), batch.n_labels)
-    for _ in range(STEPS):
-        one()
-    _finish(device)
-    reset_peak_memory(device)
-    seconds = []
-    for _ in range(STEPS):
-        started = time.perf_counter()
-        one()
-        _finish(device)
-        seconds.append(time.perf_counter() - started)
-    took, (size, kind) = statistics.median(seconds), modelled_as
+    took, (size, kind) = _median_s(one, device), modelled_as
     yield Check(f"{name} of", float(len(batch.frames)), "frames")
     yield Check(f"{name} step", took * 1e3, "ms")
     if peak := peak_flops(device):
