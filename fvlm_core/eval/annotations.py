@@ -4,6 +4,7 @@ Pictures inside parquet files are not read with the rows: a row holds where its 
 """
 
 import csv
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 
 from fvlm_core.errors import UserError
 from fvlm_core.eval.items import UnreadableItemError
-from fvlm_core.eval.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from fvlm_core.eval.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, place_below
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
 
@@ -26,6 +27,8 @@ class Cell:
     """A picture inside a parquet file."""
 
     path: Path
+    root: Path
+    """The benchmark's folder."""
     group: int
     """Row group."""
     place: int
@@ -42,7 +45,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Of this cell and no other."""
-        return f"{self.path.name}:{self.group}:{self.place}:{self.column}"
+        return f"{place_below(self.root, self.path)}:{self.group}:{self.place}:{self.column}"
 
 
 @lru_cache(maxsize=2)
@@ -123,12 +126,13 @@ def read_rows(file: Path, root: Path, columns: Sequence[str], *, where: str) -> 
 def _records(file: Path) -> list[dict[str, Any]]:
     text = file.read_text()
     if file.suffix == ".jsonl":
-        values = [json.loads(line) for line in text.splitlines() if line.strip()]
+        # not `splitlines`: characters that it splits at, such as U+2028, may stand inside JSON
+        values = [json.loads(line) for line in text.split("\n") if line.strip()]
     elif file.suffix == ".json":
         values = json.loads(text)
         values = values.get("data", list(values.values())) if isinstance(values, dict) else values
     else:
-        values = list(csv.DictReader(text.splitlines(), delimiter="\t" if file.suffix == ".tsv" else ","))
+        values = list(csv.DictReader(io.StringIO(text), delimiter="\t" if file.suffix == ".tsv" else ","))
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
         raise ValueError("it holds no list of records")
     return values
@@ -143,7 +147,7 @@ def _parquet(file: Path, root: Path, columns: Sequence[str], where: str) -> Iter
     number = 0
     for group in range(table.num_row_groups):
         for place, record in enumerate(table.read_row_group(group, columns=shallow).to_pylist()):
-            held = {name: Cell(file, group, place, name) if record.get(name) is not None else None for name in pictures}
+            held = {name: Cell(file, root, group, place, name) if record.get(name) is not None else None for name in pictures}
             yield Row(record | held, file, number, root)
             number += 1
 

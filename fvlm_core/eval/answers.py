@@ -14,7 +14,8 @@ VQA_AGREEING = 3
 """So many annotators with the same answer make it fully right (Antol et al. 2015, https://arxiv.org/abs/1505.00468)."""
 
 _LETTER = re.compile(r"^\W*([A-Z])(?:\W*$|[.):,\]])")
-_NAMED = re.compile(r"\b(?:answer|option|choice)(?:\s+is)?\s*:?\s*\(?([A-Z])(?=\W|$)", re.IGNORECASE)
+_NAMED = re.compile(r"\b(?i:(?:answer|option|choice)(?:\s+is)?)\s*:?\s*\(?([A-Z](?=\W|$)|[a-z](?=\)|\W*$))")
+"""A small letter only in brackets or at the end, since `a` is a word too."""
 _BRACKETED = re.compile(r"\(([A-Z])\)")
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?")
 _ONLY_NUMBER = re.compile(r"[-+$]?\s*[\d,]*\.?\d+(?:[eE][-+]?\d+)?\s*%?")

@@ -7,7 +7,7 @@ Images are scaled and cut alike and shown several times, as training shows them.
 import io
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Protocol
@@ -71,6 +71,14 @@ class Source(Protocol):
         ...
 
 
+def place_below(root: Path, path: Path) -> str:
+    """A file's place in a benchmark: unlike its name of this file only, and unlike its full path the same on every machine.
+
+    A file that is not below `root` has its own path.
+    """
+    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
+
+
 @dataclass(frozen=True)
 class VideoFile:
     """A video, or the part of it between two times."""
@@ -78,11 +86,13 @@ class VideoFile:
     path: Path
     start_s: float | None = None
     end_s: float | None = None
+    root: Path = field(default=Path(), compare=False)
+    """The benchmark's folder, below which the video is known by its place."""
 
     @property
     def key(self) -> str:
         part = "" if self.start_s is None and self.end_s is None else f"[{self.start_s}-{self.end_s}]"
-        return f"{self.path.name}{part}"
+        return f"{place_below(self.root, self.path)}{part}"
 
     def load(self, rule: FrameRule, image_repeats: int) -> Media:
         """Decode the file. Raises ClipError where it is no intact video."""
@@ -99,10 +109,12 @@ class FrameFolder:
     fps: float = ANNOTATED_FPS
     start_s: float | None = None
     end_s: float | None = None
+    root: Path = field(default=Path(), compare=False)
+    """The benchmark's folder, below which the folder is known by its place."""
 
     @property
     def key(self) -> str:
-        return f"{self.path.name}[{self.start_s}-{self.end_s}]"
+        return f"{place_below(self.root, self.path)}[{self.start_s}-{self.end_s}]"
 
     def load(self, rule: FrameRule, image_repeats: int) -> Media:
         """Decode the pictures that are shown at the rule's times. Raises ClipError where there are none."""
@@ -131,20 +143,26 @@ class Images:
 
     images: tuple["bytes | Picture", ...]
     name: str = ""
-    """Equal for equal images, where the benchmark says which are; by default their files' names."""
+    """Equal for equal images, where the benchmark says which are; by default their files' places."""
+    root: Path = field(default=Path(), compare=False)
+    """The benchmark's folder, below which the files are known by their place."""
 
     @property
     def key(self) -> str:
         if self.name:
             return self.name
-        parts = [image if isinstance(image, bytes) else image.name.encode() for image in self.images]
-        return blake2b(b"\0".join(parts), digest_size=12).hexdigest()
+        return blake2b(b"\0".join(map(self._identity, self.images)), digest_size=12).hexdigest()
 
     def load(self, rule: FrameRule, image_repeats: int) -> Media:
         """Decode every image; each is shown `image_repeats` times. Raises ClipError where one is no image."""
         contents = [image if isinstance(image, bytes) else _content(image) for image in self.images]
         frames = np.stack([_picture(content, rule.frame_px) for content in contents])
         return Media(frames, [[index] * image_repeats for index in range(len(frames))])
+
+    def _identity(self, image: "bytes | Picture") -> bytes:
+        if isinstance(image, bytes):
+            return image
+        return (place_below(self.root, image) if isinstance(image, Path) else image.name).encode()
 
 
 @dataclass(frozen=True)

@@ -83,9 +83,10 @@ def write_shard(path: Path, key: str, records: list[ItemRecord]) -> None:
 
 
 def read_shard(path: Path, key: str) -> list[ItemRecord] | None:
-    """A finished shard's records; None where there is none, or one of something else."""
+    """A finished shard's records; None where there is none that can be read, or one of something else."""
     try:
-        first, *lines = path.read_text().splitlines()
+        # not `splitlines`: characters that it splits at, such as U+2028, stand in JSON as they are
+        first, *lines = [line for line in path.read_text().split("\n") if line]
+        return [ItemRecord.model_validate_json(line) for line in lines] if first == key else None
     except (OSError, ValueError):
         return None
-    return [ItemRecord.model_validate_json(line) for line in lines] if first == key else None

@@ -143,6 +143,8 @@ class Asking:
         self.prompt_tokens = self.completion_tokens = 0
         self.looked: dict[str, Any] | None = None
         self.finished = ""
+        self.look_at = time.monotonic() + HEARTBEAT_S
+        """When to ask next whether the client is still there."""
 
     async def pieces(self) -> AsyncIterator[str]:
         """The answer's text, piece by piece; an empty one first, once the request was read. Raises RefusedError."""
@@ -164,7 +166,8 @@ class Asking:
                 if ends := [held.find(stop) for stop in stops if stop in held]:
                     held, self.finished = held[: min(ends)], "stop"
                 keep = 0 if self.finished else longest - 1  # the beginning of a stop text may be at the end
-                said, held = held[: len(held) - keep], held[len(held) - keep :] if keep else ""
+                cut = max(0, len(held) - keep)
+                said, held = held[:cut], held[cut:]
                 if said:
                     yield said
         finally:
@@ -202,12 +205,15 @@ class Asking:
 
     async def _event(self) -> engine.Event:
         while True:
-            try:
-                return await asyncio.wait_for(self.events.get(), HEARTBEAT_S)
-            except TimeoutError:
+            if (now := time.monotonic()) >= self.look_at:  # by the clock: events may follow each other without a pause
+                self.look_at = now + HEARTBEAT_S
                 if await self.request.is_disconnected():
                     self.asking.cancelled = True
-                    raise RefusedError("the client has gone", HTTPStatus.REQUEST_TIMEOUT) from None
+                    raise RefusedError("the client has gone", HTTPStatus.REQUEST_TIMEOUT)
+            try:
+                return await asyncio.wait_for(self.events.get(), self.look_at - now)
+            except TimeoutError:
+                continue
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.server.answerer.name}

@@ -20,6 +20,8 @@ from fvlm_core.serve.decode import Kind
 from fvlm_core.serve.limits import Limits, RefusedError
 
 MAX_STOPS = 4
+GREEDY_BELOW = 1e-4
+"""Logits divided by less can overflow, and the likeliest token is all but certain already."""
 CHARACTERS_PER_TOKEN = 32
 """More than any text has on average."""
 URLS: dict[str, Kind] = {"video_url": "video", "image_url": "image"}
@@ -79,9 +81,10 @@ class ChatRequest(BaseModel):
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(0.0, ge=0, le=2)
-    """0, the default, takes the likeliest token."""
+    """0, the default, takes the likeliest token; so does what is below `GREEDY_BELOW`."""
     top_p: float = Field(1.0, gt=0, le=1)
-    seed: int = 0
+    seed: int = Field(0, ge=-(2**63), lt=2**64)
+    """What a generator of torch takes."""
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -98,9 +101,14 @@ class ChatRequest(BaseModel):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
-UNSUPPORTED = ("tools", "functions", "logprobs", "top_logprobs", "response_format", "logit_bias", "audio", "prediction")
 NEUTRAL: tuple[Any, ...] = (None, False, 0, [], {}, {"type": "text"})
-"""Values of these that ask for nothing."""
+UNSUPPORTED = {
+    **dict.fromkeys(("tools", "functions", "logprobs", "top_logprobs", "response_format", "logit_bias", "audio", "prediction"), NEUTRAL),
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p"), (None, 0)),
+    "top_k": (None, 0, -1),
+    "repetition_penalty": (None, 1),
+}
+"""What cannot be done, and the values that do not ask for it."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +122,8 @@ class Asked:
 
 def understand(request: ChatRequest, answerer: FoveatedAnswerer, limits: Limits, frames_of: Callable[[str, Kind], np.ndarray]) -> Asked:
     """Turns, media and format of a request; `frames_of` gets an address and what it should be. Raises RefusedError."""
-    for name in UNSUPPORTED:
-        if (request.model_extra or {}).get(name) not in NEUTRAL:
+    for name, neutral in UNSUPPORTED.items():
+        if (request.model_extra or {}).get(name) not in neutral:
             raise RefusedError(f"{name} is not supported")
     if len(request.stops) > MAX_STOPS or any(not stop for stop in request.stops):
         raise RefusedError(f"stop must be at most {MAX_STOPS} texts that are not empty")
@@ -141,7 +149,7 @@ def understand(request: ChatRequest, answerer: FoveatedAnswerer, limits: Limits,
         chat = replace(chat, system=[*opened, *encode(system), *closed])
     sampling = Sampling(
         request.max_completion_tokens or request.max_tokens or min(MAX_NEW_TOKENS, limits.new_tokens),
-        request.temperature,
+        request.temperature if request.temperature >= GREEDY_BELOW else 0.0,
         request.top_p,
         request.seed,
     )
@@ -150,6 +158,8 @@ def understand(request: ChatRequest, answerer: FoveatedAnswerer, limits: Limits,
     text_tokens = len(chat.system) + sum(len(turn.question_ids) + len(turn.answer_ids) + 8 for turn in turns)
     _check_length(text_tokens + sampling.max_new_tokens, answerer)
     loaded = [frames_of(_address(part), URLS[part.type]) for part in addressed]
+    if (distinct := sum(map(len, loaded))) > limits.frames_at_once:
+        raise RefusedError(f"videos and images of {distinct} frames; this server takes {limits.frames_at_once} in a request")
     frames, media = _joined(loaded, [URLS[part.type] for part in addressed], answerer.image_repeats)
     shown = sum(map(len, media)) * answerer.tokens_per_frame
     _check_length(text_tokens + sampling.max_new_tokens + shown, answerer)

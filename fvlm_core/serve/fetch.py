@@ -9,10 +9,12 @@ import base64
 import binascii
 import ipaddress
 import socket
+import ssl
 import time
 from http import HTTPStatus
+from string import punctuation
 from typing import Any
-from urllib.parse import unquote_to_bytes, urljoin, urlsplit
+from urllib.parse import quote, unquote_to_bytes, urljoin, urlsplit
 
 import httpcore
 
@@ -60,19 +62,47 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast
 
 
-class _Checked(httpcore.SyncBackend):
-    """Connects to checked addresses only."""
+class _Timely(httpcore.NetworkStream):
+    """A connection that is read until a deadline: httpcore's own limit is one of each read, and headers may come a byte at a time."""
 
-    def __init__(self, allow_internal: bool) -> None:
-        self.allow_internal = allow_internal
+    def __init__(self, stream: httpcore.NetworkStream, deadline: float) -> None:
+        self.stream, self.deadline = stream, deadline
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise httpcore.ReadTimeout("the deadline has passed")
+        return self.stream.read(max_bytes, left)
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self.stream.write(buffer, timeout)
+
+    def close(self) -> None:
+        self.stream.close()
+
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.NetworkStream:
+        return _Timely(self.stream.start_tls(ssl_context, server_hostname, timeout), self.deadline)
+
+    def get_extra_info(self, info: str) -> Any:
+        return self.stream.get_extra_info(info)
+
+
+class _Checked(httpcore.SyncBackend):
+    """Connects to checked addresses only, and until a deadline."""
+
+    def __init__(self, allow_internal: bool, deadline: float) -> None:
+        self.allow_internal, self.deadline = allow_internal, deadline
 
     def connect_tcp(self, host: str, port: int, *arguments: Any, **options: Any) -> httpcore.NetworkStream:
-        return super().connect_tcp(check_address(host, port, allow_internal=self.allow_internal), port, *arguments, **options)
+        address = check_address(host, port, allow_internal=self.allow_internal)
+        return _Timely(super().connect_tcp(address, port, *arguments, **options), self.deadline)
 
 
 def _fetch(url: str, limits: Limits) -> bytes:
     deadline = time.monotonic() + limits.fetch_s
-    with httpcore.ConnectionPool(network_backend=_Checked(limits.allow_internal), max_keepalive_connections=0) as pool:
+    with httpcore.ConnectionPool(network_backend=_Checked(limits.allow_internal, deadline), max_keepalive_connections=0) as pool:
         for _ in range(REDIRECTS + 1):
             answer = _get(pool, url, deadline, limits)
             if isinstance(answer, bytes):
@@ -85,34 +115,34 @@ def _get(pool: httpcore.ConnectionPool, url: str, deadline: float, limits: Limit
     """The content of an address, or where it redirects to."""
     try:
         parts = urlsplit(url)
-        host = parts.netloc.rpartition("@")[2]
+        name, colon, port = parts.netloc.rpartition("@")[2].partition(":")
+        host = (name if name.isascii() else name.encode("idna").decode()) + colon + port
         if parts.scheme.lower() not in ("http", "https") or not host:
             raise RefusedError("the address leads to something that is neither http nor https")
         left = max(0.1, deadline - time.monotonic())
-        timeouts = dict.fromkeys(("connect", "read", "write", "pool"), left)
-        headers = [(b"Host", host.encode("idna" if not host.isascii() else "ascii")), (b"User-Agent", AGENT), (b"Accept", b"*/*")]
-        target = parts._replace(netloc=host, fragment="").geturl()
+        timeouts = dict.fromkeys(("connect", "write", "pool"), left)
+        headers = [(b"Host", host.encode("ascii")), (b"User-Agent", AGENT), (b"Accept", b"*/*")]
+        # what is not ASCII as browsers send it; bytes of a redirect that are no UTF-8 stay those bytes
+        target = quote(parts._replace(netloc=host, fragment="").geturl(), safe=punctuation, errors="surrogateescape")
         with pool.stream("GET", target, headers=headers, extensions={"timeout": timeouts}) as response:
-            location = next((value.decode("latin-1") for name, value in response.headers if name.lower() == b"location"), None)
+            location = next((value for name, value in response.headers if name.lower() == b"location"), None)
             if response.status in REDIRECTING and location:
-                return location
+                return location.decode(errors="surrogateescape")
             if response.status != HTTPStatus.OK:
                 raise RefusedError(f"the address answers with status {response.status}")
-            return _content(response, deadline, limits)
+            return _content(response, limits)
     except (httpcore.TimeoutException, TimeoutError) as error:
         raise RefusedError(f"the address did not answer within {limits.fetch_s:g} s") from error
     except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.UnsupportedProtocol, OSError, ValueError) as error:
         raise RefusedError("the address cannot be fetched") from error
 
 
-def _content(response: httpcore.Response, deadline: float, limits: Limits) -> bytes:
+def _content(response: httpcore.Response, limits: Limits) -> bytes:
     parts, size = [], 0
     for part in response.iter_stream():
         size += len(part)
         if size > limits.upload_bytes:
             raise _too_large(limits)
-        if time.monotonic() > deadline:
-            raise TimeoutError
         parts.append(part)
     return b"".join(parts)
 

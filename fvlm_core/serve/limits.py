@@ -25,7 +25,7 @@ class Limits:
     waiting: int = 16
     """Requests that wait beside them; more are refused with status 429."""
     frames_at_once: int = 128
-    """Frames that are encoded together: DINOv2-small keeps 10 MB of each while their questions are read."""
+    """Frames that are encoded together, so also those of a request: DINOv2-small keeps 10 MB of each while their questions are read."""
     fetch_s: float = 30.0
     """For fetching an address, from the first look-up to the last byte."""
     body_s: float = 60.0

@@ -64,7 +64,7 @@ def _read(source: str, fps: float, frame_px: int) -> Iterator[LiveFrame]:
         raise UserError("there is no such file", where=source, fix="give a video's path, a camera (/dev/video0) or an address")
     found = 0
     try:
-        with av.open(source, "r", **options) as container:
+        with av.open(source, "r", metadata_errors="replace", **options) as container:
             if not container.streams.video:
                 raise UserError("there is no video in it", where=source, fix="give a video's path, a camera (/dev/video0) or an address")
             stream = container.streams.video[0]

@@ -18,14 +18,14 @@ from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
 from fvlm_core.eval.asking import AskSettings, ask_all, ask_shard, collect, shards_of
 from fvlm_core.eval.benchmark_result import benchmark_result, chosen
 from fvlm_core.eval.benchmarks import benchmark
-from fvlm_core.eval.benchmarks.benchmark import Loaded
+from fvlm_core.eval.benchmarks.benchmark import Loaded, load
 from fvlm_core.eval.evaluate import evaluate
 from fvlm_core.eval.generation import GREEDY, Generation
 from fvlm_core.eval.items import Item
 from fvlm_core.eval.media import NO_MEDIA, Media, VideoFile
 from fvlm_core.eval.questions import question_sample
 from fvlm_core.eval.ranks import Ranks
-from fvlm_core.eval.records import ItemRecord, Said, option_scores, rounded
+from fvlm_core.eval.records import ItemRecord, Said, option_scores, read_shard, rounded, write_shard
 from fvlm_core.eval.results import EvalReport
 from fvlm_core.eval.stats import Bootstrap
 from fvlm_core.model import inference
@@ -34,7 +34,7 @@ from fvlm_core.model.decoding import continue_sampling, continue_with_beams
 from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.model.names import MODES
 from tests.eval.conftest import small_job
-from tests.eval.published import mp4
+from tests.eval.published import jsonl, mp4
 
 GAZE = benchmark("gaze")
 WORDS = ["red", "digit", "left", "top", "seven", "centre", "shows", "right", "bottom", "video", "three", "white", "pink", "nine"]
@@ -239,6 +239,29 @@ def test_a_video_that_cannot_be_decoded_is_counted_and_too_many_are_an_error(ans
     result = benchmark_result(few, records, Bootstrap(20, 0), fps=1, frame_px=42)
     assert (result.questions, result.rows) == (7, 8)
     assert list(result.undecodable) == ["3"]
+
+
+def test_a_shard_holds_any_character_and_counts_as_unfinished_where_it_cannot_be_read(tmp_path: Path):
+    file, text = tmp_path / "0.jsonl", "a\u2028b\u2029c\u0085d\x1ee\r\nf"
+    records = [ItemRecord(id=text, clip="c", groups={}, choices=[text, "x"], said={"blind": Said(text=text)})] * 2
+    write_shard(file, "key", records)
+    assert read_shard(file, "key") == records
+    file.write_text(file.read_text()[:-9])
+    assert read_shard(file, "key") is None
+
+
+def test_videos_of_one_name_in_two_folders_are_each_asked_about(answerer: FoveatedAnswerer, tmp_path: Path):
+    rows = []
+    for seconds, folder in ((2, "cam1"), (3, "cam2")):
+        mp4(tmp_path / folder / "clip.mp4", seconds)
+        rows += [{"video": f"{folder}/clip.mp4", "question": question, "answer": "1"} for question in ("How many?", "How often?")]
+    jsonl(tmp_path / "mine.jsonl", rows)
+    own = load(benchmark("own"), tmp_path)
+    assert [item.media.key for item in own.items] == ["cam1/clip.mp4"] * 2 + ["cam2/clip.mp4"] * 2, "equal on every machine"
+    settings = AskSettings(orders=["question_first"], modes=["coarse_only"], controls=False)
+    ask_all(answerer, own, settings, tmp_path / "shards")
+    records = collect(answerer, own, settings, tmp_path / "shards", max_missing_share=0)
+    assert [record.frames for record in records] == [2, 2, 3, 3]
 
 
 def test_choices_of_records_are_those_of_the_model(answerer: FoveatedAnswerer):

@@ -14,6 +14,7 @@ from benchmarks.gaze_forms import items as gaze_items
 from benchmarks.gaze_forms import write as gaze_files
 from fvlm_core.data.frames import ClipError, FrameRule
 from fvlm_core.errors import UserError
+from fvlm_core.eval.annotations import read_rows
 from fvlm_core.eval.benchmarks import NAMES, benchmark
 from fvlm_core.eval.benchmarks.benchmark import Loaded, load
 from fvlm_core.eval.items import Item
@@ -227,6 +228,32 @@ def test_your_own_questions(tmp_path: Path):
     assert (part.gold, len(frames(part)), part.groups["task"]) == (1, 2, "parts")
     assert (image.answers, isinstance(image.media, Images)) == (["9", "nine"], True)
     assert (text.id, text.answers, text.media is NO_MEDIA) == ("text", ["2"], True)
+
+
+def test_media_of_one_name_in_two_folders_are_two(tmp_path: Path):
+    for folder in ("1", "2"):
+        (tmp_path / folder / "frames").mkdir(parents=True)
+        (tmp_path / folder / "image.png").write_bytes(png())
+        parquet(tmp_path / folder / "a.parquet", [{"image": picture()}], pictures=("image",))
+    row = {"question": "Which?", "choices": ["a", "b"], "answer": 1}
+    jsonl(
+        tmp_path / "a.jsonl", [row | {kind: f"{n}/{name}"} for kind, name in (("image", "image.png"), ("frames", "frames")) for n in (1, 2)]
+    )
+    own, science = (read(name, tmp_path).items for name in ("own", "scienceqa"))
+    assert len({item.media.key for item in own}) == len({item.clip for item in own}) == 4
+    assert len({item.media.key for item in science if item.media is not NO_MEDIA}) == 2
+    rows = [row for n in (1, 2) for row in read_rows(tmp_path / f"{n}" / "a.parquet", tmp_path, ["image"], where="")]
+    assert [row["image"].name for row in rows] == ["1/a.parquet:0:0:image", "2/a.parquet:0:0:image"]
+
+
+def test_rows_keep_line_breaks_that_stand_inside_their_texts(tmp_path: Path):
+    text = "one\u2028two\u0085three"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"question": text}, ensure_ascii=False) + "\n\n" + json.dumps({"question": "b"}))
+    (tmp_path / "a.csv").write_text('question,answer\n"one\ntwo",1\nthree,2\n')
+    found = {
+        name: [row["question"] for row in read_rows(tmp_path / name, tmp_path, ["question"], where="")] for name in ("a.jsonl", "a.csv")
+    }
+    assert found == {"a.jsonl": [text, "b"], "a.csv": ["one\ntwo", "three"]}
 
 
 @pytest.mark.parametrize("form", ["videomme", "mlvu", "mvbench"])

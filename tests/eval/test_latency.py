@@ -29,7 +29,10 @@ def test_answers_to_questions_of_every_benchmark_are_timed(answerer: FoveatedAns
     """Two clips of each; a file that cannot be decoded and a question without media are passed over."""
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     files = [tmp_path / "bad.mp4", mp4(tmp_path / "a.mp4"), mp4(tmp_path / "b.mp4", seed=1), mp4(tmp_path / "c.mp4", seed=2)]
-    own = [Item("text", NO_MEDIA, "Which?", ["x", "y"], 0), *(Item(file.name, VideoFile(file), "Which?", ["x", "y"], 0) for file in files)]
+    own = [
+        Item("text", NO_MEDIA, "Which?", ["x", "y"], 0),
+        *(Item(file.name, VideoFile(file, root=tmp_path), "Which?", ["x", "y"], 0) for file in files),
+    ]
     asked: list[tuple[str, str, int]] = []
     real = OpenedMedia.replies
 

@@ -32,6 +32,17 @@ class Site(BaseHTTPRequestHandler):
             self.send_error(HTTPStatus.NOT_FOUND)
         elif self.path == "/hang":
             Site.hang.wait(10)
+        elif self.path == "/drip":
+            self.send_response(HTTPStatus.OK)
+            self.flush_headers()
+            for _ in range(15):
+                self.wfile.write(b"X-Slow: a\r\n")
+                Site.hang.wait(0.1)
+            self.end_headers()
+        elif self.path == "/moved":
+            self.send_response(HTTPStatus.FOUND)
+            self.send_header("Location", "/видео.mp4".encode().decode("latin-1"))  # UTF-8, as servers send it
+            self.end_headers()
         else:
             self.send_response(HTTPStatus.OK)
             self.end_headers()
@@ -125,6 +136,21 @@ def test_fetching_has_limits(site):
     for path, message in (("/missing", "status 404"), ("/large", "larger than 1 MB"), ("/hang", "did not answer"), (often, "more than 3")):
         with pytest.raises(RefusedError, match=message):
             read_url(f"{site}{path}", INSIDE)
+
+
+def test_headers_that_never_end_are_not_waited_for(site):
+    with pytest.raises(RefusedError, match=r"did not answer within 0\.5 s"):
+        read_url(f"{site}/drip", Limits(fetch_s=0.5, allow_internal=True))
+
+
+def test_addresses_may_hold_any_character(monkeypatch, site):
+    quoted = b"/%D0%B2%D0%B8%D0%B4%D0%B5%D0%BE.mp4"
+    assert read_url(f"{site}/видео.mp4?a=%20 b", INSIDE) == quoted + b"?a=%20%20b"
+    assert read_url(f"{site}/moved", INSIDE) == quoted
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, port, **_: [(0, 0, 0, "", (f"{host}:{port}", port))])
+    monkeypatch.setattr(fetch, "is_public", lambda address: address != "xn--bcher-kva.example:8080")
+    with pytest.raises(RefusedError, match=r"'xn--bcher-kva\.example' is not on the public internet"):
+        read_url("http://bücher.example:8080/", Limits())
 
 
 def test_data_addresses():

@@ -15,10 +15,12 @@ from PIL import Image
 from benchmarks.bad_uploads import bad_uploads
 from benchmarks.chat_server import about, data_url, running
 from fvlm_core.data.batch import Sample, Turn
-from fvlm_core.serve.answering import Sampling
+from fvlm_core.serve import app as app_module
+from fvlm_core.serve.answering import Answering, Sampling
 from fvlm_core.serve.app import Server, create_app
+from fvlm_core.serve.chat_request import ChatRequest, understand
 from fvlm_core.serve.engine import Engine, Event, Failed, Progress, Request
-from fvlm_core.serve.limits import Limits
+from fvlm_core.serve.limits import Limits, RefusedError
 from fvlm_core.serve.session import Session, gaze, open_media
 from tests.serve.conftest import clip
 
@@ -114,6 +116,31 @@ def test_a_stop_text_ends_the_answer(client, answerer, root, url):
     assert "".join(chunk.choices[0].delta.content or "" for chunk in answer) == whole[: whole.index(stop)]
 
 
+def test_a_stop_text_at_the_beginning_of_the_answer_is_found(client, answerer, root, url):
+    whole = alone(root, answerer, "Which digits?")
+    for length in range(4, 12):
+        answer = client.chat.completions.create(
+            model=answerer.name, messages=about(url, "Which digits?"), max_tokens=12, stop=whole[:length]
+        )
+        assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("", "stop")
+
+
+def test_fields_that_ask_for_nothing_change_nothing(address, answerer, root, url):
+    body = {"model": answerer.name, "messages": about(url, "Which digits?"), "max_tokens": 12}
+    body |= {"frequency_penalty": 0, "presence_penalty": 0.0, "min_p": 0, "top_k": -1, "repetition_penalty": 1.0}
+    answer = httpx.post(f"{address}/v1/chat/completions", json=body | {"temperature": 1e-40, "seed": 2**64 - 1})
+    assert answer.json()["choices"][0]["message"]["content"] == alone(root, answerer, "Which digits?")
+
+
+def test_more_frames_than_are_encoded_together_are_refused(answerer):
+    part = {"type": "video_url", "video_url": "data:,"}
+    body = {"model": "m", "messages": [{"role": "user", "content": [part, part, {"type": "text", "text": "?"}]}], "max_tokens": 4}
+    frames = np.zeros((5, 42, 42, 3), np.uint8)
+    assert len(understand(ChatRequest.model_validate(body), answerer, Limits(frames_at_once=10), lambda *_: frames).sample.frames) == 10
+    with pytest.raises(RefusedError, match="10 frames; this server takes 9 in a request"):
+        understand(ChatRequest.model_validate(body), answerer, Limits(frames_at_once=9), lambda *_: frames)
+
+
 def test_many_clients_at_once_get_what_they_get_alone(client, answerer, root, url):
     questions = [f"Which digits, {'please, ' * n}?" for n in range(8)]
     firsts = [bool(n % 3) for n in range(8)]
@@ -145,6 +172,10 @@ def test_pictures_and_several_media(client, answerer, url):
         ({"model": "other"}, "no model 'other'"),
         ({"mode": "blind"}, "no mode 'blind'"),
         ({"tools": [{"type": "function"}]}, "tools is not supported"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty is not supported"),
+        ({"top_k": 5}, "top_k is not supported"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty is not supported"),
+        ({"seed": 2**64}, "seed: Input should be less than 18446744073709551616"),
         ({"n": 2}, "n: "),
         ({"max_tokens": 1000}, "at most 64"),
         ({"temperature": -1}, "temperature: "),
@@ -217,6 +248,25 @@ def test_who_leaves_is_forgotten(answerer, url):
         while httpx.get(f"{address}/health").json()["inside"]:
             pass
         assert httpx.post(f"{address}/v1/chat/completions", json=body | {"max_tokens": 2}).status_code == 200
+
+
+def test_who_leaves_is_noticed_while_the_answer_grows(answerer, url, monkeypatch):
+    step, steps = Answering.step, []
+
+    def slowly(self: Answering) -> list:
+        time.sleep(0.05)
+        steps.append(1)
+        return step(self)
+
+    monkeypatch.setattr(Answering, "step", slowly)
+    monkeypatch.setattr(app_module, "HEARTBEAT_S", 0.2)
+    with running(create_app(answerer, Limits(running=1, waiting=0))) as address:
+        body = {"model": answerer.name, "messages": about(url, "Why?"), "max_tokens": 60}
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{address}/v1/chat/completions", json=body, timeout=0.5)
+        while httpx.get(f"{address}/health").json()["inside"]:
+            time.sleep(0.01)
+    assert len(steps) < 40
 
 
 def test_a_key_is_asked_for(answerer, openai_client):

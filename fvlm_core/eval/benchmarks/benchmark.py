@@ -5,7 +5,7 @@ A benchmark is one file of this folder that ends in `BENCHMARK = Benchmark(...)`
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -153,7 +153,7 @@ def load(benchmark: Benchmark, folder: Path | None, *, limit: int = 0, max_missi
     for row in rows:
         name = f"{row.file.name}:{row.number + 1}"
         try:
-            item = benchmark.item(row)
+            item = _rooted(benchmark.item(row), place)
         except (UnreadableItemError, ValueError, TypeError, KeyError, SyntaxError) as error:
             loaded.unreadable[name] = str(error)
             continue
@@ -190,6 +190,13 @@ def inline_options(question: str) -> tuple[str, list[str]]:
 def without_letter(option: str) -> str:
     """`A. a cat` -> `a cat`."""
     return re.sub(r"^\s*\(?[A-Z][.):]\s*", "", option).strip()
+
+
+def _rooted(item: Item, root: Path) -> Item:
+    """An item whose media are known by their place below the benchmark's folder."""
+    if isinstance(item.media, VideoFile | FrameFolder | Images):
+        return replace(item, media=replace(item.media, root=root))
+    return item
 
 
 def _absent(media: Source) -> Path | None:

@@ -39,8 +39,8 @@ def _media(row: Row) -> tuple[Source, str]:
         return NO_MEDIA, ""
     value = row[given[0]]
     if given[0] in ("image", "images"):
-        paths = tuple(row.root / str(one) for one in (value if isinstance(value, list) else [value]))
-        return Images(paths, ",".join(map(str, paths))), ",".join(path.name for path in paths)
+        names = [str(one) for one in (value if isinstance(value, list) else [value])]
+        return Images(tuple(row.root / name for name in names)), ",".join(names)
     path = row.root / Path(str(value))
     return video(path, row.get("start"), row.get("end")), str(value)
 
