@@ -84,7 +84,7 @@ def reap_pods(
         try:
             for one in look_after(account, _ledger(rental, account)):
                 _say(f"pod {one.pod.id}: {one.reason}; {one.problem or 'ended'}")
-        except InfraError as error:
+        except (InfraError, OSError) as error:  # a mounted volume that is away
             if every is None or isinstance(error, RefusedError | WrongKeyError):
                 raise
             _say(f"tried again in {every:.0f} s: {error}")
@@ -144,7 +144,7 @@ def down(*, profile: Profile = "runpod") -> int:
     ledger = _ledger(rental, account)
     try:
         remote.down(config, account, Console())
-    except InfraError as error:
+    except (InfraError, OSError) as error:
         _say(f"the server's database may be a minute old: {error}")
     reaped = reap(account.client, owner(account.volume().id), budget=ledger, young_s=0.0, everything=True)
     for one in reaped:
@@ -152,7 +152,7 @@ def down(*, profile: Profile = "runpod") -> int:
     if ledger is not None:
         try:
             reconcile(account.client, ledger)
-        except InfraError as error:
+        except (InfraError, OSError) as error:
             _say(f"by price and time, because RunPod's bill cannot be read: {error}")
         Console().print(budget_table(ledger.position(), ledger.clock()).terminal())
     month = account.volume().usd_per_hour * HOURS_PER_MONTH
@@ -329,7 +329,7 @@ def _ledger(rental: "Rental", account: Account) -> Budget | None:
     try:
         ledger = budget_of(rental, account.store)
         ledger.entries()
-    except InfraError as error:
+    except (InfraError, OSError) as error:
         _say(f"the ledger cannot be reached: {error}")
         return None
     return ledger

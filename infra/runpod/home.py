@@ -60,17 +60,22 @@ class Home:
             "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{self.database}",
         }
         self.over = threading.Event()
+        self.served = False
+        """Whether the volume's server has been this one."""
 
     def run(self) -> None:
         """All of it; what dies is started again."""
-        self.restore()
         (self.volume / STOP).unlink(missing_ok=True)
         while not self.over.is_set():
+            if not self.served:
+                self.restore()
             try:
                 self.serve()
             except StackError as error:
                 say(str(error))
                 self.over.wait(RESTART_S)
+        if not self.served:  # what is there is another's, who knows more
+            return
         self.save()
         for name in (STOP, ADDRESS):
             (self.volume / name).unlink(missing_ok=True)
@@ -80,6 +85,7 @@ class Home:
         stack = Stack(self.volume, environment=self.environment, address=self.address)
         try:
             stack.start_server(self.port)
+            self.served = True
             stack.wait_for_server()
             stack.start_workers(self.pools, every_queue=True, more={KEY_VARIABLE: self.key, PUBLIC_API_VARIABLE: f"{self.address}/api"})
             say(f"the Prefect server answers at {self.address}")

@@ -21,6 +21,7 @@ from pydantic import SecretStr
 
 from deployments.checks import PROFILES
 from infra.api import healthy
+from infra.locks import try_lock
 from infra.prefect_settings import without
 from infra.runpod.account import Account, Place
 from infra.runpod.client import RunPod
@@ -34,7 +35,7 @@ from infra.runpod.remote import server_pod
 from infra.runpod.setup import mark
 from infra.stack import REPOSITORY, volume_tag
 from infra.store import FolderStore
-from infra.volume import volume_id
+from infra.volume import HOME, volume_id
 from tests.infra.runpod.conftest import KEY, QUICK
 from tests.infra.runpod.tiny_flow import tiny
 from tests.waiting import wait_until
@@ -132,6 +133,25 @@ def test_a_server_on_a_pod_runs_flows_ends_and_goes_on(remote: Remote, tmp_path:
     finally:
         home.over.set()
         serving.join()
+
+
+def test_a_second_server_that_never_served_leaves_the_first_s_records(tmp_path: Path) -> None:
+    volume = tmp_path / "volume"
+    (volume / DATABASE).parent.mkdir(parents=True)
+    with closing(sqlite3.connect(volume / DATABASE)) as old:
+        old.execute("create table known (a)")
+    kept = try_lock(volume / HOME / "stack.lock")
+    assert kept is not None
+    second = Home(volume, tmp_path / "disk", port=1, address="http://x", pools={}, environment=without(os.environ))
+    serving = threading.Thread(target=second.run)
+    serving.start()
+    wait_until(second.database.exists, "it to begin with the old records")
+    (volume / DATABASE).write_bytes(b"new")
+    (volume / ADDRESS).write_bytes(b"of the first")
+    second.over.set()
+    serving.join()
+    kept.release()
+    assert [(volume / name).read_bytes() for name in (DATABASE, ADDRESS)] == [b"new", b"of the first"]
 
 
 def test_the_copy_of_the_database_is_complete_while_it_is_written(tmp_path: Path) -> None:
