@@ -15,6 +15,7 @@ from infra.runpod.account import Account
 from infra.runpod.code import upload_code
 from infra.runpod.models import Pod
 from infra.runpod.naming import PodName
+from infra.runpod.rent import utc_text
 from infra.runpod.setup import mark
 from infra.s3 import S3Store
 from infra.stack import PROCESS_POOL, REPOSITORY
@@ -72,7 +73,7 @@ def refuse_longer(pod: Pod, days: float | None) -> None:
 
 def _until(pod: Pod) -> str:
     name = PodName.parse(pod.name)
-    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(name.deadline)) if name else "an unknown time"
+    return utc_text(name.deadline) if name else "an unknown time"
 
 
 def variables(account: Account, address: str) -> dict[str, str]:

@@ -61,8 +61,8 @@ def run_over(api_url: str, environment: Mapping[str, str], run: UUID) -> str | N
         reply = _client().get(f"{api_url}/flow_runs/{run}", headers=credentials(environment), timeout=TIMEOUT_S)
         if reply.status_code == HTTPStatus.NOT_FOUND:
             # a proxy without its server, or another site at that address, says 404 too
-            known = "flow run" not in str(reply.json()["detail"]).lower()
-            return None if known else "Prefect does not know its flow run"
+            of_prefect = "flow run" in str(reply.json()["detail"]).lower()
+            return "Prefect does not know its flow run" if of_prefect else None
         state = reply.raise_for_status().json()["state"]
         since = datetime.now(UTC) - datetime.fromisoformat(state["timestamp"])
         return f"its flow run is {state['name']}" if state["type"] in OVER and since > ENDING else None

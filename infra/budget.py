@@ -24,7 +24,7 @@ WARN_AT = (0.50, 0.80, 0.95)
 HOUR_S = 3600.0
 BILL_LAG_S = 2 * HOUR_S
 """After the end of a pod its bill is complete; RunPod bills by the hour."""
-OVERTIME_S = HOUR_S
+LATEST_END_S = HOUR_S
 """Past its deadline, a pod whose end was not written down is counted for no longer."""
 
 What = Literal["reserved", "storage", "started", "released", "ended", "storage_ended", "billed"]
@@ -93,7 +93,7 @@ class Entry:
             return 0.0
         if self.billed is not None and self.settled:
             return self.billed
-        end = self.ended if self.ended is not None else now if self.kind == "storage" else min(now, self.until + OVERTIME_S)
+        end = self.ended if self.ended is not None else now if self.kind == "storage" else min(now, self.until + LATEST_END_S)
         return max(max(0.0, end - self.since) * self.usd_per_hour / HOUR_S, self.billed or 0.0)
 
     def committed(self, now: float, horizon: float) -> float:

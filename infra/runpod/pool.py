@@ -26,7 +26,7 @@ PUBLIC_API_VARIABLE = "FVLM_PREFECT_API_URL"
 """Of the worker: the address by which pods reach the server, where it is not the worker's own."""
 DEFAULT_COMMAND = "{python} -m prefect.engine"
 """The flow's code is there already: `prefect flow-run execute`, Prefect's own default, would copy it first."""
-SAVE_S, SAVE_SHARE = 600.0, 0.1
+LAST_SAVE_S, LAST_SAVE_SHARE = 600.0, 0.1
 """Of a pod's time, at its end, for the job to save what it did: a checkpoint of 1.7B takes 440 s (`fvlm_core.train.grace`)."""
 POLL_S = 15.0
 """Between two lists of all pods; RunPod allows 60 requests a minute."""
@@ -148,7 +148,7 @@ class RunPodConfiguration(BaseJobConfiguration, RunPodVariables):
             {
                 "run": str(run),
                 "deadline": deadline,
-                "grace_s": min(SAVE_S, SAVE_SHARE * (deadline - time.time())),
+                "grace_s": min(LAST_SAVE_S, LAST_SAVE_SHARE * (deadline - time.time())),
                 "volume": volume.id,
                 "mount_path": self.mount_path,
                 "command": shlex.split(command),

@@ -175,7 +175,7 @@ def rent(
             promised = position.committed - max_runtime_s / HOUR_S * machine.usd_per_hour
             for line in warnings_between(promised, position.committed, budget.cap_usd):
                 warn(line)
-            say(f"rented {machine} as pod {pod.id} for ${pod.cost:.2f}/h, until {_clock(deadline)} at the latest")
+            say(f"rented {machine} as pod {pod.id} for ${pod.cost:.2f}/h, until {utc_text(deadline)} at the latest")
             return pod, name
         if final is not None:
             raise final
@@ -223,5 +223,5 @@ def _nearest(name: str, known: list[str]) -> Iterator[str]:
     yield from dict.fromkeys(lower[one] for one in (*close, *shared))
 
 
-def _clock(moment: float) -> str:
+def utc_text(moment: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(moment))
