@@ -29,7 +29,7 @@ def stream(
     source: str,
     /,
     *,
-    fps: float = 1.0,
+    fps: float | None = None,
     task: str = "",
     ask: tuple[str, ...] = (),
     fast: Annotated[bool, Parameter(negative="")] = False,
@@ -53,7 +53,7 @@ def stream(
     source
         A file, a camera (/dev/video0), or an address that ffmpeg reads (http, rtsp, ...).
     fps
-        Frames looked at per second of the source.
+        Frames looked at per second of the source; by default as many as the model was trained with.
     task
         A question known before the first frame, which directs where the model looks.
     ask
@@ -72,7 +72,7 @@ def stream(
         Keep what was seen in fp32. By default a CPU that multiplies bfloat16 keeps it in that: half of the memory, and less time in
         long streams.
     """
-    if not 0.01 <= fps <= 60 or frames < 0 or max_new_tokens < 1:
+    if (fps is not None and not 0.01 <= fps <= 60) or frames < 0 or max_new_tokens < 1:
         raise UserError("fps must be 0.01 to 60, frames at least 0, max_new_tokens at least 1", where="the options", fix="correct them")
     console = Console(highlight=False)
     answerer = load_model(model, vision, llm, frame_px, device, console)
@@ -117,7 +117,7 @@ def stream(
 
     quit_now, dropped = False, 0
     with Status("waiting for the first frame", console=console) as status:
-        for frame in live_frames(source, fps=fps, frame_px=answerer.rule.frame_px, pace=not fast):
+        for frame in live_frames(source, fps=fps or answerer.rule.fps, frame_px=answerer.rule.frame_px, pace=not fast):
             started = time.perf_counter()
             with subject.autocast():
                 watching.push(frame.pixels)

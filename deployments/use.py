@@ -112,7 +112,7 @@ def look(
     question: str = "What happens in the video?",
     mode: Literal["fine", "autoregressive"] = "fine",
     question_first: bool = True,
-    fps: float = 1.0,
+    fps: float | None = None,
     vision: Vision = None,
     llm: Llm = None,
     frame_px: FramePx = 224,
@@ -133,12 +133,13 @@ def look(
     question_first
         The question comes before the video, so that it directs the gaze.
     fps
-        Frames of the written clip per second; 1 is the speed of the video, up to 64 seconds.
+        Frames of the written clip per second; by default as many as are taken of a second, so that the clip is as fast as the video
+        (but for one of more frames than the model is shown).
     """
     from fvlm_core.serve.look import check_output, write_clip
 
     check_output(output)
-    if not 0.01 <= fps <= 60:
+    if fps is not None and not 0.01 <= fps <= 60:
         raise UserError(f"{fps:g} frames per second cannot be shown", where="--fps", fix="use 0.01 to 60")
     console = Console(highlight=False)
     answerer = load_model(model, vision, llm, frame_px, device, console)
@@ -149,7 +150,7 @@ def look(
     with Status("looking", console=console):
         chosen = checked_mode(answerer, mode) if answerer.subject.gazes else None
         found = gaze(session, question, mode=chosen, question_first=question_first)
-        write_clip(output, found, title=question, fps=fps)
+        write_clip(output, found, title=question, fps=fps or answerer.rule.fps)
     console.print(f"wrote {output}: {len(found.frames)} frames, entropy {found.entropy.mean():.2f} nats on average", soft_wrap=True)
     return 0
 

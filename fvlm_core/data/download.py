@@ -51,6 +51,8 @@ def download(job: DownloadJob) -> DownloadManifest:
         files=file_entries(job.output, [CONTENT]) + file_entries(job.output, [f"{RAW}/*/*.tar", PLACES, BAD], identity=False),
         frame_px=job.frame_px,
         fps=job.fps,
+        max_frames=job.max_frames,
+        square_pixels=job.square_pixels,
         bad=clips,
         seconds=time.monotonic() - started,
     ).write(job.output)

@@ -248,11 +248,18 @@ class DownloadJob(DownloadSettings):
         return self
 
 
-class DownloadManifest(Manifest):
-    """A folder of raw shards, `raw/`; its identity is `content.parquet`, since the order within the tars is that of arrival."""
+class FramesManifest(Manifest):
+    """A folder of frames, and by what rule they were taken: the fields of `fvlm_core.data.frames.FrameRule`."""
 
     frame_px: int
     fps: float
+    max_frames: int
+    square_pixels: bool
+
+
+class DownloadManifest(FramesManifest):
+    """A folder of raw shards, `raw/`; its identity is `content.parquet`, since the order within the tars is that of arrival."""
+
     bad: list[BadClip] = Field(default_factory=list)
     """Videos that were left out: at most those of a part."""
 
@@ -347,12 +354,10 @@ class SourceCounts(Settings):
     """Of its tars."""
 
 
-class ShardManifest(Manifest):
+class ShardManifest(FramesManifest):
     """A folder of shards: `train/`, `val/`, `tokenizer/`, `index.parquet`."""
 
     sources: list[SourceCounts]
-    frame_px: int
-    fps: float
     vocab_size: int
     validation_digest: str = ""
     """sha256 of `validation.csv`: equal for equal validation sets."""

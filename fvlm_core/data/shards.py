@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import islice
 from multiprocessing import get_context
@@ -22,6 +22,7 @@ from typing import cast
 from transformers import PreTrainedTokenizerBase
 
 from fvlm_core.cli import run_job
+from fvlm_core.data.frames import FrameRule
 from fvlm_core.data.jobs import (
     INDEX_FILE,
     LEFT_OUT_FILE,
@@ -69,7 +70,7 @@ class Task:
 def make_shards(job: ShardJob) -> ShardManifest:
     """Write the folder of shards. Raises UserError for downloads that do not fit together or leave nothing."""
     started = time.monotonic()
-    inputs, frame_px, fps = _inputs(job)
+    inputs, rule = _inputs(job)
     job.output.mkdir(parents=True, exist_ok=True)
     _plan(job, inputs)
     counts: list[SourceCounts] = []
@@ -124,8 +125,7 @@ def make_shards(job: ShardJob) -> ShardManifest:
             *file_entries(job.output, [VALIDATION_FILE, LEFT_OUT_FILE], identity=False),
         ],
         sources=added(counts),
-        frame_px=frame_px,
-        fps=fps,
+        **asdict(rule),
         vocab_size=vocab_size,
         validation_digest=sha256_file(job.output / VALIDATION_FILE),
         lost=losses.counts,
@@ -136,28 +136,28 @@ def make_shards(job: ShardJob) -> ShardManifest:
     return manifest
 
 
-def _inputs(job: ShardJob) -> tuple[dict[str, str], int, float]:
-    """Digests of what the shards are made of, and the frames' size and rate. Raises UserError where downloads differ in these."""
+def _inputs(job: ShardJob) -> tuple[dict[str, str], FrameRule]:
+    """Digests of what the shards are made of, and the rule of their frames. Raises UserError where downloads differ in it."""
     digests: dict[str, str] = {}
-    sizes: set[tuple[int, float]] = set()
+    rules: set[FrameRule] = set()
     for number, folder in enumerate(job.downloads):
         manifest = DownloadManifest.read(folder)  # one at a time: each lists the videos that failed
         digests[f"download-{number}"] = manifest.digest
-        sizes.add((manifest.frame_px, manifest.fps))
-    if len(sizes) != 1:
+        rules.add(FrameRule(manifest.frame_px, manifest.fps, manifest.max_frames, manifest.square_pixels))
+    if len(rules) != 1:
         raise UserError(
-            f"{len(sizes)} different frame sizes or rates in {len(job.downloads)} downloads",
+            f"frames of {len(rules)} different kinds in {len(job.downloads)} downloads",
             where="downloads",
-            fix="give at least one download, and make all with the same frame_px and fps",
+            fix="give at least one download, and make all with the same frame_px, fps, max_frames and square_pixels",
         )
     digests |= {f"text-{number}": Record.read_folder(folder).digest for number, folder in enumerate(job.texts)}
     if job.validation:
         digests["validation"] = sha256_file(job.validation) if job.validation.is_file() else ""
-    ((frame_px, fps),) = sizes
-    if job.tiles and (frame_px % job.tiles.px or frame_px % job.tiles.small_px):
-        what = f"frames of {frame_px} px are not cut into tiles of {job.tiles.px} px and small frames of {job.tiles.small_px} px"
+    (rule,) = rules
+    if job.tiles and (rule.frame_px % job.tiles.px or rule.frame_px % job.tiles.small_px):
+        what = f"frames of {rule.frame_px} px are not cut into tiles of {job.tiles.px} px and small frames of {job.tiles.small_px} px"
         raise UserError(what, where="shards.tiles", fix="give sizes that divide the frame's side")
-    return digests, frame_px, fps
+    return digests, rule
 
 
 def _plan(job: ShardJob, inputs: dict[str, str]) -> None:

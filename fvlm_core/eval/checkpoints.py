@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from fvlm_core.data.frames import FrameRule
+from fvlm_core.data.shown import ShownFrames
 from fvlm_core.data.tokenizer import chat_format, load_tokenizer
 from fvlm_core.errors import UserError
 from fvlm_core.eval.answerers.answerer import Answerer
@@ -18,8 +18,6 @@ from fvlm_core.model.build import SETTINGS_FILE, WEIGHTS_FILE, load_model
 from fvlm_core.settings import read_yaml
 from fvlm_core.train.jobs import MODEL_FOLDER, RECIPE_FILE
 
-IMAGE_REPEATS = 8
-"""How often an image is shown where no recipe says (the original's number)."""
 FORMS = (
     "a run's or model's folder of ours (settings.yaml, model.safetensors), a checkpoint of the original fVLM (with --vision and --llm), "
     "or a SmolVLM2 folder (config.json)"
@@ -49,6 +47,7 @@ def open_checkpoint(
 def _ours(folder: Path, run: Path, device: torch.device, batch_samples: int, seed: int) -> FoveatedAnswerer:
     model = load_model(folder).eval().requires_grad_(False)
     tokenizer = load_tokenizer(folder)
+    shown = ShownFrames.of_model(folder, model.settings.vision.frame_px)
     # as it stands: a model can be asked whatever version of the code its recipe was written for
     recipe = read_yaml(run / RECIPE_FILE) if (run / RECIPE_FILE).is_file() else {}
     subject = Subject(model.to(device), tokenizer, chat_format(tokenizer), device, batch_samples)
@@ -56,8 +55,8 @@ def _ours(folder: Path, run: Path, device: torch.device, batch_samples: int, see
         subject,
         name=recipe.get("name", run.name),
         checkpoint=sha256_file(folder / WEIGHTS_FILE),
-        rule=FrameRule(model.settings.vision.frame_px),
-        image_repeats=recipe.get("data", {}).get("image_repeats", IMAGE_REPEATS),
+        rule=shown.rule,
+        image_repeats=shown.image_repeats,
         seed=seed,
     )
 

@@ -5,8 +5,8 @@ import time
 import torch
 
 from fvlm_core.config import Recipe
-from fvlm_core.data.frames import FrameRule
 from fvlm_core.data.shard_set import ShardSet
+from fvlm_core.data.shown import ShownFrames
 from fvlm_core.devices import device_of
 from fvlm_core.errors import UserError
 from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
@@ -40,12 +40,13 @@ def evaluate(job: EvalJob, ranks: Ranks = ALONE) -> EvalReport | None:
     recipe = Recipe.from_yaml(job.run / RECIPE_FILE)
     subject = load_subject(job, ranks)
     shards = ShardSet(job.shards)
+    shown = ShownFrames.of_model(job.run / MODEL_FOLDER, subject.model.settings.vision.frame_px)
     answerer = FoveatedAnswerer(
         subject,
         name=recipe.name,
         checkpoint=sha256_file(job.run / MODEL_FOLDER / WEIGHTS_FILE),
-        rule=FrameRule(shards.manifest.frame_px, fps=shards.manifest.fps),
-        image_repeats=recipe.data.image_repeats,
+        rule=shown.rule,
+        image_repeats=shown.image_repeats,
         seed=job.seed,
     )
     wanted = job.parts() | {"benchmarks": (benchmarks := job.benchmarks.in_modes(job.modes))}

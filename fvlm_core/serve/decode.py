@@ -10,6 +10,7 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import asdict
 from http import HTTPStatus
 from typing import Literal
 
@@ -33,8 +34,7 @@ def decode(content: bytes, kind: Kind, rule: FrameRule, limits: Limits) -> np.nd
     if container_of(content, kind) is None:
         known = "mp4, mov, mkv, webm, avi, ts, ogg, flv, wmv, gif" if kind == "video" else "jpeg, png, webp, bmp, gif"
         raise RefusedError(f"not a {kind} of a known format ({known})", HTTPStatus.UNSUPPORTED_MEDIA_TYPE, code="unsupported_media")
-    settings = {"kind": kind, "frame_px": rule.frame_px, "fps": rule.fps, "max_frames": rule.max_frames}
-    settings |= {"video_s": limits.video_s, "pixels": limits.pixels, "decode_s": limits.decode_s, "decode_mb": limits.decode_mb}
+    settings = {"kind": kind, "rule": asdict(rule), "limits": asdict(limits)}
     command = [sys.executable, "-m", "fvlm_core.serve.decode", json.dumps(settings)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     too_much = RefusedError(f"the {kind} takes too much time or memory to decode", HTTPStatus.UNPROCESSABLE_ENTITY, code="unreadable_media")
@@ -85,17 +85,17 @@ _VIDEOS = (
 def _main() -> None:
     """Decode what comes on standard input, by the settings in the first argument, within its limits."""
     settings = json.loads(sys.argv[1])
-    memory, seconds = settings["decode_mb"] * MB, settings["decode_s"]
+    limits, rule = Limits(**settings["limits"]), FrameRule(**settings["rule"])
+    memory, seconds = limits.decode_mb * MB, limits.decode_s
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     content = sys.stdin.buffer.read()
-    rule = FrameRule(settings["frame_px"], settings["fps"], settings["max_frames"])
     try:
         if settings["kind"] == "image":
-            frames = _image(content, rule, settings["pixels"])
+            frames = _image(content, rule, limits.pixels)
         else:
-            frames = _video(content, rule, settings["pixels"], settings["video_s"])
+            frames = _video(content, rule, limits.pixels, limits.video_s)
     except RefusedError as error:
         sys.stdout.buffer.write(REFUSED + json.dumps([error.message, int(error.status)]).encode())
         return

@@ -13,12 +13,12 @@ from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from yaml import YAMLError
 
-from fvlm_core.data.frames import FrameRule
+from fvlm_core.data.shown import ShownFrames
 from fvlm_core.data.tokenizer import chat_format, load_tokenizer
 from fvlm_core.devices import device_of
 from fvlm_core.errors import UserError
 from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
-from fvlm_core.eval.checkpoints import IMAGE_REPEATS, open_checkpoint
+from fvlm_core.eval.checkpoints import open_checkpoint
 from fvlm_core.eval.jobs import Original
 from fvlm_core.eval.subject import Subject
 from fvlm_core.manifest import sha256_file
@@ -102,7 +102,7 @@ def _released(folder: Path, device: torch.device, name: str) -> FoveatedAnswerer
         settings: Any = config.model_settings
         model = FoveatedVLM(settings, Encoder(config.vision_config), Llama(config.text_config))
         values = json.loads((folder / PROCESSOR_FILE).read_text())
-        rule = FrameRule(values["frame_px"], values["fps"], values.get("max_frames", FrameRule.max_frames))
+        shown = ShownFrames.model_validate({name: values[name] for name in ShownFrames.model_fields if name in values})
         state = {name.removeprefix(WEIGHTS_PREFIX): tensor.float() for name, tensor in read_original(folder).items()}
         if config.text_config.tie_word_embeddings:
             state["llm.lm_head.weight"] = state["llm.model.embed_tokens.weight"]
@@ -122,6 +122,6 @@ def _released(folder: Path, device: torch.device, name: str) -> FoveatedAnswerer
         Subject(model.eval().requires_grad_(False).to(device), tokenizer, chat_format(tokenizer), device, BATCH_SAMPLES),
         name=name,
         checkpoint=sha256_file(index if index.is_file() else folder / WEIGHTS_FILE),
-        rule=rule,
-        image_repeats=values.get("image_repeats", IMAGE_REPEATS),
+        rule=shown.rule,
+        image_repeats=shown.image_repeats,
     )

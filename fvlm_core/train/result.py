@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from fvlm_core.config import Recipe
-from fvlm_core.data.jobs import TOKENIZER_FOLDER
+from fvlm_core.data.jobs import TOKENIZER_FOLDER, ShardManifest
+from fvlm_core.data.shown import SHOWN_FILE, ShownFrames
 from fvlm_core.manifest import file_entries
 from fvlm_core.model.build import save_model
 from fvlm_core.model.foveated import FoveatedVLM
@@ -22,11 +23,13 @@ def write_result(
     identity: str,
     inputs: dict[str, str],
 ) -> RunManifest:
-    """Write `model/` (weights, settings, tokenizer) and, last, the manifest. For rank 0.
+    """Write `model/` (weights, settings, tokenizer, what frames it was shown) and, last, the manifest. For rank 0.
 
     `weights` are the model's, complete, and `of_model` is the run's state at their step; `state` is its last.
     """
+    shown = ShownFrames.of_training(ShardManifest.read(recipe.shards), recipe.data.image_repeats)
     save_model(model, recipe.output / MODEL_FOLDER, tokenizer=recipe.shards / TOKENIZER_FOLDER, weights=weights)
+    shown.to_yaml(recipe.output / MODEL_FOLDER / SHOWN_FILE)
     files = file_entries(recipe.output, [f"{MODEL_FOLDER}/*"])
     # how the run went (rates, paths, storage layout) may differ where what it made does not
     files += file_entries(recipe.output, [METRICS_FILE, RECIPE_FILE, IDENTITY_FILE], identity=False)

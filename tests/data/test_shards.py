@@ -7,6 +7,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fvlm_core.data import gaze
-from fvlm_core.data.frames import encode_jpeg
+from fvlm_core.data.frames import FrameRule, encode_jpeg
 from fvlm_core.data.jobs import INDEX_FILE, LEFT_OUT_FILE, VALIDATION_FILE, DownloadManifest, ShardJob, ShardManifest, Source
 from fvlm_core.data.raw_shards import CONTENT, write_contents
 from fvlm_core.data.rows import SPLITS
@@ -154,7 +155,10 @@ def test_generated_text_is_right(seed):
                 pytest.fail(f"unknown exercise: {turn}")
 
 
-def raw_download(folder: Path, rows: list[dict], *, frame_px=gaze.FRAME_PX) -> Path:
+RULE = FrameRule(gaze.FRAME_PX)
+
+
+def raw_download(folder: Path, rows: list[dict], *, rule: FrameRule = RULE) -> Path:
     """What a download leaves, written directly; a row's `grey` is the brightness of its one frame."""
     (folder / "raw" / "0").mkdir(parents=True)
     with tarfile.open(folder / "raw" / "0" / "00000.tar", "w") as archive:
@@ -170,7 +174,10 @@ def raw_download(folder: Path, rows: list[dict], *, frame_px=gaze.FRAME_PX) -> P
             }
             record = defaults | {"row": number, "num_frames": 1, "duration_s": 1.0, "status": "success"} | row
             record |= {"conversations": json.dumps([[{"question": "What?", "answer": record["caption"]}]]), "probes": "[null]"}
-            members = {"000.jpg": encode_jpeg(np.full((frame_px, frame_px, 3), grey, np.uint8)), "json": json.dumps(record).encode()}
+            members = {
+                "000.jpg": encode_jpeg(np.full((rule.frame_px, rule.frame_px, 3), grey, np.uint8)),
+                "json": json.dumps(record).encode(),
+            }
             if record["status"] != "success":
                 del members["000.jpg"]
             for suffix, content in members.items():
@@ -179,7 +186,7 @@ def raw_download(folder: Path, rows: list[dict], *, frame_px=gaze.FRAME_PX) -> P
                 archive.addfile(info, io.BytesIO(content))
     write_contents(folder)
     files = file_entries(folder, [CONTENT])
-    DownloadManifest(name="download", settings_hash="", files=files, frame_px=frame_px, fps=1.0).write(folder)
+    DownloadManifest(name="download", settings_hash="", files=files, **asdict(rule)).write(folder)
     return folder
 
 
@@ -389,10 +396,12 @@ def test_chats_of_a_record(tmp_path):
 
 
 def test_inputs_that_do_not_fit(tmp_path):
-    small, large = raw_download(tmp_path / "small", [{}]), raw_download(tmp_path / "large", [{}], frame_px=84)
-    with pytest.raises(UserError, match="2 different frame sizes"):
-        make_shards(job(tmp_path, small, large))
-    with pytest.raises(UserError, match="0 different frame sizes"):
+    rules = RULE, FrameRule(84), FrameRule(gaze.FRAME_PX, max_frames=8)
+    small, large, short = (raw_download(tmp_path / str(number), [{}], rule=rule) for number, rule in enumerate(rules))
+    for other in (large, short):
+        with pytest.raises(UserError, match="frames of 2 different kinds in 2 downloads"):
+            make_shards(job(tmp_path, small, other))
+    with pytest.raises(UserError, match="frames of 0 different kinds"):
         make_shards(job(tmp_path))
     with pytest.raises(UserError, match="no manifest"):
         make_shards(job(tmp_path, tmp_path / "nothing"))

@@ -1,13 +1,18 @@
 """Checkpoints of every form through the same items, by the command `fvlm eval`."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from deployments.evaluate import evaluate
+from fvlm_core.data.frames import FrameRule
 from fvlm_core.data.jobs import TOKENIZER_FOLDER
 from fvlm_core.data.shard_set import ShardSet
+from fvlm_core.data.shown import SHOWN_FILE, ShownFrames
 from fvlm_core.errors import UserError
+from fvlm_core.eval.checkpoints import open_checkpoint
 from fvlm_core.eval.records import ItemRecord
 from fvlm_core.eval.results import Results
 from fvlm_core.model.build import load_model, save_model
@@ -51,6 +56,13 @@ def test_a_checkpoint_of_the_original_gets_the_numbers_of_the_same_model_of_ours
             assert said.letters == pytest.approx(other.said[condition].letters, abs=1e-3)
             for row, expected in zip(said.options, other.said[condition].options, strict=True):
                 assert row == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_model_is_shown_the_frames_that_it_was_trained_with(folder: Path, tmp_path: Path):
+    shown = ShownFrames(frame_px=42, fps=2.0, max_frames=12, square_pixels=False, image_repeats=3)
+    shown.to_yaml(shutil.copytree(folder / "ours", tmp_path / "model") / SHOWN_FILE)
+    opened = open_checkpoint(tmp_path / "model", torch.device("cpu"))
+    assert (opened.rule, opened.image_repeats) == (FrameRule(42, 2.0, 12, square_pixels=False), 3)
 
 
 def test_a_checkpoint_of_the_original_has_to_fit_its_backbones(folder: Path, shards: Path, tmp_path: Path):
