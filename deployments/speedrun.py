@@ -17,6 +17,7 @@ from deployments.checks import check_phase, check_programs, check_sources, check
 from deployments.pretrained import check_pretrained
 from deployments.profile import chosen_profile
 from deployments.status import print_results
+from fvlm_core.errors import UserError
 from infra import prefect_settings
 from infra.stack import GO_ON, PROCESS_POOL, Stack, StackError, stop_command
 from infra.volume import is_network_file_system
@@ -53,6 +54,10 @@ def speedrun(
 
     Raises UserError before anything is started, StackError while it runs.
     """
+    if emulated and keep_server:
+        raise UserError(
+            "the emulated cloud and its pods end with the command", where="--keep-server", fix="leave it out, or leave out --cloud"
+        )
     config, volume = chosen_profile(profile, videos=videos, changes=changes), volume.resolve()
     if phase is not None:
         check_phase(phase)

@@ -111,6 +111,8 @@ class Results(Settings):
         write_atomically(folder / FILE_NAME, json.dumps(values, indent=2, ensure_ascii=False).encode())
         if timed:
             write_atomically(folder / TIMINGS_FILE, json.dumps(timed, indent=2).encode())
+        else:
+            (folder / TIMINGS_FILE).unlink(missing_ok=True)  # an earlier evaluation's
         return [TIMINGS_FILE] if timed else []
 
 

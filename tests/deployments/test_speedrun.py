@@ -1,6 +1,11 @@
 """What the command prints about a run that failed."""
 
-from deployments.speedrun import advice
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from deployments.speedrun import advice, speedrun
 from fvlm_core.errors import UserError
 from infra.stack import GO_ON
 
@@ -17,3 +22,10 @@ def test_no_link_to_a_server_that_was_stopped() -> None:
     message = f"train ended Failed: the job was killed\nIts run: {URL}/runs/flow-run/1"
     assert not any(URL in line for line in advice(message, stopped=URL))
     assert any(URL in line for line in advice(message, stopped=None))
+
+
+def test_a_rehearsals_pods_cannot_be_kept(tmp_path: Path) -> None:
+    options = {"volume": tmp_path, "port": None, "console": Console()}
+    with pytest.raises(UserError, match="end with the command"):
+        speedrun("ci", None, keep_server=True, emulated=True, **options)
+    assert not [*tmp_path.iterdir()]

@@ -102,6 +102,20 @@ def test_mvbench_with_parts_of_videos_and_folders_of_frames(tmp_path: Path):
     assert greys == [0, 60, 120], "three pictures a second, one frame a second"
 
 
+@pytest.mark.parametrize(
+    ("name", "folders", "column"),
+    [("mvbench", {"action_count": "perception/videos", "moving_count": "clevrer/video_validation"}, "video"), ("mlvu", {}, "video_name")],
+)
+def test_videos_of_equal_names_are_different_units_of_resampling(tmp_path: Path, name: str, folders: dict[str, str], column: str):
+    row = {column: "v.mp4", "question": "How many?", "candidates": ["0", "1"], "answer": "1"}
+    for task in ("action_count", "moving_count"):
+        mp4(tmp_path / "video" / folders.get(task, task) / "v.mp4")
+        (tmp_path / "json").mkdir(exist_ok=True)
+        (tmp_path / "json" / f"{task}.json").write_text(json.dumps([row | {"task_type": task}] * 2))
+    clips = [item.clip for item in read(name, tmp_path).items]
+    assert (len(clips), len({*clips})) == (4, 2)
+
+
 def test_mvbench_tasks_are_the_configurations_of_the_hub(tmp_path: Path):
     mp4(tmp_path / "video" / "clevrer" / "video_validation" / "v.mp4")
     row = {"video": "v.mp4", "question": "How many?", "candidates": ["0", "1"], "answer": "1"}

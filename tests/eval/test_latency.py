@@ -78,6 +78,8 @@ def test_fvlm_eval_times_every_mode_outside_the_results(model_folder: Path, tmp_
     assert "latency" in Results.read(output).parts
     assert evaluate(**options, latency_clips=1) == 0
     assert (output / "results.json").read_bytes() == before
+    assert evaluate(**options, latency_clips=0) == 0
+    assert "latency" not in Results.read(output).parts, "what an earlier evaluation timed is not this one's"
 
 
 def test_the_longest_clip_gives_the_memory(answerer: FoveatedAnswerer):

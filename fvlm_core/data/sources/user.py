@@ -4,7 +4,7 @@
 |---|---|---|
 | source | lower-case name of the source | the name in the profile |
 | kind | video or image (a still) | video |
-| split | train, val, or empty: decided by a hash of the url | empty |
+| split | train, val, or empty: decided by a hash of its frames | empty |
 | conversations | a list of conversations, each a list of {question, answer}; the last may have {rejected} too, an answer \
 that is worse. With it, `caption` may be left out | the source's prompt and the caption |
 | probes | per conversation null or {task, choices, answer_index, cells} | null |

@@ -6,6 +6,7 @@ The headline, M-Avg, is the mean of the tasks' accuracies. The open tasks are ju
 from fvlm_core.eval.annotations import Row, find_media
 from fvlm_core.eval.benchmarks.benchmark import Benchmark, Prompt, groups, inline_options, picked, video
 from fvlm_core.eval.items import Item, gold_index
+from fvlm_core.eval.media import place_below
 
 
 def item(row: Row) -> Item:
@@ -18,13 +19,14 @@ def item(row: Row) -> Item:
     else:
         question, choices = inline_options(question)
     folders = (f"video/{row.file.stem}", f"video/{task}", f"videos/{task}", "video", "videos", "")
+    found = find_media(row.root, name, folders)
     return Item(
         id=f"{task}/{row.file.stem}:{row.number}",
-        media=video(find_media(row.root, name, folders)),
+        media=video(found),
         question=question,
         choices=choices,
         gold=gold_index(choices, row.text("answer")),
-        groups=groups(name, task),
+        groups=groups(place_below(row.root, found), task),
     )
 
 

@@ -7,6 +7,7 @@ task's annotations out of the folder, and compare with numbers of the same tasks
 from fvlm_core.eval.annotations import Row, find_media
 from fvlm_core.eval.benchmarks.benchmark import Benchmark, Prompt, groups, video
 from fvlm_core.eval.items import Item, gold_index
+from fvlm_core.eval.media import place_below
 
 FOLDERS = {
     "object_interaction": "star/Charades_segment",
@@ -41,15 +42,15 @@ def item(row: Row) -> Item:
     folder = FOLDERS.get(task, task)
     choices = row.texts("candidates")
     start, end = (None, None) if folder.endswith(WHOLE) else (row.get("start"), row.get("end"))
-    name = row.text("video")
     places = (f"video/{folder}", folder, f"data0613/{folder}", f"video/{task}", "video", "videos", "")
+    found = find_media(row.root, row.text("video"), places)
     return Item(
         id=f"{task}/{row.number}",
-        media=video(find_media(row.root, name, places), start, end),
+        media=video(found, start, end),
         question=row.text("question"),
         choices=choices,
         gold=gold_index(choices, row.text("answer")),
-        groups=groups(name, task),
+        groups=groups(place_below(row.root, found), task),
     )
 
 
