@@ -19,6 +19,8 @@ from infra.store import Journal, Store
 
 LEDGER = "budget/ledger"
 """Folder of the volume; a file per writer in it."""
+SERVER = "server"
+"""In place of a phase, for the pod that keeps the Prefect server."""
 WARN_AT = (0.50, 0.80, 0.95)
 """Shares of the cap at which everybody is warned."""
 HOUR_S = 3600.0

@@ -13,14 +13,16 @@ from pydantic import ValidationError
 from fvlm_core.manifest import FILE_NAME, AnyManifest
 from fvlm_core.settings import Settings
 from fvlm_core.tables import Table
-from infra.budget import HOUR_S, Entry, usd_text
+from infra.budget import HOUR_S, SERVER, Entry, usd_text
 from infra.store import Store
-from tasks.dollars import STARTS, WAITING, DollarPlan, Line, Usd
+from tasks.dollars import SERVES, STARTS, WAITING, DollarPlan, Line, Usd
 from tasks.phase import PHASES_FOLDER, PhaseManifest
 
 PLANS = "budget/plans"
 """Folder of the volume with the plan of each pipeline run."""
 UNFINISHED = "not finished"
+NO_STEPS = {"pipeline": WAITING, SERVER: SERVES, "storage": "storage"}
+"""What is paid for without steps, and what the plan calls it."""
 
 
 class Bill(Settings):
@@ -65,8 +67,8 @@ def billed_by_step(store: Store, paid: Mapping[str, Sequence[Entry]], now: float
         amount = sum(entry.spent(now) for entry in entries)
         hours = sum((entry.ended if entry.ended is not None else now) - entry.since for entry in entries) / HOUR_S
         manifest = manifests.get(phase)
-        if phase in ("storage", "pipeline"):
-            usd[phase] = {WAITING if phase == "pipeline" else phase: amount}
+        if phase in NO_STEPS:
+            usd[phase] = {NO_STEPS[phase]: amount}
         elif manifest is None or not hours:
             usd[phase] = {UNFINISHED: amount}
         else:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from fvlm_core.settings import Settings
 from fvlm_core.tables import Table
-from infra.budget import limit_text, usd_text
+from infra.budget import SERVER, limit_text, usd_text
 from tasks.phase import Phase
 from tasks.plan import RECIPES, Plan, StepPlan, duration
 from tasks.rental import Rental
@@ -22,7 +22,7 @@ STATED_SPREAD = 0.50
 STORAGE_PER_GB_MONTH, LARGE_STORAGE_PER_GB_MONTH, SMALL_GB = 0.07, 0.05, 1000
 """USD (docs.runpod.io, August 2026): the first terabyte, and what is above."""
 DAYS_PER_MONTH = 30.4
-STARTS, WAITING = "pod starts, environment", "the flow that waits for the phases"
+STARTS, WAITING, SERVES = "pod starts, environment", "the flow that waits for the phases", "the Prefect server's pod"
 """Lines that are no steps."""
 NOT_KNOWN = "not known"
 
@@ -124,6 +124,7 @@ def in_dollars(plan: Plan, phases: Sequence[Phase], rental: Rental) -> DollarPla
     if lines:
         hours = sum((line.hours for line in lines), Usd())
         lines.append(_line("pipeline", WAITING, hours, rental.pipeline_usd_per_hour, basis="the hours above"))
+        lines.append(_line(SERVER, SERVES, hours, rental.pipeline_usd_per_hour, basis="the hours above; none with a server elsewhere"))
         months = rental.days / DAYS_PER_MONTH
         stored = storage_usd_per_month(rental.volume_gb) * months
         usd = Usd(low=stored, value=stored, high=stored)

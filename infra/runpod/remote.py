@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from infra import api
-from infra.budget import Budget
+from infra.budget import SERVER, Budget
 from infra.errors import InfraError
 from infra.runpod.account import KEY_VARIABLE, Account
 from infra.runpod.home import ACCOUNT_KEY_VARIABLE, STOP
@@ -19,8 +19,6 @@ from infra.runpod.rent import rent
 from infra.stack import StackError
 from infra.volume import HOME, PASSWORD_FILE
 
-PHASE = "server"
-"""What its pod is for, in the ledger."""
 PASSWORD = f"{HOME}/{PASSWORD_FILE}"
 """Of the server, on the volume."""
 START_TIMEOUT_S = 2400.0
@@ -74,7 +72,7 @@ def rent_server(
         volume=volume,
         mount_path=configuration.mount_path,
         max_runtime_s=days * 86400,
-        phase=PHASE,
+        phase=SERVER,
         say=say,
         warn=say,
         environment=lambda deadline, machine: {"FVLM_POD_JOB": configuration.job(NO_RUN, volume, deadline, machine)},

@@ -9,7 +9,7 @@ from fvlm_core.manifest import AnyManifest
 from infra.budget import Entry, Position, usd_text
 from infra.store import FolderStore
 from tasks.bill import UNFINISHED, bill_against_plan, billed_by_step, record_plan, recorded_plan
-from tasks.dollars import STARTS, WAITING, DollarPlan, Line, Usd
+from tasks.dollars import SERVES, STARTS, WAITING, DollarPlan, Line, Usd
 from tasks.phase import PhaseManifest
 from tasks.rented import budget_table
 from tasks.steps import Made
@@ -39,12 +39,14 @@ def pod(phase: str, usd_per_hour: float, *, hours: float = 1.0, billed: float | 
 
 
 def test_a_phases_bill_is_divided_by_the_time_its_steps_took(volume: Path) -> None:
-    paid = {"train": [pod("train", 4.0)], "pipeline": [pod("pipeline", 0.1)], "evaluate": [pod("evaluate", 2.0)]}
+    hourly = {"train": 4.0, "pipeline": 0.1, "server": 0.2, "evaluate": 2.0}
+    paid = {phase: [pod(phase, usd)] for phase, usd in hourly.items()}
     bill = billed_by_step(FolderStore(volume), paid, now=9 * HOUR)
     assert bill.usd["train"] == pytest.approx({STARTS: 0.8, "stage1": 0.8, "stage2": 2.4})
     assert bill.usd["pipeline"] == pytest.approx({WAITING: 0.1})
+    assert bill.usd["server"] == pytest.approx({SERVES: 0.2})
     assert bill.usd["evaluate"] == pytest.approx({UNFINISHED: 2.0}), "it has no manifest"
-    assert bill.total == pytest.approx(6.1)
+    assert bill.total == pytest.approx(6.3)
 
 
 def test_what_runpod_billed_is_divided_and_not_what_was_expected(volume: Path) -> None:
