@@ -1,10 +1,8 @@
 """Shards of a few samples with a tokenizer trained on them: data for benchmarks and tests that do not ask how it came about."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
-from fvlm_core.data.frames import FrameRule
 from fvlm_core.data.jobs import SHARD_FILES, ShardManifest
 from fvlm_core.data.shard_files import ShardSample, write_shards
 from fvlm_core.data.tokenizer import render_chat, train_tokenizer
@@ -35,7 +33,9 @@ def write_small(
         counts={"samples": len(samples)},
         files=file_entries(folder, SHARD_FILES),
         sources=sources,
-        **asdict(FrameRule(frame_px)),
+        frame_px=frame_px,
+        fps=1.0,
+        max_frames=64,
         vocab_size=vocab_size or len(tokenizer),
     ).write(folder)
     return folder

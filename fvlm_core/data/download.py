@@ -52,7 +52,6 @@ def download(job: DownloadJob) -> DownloadManifest:
         frame_px=job.frame_px,
         fps=job.fps,
         max_frames=job.max_frames,
-        square_pixels=job.square_pixels,
         bad=clips,
         seconds=time.monotonic() - started,
     ).write(job.output)

@@ -249,12 +249,11 @@ class DownloadJob(DownloadSettings):
 
 
 class FramesManifest(Manifest):
-    """A folder of frames, and by what rule they were taken: the fields of `fvlm_core.data.frames.FrameRule`."""
+    """A folder of frames, and which were taken of a video: see `fvlm_core.data.frames.FrameRule`."""
 
     frame_px: int
     fps: float
     max_frames: int
-    square_pixels: bool
 
 
 class DownloadManifest(FramesManifest):

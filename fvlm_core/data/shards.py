@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 from multiprocessing import get_context
@@ -125,7 +125,9 @@ def make_shards(job: ShardJob) -> ShardManifest:
             *file_entries(job.output, [VALIDATION_FILE, LEFT_OUT_FILE], identity=False),
         ],
         sources=added(counts),
-        **asdict(rule),
+        frame_px=rule.frame_px,
+        fps=rule.fps,
+        max_frames=rule.max_frames,
         vocab_size=vocab_size,
         validation_digest=sha256_file(job.output / VALIDATION_FILE),
         lost=losses.counts,
@@ -143,12 +145,12 @@ def _inputs(job: ShardJob) -> tuple[dict[str, str], FrameRule]:
     for number, folder in enumerate(job.downloads):
         manifest = DownloadManifest.read(folder)  # one at a time: each lists the videos that failed
         digests[f"download-{number}"] = manifest.digest
-        rules.add(FrameRule(manifest.frame_px, manifest.fps, manifest.max_frames, manifest.square_pixels))
+        rules.add(FrameRule(manifest.frame_px, manifest.fps, manifest.max_frames))
     if len(rules) != 1:
         raise UserError(
             f"frames of {len(rules)} different kinds in {len(job.downloads)} downloads",
             where="downloads",
-            fix="give at least one download, and make all with the same frame_px, fps, max_frames and square_pixels",
+            fix="give at least one download, and make all with the same frame_px, fps and max_frames",
         )
     digests |= {f"text-{number}": Record.read_folder(folder).digest for number, folder in enumerate(job.texts)}
     if job.validation:

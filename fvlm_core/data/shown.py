@@ -17,7 +17,6 @@ class ShownFrames(Settings):
     frame_px: Positive
     fps: float = FrameRule.fps
     max_frames: Positive = FrameRule.max_frames
-    square_pixels: bool = FrameRule.square_pixels
     image_repeats: Positive = 8
     """How often an image is shown (8 is the original's number)."""
 
@@ -28,7 +27,6 @@ class ShownFrames(Settings):
             frame_px=shards.frame_px,
             fps=shards.fps,
             max_frames=shards.max_frames,
-            square_pixels=shards.square_pixels,
             image_repeats=image_repeats,
         )
 
@@ -40,4 +38,4 @@ class ShownFrames(Settings):
     @property
     def rule(self) -> FrameRule:
         """Which frames are taken out of a video."""
-        return FrameRule(self.frame_px, self.fps, self.max_frames, self.square_pixels)
+        return FrameRule(self.frame_px, self.fps, self.max_frames)

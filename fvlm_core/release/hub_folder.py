@@ -41,7 +41,6 @@ def write_hub_folder(
         frame_px=shards.frame_px,
         fps=shards.fps,
         max_frames=shards.max_frames,
-        square_pixels=shards.square_pixels,
         image_repeats=recipe.data.image_repeats,
         tokens_per_frame=model.settings.tokens_per_frame,
     ).save_pretrained(folder)

@@ -7,7 +7,6 @@ import sys
 import tarfile
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -186,7 +185,9 @@ def raw_download(folder: Path, rows: list[dict], *, rule: FrameRule = RULE) -> P
                 archive.addfile(info, io.BytesIO(content))
     write_contents(folder)
     files = file_entries(folder, [CONTENT])
-    DownloadManifest(name="download", settings_hash="", files=files, **asdict(rule)).write(folder)
+    DownloadManifest(
+        name="download", settings_hash="", files=files, frame_px=rule.frame_px, fps=rule.fps, max_frames=rule.max_frames
+    ).write(folder)
     return folder
 
 

@@ -9,13 +9,11 @@ from fvlm_core.errors import UserError
 
 
 def test_a_model_is_shown_what_it_was_trained_with(tmp_path: Path) -> None:
-    shards = ShardManifest(
-        name="shards", settings_hash="", sources=[], frame_px=42, fps=2.5, max_frames=12, square_pixels=False, vocab_size=300
-    )
+    shards = ShardManifest(name="shards", settings_hash="", sources=[], frame_px=42, fps=2.5, max_frames=12, vocab_size=300)
     shown = ShownFrames.of_training(shards, image_repeats=3)
     shown.to_yaml(tmp_path / SHOWN_FILE)
     assert ShownFrames.of_model(tmp_path, frame_px=224) == shown
-    assert (shown.rule, shown.image_repeats) == (FrameRule(42, 2.5, 12, square_pixels=False), 3)
+    assert (shown.rule, shown.image_repeats) == (FrameRule(42, 2.5, 12), 3)
 
 
 def test_a_model_that_was_trained_elsewhere_is_shown_the_originals_frames(tmp_path: Path) -> None:

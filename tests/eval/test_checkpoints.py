@@ -59,10 +59,10 @@ def test_a_checkpoint_of_the_original_gets_the_numbers_of_the_same_model_of_ours
 
 
 def test_a_model_is_shown_the_frames_that_it_was_trained_with(folder: Path, tmp_path: Path):
-    shown = ShownFrames(frame_px=42, fps=2.0, max_frames=12, square_pixels=False, image_repeats=3)
+    shown = ShownFrames(frame_px=42, fps=2.0, max_frames=12, image_repeats=3)
     shown.to_yaml(shutil.copytree(folder / "ours", tmp_path / "model") / SHOWN_FILE)
     opened = open_checkpoint(tmp_path / "model", torch.device("cpu"))
-    assert (opened.rule, opened.image_repeats) == (FrameRule(42, 2.0, 12, square_pixels=False), 3)
+    assert (opened.rule, opened.image_repeats) == (FrameRule(42, 2.0, 12), 3)
 
 
 def test_a_checkpoint_of_the_original_has_to_fit_its_backbones(folder: Path, shards: Path, tmp_path: Path):

@@ -1,13 +1,11 @@
 """A mixture of a source without samples is refused before anything starts, and again when there are shards."""
 
 import re
-from dataclasses import asdict
 from typing import Any
 
 import pytest
 
 from deployments.checks import load_profile
-from fvlm_core.data.frames import FrameRule
 from fvlm_core.data.jobs import ShardManifest, SourceCounts
 from fvlm_core.data.rows import SPLITS
 from fvlm_core.data.sources.record import Record, RowCount
@@ -76,7 +74,7 @@ def test_a_source_without_samples_to_validate_on_is_refused() -> None:
         for split in SPLITS
         if (name, split) != ("gaze_cell", "val")
     ]
-    shards = ShardManifest(name="shards", settings_hash="", sources=counts, **asdict(FrameRule(42)), vocab_size=512)
+    shards = ShardManifest(name="shards", settings_hash="", sources=counts, frame_px=42, fps=1, max_frames=64, vocab_size=512)
     with pytest.raises(UserError, match="no val samples of 'gaze_cell'"):
         check_shards(config(profile_values()), shards)
     shards.sources.append(counts[0].model_copy(update={"name": "gaze_cell", "split": "val"}))

@@ -39,7 +39,6 @@ class FVLMProcessor(ProcessorMixin):
         frame_px: Side of the square frames.
         fps: Frames read per second of video.
         max_frames: Frames of a longer video, evenly spaced.
-        square_pixels: Show anamorphic video in its true proportions.
         image_repeats: A picture is shown as a still video of this many frames.
         tokens_per_frame: Visual tokens of a frame; the model's.
     """
@@ -50,12 +49,11 @@ class FVLMProcessor(ProcessorMixin):
         frame_px: int = 224,
         fps: float = 1.0,
         max_frames: int = 64,
-        square_pixels: bool = True,
         image_repeats: int = 8,
         tokens_per_frame: int = 1,
         chat_template: str | None = None,
     ) -> None:
-        self.frame_px, self.fps, self.max_frames, self.square_pixels = frame_px, fps, max_frames, square_pixels
+        self.frame_px, self.fps, self.max_frames = frame_px, fps, max_frames
         self.image_repeats, self.tokens_per_frame = image_repeats, tokens_per_frame
         super().__init__(tokenizer, chat_template=chat_template or MESSAGE_TEMPLATE)
 
@@ -161,7 +159,7 @@ class FVLMProcessor(ProcessorMixin):
         (uint8, or floats from 0 to 1), or a list of pictures as `square` takes them.
         """
         if isinstance(video, str | Path):
-            rule = FrameRule(self.frame_px, self.fps, self.max_frames, self.square_pixels)
+            rule = FrameRule(self.frame_px, self.fps, self.max_frames)
             return extract_frames(_content(str(video)), rule).pixels
         picked = np.unique(np.linspace(0, len(video) - 1, min(len(video), self.max_frames)).round().astype(int))
         return np.stack([self.square(video[index]) for index in picked])
