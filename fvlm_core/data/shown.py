@@ -1,6 +1,9 @@
 """Which frames of a video a model was trained with: written beside its weights, so that it is shown the same wherever it is used."""
 
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from fvlm_core.config import Positive
 from fvlm_core.data.frames import FrameRule
@@ -15,7 +18,7 @@ class ShownFrames(Settings):
     """What `frames.yaml` holds."""
 
     frame_px: Positive
-    fps: float = FrameRule.fps
+    fps: Annotated[float, Field(gt=0)] = FrameRule.fps
     max_frames: Positive = FrameRule.max_frames
     image_repeats: Positive = 8
     """How often an image is shown (8 is the original's number)."""
