@@ -10,6 +10,7 @@ from fvlm_core import __version__
 from fvlm_core.data.sources import ADAPTERS
 from fvlm_core.eval.estimates import Dataset, Estimate, Metric
 from fvlm_core.eval.part import OWN_SPLIT
+from fvlm_core.eval.results import Results
 from fvlm_core.figures import Figure
 from fvlm_core.model.names import SHORT_MODES
 from fvlm_core.release.evidence import Evidence
@@ -27,7 +28,7 @@ BACKBONE_TAGS = ("dinov2", "smollm2")
 
 def card(evidence: Evidence, verdict: str, *, picture: Figure | None) -> str:
     """The card's text. `picture`: where the model looks, a file of the folder."""
-    job, results = evidence.job, evidence.results
+    job, results, shards = evidence.job, evidence.results, evidence.shards
     environment = Environment(loader=PackageLoader("fvlm_core.release", TEMPLATES), undefined=StrictUndefined, trim_blocks=True)
     body = environment.get_template("card.md.j2").render(
         name=job.name,
@@ -38,6 +39,9 @@ def card(evidence: Evidence, verdict: str, *, picture: Figure | None) -> str:
         params=evidence.run.manifest.params,
         tokens_per_frame=results.tokens_per_frame,
         frame_px=results.frame_px,
+        frames_a_second="one frame per second is" if shards.fps == 1 else f"{shards.fps:g} frames per second are",
+        max_frames=shards.max_frames,
+        measured_on=_measured_on(results),
         origins=_origins(evidence),
         looks=results.looks,
         short_mode=next(name for name, mode in SHORT_MODES.items() if mode == evidence.best_mode),
@@ -50,6 +54,14 @@ def card(evidence: Evidence, verdict: str, *, picture: Figure | None) -> str:
         licence=job.license,
     )
     return str(ModelCard(f"---\n{_metadata(evidence).to_yaml()}\n---\n\n{body}"))
+
+
+def _measured_on(results: Results) -> str:
+    """What the numbers are of: our own held-out samples, public benchmarks, or both."""
+    parts = [part for part in results.parts.values() if not part.timing]
+    public = sorted({(metric.dataset or part.dataset).name for part in parts for metric in part.card_results()} - {OWN_SPLIT.name})
+    own = "On held-out samples of the training sources"
+    return f"{own}, and on {', '.join(public)}." if public else f"{own}."
 
 
 def _origins(evidence: Evidence) -> list[str]:

@@ -20,6 +20,9 @@ from fvlm_core.release.names import WEIGHTS_PREFIX
 NO_RIGHT = (401, 403)
 """HTTP statuses of a token that may not do this."""
 
+OF_A_RELEASE = ("*.safetensors", "*.safetensors.index.json", "*.py", ".eval_results/*")
+"""Files of an earlier release that are removed where this one has none of the name: weights in one file would be loaded before parts."""
+
 
 @dataclass(frozen=True)
 class Push:
@@ -86,7 +89,9 @@ def send(push: Push, *, token: str, endpoint: str | None = None, message: str, p
                 fix="name a private one, or say --public",
             )
         url = api.create_repo(push.repository, private=True, exist_ok=True)
-        commit = api.upload_folder(repo_id=push.repository, folder_path=push.folder, commit_message=message)
+        commit = api.upload_folder(
+            repo_id=push.repository, folder_path=push.folder, commit_message=message, delete_patterns=[*OF_A_RELEASE]
+        )
         api.create_tag(push.repository, tag=push.tag, revision=commit.oid, exist_ok=True)
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code in NO_RIGHT:

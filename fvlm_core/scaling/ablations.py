@@ -120,8 +120,9 @@ def _row(run: AblationRun, runs: Runs, baseline: Runs, comparison: Comparison, j
     shared = sorted(runs.keys() & baseline.keys()) or [min(runs)]
     one, other = runs[shared[0]], baseline.get(shared[0], next(iter(baseline.values())))
     changed = differences(one, other)
-    manifests = [found.manifest for found in runs.values()]
-    reference = mean(found.manifest.final_loss for found in _healthy(baseline).values())
+    good, reference_runs = _healthy(runs) or runs, _healthy(baseline)
+    manifests = [found.manifest for found in good.values()]
+    reference = mean(found.manifest.final_loss for found in reference_runs.values())
     loss = mean(m.final_loss for m in manifests)
     difference = comparison.differences.get(run.name, Difference(loss - reference if run.name != job.baseline else 0.0))
     passes = {name: mean(m.losses[name] for m in manifests) for name in manifests[0].losses}
@@ -140,7 +141,7 @@ def _row(run: AblationRun, runs: Runs, baseline: Runs, comparison: Comparison, j
         p_value=difference.p_value,
         threshold=difference.threshold,
         verdict="baseline",
-        delta_equal_flops=_at_equal_flops(runs, baseline) if run.name != job.baseline else None,
+        delta_equal_flops=_at_equal_flops(good, reference_runs) if run.name != job.baseline else None,
         losses=passes,
         mode_gain=passes["coarse"] - ordered[-1] if "coarse" in passes and len(ordered) > 1 else None,
         drift=ordered[-1] - ordered[-2] if len(ordered) > 1 else None,
@@ -152,7 +153,7 @@ def _row(run: AblationRun, runs: Runs, baseline: Runs, comparison: Comparison, j
         control=run.control,
         other_validation=one.validated_on != other.validated_on,
         also_changed=[path for path in changed if path != run.change and not path.startswith(f"{run.change}.")] if run.change else changed,
-        divergences=sum(len(m.divergences) for m in manifests),
+        divergences=sum(len(found.manifest.divergences) for found in runs.values()),
     )
     return row if run.name == job.baseline else row.model_copy(update={"verdict": _verdict(row, reference, job.relevance)})
 

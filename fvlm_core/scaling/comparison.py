@@ -2,8 +2,8 @@
 
 Runs of equal seeds see the same samples in the same order, so seeds are blocks: loss = run + seed + noise, by least squares. The noise is
 what that leaves over; differences have t tests with it, adjusted for their number by Holm's method. Where blocks leave nothing over (one
-seed of all but the baseline), the noise is the seeds' own scatter within a run and pairs are given up. With one seed of everything there is
-no noise to compare with, and so no verdict.
+seed of all but the baseline), or a run shares no seed with the others, the noise is the seeds' own scatter within a run and pairs are
+given up. With one seed of everything there is no noise to compare with, and so no verdict.
 """
 
 from dataclasses import dataclass
@@ -52,14 +52,16 @@ def compare_losses(losses: dict[str, dict[int, float]], baseline: str) -> Compar
     of_seed = np.array([[seed == one for one in seeds[1:]] for _, seed, _ in cells], float)
     for design, how in ((np.hstack([of_run, of_seed]), "seeds as blocks"), (of_run, "runs not paired: too few seeds in common")):
         spare = len(y) - int(np.linalg.matrix_rank(design))
-        if spare < 1:
-            continue
         inverse = np.linalg.pinv(design.T @ design)
-        effects = inverse @ design.T @ y
-        variance = float(np.sum((y - design @ effects) ** 2)) / spare
         contrasts = {name: np.zeros(design.shape[1]) for name in others}
         for name, contrast in contrasts.items():
             contrast[[names.index(name), names.index(baseline)]] = 1, -1
+        # runs that share seeds with the baseline neither themselves nor through others: blocks say nothing about the difference
+        estimable = all(np.allclose(contrast @ inverse @ design.T @ design, contrast) for contrast in contrasts.values())
+        if spare < 1 or not estimable:
+            continue
+        effects = inverse @ design.T @ y
+        variance = float(np.sum((y - design @ effects) ** 2)) / spare
         deltas = {name: float(contrast @ effects) for name, contrast in contrasts.items()}
         errors = {name: float(np.sqrt(variance * (contrast @ inverse @ contrast))) for name, contrast in contrasts.items()}
         p_values = holm([float(2 * t.sf(abs(deltas[name]) / max(errors[name], 1e-300), spare)) for name in others])

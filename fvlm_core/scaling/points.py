@@ -21,6 +21,8 @@ DATA = ("tokens", "samples")
 """Columns that say how much a run was trained on; the first that is there is used."""
 FLOPS_PER_PARAM_AND_TOKEN = 6.0
 """Of training, where a table has no `flops` (Kaplan et al. 2020)."""
+ROUNDED = 1e-3
+"""By so much of itself may a count be off a whole number: one that was computed is."""
 SAME_BUDGET = 0.02
 """Runs whose FLOPs differ by less than this share are of one budget."""
 
@@ -117,19 +119,26 @@ def _point(row: dict[str, str], data: str, *, where: str) -> GridPoint:
             )
         return value
 
-    params, tokens = number("params"), number(data)
+    def count(name: str) -> int:
+        value = number(name)
+        if abs(value - round(value)) > ROUNDED * value:
+            where_it_is = f"{where}, run {row['run_id']}"
+            raise UserError(f"{name} is {value:g}, which is no count", where=where_it_is, fix="give counts, not millions or billions")
+        return round(value)
+
+    params, tokens = count("params"), count(data)
     flops = number("flops") if row.get("flops") else FLOPS_PER_PARAM_AND_TOKEN * params * tokens
     return GridPoint(
         run_id=row["run_id"],
         size=row["size"],
         variant="foveated",
-        params=round(params),
+        params=params,
         budget_flops=number("budget_flops") if row.get("budget_flops") else flops,
         flops=flops,
         samples=round(number("samples")) if row.get("samples") else 0,
         frames=0,
         tokens_per_frame=1,
-        tokens=round(tokens),
+        tokens=tokens,
         loss=number("loss"),
     )
 

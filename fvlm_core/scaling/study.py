@@ -3,7 +3,7 @@
 Every fit is tried and reported; one that the runs do not determine has no value and says why.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -66,13 +66,15 @@ class Study:
     @property
     def best(self) -> dict[float, float]:
         """Lowest loss of every budget, of the means of its cells: the best of several seeds would be luck."""
-        cells: dict[tuple[float, int], list[float]] = {}
+        return best_of(self.cells)
+
+    @property
+    def cells(self) -> dict[tuple[float, str], float]:
+        """Mean loss by budget and size."""
+        cells: dict[tuple[float, str], list[float]] = {}
         for point in self.points:
-            cells.setdefault((point.budget_flops, point.params), []).append(point.loss)
-        means = {cell: float(np.mean(losses)) for cell, losses in cells.items()}
-        return {
-            budget: min(mean for (one, _), mean in means.items() if one == budget) for budget in sorted({budget for budget, _ in cells})
-        }
+            cells.setdefault((point.budget_flops, point.size), []).append(point.loss)
+        return {cell: float(np.mean(losses)) for cell, losses in cells.items()}
 
     @property
     def frontier(self) -> list[GridPoint]:
@@ -175,11 +177,18 @@ def to_grid(points: Sequence[GridPoint]) -> Grid:
     return Grid(*(np.array(column, dtype=np.float64) for column in columns))
 
 
+def best_of(cells: Mapping[tuple[float, str], float]) -> dict[float, float]:
+    """The lowest loss of every budget, of losses by budget and size."""
+    return {budget: min(loss for (one, _), loss in cells.items() if one == budget) for budget in sorted({budget for budget, _ in cells})}
+
+
 def crossover_of(studies: dict[Variant, Study]) -> Quantity:
-    """The budget at which the better variant changes."""
+    """The budget at which the better variant changes, of the sizes that both have there: one may have diverged."""
     if len(studies) < len(VARIANTS):
         return Quantity(value=None, reason="only one variant was run")
-    ours, theirs = (studies[variant].best for variant in VARIANTS)
+    cells = [studies[variant].cells for variant in VARIANTS]
+    shared = cells[0].keys() & cells[1].keys()
+    ours, theirs = (best_of({cell: one[cell] for cell in shared}) for one in cells)
     budgets = sorted(ours.keys() & theirs.keys())
     try:
         return Quantity(

@@ -3,7 +3,7 @@ profile assumes as long as there are no shards. No torch here."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,10 @@ def _per_sample(recipe: Recipe, shards: Path | None, assumed: Mapping[str, MeanS
         labels = mean.tokens if recipe.data.loss_on == "all_text" else mean.answer_tokens
         length = mean.tokens + shown * recipe.model.tokens_per_frame
         shape = SampleShape(round(mean.frames), round(shown), round(mean.tokens), round(labels), round(length - mean.answer_tokens))
-        costs.append(sample_flops(recipe.model, dims, shape, recipe.loss, frozen=frozen).train)
+        cost = sample_flops(recipe.model, dims, shape, recipe.loss, frozen=frozen).train
+        if recipe.dpo is not None:  # the other answer, about frames that are encoded once for both
+            cost += sample_flops(recipe.model, dims, replace(shape, frames=0), recipe.loss, frozen=frozen).train
+        costs.append(cost)
         lengths.append(length)
     shares = [part.share for part in parts]
     if recipe.data.shares_of == "tokens":

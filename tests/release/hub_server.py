@@ -100,3 +100,5 @@ class HubServer:
                 content = self.stored[line["value"]["oid"]]
                 assert hashlib.sha256(content).hexdigest() == line["value"]["oid"]
                 self.files[line["value"]["path"]] = content
+            elif line["key"] == "deletedFile":
+                del self.files[line["value"]["path"]]

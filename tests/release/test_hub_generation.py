@@ -168,6 +168,27 @@ def test_the_pipeline_of_transformers_answers(folder, tmp_path):
     assert answer["generated_text"] == processor.decode(tokens, skip_special_tokens=True)
     both = asks([messages, messages], max_new_tokens=5, return_full_text=False, batch_size=1)
     assert [one["generated_text"] for (one,) in both] == [answer["generated_text"]] * 2
+    with pytest.raises(ValueError, match="a pipeline: batch_size=1"):
+        asks([messages, messages], max_new_tokens=5, return_full_text=False, batch_size=2)
+
+
+def test_a_cache_is_gone_on_from_with_text_only(model, inputs):
+    asked = dict(inputs)
+    columns = asked["input_ids"].shape[1]
+    made = model.generate(**asked, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    seen = made.past_key_values.get_seq_length()
+    cache, more = made.past_key_values, torch.full((len(asked["input_ids"]), 4), 300)
+    ids = torch.cat([made.sequences, more], 1)
+    mask = torch.cat([asked["attention_mask"], torch.ones(len(ids), ids.shape[1] - columns, dtype=torch.long)], 1)
+    shown = torch.full_like(ids, -1)
+    shown[:, -2] = 0
+    with pytest.raises(ValueError, match="with text only"):
+        model.generate(input_ids=ids, attention_mask=mask, frame_ids=shown, frames=asked["frames"], past_key_values=cache, max_new_tokens=2)
+    with pytest.raises(ValueError, match="equally long"):
+        model.generate(input_ids=ids, attention_mask=mask.index_fill(1, torch.tensor([ids.shape[1] - 1]), 0), past_key_values=cache)
+    with pytest.raises(ValueError, match="no loss"):
+        model(input_ids=ids[:, seen:], labels=ids[:, seen:], past_key_values=cache)
+    model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"device_map": "auto"}, {"dtype": "auto"}], ids=str)

@@ -211,6 +211,8 @@ def test_images_and_text(processor):
     inputs = processor(text="What is it?", images=picture)
     assert inputs["frames"].shape == (1, 42, 42, 3)
     assert inputs["frame_ids"][inputs["frame_ids"] >= 0].tolist() == [0, 0, 0]
+    for same in ([picture], [[picture]], torch.from_numpy(picture).to(torch.int64), torch.full((42, 42, 3), 7 / 255, dtype=torch.bfloat16)):
+        assert torch.equal(processor(text="What is it?", images=same)["frames"], inputs["frames"])
     alone = processor(text="What is 2 plus 3?")
     assert (alone["frame_ids"] < 0).all()
     assert len(alone["frames"]) == 0
@@ -222,6 +224,10 @@ def test_images_and_text(processor):
         ({"text": ""}, "give a question"),
         ({"text": ["a", "b"], "videos": [np.zeros((1, 42, 42, 3), np.uint8)]}, "2 questions, but 1 videos"),
         ({"text": ["a"], "answers": ["b", "c"]}, "1 questions, but 2 answers"),
+        ({"text": "a", "images": [np.zeros((9, 9, 3), np.uint8)] * 2}, "2 pictures for a question"),
+        ({"text": "a", "images": np.full((9, 9, 3), 200.0)}, "floats up to 200"),
+        ({"text": "a", "images": np.full((9, 9, 3), -1)}, "whole numbers from -1"),
+        ({"text": "a", "videos": []}, "a video without pictures"),
     ],
 )
 def test_unusable_inputs_are_named(processor, arguments, why):

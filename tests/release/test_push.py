@@ -64,6 +64,17 @@ def test_everything_arrives_private_and_tagged_and_loads_again(hub, folder, tmp_
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
+def test_weights_and_code_of_an_earlier_release_are_removed(hub, folder):
+    """transformers takes weights in one file before those in parts: the new release would be loaded with the old weights."""
+    push = plan(folder, REPOSITORY)
+    old = {"model-00001-of-00002.safetensors", "model.safetensors.index.json", "old_module.py"}
+    hub.exists, hub.private = True, True
+    hub.files |= dict.fromkeys([*old, "notes.md", ".gitattributes"], b"old")
+    send(push, token=TOKEN, endpoint=hub.url, message="second")
+    assert not old & hub.files.keys()
+    assert {"notes.md", ".gitattributes", *push.files} <= hub.files.keys()
+
+
 def test_a_token_without_the_right_is_a_user_error(folder):
     server = HubServer(refuse=True)
     with pytest.raises(UserError, match="the hub refused"):

@@ -105,6 +105,18 @@ def test_a_seed_that_diverged_hides_no_other_difference(job, tmp_path):
     assert rows["cool"].low == pytest.approx(alone["cool"].low, abs=1e-3)
 
 
+def test_a_seed_of_the_baseline_that_diverged_raises_no_threshold(tmp_path):
+    runs = [*seeded(tmp_path, "base", 2.0), *seeded(tmp_path, "cool", 1.7, "model.temperature", 0.5)]
+    lost = finished(tmp_path / "lost", 6.1, changes={"run.seed": 1}, divergences=[_divergence()])
+    runs = [run.model_copy(update={"run": lost}) if (run.name, run.seed) == ("base", 1) else run for run in runs]
+    report = compare(AblationJob(output=tmp_path / "out", baseline="base", runs=runs, min_gain=0.1))
+    base, cool = report.rows
+    assert report.winner == "cool"
+    assert base.loss == pytest.approx(2.0, abs=0.1)
+    assert cool.loss - base.loss == pytest.approx(cool.delta, abs=0.06), "seeds differ by 0.05"
+    assert base.divergences == 1
+
+
 def test_a_baseline_that_diverged_is_none(tmp_path):
     runs = seeded(tmp_path, "base", 2.0, divergences=[_divergence()]) + seeded(tmp_path, "cool", 1.9, "model.temperature", 0.5)
     with pytest.raises(UserError, match="the baseline 'base' diverged with every seed"):

@@ -55,3 +55,11 @@ def test_one_seed_measures_no_noise():
     assert found.method == found.noise.reason == NOT_MEASURED
     one = found.differences["a"]
     assert (one.delta, one.low, one.p_value) == (-1.0, None, None)
+
+
+def test_a_run_without_a_seed_in_common_is_compared_unpaired():
+    """Two of the baseline's three seeds have diverged: blocks of seeds say nothing about the difference, whatever they leave over."""
+    losses = {"base": {2: 3.001}, "a": {0: 2.900, 1: 2.902}, "b": {0: 3.100, 1: 3.101}}
+    found = compare_losses(losses, "base")
+    assert "not paired" in found.method
+    assert {name: one.delta for name, one in found.differences.items()} == pytest.approx({"a": -0.1, "b": 0.0995})

@@ -134,6 +134,19 @@ def test_crossover_between_budgets(tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_cells_that_diverged_make_no_crossover(tmp_path):
+    """The baseline is behind at every budget; of its runs at the largest, only the smallest model's has not diverged."""
+    job = grid_job(tmp_path, SIZES, baseline_extra=lambda budget: -0.02)
+    lost = [run for run in job.runs if run.variant == "baseline" and run.budget_flops == BUDGETS[-1] and run.size != "xs"]
+    for run in lost:
+        path = run.run / "manifest.json"
+        diverged = {"divergences": [{"step": 5, "reason": "loss", "back_to": 0, "froze": "vision"}]}
+        path.write_text(json.dumps(json.loads(path.read_text()) | diverged))
+    report = study(job)
+    assert report.crossover_flops.value is None
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_equal_losses_choose_the_smaller_size(tmp_path):
     runs = [
         GridRun(size=size, budget_flops=1e12, variant="foveated", run=finished(tmp_path / size, 2.0, params=params))

@@ -71,6 +71,7 @@ def test_too_few_sizes_fit_each_size_and_refuse_the_joint_law(tmp_path):
         ({"loss": ""}, "loss is 'empty'", "line 4"),
         ({"tokens": "-3"}, "tokens is '-3'", "line 4"),
         ({"params": "many"}, "params is 'many'", "line 4"),
+        ({"params": "1.4"}, "params is 1.4, which is no count", "line 4"),
     ],
 )
 def test_a_bad_number_is_named_with_its_line(tmp_path, change, what, where):

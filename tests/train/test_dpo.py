@@ -25,6 +25,8 @@ from fvlm_core.model.build import build_model
 from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.model.inference import token_losses
 from fvlm_core.train.__main__ import train
+from fvlm_core.train.cost import Cost
+from fvlm_core.train.expected import expected_cost
 from fvlm_core.train.jobs import RunManifest
 from fvlm_core.train.objective import PreferenceLoss
 from fvlm_core.train.reference import Reference, sample_ids
@@ -114,6 +116,18 @@ def test_loss_and_gradient(tmp_path: Path, pairs: Path) -> None:
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, gradient[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_a_plan_counts_both_answers(tmp_path: Path, pairs: Path) -> None:
+    recipe = dpo_recipe(tmp_path, pairs)
+    cost = Cost(build_model(recipe.model, vocab_size=ShardSet(pairs).manifest.vocab_size), recipe.loss, pairs=True)
+    shards, counted = ShardSet(pairs), 0.0
+    for part in recipe.data.mixture:
+        rows = shards.rows("train", part.source).index
+        batches = [pack(shards.read(int(row), image_repeats=2).pair(), shards.chat) for row in rows]
+        counted += part.share * sum(map(cost.batch, batches)) / len(rows)
+    assert recipe.run.steps is not None
+    assert expected_cost(recipe, pairs).flops == pytest.approx(counted * recipe.run.steps * recipe.run.batch_samples, rel=0.1)
 
 
 @pytest.fixture(scope="module")

@@ -115,6 +115,7 @@ class FVLMModel(PreTrainedModel, GenerationMixin):
             **_unused: What transformers passes to every model.
         """
         if past_key_values is not None and past_key_values.get_seq_length():
+            _check_continuation(past_key_values.get_seq_length(), attention_mask, frame_ids, labels)
             return self._go_on(input_ids, past_key_values)
         batch = self._packed(input_ids, attention_mask, frames, frame_ids, query_offsets, labels)
         count = max(1, batch.n_labels) if num_items_in_batch is None else num_items_in_batch
@@ -137,6 +138,9 @@ class FVLMModel(PreTrainedModel, GenerationMixin):
         """What a step of transformers' generation reads: the prompt with its frames, then one token after the other."""
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         passed = ("mode", "logits_to_keep", *(VISUAL_INPUTS if not seen else ()))
+        if seen and input_ids.shape[1] - seen > 1:  # not what was generated but a user's next turn
+            frame_ids = kwargs.get("frame_ids")
+            _check_continuation(seen, attention_mask, None if frame_ids is None else frame_ids[:, seen:], None)
         inputs = {"input_ids": input_ids[:, seen:], "attention_mask": attention_mask, "past_key_values": past_key_values}
         return inputs | {name: kwargs[name] for name in passed if name in kwargs}
 
@@ -157,8 +161,10 @@ class FVLMModel(PreTrainedModel, GenerationMixin):
 
     @cached_property
     def processor(self) -> Any:
-        """The processor of the folder or repository that the model was loaded from."""
-        return AutoProcessor.from_pretrained(self.config._name_or_path, trust_remote_code=True)
+        """The processor of the folder, or of the repository and its revision, that the model was loaded from."""
+        commit = getattr(self.config, "_commit_hash", None)
+        same = {"revision": commit, "code_revision": commit} if commit else {}
+        return AutoProcessor.from_pretrained(self.config._name_or_path, trust_remote_code=True, **same)
 
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.model.llm.model.embed_tokens
@@ -224,3 +230,13 @@ class FVLMModel(PreTrainedModel, GenerationMixin):
         frames = inputs.pop("frames", None)
         input_ids, expanded = super()._expand_inputs_for_generation(expand_size=expand_size, **inputs)  # ty: ignore[invalid-argument-type]
         return input_ids, expanded | {"frames": frames}
+
+
+def _check_continuation(seen: int, attention_mask: Tensor | None, frame_ids: Tensor | None, labels: Tensor | None) -> None:
+    """Raise ValueError where what follows `seen` columns of a cache is more than text: `frame_ids` are those of the columns that follow."""
+    if frame_ids is not None and bool((frame_ids >= 0).any()):
+        raise ValueError("a cache can be gone on from with text only: for another video, give the complete conversation and no cache")
+    if attention_mask is not None and bool((attention_mask[:, seen:] == 0).any()):
+        raise ValueError("rows that go on from a cache are equally long: give the complete conversations and no cache")
+    if labels is not None:
+        raise ValueError("there is no loss where a cache is gone on from: give the complete conversation and no cache")

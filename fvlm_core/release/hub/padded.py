@@ -31,7 +31,8 @@ def packed_batch(
     """Rows [B, S] without their padding, one after another; `labels` [B, S] are the tokens themselves, as transformers has them.
 
     `frame_ids` and `query_offsets` may be shorter than `input_ids`: what was generated since is text. Raises ValueError for a frame with
-    another number of tokens than `tokens_per_frame`.
+    another number of tokens than `tokens_per_frame`, and for several rows that do not show all frames: where they were processed one by
+    one and then put together, they all count their frames from 0.
     """
     kept = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     lengths = kept.sum(1).tolist()
@@ -50,6 +51,12 @@ def packed_batch(
     targets[torch.from_numpy(starts[1:] - 1).to(targets.device)] = IGNORE  # the first token of the next row is none to predict
     labelled = (targets != IGNORE).nonzero().flatten().cpu().numpy()
     frames = input_ids.new_zeros((0, 1, 1, 3), dtype=torch.uint8) if frames is None else frames
+    known = int(shown.max()) + 1 if len(shown) else 0
+    if known > len(frames) or (known < len(frames) and len(input_ids) > 1):
+        raise ValueError(
+            f"{len(frames)} frames, but frame_ids names {known}: give the processor all conversations of a batch at once "
+            "(a pipeline: batch_size=1), and do not put its outputs together"
+        )
     host_positions, host_sources = positions.cpu().numpy(), sources.cpu().numpy()
     samples = list(pairwise(starts.tolist()))
     batch = PackedBatch(

@@ -22,6 +22,8 @@ from fvlm_core.release.hub.conversation import Row, lay_out, normalised, source
 from fvlm_core.release.hub.padded import NO_FRAME
 
 TIMEOUT_S = 60
+ROUNDING = 1e-3
+"""By so much may a float of a picture be above 1."""
 """For an address to answer."""
 CONTENTS = (
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
@@ -143,7 +145,7 @@ class FVLMProcessor(ProcessorMixin):
                 raise ValueError(f"{len(questions)} questions, but {len(part)} {name}: give one each")
         chats: list[list[dict[str, Any]]] = []
         for question, image, video, answer in zip(questions, filled["images"], filled["videos"], filled["answers"], strict=True):
-            seen = [{"type": kind, kind: one} for kind, one in (("image", image), ("video", video)) if one is not None]
+            seen = [{"type": kind, kind: one} for kind, one in (("image", _single(image)), ("video", video)) if one is not None]
             asked = [{"type": "text", "text": question}]
             chats.append([{"role": "user", "content": asked + seen if question_first else seen + asked}])
             if answers is not None:
@@ -161,6 +163,8 @@ class FVLMProcessor(ProcessorMixin):
         if isinstance(video, str | Path):
             rule = FrameRule(self.frame_px, self.fps, self.max_frames)
             return extract_frames(_content(str(video)), rule).pixels
+        if not len(video):
+            raise ValueError("a video without pictures")
         picked = np.unique(np.linspace(0, len(video) - 1, min(len(video), self.max_frames)).round().astype(int))
         return np.stack([self.square(video[index]) for index in picked])
 
@@ -238,11 +242,28 @@ def _content(address: str) -> bytes:
     return httpx.get(address, follow_redirects=True, timeout=TIMEOUT_S).raise_for_status().content
 
 
+def _single(image: Any) -> Any:
+    """A picture, also where it comes in a list as other processors want it. Raises ValueError for several."""
+    while isinstance(image, list | tuple):
+        if len(image) != 1:
+            raise ValueError(f"{len(image)} pictures for a question: several stand in a conversation, see apply_chat_template")
+        (image,) = image
+    return image
+
+
 def _pixels(picture: Any) -> np.ndarray:
     """An array or tensor as uint8 [H, W, 3]."""
-    array = np.asarray(picture.detach().cpu() if isinstance(picture, Tensor) else picture)
+    if isinstance(picture, Tensor):
+        picture = picture.detach().cpu()
+        picture = picture.float() if picture.is_floating_point() else picture  # NumPy has no bfloat16
+    array = np.asarray(picture)
     if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3):
         array = array.transpose(1, 2, 0)
     if np.issubdtype(array.dtype, np.floating):
-        array = (array.clip(0, 1) * 255).round().astype(np.uint8)
+        if array.max(initial=0.0) > 1 + ROUNDING:
+            raise ValueError(f"a picture of floats up to {array.max():g}: give floats from 0 to 1, or uint8")
+        array = (array.clip(0, 1) * 255).round()
+    if array.min(initial=0) < 0 or array.max(initial=0) > 255:
+        raise ValueError(f"a picture of whole numbers from {array.min():g} to {array.max():g}: give 0 to 255")
+    array = array.astype(np.uint8)
     return array.squeeze(-1) if array.ndim == 3 and array.shape[-1] == 1 else array
