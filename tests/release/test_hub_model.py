@@ -233,3 +233,11 @@ def test_images_and_text(processor):
 def test_unusable_inputs_are_named(processor, arguments, why):
     with pytest.raises(ValueError, match=why):
         processor(**arguments)
+
+
+def test_a_pinned_revision_has_its_own_processor(wrapped, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("fvlm_core.release.hub.modeling_fvlm.AutoProcessor.from_pretrained", lambda name, **options: asked.update(options))
+    monkeypatch.setattr(wrapped.config, "_commit_hash", "c" * 40, raising=False)
+    FVLMModel.processor.func(wrapped)
+    assert asked == {"trust_remote_code": True, "revision": "c" * 40, "code_revision": "c" * 40}
