@@ -200,7 +200,7 @@ def adopt(
     if step not in steps:
         raise UserError(f"there is no step {step!r}", where=f"the profile {config.name}", fix=f"use one of {', '.join(steps)}")
     made = adopted(steps[step], folder.resolve(), volume.resolve())
-    Console().print(f"{step}: adopted as {made.folder}", highlight=False)
+    Console().print(f"{step}: adopted as {made.folder}", highlight=False, markup=False)
     return 0
 
 

@@ -41,7 +41,7 @@ def ours(
     from fvlm_core.model.convert import convert_to_ours
 
     convert_to_ours(checkpoint, out, vision=vision, llm=llm, tokenizer=tokenizer, frame_px=frame_px)
-    Console().print(f"wrote {out}", highlight=False)
+    Console().print(f"wrote {out}", highlight=False, markup=False)
     return 0
 
 
@@ -59,7 +59,7 @@ def original(model_folder: Path, out: Path) -> int:
     from fvlm_core.model.convert import convert_to_original
 
     convert_to_original(model_folder, out)
-    Console().print(f"wrote {out}", highlight=False)
+    Console().print(f"wrote {out}", highlight=False, markup=False)
     return 0
 
 
@@ -77,7 +77,7 @@ def onnx(model: Model, out: Path, /, *, vision: Vision = None, llm: Llm = None, 
     from fvlm_core.release.onnx_export import export_onnx
 
     for path in export_onnx(loaded, out):
-        console.print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB", soft_wrap=True)
+        console.print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB", markup=False, soft_wrap=True)
     return 0
 
 
@@ -109,5 +109,5 @@ def gguf(
     from fvlm_core.release.gguf_export import export_gguf
 
     export_gguf(answerer.subject.model.llm, answerer.subject.tokenizer, out, precision=precision, name=name or answerer.name)
-    console.print(f"wrote {out}: {out.stat().st_size / 1e6:.1f} MB", soft_wrap=True)
+    console.print(f"wrote {out}: {out.stat().st_size / 1e6:.1f} MB", markup=False, soft_wrap=True)
     return 0

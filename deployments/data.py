@@ -56,7 +56,7 @@ def stats(shards: Shards = DEFAULT_SHARDS, /, *, output: Path | None = None) -> 
         draw(opened, output)
         parts = [f"## {table.title}\n\n{table.markdown()}" for table in made] + [figure.markdown() for figure in FIGURES]
         (output / "stats.md").write_text(f"# Data in {shards}\n\n" + "\n\n".join(parts) + "\n")
-        console.print(f"wrote {output / 'stats.md'}", highlight=False)
+        console.print(f"wrote {output / 'stats.md'}", highlight=False, markup=False)
     return 0
 
 
@@ -84,7 +84,7 @@ def look(
     output.mkdir(parents=True, exist_ok=True)
     (output / "look.html").write_text(page(shown, f"{source or 'All sources'}, {split}"))
     picture(shown, output / "look.png")
-    Console().print(f"wrote {output / 'look.html'} and {output / 'look.png'}", highlight=False)
+    Console().print(f"wrote {output / 'look.html'} and {output / 'look.png'}", highlight=False, markup=False)
     return 0
 
 

@@ -129,5 +129,5 @@ def evaluate(
         )
     assert results is not None
     console.print(headline_table(results.headline(), compact=True).terminal())
-    console.print(f"all numbers: {output / 'results.json'}, {output / 'tables.md'}", highlight=False)
+    console.print(f"all numbers: {output / 'results.json'}, {output / 'tables.md'}", highlight=False, markup=False)
     return 0

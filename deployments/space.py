@@ -88,5 +88,5 @@ def space(
         shutil.copyfile(REPOSITORY / file, code / file)
     for package in PACKAGES:
         shutil.copytree(REPOSITORY / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
-    Console(highlight=False).print(f"wrote {output}: hf upload YOUR/SPACE {output} . --repo-type space", soft_wrap=True)
+    Console(highlight=False).print(f"wrote {output}: hf upload YOUR/SPACE {output} . --repo-type space", markup=False, soft_wrap=True)
     return 0

@@ -106,7 +106,9 @@ def _with_stack(
                 pass  # nothing was started: what runs on the volume is another command's
             elif keep:
                 stack.leave_running()
-                console.print(f"Server and workers go on; stop them with: {stop_command(volume)}", highlight=False, soft_wrap=True)
+                console.print(
+                    f"Server and workers go on; stop them with: {stop_command(volume)}", highlight=False, markup=False, soft_wrap=True
+                )
             else:
                 with _undisturbed():
                     stack.stop()
@@ -120,7 +122,12 @@ def _say_where(stack: Stack, console: Console) -> None:
     if link:
         console.print(f"Its password: {stack.password_file}", highlight=False, markup=False, soft_wrap=True)
     if stack.owns_server and is_network_file_system(stack.home):
-        console.print(f"The volume is on a network; the server's database is in {stack.database_folder()}", highlight=False, soft_wrap=True)
+        console.print(
+            f"The volume is on a network; the server's database is in {stack.database_folder()}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _run(stack: Stack, config: PipelineConfig, volume: Path, console: Console, phase: str | None, *, keep: bool) -> int:
@@ -134,7 +141,7 @@ def _run(stack: Stack, config: PipelineConfig, volume: Path, console: Console, p
     from tasks.pipeline_flow import message
     from tasks.plan import plan
 
-    console.print(plan(list(PHASES.values()), config, volume).summary().terminal())
+    console.print(plan(list(PHASES.values()), config, volume).of(phase).summary().terminal())
     for flow in register.FLOWS[:2]:  # while the server starts: to compare deployments takes a schema of the pipeline and of a phase
         register.parameter_schema(flow)
     stack.wait_for_server()

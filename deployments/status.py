@@ -46,7 +46,7 @@ def print_results(phases: Sequence[Phase], config: PipelineConfig, volume: Path,
     for table in (table for manifest in manifests for table in manifest.shown.closing):
         console.print(table.terminal())
     for name, path in ((name, path) for manifest in manifests for name, path in manifest.shown.outputs.items()):
-        console.print(f"{name:<7} {f'fvlm volume get {path}' if away else volume / path}", highlight=False, soft_wrap=True)
+        console.print(f"{name:<7} {f'fvlm volume get {path}' if away else volume / path}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _running(folder: Path) -> PhaseStatus | None:

@@ -83,7 +83,7 @@ def chat(
     session = Session(answerer, open_media(video, answerer))
     sampling = Sampling(max_new_tokens, temperature, seed=seed)
     interactive = not ask and sys.stdin.isatty()
-    console.print(f"[bold]{video.name}[/]: {session.media.n_shown} frames, mode {chosen}. {HELP if interactive else ''}")
+    console.print(f"[bold]{plain(video.name)}[/]: {session.media.n_shown} frames, mode {chosen}. {HELP if interactive else ''}")
     for question in ask or _questions(console, interactive=interactive):
         if question == "/quit":
             break
@@ -139,6 +139,8 @@ def look(
     from fvlm_core.serve.look import check_output, write_clip
 
     check_output(output)
+    if output.exists() and video.exists() and output.samefile(video):
+        raise UserError("the clip would take the place of the video", where=str(output), fix="name another file with --output")
     if fps is not None and not 0.01 <= fps <= 60:
         raise UserError(f"{fps:g} frames per second cannot be shown", where="--fps", fix="use 0.01 to 60")
     console = Console(highlight=False)
@@ -151,7 +153,9 @@ def look(
         chosen = checked_mode(answerer, mode) if answerer.subject.gazes else None
         found = gaze(session, question, mode=chosen, question_first=question_first)
         write_clip(output, found, title=question, fps=fps or answerer.rule.fps)
-    console.print(f"wrote {output}: {len(found.frames)} frames, entropy {found.entropy.mean():.2f} nats on average", soft_wrap=True)
+    console.print(
+        f"wrote {output}: {len(found.frames)} frames, entropy {found.entropy.mean():.2f} nats on average", markup=False, soft_wrap=True
+    )
     return 0
 
 
@@ -225,7 +229,7 @@ def _questions(console: Console, *, interactive: bool):
         except EOFError:
             return
         if line:
-            yield line
+            yield line.encode(errors="surrogateescape").decode(errors="replace")  # bytes that are not UTF-8
 
 
 def plain(text: str) -> str:

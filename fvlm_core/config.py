@@ -254,10 +254,10 @@ class DataSettings(Settings):
 
     @property
     def held_out(self) -> Self:
-        """What validation batches are made of."""
+        """What validation batches are made of: how training reads its shards does not choose them, nor how long a model's samples are."""
         if self.validation is None:
-            return self
-        return self.model_copy(update={**dict(self.validation), "validation": None})
+            return self.model_copy(update={"shuffle_shards": None})
+        return self.model_copy(update={**dict(self.validation), "validation": None, "shuffle_shards": None, "shares_of": "samples"})
 
     @model_validator(mode="after")
     def _of_one_kind(self) -> Self:

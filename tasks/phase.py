@@ -4,6 +4,7 @@ A phase's folder is named by a key made of the profile alone, so that a phase th
 it; its manifest records the digests of what it was made from, so that outdated results are noticed. Nothing in this file knows Prefect.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -223,3 +224,19 @@ def require(phases: Sequence[Phase], config: PipelineConfig, volume: Path, *, by
             raise UserError(f"the results of {phase.name} are older than what they were made from", where=str(folder), fix=fix)
         found[phase.name] = manifest
     return found
+
+
+def link_steps(phase: Phase, manifest: PhaseManifest, volume: Path) -> None:
+    """Let the phase's links on the volume point to its steps."""
+    for link, step in phase.links.items():
+        point(volume / link, manifest.steps[step].folder)
+
+
+def point(link: Path, folder: str) -> None:
+    """Make `link` a symbolic link to `folder`, which is relative to where the link is, in one step; something else of that name stays."""
+    if link.exists() and not link.is_symlink():
+        return
+    new = link.with_name(f".{link.name}.{os.getpid()}")
+    new.unlink(missing_ok=True)
+    new.symlink_to(folder)
+    new.replace(link)

@@ -25,7 +25,7 @@ from tasks.config import PipelineConfig
 from tasks.helpers import helped, share
 from tasks.make import How, Reporter, make
 from tasks.mixtures import check_shards
-from tasks.phase import Phase, PhaseManifest, Results, before_of, conclude, require
+from tasks.phase import Phase, PhaseManifest, Results, before_of, conclude, link_steps, require
 from tasks.status_board import StatusBoard
 from tasks.steps import Finding, Made, Step, in_waves
 
@@ -113,6 +113,7 @@ def run_phase(phase: Phase, config: PipelineConfig, volume: str) -> PhaseManifes
             else:
                 runner.make(bound)
     manifest = conclude(phase, config, Results(root, runner.made), done, seconds=time.monotonic() - started)
+    link_steps(phase, manifest, root)
     artifacts.publish(phase.name, config.name, manifest.shown, root)
     runner.board.finish()
     return manifest

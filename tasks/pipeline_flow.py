@@ -1,6 +1,5 @@
 """Runs the pipeline as a Prefect flow: one task per phase, which starts the phase's own deployment and waits for it."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +24,7 @@ from tasks import artifacts
 from tasks.bill import record_plan
 from tasks.config import PipelineConfig
 from tasks.dollars import in_dollars
-from tasks.phase import Phase, PhaseManifest, Shown, current
+from tasks.phase import Phase, PhaseManifest, Shown, current, link_steps
 from tasks.phase_flow import changed, result_storage
 from tasks.plan import plan
 from tasks.rented import bill_table, budget_of
@@ -74,8 +73,7 @@ def run_pipeline(phases: Sequence[Phase], config: PipelineConfig, volume: str) -
         record_plan(FolderStore(root), in_dollars(plan(phases, config, root), phases, config.machine.rental))
     for phase in phases:
         done[phase.name] = phase_result(phase, config, root, done)
-        for link, step in phase.links.items():
-            point(root / link, done[phase.name].steps[step].folder)
+        link_steps(phase, done[phase.name], root)
     outputs = {name: path for manifest in done.values() for name, path in manifest.shown.outputs.items()}
     table = Table.of([{"phase": name, "what it found": manifest.shown.text} for name, manifest in done.items()])
     artifacts.publish("pipeline", config.name, Shown(table=table, text="What every phase found.", outputs=outputs), root)
@@ -147,16 +145,6 @@ def cancel_phases(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) ->
         ):
             if child.state and not child.state.is_final():
                 client.set_flow_run_state(child.id, Cancelling(message="its pipeline run ended"))
-
-
-def point(link: Path, folder: str) -> None:
-    """Make `link` a symbolic link to `folder`, which is relative to where the link is, in one step; something else of that name stays."""
-    if link.exists() and not link.is_symlink():
-        return
-    new = link.with_name(f".{link.name}.{os.getpid()}")
-    new.unlink(missing_ok=True)
-    new.symlink_to(folder)
-    new.replace(link)
 
 
 def message(state: State[Any]) -> str:

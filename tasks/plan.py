@@ -76,6 +76,10 @@ class Plan(Settings):
                 rows.append([phase, shown, "will run", steps[0].because, *_costs(steps)])
         return Table(title="Plan", head=HEAD, rows=rows, note=self._note())
 
+    def of(self, phase: str | None) -> "Plan":
+        """That phase's part of it; all of it for None."""
+        return self if phase is None else self.model_copy(update={"steps": [one for one in self.steps if one.phase == phase]})
+
     def summary(self) -> Table:
         """A line per phase."""
         rows = []
@@ -83,7 +87,9 @@ class Plan(Settings):
             running = [one for one in mine if one.state == "runs"]
             conditions = [one.because for one in (running or mine) if one.because]
             because = "; ".join(list(dict.fromkeys(conditions))[:2])
-            rows.append([phase, f"{len(running)} of {len(mine)} steps", "will run" if running else "cached", because, *_costs(running)])
+            rows.append(
+                [phase, f"{len(running or mine)} of {len(mine)} steps", "will run" if running else "cached", because, *_costs(running)]
+            )
         return Table(title="Plan", head=HEAD, rows=rows, note=self._note())
 
     def _by_phase(self) -> Iterator[tuple[str, list[StepPlan]]]:

@@ -95,7 +95,7 @@ def ask_all(
     for shard in shards_of(loaded.items)[ranks.rank :: ranks.size]:
         path, key = shard_place(folder, shard), shard_key(answerer, loaded.benchmark, settings, shard)
         records = read_shard(path, key)
-        if records is None:
+        if records is None or any(record.error for record in records):  # media may have been replaced
             records = ask_shard(answerer, loaded.benchmark, settings, conditions, shard.items)
             write_shard(path, key, records)
         failed |= {record.id: record.error for record in records if record.error}
@@ -121,7 +121,7 @@ def collect(answerer: Answerer, loaded: Loaded, settings: AskSettings, folder: P
             raise UserError(
                 "a shard of the evaluation is not finished", where=str(path), fix="run the evaluation again: it goes on from there"
             )
-        found += records
+        found += [_scored_by(item, record) for item, record in zip(shard.items, records, strict=True)]
     _check_decoded({record.id: record.error for record in found if record.error}, loaded, max_missing_share)
     return found
 
@@ -216,6 +216,12 @@ def _asks(benchmark: Benchmark, settings: AskSettings, items: Sequence[Item]) ->
 def _record(item: Item, frames: int, **more: object) -> ItemRecord:
     values = {"choices": item.choices, "gold": item.gold, "answers": item.answers, "hints": item.hints}
     return ItemRecord.model_validate({"id": item.id, "clip": item.clip, "groups": item.groups, "frames": frames, **values, **more})
+
+
+def _scored_by(item: Item, record: ItemRecord) -> ItemRecord:
+    """What was said once, with the right answer as it is known now: an annotation may have been corrected since."""
+    known = {"gold": item.gold, "answers": item.answers, "hints": item.hints, "groups": item.groups, "clip": item.clip}
+    return record.model_copy(update=known)
 
 
 def _check_decoded(failed: dict[str, str], loaded: Loaded, share: float) -> None:

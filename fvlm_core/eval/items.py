@@ -36,6 +36,14 @@ class Item:
         return self.groups.get(CLIP) or self.media.key
 
 
+def gold_letter(choices: Sequence[str], answer: str) -> int:
+    """As `gold_index`, where the key is a letter also if a choice has that letter as its text (notes, vitamins, points of a figure)."""
+    letter = answer.strip()
+    if len(letter) == 1 and 0 <= ord(letter) - ord("A") < len(choices):
+        return ord(letter) - ord("A")
+    return gold_index(choices, answer)
+
+
 def gold_index(choices: Sequence[str], answer: object) -> int:
     """Place of the right choice, given by its letter, its number or its text. Raises UnreadableItemError where it is none of them."""
     if isinstance(answer, int) and not isinstance(answer, bool):

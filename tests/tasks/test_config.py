@@ -13,7 +13,7 @@ from fvlm_core.errors import UserError
 from tasks.ablations import ablation_recipe
 from tasks.config import PipelineConfig
 from tasks.grid import cells, planned
-from tasks.pipeline_flow import point
+from tasks.phase import point
 from tasks.recipes import base_recipe, stage_recipe
 from tests.tiny import changed, profile_values
 

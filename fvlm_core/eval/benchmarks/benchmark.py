@@ -67,7 +67,7 @@ class Benchmark:
     """A row as an item. Raises UnreadableItemError."""
     files: tuple[str, ...] = ()
     """Patterns of its annotation files; the first that matches any is used."""
-    skip: str = ""
+    skip: tuple[str, ...] = ()
     """Files with this in their path are left out."""
     columns: tuple[str, ...] = ()
     """Columns that it cannot do without; `a|b` are alternatives."""
@@ -108,7 +108,7 @@ class Benchmark:
     def annotations(self, folder: Path) -> list[Path]:
         """Its annotation files. Raises UserError where there are none."""
         files = annotation_files(folder, self.files, where=self.name)
-        return [file for file in files if not self.skip or self.skip not in file.as_posix()]
+        return [file for file in files if not any(part in file.as_posix() for part in self.skip)]
 
     def rows(self, folder: Path) -> Iterator[Row]:
         """All its rows. Raises UserError for files of another form."""

@@ -5,7 +5,7 @@ The headline, M-Avg, is the mean of the tasks' accuracies. The open tasks are ju
 
 from fvlm_core.eval.annotations import Row, find_media
 from fvlm_core.eval.benchmarks.benchmark import Benchmark, Prompt, groups, inline_options, picked, video
-from fvlm_core.eval.items import Item, gold_index
+from fvlm_core.eval.items import Item, gold_index, gold_letter
 from fvlm_core.eval.media import place_below
 
 
@@ -16,16 +16,18 @@ def item(row: Row) -> Item:
     question = row.text("question")
     if candidates := row.get("candidates"):
         choices = [str(choice) for choice in candidates]
+        gold = gold_index(choices, row.text("answer"))
     else:
         question, choices = inline_options(question)
-    folders = (f"video/{row.file.stem}", f"video/{task}", f"videos/{task}", "video", "videos", "")
+        gold = gold_letter(choices, row.text("answer"))
+    folders = (f"video/{row.file.stem}", f"video/{task}", f"MLVU/video/{row.file.stem}", f"videos/{task}", "video", "videos", "")
     found = find_media(row.root, name, folders)
     return Item(
         id=f"{task}/{row.file.stem}:{row.number}",
         media=video(found),
         question=question,
         choices=choices,
-        gold=gold_index(choices, row.text("answer")),
+        gold=gold,
         groups=groups(place_below(row.root, found), task),
     )
 
@@ -34,10 +36,11 @@ BENCHMARK = Benchmark(
     name="mlvu",
     title="MLVU",
     item=item,
-    files=("json/*.json", "**/*.parquet", "*.jsonl", "*.json"),
+    files=("json/*.json", "MLVU/json/*.json", "**/*.parquet", "*.jsonl", "*.json"),
     columns=("video_name|video", "question", "answer", "task_type|question_type"),
     hub=("MLVU/MVLU", "sy1998/MLVU_dev"),
     split="dev",
+    skip=("_sub_scene.json", "_summary.json"),
     prompt=Prompt(option="({letter}) {text}", after="Only give the best option.\nBest option:"),
     macro="task",
 )

@@ -8,10 +8,13 @@ import ast
 
 from fvlm_core.eval.annotations import Row
 from fvlm_core.eval.benchmarks.benchmark import Benchmark, groups
-from fvlm_core.eval.items import Item, UnreadableItemError, gold_index
+from fvlm_core.eval.items import Item, UnreadableItemError, gold_letter
 from fvlm_core.eval.media import Images
 
 MOST_IMAGES = 7
+
+DECIMALS = "2"
+"""Numbers are compared rounded to so many (MMMU's own eval_utils.py)."""
 
 
 def item(row: Row) -> Item:
@@ -30,7 +33,8 @@ def item(row: Row) -> Item:
         media=Images(images, name),
         question=row.text("question"),
         choices=choices if is_choice else [],
-        gold=gold_index(choices, answer) if is_choice else None,
+        gold=gold_letter(choices, answer) if is_choice else None,
+        hints={} if is_choice else {"precision": DECIMALS},
         answers=[] if is_choice else [str(one) for one in accepted],
         groups=groups(name, name.removeprefix("validation_").rpartition("_")[0], subfield=row.get("subfield")),
     )

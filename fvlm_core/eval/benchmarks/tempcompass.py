@@ -36,7 +36,7 @@ BENCHMARK = Benchmark(
     title="TempCompass",
     item=item,
     files=("*/test-*.parquet", "*.jsonl"),
-    skip="/captioning/",
+    skip=("/captioning/",),
     columns=("video_id", "question", "answer"),
     hub=("lmms-lab/TempCompass",),
 )

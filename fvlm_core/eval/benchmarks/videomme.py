@@ -2,7 +2,7 @@
 
 from fvlm_core.eval.annotations import Row, find_media
 from fvlm_core.eval.benchmarks.benchmark import Benchmark, Prompt, groups, video, without_letter
-from fvlm_core.eval.items import Item, gold_index
+from fvlm_core.eval.items import Item, gold_letter
 
 
 def item(row: Row) -> Item:
@@ -14,7 +14,7 @@ def item(row: Row) -> Item:
         media=video(find_media(row.root, name, ("data", "videos", "video", ""))),
         question=row.text("question"),
         choices=choices,
-        gold=gold_index(choices, row.text("answer")),
+        gold=gold_letter(choices, row.text("answer")),
         groups=groups(
             name, row.get("task_type"), duration=row.get("duration"), domain=row.get("domain"), sub_category=row.get("sub_category")
         ),

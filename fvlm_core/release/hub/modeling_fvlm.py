@@ -203,7 +203,10 @@ class FVLMModel(PreTrainedModel, GenerationMixin):
         query_offsets: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> PackedBatch:
-        k = self.config.tokens_per_frame
+        k, context = self.config.tokens_per_frame, self.config.text_config.max_position_embeddings
+        longest = input_ids.shape[1] if attention_mask is None else int(attention_mask.sum(1).max())
+        if longest > context:
+            raise ValueError(f"a conversation of {longest} tokens; the model's context has {context}")
         return packed_batch(input_ids, attention_mask, frames, frame_ids, query_offsets, labels, tokens_per_frame=k)
 
     @torch.no_grad()
