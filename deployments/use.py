@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+from math import inf
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -28,6 +29,7 @@ Llm = Annotated[str | None, Parameter(help="Hub name or folder of its SmolLM2.")
 FramePx = Annotated[int, Parameter(help="Side of its frames.")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], Parameter(help="Where to compute.")]
 
+SEEDS = 1 << 63
 HELP = "A question and return; /new begins a new conversation, /quit ends."
 
 
@@ -69,8 +71,9 @@ def chat(
     seed
         Of the draws.
     """
-    if max_new_tokens < 1 or temperature < 0:
-        raise UserError("max_new_tokens must be at least 1, temperature at least 0", where="the options", fix="correct them")
+    if max_new_tokens < 1 or not 0 <= temperature < inf or not 0 <= seed < SEEDS:
+        what = "max_new_tokens must be at least 1, temperature at least 0, seed a number of 63 bits"
+        raise UserError(what, where="the options", fix="correct them")
     console = Console(highlight=False)
     if not video.exists():
         raise UserError("there is no such file", where=str(video), fix="give the path of a video, a picture, or a folder of frames")

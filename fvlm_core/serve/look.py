@@ -9,6 +9,7 @@ from fractions import Fraction
 from io import BytesIO
 from math import log
 from pathlib import Path
+from tempfile import TemporaryFile
 from textwrap import shorten
 
 import av
@@ -32,6 +33,12 @@ def check_output(path: Path) -> None:
         raise UserError(f"a clip cannot be written as {path.suffix or 'a file without a suffix'}", where=str(path), fix="use .mp4 or .gif")
     if not path.absolute().parent.is_dir():
         raise UserError("there is no such folder", where=str(path.absolute().parent), fix="make it, or name another")
+    try:
+        with TemporaryFile(dir=path.absolute().parent):
+            pass
+    except OSError as error:
+        what = f"the folder cannot be written into: {error.strerror}"
+        raise UserError(what, where=str(path.absolute().parent), fix="name another") from error
 
 
 def write_clip(path: Path, gaze: Gaze, *, title: str, fps: float = 1.0) -> None:

@@ -71,6 +71,7 @@ def test_only_what_was_damaged_or_changed_is_made_again_also_when_the_run_is_ret
         wait_until(lambda: client.read_flow_run(alone.id).state_name == "Completed", "precompute by itself", poll_s=0.5)
     assert [schedule.active for schedule in deployment.schedules] == [False]
     (shards,) = [folder for folder in volume.path.glob("steps/shards-*") if "gone.mp4" in (folder / "manifest.json").read_text()]
+    assert (volume.path / "shards").resolve() == shards.resolve(), "the newest"
     extra = AnyManifest.read(shards).model_extra or {}
     assert "gone.mp4" in [clip["url"] for clip in extra["bad"]]
     assert sum(source["samples"] for source in extra["sources"] if source["name"] == "videos") == 6

@@ -241,6 +241,25 @@ def test_a_video_that_cannot_be_decoded_is_counted_and_too_many_are_an_error(ans
     assert list(result.undecodable) == ["3"]
 
 
+def test_replaced_media_and_corrected_answers_count_at_the_next_evaluation(answerer: FoveatedAnswerer, tmp_path: Path):
+    video = tmp_path / "video.mp4"
+    video.write_bytes(b"\0" * 1000)
+    settings = AskSettings(orders=["question_first"], modes=["coarse_only"], controls=False)
+
+    def asked(gold: int) -> ItemRecord:
+        items = Loaded(benchmark("own"), [Item("one", VideoFile(video), "Which?", ["a", "b"], gold)], 1, {}, {})
+        ask_all(answerer, items, settings, tmp_path / "items", max_missing_share=1)
+        return collect(answerer, items, settings, tmp_path / "items", max_missing_share=1)[0]
+
+    assert asked(0).error
+    mp4(video)
+    good = asked(0)
+    assert not good.error
+    corrected = asked(1)
+    assert (good.gold, corrected.gold) == (0, 1)
+    assert corrected.said == good.said
+
+
 def test_a_shard_holds_any_character_and_counts_as_unfinished_where_it_cannot_be_read(tmp_path: Path):
     file, text = tmp_path / "0.jsonl", "a\u2028b\u2029c\u0085d\x1ee\r\nf"
     records = [ItemRecord(id=text, clip="c", groups={}, choices=[text, "x"], said={"blind": Said(text=text)})] * 2

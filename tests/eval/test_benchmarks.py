@@ -17,7 +17,7 @@ from fvlm_core.errors import UserError
 from fvlm_core.eval.annotations import read_rows
 from fvlm_core.eval.benchmarks import NAMES, benchmark
 from fvlm_core.eval.benchmarks.benchmark import Loaded, load
-from fvlm_core.eval.items import Item
+from fvlm_core.eval.items import Item, gold_index, gold_letter
 from fvlm_core.eval.media import NO_MEDIA, FrameFolder, Images, VideoFile
 from tests.eval.published import jsonl, mp4, parquet, picture, png, videomme_row
 
@@ -355,3 +355,21 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path):
         read("videomme", tmp_path / "none")
     with pytest.raises(UserError, match="its data are not given"):
         load(benchmark("videomme"), None)
+
+
+def test_mlvu_as_its_authors_publish_it(tmp_path: Path):
+    """A level further down, and with the open tasks, which are left out."""
+    mp4(tmp_path / "MLVU" / "video" / "1_plotQA" / "v.mp4")
+    (tmp_path / "MLVU" / "json").mkdir(parents=True)
+    row = {"video": "v.mp4", "question": "What?", "answer": "x", "question_type": "plotQA"}
+    (tmp_path / "MLVU" / "json" / "1_plotQA.json").write_text(json.dumps([row | {"candidates": ["y", "x"]}]))
+    (tmp_path / "MLVU" / "json" / "9_summary.json").write_text(json.dumps([row | {"question_type": "summary"}]))
+    (found,) = read("mlvu", tmp_path).items
+    assert found.gold == 1
+    assert found.media.load(RULE, 1).n_shown
+
+
+def test_a_key_that_is_a_letter_is_no_text():
+    assert gold_letter(["B", "C", "D", "A"], "A") == 0
+    assert gold_index(["B", "C", "D", "A"], "A") == 3
+    assert gold_letter(["a cat", "a dog"], "a dog") == 1

@@ -78,6 +78,8 @@ def test_look_writes_a_gif(root, tmp_path):
         (("chat", "{root}/pooled", "{root}/clip.mp4", "--mode", "fine"), "has no mode 'fine'"),
         (("look", "{root}/run", "{root}/clip.mp4", "-o", "gaze.txt"), "use .mp4 or .gif"),
         (("look", "{root}/run", "{root}/clip.mp4", "-o", "{root}/no/gaze.mp4"), "there is no such folder"),
+        (("look", "{root}/run", "{root}/clip.mp4", "-o", "{root}/clip.mp4"), "take the place of the video"),
+        (("look", "{root}/run", "{root}/clip.mp4", "-o", "/proc/gaze.mp4"), "cannot be written into"),
         (("look", "{root}/pooled", "{root}/clip.mp4"), "does not look anywhere"),
     ],
 )
