@@ -178,10 +178,13 @@ def test_validation_of_its_own(shards):
     own = ValidationSettings(mixture=[SourceShare(source="gaze_cell", share=0.5), SourceShare(source="gaze_caption", share=0.5)])
     plain = data({"gaze_cell": 0.5, "gaze_caption": 0.5})
     others = [data({"text": 1.0}), data({"gaze_cell": 1.0}, question_first=1.0), data({"gaze_cell": 1.0}, loss_on="all_text")]
+    others += [data({"gaze_cell": 1.0}, shuffle_shards=1), data({"gaze_cell": 1.0}, shares_of="tokens")]
     held = [
         [item for batch in val_batches(shards, 40, one, tokens_per_frame=1, batch_samples=8) for item in contents(batch)]
         for one in [plain, *(other.model_copy(update={"validation": own}) for other in others)]
     ]
+    reading = plain.model_copy(update={"shuffle_shards": 1})
+    held.append([item for batch in val_batches(shards, 40, reading, tokens_per_frame=1, batch_samples=8) for item in contents(batch)])
     assert all(one == held[0] for one in held)
     trained = steps(shards, others[0].model_copy(update={"validation": own}), run(steps=2))
     assert {source for step in trained for batch in step for source in batch.sources} == {"text"}
