@@ -58,6 +58,18 @@ class Precompute(Settings):
         return self
 
     @model_validator(mode="after")
+    def _films_in_one_format(self) -> Self:
+        formats: dict[str, set[str]] = {}
+        for source in self.video_sources:
+            for file in map(str, [*source.files, *source.stored]):
+                formats.setdefault(file, set()).add(source.format)
+        for file, several in formats.items():
+            if len(several) > 1:  # films are held out by their frames, their scenes by the film: each would be trained on in the other
+                read_as = " and as ".join(sorted(several))
+                raise ValueError(f"sources: {file} is read as {read_as}: the same videos would be validated and trained on")
+        return self
+
+    @model_validator(mode="after")
     def _names_of_their_own(self) -> Self:
         names = [source.name for source in self.sources]
         if twice := {name for name in names if names.count(name) > 1}:

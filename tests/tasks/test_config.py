@@ -31,6 +31,9 @@ def keys(values: dict[str, Any]) -> dict[str, str]:
     return {name: phase.key(config(values)) for name, phase in PHASES.items()}
 
 
+FILMS_AND_SCENES = [{"name": name, "format": name, "files": ["/films/train-*.parquet"]} for name in ("finevideo", "finevideo_scenes")]
+
+
 @pytest.mark.parametrize("profile", ["ci", "laptop", "runpod"])
 def test_shipped_profiles_load_and_all_their_recipes_are_valid(profile: str) -> None:
     loaded = load_profile(profile)
@@ -89,6 +92,7 @@ def test_laptop_and_runpod_have_the_grid_and_the_ablations_that_are_promised() -
         ("precompute.sources", [{"name": "mine", "files": ["a.csv"], "format": "xml"}], ["precompute.sources.0.format", "webvid"]),
         ("precompute.sources", [{"name": "mine", "files": []}], ["precompute.sources.0", "the source mine has no files"]),
         ("precompute.sources", [{"name": "mine", "files": ["a.csv"]}] * 2, ["the name mine appears twice"]),
+        ("precompute.sources", FILMS_AND_SCENES, ["train-*.parquet is read as finevideo and as finevideo_scenes"]),
         ("precompute.sources", [{"name": "gaze_cell", "files": ["a.csv"]}], ["gaze_cell", "rendered clips or generated text"]),
         ("precompute.sources", [{"name": "text", "files": ["a.csv"]}], ["text", "rendered clips or generated text"]),
         ("precompute.sources", [{"name": "clips", "files": ["a.csv"]}], ["clips", "rendered clips or generated text"]),
