@@ -70,6 +70,9 @@ def test_everything_done(tmp_path: Path) -> None:
     planned = plan(phases(), TESTS, tmp_path)
     assert set(reasons(planned).values()) == {"cached"}
     assert "Nothing to do" in planned.table().note
+    assert planned.summary().rows[0][:3] == ["first", "2 of 2 steps", "cached"]
+    assert [row[0] for row in planned.of("second").summary().rows] == ["second"]
+    assert planned.of(None) == planned
 
 
 def test_status_of_phases_that_have_nothing_to_say(tmp_path: Path) -> None:
