@@ -30,6 +30,7 @@ FramePx = Annotated[int, Parameter(help="Side of its frames.")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], Parameter(help="Where to compute.")]
 
 SEEDS = 1 << 63
+"""torch takes seeds below it."""
 HELP = "A question and return; /new begins a new conversation, /quit ends."
 
 

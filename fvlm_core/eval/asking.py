@@ -214,14 +214,17 @@ def _asks(benchmark: Benchmark, settings: AskSettings, items: Sequence[Item]) ->
 
 
 def _record(item: Item, frames: int, **more: object) -> ItemRecord:
-    values = {"choices": item.choices, "gold": item.gold, "answers": item.answers, "hints": item.hints}
-    return ItemRecord.model_validate({"id": item.id, "clip": item.clip, "groups": item.groups, "frames": frames, **values, **more})
+    return ItemRecord.model_validate({"id": item.id, "choices": item.choices, "frames": frames, **_known(item), **more})
+
+
+def _known(item: Item) -> dict[str, object]:
+    """What a record takes from its item for scoring, which changes nothing about what is asked."""
+    return {"gold": item.gold, "answers": item.answers, "hints": item.hints, "groups": item.groups, "clip": item.clip}
 
 
 def _scored_by(item: Item, record: ItemRecord) -> ItemRecord:
     """What was said once, with the right answer as it is known now: an annotation may have been corrected since."""
-    known = {"gold": item.gold, "answers": item.answers, "hints": item.hints, "groups": item.groups, "clip": item.clip}
-    return record.model_copy(update=known)
+    return record.model_copy(update=_known(item))
 
 
 def _check_decoded(failed: dict[str, str], loaded: Loaded, share: float) -> None:

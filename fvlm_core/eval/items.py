@@ -38,10 +38,8 @@ class Item:
 
 def gold_letter(choices: Sequence[str], answer: str) -> int:
     """As `gold_index`, where the key is a letter also if a choice has that letter as its text (notes, vitamins, points of a figure)."""
-    letter = answer.strip()
-    if len(letter) == 1 and 0 <= ord(letter) - ord("A") < len(choices):
-        return ord(letter) - ord("A")
-    return gold_index(choices, answer)
+    place = _letters_place(choices, answer.strip())
+    return gold_index(choices, answer) if place is None else place
 
 
 def gold_index(choices: Sequence[str], answer: object) -> int:
@@ -54,8 +52,13 @@ def gold_index(choices: Sequence[str], answer: object) -> int:
     exact = [place for place, choice in enumerate(choices) if choice.strip() == text]
     if len(exact) == 1:
         return exact[0]
-    if len(text) == 1 and 0 <= ord(text) - ord("A") < len(choices):
-        return ord(text) - ord("A")
+    if (place := _letters_place(choices, text)) is not None:
+        return place
     if len(exact) > 1:
         raise UnreadableItemError(f"the right answer {text!r} is {len(exact)} of the choices")
     raise UnreadableItemError(f"the right answer {text!r} is not among the {len(choices)} choices")
+
+
+def _letters_place(choices: Sequence[str], text: str) -> int | None:
+    """Place of the choice that a text names by its letter; None where it is no letter of a choice."""
+    return ord(text) - ord("A") if len(text) == 1 and 0 <= ord(text) - ord("A") < len(choices) else None
