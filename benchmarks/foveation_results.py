@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.foveation_world import ZOOM, Run
+from benchmarks.foveation_world import Run
 from fvlm_core.canvas import COLOURS, WIDTH, canvas
 from fvlm_core.model.flop_counter import count_flops
 from fvlm_core.model.glance import GlanceFeatures, with_everything
@@ -52,9 +52,9 @@ def read(folder: Path) -> dict[int, list[dict[str, Any]]]:
 
 @cache
 @torch.no_grad()
-def mflop(grid: int, opened: int) -> float:
+def mflop(grid: int, opened: int, zooms: tuple[int, ...]) -> float:
     """Of encoding and reading a frame, counted; `opened` as in `MODELS`."""
-    run = Run(grid, 0, say=lambda _: None)
+    run = Run(grid, 0, say=lambda _: None, zooms=zooms)
     model = run.model.eval()
     run.use(open=max(opened, 1))
     _, batch = run.batch("val", 1, 1.0)
@@ -73,15 +73,15 @@ def mflop(grid: int, opened: int) -> float:
 
 def table(grid: int, results: Sequence[dict[str, Any]]) -> Table:
     """A line per model, seeds side by side."""
-    rows = []
+    rows, zooms = [], tuple(results[0]["zooms"])
     for name, key, opened in MODELS:
         cells = [[_seen(one, key, "accuracy"), _seen(one, f"{key}_autoregressive", "accuracy"), _seen(one, key, "hit")] for one in results]
         columns = [", ".join(cell or "-" for cell in column) if any(column) else "" for column in zip(*cells, strict=True)]
-        rows.append([name, *columns, f"{mflop(grid, opened):.1f}"])
+        rows.append([name, *columns, f"{mflop(grid, opened, zooms):.1f}"])
     seeds = ", ".join(str(one["seed"]) for one in results)
-    patches = (grid // ZOOM) ** 2
+    patches = (grid // math.prod(zooms)) ** 2
     return Table(
-        title=f"{grid} x {grid} cells",
+        title=f"{grid} x {grid} cells, zoom {', '.join(map(str, zooms))}",
         head=["model", "coarse->fine", "autoregressive", "right patch opened", "MFLOP a frame"],
         rows=rows,
         marked=[place for place, (_, key, _) in enumerate(MODELS) if key in ("k1", "k2")],
@@ -101,7 +101,7 @@ def plot(path: Path, by_grid: dict[int, list[dict[str, Any]]]) -> None:
     with canvas(path.with_suffix(".png"), (WIDTH * 0.7, 4.2), vector=True) as figure:
         axes = figure.subplots()
         for (key, name), colour in zip(PLOTTED.items(), COLOURS, strict=False):
-            flops = [mflop(grid, opened[key]) for grid in by_grid]
+            flops = [mflop(grid, opened[key], tuple(results[0]["zooms"])) for grid, results in by_grid.items()]
             means = [sum(one[key]["accuracy"] for one in results) / len(results) for results in by_grid.values()]
             axes.plot(flops, means, color=colour, label=name)
             for x, (grid, results) in zip(flops, by_grid.items(), strict=True):

@@ -1,17 +1,19 @@
 """The learning experiment of `foveation`: does a query learn where to open, in a world that only full resolution can read?
 
-Worlds of G x G cells (`fvlm_core.data.cells_world`), a glance at a third of the side. The recipe: an encoder that has learned to see at
-both resolutions; training with every patch open and weighed by p, clutter raised as the reader gets better; then on two chosen patches a
-query, with Gumbel noise and the reader's own attention as p's teacher. Compared at the end on digits never seen: glance only, ours
-with k = 1, 2, 4, an oracle that opens the right patch, and, both trained as long, random openings and everything open.
+Worlds of G x G cells (`fvlm_core.data.cells_world`), a glance at a third of the side, or a smaller one and several levels (`--zooms`).
+The recipe: an encoder that has learned to see at all resolutions; training with every patch open and weighed by p, clutter raised as
+the reader gets better; then on two chosen patches a query, with Gumbel noise and the reader's own attention as p's teacher. Compared at
+the end on digits never seen: glance only, ours with k = 1, 2, 4, an oracle that opens the right patch, and, both trained as long,
+random openings and everything open. "Right patch opened" is about the glance's patches.
 """
 
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +56,14 @@ class Run:
     say: Callable[[str], None] = print
     loss: LossSettings = LOSS
     gate: float = GATE
+    zooms: Sequence[int] = (ZOOM,)
+    """Of every level; the glance is the frame at one over their product."""
     model: FoveatedVLM = field(init=False)
 
     def __post_init__(self) -> None:
         self.rng = np.random.default_rng([self.grid, self.seed])
         torch.manual_seed(self.seed)
-        self.model = build_model(settings(self.grid), vocab_size=vocabulary(self.grid), seed=self.seed)
+        self.model = build_model(settings(self.grid, self.zooms), vocab_size=vocabulary(self.grid), seed=self.seed)
         start_positions(self.model, self.grid)
 
     def batch(self, split: Split, clips: int, clutter: float, rng: np.random.Generator | None = None) -> tuple[World, PackedBatch]:
@@ -76,7 +80,8 @@ class Run:
     def pretrain(self, steps: int) -> None:
         """Teach the encoder to see, as DINOv2 has learned to: complete frames, and what a glance can show, at their own resolution."""
         encoder = self.model.encoder
-        fine, coarse = nn.Linear(WIDTH, PLACES * (DIGITS + 1)), nn.Linear(WIDTH, ZOOM**2)
+        shrinks = [math.prod(self.zooms[level:]) for level in range(len(self.zooms))]
+        fine, coarse = nn.Linear(WIDTH, PLACES * (DIGITS + 1)), nn.ModuleList(nn.Linear(WIDTH, times**2) for times in shrinks)
         parameters = [*encoder.parameters(), *fine.parameters(), *coarse.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.98), weight_decay=0.01)
         started = time.monotonic()
@@ -87,12 +92,14 @@ class Run:
             here = torch.where(digits < 0, DIGITS, digits)
             right, below = (F.pad(here, pad, value=IGNORE) for pad in ((0, 1), (0, 0, 0, 1)))
             targets = torch.stack([here, right[:, :, 1:], below[:, 1:]], -1).flatten(0, 2)
-            seen, glimpsed = (encoder.encode(part, patches=True).patches for part in (frames, shrunk(frames, ZOOM)))
+            seen = encoder.encode(frames, patches=True).patches
             assert seen is not None
-            assert glimpsed is not None
             logits = fine(seen[:, 1:]).flatten(0, 1).unflatten(-1, (PLACES, -1))
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
-            loss = loss + F.binary_cross_entropy_with_logits(coarse(glimpsed[:, 1:]), tiles((digits >= 0).float()))
+            for head, times in zip(coarse, shrinks, strict=True):
+                glimpsed = encoder.encode(shrunk(frames, times), patches=True).patches
+                assert glimpsed is not None
+                loss = loss + F.binary_cross_entropy_with_logits(head(glimpsed[:, 1:]), tiles((digits >= 0).float(), times))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -137,9 +144,8 @@ class Run:
         right = hits = total = opened = 0.0
         for _ in range(clips // BATCH):
             world, batch = self.batch("val", BATCH, 1.0, rng)
-            wanted = torch.from_numpy(world.cells // ZOOM) @ torch.tensor([self.grid // ZOOM, 1])
-            wanted = wanted.repeat_interleave(FRAMES)
-            model.chooser = {"ours": likeliest, "random": at_random, "oracle": partial(oracle, wanted)}[opener]
+            wanted = [places.repeat_interleave(FRAMES) for places in self.parents(torch.from_numpy(world.cells))]
+            model.chooser = {"ours": likeliest, "random": at_random, "oracle": partial(next_oracle, cycle(wanted))}[opener]
             features = model.encode(batch.frames)
             if everything:
                 assert model.settings.glance is not None
@@ -150,20 +156,28 @@ class Run:
             correct = (said == batch.labels[torch.from_numpy(batch.labelled)]).unflatten(0, (BATCH, FRAMES + 1))[:, :FRAMES]
             right, total = right + correct.sum().item(), total + correct.numel()
             if read.opened is not None:
-                found = (read.opened[:, 0] == wanted[:, None]).any(1)
+                found = (read.opened[:, 0] == wanted[0][:, None]).any(1)
                 hits, opened = hits + found.sum().item(), opened + len(found)
         model.chooser = likeliest
         return {"accuracy": right / total, "hit": hits / opened if opened else math.nan}
 
+    def parents(self, cells: Tensor) -> Iterator[Tensor]:
+        """What has to be opened at each level to read `cells` [B, 2]: int64 [B], a glance patch, then one of its children, and so on."""
+        columns = self.grid // math.prod(self.zooms)
+        for level in range(len(self.zooms)):
+            place = cells // math.prod(self.zooms[level:]) % columns
+            yield place @ torch.tensor([columns, 1])
+            columns = self.zooms[level]
 
-def settings(grid: int) -> ModelSettings:
-    """The model: a glance of a third of the side, two layers of width 64 that see, two of width 96 that answer."""
+
+def settings(grid: int, zooms: Sequence[int] = (ZOOM,)) -> ModelSettings:
+    """The model: a small glance, two layers of width 64 that see, two of width 96 that answer."""
     side = grid * CELL_PX
     return ModelSettings(
         vision=VisionSettings(shape=VisionShape(width=WIDTH, layers=LAYERS, heads=HEADS), frame_px=side),
         llm=LLMSettings(shape=LLMShape(width=96, layers=2, heads=4, kv_heads=4, mlp_width=256, context=64)),
         visual_scale=0.5,
-        glance=GlanceSettings(px=side // ZOOM, zoom=ZOOM, open=2),
+        glance=GlanceSettings(px=side // math.prod(zooms), zoom=list(zooms), levels=len(zooms), open=2),
     )
 
 
@@ -189,9 +203,9 @@ def fourier(x: Tensor, grid: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], -1) * 2**0.5
 
 
-def tiles(cells: Tensor) -> Tensor:
-    """Cells [F, G, G] -> those under every glance patch [F, (G / ZOOM)^2, ZOOM^2]."""
-    return cells.unflatten(1, (-1, ZOOM)).unflatten(3, (-1, ZOOM)).transpose(2, 3).flatten(3).flatten(1, 2)
+def tiles(cells: Tensor, side: int) -> Tensor:
+    """Cells [F, G, G] -> those under every patch of `side` cells a side [F, (G / side)^2, side^2]."""
+    return cells.unflatten(1, (-1, side)).unflatten(3, (-1, side)).transpose(2, 3).flatten(3).flatten(1, 2)
 
 
 def schedule(optimizer: torch.optim.Optimizer, lr: float, step: int, steps: int | None) -> None:
@@ -213,13 +227,18 @@ def oracle(wanted: Tensor, log_p: Tensor, k: int) -> Tensor:
     return log_p.scatter(1, wanted[:, None], math.inf).topk(k).indices
 
 
+def next_oracle(wanted: Iterator[Tensor], log_p: Tensor, k: int) -> Tensor:
+    """The oracle of a frame's levels, which are chosen one after the other."""
+    return oracle(next(wanted), log_p, k)
+
+
 def experiment(
     run: Run, out: Path, *, start: Path | None = None, pretrain: int = PRETRAIN, dense_steps: int = 500, chosen_steps: int = 100
 ) -> dict:
     """Train as the recipe says and compare; weights and results are left in `out`."""
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    done: dict[str, Any] = {"grid": run.grid, "seed": run.seed, "start": str(start) if start else None}
+    done: dict[str, Any] = {"grid": run.grid, "zooms": list(run.zooms), "seed": run.seed, "start": str(start) if start else None}
     dense_file = out / f"dense_{run.grid}_{run.seed}.pt"
     if dense_file.exists():
         run.model.load_state_dict(torch.load(dense_file))
@@ -279,6 +298,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--grid", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--zooms", type=int, nargs="+", default=[ZOOM], help="of every level, the glance's first")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", type=Path)
     parser.add_argument("--pretrain", type=int, default=PRETRAIN)
@@ -286,5 +306,5 @@ if __name__ == "__main__":
     parser.add_argument("--chosen", type=int, default=100)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    run = Run(chosen.grid, chosen.seed, say=lambda text: print(text, flush=True))
+    run = Run(chosen.grid, chosen.seed, say=lambda text: print(text, flush=True), zooms=chosen.zooms)
     experiment(run, chosen.out, dense_steps=chosen.dense, chosen_steps=chosen.chosen, start=chosen.start, pretrain=chosen.pretrain)

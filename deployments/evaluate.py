@@ -37,7 +37,7 @@ def evaluate(
     latency_clips: int = 4,
     vision: str | None = None,
     llm: str | None = None,
-    frame_px: int = 224,
+    frame_px: int | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     batch_samples: int = 64,
 ) -> int:
@@ -46,7 +46,8 @@ def evaluate(
     Parameters
     ----------
     checkpoint
-        A finished run or a model folder of ours, a checkpoint of the original fVLM (with --vision and --llm), or a SmolVLM2 folder.
+        A released folder, a finished run or a model folder of ours, a checkpoint of the original fVLM (with --vision and --llm), a
+        SmolVLM2 folder, or the hub name of a released model.
     benchmarks
         Names with commas between them; docs/benchmarks.md lists them.
     data
@@ -79,7 +80,7 @@ def evaluate(
     llm
         Hub name or folder of its SmolLM2.
     frame_px
-        Side of its frames.
+        Side of its frames: 224 px where it is not given.
     device
         Where to compute.
     batch_samples
@@ -115,6 +116,7 @@ def evaluate(
     from fvlm_core.eval.checkpoint import evaluate_checkpoint  # takes seconds
     from fvlm_core.eval.jobs import CheckpointJob
     from fvlm_core.eval.tables import headline_table
+    from fvlm_core.serve.load import open_model
 
     job = CheckpointJob.from_values(job_values, where="the command's options")
     console = Console()
@@ -123,6 +125,7 @@ def evaluate(
         bar = progress.add_task("questions", total=None)
         results = evaluate_checkpoint(
             job,
+            open_it=open_model,
             start=lambda items: progress.update(bar, total=items),
             done=lambda items: progress.advance(bar, items),
             note=lambda text: progress.update(bar, description=text),

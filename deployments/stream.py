@@ -40,7 +40,7 @@ def stream(
     exact: Annotated[bool, Parameter(negative="")] = False,
     vision: Vision = None,
     llm: Llm = None,
-    frame_px: FramePx = 224,
+    frame_px: FramePx = None,
     device: Device = "auto",
 ) -> int:
     """Watch a source as it goes on, a token per frame; type a question and return at any time, /quit ends.
@@ -82,19 +82,22 @@ def stream(
 
     subject = answerer.subject
     most = subject.model.llm.config.max_position_embeddings
+    if context is not None and not 0 < context <= most:
+        raise UserError(f"the model's context has {most} tokens", where="--context", fix=f"give 1 to {most}, or leave it out")
     reserve = min(max_new_tokens + RESERVED_FOR_QUESTION, most // 2)
     try:
         watching = FrameStream(
             subject.model,
             subject.chat,
             task_ids=subject.encode(task.strip()) if task else (),
-            context=min(context or most, most),
+            context=context,
             reserve=reserve,
             when_full=when_full,
             rounded=not exact and multiplies_bfloat16(),
         )
     except ValueError as error:
-        raise UserError(str(error), where="the model or --context", fix="use a model that looks, and a larger context") from error
+        fix = "use a model that looks, a larger context, or a shorter task"
+        raise UserError(str(error), where="the model, --context or --task", fix=fix) from error
     asked: queue.Queue[str | None] = queue.Queue()
     if not ask:
         threading.Thread(target=_read_questions, args=(asked,), daemon=True).start()

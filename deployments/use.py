@@ -26,7 +26,7 @@ ModeName = Annotated[
 ]
 Vision = Annotated[str | None, Parameter(help="Hub name or folder of the DINOv2 that a checkpoint of the original was built with.")]
 Llm = Annotated[str | None, Parameter(help="Hub name or folder of its SmolLM2.")]
-FramePx = Annotated[int, Parameter(help="Side of its frames.")]
+FramePx = Annotated[int | None, Parameter(help="Side of its frames: 224 px where it is not given.")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], Parameter(help="Where to compute.")]
 
 SEEDS = 1 << 63
@@ -34,7 +34,7 @@ SEEDS = 1 << 63
 HELP = "A question and return; /new begins a new conversation, /quit ends."
 
 
-def load_model(model: str, vision: str | None, llm: str | None, frame_px: int, device: str, console: Console):
+def load_model(model: str, vision: str | None, llm: str | None, frame_px: int | None, device: str, console: Console):
     """The model that a command's options name, with a spinner."""
     with Status("loading the model", console=console):
         from fvlm_core.eval.jobs import Original
@@ -56,7 +56,7 @@ def chat(
     seed: int = 0,
     vision: Vision = None,
     llm: Llm = None,
-    frame_px: FramePx = 224,
+    frame_px: FramePx = None,
     device: Device = "auto",
 ) -> int:
     """Ask questions about a video; answers appear as they are computed. Further questions continue the conversation.
@@ -119,7 +119,7 @@ def look(
     fps: float | None = None,
     vision: Vision = None,
     llm: Llm = None,
-    frame_px: FramePx = 224,
+    frame_px: FramePx = None,
     device: Device = "auto",
 ) -> int:
     """Write a clip of where the model looks: each frame with coarse attention and the gaze beside it, and the gaze's entropy.
@@ -177,7 +177,7 @@ def serve(
     allow_internal: Annotated[bool, Parameter(negative="")] = False,
     vision: Vision = None,
     llm: Llm = None,
-    frame_px: FramePx = 224,
+    frame_px: FramePx = None,
     device: Device = "auto",
 ) -> int:
     """Serve a model: a web page, and OpenAI's /v1/chat/completions with videos. FVLM_API_KEY, where it is set, is asked of every request.

@@ -88,7 +88,9 @@ class Manifest(Settings):
         except FileNotFoundError as error:
             raise UserError("no manifest: the step that makes it has not finished", where=str(path), fix="run that step first") from error
         except ValidationError as error:
-            raise UserError(f"the manifest is damaged: {error}", where=str(path), fix="delete it and run the step again") from error
+            damaged = any(fault["type"] == "json_invalid" for fault in error.errors())
+            what = "the manifest is damaged" if damaged else "the manifest was written by another version of this code"
+            raise UserError(f"{what}: {error}", where=str(path), fix="run the step again, which makes it anew") from error
 
     @classmethod
     def read_whole(cls, folder: Path) -> Self | None:

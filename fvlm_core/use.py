@@ -34,7 +34,7 @@ class FoveatedVLM:
         int8: bool = False,
         vision: str | None = None,
         llm: str | None = None,
-        frame_px: int = 224,
+        frame_px: int | None = None,
     ) -> Self:
         """Load a released folder, a training run or its model folder, a hub name, or a checkpoint of the original fVLM.
 
@@ -44,7 +44,7 @@ class FoveatedVLM:
             int8: 8-bit weights, on the CPU: smaller, and a little other in its numbers; see `fvlm_core.release.int8`.
             vision: For the original's checkpoints: hub name or folder of the DINOv2 it was built with; only the configuration is read.
             llm: The same of the SmolLM2.
-            frame_px: The same: side of its frames.
+            frame_px: The same: side of its frames, 224 px where it is not given.
 
         Raises:
             UserError: There is none, or it is of another kind.

@@ -23,25 +23,37 @@ FORMS = (
     "or a SmolVLM2 folder (config.json)"
 )
 SMOLVLM_TYPES = ("smolvlm",)
+ORIGINAL_PX = 224
+"""Side of the original's frames."""
 
 
 def open_checkpoint(
     path: Path, device: torch.device, *, original: Original | None = None, batch_samples: int = 64, seed: int = 0
 ) -> Answerer:
-    """Load a checkpoint of whatever form. Raises UserError where it is of none."""
+    """Load a checkpoint of whatever form. Raises UserError where it is of none, or `original` is about one of ours or a SmolVLM2."""
     folder = path / MODEL_FOLDER if (path / MODEL_FOLDER / SETTINGS_FILE).is_file() else path
+    original = original or Original()
     if (folder / SETTINGS_FILE).is_file():
+        says_itself(path, original)
         return _ours(folder, path, device, batch_samples, seed)
     if not path.exists():
         raise UserError("there is no checkpoint", where=str(path), fix=f"give {FORMS}")
     kind = _model_type(path)
     if kind in SMOLVLM_TYPES:
+        says_itself(path, original)
         from fvlm_core.eval.answerers.smolvlm import SmolVLMAnswerer
 
         return SmolVLMAnswerer.load(path, device, seed=seed)
     if kind:
         raise UserError(f"a checkpoint of another architecture: {kind}", where=str(path / "config.json"), fix=f"give {FORMS}")
-    return _original(path, device, original or Original(), batch_samples, seed)
+    return _original(path, device, original, batch_samples, seed)
+
+
+def says_itself(path: Path, original: Original) -> None:
+    """Refuse what is said of a checkpoint that says it itself. Raises UserError."""
+    if given := [f"--{name.replace('_', '-')}" for name, value in original if value is not None]:
+        fix = f"leave out {', '.join(given)}: for checkpoints of the original fVLM only"
+        raise UserError("this model says itself what it was built with", where=str(path), fix=fix)
 
 
 def _ours(folder: Path, run: Path, device: torch.device, batch_samples: int, seed: int) -> FoveatedAnswerer:
@@ -72,7 +84,7 @@ def _original(path: Path, device: torch.device, original: Original, batch_sample
         )
     with TemporaryDirectory(prefix="fvlm-original-") as place:
         converted = Path(place) / path.stem
-        convert_to_ours(path, converted, vision=original.vision, llm=original.llm, frame_px=original.frame_px)
+        convert_to_ours(path, converted, vision=original.vision, llm=original.llm, frame_px=original.frame_px or ORIGINAL_PX)
         return _ours(converted, converted, device, batch_samples, seed)
 
 

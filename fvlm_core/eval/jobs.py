@@ -53,8 +53,8 @@ class Original(Settings):
     """Hub name or folder of the DINOv2 it was built with."""
     llm: str | None = None
     """Of the SmolLM2."""
-    frame_px: int = 224
-    """Side of its frames."""
+    frame_px: int | None = None
+    """Side of its frames; None: 224 px."""
 
 
 class CheckpointJob(Settings):

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 SETTINGS_FILE, WEIGHTS_FILE = "settings.yaml", "model.safetensors"
+READABLE = 0o644
+"""Mode of files of weights."""
 
 
 class SavedModel(Settings):
@@ -81,11 +83,17 @@ def save_model(model: FoveatedVLM, folder: Path, *, tokenizer: Path | None = Non
         llm_config=portable_config(model.llm.config),
     )
     saved.to_yaml(temporary / SETTINGS_FILE)
-    save_file(model.weights() if weights is None else weights, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_weights(model.weights() if weights is None else weights, temporary / WEIGHTS_FILE)
     for path in sorted(tokenizer.iterdir()) if tokenizer else ():
         shutil.copyfile(path, temporary / path.name)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+
+
+def save_weights(weights: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file that others may read too, which safetensors gives to its owner alone."""
+    save_file(weights, path, metadata={"format": "pt"})
+    path.chmod(READABLE)
 
 
 def portable_config(config: PretrainedConfig) -> dict:

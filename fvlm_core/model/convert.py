@@ -17,7 +17,7 @@ from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, Dinov2Config, LlamaConfig, PretrainedConfig
 
@@ -32,6 +32,7 @@ from fvlm_core.model.build import (
     load_model,
     portable_config,
     save_model,
+    save_weights,
 )
 from fvlm_core.model.encoder import Encoder
 from fvlm_core.model.foveated import FoveatedVLM
@@ -92,7 +93,7 @@ def convert_to_original(model_folder: Path, output: Path) -> None:
     state = to_original(load_model(model_folder))
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.making")
-    save_file(state, temporary, metadata={"format": "pt"})
+    save_weights(state, temporary)
     temporary.rename(output)
 
 

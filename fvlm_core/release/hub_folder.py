@@ -12,6 +12,7 @@ from fvlm_core.config import Recipe
 from fvlm_core.data.jobs import ShardManifest
 from fvlm_core.data.tokenizer import TURN_END
 from fvlm_core.manifest import write_atomically
+from fvlm_core.model.build import READABLE
 from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.release.hub.configuration_fvlm import FVLMConfig
 from fvlm_core.release.hub.processing_fvlm import FVLMProcessor
@@ -35,6 +36,8 @@ def write_hub_folder(
     export(folder, __version__)
     weights = {f"{WEIGHTS_PREFIX}{name}": tensor for name, tensor in model.weights().items()}
     save_torch_state_dict(weights, str(folder), max_shard_size=max_shard)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(READABLE)
     tokens: Any = AutoTokenizer.from_pretrained(str(tokenizer))
     FVLMProcessor(
         tokens,

@@ -17,8 +17,9 @@ from fvlm_core.data.shown import ShownFrames
 from fvlm_core.data.tokenizer import chat_format, load_tokenizer
 from fvlm_core.devices import device_of
 from fvlm_core.errors import UserError
+from fvlm_core.eval.answerers.answerer import Answerer
 from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
-from fvlm_core.eval.checkpoints import open_checkpoint
+from fvlm_core.eval.checkpoints import open_checkpoint, says_itself
 from fvlm_core.eval.jobs import Original
 from fvlm_core.eval.subject import Subject
 from fvlm_core.manifest import sha256_file
@@ -34,7 +35,6 @@ from fvlm_core.release.names import WEIGHTS_PREFIX
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 CONFIG_FILE, PROCESSOR_FILE, CARD_FILE = "config.json", "processor_config.json", "README.md"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-BATCH_SAMPLES = 64
 FORMS = "give a released folder, a run's or model's folder, a checkpoint of the original fVLM (with --vision and --llm), or a hub name"
 
 
@@ -43,18 +43,25 @@ def load(model: str | Path, device: str | torch.device = "auto", *, original: Or
 
     Raises UserError where there is none, or it is of another kind.
     """
-    place = device_of(device, where="--device")
+    loaded = open_model(model, device_of(device, where="--device"), original=original)
+    if not isinstance(loaded, FoveatedAnswerer):
+        raise UserError("this is a baseline's checkpoint, which is evaluated here and not used", where=str(model), fix=FORMS)
+    return loaded
+
+
+def open_model(
+    model: str | Path, device: torch.device, *, original: Original | None = None, batch_samples: int = 64, seed: int = 0
+) -> Answerer:
+    """As `open_checkpoint`, and a released folder or a hub name too."""
     path, name = Path(model), ""
     if not path.exists() and REPOSITORY.fullmatch(str(model)):
         path, name = _download(str(model)), str(model)
     if not path.exists():
         raise UserError("there is no such model", where=str(model), fix=FORMS)
-    if _is_released(path):
-        return _released(path, place, name or _name(path))
-    loaded = open_checkpoint(path, place, original=original)
-    if not isinstance(loaded, FoveatedAnswerer):
-        raise UserError("this is a baseline's checkpoint, which is evaluated here and not used", where=str(model), fix=FORMS)
-    return loaded
+    if not _is_released(path):
+        return open_checkpoint(path, device, original=original, batch_samples=batch_samples, seed=seed)
+    says_itself(path, original or Original())
+    return _released(path, device, name or _name(path), batch_samples, seed)
 
 
 def default_mode(answerer: FoveatedAnswerer) -> Mode:
@@ -94,7 +101,7 @@ def _name(folder: Path) -> str:
         return folder.resolve().name
 
 
-def _released(folder: Path, device: torch.device, name: str) -> FoveatedAnswerer:
+def _released(folder: Path, device: torch.device, name: str, batch_samples: int, seed: int) -> FoveatedAnswerer:
     """Our own modules with a released folder's weights: none of the folder's code is run."""
     fix = "get a complete copy of the folder"
     try:
@@ -119,9 +126,10 @@ def _released(folder: Path, device: torch.device, name: str) -> FoveatedAnswerer
         tokenizer = load_tokenizer(place)
     index = folder / WEIGHTS_INDEX
     return FoveatedAnswerer(
-        Subject(model.eval().requires_grad_(False).to(device), tokenizer, chat_format(tokenizer), device, BATCH_SAMPLES),
+        Subject(model.eval().requires_grad_(False).to(device), tokenizer, chat_format(tokenizer), device, batch_samples),
         name=name,
         checkpoint=sha256_file(index if index.is_file() else folder / WEIGHTS_FILE),
         rule=shown.rule,
         image_repeats=shown.image_repeats,
+        seed=seed,
     )

@@ -57,7 +57,10 @@ class FrameStream:
         self.context = context or model.llm.config.max_position_embeddings
         self.limit = self.context - reserve
         if self.limit < len(self.head) + 2 * self.k:
-            raise ValueError(f"a context of {context} tokens with {reserve} reserved has no room for two frames")
+            raise ValueError(
+                f"a context of {self.context} tokens, {reserve} of them reserved and {len(self.head)} taken by what is said first, "
+                "has no room for two frames"
+            )
         self.device = model.connector.visual_proj.weight.device
         self.seen = 0
         """Frames pushed so far."""

@@ -9,13 +9,14 @@ from PIL import Image
 
 from benchmarks.foveation import besides_downscaling
 from benchmarks.foveation_results import MODELS, main, mflop, read, table
+from benchmarks.foveation_world import Run
 from fvlm_core.model.inference import read_batch
 from tests.model.build_glance import glance_model, packed
 
 
 def write(folder, seed: int, *, shift: float = 0.0) -> None:
     """A result on 3 x 3 cells, of which the second seed has no autoregressive figures."""
-    result: dict = {"grid": 3, "seed": seed}
+    result: dict = {"grid": 3, "zooms": [3], "seed": seed}
     for place, (_, key, opened) in enumerate(MODELS):
         result[key] = {"accuracy": place / 10 + shift, "hit": math.nan if opened < 1 else 0.5}
     if not seed:
@@ -43,8 +44,19 @@ def test_the_plot_is_drawn_and_an_empty_folder_refused(tmp_path):
 
 def test_opening_costs_by_the_patch():
     """With one glance patch, opening it is opening all; each child costs alike."""
-    assert mflop(3, -1) < mflop(3, 1)
-    assert mflop(3, 1) == pytest.approx(mflop(3, 0), rel=0.01)
+    assert mflop(3, -1, (3,)) < mflop(3, 1, (3,))
+    assert mflop(3, 1, (3,)) == pytest.approx(mflop(3, 0, (3,)), rel=0.01)
+
+
+def test_an_oracle_opens_the_way_to_the_cell_at_every_level():
+    """Untrained, with one patch a level: what is opened last are the cells beside the one that is asked for, and that one."""
+    run = Run(12, 0, say=lambda _: None, zooms=(2, 3))
+    run.use(open=1)
+    cells = torch.tensor([[0, 0], [7, 4], [11, 11]])
+    glance, child = run.parents(cells)
+    assert glance.tolist() == [0, 2, 3]  # of 2 x 2 patches of 6 x 6 cells
+    assert child.tolist() == [0, 1, 3]  # of 2 x 2 children of 3 x 3 cells: rows 6 to 8, columns 3 to 5
+    assert run.accuracy("coarse_fine", opener="oracle", clips=64)["hit"] == 1
 
 
 def test_what_is_timed_besides_downscaling_is_the_model():

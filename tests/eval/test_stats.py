@@ -39,6 +39,14 @@ def test_width_is_that_of_the_normal_approximation():
     assert (estimate.high - estimate.low) / 2 == pytest.approx(half, rel=0.08)
 
 
+@pytest.mark.parametrize("clips", [5, 8])
+def test_the_interval_of_few_clips_is_nearly_a_95_percent_one(clips: int):
+    """Plain percentiles hold the truth in .84 and .88 of such samples."""
+    rng, samples = np.random.default_rng(0), 500
+    estimates = [Bootstrap(500, seed).mean(rng.normal(size=clips), [str(i) for i in range(clips)]) for seed in range(samples)]
+    assert np.mean([one.low <= 0 <= one.high for one in estimates]) > 0.90
+
+
 def test_questions_about_one_clip_are_one_fact():
     right = np.repeat(np.random.default_rng(0).random(50) < 0.5, 9)
     apart = Bootstrap(500, 0).mean(right, [str(i) for i in range(450)])

@@ -102,5 +102,10 @@ def test_sources_that_cannot_be_read_are_named(root, tmp_path, pooled):
         with pytest.raises(UserError) as caught:
             list(live_frames(str(source), fps=1.0, frame_px=42))
         assert caught.value.where == str(source)
+    for context in ("0", "100000"):
+        with pytest.raises(UserError, match="the model's context has"):
+            cli.app(["stream", str(root / "run"), str(root / "clip.mp4"), "--context", context], result_action="return_value")
+    with pytest.raises(UserError, match="taken by what is said first"):
+        cli.app(["stream", str(root / "run"), str(root / "clip.mp4"), "--task", "Which digits? " * 5000], result_action="return_value")
     with pytest.raises(UserError, match="cannot stream"):
         cli.app(["stream", str(pooled), str(root / "clip.mp4")], result_action="return_value")

@@ -38,7 +38,7 @@ def test_every_form_of_a_model_answers_alike(root, media):
     original = Original(vision=str(root / "dinov2"), llm=str(root / "smollm2"), frame_px=42)
     answers = []
     for name in ("run", "run/model", "released", "original.safetensors"):
-        loaded = load(root / name, "cpu", original=original)
+        loaded = load(root / name, "cpu", original=original if name.startswith("original") else None)
         assert loaded.rule.frame_px == 42
         answers.append("".join(Session(loaded, media).ask("Which digits?", sampling=SHORT)))
     assert len(set(answers[:3])) == 1

@@ -10,8 +10,10 @@ import yaml
 
 from fvlm_core import FoveatedVLM
 from fvlm_core.errors import UserError
+from fvlm_core.eval.checkpoint import evaluate_checkpoint
+from fvlm_core.eval.jobs import CheckpointJob
 from fvlm_core.serve.answering import Sampling
-from fvlm_core.serve.load import load
+from fvlm_core.serve.load import load, open_model
 from fvlm_core.serve.session import Session, open_media
 
 
@@ -26,6 +28,25 @@ def test_every_form_of_a_model_answers_as_the_session_does(root, answerer, form)
     maps = model.gaze(root / "clip.mp4", "Which digits?")
     assert len(maps) == 5
     np.testing.assert_allclose(maps.sum((1, 2)), 1, rtol=1e-5)
+
+
+def test_what_a_model_says_itself_is_not_said_of_it(root):
+    with pytest.raises(UserError, match="leave out --vision, --frame-px"):
+        FoveatedVLM.from_pretrained(root / "run", device="cpu", vision=str(root / "dinov2"), frame_px=42)
+    with pytest.raises(UserError, match="leave out --llm"):
+        FoveatedVLM.from_pretrained(root / "released", device="cpu", llm=str(root / "smollm2"))
+
+
+def test_a_release_is_evaluated_as_the_run_that_it_was_made_of(root, tmp_path):
+    benchmarks = {"run": ["gaze"], "limit": 4, "ask": {"modes": ["coarse_fine"]}}
+    found = []
+    for form in ("released", "run"):
+        values = {"checkpoint": root / form, "output": tmp_path / form, "benchmarks": benchmarks, "latency": {"clips": 0}, "device": "cpu"}
+        results = evaluate_checkpoint(CheckpointJob.from_values(values, where="the test"), open_it=open_model)
+        assert results is not None
+        found.append(results)
+    assert found[0].parts == found[1].parts
+    assert found[0].frame_px == found[1].frame_px
 
 
 def test_int8_weights_answer_too(root):
