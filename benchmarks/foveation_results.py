@@ -29,7 +29,8 @@ MODELS = (
     ("those, k = 4", "k4", 4),
     ("an oracle opens, k = 1", "oracle1", 1),
     ("glance only (the coarse pass of the same model)", "glance_only", -1),
-    ("random opening, trained as long, k = 2", "random2", 2),
+    ("random opening, trained as long, k = 1", "random1", 1),
+    ("that, k = 2", "random2", 2),
 )
 """Name, its key in a result, and the patches that are opened; 0: all of them, -1: none."""
 PLOTTED = {

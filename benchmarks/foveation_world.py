@@ -272,7 +272,10 @@ def experiment(
     run.model.load_state_dict(state)
     run.model.chooser = at_random
     run.train(chosen_steps, lr=LR / 2, clutter=1.0)
-    done["random2"] = run.accuracy("coarse_fine", opener="random")
+    for k in (1, 2):
+        run.use(open=k)
+        done[f"random{k}"] = run.accuracy("coarse_fine", opener="random")
+    run.use(open=2)
     run.model.load_state_dict(state)
     run.model.chooser = likeliest
     run.use(train_on="all")

@@ -25,6 +25,7 @@ import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from pydantic import ValidationError
+from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from fvlm_core.data.frames import encode_jpeg
@@ -266,6 +267,12 @@ def create_app(answerer: FoveatedAnswerer, limits: Limits | None = None, *, api_
     async def refused(_: Request, error: RefusedError) -> JSONResponse:
         headers = {"Retry-After": "1"} if error.status == HTTPStatus.TOO_MANY_REQUESTS else None
         return JSONResponse(_error(error), error.status, headers)
+
+    @app.exception_handler(HTTPException)
+    async def unknown(request: Request, error: HTTPException) -> JSONResponse:
+        """What the framework refuses: a path that is none of these, or another method."""
+        refusal = RefusedError(f"there is no {request.method} {request.url.path}", HTTPStatus(error.status_code), code="unknown_url")
+        return JSONResponse(_error(refusal), error.status_code, error.headers)
 
     @app.get("/", response_class=HTMLResponse)
     async def page() -> HTMLResponse:

@@ -102,6 +102,27 @@ def test_mvbench_with_parts_of_videos_and_folders_of_frames(tmp_path: Path):
     assert greys == [0, 60, 120], "three pictures a second, one frame a second"
 
 
+def test_mvbench_in_its_authors_folders(tmp_path: Path):
+    for folder in ("star/Charades_v1_480", "ssv2_video"):
+        mp4(tmp_path / "video" / folder / "a.mp4", 6)
+    clip = tmp_path / "video" / "tvqa" / "frames_fps3_hq" / "clip"
+    clip.mkdir(parents=True)
+    for number in range(1, 19):
+        (clip / f"{number:05d}.jpg").write_bytes(png(10 * number))
+    row = {"question": "What?", "candidates": ["up", "down"], "answer": "down"}
+    (tmp_path / "json").mkdir()
+    part = {"start": 2.0, "end": 5.0}
+    for task, more in (
+        ("action_antonym", {"video": "a"}),
+        ("action_sequence", part | {"video": "a.mp4"}),
+        ("episodic_reasoning", part | {"video": "clip"}),
+    ):
+        (tmp_path / "json" / f"{task}.json").write_text(json.dumps([row | more]))
+    antonym, sequence, episode = read("mvbench", tmp_path).items
+    assert (len(frames(antonym)), len(frames(sequence)), len(frames(episode))) == (6, 3, 3)
+    assert frames(episode)[:, 0, 0, 0].tolist() == [70, 100, 130]
+
+
 @pytest.mark.parametrize(
     ("name", "folders", "column"),
     [("mvbench", {"action_count": "perception/videos", "moving_count": "clevrer/video_validation"}, "video"), ("mlvu", {}, "video_name")],

@@ -211,6 +211,9 @@ def test_bad_uploads_are_refused_and_the_server_lives(address, client, answerer,
         answer = httpx.post(f"{address}/v1/chat/completions", content=raw, headers={"Content-Type": "application/json"})
         assert answer.status_code == status
     assert httpx.post(f"{address}/v1/chat/completions", content=b"{}", headers={"Content-Type": "text/plain"}).status_code == 415
+    for answer in (httpx.get(f"{address}/v1/embeddings"), httpx.get(f"{address}/v1/chat/completions")):
+        assert answer.status_code in (404, 405)
+        assert answer.json()["error"]["code"] == "unknown_url"
     assert httpx.get(f"{address}/health").json() == {"status": "ok", "inside": 0}
     client.chat.completions.create(model=answerer.name, messages=about(url, "?"), max_tokens=2)
 
