@@ -64,7 +64,7 @@ def original(model_folder: Path, out: Path) -> int:
 
 
 @app.command
-def onnx(model: Model, out: Path, /, *, vision: Vision = None, llm: Llm = None, frame_px: FramePx = 224) -> int:
+def onnx(model: Model, out: Path, /, *, vision: Vision = None, llm: Llm = None, frame_px: FramePx = None) -> int:
     """Write a model's parts and its coarse and fine mode as graphs for onnxruntime. Needs the extra `onnx`.
 
     Parameters
@@ -91,7 +91,7 @@ def gguf(
     name: str = "",
     vision: Vision = None,
     llm: Llm = None,
-    frame_px: FramePx = 224,
+    frame_px: FramePx = None,
 ) -> int:
     """Write a model's language model and tokenizer as a GGUF file for llama.cpp. Needs the extra `gguf`.
 

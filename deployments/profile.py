@@ -10,7 +10,7 @@ import yaml
 from deployments.checks import load_profile
 from fvlm_core.errors import UserError
 from tasks.config import PipelineConfig
-from tasks.mixtures import mixtures
+from tasks.mixtures import VALIDATION, mixtures
 from tasks.outside import VIDEOS
 from tasks.recipes import OWN_DATA
 
@@ -59,7 +59,7 @@ def with_videos(config: PipelineConfig, videos: Path) -> PipelineConfig:
             if data:
                 data["mixture"] = _with_videos(data["mixture"])
     for ablation in values["ablations"]:
-        if ablation["path"] == OWN_DATA:
+        if ablation["path"] in (OWN_DATA, VALIDATION):
             ablation["value"] = _with_videos(ablation["value"])
     mine = PipelineConfig.from_values(values, where=f"the profile {config.name} with {videos}")
     if not any(part.source == VIDEOS for _, _, mixture in mixtures(mine) for part in mixture):

@@ -17,7 +17,7 @@ from deployments.checks import check_phase, check_programs, check_sources, check
 from deployments.pretrained import check_pretrained
 from deployments.profile import chosen_profile
 from deployments.status import print_results
-from fvlm_core.errors import UserError
+from fvlm_core.errors import UserError, is_refusal
 from infra import prefect_settings
 from infra.stack import GO_ON, PROCESS_POOL, Stack, StackError, stop_command
 from infra.volume import is_network_file_system
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 CANCEL_TIMEOUT_S = 20.0
 """How long a cancelled run may take to end by itself."""
 FAILED, INTERRUPTED = 1, 130
-FIX = "\n  fix:"
-"""In the message of an error that says itself what to do: bad input, which the same command would meet again."""
 
 
 def speedrun(
@@ -179,7 +177,7 @@ def _run(stack: Stack, config: PipelineConfig, volume: Path, console: Console, p
 def advice(message: str, *, stopped: str | None) -> list[str]:
     """What to print of a failed run's message: no links to a server that has been stopped (the address `stopped`), and what to do."""
     lines = [line for line in message.splitlines() if stopped is None or stopped not in line]
-    return lines if FIX in message else [*lines, GO_ON]
+    return lines if is_refusal(message) else [*lines, GO_ON]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from fvlm_core.tables import Table
 from tasks.config import PipelineConfig
 from tasks.phase import Phase, PhaseManifest, current
 from tasks.plan import duration, look
-from tasks.status import FILE_NAME, PhaseStatus
+from tasks.status import PhaseStatus
 
 STALE_S = 60.0
 """A status that was not written for so long is of a phase that runs no longer."""
@@ -52,4 +52,4 @@ def print_results(phases: Sequence[Phase], config: PipelineConfig, volume: Path,
 def _running(folder: Path) -> PhaseStatus | None:
     """The status of a phase that runs now: its board is rewritten every second or so while a step works."""
     status = PhaseStatus.read(folder, since=time.time() - STALE_S)
-    return status if status and (folder / FILE_NAME).exists() and status.done < status.total else None
+    return status if status and status.done < status.total else None

@@ -12,8 +12,9 @@ import psutil
 from cyclopts import Parameter
 from rich.console import Console
 from rich.status import Status
+from rich.text import Text
 
-from deployments.use import Device, FramePx, Llm, Model, Vision, load_model, plain
+from deployments.use import Device, FramePx, Llm, Model, Vision, load_model
 from fvlm_core.errors import UserError
 
 RECENT = 30
@@ -104,13 +105,13 @@ def stream(
     process, taken = psutil.Process(), deque[float](maxlen=RECENT)
 
     def answer(question: str) -> None:
-        console.print(f"[bold cyan]> {plain(question)}[/] [dim]after {watching.seen} frames[/]")
+        console.print(Text.assemble((f"> {question}", "bold cyan"), (f" after {watching.seen} frames", "dim")))
         try:
             with subject.autocast():
                 tokens = watching.ask(subject.encode(question), max_new_tokens=max_new_tokens)
             console.print(subject.decode(tokens), markup=False, soft_wrap=True)
         except ValueError as error:
-            console.print(f"[red]{plain(str(error))}[/]")
+            console.print(Text(str(error), "red"))
 
     def state(dropped: int) -> str:
         memory = process.memory_info().rss / 1e6

@@ -1,7 +1,6 @@
 """`fvlm chat`, `fvlm look` and `fvlm serve`: a model, asked in the terminal or over the web."""
 
 import os
-import socket
 import sys
 from math import inf
 from pathlib import Path
@@ -10,8 +9,10 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from rich.console import Console
 from rich.status import Status
+from rich.text import Text
 
 from fvlm_core.errors import UserError
+from infra.ports import address_of, listen
 
 Model = Annotated[
     str,
@@ -87,7 +88,8 @@ def chat(
     session = Session(answerer, open_media(video, answerer))
     sampling = Sampling(max_new_tokens, temperature, seed=seed)
     interactive = not ask and sys.stdin.isatty()
-    console.print(f"[bold]{plain(video.name)}[/]: {session.media.n_shown} frames, mode {chosen}. {HELP if interactive else ''}")
+    about = f": {session.media.n_shown} frames, mode {chosen}. {HELP if interactive else ''}"
+    console.print(Text.assemble((video.name, "bold"), about))
     for question in ask or _questions(console, interactive=interactive):
         if question == "/quit":
             break
@@ -95,7 +97,7 @@ def chat(
             session.forget()
             continue
         if not interactive:
-            console.print(f"[bold cyan]> {plain(question)}[/]")
+            console.print(Text(f"> {question}", "bold cyan"))
         try:
             for piece in session.ask(question, mode=chosen, question_first=question_first, sampling=sampling):
                 console.print(piece, end="", markup=False, soft_wrap=True)
@@ -103,7 +105,7 @@ def chat(
         except UserError as error:  # the conversation has grown too long: the user can begin a new one
             if not interactive:
                 raise
-            console.print(f"[red]{plain(str(error))}[/]")
+            console.print(Text(str(error), "red"))
     return 0
 
 
@@ -208,16 +210,16 @@ def serve(
         raise UserError(f"{', '.join(wrong)} must be at least 1 (waiting: 0)", where="the options", fix="correct them")
     console = Console(highlight=False)
     try:
-        listening = socket.create_server((host, port))
-    except (OSError, OverflowError) as error:
-        raise UserError(f"cannot listen there: {error}", where=f"{host}:{port}", fix="choose another --port or --host") from error
+        listening = listen(port, host)
+    except OSError as error:
+        raise UserError(f"cannot listen there: {error.strerror}", where=f"{host}:{port}", fix="choose another --port or --host") from error
     answerer = load_model(model, vision, llm, frame_px, device, console)
     from fvlm_core.serve.app import create_app
     from fvlm_core.serve.limits import Limits
 
     key = os.environ.get("FVLM_API_KEY")
     limits = Limits(upload_mb, video_s, new_tokens=new_tokens, running=running, waiting=waiting, allow_internal=allow_internal)
-    console.print(f"{answerer.name}: web page at http://{host}:{port}, OpenAI's API at http://{host}:{port}/v1", soft_wrap=True)
+    console.print(f"{answerer.name}: web page at {address_of(host, port)}, OpenAI's API at {address_of(host, port)}/v1", soft_wrap=True)
     if not key and host not in ("127.0.0.1", "localhost", "::1"):
         console.print("[yellow]anyone who reaches this address can use it; set FVLM_API_KEY to ask for a key[/]")
     with listening:
@@ -234,8 +236,3 @@ def _questions(console: Console, *, interactive: bool):
             return
         if line:
             yield line.encode(errors="surrogateescape").decode(errors="replace")  # bytes that are not UTF-8
-
-
-def plain(text: str) -> str:
-    """Text in which rich sees no markup."""
-    return text.replace("[", "\\[")

@@ -3,6 +3,8 @@
 from functools import partial
 from typing import Any
 
+FIX = "\n  fix:"
+
 
 class UserError(Exception):
     """Bad input or a bad environment, found before work starts; entry points print it without a traceback.
@@ -19,4 +21,9 @@ class UserError(Exception):
         return partial(type(self), self.what, where=self.where, fix=self.fix), ()
 
     def __str__(self) -> str:
-        return f"{self.what}\n  where: {self.where}\n  fix:   {self.fix}"
+        return f"{self.what}\n  where: {self.where}{FIX}   {self.fix}"
+
+
+def is_refusal(message: str) -> bool:
+    """Whether a message, of another process perhaps, is a `UserError`'s: who tries again meets it again."""
+    return FIX in message

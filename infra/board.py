@@ -8,7 +8,6 @@ whenever somebody posts; an entry that two posters at once leave out of it is in
 """
 
 import json
-import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,7 +17,6 @@ from infra.store import Journal, Store
 
 FOLDER, BOARD = "comms/entries", "comms/BOARD.md"
 Side = Literal["LOCAL", "RUNPOD"]
-FORM = re.compile(r"^## \[(\d{4}-\d\d-\d\d \d\d:\d\d)\] (LOCAL|RUNPOD)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)

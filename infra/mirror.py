@@ -37,7 +37,9 @@ def mirror(bucket: S3Store, folder: Path, prefixes: Iterable[str]) -> int:
                     stream.truncate(size)
             os.utime(path, (written, written))
             os.utime(path.parent, (written, written))
-        for path in (folder / prefix).rglob("*") if (folder / prefix).is_dir() else ():
+        for path in sorted((folder / prefix).rglob("*"), reverse=True) if (folder / prefix).is_dir() else ():
             if path.is_file() and path not in there:
                 path.unlink()
+            elif path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
     return fetched

@@ -15,7 +15,8 @@ def listen(port: int, host: str = LOCALHOST) -> socket.socket:
     if not 0 < port < 1 << 16:
         raise OSError(errno.EINVAL, "there is no such port; they go from 1 to 65535")
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, dualstack_ipv6=host == "::" and socket.has_dualstack_ipv6())
     except OSError as error:
         taken = error.errno == errno.EADDRINUSE
         raise OSError(error.errno, "it is taken by another program" if taken else error.strerror or str(error)) from None
@@ -30,3 +31,8 @@ def listen_on_free(host: str = LOCALHOST) -> socket.socket | None:
             if error.errno != errno.EADDRINUSE:
                 raise
     return None
+
+
+def address_of(host: str, port: int) -> str:
+    """The URL of what listens there."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"

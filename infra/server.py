@@ -1,4 +1,4 @@
-"""Prefect's server, with four additions: `python -m infra.server --socket N` serves on the inherited socket
+"""Prefect's server, with five additions: `python -m infra.server --socket N` serves on the inherited socket
 N; its settings are in the environment.
 
 * Requests that change something wait for each other, and one that SQLite was too busy for is tried again here. Prefect answers it
@@ -147,7 +147,9 @@ class OneWriterAtATime:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return await self.app(scope, receive, send)
         body = await _body(receive)  # before the wait: a client that sends slowly keeps nobody else from writing
-        if any(word in scope["path"] for word in READS):
+        if body is None:  # the client has gone
+            return None
+        if scope["method"] == "POST" and any(word in scope["path"] for word in READS):
             return await self._run(scope, body, receive, send)
         async with self.turn:
             return await self._run(scope, body, receive, send)
@@ -180,11 +182,13 @@ class OneWriterAtATime:
         return unavailable
 
 
-async def _body(receive: Receive) -> bytes:
-    """The request's, all of it."""
+async def _body(receive: Receive) -> bytes | None:
+    """The request's, all of it; None where the client went before it was sent."""
     body = b""
     while True:
         message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
         body += message.get("body", b"")
         if not message.get("more_body", False):
             return body

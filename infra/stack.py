@@ -23,7 +23,7 @@ import psutil
 
 from infra import api, guard, prefect_settings
 from infra.locks import Lock, try_lock
-from infra.ports import FIRST_PORT, LOCALHOST, PORTS_TRIED, listen, listen_on_free
+from infra.ports import FIRST_PORT, LOCALHOST, PORTS_TRIED, address_of, listen, listen_on_free
 from infra.processes import STACK_VARIABLE, end_marked, marked, wait_until_ended
 from infra.start import PREPARED
 from infra.volume import HOME, PASSWORD_FILE, database_folder, known_volume_id, password, volume_id
@@ -153,7 +153,7 @@ class Stack:
             self.state = StackState(given, self.given.get("PREFECT_UI_URL", given.removesuffix("/api")), False, {})
             return self.state.ui_url
         with listener or self._listen(port, host) as listener:
-            url = f"http://{LOCALHOST if host in ('0.0.0.0', '::') else host}:{listener.getsockname()[1]}"
+            url = address_of(LOCALHOST if host in ("0.0.0.0", "::") else host, listener.getsockname()[1])
             base = self.given.get("PREFECT_SERVER_API_BASE_PATH", "/api")
             self.state = StackState(url + base, self.address or url, True, {})
             if self.address:

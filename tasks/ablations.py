@@ -14,6 +14,9 @@ Group = dict[str, bool | int | float | str | list[float]]
 """The keys of a group of settings, e.g. of `model.glance`; those left out have their defaults."""
 Value = bool | int | float | str | list[float] | SourceShares | Group
 
+BASELINE = "baseline"
+"""Name of the runs that ablations are compared with."""
+
 
 class Ablation(Settings):
     """A run that differs from the base recipe in exactly one setting."""
@@ -94,7 +97,7 @@ def check_ablations(ablations: Sequence[Ablation], model: ModelSettings, base: B
 
 def baseline_recipe(model: ModelSettings, base: Base, seed: int, changes: Mapping[str, Any]) -> Recipe:
     """The base recipe with `changes`, as ablations are compared with it; `seed` is added to its own."""
-    return base_recipe(model, base, f"ablation-baseline{_seeded(seed)}", "ablations", {**changes, **_compared(base, seed)})
+    return base_recipe(model, base, f"ablation-{BASELINE}{_seeded(seed)}", "ablations", {**changes, **_compared(base, seed)})
 
 
 def ablation_recipe(model: ModelSettings, base: Base, ablation: Ablation, seed: int, changes: Mapping[str, Any]) -> Recipe:

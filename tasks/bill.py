@@ -73,8 +73,10 @@ def billed_by_step(store: Store, paid: Mapping[str, Sequence[Entry]], now: float
             usd[phase] = {UNFINISHED: amount}
         else:
             seconds = {name: step_seconds(store, made.folder) for name, made in manifest.steps.items()}
-            worked = amount * min(1.0, manifest.seconds / HOUR_S / hours)
             total = sum(seconds.values()) or 1.0
+            # with several pods, the phase's last run knows neither its helpers' time nor that of those that were lost; its steps do
+            busy = manifest.seconds if len(entries) == 1 else max(manifest.seconds, total)
+            worked = amount * min(1.0, busy / HOUR_S / hours)
             shares = {name: worked * taken / total for name, taken in seconds.items()}
             usd[phase] = {STARTS: amount - sum(shares.values()), **shares}
     return Bill(usd=usd)

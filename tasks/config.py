@@ -15,7 +15,7 @@ from fvlm_core.eval.jobs import EvalSettings
 from fvlm_core.release.jobs import ReleaseSettings
 from fvlm_core.settings import Settings
 from fvlm_core.train.jobs import SpeedSettings
-from tasks.ablations import Ablation, AblationSeeds, check_ablations
+from tasks.ablations import BASELINE, Ablation, AblationSeeds, check_ablations
 from tasks.grid import Grid, check_grid
 from tasks.machine import Machine
 from tasks.precompute import Precompute
@@ -50,6 +50,8 @@ class PipelineConfig(Settings):
             ("ablations", [one.name for one in self.ablations]),
             ("scaling.sizes", [one.name for one in self.scaling.sizes]),
         ):
+            if what == "ablations" and BASELINE in names:
+                raise ValueError(f"{what}: {BASELINE!r} is the run that they are compared with; take another name")
             if twice := {name for name in names if names.count(name) > 1}:
                 raise ValueError(f"{what}: the name {', '.join(sorted(twice))} appears twice")
         return self

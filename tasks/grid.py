@@ -166,6 +166,13 @@ def grid_table(plans: list[CellPlan]) -> Table:
 
 def _check_shape(grid: Grid) -> None:
     scaling = grid.scaling
+    names = [cell.name for cell in cells(scaling)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(
+            f"two runs of the grid would be called {twice[0]}",
+            where="scaling.budgets_flops",
+            fix="give every budget once, and budgets that differ by a percent or more",
+        )
     for size in scaling.sizes:
         if strangers := sorted(set(size.budgets_flops or []) - set(scaling.budgets_flops)):
             raise UserError(

@@ -11,6 +11,9 @@ from tasks.config import PipelineConfig
 from tasks.precompute import NATURAL
 from tasks.recipes import OWN_DATA
 
+VALIDATION = "data.validation.mixture"
+"""The path of an ablation that is validated on other samples."""
+
 Known = Mapping[Split, Collection[str]]
 """The sources that have samples in each split."""
 
@@ -65,6 +68,8 @@ def mixtures(config: PipelineConfig) -> Iterator[tuple[str, Split, list[SourceSh
         yield f"{where}.data.mixture", "train", data.mixture
         yield f"{where}.data.{'validation.' if data.validation else ''}mixture", "val", data.held_out.mixture
     for ablation in config.ablations:
+        if ablation.path == VALIDATION:
+            yield f"ablations, {ablation.name}", "val", DataSettings.model_validate({"mixture": ablation.change[VALIDATION]}).mixture
         if ablation.path == OWN_DATA:
             mixture = DataSettings.model_validate({"mixture": ablation.change[OWN_DATA]}).mixture
             yield f"ablations, {ablation.name}", "train", mixture

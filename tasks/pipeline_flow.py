@@ -16,7 +16,7 @@ from prefect.settings import PREFECT_UI_URL
 from prefect.states import Cancelling
 from pydantic import JsonValue
 
-from fvlm_core.errors import UserError
+from fvlm_core.errors import UserError, is_refusal
 from fvlm_core.settings import hash_json
 from fvlm_core.tables import Table
 from infra.store import FolderStore
@@ -31,8 +31,6 @@ from tasks.rented import bill_table, budget_of
 from tasks.waiting import LostRunError, wait_for_run
 
 PURPOSE = "From videos to a released model: every phase that is not already done with these settings, in order."
-FIX = "fix:"
-"""In the message of a refusal, which the same run would meet again."""
 
 
 class PhaseFailedError(RuntimeError):
@@ -131,7 +129,7 @@ def run_phase(phase: str, config: PipelineConfig, volume: str, cache_key: str) -
             continue
         if state.is_completed():
             return child.name
-        if not (state.is_crashed() and left) or FIX in message(state):
+        if not (state.is_crashed() and left) or is_refusal(message(state)):
             raise PhaseFailedError(f"{phase} ended {state.name}: {message(state)}\nIts run: {run_url(child)}")
         get_run_logger().warning("%s is started again, %d more times at most: %s", phase, left, message(state))
     raise AssertionError

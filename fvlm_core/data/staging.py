@@ -63,6 +63,7 @@ class Staging:
                     return
                 size = (self.shards / name).stat().st_size
                 part = local.with_suffix(".part")
+                part.unlink(missing_ok=True)  # of a killed process: the lock is ours
                 if not self._make_place(part, size):
                     self._refuse(name, f"its {size / 1e9:.2f} GB do not fit")
                     return

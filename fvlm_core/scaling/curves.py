@@ -3,6 +3,8 @@
 `python -m fvlm_core.scaling.curves job.yaml` draws those of a phase's runs.
 """
 
+import re
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,15 @@ from fvlm_core.scaling.jobs import CurvesJob, CurvesManifest
 from fvlm_core.scaling.runs import FinishedRun, metrics_rows
 
 CURVES = "curves.png"
+PASSES = "validation loss by pass"
+"""Its columns are those of the run's own passes."""
 PANELS = {
     "validation loss (nats/token)": ("val_loss",),
     "gradient norm": ("grad_norm_connector", "grad_norm_vision", "grad_norm_llm"),
     "learning rate": ("lr_connector", "lr_vision", "lr_llm"),
     "attention entropy (nats)": ("entropy",),
     "frames/s": ("frames_per_s",),
-    "validation loss by pass": ("val_coarse", "val_fine1", "val_fine2"),
+    PASSES: (),
 }
 """Columns of `metrics.csv` by panel."""
 LINES: tuple[dict[str, Any], ...] = (
@@ -37,8 +41,9 @@ def plot_curves(stages: dict[str, FinishedRun], path: Path) -> bool:
     borders, offset = [], 0
     for run in stages.values():
         rows = metrics_rows(run.folder)
+        passes = [column for column in (rows[0] if rows else {}) if re.fullmatch(r"val_(coarse|fine\d+)", column)]
         for panel, columns in PANELS.items():
-            for column in columns:
+            for column in passes if panel == PASSES else columns:
                 points = [(offset + int(row["step"]), float(row[column])) for row in rows if row.get(column)]
                 if points:
                     steps, values = zip(*points, strict=True)
@@ -52,7 +57,7 @@ def plot_curves(stages: dict[str, FinishedRun], path: Path) -> bool:
         grid = figure.subplots((len(drawn) + 1) // 2, 2, squeeze=False).ravel()
         for axes, (panel, lines) in zip(grid, drawn.items(), strict=False):
             names = list(dict.fromkeys(column for column, _, _ in lines))
-            styles = dict(zip(names, LINES, strict=False)) if len(names) > 1 else {names[0]: ALONE}
+            styles = dict(zip(names, cycle(LINES), strict=False)) if len(names) > 1 else {names[0]: ALONE}
             for column, steps, values in lines:
                 axes.plot(steps, values, **styles[column])
             for border in borders[:-1]:

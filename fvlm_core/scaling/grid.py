@@ -93,7 +93,6 @@ def study(job: GridJob) -> ScalingReport:
         runner_up=fits.runner_up,
         margin_nats=fits.margin_nats,
         wins_share=fits.wins_share,
-        run_seconds=sum(run.manifest.seconds for run in finished.values()),
     ).write(job.output)
 
 

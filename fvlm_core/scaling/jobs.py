@@ -284,8 +284,6 @@ class ScalingReport(Manifest):
     margin_nats: float | None = None
     wins_share: float | None = None
     """As in `fits.json`."""
-    run_seconds: float
-    """Sum over the runs."""
 
 
 class CurvesJob(Settings):

@@ -166,7 +166,7 @@ def plot_allocation(
                 _finish(axes, variant, "training FLOPs", "parameters")
                 continue
             budgets = sorted({point.budget_flops for point in here})
-            measured = [min(_of(here, variant, budget=budget), key=lambda point: point.loss).params for budget in budgets]
+            measured = [_best_params(_of(here, variant, budget=budget)) for budget in budgets]
             axes.step(budgets, measured, "o-", where="mid", color=NEUTRAL, label="lowest measured loss")
             stars = [(parabola.budget, optimum) for parabola in parabolas[variant] if (optimum := _optimum(parabola)) is not None]
             if stars:
@@ -237,10 +237,20 @@ def _sizes(points: Sequence[GridPoint]) -> list[str]:
 
 def _pairs(points: Sequence[GridPoint], size: str) -> list[tuple[float, float]]:
     """(budget, foveated minus baseline) of a size."""
-    losses = {(point.variant, point.budget_flops): point.loss for point in points if point.size == size}
-    budgets = sorted({budget for _, budget in losses})
-    found = [(budget, losses.get(("foveated", budget)), losses.get(("baseline", budget))) for budget in budgets]
-    return [(budget, ours - theirs) for budget, ours, theirs in found if ours is not None and theirs is not None]
+    own = [point for point in points if point.size == size]
+    budgets = sorted({point.budget_flops for point in own})
+    found = [(budget, *(_of(own, variant, budget=budget) for variant in ("foveated", "baseline"))) for budget in budgets]
+    return [(budget, _mean_loss(ours) - _mean_loss(theirs)) for budget, ours, theirs in found if ours and theirs]
+
+
+def _best_params(points: Sequence[GridPoint]) -> int:
+    """Of the size whose seeds have the lowest mean loss."""
+    sizes = {point.params for point in points}
+    return min(sizes, key=lambda params: _mean_loss([point for point in points if point.params == params]))
+
+
+def _mean_loss(points: Sequence[GridPoint]) -> float:
+    return sum(point.loss for point in points) / len(points)
 
 
 def _coloured(items: Sequence[Item]) -> Iterator[tuple[str, Item]]:

@@ -74,6 +74,15 @@ def read_points(path: Path, *, variant: str | None = None) -> tuple[list[GridPoi
             "one, so points along a run bend the law",
         )
     points = [_point(row, data, where=f"{path}, line {number}") for number, row in numbered]
+    names: dict[int, set[str]] = {}
+    for point in points:
+        names.setdefault(point.params, set()).add(point.size)
+    if alike := next((sorted(sizes) for sizes in names.values() if len(sizes) > 1), None):
+        raise UserError(
+            f"the sizes {' and '.join(alike)} have the same parameters, so a law over N cannot tell them apart",
+            where=f"{path}, size",
+            fix="give them one name, or fit them one by one",
+        )
     return _budgets(points), data
 
 
@@ -105,6 +114,9 @@ def _rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
 
 
 def _point(row: dict[str, str], data: str, *, where: str) -> GridPoint:
+    if unnamed := [name for name in ("run_id", "size") if not row.get(name)]:
+        raise UserError(f"{' and '.join(unnamed)} of a row is empty: {row}", where=where, fix="give every row all columns")
+
     def number(name: str) -> float:
         text = (row.get(name) or "").strip()
         try:

@@ -57,6 +57,18 @@ def test_the_cap_holds_and_the_least_recently_read_go(shards, tmp_path):
     assert len(copies(tmp_path / "local")) < len(rows)
 
 
+def test_what_a_killed_process_left_of_a_copy_does_not_count(shards, tmp_path):
+    name = shards.shard_names[0]
+    size = (shards.folder / name).stat().st_size
+    settings = StagingSettings(folder=tmp_path / "local", max_gb=1.5 * size / 1e9)
+    row = int((shards.shard_numbers == 0).argmax())
+    shards.staged(settings).read(row, image_repeats=1)
+    (copy,) = (tmp_path / "local").glob("shards-*/*.tar")
+    copy.rename(copy.with_suffix(".part"))
+    shards.staged(settings).read(row, image_repeats=1)
+    assert copies(tmp_path / "local") == {name}
+
+
 def test_a_shard_above_the_cap_is_read_where_it_is(shards, tmp_path, caplog):
     staged = shards.staged(StagingSettings(folder=tmp_path / "local", max_gb=1e-6))
     with caplog.at_level(logging.WARNING):

@@ -1,6 +1,7 @@
 """`fvlm infra`, `fvlm volume` and `fvlm board` against an emulated RunPod."""
 
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from functools import partialmethod
@@ -213,6 +214,8 @@ def test_a_volume_is_looked_at_through_s3(fvlm: Fvlm, cloud: Emulator, tmp_path:
     assert "damaged" in fvlm("plan"), "a file that has another size on the volume"
     (folder / "manifest.json").unlink()
     assert "begun, not finished" in fvlm("plan")
+    shutil.rmtree(folder)
+    assert re.search(rf"{clips.name}\W+will run\W+not made yet", fvlm("plan"))
 
 
 def test_a_plan_at_the_prices_of_today(fvlm: Fvlm, cloud: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,3 +39,20 @@ def test_a_refused_statement_that_is_dropped_keeps_nobody_waiting(tmp_path: Path
         asyncio.run(drop_while_its_connection_waits())
     finally:
         gc.unfreeze()
+
+
+def test_a_request_whose_client_goes_before_it_is_sent_is_not_run() -> None:
+    from infra.server import OneWriterAtATime
+
+    messages = [{"type": "http.request", "body": b'{"a":', "more_body": True}, {"type": "http.disconnect"}]
+    ran: list[str] = []
+
+    async def receive() -> dict:
+        return messages.pop(0)
+
+    async def app(*_: object) -> None:
+        ran.append("it")
+
+    asyncio.run(OneWriterAtATime(app)({"type": "http", "method": "POST", "path": "/api/flow_runs/"}, receive, app))
+    assert not messages
+    assert not ran

@@ -8,11 +8,22 @@ import numpy as np
 import pytest
 
 from fvlm_core.errors import UserError
-from fvlm_core.scaling import grid
+from fvlm_core.scaling import grid, plots
 from fvlm_core.scaling.choice import choose
 from fvlm_core.scaling.fits import Law
 from fvlm_core.scaling.grid import study
-from fvlm_core.scaling.jobs import FITS_FILE, PLOTS, POINTS_FILE, SCALING_TEXT, VECTOR_PLOTS, GridJob, GridPoint, GridRun, ScalingReport
+from fvlm_core.scaling.jobs import (
+    FITS_FILE,
+    PLOTS,
+    POINTS_FILE,
+    SCALING_TEXT,
+    VECTOR_PLOTS,
+    GridJob,
+    GridPoint,
+    GridRun,
+    ScalingReport,
+    Variant,
+)
 from fvlm_core.scaling.study import to_grid
 from tests.scaling.build import finished
 
@@ -158,6 +169,17 @@ def test_equal_losses_choose_the_smaller_size(tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_plots_show_the_means_of_a_cell_s_seeds():
+    def point(size: str, params: int, variant: Variant, loss: float) -> GridPoint:
+        run = f"{size}-{variant}-{loss}"
+        more = {"budget_flops": 1e9, "flops": 1e9, "samples": 1, "frames": 1, "tokens_per_frame": 1, "tokens": 1000}
+        return GridPoint(run_id=run, size=size, variant=variant, params=params, loss=loss, **more)
+
+    points = [point("s", 10, "foveated", 2.0), point("s", 10, "foveated", 3.0), point("s", 10, "baseline", 2.5)]
+    assert plots._pairs(points, "s") == [(1e9, 0.0)]
+    assert plots._best_params([*points[:2], point("l", 20, "foveated", 2.4)]) == 20
+
+
 def test_seeds_of_a_cell_show_the_noise(tmp_path):
     losses = {0: 2.0, 1: 2.1, 2: 1.9}
     runs = [

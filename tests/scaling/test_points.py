@@ -82,6 +82,17 @@ def test_a_bad_number_is_named_with_its_line(tmp_path, change, what, where):
     assert where in error.value.where
 
 
+def test_sizes_that_cannot_be_told_apart_and_short_rows_are_refused(tmp_path):
+    values = rows()
+    with pytest.raises(UserError, match=r"the sizes other and .* have the same parameters"):
+        read_points(table(tmp_path / "points.csv", [values[0] | {"size": "other"}, *values[1:]]))
+    path = table(tmp_path / "short.csv", [{"run_id": "a", "params": 1000, "tokens": 4000, "loss": 2.9, "size": "s"}])
+    path.write_text(path.read_text() + "b,1000,4000,2.9\n")
+    with pytest.raises(UserError, match="size of a row is empty") as caught:
+        read_points(path)
+    assert "line 3" in caught.value.where
+
+
 def test_points_along_one_run_are_refused(tmp_path):
     values = rows()
     values[5]["run_id"] = values[4]["run_id"]

@@ -35,6 +35,8 @@ def test_chat_answers_questions_of_the_options_and_of_a_pipe(root, answerer, cap
     assert said.index("> Which digits?") < said.index("> [b]Why?")
     for answer in expected:
         assert " ".join(answer.split()) in " ".join(said.split())
+    run("chat", root / "run", root / "clip.mp4", "--ask", r"\[/x] C:\dir\ ", "--max-new-tokens", "1")
+    assert r"> \[/x] C:\dir\ " in capsys.readouterr().out
     monkeypatch.setattr(sys, "stdin", io.StringIO("Which digits?\n\n/new\nWhich digits?\n/quit\nnever asked\n"))
     run("chat", root / "run", root / "clip.mp4", "--mode", "autoregressive", "--max-new-tokens", "4")
     said = capsys.readouterr().out
@@ -97,6 +99,12 @@ def test_a_gpu_that_is_not_there_is_refused(root, monkeypatch):
 
 
 @pytest.mark.slow(reason="a process that imports torch")
+def test_models_of_every_form_are_converted(root, tmp_path):
+    for name in ("run", "released"):
+        assert run("convert", "gguf", root / name, tmp_path / f"{name}.gguf") == 0
+    assert (tmp_path / "run.gguf").stat().st_size == pytest.approx((tmp_path / "released.gguf").stat().st_size, abs=100)
+
+
 def test_serve_answers_with_its_key_and_ends_on_a_signal(root):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -49,6 +49,14 @@ def test_a_phases_bill_is_divided_by_the_time_its_steps_took(volume: Path) -> No
     assert bill.total == pytest.approx(6.3)
 
 
+def test_helpers_and_lost_pods_have_worked_too(volume: Path) -> None:
+    """The two steps' 40 minutes on two pods of half an hour, of which the phase's last run saw 48 minutes at most."""
+    pods = [pod("train", 4.0, hours=0.5), pod("train", 4.0, hours=0.5)]
+    PhaseManifest.read(volume / "phases" / "train-0").model_copy(update={"seconds": 5.0}).write(volume / "phases" / "train-0")
+    bill = billed_by_step(FolderStore(volume), {"train": pods}, now=9 * HOUR)
+    assert bill.usd["train"] == pytest.approx({STARTS: 4 / 3, "stage1": 2 / 3, "stage2": 2.0})
+
+
 def test_what_runpod_billed_is_divided_and_not_what_was_expected(volume: Path) -> None:
     bill = billed_by_step(FolderStore(volume), {"train": [pod("train", 4.0, billed=5.0)]}, now=9 * HOUR)
     assert sum(bill.usd["train"].values()) == pytest.approx(5.0)

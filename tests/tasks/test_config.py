@@ -81,6 +81,7 @@ def test_laptop_and_runpod_have_the_grid_and_the_ablations_that_are_promised() -
         ("ablations.0", ABLATION | {"changes": {"model.query": "shallow"}}, ["exactly one change, warm has 2"]),
         ("ablations.0.hypothesis", "", ["ablations.0.hypothesis", "at least 1"]),
         ("ablation_seeds", {"baseline": 1, "others": 2}, ["a seed that the baseline lacks has no pair"]),
+        ("ablations.1.name", "baseline", ["ablations", "'baseline' is the run that they are compared with"]),
         ("ablations.1.name", TESTS["ablations"][0]["name"], ["ablations", TESTS["ablations"][0]["name"], "twice"]),
         ("precompute.clips.sources.gaze_cell.trian", 3, ["precompute.clips.sources.gaze_cell.trian", "allowed here", "train"]),
         ("ablations.0", ABLATION | {"value": -1}, ["ablations: warm", "model.temperature"]),

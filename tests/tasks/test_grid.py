@@ -58,6 +58,8 @@ def test_corners_have_several_seeds() -> None:
         ({"min_steps": 10_000}, "8 of 8 runs of the grid have fewer than 10000 steps"),
         ({"baseline_tokens_per_frame": 16}, "16 tokens of 3x3 patches would be averages of unequal numbers"),
         ({"baseline_tokens_per_frame": 4}, "take one of 1, 9"),
+        ({"budgets_flops": [8e9, 8e9]}, "two runs of the grid would be called grid-"),
+        ({"budgets_flops": [8e9, 8.001e9]}, "budgets that differ by a percent"),
     ],
 )
 def test_a_grid_that_cannot_be_compared_is_refused(scaling: dict[str, Any], said: str) -> None:

@@ -42,6 +42,14 @@ def test_a_source_that_nothing_makes_is_refused_before_anything_starts(path: str
     assert "gaze_cell" in caught.value.fix
 
 
+def test_a_source_that_only_an_ablation_validates_on_is_looked_for_too() -> None:
+    ablation = {"name": "own", "hypothesis": "x", "path": "data.validation.mixture", "value": [{"source": "gaze_cel", "share": 1.0}]}
+    wrong = config(changed("ablations.0", ablation))
+    with pytest.raises(UserError, match="no val samples of 'gaze_cel'") as caught:
+        check_names(wrong, known_sources(wrong, {}))
+    assert "ablations, own" in caught.value.where
+
+
 def test_a_recorded_source_without_rows_to_validate_on_is_refused_before_anything_starts() -> None:
     values = changed("precompute.sources", [{"name": "mine", "files": ["a.csv"]}])
     values["stages"]["stage1"]["data"]["mixture"] = [{"source": "mine", "share": 1.0}]
