@@ -102,7 +102,7 @@ def plan(
     """
     from deployments.profile import chosen_profile
     from flows.registry import PHASES
-    from fvlm_core.data.sources.sizes import missing_files, sources_table
+    from fvlm_core.data.sources.sizes import missing_files, sources_table, too_large
     from tasks.grid import grid_table
     from tasks.grid import planned as planned_grid
     from tasks.plan import plan as planned
@@ -115,6 +115,8 @@ def plan(
         return 0
     if sources := config.precompute.sources:
         table_console().print(sources_table(sources).terminal())
+        if rental and (said := too_large(sources, rental.volume_gb)):
+            print(said)
         if not rental and (missing := {source.name: paths for source in sources if (paths := missing_files(source))}):
             print("The steps can be planned once the sources' files are there. Missing:")
             print(

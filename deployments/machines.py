@@ -41,10 +41,13 @@ NAMED = {"report": "release", "shards": "shards"}
 def setup(*, profile: Profile = "runpod") -> int:
     """Find or make the network volume, mark it, and put this checkout on it. Says what the volume costs."""
     from deployments.profile import chosen_profile
+    from fvlm_core.data.sources.sizes import too_large
     from tasks.rented import account_of, budget_of, rental_of
 
     config = chosen_profile(profile)
     rental = rental_of(config)
+    if said := too_large(config.precompute.sources, rental.volume_gb):
+        _say(said)
     account = account_of(rental)
     gpus = config.machine.pools.gpu.job_variables.get("gpus", [])
     volume = find_or_create_volume(

@@ -86,7 +86,11 @@ class Manifest(Settings):
         try:
             return cls.model_validate_json(path.read_bytes())
         except FileNotFoundError as error:
-            raise UserError("no manifest: the step that makes it has not finished", where=str(path), fix="run that step first") from error
+            raise UserError(
+                "no manifest: the step that makes it has not finished",
+                where=str(path),
+                fix="run the step that makes it first (shards: `fvlm data prepare`)",
+            ) from error
         except ValidationError as error:
             damaged = any(fault["type"] == "json_invalid" for fault in error.errors())
             what = "the manifest is damaged" if damaged else "the manifest was written by another version of this code"

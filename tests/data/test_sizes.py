@@ -12,7 +12,7 @@ from fvlm_core.data.archives import joined
 from fvlm_core.data.jobs import Source
 from fvlm_core.data.mixture import BLOCK_SAMPLES, Mixture
 from fvlm_core.data.sources import ADAPTERS
-from fvlm_core.data.sources.sizes import missing_files, sources_table
+from fvlm_core.data.sources.sizes import missing_files, sources_table, too_large
 from tasks.mixtures import mixtures
 from tests.data.published import PUBLISHED
 from tests.tiny import PROFILE
@@ -53,6 +53,17 @@ def test_the_configurations_of_the_cauldron_are_fifty_and_cover_its_published_si
     assert known is not None
     assert len(known.parts) == 50
     assert sum(known.parts.values()) == known.samples
+
+
+def test_a_volume_that_cannot_hold_the_sources_is_said() -> None:
+    rental = RUNPOD.machine.rental
+    assert rental is not None
+    assert too_large(RUNPOD.precompute.sources, 700) is None
+    said = too_large(RUNPOD.precompute.sources, rental.volume_gb)
+    assert said is not None
+    assert "cauldron, cauldron_multi, finevideo, smoltalk take 693 GB, and vript, sharegpt4video, llava_video, vista," in said, (
+        "openvid's are on the web"
+    )
 
 
 def test_files_that_are_there_are_said_to_be(tmp_path: Path) -> None:

@@ -26,6 +26,18 @@ what a filter leaves out is not known before it is read."
     return Table(title="Sources", head=HEAD, rows=[*rows, total] if len(known) > 1 else rows, note=note)
 
 
+def too_large(sources: Sequence[Source], volume_gb: int) -> str | None:
+    """What to say where the sources' files are known to need more space than a volume has; None where they are not known to."""
+    here = [source for source in sources if not source.web_archives]
+    known = {source.name: size.gigabytes for source in here if (size := source.published) and size.gigabytes is not None}
+    if (needed := sum(known.values())) <= volume_gb:
+        return None
+    unknown = ", ".join(source.name for source in here if source.name not in known)
+    more = f", and {unknown}, whose sizes are not published," if unknown else ""
+    return f"The volume has {volume_gb:,} GB; {', '.join(known)} take {needed:,.0f} GB{more} and the shards come on top: \
+raise machine.rental.volume_gb, or name fewer files."
+
+
 def missing_files(source: Source) -> list[Path]:
     """The source's files, archives and folder that are not there; of a pattern, the pattern."""
     named = [*source.files, *source.archives, *([source.media] if source.media else [])]
