@@ -54,7 +54,7 @@ def up(config: PipelineConfig, console: Console, *, days: float | None = None) -
     else:
         refuse_longer(pod, days)
         say(f"the server's pod {pod.id} is there already, until {_until(pod)}")
-    address = rental.server_address.format(pod=pod.id, port=rental.server_port)
+    address = rental.address_of(pod.id)
     wait_until_it_answers(account, pod, address, say)
     prefect_settings.apply(variables(account, address))
     deploy(config, Path(rental.mount_path), code)
@@ -95,7 +95,7 @@ def exports(config: PipelineConfig) -> str:
     pod = server_pod(account)
     if pod is None:
         raise UserError("no pod keeps a Prefect server", where=rental.volume, fix="run `fvlm infra up`")
-    known = variables(account, rental.server_address.format(pod=pod.id, port=rental.server_port))
+    known = variables(account, rental.address_of(pod.id))
     return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in known.items())
 
 
@@ -111,7 +111,7 @@ def down(config: PipelineConfig, account: Account, console: Console) -> None:
     if pod := server_pod(account):
         console.print(f"pod {pod.id} keeps the server; it saves its database and ends", highlight=False)
         with contextlib.suppress(UserError, httpx.HTTPError):  # a server that does not answer has no say
-            prefect_settings.apply(variables(account, rental.server_address.format(pod=pod.id, port=rental.server_port)))
+            prefect_settings.apply(variables(account, rental.address_of(pod.id)))
             from deployments.register import crash_stale_runs
 
             asyncio.run(crash_stale_runs(Path(rental.mount_path)))

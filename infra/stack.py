@@ -160,7 +160,7 @@ class Stack:
                 self.given["PREFECT_SERVER_UI_API_URL"] = self.address + base
             self.database_folder().mkdir(parents=True, exist_ok=True)
             self._spawn("server", self.server_arguments(listener), listener.fileno())
-        return url
+        return self.state.ui_url
 
     def server_arguments(self, listener: socket.socket) -> list[str]:
         """The module that serves on the socket, and its arguments."""

@@ -24,7 +24,7 @@ from fvlm_core.tables import Table
 from fvlm_core.train.expected import ExpectedCost, MeanSample, expected_cost
 from fvlm_core.train.jobs import RunManifest
 from tasks.config import PipelineConfig
-from tasks.phase import Before, Changes, Phase, PhaseManifest, Results
+from tasks.phase import PHASES_FOLDER, Before, Changes, Phase, PhaseManifest, Results
 from tasks.steps import STEPS, Finding, Made, Step, in_waves, read_record
 
 TRAINING = "fvlm_core.train"
@@ -278,7 +278,7 @@ def _last_decision(phase: Phase, volume: Path) -> Changes:
 
 def _last_manifest(phase: str, volume: Path) -> PhaseManifest | None:
     """The newest one of the phase that can be read, whatever the profile was then."""
-    folders = sorted((volume / "phases").glob(f"{phase}-*/manifest.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    folders = sorted((volume / PHASES_FOLDER).glob(f"{phase}-*/manifest.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in folders:
         with suppress(UserError):
             return PhaseManifest.read(path.parent)

@@ -74,6 +74,10 @@ class Rental(Settings):
     """How long that server runs at the longest, unless it is ended before."""
     assumed: Assumed = Assumed()
 
+    def address_of(self, pod: str) -> str:
+        """Of the Prefect server on that pod."""
+        return self.server_address.format(pod=pod, port=self.server_port)
+
     def job_variables(self, code: str | None) -> dict[str, Any]:
         """What every pool of type `runpod` gets; a pool's own job variables override it."""
         given: dict[str, JsonValue] = {

@@ -136,11 +136,9 @@ class Step:
     @property
     def key(self) -> str:
         """Identity of the result, before it is made. Every input must have been made."""
-        given = self.identity if self.identity is not None else self.settings
-        kept = {name: value for name, value in given.items() if name not in self.inputs}
         outside = {path: one.digest for path, one in self._flat_inputs() if isinstance(one, Outside) and one.digest}
         made = {path: digest for path, digest in self.input_digests().items() if path not in outside}
-        return hash_json([self.name, self.module, KEY_FORMAT, kept, made, outside])[:KEY_LENGTH]
+        return hash_json([self.name, self.module, KEY_FORMAT, self._own_settings, made, outside])[:KEY_LENGTH]
 
     @property
     def folder(self) -> str:
@@ -150,8 +148,13 @@ class Step:
     @property
     def record(self) -> StepRecord:
         """What it is made of."""
+        return StepRecord(settings=self._own_settings, inputs=self.input_digests())
+
+    @property
+    def _own_settings(self) -> dict[str, Any]:
+        """What its result depends on besides its inputs."""
         given = self.identity if self.identity is not None else self.settings
-        return StepRecord(settings={name: value for name, value in given.items() if name not in self.inputs}, inputs=self.input_digests())
+        return {name: value for name, value in given.items() if name not in self.inputs}
 
     @property
     def needs(self) -> "list[Step]":

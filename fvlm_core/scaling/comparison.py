@@ -12,9 +12,9 @@ import numpy as np
 from scipy.stats import chi2, t
 
 from fvlm_core.eval.stats import holm
+from fvlm_core.scaling.intervals import CONFIDENCE
 from fvlm_core.scaling.jobs import Quantity
 
-CONFIDENCE = 0.95
 NOT_MEASURED = "noise not measured: no verdict (one seed of every run)"
 
 

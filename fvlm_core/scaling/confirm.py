@@ -13,7 +13,7 @@ from scipy.stats import t
 from fvlm_core.cli import run_job
 from fvlm_core.manifest import file_entries, write_atomically
 from fvlm_core.progress import Progress
-from fvlm_core.scaling.comparison import CONFIDENCE
+from fvlm_core.scaling.intervals import CONFIDENCE
 from fvlm_core.scaling.jobs import AblationReport, Confirmation, ConfirmJob
 from fvlm_core.train.__main__ import train
 from fvlm_core.train.jobs import RunManifest

@@ -32,8 +32,6 @@ class Fitted:
     """What a table of points gave."""
 
     study: Study
-    data: str
-    """What D counts: tokens or samples."""
     shown: list[Table | str]
 
     def require_law(self) -> None:
@@ -47,10 +45,10 @@ class Fitted:
             )
 
 
-def read_points(path: Path, *, variant: str | None = None) -> tuple[list[GridPoint], str]:
-    """The runs of a table, and which column is D. Raises UserError that names the row and the column.
+def read_points(path: Path) -> tuple[list[GridPoint], str]:
+    """The runs of a table, and which column is D; of a grid's own `points.csv` the foveated ones.
 
-    Of a grid's own `points.csv`, which holds several variants, one is read (`variant`, by default foveated).
+    Raises UserError that names the row and the column.
     """
     rows, columns = _rows(path)
     data = next((name for name in DATA if name in columns), None)
@@ -61,8 +59,7 @@ def read_points(path: Path, *, variant: str | None = None) -> tuple[list[GridPoi
             where=str(path),
             fix=f"give {', '.join(NEEDED)} and {' or '.join(DATA)}; there are {', '.join(columns) or 'none'}",
         )
-    wanted = variant or ("foveated" if "variant" in columns else None)
-    numbered = [(number, row) for number, row in enumerate(rows, 2) if wanted is None or row.get("variant") == wanted]
+    numbered = [(number, row) for number, row in enumerate(rows, 2) if "variant" not in columns or row["variant"] == "foveated"]
     if not numbered:
         raise UserError("there is no run in it", where=str(path), fix="give a row per finished run")
     twice = [name for name, count in Counter(row["run_id"] for _, row in numbered).items() if count > 1]
@@ -101,7 +98,7 @@ def fit_points(path: Path, *, weights: Weights = "relative", target_flops: float
         write_atomically(output / FITS_FILE, study.fits.model_dump_json(indent=2).encode())
         write_atomically(output / "points.sha256", f"{digest}  {path.name}\n".encode())
         _plot(output, points, study)
-    return Fitted(study, data, shown)
+    return Fitted(study, shown)
 
 
 def _rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
