@@ -27,8 +27,12 @@ if [ "$(cat $stamp 2>/dev/null)" != "$wanted" ]; then
     ./infra/install.sh .venv -r requirements.lock
     ./infra/install.sh .venv --no-deps -r requirements-data.lock -e .
     # what a run imports is compiled once, here, and so is known to start; all twenty-five thousand files would take twice as long
-    PYTHONDONTWRITEBYTECODE= .venv/bin/python -c 'import deployments.register, flows.pipeline, infra.server, prefect.cli.worker
-import fvlm_core.train.loop, fvlm_core.eval.evaluate, fvlm_core.release.release, matplotlib.pyplot, pandas, scipy.optimize, wandb'
+    export PYTHONDONTWRITEBYTECODE=
+    .venv/bin/python -c 'import infra.server, prefect.cli.worker, deployments.register, flows.pipeline' & # on the other core
+    server=$!
+    .venv/bin/python -c 'import fvlm_core.train.loop, fvlm_core.eval.evaluate, fvlm_core.release.release
+import matplotlib.pyplot, pandas, scipy.optimize, wandb'
+    wait $server
     echo "$wanted" >$stamp
 fi
 wait $other

@@ -119,7 +119,7 @@ def test_a_checkpoint_that_is_none_is_refused(model_folder: Path, tmp_path: Path
     (other / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"}))
     with pytest.raises(UserError, match="a checkpoint of another architecture: qwen2_vl"):
         asked(other, tmp_path)
-    with pytest.raises(UserError, match="there is no checkpoint"):
+    with pytest.raises(UserError, match="there is no such model"):
         asked(tmp_path / "nowhere", tmp_path)
     broken = tmp_path / "broken"
     broken.mkdir()

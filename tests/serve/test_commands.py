@@ -99,10 +99,9 @@ def test_a_gpu_that_is_not_there_is_refused(root, monkeypatch):
 
 
 @pytest.mark.slow(reason="a process that imports torch")
-def test_models_of_every_form_are_converted(root, tmp_path):
-    for name in ("run", "released"):
-        assert run("convert", "gguf", root / name, tmp_path / f"{name}.gguf") == 0
-    assert (tmp_path / "run.gguf").stat().st_size == pytest.approx((tmp_path / "released.gguf").stat().st_size, abs=100)
+def test_a_release_is_converted_without_saying_what_it_was_built_with(root, tmp_path):
+    assert run("convert", "gguf", root / "released", tmp_path / "model.gguf") == 0
+    assert (tmp_path / "model.gguf").stat().st_size > 1000
 
 
 def test_serve_answers_with_its_key_and_ends_on_a_signal(root):
