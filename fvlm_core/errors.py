@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 FIX = "\n  fix:"
+"""Begins the last line of a `UserError`."""
 
 
 class UserError(Exception):

@@ -4,6 +4,8 @@ NTU RGB+D videos (fine_grained_pose) have to be requested from their owners. Wit
 task's annotations out of the folder, and compare with numbers of the same tasks only.
 """
 
+from pathlib import PurePath
+
 from fvlm_core.eval.annotations import Row, find_media
 from fvlm_core.eval.benchmarks.benchmark import Benchmark, Prompt, groups, video
 from fvlm_core.eval.items import Item, gold_index
@@ -53,7 +55,8 @@ def item(row: Row) -> Item:
     choices = row.texts("candidates")
     published = [f"{above}{folder}" for folder in (folder, AUTHORS.get(task, folder)) for above in ("video/", "", "data0613/")]
     found = find_media(row.root, row.text("video"), (*published, f"video/{task}", "video", "videos", ""))
-    cut = any(part.endswith(CUT) for part in found.relative_to(row.root).parent.parts)
+    place = place_below(row.root, found)
+    cut = any(part.endswith(CUT) for part in PurePath(place).parent.parts)
     start, end = (None, None) if cut else (row.get("start"), row.get("end"))
     return Item(
         id=f"{task}/{row.number}",
@@ -61,7 +64,7 @@ def item(row: Row) -> Item:
         question=row.text("question"),
         choices=choices,
         gold=gold_index(choices, row.text("answer")),
-        groups=groups(place_below(row.root, found), task),
+        groups=groups(place, task),
     )
 
 
