@@ -85,7 +85,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         return place
 
     yield sized
-    subprocess.run(["umount", place], check=False, capture_output=True)
+    subprocess.run(["umount", "--lazy", place], check=False, capture_output=True)  # a rank that ends may still hold it
 
 
 @pytest.fixture(scope="module")
