@@ -21,7 +21,7 @@ from transformers import Dinov2Config
 
 from fvlm_core.model.casts import Casts
 from fvlm_core.model.encoder_layer import Added, EncoderLayer, LayerWeights, scaled_sum
-from fvlm_core.model.linear import Linear
+from fvlm_core.model.prepacked import PrepackedLinear
 from fvlm_core.model.single_query import Ticket
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class Encoder(nn.Module):
     @property
     def castable(self) -> bool:
         """Whether the layers' products are those of plain matrices: no adapters in their place."""
-        return all(type(m) in (nn.Linear, Linear) for layer in self.layers for m in (layer.qkv, layer.out, layer.fc1, layer.fc2))
+        return all(type(m) is PrepackedLinear for layer in self.layers for m in (layer.qkv, layer.out, layer.fc1, layer.fc2))
 
     def cast(self, casts: Casts) -> list[LayerWeights] | None:
         """The layers' matrices for the frames and all their passes, where they are to be cast for all of them."""

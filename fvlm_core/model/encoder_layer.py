@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Dinov2Config
 
-from fvlm_core.model.linear import Linear, linear, summed
+from fvlm_core.model.linear import summed
+from fvlm_core.model.prepacked import PrepackedLinear, gelu_of
 from fvlm_core.model.single_query import Ticket, attend_once, tickets
 
 Added = tuple[Tensor, Tensor, Tensor | None] | None
@@ -48,12 +49,12 @@ class EncoderLayer(nn.Module):
         width, hidden = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
         self.heads = config.num_attention_heads
         self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
-        self.out = Linear(width, width)
+        self.qkv = PrepackedLinear(width, 3 * width, bias=config.qkv_bias)
+        self.out = PrepackedLinear(width, width)
         self.scale1 = nn.Parameter(torch.ones(width))
         self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.fc1 = Linear(width, hidden)
-        self.fc2 = Linear(hidden, width)
+        self.fc1 = PrepackedLinear(width, hidden)
+        self.fc2 = PrepackedLinear(hidden, width)
         self.scale2 = nn.Parameter(torch.ones(width))
 
     def keys_values(
@@ -162,8 +163,10 @@ class EncoderLayer(nn.Module):
 
     def _project(self, x: Tensor, part: slice, weights: LayerWeights | None = None) -> tuple[Tensor, ...]:
         """Rows `part` of the fused projection, as tensors [F, heads, N, head_dim]."""
-        weight, bias = (self.qkv.weight, self.qkv.bias) if weights is None else (weights.qkv, weights.qkv_bias)
-        projected = linear(x, weight[part], None if bias is None else bias[part])
+        if weights is None:
+            projected = self.qkv.part(x, part)
+        else:
+            projected = F.linear(x, weights.qkv[part], None if weights.qkv_bias is None else weights.qkv_bias[part])
         return tuple(p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in projected.split(x.shape[-1], dim=-1))
 
     def _attended(self, x: Tensor, attended: Tensor, weights: LayerWeights | None) -> tuple[Tensor, Tensor]:
@@ -172,7 +175,7 @@ class EncoderLayer(nn.Module):
     def _finished(self, x: Tensor, attended: Tensor, weights: LayerWeights | None = None) -> tuple[Tensor, Tensor]:
         if weights is None:
             x = x + self.out(attended) * self.scale1
-            return x, self.fc2(F.gelu(self.fc1(self.norm2(x))))
+            return x, self.fc2(gelu_of(self.fc1, self.norm2(x)))
         x = x + _scaled(F.linear(attended, weights.out), self.scale1, self.out.bias)
         hidden = F.linear(self.norm2(x), weights.fc1, weights.fc1_bias)
         return x, F.linear(F.gelu(hidden), weights.fc2)

@@ -1,6 +1,7 @@
-"""Count FLOPs of code that runs: torch's counter, with the CPU's attention kernels that it does not know."""
+"""Count FLOPs of code that runs: torch's counter, with the CPU's kernels that it does not know."""
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ def count_flops(function: Callable[[], Any]) -> int:
     mapping: dict[Any, Any] = {
         ops._scaled_dot_product_flash_attention_for_cpu: _forward,
         ops._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
+        torch.ops.mkldnn._linear_pointwise: _product,
     }
     counter = FlopCounterMode(display=False, custom_mapping=mapping)
     with counter:
@@ -29,3 +31,8 @@ def _forward(query: tuple[int, ...], key: tuple[int, ...], *_rest: object, **_op
 def _backward(_grad: tuple[int, ...], query: tuple[int, ...], key: tuple[int, ...], *_rest: object, **_options: object) -> int:
     """Five products of that size: the recomputed weights, and the gradients of value, weights, query and key."""
     return _forward(query, key) * 5 // 2
+
+
+def _product(x: tuple[int, ...], weight: tuple[int, ...], *_rest: object, **_options: object) -> int:
+    """Shapes [..., in] and [out, in]."""
+    return 2 * prod(x) * weight[0]
