@@ -35,13 +35,13 @@ from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
 from fvlm_core.eval.benchmark_result import chosen
 from fvlm_core.eval.benchmarks import gaze
 from fvlm_core.eval.benchmarks.benchmark import LETTERS
-from fvlm_core.eval.checkpoint import evaluate_checkpoint
 from fvlm_core.eval.checkpoints import open_checkpoint
 from fvlm_core.eval.items import Item
 from fvlm_core.eval.jobs import CheckpointJob
 from fvlm_core.eval.parts.drift import DriftResult, drift_of
 from fvlm_core.eval.records import ItemRecord
 from fvlm_core.eval.stats import Bootstrap, holm, sign_flip
+from fvlm_core.serve.evaluate import evaluate_checkpoint
 from fvlm_core.tables import Table, number
 
 FORMS = {"videomme": "data", "mvbench": "video/clevrer/video_validation", "mlvu": "video/count"}

@@ -113,10 +113,9 @@ def evaluate(
         "device": device,
         "batch_samples": batch_samples,
     }
-    from fvlm_core.eval.checkpoint import evaluate_checkpoint  # takes seconds
     from fvlm_core.eval.jobs import CheckpointJob
     from fvlm_core.eval.tables import headline_table
-    from fvlm_core.serve.load import open_model
+    from fvlm_core.serve.evaluate import evaluate_checkpoint  # takes seconds
 
     job = CheckpointJob.from_values(job_values, where="the command's options")
     console = Console()
@@ -125,7 +124,6 @@ def evaluate(
         bar = progress.add_task("questions", total=None)
         results = evaluate_checkpoint(
             job,
-            open_it=open_model,
             start=lambda items: progress.update(bar, total=items),
             done=lambda items: progress.advance(bar, items),
             note=lambda text: progress.update(bar, description=text),

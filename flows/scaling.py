@@ -42,9 +42,9 @@ def decide(config: PipelineConfig, results: Results) -> Changes:
 
 
 def trained_size(config: PipelineConfig, report: ScalingReport) -> str:
-    """Name of the size: the best, or the profile's where the best is so within the noise."""
+    """Name of the size: the best, or the profile's where the best is so within the noise, or the noise is not known."""
     scaling = config.scaling
-    unsure = report.wins_share is not None and report.wins_share < scaling.decided
+    unsure = report.wins_share is None or report.wins_share < scaling.decided
     return scaling.undecided if scaling.undecided is not None and unsure else report.chosen
 
 

@@ -29,7 +29,7 @@ BILL_LAG_S = 2 * HOUR_S
 LATEST_END_S = HOUR_S
 """Past its deadline, a pod whose end was not written down is counted for no longer."""
 
-What = Literal["reserved", "storage", "started", "released", "ended", "storage_ended", "billed"]
+What = Literal["reserved", "storage", "started", "released", "ended", "billed"]
 ORDER: tuple[What, ...] = get_args(What)
 """In the life of a pod or volume."""
 
@@ -189,10 +189,6 @@ class Budget:
         if not any(entry.name == volume and entry.running for entry in self.entries()):
             self._write("storage", volume, usd_per_hour=usd_per_hour, at=since)
 
-    def storage_ended(self, volume: str) -> None:
-        """The volume was deleted."""
-        self._write("storage_ended", volume)
-
     def entries(self) -> tuple[Entry, ...]:
         """What the ledger knows, in the order in which things began."""
         return entries(self.events())
@@ -241,7 +237,7 @@ def entries(events: Iterable[Event]) -> tuple[Entry, ...]:
             known[event.name] = replace(entry, pod=event.pod, usd_per_hour=event.usd_per_hour, started=True, released=False)
         elif event.what == "released":
             known[event.name] = entry if entry.started else replace(entry, released=True)
-        elif event.what in ("ended", "storage_ended"):
+        elif event.what == "ended":
             known[event.name] = entry if entry.ended is not None else replace(entry, ended=event.at)
         elif event.what == "billed":
             known[event.name] = replace(entry, billed=event.usd, billed_at=event.at)

@@ -159,13 +159,6 @@ class S3Store:
             self._fail(error, key)
         return Object(int(found["ContentLength"]), found["LastModified"].timestamp(), str(found.get("ETag", "")).strip('"'))
 
-    def delete(self, key: str) -> None:
-        """No error where there is none."""
-        try:
-            self.client.delete_object(Bucket=self.bucket, Key=key)
-        except (ClientError, BotoCoreError) as error:
-            self._fail(error, key)
-
     def download(self, key: str, path: Path, *, progress: Progress = lambda done, total: None, part_bytes: int = PART_BYTES) -> bool:
         """Fetch a file; goes on where an earlier try ended. Returns False where the file is here, with the size and time of the volume's.
 

@@ -51,8 +51,8 @@ class Scaling(Settings):
     weights: Weights = "relative"
     """What the fits make small: errors as shares of the losses, or in nats (`unit`)."""
     undecided: Name | None = None
-    """The size to train where the grid does not decide: where the best stays ahead in fewer than `decided` of the resamples. None: the best
-    all the same."""
+    """The size to train where the grid does not decide: where the best stays ahead in fewer than `decided` of the resamples, or nothing
+    could be resampled. None: the best all the same."""
     decided: Annotated[float, Field(ge=0, le=1)] = 0.9
     """Share of the resamples in which the best must stay ahead for the grid to decide."""
 

@@ -58,7 +58,7 @@ class Original(Settings):
 
 
 class CheckpointJob(Settings):
-    """Benchmarks on any checkpoint (`fvlm_core.eval.checkpoint`)."""
+    """Benchmarks on any checkpoint (`fvlm_core.serve.evaluate`)."""
 
     output: Path
     """Gets `results.json`, `timings.json`, `tables.md`, a picture and `items/`."""

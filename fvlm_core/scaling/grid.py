@@ -131,7 +131,7 @@ def _point(run: GridRun, finished: FinishedRun) -> GridPoint:
         run_id=_name(run),
         size=run.size,
         variant=run.variant,
-        params=run.params or manifest.params,
+        params=manifest.params,
         budget_flops=run.budget_flops,
         flops=manifest.flops,
         samples=manifest.samples_seen,

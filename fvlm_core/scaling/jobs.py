@@ -220,8 +220,6 @@ class GridRun(Settings):
 
     size: str
     """Name of the model size."""
-    params: Annotated[int, Field(gt=0)] | None = None
-    """N of the scaling law; None takes the run's own count."""
     budget_flops: Annotated[float, Field(gt=0)]
     variant: Variant
     seed: int = 0

@@ -12,10 +12,10 @@ from benchmarks import gaze_forms
 from fvlm_core.eval.benchmark_result import chosen
 from fvlm_core.eval.benchmarks import benchmark
 from fvlm_core.eval.benchmarks.benchmark import LETTERS
-from fvlm_core.eval.checkpoint import evaluate_checkpoint
 from fvlm_core.eval.jobs import CheckpointJob
 from fvlm_core.eval.parts.benchmarks import BenchmarksResult
 from fvlm_core.eval.records import ItemRecord
+from fvlm_core.serve.evaluate import evaluate_checkpoint
 from infra.stack import REPOSITORY
 from tests.eval.published import jsonl, png
 

@@ -12,11 +12,11 @@ from fvlm_core.data.tokenizer import train_tokenizer
 from fvlm_core.errors import UserError
 from fvlm_core.eval.answerers.answerer import Ask, Condition
 from fvlm_core.eval.answerers.smolvlm import FAKE, GLOBAL, IMAGE, MODE, TURN_END, SmolVLMAnswerer
-from fvlm_core.eval.checkpoint import evaluate_checkpoint
 from fvlm_core.eval.checkpoints import open_checkpoint
 from fvlm_core.eval.jobs import CheckpointJob
 from fvlm_core.eval.media import Media
 from fvlm_core.eval.parts.benchmarks import BenchmarksResult
+from fvlm_core.serve.evaluate import evaluate_checkpoint
 
 CPU = torch.device("cpu")
 SIDE = 64

@@ -11,7 +11,7 @@ from tests.tiny import profile_values
 
 @pytest.mark.parametrize(
     ("undecided", "wins_share", "trained"),
-    [(True, 0.6, "other"), (True, 0.95, "best"), (True, None, "best"), (False, 0.6, "best")],
+    [(True, 0.6, "other"), (True, 0.95, "best"), (True, None, "other"), (False, 0.6, "best"), (False, None, "best")],
 )
 def test_a_winner_within_the_noise_gives_way_where_the_profile_says_so(undecided: bool, wins_share: float | None, trained: str) -> None:
     values = profile_values()

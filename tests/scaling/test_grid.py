@@ -216,12 +216,6 @@ def test_points_hold_what_the_fits_use(tmp_path):
     assert int(pooled["visual_tokens"]) == 16 * int(pooled["frames"])
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_params_of_the_job_replace_the_runs_own(tmp_path):
-    run = GridRun(size="a", params=77, budget_flops=1e12, variant="foveated", run=finished(tmp_path / "a", 2.0))
-    assert study(GridJob(output=tmp_path / "out", runs=[run])).points[0].params == 77
-
-
 def test_unusable_grids_are_named(tmp_path):
     run = finished(tmp_path / "a", 2.0)
     one = GridRun(size="a", budget_flops=1e12, variant="foveated", run=run)

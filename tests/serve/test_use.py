@@ -10,10 +10,10 @@ import yaml
 
 from fvlm_core import FoveatedVLM
 from fvlm_core.errors import UserError
-from fvlm_core.eval.checkpoint import evaluate_checkpoint
 from fvlm_core.eval.jobs import CheckpointJob
 from fvlm_core.serve.answering import Sampling
-from fvlm_core.serve.load import load, open_model
+from fvlm_core.serve.evaluate import evaluate_checkpoint
+from fvlm_core.serve.load import load
 from fvlm_core.serve.session import Session, open_media
 
 
@@ -42,7 +42,7 @@ def test_a_release_is_evaluated_as_the_run_that_it_was_made_of(root, tmp_path):
     found = []
     for form in ("released", "run"):
         values = {"checkpoint": root / form, "output": tmp_path / form, "benchmarks": benchmarks, "latency": {"clips": 0}, "device": "cpu"}
-        results = evaluate_checkpoint(CheckpointJob.from_values(values, where="the test"), open_it=open_model)
+        results = evaluate_checkpoint(CheckpointJob.from_values(values, where="the test"))
         assert results is not None
         found.append(results)
     assert found[0].parts == found[1].parts

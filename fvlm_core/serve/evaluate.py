@@ -1,4 +1,4 @@
-"""Benchmarks on any checkpoint: `python -m fvlm_core.eval.checkpoint job.yaml`, or the same under torchrun; `fvlm eval` is its command.
+"""Benchmarks on any model that a user has: `python -m fvlm_core.serve.evaluate job.yaml`, or under torchrun; `fvlm eval` is its command.
 
 It leaves `results.json`, `tables.md` and the items' records, as the pipeline's evaluation does, and can be stopped and started again.
 """
@@ -10,9 +10,7 @@ import torch
 
 from fvlm_core.cli import run_job
 from fvlm_core.devices import device_of
-from fvlm_core.eval.answerers.answerer import Answerer
 from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
-from fvlm_core.eval.checkpoints import open_checkpoint
 from fvlm_core.eval.jobs import CheckpointJob
 from fvlm_core.eval.outside import digest
 from fvlm_core.eval.part import NotMeasuredError, PartResult
@@ -25,20 +23,20 @@ from fvlm_core.eval.summary import summary
 from fvlm_core.manifest import write_atomically
 from fvlm_core.model.names import MODES
 from fvlm_core.provenance import versions
+from fvlm_core.serve.load import open_model
 
 
 def evaluate_checkpoint(
     job: CheckpointJob,
     ranks: Ranks = ALONE,
     *,
-    open_it: Callable[..., Answerer] = open_checkpoint,
     start: Callable[[int], None] = lambda items: None,
     done: Callable[[int], None] = lambda items: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Results | None:
     """Run a job; other processes than the first only ask, and return None.
 
-    `open_it` is called as `open_checkpoint` is. `start` gets the number of items, `done` those just asked, `note` what is done after them.
+    `start` gets the number of items, `done` those just asked, `note` what is done after them.
 
     Raises UserError for a checkpoint or data that do not fit, before any item is asked.
     """
@@ -46,7 +44,7 @@ def evaluate_checkpoint(
         torch.set_num_threads(job.threads)
     loaded = job.benchmarks.load(None)
     device = device_of(job.device, local=ranks.local)
-    answerer = open_it(job.checkpoint, device, original=job.original, batch_samples=job.batch_samples, seed=job.seed)
+    answerer = open_model(job.checkpoint, device, original=job.original, batch_samples=job.batch_samples, seed=job.seed)
     start(sum(len(one.items) for one in loaded.values()))
     job.benchmarks.ask_items(loaded, answerer, job.output, ranks, done=done)
     if ranks.rank:

@@ -1,4 +1,4 @@
-"""The lmms-eval plugin: `lmms-eval --model fvlm --model_args pretrained=PATH,mode=autoregressive --tasks ...`.
+"""The lmms-eval plugin: `lmms-eval --model fvlm --model_args pretrained=FOLDER_OR_HUB_NAME,mode=autoregressive --tasks ...`.
 
 The entry point group `lmms_eval.models` names this module, so lmms-eval finds it where both are installed (`infra/lmms_env.sh`).
 
@@ -24,21 +24,21 @@ from fvlm_core.data.frames import ClipError
 from fvlm_core.errors import UserError
 from fvlm_core.eval.answerers.answerer import ORDERS, Ask, Opened, Order
 from fvlm_core.eval.benchmarks.benchmark import LETTERS, OPTION_LINE, inline_options, video
-from fvlm_core.eval.checkpoints import open_checkpoint
 from fvlm_core.eval.generation import GREEDY, Generation, Method
 from fvlm_core.eval.items import UnreadableItemError
 from fvlm_core.eval.jobs import Original
 from fvlm_core.eval.media import NO_MEDIA, Images, Source
 from fvlm_core.eval.ranks import Ranks
 from fvlm_core.eval.records import ItemRecord, Said, option_scores, rounded
+from fvlm_core.serve.load import open_model
 
 Answer = Literal["letter", "text", "generate"]
 CONDITION = "asked"
-MANIFEST = ModelManifest(model_id="fvlm", simple_class_path="fvlm_core.eval.lmms_plugin.FVLM")
+MANIFEST = ModelManifest(model_id="fvlm", simple_class_path="fvlm_core.serve.lmms_plugin.FVLM")
 
 
 class FVLM(lmms):
-    """A checkpoint of ours, of the original, or a SmolVLM2 folder, in one mode and order."""
+    """Any model that `fvlm eval` takes, in one mode and order."""
 
     is_simple = True
 
@@ -66,7 +66,7 @@ class FVLM(lmms):
             if value not in known:
                 raise _refused(f"{name} is {value!r}", f"choose of {', '.join(known)}")
         chosen = device or (f"cuda:{Ranks.of(os.environ).local}" if torch.cuda.is_available() else "cpu")
-        self.answerer = open_checkpoint(Path(pretrained), torch.device(chosen), original=Original(vision=vision, llm=llm))
+        self.answerer = open_model(pretrained, torch.device(chosen), original=Original(vision=vision, llm=llm))
         (self.condition,) = self.answerer.conditions([order], [mode], controls=False)
         self.answer = answer
         self._opened: tuple[str, Opened] | None = None
