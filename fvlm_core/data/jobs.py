@@ -218,7 +218,7 @@ class DownloadSettings(Settings):
     threads: Annotated[int, Field(ge=1), EXECUTION] = 16
     """Videos that each process fetches at a time."""
     timeout_s: Annotated[int, Field(ge=1), EXECUTION] = 60
-    """Of one request."""
+    """Of one request without an answer; behind it, an answer must bring 50 kB/s on average."""
 
 
 class DownloadJob(DownloadSettings):

@@ -11,7 +11,7 @@ from fvlm_core.data.jobs import BadClip, Loss
 
 PASSING = re.compile(
     r"Timeout|ConnectionError|ChunkedEncodingError|IncompleteRead|HTTP (Error )?(408|425|429|5\d\d)|"
-    r"^cannot be read|video2dataset left nothing"
+    r"^cannot be read|too slow:|video2dataset left nothing"
 )
 """Reasons that another try may not meet."""
 LISTED = 100

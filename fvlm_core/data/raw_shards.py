@@ -89,11 +89,26 @@ def read_sample(path: Path, offset: int, size: int) -> RawSample:
 
 
 def write_contents(folder: Path) -> tuple[int, int]:
-    """Write what the good samples of a download are, and where; returns how many they and their frames are."""
-    rows = []
-    for tar in sorted(folder.glob(f"{RAW}/*/*.tar")):
-        name = tar.relative_to(folder).as_posix()
-        rows += [sample.content() | {"tar": name, "offset": sample.offset, "size": sample.size} for sample in read_tar(tar) if sample.good]
+    """Write what the good samples of a download are, and where; returns how many they and their frames are.
+
+    Raises RuntimeError where a tar does not hold what its shard's outcomes say, as a full disk leaves it; the shard is deleted then, and
+    fetched again with the next run.
+    """
+    rows: list[dict[str, Any]] = []
+    damaged = []
+    for outcomes in sorted(folder.glob(f"{RAW}/*/*.parquet")):
+        tar = outcomes.with_suffix(".tar")
+        found = _contents(tar, tar.relative_to(folder).as_posix())
+        if {row["row"] for row in found} == _outcomes(outcomes)[0]:
+            rows += found
+        else:
+            damaged.append(tar)
+    if damaged:
+        for tar in damaged:
+            for path in (tar.with_name(f"{tar.stem}_stats.json"), tar.with_suffix(".parquet"), tar):
+                path.unlink(missing_ok=True)
+        names = ", ".join(str(tar.relative_to(folder)) for tar in damaged)
+        raise RuntimeError(f"damaged, perhaps by a full disk, and deleted: {names} in {folder}; run again to fetch their videos again")
     rows.sort(key=lambda row: row["row"])
     for file, schema in ((CONTENT, CONTENT_SCHEMA), (PLACES, PLACES_SCHEMA)):
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / file, compression="zstd")
@@ -105,13 +120,28 @@ def read_outcomes(folder: Path) -> tuple[set[int], dict[int, str]]:
     good: set[int] = set()
     failed: dict[int, str] = {}
     for path in sorted(folder.glob("*.parquet")):
-        table = pq.read_table(path, columns=["row", "status", "error_message"])
-        for row, status, reason in zip(*(column.to_pylist() for column in table.columns), strict=True):
-            if status == SUCCESS:
-                good.add(row)
-            else:
-                failed[row] = str(reason)
+        fetched, reasons = _outcomes(path)
+        good |= fetched
+        failed |= reasons
     return good, failed
+
+
+def _outcomes(path: Path) -> tuple[set[int], dict[int, str]]:
+    """Of one shard."""
+    table = pq.read_table(path, columns=["row", "status", "error_message"])
+    outcomes = list(zip(*(column.to_pylist() for column in table.columns), strict=True))
+    return (
+        {row for row, status, _ in outcomes if status == SUCCESS},
+        {row: str(reason) for row, status, reason in outcomes if status != SUCCESS},
+    )
+
+
+def _contents(tar: Path, name: str) -> list[dict[str, Any]]:
+    """What the good samples of a tar are, and where; nothing where it cannot be read to its end."""
+    try:
+        return [sample.content() | {"tar": name, "offset": sample.offset, "size": sample.size} for sample in read_tar(tar) if sample.good]
+    except (OSError, tarfile.TarError, ValueError, KeyError):
+        return []
 
 
 def _samples(stream: Any) -> Iterator[RawSample]:

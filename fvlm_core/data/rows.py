@@ -42,6 +42,8 @@ COLUMNS: tuple[str, ...] = tuple(SCHEMA.names)
 REQUIRED = ("url", "caption")
 """Columns that a video cannot do without."""
 JSON_COLUMNS = ("conversations", "probes", "extra")
+SAMPLE_FIELDS = ("key", "source", "kind", "origin", "caption", "duration_s", "num_frames", "conversations", "probes")
+"""Of a sample in a shard; what else it has comes from `extra`."""
 
 ROW, ORIGIN = "row", "origin"
 """Of a download: the row's number in the record of its source, and the address as its source gives it."""

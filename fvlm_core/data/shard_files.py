@@ -288,6 +288,7 @@ def _tokenise(
             probes.append(sample.probes[number])
             sizes.append((number, n_tokens, answers + len(turns)))
     record = {
+        **sample.extra,
         "key": sample.key,
         "source": sample.source,
         "kind": sample.kind,
@@ -297,6 +298,5 @@ def _tokenise(
         "num_frames": sample.num_frames,
         "conversations": conversations,
         "probes": probes,
-        **sample.extra,
     }
     return record, sizes

@@ -67,9 +67,13 @@ class Staging:
                 if not self._make_place(part, size):
                     self._refuse(name, f"its {size / 1e9:.2f} GB do not fit")
                     return
-                digest = _copy(self.shards / name, part)
-                if digest != self.digests.get(name, digest):
-                    digest = _copy(self.shards / name, part)  # a file system that lies once may be right the second time
+                try:
+                    digest = _copy(self.shards / name, part)
+                    if digest != self.digests.get(name, digest):
+                        digest = _copy(self.shards / name, part)  # a file system that lies once may be right the second time
+                except OSError:
+                    part.unlink(missing_ok=True)  # it would count against the cap
+                    raise
                 if digest != self.digests.get(name, digest):
                     part.unlink()
                     self._refuse(name, "what was read is not what the manifest says")

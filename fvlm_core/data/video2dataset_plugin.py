@@ -14,6 +14,8 @@ import re
 import sys
 import tempfile
 import threading
+import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from http import HTTPStatus
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import requests
+import urllib3
 import video2dataset
 import yt_dlp.utils
 from pyarrow.fs import FileSystem
@@ -50,11 +53,36 @@ REFUSED_TO_PROGRAMS = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus
 FORMAT = "wv*[height>=360][ext=mp4]/w[height>=360][ext=mp4]/bv/b[ext=mp4]"
 """yt-dlp's: the smallest of at least 360 lines, without sound where possible."""
 BLOCK_BYTES = 1 << 18
+LEAST_BYTES_PER_S = 50_000
+"""What an answer has to bring on average once `timeout_s` is over: one that never ends would hold its thread for good."""
 REASON_CHARACTERS = 200
 """Of an error of the network, which may quote a complete URL."""
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 _local = threading.local()
+
+
+class Held:
+    """How many fetched videos wait for their frames in this process, which is no more than `threads`.
+
+    video2dataset means to limit them, but counts a failed one twice: each would let one more into memory.
+    """
+
+    places: threading.Semaphore | None = None
+    _lock = threading.Lock()
+
+    @classmethod
+    def take(cls, most: int) -> None:
+        """Wait for a place."""
+        with cls._lock:
+            cls.places = cls.places or threading.Semaphore(most)
+        cls.places.acquire()
+
+    @classmethod
+    def give_back(cls) -> None:
+        """Call once for every `take`."""
+        if cls.places is not None:
+            cls.places.release()
 
 
 class PageError(ClipError):
@@ -65,22 +93,25 @@ class Reader:
     """Fetches one video: a file, an object of a store, whatever an address of the web answers if that is a video, else what yt-dlp finds
     there."""
 
-    max_bytes = 0
-    """Size above which a video is left out."""
+    max_bytes, threads = 0, 1
+    """Size above which a video is left out, and how many are held at a time."""
 
     def __init__(self, encode_formats: dict[str, str], tmp_dir: str, reading_config: dict[str, Any]) -> None:
         self.timeout_s, self.temporary = reading_config["timeout"], tmp_dir
-        self.max_bytes = Reader.max_bytes
+        self.max_bytes, self.threads = Reader.max_bytes, Reader.threads  # they go to other processes with it
 
     def __call__(self, row: tuple[int, str]) -> tuple[int, dict[str, bytes], dict[str, Any] | None, str | None]:
         """(number, url) -> number, streams, metadata, error."""
         number, url = row
+        Held.take(self.threads)  # until its frames are made
         try:
             return number, {"video": self._read(url)}, None, None
         except ClipError as error:
-            return number, {}, None, str(error)[:REASON_CHARACTERS]
-        except (requests.RequestException, OSError, ValueError) as error:
-            return number, {}, None, f"{type(error).__name__}: {error}"[:REASON_CHARACTERS]
+            reason = str(error)
+        except Exception as error:  # one that gets out (of yt-dlp's, say) ends the complete shard, every time
+            reason = f"{type(error).__name__}: {error}"
+        Held.give_back()
+        return number, {}, None, reason[:REASON_CHARACTERS]
 
     def _read(self, url: str) -> bytes:
         if url.startswith(LOCAL):
@@ -125,20 +156,34 @@ class Reader:
                 kind = PageError if answer.status_code in REFUSED_TO_PROGRAMS else ClipError
                 raise kind(f"HTTP {answer.status_code} {answer.reason}")
             self._require_size(int(answer.headers.get("Content-Length", 0)))
-            content = io.BytesIO()
-            for block in answer.iter_content(BLOCK_BYTES):
+            content, started = io.BytesIO(), time.monotonic()
+            for block in _blocks(answer):
                 if not content.tell() and _is_page(answer.headers.get("Content-Type", ""), block):
                     raise PageError("a web page, not a video")
                 content.write(block)
                 self._require_size(content.tell())
+                self._require_pace(content.tell(), time.monotonic() - started)
             return content.getvalue()
 
     def _require_size(self, size: int) -> None:
         if size > self.max_bytes:
             raise ClipError(f"larger than {self.max_bytes // 10**6} MB (max_video_mb)")
 
+    def _require_pace(self, size: int, seconds: float) -> None:
+        if seconds > self.timeout_s + size / LEAST_BYTES_PER_S:
+            raise ClipError(f"too slow: {size:,} bytes in {seconds:.0f} s")
+
     def _extract(self, url: str) -> bytes:
         """The video that yt-dlp finds at an address. Raises ClipError with its reason."""
+
+        def hook(state: dict[str, Any]) -> None:  # of a list of segments, yt-dlp knows no size beforehand
+            size = state.get("downloaded_bytes") or 0
+            try:
+                self._require_size(size)
+                self._require_pace(size, state.get("elapsed") or 0)
+            except ClipError as error:
+                raise yt_dlp.utils.DownloadCancelled(str(error)) from error
+
         with tempfile.TemporaryDirectory(dir=self.temporary) as folder:
             options: dict[str, Any] = {
                 "outtmpl": f"{folder}/video.%(ext)s",
@@ -148,6 +193,7 @@ class Reader:
                 "cachedir": False,
                 "noplaylist": True,
                 "noprogress": True,
+                "progress_hooks": [hook],
                 "quiet": True,
                 "no_warnings": True,
                 "color": "no_color",
@@ -161,6 +207,17 @@ class Reader:
             if not found:
                 raise ClipError(f"yt-dlp: no video there that is at most {self.max_bytes // 10**6} MB (max_video_mb)")
             return found[0].read_bytes()
+
+
+def _blocks(answer: requests.Response) -> Iterator[bytes]:
+    """The answer's content as it arrives; `iter_content` waits until a block is complete, with no limit on how long."""
+    try:
+        while block := answer.raw.read1(BLOCK_BYTES, decode_content=True):
+            yield block
+    except urllib3.exceptions.ReadTimeoutError as error:
+        raise requests.ConnectionError(error) from error
+    except urllib3.exceptions.HTTPError as error:
+        raise requests.exceptions.ChunkedEncodingError(error) from error
 
 
 def _is_page(content_type: str, start: bytes) -> bool:
@@ -188,6 +245,8 @@ class FrameSubsampler:
             return {}, metadata, str(error)
         except Exception as error:  # one that gets out leaves the video without a reason
             return {}, metadata, f"{type(error).__name__}: {error}"
+        finally:
+            Held.give_back()
         metadata[0] |= {"num_frames": len(frames.pixels), "duration_s": frames.duration_s}
         return {f"{number:06d}.jpg": [encode_jpeg(frame)] for number, frame in enumerate(frames.pixels)}, metadata, None
 
@@ -217,7 +276,7 @@ def start_spark(master: str) -> Any:
 
 def download(settings: dict[str, Any]) -> None:
     """video2dataset's download stage with our reader and frames."""
-    Reader.max_bytes = settings["max_bytes"]
+    Reader.max_bytes, Reader.threads = settings["max_bytes"], settings["threads"]
     download_worker.VideoDataReader = Reader
     download_worker.FrameSubsampler = FrameSubsampler
     video2dataset.video2dataset(

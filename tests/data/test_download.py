@@ -11,6 +11,7 @@ import sys
 import tarfile
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -61,11 +62,22 @@ def job(output, table, *, media=None, **changes):
     )
 
 
+SPECIAL = {
+    "list": b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n" + b"".join(b"#EXTINF:9,\n/piece/%d.ts\n" % n for n in range(10)) + b"#EXT-X-ENDLIST\n",
+    "piece": bytes(300_000),
+    "dash": b'<MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" mediaPresentationDuration="PT10S"><Period duration="PT10S">'
+    b'<AdaptationSet mimeType="video/mp4"><SegmentTemplate timescale="0" duration="2" media="$Number$.m4s" startNumber="1"/>'
+    b'<Representation id="1" width="640" height="480" bandwidth="1000"/></AdaptationSet></Period></MPD>',
+}
+TYPES = {"list": "application/vnd.apple.mpegurl", "piece": "video/mp2t", "dash": "application/dash+xml", "drip": "video/mp4"}
+
+
 class WebSite:
     """An HTTP server of clips, with pages of several kinds, and a gate that holds clips back.
 
     `/NAME` is a clip or 404; `/soft...` answers with a page; `/watch/NAME` is a page with the clip in it; `/closed/NAME` turns
-    programs away; `broken` names are 503, those in `flaky` as often as it says. What was asked for is in `asked`.
+    programs away; `/list/` is a playlist of ten pieces of 300 kB, `/dash/` a manifest that no program can read, `/drip/` never ends;
+    `broken` names are 503, those in `flaky` as often as it says. What was asked for is in `asked`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -85,19 +97,25 @@ class WebSite:
                     site.gate.wait()
                 found = path.is_file()
                 content = path.read_bytes() if found else b"<html>no such page</html>"
-                status = 200 if found or "soft" in self.path else 404
+                status = 200 if found or kind == "drip" or "soft" in self.path else 404
                 if kind == "watch":
                     content, status = f'<html><video src="/clips/{name}.mp4"></video></html>'.encode(), 200
                 elif kind == "closed":
                     status = 403
+                elif kind in SPECIAL:
+                    content, status = SPECIAL[kind], 200
                 elif path.name in site.broken or site.flaky.get(path.name, 0) > 0:
                     site.flaky[path.name] = site.flaky.get(path.name, 0) - 1
                     content, status = b"try later", 503
                 self.send_response(status)
-                self.send_header("Content-Length", str(len(content)))
-                self.send_header("Content-Type", "video/mp4" if found and kind == "clips" else "text/html")
+                self.send_header("Content-Length", str(10**6 if kind == "drip" else len(content)))
+                self.send_header("Content-Type", "video/mp4" if found and kind == "clips" else TYPES.get(kind, "text/html"))
                 self.end_headers()
-                self.wfile.write(content)
+                with suppress(BrokenPipeError):
+                    while kind == "drip":
+                        self.wfile.write(b"0")
+                        time.sleep(0.1)
+                    self.wfile.write(content)
 
             def log_message(self, *args):
                 pass
@@ -296,7 +314,7 @@ def test_a_download_without_any_good_video(tmp_path):
 
 @needs_video2dataset
 def test_addresses_without_a_suffix_pages_and_large_files(clips, site, tmp_path):
-    """A clip is a clip whatever its address; behind a page yt-dlp looks, and its reason is kept."""
+    """A clip is a clip whatever its address; behind a page yt-dlp looks, and its reason is kept. None costs more than itself."""
     frame = pd.read_parquet(clips / "clips.parquet")
     names = [Path(url).stem for url in frame["url"]]
     (clips / "download").write_bytes((clips / frame["url"][0]).read_bytes())
@@ -309,11 +327,14 @@ def test_addresses_without_a_suffix_pages_and_large_files(clips, site, tmp_path)
         f"{site.url}/closed/nothing": "HTTP 403 Forbidden; yt-dlp: ",
         f"{site.url}/gone": "HTTP 404 Not Found",
         f"{site.url}/soft.mp4": "a web page, not a video",
+        f"{site.url}/list/all": "a web page, not a video; yt-dlp: larger than 1 MB",
+        f"{site.url}/dash/all": "ZeroDivisionError: ",
+        f"{site.url}/drip/all": "too slow: ",
         f"{site.url}/clips/large.mp4": "larger than 1 MB (max_video_mb)",
         "clips/large.mp4": "larger than 1 MB (max_video_mb)",
     }
     pd.DataFrame({"url": list(urls), "caption": "a clip"}).to_csv(tmp_path / "videos.csv", index=False)
-    manifest = download(job(tmp_path / "download", tmp_path / "videos.csv", media=clips, max_bad_share=0.9, max_video_mb=1))
+    manifest = download(job(tmp_path / "download", tmp_path / "videos.csv", media=clips, max_bad_share=0.9, max_video_mb=1, timeout_s=2))
     assert manifest.counts["good"] == 2
     assert {clip.url for clip in manifest.bad} == {url for url, reason in urls.items() if reason}
     for clip in manifest.bad:

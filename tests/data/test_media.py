@@ -403,11 +403,20 @@ def test_json_is_read_as_a_stream_whatever_the_blocks(
         patch.setattr(json_files, "BLOCK_CHARACTERS", block)
         with (folder / "a.json").open() as stream:
             assert list(json_files._items(stream)) == records
+        (folder / "lines.json").write_text("\n".join(json.dumps(record, indent=indent) for record in records))
+        with (folder / "lines.json").open() as stream:
+            assert list(json_files._items(stream)) == records
     shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [('[{"a": 1}, {"a"', "Expecting|Unterminated|ends within"), ("[1]", "is int"), ('[{"a": 1}', "ends within")]
+    ("content", "message"),
+    [
+        ('[{"a": 1}, {"a"', "Expecting|Unterminated|ends within"),
+        ('[{"a": 1}] {"a": 2}', "follows"),
+        ("[1]", "is int"),
+        ('[{"a": 1}', "ends within"),
+    ],
 )
 def test_broken_json_is_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "a.json").write_text(content)

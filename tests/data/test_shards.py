@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import webdataset
 from hypothesis import given
@@ -160,6 +162,7 @@ RULE = FrameRule(gaze.FRAME_PX)
 def raw_download(folder: Path, rows: list[dict], *, rule: FrameRule = RULE) -> Path:
     """What a download leaves, written directly; a row's `grey` is the brightness of its one frame."""
     (folder / "raw" / "0").mkdir(parents=True)
+    outcomes = []
     with tarfile.open(folder / "raw" / "0" / "00000.tar", "w") as archive:
         for number, row in enumerate(rows):
             grey = row.pop("grey", number)
@@ -177,12 +180,14 @@ def raw_download(folder: Path, rows: list[dict], *, rule: FrameRule = RULE) -> P
                 "000.jpg": encode_jpeg(np.full((rule.frame_px, rule.frame_px, 3), grey, np.uint8)),
                 "json": json.dumps(record).encode(),
             }
+            outcomes.append({"row": record["row"], "status": record["status"], "error_message": None})
             if record["status"] != "success":
                 del members["000.jpg"]
             for suffix, content in members.items():
                 info = tarfile.TarInfo(f"{number:08d}.{suffix}")
                 info.size = len(content)
                 archive.addfile(info, io.BytesIO(content))
+    pq.write_table(pa.Table.from_pylist(outcomes), folder / "raw" / "0" / "00000.parquet")
     write_contents(folder)
     files = file_entries(folder, [CONTENT])
     DownloadManifest(
@@ -204,6 +209,20 @@ def test_failed_rows_are_dropped_and_splits_kept(tmp_path):
     assert counted["other", "val"] + counted["other", "train"] == 30
     assert manifest.problems(tmp_path / "shards") == []
     assert set(ShardSet(tmp_path / "shards").rows("train")["task"]) == {"caption"}
+
+
+def test_a_tar_that_lost_samples_is_deleted_and_named(tmp_path):
+    """tarfile takes a header that is not the first and no header for the end."""
+    download = raw_download(tmp_path / "download", [{} for _ in range(4)])
+    tar = download / "raw" / "0" / "00000.tar"
+    with tarfile.open(tar) as archive:
+        place = archive.getmembers()[4].offset
+    with tar.open("r+b") as stream:
+        stream.seek(place)
+        stream.write(b"\xff" * tarfile.BLOCKSIZE)
+    with pytest.raises(RuntimeError, match=r"deleted: raw/0/00000\.tar"):
+        write_contents(download)
+    assert not list((download / "raw" / "0").iterdir())
 
 
 def test_frames_are_stored_as_tiles_where_that_is_asked_for(tmp_path):

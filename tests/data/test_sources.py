@@ -140,6 +140,9 @@ GOOD = {"url": "a.mp4", "caption": "a"}
         ([GOOD | {"conversations": '[[{"question": "q"}]]'}], "conversations, probes or extra are wrong"),
         ([GOOD | {"probes": "[null, null]"}], "conversations, probes or extra are wrong"),
         ([GOOD | {"extra": "[]"}], "extra must be a JSON object"),
+        ([GOOD | {"extra": '{"key": "a", "source": "b"}'}], "extra has key, source, which every sample has of its own"),
+        ([GOOD | {"probes": '[{"choices": ["a", "b"], "answer_index": 0}]'}], "task; Field required"),
+        ([GOOD | {"probes": '[{"task": "t", "choices": ["a", "b"], "answer_index": 2}]'}], "answer_index is 2, of 2 choices"),
         ([GOOD, GOOD | {"url": "az://bucket/a.mp4"}], r"az:// cannot be fetched: 'az://bucket/a\.mp4' \(row 2\)"),
         ([GOOD | {"url": "GS://b/a.mp4"}, GOOD | {"url": "az://b/a.mp4"}], r"az://, gs:// cannot be fetched: .*row 1.*row 2"),
         ([GOOD | {"url": "file://clips/a.mp4"}], r"must be absolute(.|\n)*row 1"),
@@ -239,7 +242,7 @@ def test_one_row_in_so_many_is_taken_over_all_files(tmp_path: Path) -> None:
     for part in (1, 2):
         write(tmp_path / f"part-{part}.csv", [{"url": f"{part}{n}.mp4", "caption": "a", "n": n} for n in range(7)])
     some = source(tmp_path / "part-*.csv", every=3, filter=[{"column": "n", "min": 1}])
-    assert [row["url"][:2] for row in rows_of(some, tmp_path)] == ["13", "16", "23", "26"]
+    assert [row["url"][:2] for row in rows_of(some, tmp_path)] == ["13", "16", "22", "25"]
 
 
 def test_smoltalk_chats(tmp_path: Path) -> None:

@@ -58,29 +58,32 @@ def _lines(stream: TextIO) -> Records:
 
 
 def _items(stream: TextIO) -> Records:
-    """The items of a JSON list, or the one object that the file is, without ever holding all of it."""
+    """The items of a JSON list, or the objects that follow one another, without ever holding all of the file."""
     decoder = json.JSONDecoder()
     text, place, listed, more = "", 0, False, True
+    begun = ended = False  # an item, or the list
     while True:
         while place < len(text) and (text[place].isspace() or (listed and text[place] == ",")):
             place += 1
         if place < len(text):
-            if text[place] == "[" and not listed:
-                listed, place = True, place + 1
+            if ended:
+                raise ValueError("something follows the file's list")
+            if text[place] == "[" and not begun:
+                listed, begun, place = True, True, place + 1
                 continue
             if listed and text[place] == "]":
-                return
+                ended, place = True, place + 1
+                continue
             try:
                 item, place = decoder.raw_decode(text, place)
+                begun = True
                 yield item
-                if not listed:
-                    return
                 continue
             except ValueError:
                 if not more:
                     raise
         elif not more:
-            if listed:
+            if listed and not ended:
                 raise ValueError("the file ends within its list")
             return
         block = stream.read(max(BLOCK_CHARACTERS, len(text) - place))  # doubles for an item of many blocks

@@ -3,14 +3,14 @@
 import json
 import re
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Annotated, Self, cast
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from fvlm_core.data.arrow import pc
 from fvlm_core.data.jobs import Condition
-from fvlm_core.data.rows import COLUMNS, JSON_COLUMNS, SCHEMA, SOURCE_PATTERN, SPLITS
+from fvlm_core.data.rows import COLUMNS, JSON_COLUMNS, SAMPLE_FIELDS, SCHEMA, SOURCE_PATTERN, SPLITS
 from fvlm_core.data.sources import ADAPTERS
 from fvlm_core.data.sources.adapter import Adapter
 
@@ -24,8 +24,23 @@ class TurnText(BaseModel):
     rejected: str = ""
 
 
+class Probe(BaseModel):
+    """What a conversation tests, as multiple choice; it may say more."""
+
+    model_config = ConfigDict(extra="allow")
+    task: str
+    choices: Annotated[list[str], Field(min_length=2)]
+    answer_index: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if self.answer_index >= len(self.choices):
+            raise ValueError(f"answer_index is {self.answer_index}, of {len(self.choices)} choices counted from 0")
+        return self
+
+
 CONVERSATIONS = TypeAdapter(list[list[TurnText]])
-PROBES = TypeAdapter(list[dict[str, Any] | None])
+PROBES = TypeAdapter(list[Probe | None])
 NO_PROBE, NO_EXTRA = "[null]", "{}"
 
 
@@ -139,8 +154,11 @@ def _check_json(columns: dict[str, pa.Array], rows: pa.Array) -> None:
             probes.append(probes_json or json.dumps([None] * len(conversations)))
             if len(PROBES.validate_json(probes[-1])) != len(conversations) or not conversations or not all(conversations):
                 raise ValueError("every conversation needs a turn and a probe or null")
-            if not isinstance(json.loads(extra_json), dict):
+            extra = json.loads(extra_json)
+            if not isinstance(extra, dict):
                 raise ValueError("extra must be a JSON object")
+            if own := [name for name in SAMPLE_FIELDS if name in extra]:
+                raise ValueError(f"extra has {', '.join(own)}, which every sample has of its own")
         except (ValidationError, ValueError) as error:
             reason = re.sub(r"\s*\n\s*", "; ", str(error))
             fix = "see the columns in fvlm_core/data/sources/user.py"

@@ -63,9 +63,10 @@ def read_source(source: Source, files: Sequence[Path], archives: Archives | None
 
     `archives`: those of the source, where its media are looked for first.
     """
-    adapter, left, places = ADAPTERS[source.format], source.limit, _places(files)
+    adapter, left, places, before = ADAPTERS[source.format], source.limit, _places(files), 0
     for file in files:
-        for part in _read_file(source, adapter, file, places[file], archives):
+        for part in _read_file(source, adapter, file, places[file], archives, before):
+            before += part.read
             if left is None:
                 yield part
                 continue
@@ -88,7 +89,8 @@ def _places(files: Sequence[Path]) -> dict[Path, str]:
     return {file: path.relative_to(top).as_posix() for file, path in whole.items()}
 
 
-def _read_file(source: Source, adapter: Adapter, file: Path, place: str, archives: Archives | None) -> Iterator[Part]:
+def _read_file(source: Source, adapter: Adapter, file: Path, place: str, archives: Archives | None, before: int) -> Iterator[Part]:
+    """`before`: rows of the files before it, which `every` counts too."""
     replacing = [name for names in adapter.instead.values() for name in names]
     wanted = dict.fromkeys([*adapter.required, *replacing, *adapter.optional, *(condition.column for condition in source.filter)])
     first, media = 1, None
@@ -99,7 +101,7 @@ def _read_file(source: Source, adapter: Adapter, file: Path, place: str, archive
         try:
             met = meets(batch, source.filter)
             if source.every > 1:
-                met = pc.and_(met, pa.array((numbers.to_numpy() - 1) % source.every == 0))
+                met = pc.and_(met, pa.array((before + numbers.to_numpy() - 1) % source.every == 0))
             chosen, kept = batch.filter(met), numbers.filter(met)
             ours = adapter.rows(chosen)
             of = ours.column(OF) if OF in ours.schema.names else pa.array(np.arange(chosen.num_rows))

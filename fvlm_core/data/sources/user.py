@@ -7,8 +7,8 @@
 | split | train, val, or empty: decided by a hash of its frames | empty |
 | conversations | a list of conversations, each a list of {question, answer}; the last may have {rejected} too, an answer \
 that is worse. With it, `caption` may be left out | the source's prompt and the caption |
-| probes | per conversation null or {task, choices, answer_index, cells} | null |
-| extra | further fields of the sample | {} |
+| probes | per conversation null or {task, choices, answer_index (from 0)} and what else it is to carry | null |
+| extra | further fields of the sample; not `key`, `source` and the others that every sample has | {} |
 
 A `url` is an http(s) address or a file: `file:///...`, an absolute path, one that starts at the table's folder (or at `media`), or the name
 of a file in one of the source's `archives`. `#t=10,20` at its end means these seconds of the video. Several images of one sample are a list
