@@ -1,7 +1,7 @@
 """Checks a folder of shards completely: every digest, every entry of the index, every frame and text behind it."""
 
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ class Verified(Settings):
     """A line each: the file, the sample where it is one, and the reason."""
 
 
-def verify(folder: Path, *, on_shard: Callable[[int, int], None] = lambda done, total: None) -> Verified:
-    """Read everything in a folder of shards. `on_shard` gets the shards that are done and how many there are.
+def verify(folder: Path) -> Verified:
+    """Read everything in a folder of shards.
 
     Raises UserError for a folder without a manifest, or without an index that can be read at all.
     """
@@ -41,9 +41,8 @@ def verify(folder: Path, *, on_shard: Callable[[int, int], None] = lambda done, 
     rows: Frame = pd.concat([shards.rows(split) for split in SPLITS])
     places = pq.read_table(folder / INDEX_FILE, columns=list(PLACES))
     by_shard = rows.groupby("shard", sort=True)
-    for done, (name, mine) in enumerate(by_shard, 1):
+    for name, mine in by_shard:
         problems += [f"{name}: {problem}" for problem in _shard_problems(shards, str(name), mine, places)]
-        on_shard(done, len(by_shard))
     named = {entry.path for entry in manifest.files if entry.path.endswith(".tar")}
     problems += [f"{name}: its samples are not in the index" for name in sorted(named - set(rows["shard"]))]
     problems += list(_count_problems(manifest, rows))

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from fvlm_core.data.frames import ClipError, FrameRule, extract_frames
+from fvlm_core.eval.stills import as_shown
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 VIDEO_SUFFIXES = (".mp4", ".MP4", ".mkv", ".webm", ".avi", ".mov", ".gif")
@@ -206,7 +207,7 @@ def _content(path: "Picture") -> bytes:
 def _picture(content: bytes, side: int) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return _square(image.convert("RGB"), side)
+            return _square(as_shown(image), side)
     except (UnidentifiedImageError, OSError, ValueError) as error:
         raise ClipError(f"not a readable image: {error}") from error
 

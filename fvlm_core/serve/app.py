@@ -10,13 +10,13 @@ import hmac
 import json
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Generator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from hashlib import sha256
 from http import HTTPStatus
 from pathlib import Path
-from threading import Lock, Semaphore
+from threading import Event, Lock, Semaphore
 from typing import Any
 from uuid import uuid4
 
@@ -36,7 +36,7 @@ from fvlm_core.serve.answering import TextPieces
 from fvlm_core.serve.chat_request import ChatRequest, understand
 from fvlm_core.serve.decode import Kind, decode
 from fvlm_core.serve.fetch import read_url
-from fvlm_core.serve.limits import MB, Limits, RefusedError
+from fvlm_core.serve.limits import MB, GoneError, Limits, RefusedError
 from fvlm_core.serve.load import checked_mode
 
 PAGE = Path(__file__).with_name("page.html")
@@ -93,19 +93,22 @@ class Server:
             where = ".".join(str(place) for place in first["loc"])
             raise RefusedError(f"{where or 'the body'}: {first['msg']}") from error
 
-    def frames_of(self, url: str, kind: Kind) -> np.ndarray:
-        """The frames of an address; called in a thread. Raises RefusedError."""
+    def frames_of(self, url: str, kind: Kind, *, gone: Event) -> np.ndarray:
+        """The frames of an address; called in a thread. `gone` is set when nobody waits for them any more. Raises RefusedError."""
+        if gone.is_set():
+            raise GoneError
         content = read_url(url, self.limits)
         key = f"{kind} {sha256(content).hexdigest()}"
         with self.lock:
             mine = self.decoding.setdefault(key, Lock())
         try:
-            with mine:  # who brings the same at the same time waits for it
+            with _taken(mine, gone):  # who brings the same at the same time waits for it
                 if (found := self.media.get(key)) is None:
-                    with self.decoders:
-                        found = decode(content, kind, self.answerer.rule, self.limits)
+                    with _taken(self.decoders, gone):
+                        found = decode(content, kind, self.answerer.rule, self.limits, gone)
                 with self.lock:
                     self.media[key] = found
+                    self.media.move_to_end(key)  # also where it was found: what is asked about again and again stays
                     if len(self.media) > KEPT_MEDIA:
                         self.media.popitem(last=False)
         finally:
@@ -122,8 +125,16 @@ class Server:
             mode = checked_mode(self.answerer, body.mode)
         except UserError as error:
             raise RefusedError(f"{error.what}; {error.fix}") from error
-        work = partial(understand, body, self.answerer, self.limits, self.frames_of)
-        asked = await anyio.to_thread.run_sync(work, limiter=self.threads)
+        gone = Event()
+        work = partial(understand, body, self.answerer, self.limits, partial(self.frames_of, gone=gone))
+        understanding = asyncio.create_task(anyio.to_thread.run_sync(work, limiter=self.threads))
+        try:
+            while not (await asyncio.wait([understanding], timeout=HEARTBEAT_S))[0]:
+                if await request.is_disconnected():
+                    gone.set()  # the thread is waited for: while it holds what was sent, the request counts
+        finally:
+            gone.set()
+        asked = understanding.result()
         events: asyncio.Queue[engine.Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         asking = engine.Request(
@@ -210,7 +221,7 @@ class Asking:
                 self.look_at = now + HEARTBEAT_S
                 if await self.request.is_disconnected():
                     self.asking.cancelled = True
-                    raise RefusedError("the client has gone", HTTPStatus.REQUEST_TIMEOUT)
+                    raise GoneError
             try:
                 return await asyncio.wait_for(self.events.get(), self.look_at - now)
             except TimeoutError:
@@ -317,6 +328,20 @@ def create_app(answerer: FoveatedAnswerer, limits: Limits | None = None, *, api_
                 server.inside -= 1
 
     return app
+
+
+@contextmanager
+def _taken(place: "Lock | Semaphore", gone: Event) -> Generator[None]:
+    """Wait for a lock or a place, and hold it. Raises GoneError where the client goes meanwhile."""
+    while not place.acquire(timeout=HEARTBEAT_S):
+        if gone.is_set():
+            raise GoneError
+    try:
+        if gone.is_set():  # a place that comes late
+            raise GoneError
+        yield
+    finally:
+        place.release()
 
 
 def _error(error: RefusedError) -> dict[str, Any]:

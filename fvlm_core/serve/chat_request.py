@@ -10,7 +10,7 @@ from http import HTTPStatus
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fvlm_core.data.batch import ChatFormat, Sample, Turn
 from fvlm_core.data.tokenizer import TURN_END, TURN_START
@@ -96,6 +96,11 @@ class ChatRequest(BaseModel):
     gaze: bool = False
     """Return the frames and where the model looks in them."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_left_out(cls, given: Any) -> Any:
+        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
+
     @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -155,7 +160,9 @@ def understand(request: ChatRequest, answerer: FoveatedAnswerer, limits: Limits,
     )
     if sampling.max_new_tokens > limits.new_tokens:
         raise RefusedError(f"an answer of {sampling.max_new_tokens} tokens; this server gives at most {limits.new_tokens}")
-    text_tokens = len(chat.system) + sum(len(turn.question_ids) + len(turn.answer_ids) + 8 for turn in turns)
+    around = len(chat.user_open) + len(chat.user_close) + len(chat.assistant_open)
+    text_tokens = len(chat.system) + sum(around + len(turn.question_ids) + len(turn.answer_ids) for turn in turns)
+    text_tokens += len(chat.assistant_close) * sum(bool(turn.answer_ids) for turn in turns)  # none after the answer that begins
     _check_length(text_tokens + sampling.max_new_tokens, answerer)
     loaded = [frames_of(_address(part), URLS[part.type]) for part in addressed]
     if (distinct := sum(map(len, loaded))) > limits.frames_at_once:

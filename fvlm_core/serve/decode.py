@@ -10,8 +10,10 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from http import HTTPStatus
+from threading import Event, Thread
 from typing import Literal
 
 import numpy as np
@@ -19,16 +21,20 @@ from PIL import Image
 
 from fvlm_core.data.frames import ClipError, FrameRule, extract_frames
 from fvlm_core.eval.media import Images
-from fvlm_core.serve.limits import MB, Limits, RefusedError
+from fvlm_core.serve.limits import MB, GoneError, Limits, RefusedError
 
 Kind = Literal["video", "image"]
 FRAMES, REFUSED = b"frames\n", b"refused\n"
 """How the process begins its answer."""
 LENGTH_TOLERANCE_S = 1.0
+LOOK_S = 0.2
+"""How often a process that decodes is looked at: does somebody still wait for it?"""
+FRAME_COPIES = 2
+"""How often a process holds the shown frames at once: one by one, and joined."""
 
 
-def decode(content: bytes, kind: Kind, rule: FrameRule, limits: Limits) -> np.ndarray:
-    """The frames [T, frame_px, frame_px, 3] of a video, or the one of a picture. Raises RefusedError."""
+def decode(content: bytes, kind: Kind, rule: FrameRule, limits: Limits, gone: Event) -> np.ndarray:
+    """The frames [T, frame_px, frame_px, 3] of a video, or the one of a picture. Raises RefusedError, GoneError once `gone` is set."""
     if not content:
         raise RefusedError(f"the {kind} is empty")
     if container_of(content, kind) is None:
@@ -36,18 +42,38 @@ def decode(content: bytes, kind: Kind, rule: FrameRule, limits: Limits) -> np.nd
         raise RefusedError(f"not a {kind} of a known format ({known})", HTTPStatus.UNSUPPORTED_MEDIA_TYPE, code="unsupported_media")
     settings = {"kind": kind, "rule": asdict(rule), "limits": asdict(limits)}
     command = [sys.executable, "-m", "fvlm_core.serve.decode", json.dumps(settings)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    too_much = RefusedError(f"the {kind} takes too much time or memory to decode", HTTPStatus.UNPROCESSABLE_ENTITY, code="unreadable_media")
-    try:
-        done = subprocess.run(command, input=content, capture_output=True, timeout=limits.decode_s, env=environment, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise too_much from error
-    if done.stdout.startswith(FRAMES):
-        return np.load(io.BytesIO(done.stdout[len(FRAMES) :]), allow_pickle=False)
-    if done.stdout.startswith(REFUSED):
-        message, status = json.loads(done.stdout[len(REFUSED) :])
+    said = _output(command, content, limits.decode_s, gone)
+    if said.startswith(FRAMES):
+        return np.frombuffer(said, np.uint8, offset=len(FRAMES)).reshape(-1, rule.frame_px, rule.frame_px, 3).copy()
+    if said.startswith(REFUSED):
+        message, status = json.loads(said[len(REFUSED) :])
         raise RefusedError(message, HTTPStatus(status), code="unreadable_media")
-    raise too_much
+    what = f"the {kind} takes too much time or memory to decode"
+    raise RefusedError(what, HTTPStatus.UNPROCESSABLE_ENTITY, code="unreadable_media")
+
+
+def _output(command: list[str], content: bytes, seconds: float, gone: Event) -> bytes:
+    """What a process makes of its input; nothing where it fails or takes longer. Raises GoneError once `gone` is set."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    pipe, ends, done = subprocess.PIPE, time.monotonic() + seconds, Event()
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=environment) as process:
+
+        def watch() -> None:
+            while not done.wait(LOOK_S):
+                if gone.is_set() or time.monotonic() > ends:
+                    process.kill()
+                    return
+
+        watcher = Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            said = process.communicate(content)[0]
+        finally:
+            done.set()
+            watcher.join()
+    if gone.is_set():
+        raise GoneError
+    return said if process.returncode == 0 else b""
 
 
 def container_of(content: bytes, kind: Kind) -> str | None:
@@ -86,7 +112,8 @@ def _main() -> None:
     """Decode what comes on standard input, by the settings in the first argument, within its limits."""
     settings = json.loads(sys.argv[1])
     limits, rule = Limits(**settings["limits"]), FrameRule(**settings["rule"])
-    memory, seconds = limits.decode_mb * MB, limits.decode_s
+    shown = rule.max_frames * rule.frame_px**2 * 3
+    memory, seconds = limits.decode_mb * MB + FRAME_COPIES * shown, limits.decode_s
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
@@ -99,9 +126,9 @@ def _main() -> None:
     except RefusedError as error:
         sys.stdout.buffer.write(REFUSED + json.dumps([error.message, int(error.status)]).encode())
         return
-    buffer = io.BytesIO()
-    np.save(buffer, frames)
-    sys.stdout.buffer.write(FRAMES + buffer.getvalue())
+    sys.stdout.buffer.write(FRAMES)
+    for frame in frames:  # all at once may be more than the 2 GiB that one write takes
+        sys.stdout.buffer.write(frame.tobytes())
 
 
 def _image(content: bytes, rule: FrameRule, pixels: int) -> np.ndarray:
@@ -135,6 +162,8 @@ def _video(content: bytes, rule: FrameRule, pixels: int, video_s: float) -> np.n
             raise RefusedError(what, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
         return found.pixels
     except (ClipError, av.error.FFmpegError, ValueError) as error:
+        if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):  # ffmpeg met the limit; the video may be good
+            raise MemoryError from error
         reason = str(error) if isinstance(error, ClipError) else "it cannot be decoded"
         raise RefusedError(f"not a readable video: {reason}", HTTPStatus.UNPROCESSABLE_ENTITY) from error
 

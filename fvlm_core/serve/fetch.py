@@ -107,7 +107,7 @@ def _fetch(url: str, limits: Limits) -> bytes:
             answer = _get(pool, url, deadline, limits)
             if isinstance(answer, bytes):
                 return answer
-            url = urljoin(url, answer)
+            url = answer
     raise RefusedError(f"the address redirects more than {REDIRECTS} times")
 
 
@@ -127,7 +127,7 @@ def _get(pool: httpcore.ConnectionPool, url: str, deadline: float, limits: Limit
         with pool.stream("GET", target, headers=headers, extensions={"timeout": timeouts}) as response:
             location = next((value for name, value in response.headers if name.lower() == b"location"), None)
             if response.status in REDIRECTING and location:
-                return location.decode(errors="surrogateescape")
+                return urljoin(url, location.decode(errors="surrogateescape"))
             if response.status != HTTPStatus.OK:
                 raise RefusedError(f"the address answers with status {response.status}")
             return _content(response, limits)

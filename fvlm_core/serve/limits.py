@@ -33,7 +33,7 @@ class Limits:
     decode_s: int = 60
     """For decoding a video or picture."""
     decode_mb: int = 2000
-    """Memory for it."""
+    """Memory for it, beside the frames that are shown."""
     allow_internal: bool = False
     """Addresses may lead to this machine and its private networks."""
 
@@ -53,3 +53,10 @@ class RefusedError(Exception):
     def __init__(self, message: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST, *, code: str = "invalid_request") -> None:
         super().__init__(message)
         self.message, self.status, self.code = message, status, code
+
+
+class GoneError(RefusedError):
+    """Nobody waits for the answer any more."""
+
+    def __init__(self) -> None:
+        super().__init__("the client has gone", HTTPStatus.REQUEST_TIMEOUT)

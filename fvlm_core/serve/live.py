@@ -1,7 +1,8 @@
 """Frames of a source that has no end, or is not to be held in memory: a file, a camera or a stream's address, so many per second.
 
-One picture is decoded at a time. Those of a file are the ones that `fvlm_core.data.frames` chooses; a source that does not wait (a camera,
-an address) has a thread that reads on while a frame is looked at, and of frames that come meanwhile only the newest is kept.
+One picture is decoded at a time. Those of a file are the ones that `fvlm_core.data.frames` would choose without a limit, and one more where
+the video ends between two moments: a stream knows no length, so a second that begins is shown. A source that does not wait (a camera, an
+address) has a thread that reads on while a frame is looked at, and of frames that come meanwhile only the newest is kept.
 """
 
 import queue

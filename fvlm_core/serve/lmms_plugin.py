@@ -30,6 +30,7 @@ from fvlm_core.eval.jobs import Original
 from fvlm_core.eval.media import NO_MEDIA, Images, Source
 from fvlm_core.eval.ranks import Ranks
 from fvlm_core.eval.records import ItemRecord, Said, option_scores, rounded
+from fvlm_core.eval.stills import as_shown
 from fvlm_core.serve.load import open_model
 
 Answer = Literal["letter", "text", "generate"]
@@ -66,7 +67,9 @@ class FVLM(lmms):
             if value not in known:
                 raise _refused(f"{name} is {value!r}", f"choose of {', '.join(known)}")
         chosen = device or (f"cuda:{Ranks.of(os.environ).local}" if torch.cuda.is_available() else "cpu")
-        self.answerer = open_model(pretrained, torch.device(chosen), original=Original(vision=vision, llm=llm))
+        self.device = torch.device(chosen)
+        """Where lmms-eval's processes, which share the documents, tell each other how many they have."""
+        self.answerer = open_model(pretrained, self.device, original=Original(vision=vision, llm=llm))
         (self.condition,) = self.answerer.conditions([order], [mode], controls=False)
         self.answer = answer
         self._opened: tuple[str, Opened] | None = None
@@ -163,7 +166,7 @@ def _source(visuals: list[Any], name: str) -> tuple[Source, str]:
 
 def _png(image: Image) -> bytes:
     stream = io.BytesIO()
-    image.convert("RGB").save(stream, "PNG")
+    as_shown(image).save(stream, "PNG")
     return stream.getvalue()
 
 

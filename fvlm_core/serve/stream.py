@@ -19,13 +19,9 @@ from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.model.inference import continue_greedily
 from fvlm_core.model.long_cache import LongCache, RoundedCache
 
-WhenFull = Literal["error", "slide", "thin"]
+WhenFull = Literal["slide", "thin"]
 FIRST_CAPACITY = 256
 """Tokens that a new stream's KV cache has room for; doubled whenever it is outgrown."""
-
-
-class ContextFullError(RuntimeError):
-    """The stream has reached the language model's context and has to keep everything."""
 
 
 class FrameStream:
@@ -75,7 +71,7 @@ class FrameStream:
 
     @torch.no_grad()
     def push(self, frame: np.ndarray | Tensor) -> None:
-        """Look at the next frame, uint8 [H, W, 3]. Raises ContextFullError with `when_full="error"`."""
+        """Look at the next frame, uint8 [H, W, 3]."""
         if self.length + self.k > self.limit:
             self._make_room()
         features = self.model.encode(torch.as_tensor(frame)[None].to(self.device))
@@ -126,8 +122,6 @@ class FrameStream:
             self.cache.grow(max(tokens, 2 * self.cache.starts[-1]))
 
     def _make_room(self) -> None:
-        if self.when_full == "error":
-            raise ContextFullError(f"{len(self.tokens)} frames fill the context of {self.limit} tokens; use when_full='slide' or 'thin'")
         self.tokens = self.tokens[len(self.tokens) // 2 :] if self.when_full == "slide" else self.tokens[::2]
         self._reread()
 

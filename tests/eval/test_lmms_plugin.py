@@ -140,6 +140,18 @@ def test_lmms_eval_says_what_fvlm_eval_says_question_by_question(
         assert reason in output
 
 
+def test_processes_that_share_the_documents_know_where_to_meet(model_folder: Path):
+    """With several of them lmms-eval gathers their counts on the model's device; how it deals out documents is its own affair."""
+    program = (
+        "from lmms_eval import models; from fvlm_core.serve.lmms_plugin import FVLM; "
+        f"print(FVLM(pretrained={str(model_folder)!r}, device='cpu').device)"
+    )
+    command = [PROGRAM.with_name("python"), "-c", program]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=100)
+    assert done.stdout == "cpu\n", done.stderr[-3000:]
+
+
 def read(folder: Path) -> tuple[float, list[str]]:
     """The accuracy, and the answers in the order of the documents."""
     (results,) = folder.rglob("*_results.json")

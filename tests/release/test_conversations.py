@@ -1,5 +1,7 @@
 """Conversations of texts, pictures and videos: their layout is training's, whatever they are given as."""
 
+import base64
+import io
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +16,9 @@ from PIL import Image
 
 from fvlm_core.data.batch import NO_SOURCE, Sample, Turn, pack
 from fvlm_core.data.clips import encode_mp4
+from fvlm_core.data.frames import FrameRule, extract_frames
 from fvlm_core.data.tokenizer import END_OF_TEXT, chat_format, encode, train_tokenizer
+from fvlm_core.eval.media import Images
 from fvlm_core.release.hub.padded import packed_batch
 from fvlm_core.release.hub.processing_fvlm import FVLMProcessor
 
@@ -187,3 +191,32 @@ def test_videos_and_pictures_of_every_kind_become_the_same_frames(site):
         tensor[2].permute(2, 0, 1),
     ):
         np.testing.assert_array_equal(processor().square(picture), expected[2])
+
+
+GREYS = np.arange(SIDE * SIDE, dtype=np.uint8).reshape(SIDE, SIDE)
+
+
+def as_png(array: np.ndarray, exif: bytes) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG", exif=exif)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(("greys", "orientation"), [(GREYS, 6), (GREYS, 8), (GREYS.astype(np.uint16) * 335, 3)])
+def test_a_picture_is_shown_as_training_shows_it(greys, orientation, tmp_path):
+    """Upright and of 8 bits: in evaluation and to the server, and by the processor from a file, in base64 or opened."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = as_png(greys, exif.tobytes())
+    (expected,) = extract_frames(content, FrameRule(SIDE)).pixels
+    assert len(np.unique(expected)) == SIDE * SIDE
+    np.testing.assert_array_equal(Images((content,)).load(FrameRule(SIDE), 1).frames[0], expected)
+    (tmp_path / "picture.png").write_bytes(content)
+    for picture in (tmp_path / "picture.png", base64.b64encode(content).decode(), Image.open(io.BytesIO(content))):
+        np.testing.assert_array_equal(processor().square(picture), expected)
+
+
+def test_a_picture_that_does_not_say_how_it_was_held_is_shown_as_it_is():
+    np.testing.assert_array_equal(processor().square(Image.open(io.BytesIO(as_png(GREYS, b"no EXIF"))))[..., 0], GREYS)
+    with pytest.raises(ValueError, match=r"neither a picture's file, .*: 'missing\.png'"):
+        processor().square("missing.png")

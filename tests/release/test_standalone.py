@@ -2,10 +2,12 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
+from fvlm_core.release import html
 from fvlm_core.release.standalone import Module, _reach, export
 
 
@@ -46,6 +48,23 @@ def test_entry_files_import_all_they_need_themselves(folder):
             found |= new
             waiting.extend(new)
         assert relative_imports(folder / f"{root}.py") == found
+
+
+def test_the_card_names_every_package_that_is_imported(folder):
+    """Also those for videos: transformers imports all the files, and asks for what they import at their top."""
+    packages: set[str] = set()
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                packages |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                packages.add(str(node.module).partition(".")[0])
+    card = Path(html.__file__).with_name(html.TEMPLATES) / "card.md.j2"
+    (needs,) = (line for line in card.read_text().splitlines() if line.startswith("Needs "))
+    brought = {"numpy", "httpx"}  # by transformers
+    for package in packages - sys.stdlib_module_names - brought:
+        assert f"`{package.replace('PIL', 'pillow')}" in needs
+    assert "for video" not in needs
 
 
 def test_docstrings_of_constants_and_comments_above_travel(folder):

@@ -133,7 +133,13 @@ def test_fetching_has_limits(site):
     assert read_url(f"{site}/clip.mp4?a=b#part", INSIDE) == b"/clip.mp4?a=b"
     assert Site.asked[-1][1] == site.removeprefix("http://")
     often = "/to/" + "/to/".join([site] * 4) + "/end"
-    for path, message in (("/missing", "status 404"), ("/large", "larger than 1 MB"), ("/hang", "did not answer"), (often, "more than 3")):
+    for path, message in (
+        ("/missing", "status 404"),
+        ("/large", "larger than 1 MB"),
+        ("/hang", "did not answer"),
+        (often, "more than 3"),
+        ("/to/http://[bad", "cannot be fetched"),
+    ):
         with pytest.raises(RefusedError, match=message):
             read_url(f"{site}{path}", INSIDE)
 

@@ -1,12 +1,17 @@
 """The server through OpenAI's own client and over plain HTTP: answers equal to single use, limits, refusals, and it lives on."""
 
+import errno
 import json
+import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from io import BytesIO
 
+import av.error
 import httpx
 import numpy as np
 import pytest
@@ -15,16 +20,22 @@ from PIL import Image
 from benchmarks.bad_uploads import bad_uploads
 from benchmarks.chat_server import about, data_url, running
 from fvlm_core.data.batch import Sample, Turn
+from fvlm_core.data.clips import encode_mp4
+from fvlm_core.data.frames import ClipError, FrameRule
 from fvlm_core.serve import app as app_module
+from fvlm_core.serve import decode as decode_module
 from fvlm_core.serve.answering import Answering, Sampling
 from fvlm_core.serve.app import Server, create_app
-from fvlm_core.serve.chat_request import ChatRequest, understand
+from fvlm_core.serve.chat_request import Asked, ChatRequest, understand
+from fvlm_core.serve.decode import decode
 from fvlm_core.serve.engine import Engine, Event, Failed, Progress, Request
 from fvlm_core.serve.limits import Limits, RefusedError
 from fvlm_core.serve.session import Session, gaze, open_media
 from tests.serve.conftest import clip
 
 LIMITS = Limits(upload_mb=1, video_s=60, running=4, waiting=8, new_tokens=64, decode_s=20, pixels=1_000_000)
+
+NOBODY_GONE = threading.Event()
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +139,10 @@ def test_a_stop_text_at_the_beginning_of_the_answer_is_found(client, answerer, r
 def test_fields_that_ask_for_nothing_change_nothing(address, answerer, root, url):
     body = {"model": answerer.name, "messages": about(url, "Which digits?"), "max_tokens": 12}
     body |= {"frequency_penalty": 0, "presence_penalty": 0.0, "min_p": 0, "top_k": -1, "repetition_penalty": 1.0}
-    answer = httpx.post(f"{address}/v1/chat/completions", json=body | {"temperature": 1e-40, "seed": 2**64 - 1})
-    assert answer.json()["choices"][0]["message"]["content"] == alone(root, answerer, "Which digits?")
+    nulls = ("seed", "temperature", "top_p", "n", "stream", "stream_options", "stop", "max_completion_tokens", "gaze", "mode", "logprobs")
+    for more in ({"temperature": 1e-40, "seed": 2**64 - 1}, dict.fromkeys(nulls)):
+        answer = httpx.post(f"{address}/v1/chat/completions", json=body | more)
+        assert answer.json()["choices"][0]["message"]["content"] == alone(root, answerer, "Which digits?")
 
 
 def test_more_frames_than_are_encoded_together_are_refused(answerer):
@@ -139,6 +152,21 @@ def test_more_frames_than_are_encoded_together_are_refused(answerer):
     assert len(understand(ChatRequest.model_validate(body), answerer, Limits(frames_at_once=10), lambda *_: frames).sample.frames) == 10
     with pytest.raises(RefusedError, match="10 frames; this server takes 9 in a request"):
         understand(ChatRequest.model_validate(body), answerer, Limits(frames_at_once=9), lambda *_: frames)
+
+
+@pytest.mark.parametrize("turns", [1, 12])
+def test_what_fills_the_context_is_taken_and_a_token_more_is_not(answerer, turns):
+    messages = [{"role": role, "content": "2"} for _ in range(turns) for role in ("user", "assistant")][:-1]
+
+    def asked(most: int) -> Asked:
+        request = ChatRequest.model_validate({"model": "m", "messages": messages, "max_tokens": most})
+        return understand(request, answerer, Limits(), lambda *_: np.zeros(0))
+
+    prompt = answerer.subject.pack([asked(1).sample]).lengths[0]
+    room = answerer.subject.model.llm.config.max_position_embeddings - prompt
+    assert asked(room).sampling.max_new_tokens == room
+    with pytest.raises(RefusedError, match="the model's context has"):
+        asked(room + 1)
 
 
 def test_many_clients_at_once_get_what_they_get_alone(client, answerer, root, url):
@@ -272,6 +300,34 @@ def test_who_leaves_is_noticed_while_the_answer_grows(answerer, url, monkeypatch
     assert len(steps) < 40
 
 
+def test_who_leaves_while_a_video_is_decoded_frees_the_place(answerer, monkeypatch, tmp_path):
+    """More clients than decoders, and a decoder that would take until its limit: it is ended."""
+    endless = tmp_path / "python"
+    endless.write_text('#!/bin/sh\necho > "$0.$$"\nexec sleep 60\n')
+    endless.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(endless))
+    monkeypatch.setattr(app_module, "HEARTBEAT_S", 0.1)
+
+    def leave(address: str, n: int) -> None:
+        body = {"model": answerer.name, "messages": about(data_url(clip(1, seed=n)), "Why?")}
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{address}/v1/chat/completions", json=body, timeout=1)
+
+    clients = app_module.DECODERS + 1
+    with running(create_app(answerer, Limits(running=1, waiting=2))) as address:
+        with ThreadPoolExecutor(clients) as pool:
+            list(pool.map(partial(leave, address), range(clients)))
+        limit = time.monotonic() + 20
+        while httpx.get(f"{address}/health").json()["inside"] and time.monotonic() < limit:
+            time.sleep(0.01)
+        assert httpx.get(f"{address}/health").json()["inside"] == 0
+    started = [int(path.name.rpartition(".")[2]) for path in tmp_path.glob("python.*")]
+    assert started
+    for process in started:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+
+
 def test_a_key_is_asked_for(answerer, openai_client):
     with running(create_app(answerer, LIMITS, api_key="secret")) as address:
         assert httpx.get(f"{address}/").status_code == 200
@@ -284,9 +340,32 @@ def test_a_key_is_asked_for(answerer, openai_client):
 def test_equal_videos_are_decoded_once_and_shared(answerer, url):
     server = Server(answerer, LIMITS, None)
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: server.frames_of(url, "video"), range(4)))
+        found = list(pool.map(lambda _: server.frames_of(url, "video", gone=NOBODY_GONE), range(4)))
     assert all(frames is found[0] for frames in found)
-    assert server.frames_of(data_url(clip(5, seed=1)), "video") is not found[0]
+    assert server.frames_of(data_url(clip(5, seed=1)), "video", gone=NOBODY_GONE) is not found[0]
+
+
+def test_a_video_that_is_asked_about_again_and_again_stays(answerer, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(app_module, "decode", lambda content, *_: decoded.append(content) or np.zeros((1, 42, 42, 3), np.uint8))
+    server = Server(answerer, LIMITS, None)
+    for n in range(2 * app_module.KEPT_MEDIA):
+        for name in (n, "again"):
+            server.frames_of(f"data:,{name}", "video", gone=NOBODY_GONE)
+    assert decoded.count(b"again") == 1
+    assert len(server.media) == app_module.KEPT_MEDIA
+
+
+def test_large_frames_have_memory_of_their_own(monkeypatch):
+    rule, content = FrameRule(1792, max_frames=40), encode_mp4(np.zeros((40, 16, 16, 3), np.uint8))
+    assert decode(content, "video", rule, Limits(decode_mb=600), NOBODY_GONE).shape == (40, 1792, 1792, 3)
+
+    def too_large(*_: object) -> None:
+        raise ClipError("not a readable video") from av.error.MemoryError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(decode_module, "extract_frames", too_large)
+    with pytest.raises(MemoryError):  # which is reported as the limit, not as a bad video
+        decode_module._video(content, rule, LIMITS.pixels, LIMITS.video_s)
 
 
 def test_a_request_that_breaks_a_pass_ends_nothing_else(answerer, root):

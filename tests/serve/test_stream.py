@@ -6,7 +6,7 @@ import torch
 
 from fvlm_core.data.batch import Sample, Turn, pack
 from fvlm_core.model.inference import generate, read_batch
-from fvlm_core.serve.stream import ContextFullError, FrameStream
+from fvlm_core.serve.stream import FrameStream
 from tests.model.build import CHAT, FRAME_PX, tiny_model
 
 STOP = CHAT.assistant_close[:1]
@@ -85,13 +85,7 @@ def test_a_full_context_forgets_as_asked_and_reads_on(when_full, kept):
     torch.testing.assert_close(fresh.hidden[-1], stream.hidden[-1])
 
 
-def test_keeping_everything_is_an_error_when_it_cannot_be_kept():
-    stream = FrameStream(tiny_model(), CHAT, context=9, reserve=2, when_full="error")
-    *fitting, next_one = clip(4)
-    for frame in fitting:
-        stream.push(frame)
-    with pytest.raises(ContextFullError, match="3 frames fill the context of 7 tokens"):
-        stream.push(next_one)
+def test_what_cannot_stream_is_refused():
     with pytest.raises(ValueError, match="no room for two frames"):
         FrameStream(tiny_model(), CHAT, context=9, reserve=5)
     with pytest.raises(ValueError, match="cannot stream"):

@@ -5,6 +5,9 @@
 A video becomes one square frame per second (at most `max_frames`, evenly spaced where it is longer), as in training.
 """
 
+import base64
+import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +17,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
-from transformers.image_utils import load_image
 
 from fvlm_core.data.frames import FrameRule, extract_frames
 from fvlm_core.data.tokenizer import CHAT_TEMPLATE, END_OF_TEXT, TURN_START, chat_format, encode
+from fvlm_core.eval.stills import as_shown
 from fvlm_core.release.hub.conversation import Row, lay_out, normalised, source
 from fvlm_core.release.hub.padded import NO_FRAME
 
 TIMEOUT_S = 60
+"""For an address to answer."""
 ROUNDING = 1e-3
 """By so much may a float of a picture be above 1."""
-"""For an address to answer."""
 CONTENTS = (
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
     "{{ part['text'] if part['type'] == 'text' else '<' + part['type'] + '>' }}{% endfor %}{% endif %}"
@@ -174,8 +177,8 @@ class FVLMProcessor(ProcessorMixin):
         `picture`: the path or http address of a file, base64, a PIL image, or an array or tensor [H, W, 3] or [3, H, W].
         """
         if isinstance(picture, str | Path):
-            picture = load_image(str(picture), timeout=TIMEOUT_S)
-        image = (picture if isinstance(picture, Image.Image) else Image.fromarray(_pixels(picture))).convert("RGB")
+            picture = _picture(str(picture))
+        image = as_shown(picture if isinstance(picture, Image.Image) else Image.fromarray(_pixels(picture)))
         side, (width, height) = self.frame_px, image.size
         scale = side / min(width, height)
         if scale != 1:
@@ -240,6 +243,19 @@ def _content(address: str) -> bytes:
     if not address.lower().startswith(("http://", "https://")):
         return Path(address).read_bytes()
     return httpx.get(address, follow_redirects=True, timeout=TIMEOUT_S).raise_for_status().content
+
+
+def _picture(address: str) -> Image.Image:
+    """The picture in a file on disk, behind an http address, or in base64. Raises ValueError for text that is none of these.
+
+    As stored: transformers' `load_image` would have brought it to 8 bits already.
+    """
+    if address.lower().startswith(("http://", "https://")) or os.path.isfile(address):
+        return Image.open(io.BytesIO(_content(address)))
+    try:
+        return Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2] if address.startswith("data:") else address)))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"neither a picture's file, nor its http address, nor base64: {address[:80]!r}") from error
 
 
 def _single(image: Any) -> Any:
