@@ -77,8 +77,8 @@ def make_clips(job: ClipJob) -> ClipManifest:
     ).write(job.output)
 
 
-def encode_mp4(frames: np.ndarray, *, seconds_per_frame: int = 1) -> bytes:
-    """An mp4 file that shows each of the frames, uint8 [T, H, W, 3] with even sides, for `seconds_per_frame`; the same bytes every time."""
+def encode_mp4(frames: np.ndarray) -> bytes:
+    """An mp4 file that shows each of the frames, uint8 [T, H, W, 3] with even sides, for a second; the same bytes every time."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=VIDEO_FPS, options={"preset": "ultrafast", "crf": CRF})
@@ -87,7 +87,7 @@ def encode_mp4(frames: np.ndarray, *, seconds_per_frame: int = 1) -> bytes:
         stream.codec_context.thread_count = 1
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            for _ in range(VIDEO_FPS * seconds_per_frame):
+            for _ in range(VIDEO_FPS):
                 picture.pts = None
                 container.mux(stream.encode(picture))
         container.mux(stream.encode())
