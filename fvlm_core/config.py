@@ -32,6 +32,12 @@ class VisionShape(Settings):
     layerscale: float = 1.0
     """Initial layer scale; 1.0 as in transformers' configuration."""
 
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"heads {self.heads} do not divide width {self.width}")
+        return self
+
 
 class LLMShape(Settings):
     """A Llama built from configuration, with random weights; the vocabulary comes from the tokenizer."""
@@ -41,7 +47,7 @@ class LLMShape(Settings):
     layers: Positive = 30
     """Transformer layers."""
     heads: Positive = 9
-    """Attention heads; they divide the width."""
+    """Attention heads; they divide the width into even parts."""
     kv_heads: Positive = 3
     """Heads of keys and values, each shared by equally many of the attention heads."""
     mlp_width: Positive = 1536
@@ -50,6 +56,14 @@ class LLMShape(Settings):
     """Longest sequence, in tokens."""
     rope_theta: float = 100_000.0
     """Base of the rotary position embeddings' frequencies."""
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.width % (2 * self.heads):
+            raise ValueError(f"heads {self.heads} do not cut width {self.width} into even parts, which rotary embeddings need")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads {self.kv_heads} do not divide heads {self.heads}")
+        return self
 
 
 class VisionSettings(Settings):
@@ -256,7 +270,7 @@ class DataSettings(Settings):
     def held_out(self) -> Self:
         """What validation batches are made of: how training reads its shards does not choose them, nor how long a model's samples are."""
         if self.validation is None:
-            return self.model_copy(update={"shuffle_shards": None})
+            return self.model_copy(update={"shuffle_shards": None, "shares_of": "samples"})
         return self.model_copy(update={**dict(self.validation), "validation": None, "shuffle_shards": None, "shares_of": "samples"})
 
     @model_validator(mode="after")
@@ -322,9 +336,9 @@ class OptimizerSettings(Settings):
     """Learning rate at the end as a share of the peak (cosine, wsd)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """On matrices only: never on norms, biases, embeddings of position, or queries."""
-    beta1: Share = 0.9
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay of AdamW's running mean of gradients."""
-    beta2: Share = 0.98
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.98
     """Decay of AdamW's running mean of squared gradients."""
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     """Largest norm of the gradient of all parameters together; a larger one is scaled down."""
@@ -343,6 +357,16 @@ class OptimizerSettings(Settings):
     def _one_warm_up(self) -> Self:
         if self.warmup_share and self.warmup_steps:
             raise ValueError("give one of warmup_steps and warmup_share")
+        return self
+
+    @model_validator(mode="after")
+    def _converges_to_a_backbone(self) -> Self:
+        peaks = self.peaks
+        if self.schedule == "converging" and not (peaks["connector"] and max(peaks["vision"], peaks["llm"])):
+            raise ValueError(
+                "schedule 'converging' needs a learning rate above 0 for the connector and for a backbone: "
+                "give lr_connector and lr_vision or lr_llm, or choose another schedule"
+            )
         return self
 
 
@@ -390,7 +414,7 @@ class RunSettings(Settings):
     """Validation samples of each evaluation, always the same ones."""
     checkpoint_every: Positive = 50
     """Steps between checkpoints; the last step always makes one."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Of new weights, the order of the samples, and whatever else is drawn."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one."""

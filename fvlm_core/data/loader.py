@@ -4,13 +4,17 @@
 A damaged sample is logged, counted and replaced by the next of its source, up to a limit (`fvlm_core.data.damage`).
 """
 
+import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count, islice
 from math import ceil
-from multiprocessing import get_context
-from multiprocessing.context import BaseContext
+from multiprocessing import forkserver, parent_process, popen_forkserver, resource_tracker
+from multiprocessing.context import BaseContext, ForkServerContext, ForkServerProcess
+from multiprocessing.process import BaseProcess
+from threading import Thread
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -280,11 +284,49 @@ def _reads(items: Dataset[Read], wanted: Iterable[Any], *, workers: int, depth: 
     )
 
 
+class _Started(popen_forkserver.Popen):
+    """Is killed where others are terminated: Python, when it exits, sends SIGTERM to those that still run and waits for them."""
+
+    terminate = popen_forkserver.Popen.kill
+
+
+class _LoaderProcess(ForkServerProcess):
+    """Ends with the process that started it."""
+
+    @staticmethod
+    def _Popen(process_obj: BaseProcess) -> _Started:  # noqa: N802 (Python's name)
+        return _Started(process_obj)
+
+    def run(self) -> None:
+        Thread(target=_end_after_parent, daemon=True).start()
+        super().run()
+
+
+class _LoaderProcesses(ForkServerContext):
+    Process = _LoaderProcess
+
+
 def loader_processes() -> BaseContext:
-    """Starts loader processes off a server that has this module and no threads: a fork of a process with CUDA or gloo can hang."""
-    context = get_context("forkserver")
+    """Starts loader processes off a server that has this module and no threads: a fork of a process with CUDA or gloo can hang.
+
+    None of them gets a SIGTERM: launchers send it to every process of a run, which then takes one more step before it saves and stops.
+    """
+    context = _LoaderProcesses()
     context.set_forkserver_preload([__name__])
+    resource_tracker.ensure_running()  # the server would start it, and that unblocks SIGTERM
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        forkserver.ensure_running()  # a process starts with the blocked signals of the one that starts it
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
+
+
+def _end_after_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def as_it_is(item: Item) -> Item:

@@ -202,7 +202,7 @@ class ShardSet:
 
     def longest_sequence(self, data: DataSettings, *, tokens_per_frame: int) -> int:
         """Tokens of the longest packed sample of what is trained and validated on; to be checked against a model's context."""
-        chosen = [part.source for part in [*data.mixture, *data.held_out.mixture]]
+        chosen = [part.source for part in [*data.mixture, *data.held_out.mixture] if part.share > 0]
         known = pc.is_in(self._table["source"], pa.array(chosen)).to_numpy()
         tokens = self.sequence_tokens(image_repeats=data.image_repeats, tokens_per_frame=tokens_per_frame)
         return int(tokens[known].max(initial=0))

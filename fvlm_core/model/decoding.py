@@ -115,8 +115,8 @@ def _search(
         held = branch(held, [held_rows[parent] for *_, parent in going], [1] * len(going))
         held_rows = list(range(len(going)))
         states = _read(model, held, held_rows, [tokens[-1] for _, tokens in alive])
-    ended = finished or [(score / max(1, len(tokens)) ** penalty, tokens) for score, tokens in alive]
-    return max(ended, key=lambda one: one[0])[1]
+    cut = [] if len(finished) >= beams else [(score / max(1, len(tokens)) ** penalty, tokens) for score, tokens in alive]
+    return max([*finished, *cut], key=lambda one: one[0])[1]
 
 
 def _read(model: FoveatedVLM, cache: PackedCache, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:

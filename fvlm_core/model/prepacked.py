@@ -47,9 +47,18 @@ class PrepackedLinear(Linear):
         self._laid_out.clear()  # moved or converted: an address may come back with other numbers
         return super()._apply(*args, **options)
 
+    def train(self, mode: bool = True) -> Self:
+        """As of any module. What follows may change the weight without a trace: fused optimizers do, and FSDP, which reuses its memory."""
+        if mode:
+            self._laid_out.clear()
+        return super().train(mode)
+
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        return self.part(input, slice(None))
+        packed = self._packed(input, slice(None))
+        if packed is None:
+            return linear(input, self.weight, self.bias)  # not as a part: autocast keeps its copies of parameters, not of slices
+        return torch.ops.mkldnn._linear_pointwise(input, packed, self.bias, "none", [], "")
 
     def part(self, x: Tensor, rows: slice) -> Tensor:
         """[..., in] -> the output features `rows`."""
@@ -71,7 +80,7 @@ class PrepackedLinear(Linear):
         if torch.compiler.is_compiling():
             return None
         if torch.is_grad_enabled() or self.training:
-            self._laid_out.clear()  # an optimizer may follow, and a fused one leaves no trace in `_version`
+            self._laid_out.clear()  # an optimizer may follow, in evaluation mode too
             return None
         if x.numel() <= FEW_ROWS * x.shape[-1] or not _takes(x, self.weight):
             return None

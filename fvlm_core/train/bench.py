@@ -142,9 +142,19 @@ class Bench:
             torch.cuda.empty_cache()
 
     def _recipe(self, settings: dict[str, Any]) -> Recipe:
+        sweep = self.job.sweep
+        tried = sum(max(4, len(getattr(sweep, name) or ())) for name in SWEPT)  # without a list of its own a setting has at most 4
         # the loader reads ahead: a few more steps than are taken
-        steps = self.job.warmup_steps + self.job.steps + len(SWEPT) * 4 * self.job.sweep_steps + 16
-        fixed = {"run.steps": steps, "run.budget_flops": None, "run.wandb": "disabled", "output": str(self.scratch)}
+        steps = self.job.warmup_steps + self.job.steps + tried * self.job.sweep_steps + 16
+        # how often a run may go through a source is said of the recipe's own steps
+        mixture = [part.model_copy(update={"max_epochs": None}).model_dump() for part in self.job.recipe.data.mixture]
+        fixed = {
+            "run.steps": steps,
+            "run.budget_flops": None,
+            "run.wandb": "disabled",
+            "output": str(self.scratch),
+            "data.mixture": mixture,
+        }
         return self.job.recipe.with_changes(fixed | settings, where="the speed job's recipe")
 
     def _matmul_flops(self, precision: str) -> float:

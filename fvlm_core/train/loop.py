@@ -63,6 +63,8 @@ class Trainer(Run):
         finally:
             signal.signal(signal.SIGTERM, before)
             self.checkpoints.settle()  # nothing writes into the folder any more when its lock is given back
+        if self.profiler.missing:
+            self.display.say(self.profiler.missing)
         manifest = None
         of_model = self._choose_weights()
         weights = self.spread.weights()
@@ -239,7 +241,8 @@ class Trainer(Run):
 
     def _stop(self) -> None:
         """Save and leave, because of a SIGTERM."""
-        self._save()
+        if self.saved != self.state.step:  # to save it once more would first delete it
+            self._save()
         self.checkpoints.wait()
         self.display.say(f"stopped by SIGTERM at step {self.state.step}; start it again to go on")
         self.tracker.finish()

@@ -19,8 +19,21 @@ from fvlm_core.train.distributed import World
 from fvlm_core.train.schedules import learning_rates
 from fvlm_core.train.state import Clock, RunState
 
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "A6000": 155, "4090": 165, "5090": 209, "B200": 2250}
-"""Dense bf16 tensor-core peaks from NVIDIA's data sheets, by a part of the device's name."""
+PEAK_TFLOPS = {
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "H200 NVL": 835,
+    "H200": 989,
+    "A100": 312,
+    "L40S": 362,
+    "A6000": 155,
+    "4090": 165,
+    "5090": 209,
+    "B200": 2250,
+}
+"""Dense bf16 tensor-core peaks from NVIDIA's data sheets (those of Hopper cards give twice as much, with sparsity), by a part of the
+device's name; the first that fits counts."""
 
 
 def columns(passes: Sequence[str]) -> list[str]:
@@ -158,4 +171,8 @@ def peak_memory_gb(device: torch.device) -> float:
     """Highest memory use since the start or `reset_peak_memory`: allocated on the GPU, or resident in the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    # what getrusage says of a process includes the peak of the one that started it
+    own = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if own is None else own) * 1024 / 1e9

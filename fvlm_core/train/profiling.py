@@ -19,6 +19,7 @@ class Profiler:
         """Writes into `output/profile` when the last watched step is over."""
         self.folder, self.sort_by = output / FOLDER, "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
         self.profile = None
+        self.settings, self.seen = settings, False
         if settings is not None:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
             # one of the steps before is the profiler's own warm-up
@@ -40,7 +41,15 @@ class Profiler:
         if self.profile is not None:
             self.profile.step()
 
+    @property
+    def missing(self) -> str | None:
+        """After the run: why there is no trace of the steps that the settings name, if there is none."""
+        if self.settings is None or self.seen:
+            return None
+        return f"no step was profiled: this start made no more than {self.settings.after}; lower run.profile.after"
+
     def _write(self, seen: profile) -> None:
+        self.seen = True
         self.folder.mkdir(parents=True, exist_ok=True)
         seen.export_chrome_trace(str(self.folder / TRACE_FILE))
         table = seen.key_averages().table(sort_by=self.sort_by, row_limit=TABLE_ROWS)

@@ -14,6 +14,8 @@ from scipy.stats import binom
 CONFIDENCE = 0.95
 MIN_PAIRS = 6
 """With fewer no interval of 95 % exists."""
+HALVINGS = 2
+"""How often `largest_that_fits` halves what lies between a size that fits and its double."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,6 @@ class Ratio:
     low: float
     high: float
     pairs: int
-
-    @property
-    def is_gain(self) -> bool:
-        """Whether B is faster beyond the spread."""
-        return self.low > 1.0
 
 
 def ratio_of(first: Sequence[float], second: Sequence[float]) -> Ratio:
@@ -51,7 +48,7 @@ def alternate(first: Callable[[], float], second: Callable[[], float], *, pairs:
     return a, b
 
 
-def largest_that_fits(fits: Callable[[int], bool], start: int, *, most: int, halvings: int = 2) -> int | None:
+def largest_that_fits(fits: Callable[[int], bool], start: int, *, most: int) -> int | None:
     """The largest number that `fits`, from `start` by doubling and then by halving what is between; None where not even 1 does."""
     size = start
     while not fits(size):
@@ -62,7 +59,7 @@ def largest_that_fits(fits: Callable[[int], bool], start: int, *, most: int, hal
     while bad is None and good < most:
         candidate = min(most, good * 2)
         good, bad = (candidate, None) if fits(candidate) else (good, candidate)
-    for _ in range(halvings):
+    for _ in range(HALVINGS):
         if bad is None or bad - good < 2:
             break
         middle = (good + bad) // 2

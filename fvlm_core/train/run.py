@@ -29,7 +29,7 @@ from fvlm_core.train.reference import make_reference
 from fvlm_core.train.spread import spread
 from fvlm_core.train.start import compile_parts, initial_model, prepare
 from fvlm_core.train.state import Clock, RunState
-from fvlm_core.train.validation import score
+from fvlm_core.train.validation import require_validation_samples, score
 
 
 class Run:
@@ -37,15 +37,19 @@ class Run:
 
     optimizer: AdamW
     damage: Damage
+    saved: int | None = None
+    """The step of the last checkpoint that this start has made."""
 
     def __init__(self, recipe: Recipe, world: World, identity: str, inputs: dict[str, str], *, has_wandb_key: bool) -> None:
         self.recipe, self.world, self.identity, self.inputs = recipe, world, identity, inputs
         self.shards = ShardSet(recipe.shards)
+        require_validation_samples(self.shards, recipe)
         prepare(recipe.run, world.rank, world.device)
         self.model = initial_model(recipe, self.shards).to(world.device)
         if recipe.run.gradient_checkpointing:
             self.model.set_gradient_checkpointing(True)
         compile_parts(self.model, recipe.run.compiled_parts, autotune=recipe.run.autotune)
+        build_optimizer(self.model, recipe.optimizer)  # for what it freezes: steps cost less, and a FLOP budget pays for more of them
         self.cost = Cost(self.model, recipe.loss, pairs=recipe.dpo is not None)
         self.steps = self.cost.steps_for(self.shards, recipe.data, recipe.run)
         self.run_settings = recipe.run.with_changes({"steps": self.steps, "budget_flops": None})
@@ -88,6 +92,7 @@ class Run:
             reached = score({name: state.val_losses[name] for name in self.recipe.passes}, self.recipe.best)
         if reached is not None and reached < state.best_loss:
             state.best_step, state.best_loss = state.step, reached
+        self.saved = state.step
         self.checkpoints.save(
             state.step, self._tensors(), healthy_until=state.step - suspect, score=reached, state=state.model_dump(mode="json")
         )
@@ -110,7 +115,7 @@ class Run:
 
     def go_to(self, found: CheckpointManifest | None, state: RunState) -> None:
         """Go on from `state`, with the tensors of a checkpoint where one was found; later checkpoints and rows are dropped."""
-        self.state, self.clock = state, Clock()
+        self.state, self.clock, self.saved = state, Clock(), None
         self._spread()
         if found is not None:
             tensors = self._tensors()

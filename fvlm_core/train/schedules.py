@@ -7,14 +7,13 @@ computed in vain.
 import math
 
 from fvlm_core.config import OptimizerSettings
-from fvlm_core.errors import UserError
 
 WSD_DECAY_SHARE = 0.2
 """Share of the steps over which `wsd` decays."""
 
 
 def learning_rates(settings: OptimizerSettings, step: int, steps: int) -> dict[str, float]:
-    """The learning rate of each role at `step` of `steps`. Raises UserError for `converging` without a backbone to converge to."""
+    """The learning rate of each role at `step` of `steps`."""
     peaks, warmup_steps = settings.peaks, settings.warmup_of(steps)
     factor = warmup(step, warmup_steps)
     if settings.schedule == "cosine":
@@ -48,10 +47,4 @@ def stable_decay(step: int, steps: int, final_share: float) -> float:
 def converging(step: int, steps: int, peaks: dict[str, float]) -> float:
     """The connector's rate on its way from its own to the (higher) backbone's: the same ratio every step, e.g. 100:1 -> 1:1."""
     target = max(peaks["vision"], peaks["llm"])
-    if not (target and peaks["connector"]):
-        raise UserError(
-            "schedule 'converging' needs a learning rate above 0 for the connector and for a backbone",
-            where="optimizer.schedule",
-            fix="give lr_connector and lr_vision or lr_llm, or choose another schedule",
-        )
     return peaks["connector"] * (target / peaks["connector"]) ** (step / max(1, steps - 1))

@@ -3,7 +3,8 @@
 import torch
 
 from fvlm_core.config import BestSettings, Recipe
-from fvlm_core.data.loader import damage_count, val_batches
+from fvlm_core.data.loader import VAL_SEED, damage_count, val_batches
+from fvlm_core.data.plan import MixedSamples
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.errors import UserError
 from fvlm_core.model.foveated import FoveatedVLM
@@ -17,6 +18,16 @@ def score(losses: dict[str, float], best: BestSettings) -> float:
     mean = sum(losses[name] * weight for name, weight in weights.items()) / sum(weights.values())
     *_, before, last = (0.0, *losses.values())
     return mean + best.drift * abs(last - before) if best.drift else mean
+
+
+def require_validation_samples(shards: ShardSet, recipe: Recipe) -> None:
+    """Raises UserError where the shards lack what the recipe validates on: at the start, and not at the first evaluation."""
+    data = recipe.data
+    try:
+        MixedSamples(shards, data.held_out, "val", VAL_SEED, tokens_per_frame=recipe.model.tokens_per_frame)
+    except UserError as error:
+        key = "data.mixture" if data.validation is None else "data.validation.mixture"
+        raise UserError(error.what, where=error.where.replace("data.mixture", key), fix=error.fix) from error
 
 
 @torch.no_grad()

@@ -173,6 +173,11 @@ def test_n_tokens_is_the_packed_length_without_frames(shards):
     assert shards.longest_sequence(data(), tokens_per_frame=2) == max(int(batch.cu_seqlens.diff().max()) for batch in everything)
 
 
+def test_a_source_without_a_share_makes_no_sequence_longer(shards):
+    only, too = data({"text": 1.0}), data({"text": 1.0, "gaze_cell": 0.0})
+    assert shards.longest_sequence(only, tokens_per_frame=16) == shards.longest_sequence(too, tokens_per_frame=16)
+
+
 def test_validation_of_its_own(shards):
     """Runs that train on different data are validated on the same samples, in the same orders, with the same labels."""
     own = ValidationSettings(mixture=[SourceShare(source="gaze_cell", share=0.5), SourceShare(source="gaze_caption", share=0.5)])
@@ -190,6 +195,13 @@ def test_validation_of_its_own(shards):
     assert {source for step in trained for batch in step for source in batch.sources} == {"text"}
     with pytest.raises(ValueError, match="preferences are validated on preferences"):
         DataSettings(mixture=plain.mixture, loss_on="preferences", validation=own)
+
+
+def test_validation_samples_do_not_depend_on_how_long_a_models_samples_are(shards):
+    mixed = data({"gaze_cell": 0.5, "text": 0.5}, shares_of="tokens")
+    for tokens_per_frame in (1, 16):
+        batches = val_batches(shards, 16, mixed, tokens_per_frame=tokens_per_frame, batch_samples=8)
+        assert Counter(source for batch in batches for source in batch.sources) == {"gaze_cell": 8, "text": 8}
 
 
 def test_images_are_shown_often_and_stored_once(shards):

@@ -39,8 +39,8 @@ def start(model: FoveatedVLM, room: int = MOST):
 
 
 def log_likelihood(model: FoveatedVLM, number: int, answer: list[int]) -> float:
-    """Of an answer and the stop after it, from one forward pass."""
-    ids, placed = [*answer, STOP], answer or [5]
+    """Of an answer, and of the stop after it unless it is as long as it may be, from one forward pass."""
+    ids, placed = [*answer, STOP][:MOST], answer or [5]
     packed = batch([placed, placed])
     scores = logits(model, packed, "coarse_fine").float().log_softmax(-1)
     first = int(packed.cu_seqlens[number + 1]) - len(placed) - 2
@@ -48,13 +48,14 @@ def log_likelihood(model: FoveatedVLM, number: int, answer: list[int]) -> float:
 
 
 def test_beams_find_the_best_answer_of_all(model: FoveatedVLM):
-    """As many beams as there are prefixes: nothing is cut off, so it is the exhaustive search."""
+    """As many beams as there are prefixes: nothing is cut off, so it is the exhaustive search, of finished answers and of those that the
+    greatest length ends."""
     cache, hidden = start(model)
     found = continue_with_beams(model, cache, hidden, max_new_tokens=MOST, stop_ids=[STOP], beams=10**4, length_penalty=1.0)
     tokens = [token for token in range(VOCABULARY) if token != STOP]
-    every = [list(answer) for length in range(MOST) for answer in product(tokens, repeat=length)]
+    every = [list(answer) for length in range(MOST + 1) for answer in product(tokens, repeat=length)]
     for number in range(2):
-        best = max(every, key=lambda answer: log_likelihood(model, number, answer) / (len(answer) + 1))
+        best = max(every, key=lambda answer: log_likelihood(model, number, answer) / min(len(answer) + 1, MOST))
         assert found[number] == best
 
 

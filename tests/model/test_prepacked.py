@@ -103,6 +103,14 @@ def stepped(ours: PrepackedLinear, fused: bool) -> None:
     optimizer.step()
 
 
+def trained_by_others(ours: PrepackedLinear) -> None:
+    """The weight is used, not the layer, as where it is cast for all micro-batches of a step."""
+    optimizer = torch.optim.AdamW(ours.train().parameters(), lr=0.1, fused=True)
+    F.linear(torch.randn(MANY, 32), ours.weight, ours.bias).square().sum().backward()
+    optimizer.step()
+    ours.eval()
+
+
 @torch.no_grad()
 def doubled(ours: PrepackedLinear) -> None:
     ours.weight.mul_(2)
@@ -111,6 +119,7 @@ def doubled(ours: PrepackedLinear) -> None:
 CHANGES = {
     "fused optimizer": lambda ours: stepped(ours, True),
     "optimizer": lambda ours: stepped(ours, False),
+    "its weight trained": trained_by_others,
     "in place": doubled,
     "load_state_dict": lambda ours: ours.load_state_dict(layer().state_dict()),
     "rounded": lambda ours: ours.to(torch.float8_e4m3fn).float(),

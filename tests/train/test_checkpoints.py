@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from fvlm_core.exit_status import STOPPED
 from fvlm_core.train import checkpoint
 from fvlm_core.train.checkpoint import Checkpoints
 from fvlm_core.train.distributed import World
@@ -118,6 +120,22 @@ def test_what_cannot_be_written_takes_no_good_ones_place(tmp_path: Path, monkeyp
     with pytest.raises(RuntimeError, match="the checkpoint of step 2 could not be written"):
         save(checkpoints, 3, tensors(3.0))
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_step_that_is_saved_is_not_saved_again_by_a_stop(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would first delete it."""
+    trainer = Trainer(tiny_recipe(tmp_path / "run", shards), ALONE, "test", {}, has_wandb_key=False)
+    saved, saves = [], trainer.checkpoints.save
+
+    def save_and_be_stopped(step: int, *held: Any, **options: Any) -> None:
+        saves(step, *held, **options)
+        saved.append(step)
+        trainer.stop_requested = True
+
+    monkeypatch.setattr(trainer.checkpoints, "save", save_and_be_stopped)
+    with pytest.raises(SystemExit, match=str(STOPPED)):
+        trainer.run()
+    assert saved == [2]
 
 
 def test_a_failed_save_ends_the_run_at_its_next_step(tmp_path: Path, shards: Path) -> None:

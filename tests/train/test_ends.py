@@ -29,9 +29,10 @@ def written(recipe: Recipe) -> Path:
     return path
 
 
-def test_stopped_by_somebody_else(tmp_path: Path, shards: Path) -> None:
-    """SIGTERM to torchrun, which ends with status 1 and a traceback of its own: the run has saved, and says so."""
-    recipe = tiny_recipe(tmp_path / "run", shards, run__steps=5000, run__checkpoint_every=5000)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_stopped_by_somebody_else(tmp_path: Path, shards: Path, workers: int) -> None:
+    """SIGTERM to torchrun, which sends it to loader processes too and ends with status 1: the run has saved, and says so."""
+    recipe = tiny_recipe(tmp_path / "run", shards, run__steps=5000, run__checkpoint_every=5000, data__workers=workers)
     signalled = []
 
     def stop_torchrun() -> None:

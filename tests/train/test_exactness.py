@@ -160,3 +160,11 @@ def test_budget_decides_the_steps(tmp_path: Path, shards: Path) -> None:
     half = train(recipe)
     assert half.flops == pytest.approx(full.flops / 2, rel=0.25)
     assert half.steps == 3
+
+
+def test_a_budget_pays_for_what_is_trained(tmp_path: Path, shards: Path) -> None:
+    """Of a run with frozen backbones, whose samples cost less."""
+    frozen = {"optimizer__lr_vision": 0.0, "optimizer__lr_llm": 0.0, "run__eval_every": 100}
+    full = train(tiny_recipe(tmp_path / "full", shards, **frozen))
+    recipe = tiny_recipe(tmp_path / "budget", shards, run__steps=None, run__budget_flops=full.flops, **frozen)
+    assert Trainer(recipe, World(0, 1, torch.device("cpu")), "test", {}, has_wandb_key=False).steps == full.steps

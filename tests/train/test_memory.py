@@ -44,6 +44,14 @@ def test_what_never_fits_is_an_error(tmp_path: Path, shards: Path, monkeypatch: 
         train(tiny_recipe(tmp_path / "run", shards))
 
 
+@pytest.mark.parametrize(("after", "said"), [(1, False), (3, True)])
+def test_a_run_too_short_to_be_profiled_says_so(
+    tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str], after: int, said: bool
+) -> None:
+    train(tiny_recipe(tmp_path / "run", shards, run__steps=2, run__profile={"steps": 1, "after": after}))
+    assert ("no step was profiled: this start made no more than 3; lower run.profile.after" in capsys.readouterr().out) == said
+
+
 def test_profiled_steps_leave_a_trace_and_a_table_and_change_nothing(tmp_path: Path, shards: Path) -> None:
     plain = tiny_recipe(tmp_path / "plain", shards, run__steps=2)
     profiled = tiny_recipe(tmp_path / "profiled", shards, run__steps=2, run__profile={"steps": 1, "after": 1})

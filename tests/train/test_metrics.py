@@ -9,6 +9,7 @@ import select
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -20,7 +21,7 @@ from fvlm_core.data.batch import PackedBatch
 from fvlm_core.train.__main__ import train
 from fvlm_core.train.distributed import World
 from fvlm_core.train.loop import Trainer
-from fvlm_core.train.metrics import MetricsFile, columns
+from fvlm_core.train.metrics import MetricsFile, columns, peak_flops, peak_memory_gb
 from tests.train.conftest import program, tiny_recipe
 
 
@@ -108,3 +109,19 @@ def test_a_terminal_shows_where_the_run_is(tmp_path: Path, shards: Path) -> None
     process = program(command, str(tmp_path / "printed"))
     process.join(60)
     assert [line.split("/")[0] for line in (tmp_path / "printed").read_text().splitlines()] == [f"step {number}" for number in range(1, 7)]
+
+
+@pytest.mark.parametrize(
+    ("card", "tflops"),
+    [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200 NVL", 835), ("Quadro K600", None)],
+)
+def test_peaks_are_of_the_card_and_not_of_its_family(monkeypatch: pytest.MonkeyPatch, card: str, tflops: int | None) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    assert peak_flops(torch.device("cuda")) == (tflops and tflops * 1e12)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel does not say it here")
+def test_peak_memory_is_not_that_of_the_process_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which getrusage goes on to count."""
+    monkeypatch.setattr("fvlm_core.train.metrics.resource.getrusage", lambda who: SimpleNamespace(ru_maxrss=1 << 40))
+    assert 0.01 < peak_memory_gb(torch.device("cpu")) < 1000

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from fvlm_core.config import OptimizerSettings
 from fvlm_core.errors import UserError
@@ -120,8 +121,8 @@ def test_peak_is_reached_and_wsd_stays() -> None:
 
 
 def test_converging_needs_a_backbone() -> None:
-    with pytest.raises(UserError, match="converging"):
-        learning_rates(OptimizerSettings(schedule="converging", lr_llm=0, lr_vision=0), 0, 10)
+    with pytest.raises(ValidationError, match="'converging' needs a learning rate above 0"):
+        OptimizerSettings(schedule="converging", backbone_scale=0)
 
 
 @pytest.mark.parametrize("clip_norm", [0.5, 100.0])

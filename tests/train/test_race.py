@@ -25,17 +25,16 @@ def test_a_drift_of_the_machine_is_no_gain():
     speed = iter(np.linspace(1.0, 1.17, 40))
     first, second = alternate(lambda: float(next(speed)), lambda: float(next(speed)), pairs=20, max_s=1e9)
     found = ratio_of(first, second)
-    assert not found.is_gain
+    assert found.low <= 1
     assert found.value == pytest.approx(1.0, abs=0.01)
     speed = iter(np.linspace(1.0, 1.17, 40))
     first, second = alternate(lambda: float(next(speed)), lambda: float(next(speed)) / 1.1, pairs=20, max_s=1e9)
-    assert ratio_of(first, second).is_gain
+    assert ratio_of(first, second).low > 1
 
 
 def test_too_few_pairs_show_nothing():
     found = ratio_of([2.0] * 5, [1.0] * 5)
     assert (found.value, found.low, found.high) == (2.0, 0.0, math.inf)
-    assert not found.is_gain
 
 
 def test_measuring_ends_when_the_time_is_spent_but_not_before_there_is_an_interval():

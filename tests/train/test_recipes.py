@@ -5,13 +5,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from deployments.checks import load_profile
 from fvlm_core.config import Recipe
 from fvlm_core.dotted import differences
+from fvlm_core.errors import UserError
+from fvlm_core.train.distributed import World
+from fvlm_core.train.loop import Trainer
 from fvlm_core.train.schedules import learning_rates
 from tasks.ablations import baseline_recipe
+from tests.train.conftest import tiny_recipe
 
 RECIPES = Path(__file__).parents[2] / "deployments" / "recipes"
 EXAMPLE = RECIPES / "tiny.yaml"
@@ -61,3 +66,27 @@ def test_validation_is_at_most_6_percent_of_a_rented_stage(stage: str) -> None:
     evaluations = -(-run.steps // run.eval_every)
     validation, training = evaluations * run.eval_samples, 3 * run.steps * run.batch_samples
     assert validation / (validation + training) <= 0.06
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"run__seed": -1}, r"run\.seed(.|\n)*greater than or equal to 0"),
+        ({"optimizer__beta1": 1.0}, r"optimizer\.beta1(.|\n)*less than 1"),
+        ({"model__vision__shape__heads": 3}, "heads 3 do not divide width 16"),
+        ({"model__llm__shape__heads": 5}, "heads 5 do not cut width 24 into even parts"),
+        ({"model__llm__shape__heads": 8}, "heads 8 do not cut width 24 into even parts"),
+        ({"model__llm__shape__heads": 3, "model__llm__shape__kv_heads": 2}, "kv_heads 2 do not divide heads 3"),
+        ({"optimizer__schedule": "converging", "optimizer__lr_vision": 0, "optimizer__lr_llm": 0}, "'converging' needs a learning rate"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_when_the_recipe_is_read(tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        tiny_recipe(tmp_path / "run", tmp_path / "shards", **changes)
+
+
+def test_a_validation_set_that_the_shards_lack_is_refused_before_the_first_step(tmp_path: Path, shards: Path) -> None:
+    recipe = tiny_recipe(tmp_path / "run", shards, data__validation={"mixture": [{"source": "openvid", "share": 1.0}]})
+    with pytest.raises(UserError, match="no val samples of 'openvid'") as caught:
+        Trainer(recipe, World(0, 1, torch.device("cpu")), "test", {}, has_wandb_key=False)
+    assert caught.value.where == f"data.validation.mixture, shards {shards}"

@@ -8,6 +8,7 @@ import pytest
 from fvlm_core.config import MicroBatch, Recipe
 from fvlm_core.data.loader import train_steps
 from fvlm_core.data.shard_set import ShardSet
+from fvlm_core.train.bench import Bench, Running
 from fvlm_core.train.jobs import SWEPT, SpeedJob, SpeedReport, Sweep
 from fvlm_core.train.speed import candidates, run
 from tests.train.conftest import tiny_recipe
@@ -61,3 +62,13 @@ def test_budgets_around_the_recipes_own_are_tried() -> None:
     tried = candidates(Sweep(), own, "cpu")["run.micro_batch"]
     assert tried == [{"frames": f, "tokens": t} for f, t in [(3, 100), (6, 200), (1, 50), (1, 25)]]
     assert candidates(Sweep(micro_batch=[own]), MicroBatch(), "cpu")["run.micro_batch"] == [own.model_dump()]
+
+
+def test_no_measurement_runs_out_of_steps_or_is_refused_for_their_number(tmp_path: Path, shards: Path) -> None:
+    """How often a run may go through a source is said of the recipe's own steps, and a long list of values takes more of them."""
+    recipe = tiny_recipe(tmp_path / "untouched", shards, data__mixture=[{"source": "gaze_cell", "share": 1.0, "max_epochs": 1}])
+    sweep = Sweep(micro_batch=[MicroBatch(frames=8 + n) for n in range(100)])
+    job = SpeedJob(output=tmp_path / "speed", recipe=recipe, sweep=sweep, warmup_steps=1)
+    running = Bench(job).start("", {})
+    assert isinstance(running, Running)
+    assert running.trainer.steps > job.warmup_steps + job.steps + len(sweep.micro_batch or ()) * job.sweep_steps
