@@ -30,6 +30,8 @@ KEY, S3_ACCESS, S3_SECRET = "emulated", "user_emulated", "rps_emulated"
 DATA_CENTER = "US-KS-2"
 VOLUME_GB = 100
 GPUS = ["NVIDIA A100 80GB PCIe", "NVIDIA A100-SXM4-80GB"]
+GPU_USD_PER_HOUR = 1.64
+"""Of the first of them."""
 CPUS = ["cpu3c"]
 START_S = 6.0
 """Of an emulated pod, until its flow runs and after it has ended; measured on two idle cores, see docs/log.md."""
@@ -75,13 +77,13 @@ def rehearsal(config: PipelineConfig, volume: Path, *, delays: Delays | None = N
                 mount_path=str(volume),
                 runpod_url=emulator.url,
                 s3_url=s3.url,
-                gpu_count=1,
-                gpu_usd_per_hour=1.64,
+                gpu_count=config.machine.ranks,
+                gpu_usd_per_hour=GPU_USD_PER_HOUR * config.machine.ranks,
                 cpu_usd_per_hour=0.24,
                 days=0.005,
                 assumed=Assumed(start_h=START_S / 3600),
             )
-            machine = config.machine.model_copy(update={"pools": pools(), "rental": rental, "crash_retries": 2})
+            machine = config.machine.model_copy(update={"pools": pools(config.machine.ranks), "rental": rental, "crash_retries": 2})
             environment = {
                 KEY_VARIABLE: KEY,
                 S3_ACCESS_VARIABLE: S3_ACCESS,
@@ -90,12 +92,13 @@ def rehearsal(config: PipelineConfig, volume: Path, *, delays: Delays | None = N
             yield Rehearsal(config.model_copy(update={"machine": machine}), environment, emulator, rental)
 
 
-def pools() -> Pools:
+def pools(gpu_count: int) -> Pools:
     """Pools of pods, whose image is this machine's own environment."""
     here = {"python": sys.executable, "code_folder": str(REPOSITORY), "poll_s": 1.0, "free_volume_gb": 0.5, "max_runtime_h": 6.0}
     cpu = here | {"cpus": CPUS, "max_usd_per_hour": 1.0}
+    gpu = here | {"gpus": GPUS, "gpu_count": gpu_count, "max_usd_per_hour": 2.0 * gpu_count}
     return Pools(
         cpu=Pool(name="fvlm-emulated-cpu", type="runpod", job_variables=cpu | {"vcpus": 8}),
-        gpu=Pool(name="fvlm-emulated-gpu", type="runpod", limit=1, job_variables=here | {"gpus": GPUS, "max_usd_per_hour": 2.0}),
+        gpu=Pool(name="fvlm-emulated-gpu", type="runpod", limit=1, job_variables=gpu),
         pipeline=Pool(name="fvlm-emulated-pipeline", type="runpod", job_variables=cpu | {"vcpus": 2}),
     )

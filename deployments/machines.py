@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
+from cyclopts.validators import Number
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
@@ -20,7 +21,6 @@ from infra.runpod.bills import reconcile
 from infra.runpod.code import upload_code
 from infra.runpod.errors import WrongKeyError
 from infra.runpod.models import HOURS_PER_MONTH
-from infra.runpod.naming import owner
 from infra.runpod.reaper import reap, settle
 from infra.runpod.setup import find_or_create_volume, mark
 from infra.s3 import S3Store, local_path
@@ -46,8 +46,6 @@ def setup(*, profile: Profile = "runpod") -> int:
 
     config = chosen_profile(profile)
     rental = rental_of(config)
-    if said := too_large(config.precompute.sources, rental.volume_gb):
-        _say(said)
     account = account_of(rental)
     gpus = config.machine.pools.gpu.job_variables.get("gpus", [])
     volume = find_or_create_volume(
@@ -58,6 +56,8 @@ def setup(*, profile: Profile = "runpod") -> int:
         gpus=[str(gpu) for gpu in gpus] if isinstance(gpus, list) else [],
         gpu_count=rental.gpu_count,
     )
+    if said := too_large(config.precompute.sources, volume.size):
+        _say(said)
     mark(account.store, volume)
     budget_of(rental, account.store).storage(volume.id, volume.usd_per_hour)
     name = upload_code(REPOSITORY, account.store)
@@ -71,7 +71,9 @@ def setup(*, profile: Profile = "runpod") -> int:
 def reap_pods(
     *,
     profile: Profile = "runpod",
-    every: Annotated[float | None, Parameter(help="Seconds between two rounds; by default there is one round.")] = None,
+    every: Annotated[
+        float | None, Parameter(validator=Number(gt=0), help="Seconds between two rounds; by default there is one round.")
+    ] = None,
 ) -> int:
     """End pods that are past their deadline, dead, or whose flow run is over. Needs RUNPOD_API_KEY only.
 
@@ -100,7 +102,9 @@ def reap_pods(
 def up(
     *,
     profile: Profile = "runpod",
-    days: Annotated[float | None, Parameter(help="How long the pod runs at most; by default the profile's `server_days`.")] = None,
+    days: Annotated[
+        float | None, Parameter(validator=Number(gt=0), help="How long the pod runs at most; by default the profile's `server_days`.")
+    ] = None,
 ) -> int:
     """Start the Prefect server and the workers on a small pod, and deploy this checkout there: your own machine may be switched off then.
 
@@ -135,21 +139,23 @@ def env(*, profile: Profile = "runpod") -> int:
 def down(*, profile: Profile = "runpod") -> int:
     """End every pod of the volume, whatever it does, and say what everything cost. The volume stays, and goes on costing.
 
-    Pods are ended also where the volume or its ledger cannot be reached. Ends with status 1 where a pod could not be ended.
+    Pods are ended also where the volume's files or its ledger cannot be reached. Where the account has no such volume, none is, and the
+    error names those that may be its own. Ends with status 1 where a pod could not be ended.
     """
     from deployments import remote
     from deployments.profile import chosen_profile
-    from tasks.rented import account_of, budget_table, rental_of
+    from tasks.rented import account_of, budget_table, owner_of, rental_of
 
     config = chosen_profile(profile)
     rental = rental_of(config)
     account = account_of(rental)
+    mine = owner_of(account)
     ledger = _ledger(rental, account)
     try:
         remote.down(config, account, Console())
     except (InfraError, OSError) as error:
         _say(f"the server's database may be a minute old: {error}")
-    reaped = reap(account.client, owner(account.volume().id), budget=ledger, young_s=0.0, everything=True)
+    reaped = reap(account.client, mine, budget=ledger, young_s=0.0, everything=True)
     for one in reaped:
         _say(f"pod {one.pod.id}: {one.problem or 'ended'}")
     if ledger is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect.client.orchestration import PrefectClient, get_client
-from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
+from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterName,
@@ -41,6 +41,8 @@ PIPELINE = "pipeline"
 FLOWS = (PIPELINE, *PHASES)
 """Names of all flows that have a deployment."""
 UNFINISHED = [StateType.RUNNING, StateType.PENDING, StateType.SCHEDULED, StateType.CANCELLING, StateType.PAUSED]
+STALE = "the server or worker it ran under was ended"
+"""Message of a run that nobody can go on with."""
 LOCAL_JOB = {"command": "python -m infra.start prefect.engine", "working_dir": "."}
 """How a worker on local processes starts a flow run: with its own environment, in the folder where it was started itself. Flows are
 importable there, so no workspace has to be resolved, which takes a second for every run."""
@@ -88,7 +90,7 @@ async def make_pools(config: PipelineConfig, volume: Path) -> dict[str, str]:
         return dict([await _pool(client, pool, queue_name(id_of(volume))) for pool in pools])
 
 
-async def crash_stale_runs(volume: Path) -> int:
+async def crash_stale_runs(volume: Path, message: str = STALE) -> int:
     """Mark the volume's unfinished runs Crashed, when nothing is left that could go on with them. Returns how many there were.
 
     Runs that a schedule made ahead stay.
@@ -101,7 +103,6 @@ async def crash_stale_runs(volume: Path) -> int:
             )
         )
         stale = [run for run in runs if not run.auto_scheduled]
-        message = "the server or worker it ran under was ended"
         await asyncio.gather(*(client.set_flow_run_state(run.id, Crashed(message=message), force=True) for run in stale))
         return len(stale)
 
@@ -130,9 +131,15 @@ async def _known(client: PrefectClient, profile: str, volume: str) -> tuple[str,
 
 
 async def _pool(client: PrefectClient, pool: Pool, queue: str) -> tuple[str, str]:
-    """Name and type of the pool; it is made where there is none of that name, and used as it is where there is. So is its queue."""
+    """Name and type of the pool; it is made where there is none of that name. So is its queue.
+
+    One that is there is used as it is, since others may use it too, but for its limit, where the profile names one.
+    """
     try:
-        kind = (await client.read_work_pool(pool.name)).type
+        there = await client.read_work_pool(pool.name)
+        kind = there.type
+        if pool.limit is not None and there.concurrency_limit != pool.limit:
+            await client.update_work_pool(pool.name, WorkPoolUpdate(concurrency_limit=pool.limit))
     except ObjectNotFound:
         kind = await new_pool(client, pool)
     try:

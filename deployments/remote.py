@@ -23,6 +23,10 @@ from tasks.config import PipelineConfig
 from tasks.rented import account_of, budget_of, rental_of
 
 DAY_S = 86_400.0
+ENDED = UserError("everything on the volume was ended", where="`fvlm infra down`", fix="run `fvlm infra up`, and start the run again")
+"""Message of the runs that `down` marks Crashed: a refusal, since a pipeline that still lives would start a crashed phase again."""
+LOOKS, LOOK_S = 5, 2.0
+"""For runs that a living one has started meanwhile."""
 
 
 def up(config: PipelineConfig, console: Console, *, days: float | None = None) -> int:
@@ -114,7 +118,10 @@ def down(config: PipelineConfig, account: Account, console: Console) -> None:
             prefect_settings.apply(variables(account, rental.address_of(pod.id)))
             from deployments.register import crash_stale_runs
 
-            asyncio.run(crash_stale_runs(Path(rental.mount_path)))
+            for _ in range(LOOKS):
+                if not asyncio.run(crash_stale_runs(Path(rental.mount_path), str(ENDED))):
+                    break
+                time.sleep(LOOK_S)
         stop_server(account, pod)
 
 

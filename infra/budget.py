@@ -75,6 +75,9 @@ class Entry:
     released: bool = False
     billed: float | None = None
     billed_at: float = 0.0
+    priced_at: float | None = None
+    """When a volume that has grown came to its present price; before that it cost `usd_before`."""
+    usd_before: float = 0.0
 
     @property
     def running(self) -> bool:
@@ -96,7 +99,8 @@ class Entry:
         if self.billed is not None and self.settled:
             return self.billed
         end = self.ended if self.ended is not None else now if self.kind == "storage" else min(now, self.until + LATEST_END_S)
-        return max(max(0.0, end - self.since) * self.usd_per_hour / HOUR_S, self.billed or 0.0)
+        began = self.since if self.priced_at is None else self.priced_at
+        return max(self.usd_before + max(0.0, end - began) * self.usd_per_hour / HOUR_S, self.billed or 0.0)
 
     def committed(self, now: float, horizon: float) -> float:
         """USD that will follow if it runs to its deadline; of storage, up to `horizon`."""
@@ -185,8 +189,12 @@ class Budget:
         self._write("billed", name, usd=usd)
 
     def storage(self, volume: str, usd_per_hour: float, *, since: float | None = None) -> None:
-        """A network volume costs money from now on; nothing where that is known."""
-        if not any(entry.name == volume and entry.running for entry in self.entries()):
+        """A network volume costs money from now on, or more than before; nothing where that is known.
+
+        A volume can only grow: of two who saw it at different times, the one who saw the lower price saw it earlier.
+        """
+        known = max((entry.usd_per_hour for entry in self.entries() if entry.name == volume and entry.running), default=None)
+        if known is None or usd_per_hour > known * (1 + 1e-9):
             self._write("storage", volume, usd_per_hour=usd_per_hour, at=since)
 
     def entries(self) -> tuple[Entry, ...]:
@@ -230,7 +238,9 @@ def entries(events: Iterable[Event]) -> tuple[Entry, ...]:
         if event.what == "reserved":
             known[event.name] = Entry(event.name, event.at, event.usd_per_hour, until=event.until, phase=event.phase)
         elif event.what == "storage":
-            known[event.name] = Entry(event.name, event.at, event.usd_per_hour, kind="storage")
+            first = Entry(event.name, event.at, event.usd_per_hour, kind="storage")
+            grown = entry and replace(entry, usd_per_hour=event.usd_per_hour, priced_at=event.at, usd_before=entry.spent(event.at))
+            known[event.name] = grown or first
         elif entry is None:
             continue  # its beginning was lost; the bill will say what it cost
         elif event.what == "started":

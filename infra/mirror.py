@@ -1,4 +1,4 @@
-"""A stand-in, in a folder here, of a volume that only pods have mounted: small files are fetched, of others there is name and size.
+"""A stand-in, in a folder here, of a volume that only pods have mounted: what is read is fetched, of other files there is name and size.
 
 So whatever reads manifests and looks at files' sizes (status, plan, results) works at home as it does on a pod. Large files are holes of
 the right size; they take no space, and nothing may read them.
@@ -12,7 +12,9 @@ from infra.s3 import S3Store, local_path
 
 SMALL_BYTES = 1_000_000
 READ = (".json", ".yaml", ".csv", ".md")
-"""Endings of files whose content is read by whoever looks at a volume from outside."""
+"""Endings of small files whose content is read by whoever looks at a volume from outside."""
+READ_WHOLE = ("manifest.json", "index.parquet")
+"""Names of files that are read however large they are: a plan counts the samples in the shards' index."""
 
 
 def mirror(bucket: S3Store, folder: Path, prefixes: Iterable[str]) -> int:
@@ -29,7 +31,9 @@ def mirror(bucket: S3Store, folder: Path, prefixes: Iterable[str]) -> int:
             if path.is_file() and (path.stat().st_size, path.stat().st_mtime) == (size, written):
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
-            if size <= SMALL_BYTES and key.endswith(READ):
+            if path.name in READ_WHOLE:
+                fetched += bucket.download(key, path)
+            elif size <= SMALL_BYTES and key.endswith(READ):
                 path.write_bytes(bucket.read(key) or b"")
                 fetched += 1
             else:

@@ -10,6 +10,7 @@ from fvlm_core.dotted import UnknownPathError, differences, value_at, with_chang
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import AnyManifest, write_atomically
 from fvlm_core.settings import read_yaml
+from infra.locks import locked
 from tasks.steps import RECORD, STEPS, Made, Step, StepRecord, read_record
 
 SETTINGS_FILES = ("recipe.yaml", "job.yaml")
@@ -22,7 +23,7 @@ SHOWN = 5
 def adopt(step: Step, folder: Path, volume: Path) -> Made:
     """Copy the result in `folder` to where the step's result belongs; `step` has all its inputs.
 
-    Raises UserError where it is damaged, was made with other settings or of other inputs, or the step is done already.
+    Raises UserError where it is damaged, was made with other settings or of other inputs, or the step is done already or being made.
     """
     if step.needs:
         names = ", ".join(need.name for need in step.needs)
@@ -47,12 +48,17 @@ def adopt(step: Step, folder: Path, volume: Path) -> Made:
             where=str(folder),
             fix="change the profile to what it was made with, or adopt another result",
         )
-    arriving = volume / STEPS / f".arriving-{target.name}"
-    shutil.rmtree(arriving, ignore_errors=True)
-    shutil.copytree(folder, arriving)
-    write_atomically(arriving / RECORD, wanted.model_dump_json(indent=2).encode())
-    shutil.rmtree(target, ignore_errors=True)
-    arriving.rename(target)
+
+    def busy() -> None:
+        raise UserError(f"{step.name} is being made by another process", where=str(target), fix="wait for its end, or end it first")
+
+    with locked(step.lock(volume), waiting=busy):
+        arriving = volume / STEPS / f".arriving-{target.name}"
+        shutil.rmtree(arriving, ignore_errors=True)
+        shutil.copytree(folder, arriving)
+        write_atomically(arriving / RECORD, wanted.model_dump_json(indent=2).encode())
+        shutil.rmtree(target, ignore_errors=True)
+        arriving.rename(target)
     return Made(name=step.name, folder=step.folder, digest=manifest.digest)
 
 

@@ -6,7 +6,7 @@ from pydantic import Field, JsonValue, model_validator
 
 from fvlm_core.config import Positive
 from fvlm_core.settings import ProfilePath, Settings
-from infra.stack import REPOSITORY
+from infra.stack import RENTED_POOL, REPOSITORY
 from tasks.rental import Rental
 from tasks.steps import OnCodeChange, Verify
 
@@ -21,9 +21,18 @@ class Pool(Settings):
     description: str = ""
     """Shown in the Prefect UI."""
     limit: Positive | None = None
-    """Flow runs at once; None is no limit."""
+    """Flow runs at once; None is no limit for a new pool, and leaves the limit of one that is there."""
     job_variables: dict[str, JsonValue] = Field(default_factory=dict)
     """What a flow run's infrastructure is made of (image, env, volume, ...), as the type defines it. No secrets: name Prefect blocks."""
+
+    @model_validator(mode="after")
+    def _job_variables(self) -> Self:
+        if self.type == RENTED_POOL:
+            from infra.runpod.pool import problems_of  # here: it brings Prefect, which costs a second
+
+            if problems := problems_of(self.job_variables):
+                raise ValueError(f"job_variables: {'; '.join(problems)}")
+        return self
 
 
 class Pools(Settings):
@@ -77,6 +86,18 @@ class Machine(Settings):
     def _meeting_point(self) -> Self:
         if (self.nodes > 1) != (self.rendezvous is not None):
             raise ValueError("rendezvous goes with more than one node: give the first node's host:port")
+        return self
+
+    @model_validator(mode="after")
+    def _rented_gpus(self) -> Self:
+        """A GPU without a process is paid for and does nothing; two processes on one GPU do not fit."""
+        pool = self.pools.gpu
+        if pool.type == RENTED_POOL and pool.job_variables.get("gpus"):
+            counts = {"pools.gpu.job_variables.gpu_count": pool.job_variables.get("gpu_count", 1), "ranks": self.ranks}
+            counts |= {"rental.gpu_count": self.rental.gpu_count} if self.rental else {}
+            if len(set(counts.values())) > 1:
+                said = ", ".join(f"{name} is {count}" for name, count in counts.items())
+                raise ValueError(f"a pod has one process of training on each of its GPUs, but {said}: give the same number")
         return self
 
     @property

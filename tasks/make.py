@@ -17,7 +17,7 @@ from infra.fork_server import ForkServer
 from infra.launch import DiskFullError, JobRefusedError, forked_ranks_job, launch, python_job, torchrun_job
 from infra.locks import locked
 from tasks.machine import Machine
-from tasks.steps import RECORD, STEPS, Made, OnCodeChange, Step, Verify
+from tasks.steps import RECORD, Made, OnCodeChange, Step, Verify
 
 PROBLEMS_SHOWN = 5
 GB = 10**9
@@ -104,7 +104,7 @@ def make(
         if stop is not None and stop.wait(1.0):
             raise InterruptedError(f"{step.name} was cancelled while it waited for another process")
 
-    with locked(volume / STEPS / ".locks" / folder.name, waiting=waiting):
+    with locked(step.lock(volume), waiting=waiting):
         found = step.find(volume, how.verify, how.on_code_change)
         if found.made:
             reporter.log(f"{step.name}: found in {step.folder}")

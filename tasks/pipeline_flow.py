@@ -87,11 +87,11 @@ def phase_result(phase: Phase, config: PipelineConfig, volume: Path, done: Mappi
     for step, differences in (found.steps_of_other_code(volume) if found and config.machine.on_code_change == "warn" else {}).items():
         get_run_logger().warning("%s was made by other code: %s", step, "; ".join(differences))
     started_anew = run_phase.with_options(task_run_name=phase.name, refresh_cache=found is None, result_storage=result_storage(volume))
-    started_anew(phase.name, config, str(volume), cache_key)
+    started_anew(phase.name, config, str(volume), cache_key, done=found is not None)
     made = found or current(phase, config, volume, done=done)
     if made is None:
         # a retried flow run hands the results of its completed tasks back unchecked: the phase runs as a new task
-        started_anew(phase.name, config, str(volume), cache_key)
+        started_anew(phase.name, config, str(volume), cache_key, done=False)
         made = current(phase, config, volume, done=done)
     if made is None:
         raise PhaseFailedError(f"{phase.name} ended, but its results are not complete: {phase.folder(config, volume)}")
@@ -104,12 +104,17 @@ def phase_result(phase: Phase, config: PipelineConfig, volume: Path, done: Mappi
     result_serializer="json",
     cache_key_fn=lambda _context, parameters: parameters["cache_key"],
 )
-def run_phase(phase: str, config: PipelineConfig, volume: str, cache_key: str) -> str:
+def run_phase(phase: str, config: PipelineConfig, volume: str, cache_key: str, *, done: bool) -> str:
     """Run the phase's deployment to its end, again where its machine was lost; returns its run's name. Cached by `cache_key`.
+
+    A phase that is `done` without a record here (it ran by itself, or went on when its pipeline was lost) gets the record and no machine.
 
     Raises PhaseFailedError with the flow run's own message, LostRunError where nobody is left who could end it, UserError when the
     deployment is not registered.
     """
+    if done:
+        get_run_logger().info("%s is done already", phase)
+        return phase
     name = f"{phase}/{deployment.name or config.name}"
     parameters = {"config": config.model_dump(mode="json"), "volume": volume}
     for left in range(config.machine.crash_retries, -1, -1):

@@ -14,12 +14,12 @@ from fvlm_core.errors import UserError
 from fvlm_core.tables import Table
 from infra import api
 from infra.budget import Budget, Entry, Position, usd_text, warnings_between
-from infra.errors import InfraError
+from infra.errors import InfraError, RefusedError
 from infra.mirror import mirror
 from infra.runpod.account import KEY_VARIABLE, S3_ACCESS_VARIABLE, S3_SECRET_VARIABLE, Account, Place, mounted
 from infra.runpod.bills import reconcile
 from infra.runpod.client import RunPod
-from infra.runpod.naming import owner
+from infra.runpod.naming import PodName, owner
 from infra.runpod.reaper import Reaped, reap
 from infra.runpod.rent import Wish, candidates
 from infra.s3 import S3Store
@@ -96,6 +96,24 @@ def at_live_prices(config: PipelineConfig) -> Rental:
     return rental.model_copy(update=prices)
 
 
+def owner_of(account: Account) -> str:
+    """The beginning of the names of the volume's pods.
+
+    Raises RefusedError where the volume is not found, with the pods that may be its own: which they are cannot be known without its id.
+    """
+    try:
+        return owner(account.volume().id)
+    except RefusedError as error:
+        left = [pod for pod in account.client.pods() if PodName.parse(pod.name)]
+        if not left:
+            raise
+        raise RefusedError(
+            f"{error.what}; nothing was ended, and pods cost on: {', '.join(f'{pod.id} ({pod.name})' for pod in left)}",
+            where=error.where,
+            fix=f"end those that nobody needs at https://console.runpod.io/pods; {error.fix}",
+        ) from error
+
+
 def look_after(account: Account, budget: Budget | None) -> list[Reaped]:
     """End the pods that nobody owns, and bring the ledger up to date. Asks the Prefect server that PREFECT_API_URL names, if it answers.
 
@@ -103,7 +121,7 @@ def look_after(account: Account, budget: Budget | None) -> list[Reaped]:
     """
     url = os.environ.get("PREFECT_API_URL")
     over = (lambda run: api.run_over(url, os.environ, run)) if url else (lambda run: None)
-    reaped = reap(account.client, owner(account.volume().id), over=over, budget=budget)
+    reaped = reap(account.client, owner_of(account), over=over, budget=budget)
     if budget is not None:
         try:
             reconcile(account.client, budget)

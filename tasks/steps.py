@@ -172,6 +172,10 @@ class Step:
         inputs = {path: [bind(one) for one in given] if isinstance(given, Sequence) else bind(given) for path, given in self.inputs.items()}
         return replace(self, inputs=inputs)
 
+    def lock(self, volume: Path) -> Path:
+        """Held by the process that writes its folder."""
+        return volume / STEPS / ".locks" / Path(self.folder).name
+
     def file(self, path: str) -> File:
         """A file in its folder, as an input."""
         return File(self, path)

@@ -109,7 +109,7 @@ class RunPod:
                 if twin.name == pod.name and twin.id != pod.id:
                     log.warning("%s had been created before as pod %s, which is ended", pod.name, twin.id)
                     self.terminate(twin.id)
-        except RunPodError as error:  # the reaper ends it with its run
+        except RunPodError as error:  # the poller ends it
             log.warning("a second pod of the name %s was not looked for: %s", pod.name, error.what)
 
     def pods(self) -> list[Pod]:

@@ -76,7 +76,13 @@ GB = 10**9
 
 
 class PreflightError(Exception):
-    """The machine is not what was asked for: nothing was run."""
+    """Nothing was run: the machine is not what was asked for; or, where there is a `fix`, every other machine would be refused as well.
+
+    Then the text has the form of `fvlm_core.errors.UserError`, by which a pipeline knows that it must not rent another pod for it.
+    """
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        super().__init__(f"{what}\n  where: {where}\n  fix:   {fix}" if fix else what)
 
 
 class Pod:
@@ -131,15 +137,17 @@ class Pod:
             raise PreflightError("the pod came so late that its time is nearly over")
         identity = os.path.join(self.volume, IDENTITY)
         if not os.path.isfile(identity):
-            raise PreflightError(f"there is no volume at {self.volume}: {IDENTITY} is not there; run `fvlm infra setup`")
+            raise PreflightError(f"there is no volume: {IDENTITY} is not there", where=self.volume, fix="run `fvlm infra setup`")
         with open(identity) as stream:
             found = json.load(stream)["id"]
         if found != self.job["volume"]:
-            raise PreflightError(f"the volume at {self.volume} is {found}, not {self.job['volume']}")
+            fix = "name the volume by its id, and run `fvlm infra setup`"
+            raise PreflightError(f"the volume is {found}, not {self.job['volume']}", where=self.volume, fix=fix)
         for place, least_gb in ((self.volume, self.job["free_volume_gb"]), (os.environ.get("TMPDIR", "/tmp"), self.job["free_disk_gb"])):
             free = shutil.disk_usage(place).free / GB
             if free < least_gb:
-                raise PreflightError(f"{free:.1f} GB free at {place}, {least_gb:.1f} GB needed")
+                fix = "delete what is not needed on the volume, or give more room: machine.rental.volume_gb, disk_gb of the pool"
+                raise PreflightError(f"{free:.1f} GB free at {place}, {least_gb:.1f} GB needed", where=place, fix=fix)
         probe = os.path.join(self.folder, ".probe")
         with open(probe, "wb") as stream:
             stream.write(b"0" * 65536)
@@ -167,7 +175,7 @@ class Pod:
 
     def check_shards(self) -> None:
         """What the manifest of the newest shards names is there. Before there are any, nothing is looked at."""
-        folder = os.path.join(self.volume, SHARDS)
+        folder = os.path.realpath(os.path.join(self.volume, SHARDS))
         try:
             with open(os.path.join(folder, "manifest.json")) as stream:
                 files = json.load(stream)["files"]
@@ -178,11 +186,13 @@ class Pod:
             size = os.path.getsize(path) if os.path.isfile(path) else None
             if size is None or size != entry["bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes and not {entry['bytes']}"
-                raise PreflightError(f"the shards are damaged: {entry['path']} {found}; run the precompute again")
+                raise PreflightError(f"the shards are damaged: {entry['path']} {found}", where=folder, fix="run the precompute again")
             if size <= HASHED_BYTES:
                 with open(path, "rb") as stream:
                     if hashlib.sha256(stream.read()).hexdigest() != entry["sha256"]:
-                        raise PreflightError(f"the shards are damaged: {entry['path']} is not what was made; run the precompute again")
+                        # by its size, which is all that a precompute with `verify: sizes` looks at, the file is whole
+                        fix = f"run the precompute once with machine.verify: sha256, or delete {folder} and run it again"
+                        raise PreflightError(f"the shards are damaged: {entry['path']} is not what was made", where=folder, fix=fix)
         self.say(f"preflight: the {len(files)} files of the shards are there")
 
     def check_exchange(self, python: str) -> None:
@@ -233,7 +243,8 @@ class Pod:
                     return
             except (urllib.error.URLError, OSError, ValueError) as error:
                 if isinstance(error, urllib.error.HTTPError) and error.code in (401, 403):
-                    raise PreflightError(f"the Prefect API at {url} refuses the pod's key or password: {error}") from error
+                    what, fix = f"the Prefect API refuses the pod's key or password: {error}", "start the worker with the right one"
+                    raise PreflightError(what, where=url, fix=fix) from error
                 problem = str(error)
                 time.sleep(self.job.get("retry_s", 3.0))
         raise PreflightError(f"the Prefect API at {url} cannot be reached from the pod: {problem}")

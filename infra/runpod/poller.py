@@ -59,7 +59,21 @@ class Poller:
             else:
                 async with self._news:
                     self._news.notify_all()
+                await self._end_twins()
             await asyncio.sleep(self.interval_s)
+
+    async def _end_twins(self) -> None:
+        """End pods that have the name of a watched one, so that a run is not worked on and paid for twice.
+
+        A name is one pod's; there are two where the answer to a creation was lost, and its pod was listed after another had been made.
+        """
+        names = {self._pods[pod].name for pod in self.watched if pod in self._pods}
+        for twin in [pod for pod in self._pods.values() if pod.name in names and pod.id not in self.watched]:
+            try:
+                await anyio.to_thread.run_sync(self.client.terminate, twin.id)
+                self.warn(f"the pod {twin.id} was ended: it was a second one of the name {twin.name}")
+            except RunPodError as error:
+                self.warn(f"the pod {twin.id}, a second one of the name {twin.name}, could not be ended, tried again: {error.what}")
 
 
 async def ended(account: Account, budget: Budget, pod: str, name: str, warn: Callable[[str], None]) -> None:

@@ -1,10 +1,12 @@
 """What can be set of a pool of the type `runpod`, and the pod that a flow run gets from it."""
 
+import difflib
 import ipaddress
 import json
 import os
 import shlex
 import time
+from collections.abc import Mapping
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -12,13 +14,13 @@ from uuid import UUID
 from prefect.client.schemas.objects import Flow, FlowRun, WorkPool
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.workers.base import BaseJobConfiguration, BaseVariables
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, ValidationError, field_validator
 
 from infra.errors import RefusedError
 from infra.runpod.account import Place, mounted
 from infra.runpod.client import API_URL
 from infra.runpod.image import check_image
-from infra.runpod.models import MAX_VARIABLES, GpuRequest, Volume
+from infra.runpod.models import MAX_VARIABLES, CpuRequest, GpuRequest, Volume
 from infra.runpod.program import START, program
 from infra.runpod.rent import Candidate, Wish
 
@@ -82,6 +84,25 @@ class RunPodVariables(BaseVariables):
     api_key: SecretStr | None = _secret("RunPod's key, as a Prefect block: {{ prefect.blocks.secret.NAME }}; none: RUNPOD_API_KEY.")
     s3_access_key: str | None = Field(default=None, description="Of the volume's S3 side; none: RUNPOD_S3_ACCESS_KEY.")
     s3_secret_key: SecretStr | None = _secret("Of the volume's S3 side, as a Prefect block; none: RUNPOD_S3_SECRET_KEY.")
+
+    @field_validator("vcpus")
+    @classmethod
+    def _can_be_asked_for(cls, vcpus: int) -> int:
+        return CpuRequest(id="any", vcpuCount=vcpus).vcpuCount
+
+
+def problems_of(job_variables: Mapping[str, object]) -> list[str]:
+    """What is wrong with the job variables of a pool: values that cannot be, and names that do not exist, which Prefect would drop."""
+    known, problems = list(RunPodVariables.model_fields), []
+    for name in job_variables:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            problems.append(f"there is no {name}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"))
+    try:
+        RunPodVariables.model_validate(job_variables)
+    except ValidationError as error:
+        problems += [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors(include_input=False)]
+    return problems
 
 
 class RunPodConfiguration(BaseJobConfiguration, RunPodVariables):
@@ -182,7 +203,7 @@ def _only_here(host: str) -> bool:
     try:
         return not ipaddress.ip_address(host).is_global
     except ValueError:
-        return host.endswith(LOCAL_NAMES)
+        return (bool(host) and "." not in host) or host.endswith(LOCAL_NAMES)
 
 
 def _for_pods(name: str) -> bool:

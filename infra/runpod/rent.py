@@ -27,6 +27,10 @@ class NothingFreeError(InfraError):
     """No machine that would do is free now."""
 
 
+class UnwantedError(InfraError):
+    """While a machine was waited for, its flow run ended or was cancelled; nothing was rented."""
+
+
 class PriceError(InfraError):
     """A pod costs more than the catalogue said; it was ended at once."""
 
@@ -128,14 +132,16 @@ def rent(
     say: Callable[[str], None] = lambda line: None,
     warn: Callable[[str], None] = lambda line: None,
     environment: Callable[[float, Candidate], dict[str, str]] = lambda deadline, candidate: {},
+    go_on: Callable[[], bool] = lambda: True,
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[Pod, PodName]:
     """A pod for a flow run, the first of the candidates that can be had; waits up to `wait_s` for one to become free.
 
     `environment` gives the variables that depend on the deadline and on what is rented. `warn` hears when a share of the cap is passed.
+    `go_on` is asked after every wait whether the pod is still wanted.
 
-    Raises RefusedError, BudgetError, NothingFreeError (with all that was tried), PriceError, or a RunPodError that no other candidate
-    mends. Where it is not known whether there is a pod (UnavailableError), its reservation stands until the reaper has looked.
+    Raises RefusedError, BudgetError, NothingFreeError (with all that was tried), UnwantedError, PriceError, or a RunPodError that no other
+    candidate mends. Where it is not known whether there is a pod (UnavailableError), its reservation stands until the reaper has looked.
     """
     began = time.monotonic()
     machines = candidates(client, wish, volume)
@@ -159,6 +165,8 @@ def rent(
                 final = None if isinstance(error, NoCapacityError) or (tried and final is None) else error
                 tried.append(f"{machine} ({error.what.removeprefix('RunPod: ')})")
                 continue
+            if not pod.cost:  # an answer that does not say it yet: the ledger must not promise nothing
+                pod = pod.model_copy(update={"cost": machine.usd_per_hour})
             try:
                 budget.started(str(name), pod.id, usd_per_hour=pod.cost)
             except (InfraError, OSError):  # a pod that the ledger does not know would be billed beside it
@@ -188,6 +196,10 @@ def rent(
             )
         say(f"nothing is free, tried again for {left:.0f} s more: {'; '.join(map(str, machines))}")
         sleep(min(ROUND_S, left))
+        if not go_on():
+            raise UnwantedError(
+                "the flow run has ended or was cancelled; nothing was rented", where=f"flow run {run}", fix="start it again"
+            )
 
 
 def _others_may_do(error: InfraError) -> bool:

@@ -23,6 +23,12 @@ def find_or_create_volume(
                 where="machine.rental.data_centers",
                 fix=f"add {found.dataCenter} where its GPUs will do, or give another machine.rental.volume",
             )
+        if found.size < size_gb:
+            raise RefusedError(
+                f"the volume {found.name} has {found.size} GB, and {size_gb} GB are wanted",
+                where="machine.rental.volume_gb",
+                fix=f"make it larger at https://console.runpod.io/user/storage, or set machine.rental.volume_gb to {found.size}",
+            )
         return found
     places = choose(client, data_centers, gpus, gpu_count)
     return client.create_volume(CreateVolume(name=name, size=size_gb, dataCenter=places[0]))

@@ -11,6 +11,8 @@ RESTARTS = 3
 UNSTARTED = "the pod did not start"
 STALE_S = 120.0
 """How late the service may be with a container's uptime."""
+GAP_SHARE = 0.25
+"""Of `idle_s`, between two looks: after a longer outage of the service nobody knows what the GPUs did meanwhile."""
 
 
 @dataclass
@@ -36,6 +38,8 @@ class Watch:
     speaks: bool = False
     """Whether the pod's program has been read in its log, so its command is not a bad one."""
     idle_since: float | None = None
+    looked_at_gpus: float | None = None
+    """The last time that what they do was seen."""
     sign: object = None
     heard: float | None = None
 
@@ -79,9 +83,11 @@ class Watch:
 
     def _idle(self, pod: Pod, now: float) -> str | None:
         use = [gpu.util for gpu in pod.runtime.gpus if gpu.util is not None] if pod.runtime else []
+        last, self.looked_at_gpus = self.looked_at_gpus, now
         if self.idle_s is None or not use or any(use):
             self.idle_since = None
             return None
-        self.idle_since = now if self.idle_since is None else self.idle_since
+        blind = last is not None and now - last > GAP_SHARE * self.idle_s
+        self.idle_since = now if self.idle_since is None or blind else self.idle_since
         idle = now - self.idle_since
         return f"no GPU of the pod has done anything for {idle / 60:.0f} min" if idle >= self.idle_s else None

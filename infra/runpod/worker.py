@@ -19,6 +19,7 @@ from uuid import UUID
 
 import anyio
 import anyio.abc
+import anyio.from_thread
 import anyio.to_thread
 from prefect.client.schemas.filters import (
     FlowRunFilter,
@@ -60,6 +61,8 @@ LAST_WORDS_S = 75.0
 CANCEL_S = 20.0
 """For a cancelled run to end itself; then its pod is ended."""
 FINAL = frozenset({StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED})
+ON_A_POD = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+"""Of a run that has a pod: until its process starts there, it is pending."""
 
 
 class RunPodResult(BaseWorkerResult):
@@ -131,6 +134,7 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
                 say=log.info,
                 warn=warn,
                 environment=lambda deadline, machine: {"FVLM_POD_JOB": configuration.job(flow_run.id, volume, deadline, machine)},
+                go_on=lambda: anyio.from_thread.run(self._wanted, flow_run.id),
             )
 
         pod, name = await anyio.to_thread.run_sync(rented)
@@ -204,7 +208,7 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
                 elif state == StateType.CANCELLING:
                     over_since = over_since or now
                     if problem or now - over_since > CANCEL_S:
-                        await self._cancelled(flow_run.id)
+                        await self._cancelled(flow_run.id, "its pod was ended")
                         return None
                 else:
                     problem = problem or watch.hear(sign, now)
@@ -228,9 +232,16 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
         state = found.state
         return (state.type if state else StateType.SCHEDULED), (state and state.id, beats and beats[0].occurred)
 
-    async def _cancelled(self, run: UUID) -> None:
+    async def _wanted(self, run: UUID) -> bool:
+        """Whether a run that waits for a machine is to have one. One that is being cancelled has no process that could end it."""
+        state, _ = await self._run_of(run)
+        if state == StateType.CANCELLING:
+            await self._cancelled(run, "it had no pod yet")
+        return state not in (None, StateType.CANCELLING, *FINAL)
+
+    async def _cancelled(self, run: UUID, message: str) -> None:
         with contextlib.suppress(Exception):
-            await self.client.set_flow_run_state(run, Cancelled(message="cancelled; its pod was ended"), force=True)
+            await self.client.set_flow_run_state(run, Cancelled(message=f"cancelled; {message}"), force=True)
 
     async def _crash(self, run: UUID, pod: str, message: str) -> bool:
         """Mark the pod's run Crashed with the message, also where it is Crashed with another one. False where it is no longer the pod's."""
@@ -298,17 +309,18 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
 
     async def _crash_orphaned(self, tenancy: "Tenancy", poll_s: float) -> None:
         """Mark runs Crashed whose pod ended while neither a worker nor the server was there: they would fill the pool's limit for ever."""
-        running = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.CANCELLING])))
+        on_a_pod = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=ON_A_POD)))
         pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[self._work_pool_name]))
-        found = await self.client.read_flow_runs(flow_run_filter=running, work_pool_filter=pool)
-        orphans = [run for run in found if run.infrastructure_pid and run.id not in self._mine]
+        found = await self.client.read_flow_runs(flow_run_filter=on_a_pod, work_pool_filter=pool)
+        # a run that somebody started again has the pod of its first try until this worker has rented another
+        orphans = [run for run in found if run.infrastructure_pid and run.id not in self._mine | self._submitting_flow_run_ids]
         for _ in range(GONE_LOOKS):  # after the runs were read: a run that was known then had its pod already
             alive = {pod.id for pod in await anyio.to_thread.run_sync(tenancy.account.client.pods)}
             orphans = [run for run in orphans if run.infrastructure_pid not in alive]
             await asyncio.sleep(poll_s if orphans else 0)
         for run in orphans:
             state, _ = await self._run_of(run.id)
-            if state in (StateType.RUNNING, StateType.CANCELLING):
+            if state in ON_A_POD:
                 await self._propose_crashed_state(run, f"pod {run.infrastructure_pid}: it is gone, and nobody was there to see it end")
 
     async def _tenancy(self, configuration: RunPodConfiguration) -> "Tenancy":

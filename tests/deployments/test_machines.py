@@ -11,6 +11,7 @@ from uuid import UUID, uuid4
 
 import pytest
 import yaml
+from cyclopts import ValidationError
 from prefect.client.orchestration import get_client
 
 from deployments.checks import PROFILES, load_profile
@@ -60,7 +61,7 @@ def fvlm(cloud: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     with S3Side(lambda: {one.id: one.folder for one in cloud.cloud.volumes.values()}, access_key="user_a", secret_key="rps_a") as s3:
         values = yaml.safe_load((PROFILES / "ci.yaml").read_text())
-        rental = {"runpod_url": cloud.url, "s3_url": s3.url, "volume_gb": 100, "data_centers": ["EU-RO-1", "US-KS-2"]}
+        rental = {"runpod_url": cloud.url, "s3_url": s3.url, "volume_gb": 100, "data_centers": ["EU-RO-1", "US-KS-2"], "gpu_count": 1}
         gpu = {"name": "g", "type": "runpod", "job_variables": {"gpus": ["NVIDIA A100-SXM4-80GB"]}}
         values["machine"] |= {"rental": rental, "pools": {"gpu": gpu}}
         profile = tmp_path / "rented.yaml"
@@ -165,6 +166,16 @@ def test_pods_are_ended_where_the_ledger_cannot_be_reached(
         assert client.pods() == []
 
 
+@pytest.mark.parametrize("command", ["down", "reap"])
+def test_where_there_is_no_such_volume_the_pods_that_may_be_its_own_are_named(fvlm: Fvlm, cloud: Emulator, command: str) -> None:
+    name = str(PodName.new("gone", 2_000_000_000, uuid4()))
+    with RunPod(KEY, cloud.url) as client:
+        pod = client.create_pod(CreatePod(name=name, image="i", args="sleep 600", cpu=CpuRequest(id="cpu3c", vcpuCount=2)))
+    with pytest.raises(InfraError, match=rf"nothing was ended, and pods cost on: {pod.id} \({name}\)") as caught:
+        fvlm("infra", command)
+    assert "console.runpod.io/pods; make it" in caught.value.fix
+
+
 def test_a_board_that_is_followed_shows_entries_that_come_late(
     fvlm: Fvlm, cloud: Emulator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -222,7 +233,9 @@ def test_a_plan_at_the_prices_of_today(fvlm: Fvlm, cloud: Emulator, tmp_path: Pa
     profile, wanted = tmp_path / "rented.yaml", {"gpus": ["NVIDIA A100-SXM4-80GB"], "gpu_count": 2}
     pools = {"gpu": wanted, "cpu": {"cpus": ["cpu5c"], "vcpus": 8}, "pipeline": {"cpus": ["cpu3c"]}}
     made = {name: {"name": name, "type": "runpod", "job_variables": variables} for name, variables in pools.items()}
-    profile.write_text(yaml.safe_dump(with_changes(yaml.safe_load(profile.read_text()), {"machine.pools": made})))
+    values = with_changes(yaml.safe_load(profile.read_text()), {"machine.pools": made, "machine.rental.gpu_count": 2})
+    values["machine"]["ranks"] = 2
+    profile.write_text(yaml.safe_dump(values))
     rental = at_live_prices(load_profile(str(profile)))
     assert (rental.gpu_usd_per_hour, rental.cpu_usd_per_hour, rental.pipeline_usd_per_hour) == pytest.approx((3.78, 0.28, 0.06))
     assert "Plan in dollars" in fvlm("plan", "--live")
@@ -240,9 +253,18 @@ def test_the_scheduled_reaper_shows_where_the_money_is(fvlm: Fvlm, prefect_api: 
     assert str(found["budget-plot"].data).startswith("data:image/png;base64,")
 
 
-def test_a_volume_in_another_data_centre_is_refused(fvlm: Fvlm, cloud: Emulator, tmp_path: Path) -> None:
-    cloud.cloud.adopt_volume("fvlm", 100, "EUR-IS-1", tmp_path / "volume")
-    with pytest.raises(InfraError, match="the volume fvlm is in EUR-IS-1, and pods are wanted in EU-RO-1, US-KS-2"):
+@pytest.mark.parametrize(
+    ("size_gb", "data_center", "says"),
+    [
+        (100, "EUR-IS-1", "the volume fvlm is in EUR-IS-1, and pods are wanted in EU-RO-1, US-KS-2"),
+        (50, "US-KS-2", "the volume fvlm has 50 GB, and 100 GB are wanted"),
+    ],
+)
+def test_a_volume_that_is_not_as_wanted_is_refused(
+    fvlm: Fvlm, cloud: Emulator, tmp_path: Path, size_gb: int, data_center: str, says: str
+) -> None:
+    cloud.cloud.adopt_volume("fvlm", size_gb, data_center, tmp_path / "volume")
+    with pytest.raises(InfraError, match=says):
         fvlm("infra", "setup")
 
 
@@ -255,6 +277,9 @@ def test_what_is_wrong_is_said(fvlm: Fvlm, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delenv("RUNPOD_API_KEY")
     with pytest.raises(InfraError, match="no key for RunPod's API"):
         fvlm("infra", "setup")
+    for words in (("up", "--days", "-1"), ("reap", "--every", "-5")):
+        with pytest.raises(ValidationError, match=f"for {words[1]}. Must be > 0"):
+            fvlm("infra", *words)
     with pytest.raises(UserError, match="the profile laptop rents no machines"):
         app(["infra", "budget", "--profile", "laptop"], exit_on_error=False, result_action="return_value")
 

@@ -20,6 +20,7 @@ from prefect.types.entrypoint import EntrypointType
 from pydantic import SecretStr
 
 from deployments.checks import PROFILES
+from fvlm_core.errors import is_refusal
 from infra.api import healthy
 from infra.locks import try_lock
 from infra.prefect_settings import without
@@ -119,6 +120,8 @@ def test_a_server_on_a_pod_runs_flows_ends_and_goes_on(remote: Remote, tmp_path:
     assert not (remote.volume / ADDRESS).exists()
     with closing(sqlite3.connect(remote.volume / DATABASE)) as database:
         known_runs = dict(database.execute("select id, state_type from flow_run where state_type != 'SCHEDULED'").fetchall())
+        said = database.execute("select s.message from flow_run_state s join flow_run r on s.id = r.state_id where r.id = ?", [str(left)])
+        assert is_refusal(said.fetchone()[0]), "a pipeline does not start it again"
     assert (known_runs[str(run)], known_runs[str(left)]) == ("COMPLETED", "CRASHED"), "nothing goes on in the records that has no pod"
 
     # what the next pod runs

@@ -14,7 +14,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import WorkPool
 from prefect.client.schemas.schedules import CronSchedule
 
-from deployments.register import FLOWS, flow_named, new_pool, register
+from deployments.register import FLOWS, flow_named, make_pools, new_pool, register
 from flows import evaluate
 from flows.registry import PHASES
 from fvlm_core.errors import UserError
@@ -77,6 +77,11 @@ def test_registering_again_leaves_schedules_as_users_set_them(prefect_api: Stack
         changed = client.read_deployment_by_name(f"train/{registered.deployment}")
         assert changed.parameters["config"]["stages"]["stage2"]["run"]["steps"] == 11
         assert changed.schedules == again["train"].schedules
+        limits = []
+        for limit in (3, None, 1):
+            asyncio.run(make_pools(TESTS.with_changes({"machine.pools.gpu.limit": limit}), mine))
+            limits.append(client.read_work_pool("fvlm-gpu").concurrency_limit)
+        assert limits == [3, 3, 1], "the profile's, where it has one"
     seen = {name: [(one.schedule, one.active) for one in deployment.schedules] for name, deployment in again.items()}
     seen = {name: schedules for name, schedules in seen.items() if schedules}
     assert seen == {"precompute": [(CronSchedule(cron="0 5 * * 1"), True)], "train": [(CronSchedule(cron="0 6 * * *"), True)]}

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from infra.board import Board
+from infra.mirror import SMALL_BYTES, mirror
 from infra.runpod.code import archived, upload_code
 from infra.runpod.emulator.s3 import S3Side
 from infra.s3 import S3Store, UnsupportedOperationError, VolumeError, _check_supported, connect, local_path
@@ -141,6 +142,17 @@ def test_a_file_that_was_changed_and_kept_its_size_moves_again(bucket: S3Store, 
     bucket.download("videos.csv", here)
     assert here.read_text() == mine.read_text()
     assert [path.name for path in here.parent.iterdir()] == ["videos.csv"]
+
+
+def test_a_stand_in_has_what_a_plan_reads_and_of_other_large_files_the_size(bucket: S3Store, folder: Path, tmp_path: Path) -> None:
+    contents = {"manifest.json": b"{", "index.parquet": b"PAR1", "shard.tar": b"ustar", "note.md": b"n"}
+    (folder / "steps").mkdir()
+    for name, content in contents.items():
+        (folder / "steps" / name).write_bytes(content * (1 if name == "note.md" else SMALL_BYTES))
+    assert [mirror(bucket, tmp_path / "home", ["steps/"]) for _ in range(2)] == [3, 0], "the second time from what was fetched"
+    here = {name: (tmp_path / "home" / "steps" / name).read_bytes() for name in contents}
+    there = {name: (folder / "steps" / name).read_bytes() for name in contents}
+    assert here == there | {"shard.tar": bytes(5 * SMALL_BYTES)}
 
 
 def test_a_board_takes_entries_from_both_sides(bucket: S3Store, folder: Path) -> None:

@@ -31,6 +31,7 @@ def keys(values: dict[str, Any]) -> dict[str, str]:
     return {name: phase.key(config(values)) for name, phase in PHASES.items()}
 
 
+RENTED = {"name": "rented", "type": "runpod"}
 FILMS_AND_SCENES = [{"name": name, "format": name, "files": ["/films/train-*.parquet"]} for name in ("finevideo", "finevideo_scenes")]
 
 
@@ -97,6 +98,10 @@ def test_laptop_and_runpod_have_the_grid_and_the_ablations_that_are_promised() -
         ("precompute.sources", [{"name": "gaze_cell", "files": ["a.csv"]}], ["gaze_cell", "rendered clips or generated text"]),
         ("precompute.sources", [{"name": "text", "files": ["a.csv"]}], ["text", "rendered clips or generated text"]),
         ("precompute.sources", [{"name": "clips", "files": ["a.csv"]}], ["clips", "rendered clips or generated text"]),
+        ("machine.pools", {"cpu": RENTED | {"job_variables": {"max_runtime": 4}}}, ["machine.pools.cpu", "did you mean max_runtime_h?"]),
+        ("machine.pools", {"cpu": RENTED | {"job_variables": {"vcpus": 24}}}, ["machine.pools.cpu", "vcpus", "powers of two"]),
+        ("machine.pools", {"cpu": RENTED | {"job_variables": {"min_cuda": 12.8}}}, ["machine.pools.cpu", "min_cuda", "string"]),
+        ("machine.pools", {"gpu": RENTED | {"job_variables": {"gpus": ["A"], "gpu_count": 4}}}, ["gpu_count is 4, ranks is 1"]),
     ],
 )
 def test_what_is_wrong_is_refused_by_key_file_and_what_is_allowed(tmp_path: Path, path: str, value: Any, said: list[str]) -> None:

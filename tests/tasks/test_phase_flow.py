@@ -18,7 +18,7 @@ from prefect.context import FlowRunContext, refresh_global_settings_context
 from fvlm_core.errors import UserError
 from fvlm_core.tables import Table
 from infra.stack import Stack
-from tasks import phase_flow
+from tasks import phase_flow, pipeline_flow
 from tasks.config import PipelineConfig
 from tasks.phase import Phase, PhaseManifest, Results, Shown, current, require
 from tasks.status import PhaseStatus
@@ -120,6 +120,19 @@ def test_a_second_run_is_cached_and_its_artifacts_are_there(tmp_path: Path) -> N
     again, _, _ = run_phase(tmp_path, counting("one"), counting("two"))
     assert set(again.values()) == {"Cached"}
     assert current(phase(), TESTS, tmp_path, done={}) is not None
+
+
+def test_a_phase_that_was_done_by_its_own_run_is_not_started_by_the_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_phase(tmp_path, counting("one"))
+    started: list[str] = []
+    monkeypatch.setattr(pipeline_flow, "run_deployment", lambda name, **_: started.append(name))
+
+    @flow
+    def pipeline() -> None:
+        assert pipeline_flow.phase_result(phase_of(counting("one")), TESTS, tmp_path, {}).shown.text == "Two counted."
+
+    pipeline()
+    assert started == []
 
 
 def test_a_damaged_step_is_made_again_and_the_others_stay_cached(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The plan says what would run and because of what, and running does just that."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from deployments.status import status_table
 from fvlm_core import dotted
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import AnyManifest, Manifest
+from infra.locks import try_lock
 from tasks.adopt import adopt
 from tasks.config import PipelineConfig
 from tasks.direct import run_directly
@@ -134,6 +136,12 @@ def test_a_result_from_elsewhere_is_adopted_where_it_fits(tmp_path: Path) -> Non
         adopt(wanted()["two"], theirs["two"], here)
     with pytest.raises(UserError, match="value is 1, not 2"):
         adopt(wanted(one={"value": 2})["one"], theirs["one"], here)
+    with ThreadPoolExecutor(1) as elsewhere:
+        busy = elsewhere.submit(try_lock, wanted()["one"].lock(here)).result()
+    assert busy
+    with pytest.raises(UserError, match="one is being made by another process"):
+        adopt(wanted()["one"], theirs["one"], here)
+    busy.release()
     made = adopt(wanted()["one"], theirs["one"], here)
     assert not made.problems(here, "sha256")
     assert reasons(plan(phases(), TESTS, here)) == {"one": "cached", "two": "not made yet", "three": "it reads two that will run"}

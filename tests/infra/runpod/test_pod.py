@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from fvlm_core.errors import is_refusal
 from infra.runpod.client import RunPod
 from infra.runpod.emulator.faults import Fault
 from infra.runpod.emulator.server import Emulator
@@ -173,7 +174,7 @@ def test_a_pod_whose_key_is_refused_tries_another_way(pods: Pods, emulator: Emul
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"volume": "other"}, "is {volume}, not other"),
+        ({"volume": "other"}, "is {volume}, not other\n  where: "),
         ({"gpu_asked": {"id": A100, "count": 1}}, "no GPU answers"),
         ({"free_volume_gb": 1e9}, "GB free at"),
         ({"least_s": 1e6}, "its time is nearly over"),
@@ -218,8 +219,10 @@ def test_gpus_that_cannot_exchange_numbers_run_nothing(pods: Pods) -> None:
 
 
 def test_shards_that_are_not_what_was_made_are_found_before_any_work(pods: Pods) -> None:
-    folder = pods.folder / SHARDS
-    folder.mkdir()
+    """Another pod would find the same, so that none is to be rented: a refusal, with the folder that the link leads to."""
+    folder = pods.folder / "steps" / "shards-1"
+    folder.mkdir(parents=True)
+    (pods.folder / SHARDS).symlink_to(folder)
     content = b"one shard"
     (folder / "a.tar").write_bytes(content)
     entry = {"path": "a.tar", "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -232,8 +235,11 @@ def test_shards_that_are_not_what_was_made_are_found_before_any_work(pods: Pods)
         (folder / "a.tar").unlink()
         if damaged is not None:
             (folder / "a.tar").write_bytes(damaged)
-        with pytest.raises(PreflightError, match=says):
+        with pytest.raises(PreflightError, match=says) as caught:
             pod.check_shards()
+        assert is_refusal(str(caught.value))
+        assert f"where: {folder}" in str(caught.value)
+        assert ("machine.verify: sha256" in str(caught.value)) == (damaged == b"two shard"), "what a precompute by sizes does not find"
 
 
 def environment_of(pods: Pods, **more: Any) -> dict[str, str]:

@@ -111,6 +111,7 @@ def test_names_are_read_as_docker_reads_them(image: str, read: tuple[str, str, s
         ("169.254.1.1", False),
         ("host.docker.internal:4200", False),
         ("mine.local", False),
+        ("gpubox:4200", False),
         ("8.8.8.8:4200", True),
         ("api.prefect.cloud", True),
         ("abc-4200.proxy.runpod.net", True),

@@ -22,7 +22,7 @@ from infra.runpod.emulator.server import Emulator
 from infra.runpod.errors import InvalidRequestError, NoBalanceError, UnavailableError
 from infra.runpod.models import Pod, Status, Volume
 from infra.runpod.naming import PodName, owner
-from infra.runpod.poller import ended
+from infra.runpod.poller import Poller, ended
 from infra.runpod.pool import RunPodConfiguration
 from infra.runpod.reaper import OVERTIME_S, YOUNG_S, reap
 from infra.runpod.remote import rent_server
@@ -159,6 +159,13 @@ def test_a_pod_that_costs_more_than_its_offer_is_ended_at_once(rented, emulator:
     assert not any(entry.running for entry in budget.entries())
 
 
+def test_an_answer_without_a_price_is_counted_at_the_offers(rented, budget: Budget, monkeypatch: pytest.MonkeyPatch) -> None:
+    create = RunPod.create_pod
+    monkeypatch.setattr(RunPod, "create_pod", lambda client, request: create(client, request).model_copy(update={"cost": 0.0}))
+    rented(Wish("i", gpus=[A100], args=SLEEP), max_runtime_s=3600.0)
+    assert budget.position().running == pytest.approx(1.64)
+
+
 def test_a_pod_that_cannot_be_written_down_is_ended(rented, client: RunPod, budget: Budget, monkeypatch: pytest.MonkeyPatch) -> None:
     write = FolderStore.write
 
@@ -206,6 +213,14 @@ def test_nothing_starts_that_does_not_fit_and_the_sum_is_shown(
     rented(wish, max_runtime_s=1800.0)
 
 
+def test_a_volume_that_has_grown_costs_its_new_price_from_then_on(budget: Budget, clock: Clock) -> None:
+    for usd_per_hour in (1.0, 2.0, 1.0):  # the last by a worker that saw the volume before it grew
+        budget.storage("vol", usd_per_hour)
+        clock.now += 3600
+    (entry,) = budget.entries()
+    assert (entry.spent(clock.now), entry.since) == (pytest.approx(1.0 + 2 * 2.0), pytest.approx(clock.now - 3 * 3600))
+
+
 def test_a_reservation_of_an_unknown_pod_stands_until_somebody_has_looked(
     rented, emulator: Emulator, client: RunPod, budget: Budget, clock: Clock, volume: Volume
 ) -> None:
@@ -239,6 +254,25 @@ def test_the_reaper_ends_what_is_over_time_or_unknown_and_nothing_else(
     assert [(one.pod.id, one.reason) for one in ended] == [(unknown.id, "its run is over")]
     assert {one.id for one in client.pods()} == {kept.id, other.id}
     assert {entry.pod for entry in budget.entries() if entry.running} == {kept.id}
+
+
+def test_a_second_pod_of_a_watched_ones_name_is_ended_whenever_it_is_listed(rented, client: RunPod, emulator: Emulator) -> None:
+    (watched, _), (other, _) = (rented(Wish("i", cpus=["cpu3c"], args=SLEEP)) for _ in range(2))
+    client.create_pod(emulator.cloud.pods[watched.id].request)
+    said: list[str] = []
+
+    async def watch() -> None:
+        poller = Poller(client, 0.01, said.append)
+        emulator.cloud.faults.arm(Fault("listed_late", times=2))
+        looks = poller.looks(watched.id)
+        for _ in range(5):
+            await anext(looks)
+        await looks.aclose()
+        poller.close()
+
+    asyncio.run(watch())
+    assert {pod.id for pod in client.pods()} == {watched.id, other.id}
+    assert [f"a second one of the name {watched.name}" in line for line in said] == [True]
 
 
 def test_two_who_start_the_server_at_once_pay_for_one_pod(client: RunPod, emulator: Emulator, budget: Budget, volume: Volume) -> None:
@@ -424,8 +458,9 @@ def test_what_looks_at_a_pod_mean() -> None:
     watch = fresh()
     assert watch.look(seen("RUNNING", **idle), 0) is None
     assert watch.look(seen("RUNNING", **busy), 500) is None
-    assert watch.look(seen("RUNNING", **idle), 900) is None
+    assert [watch.look(seen("RUNNING", **idle), now) for now in range(900, 1500, 100)] == [None] * 6
     assert watch.look(seen("RUNNING", **idle), 1500) == "no GPU of the pod has done anything for 10 min"
+    assert watch.look(seen("RUNNING", **idle), 5000) is None, "what the GPUs did while the service was away is not known"
     assert fresh().look(seen("RUNNING"), 10_121) == "the pod is past its deadline and did not end itself"
     watch = fresh()
     uptimes = [watch.look(seen("RUNNING", runtime={"uptime": uptime}), 1) for uptime in (500, 3, 500, 2, 500, 1)]

@@ -14,6 +14,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, FlowRunFilter, FlowRunFilterDeploymentId
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.exceptions import InfrastructureNotAvailable, InfrastructureNotFound
+from prefect.states import Cancelling
 from prefect.types.entrypoint import EntrypointType
 
 from deployments.watch import RUN_VARIABLE
@@ -179,6 +180,16 @@ def test_no_secret_shows_and_a_click_in_the_ui_ends_the_pod_within_a_minute(rig:
     assert rig.finish(run.id).is_cancelled()
 
 
+def test_a_run_that_is_cancelled_while_a_machine_is_waited_for_rents_none(rig: Rig) -> None:
+    rig.emulator.cloud.faults.arm(Fault("no_capacity", where="cpu5c"))
+    run = rig.submit("waits", variables={"cpus": ["cpu5c"], "capacity_wait_s": 6.0})
+    wait_until(lambda: any("nothing is free, tried again" in line for line in rig.run_logs(run.id)), "it to wait", poll_s=0.3)
+    rig.prefect.set_flow_run_state(run.id, Cancelling())
+    wait_until(lambda: any("Failed to submit" in line for line in rig.run_logs(run.id)), "its worker to give it up", poll_s=0.3)
+    assert rig.finish(run.id).is_cancelled()
+    assert not [pod for pod in rig.emulator.cloud.pods.values() if run.id.hex in pod.request.name]
+
+
 def test_a_schedule_starts_a_pod_and_ends_it(rig: Rig) -> None:
     """As the precompute's does, on the pool for CPU pods."""
     made = tiny.to_deployment(
@@ -204,12 +215,15 @@ def test_a_schedule_starts_a_pod_and_ends_it(rig: Rig) -> None:
 
 def test_a_killed_worker_is_followed_by_another_or_by_the_reaper_alone(rig: Rig) -> None:
     adopted, left, vanished = (rig.submit(name, pieces=1000) for name in ("adopted", "left", "vanished"))
+    unstarted = rig.submit("unstarted", fault=Fault("never_starts"), variables={"start_timeout_s": 600.0})
     wait_until(lambda: {rig.state(run.id).type for run in (adopted, left, vanished)} == {StateType.RUNNING}, "the runs to run", poll_s=0.5)
+    wait_until(lambda: rig.prefect.read_flow_run(unstarted.id).infrastructure_pid, "the pending run to have its pod", poll_s=0.5)
     rig.kill_worker(signal.SIGKILL)
     (pod,), (reaped,) = pods_of(rig, adopted), pods_of(rig, left)
     rig.emulator.cloud.pods[reaped.id].container.pause()
-    (gone_pod,) = pods_of(rig, vanished)
-    rig.client.terminate(gone_pod.id)
+    gone_pods = {run.id: pods_of(rig, run)[0] for run in (vanished, unstarted)}
+    for gone_pod in gone_pods.values():
+        rig.client.terminate(gone_pod.id)
     name = PodName.parse(reaped.name)
     assert name is not None
     assert reap(rig.client, name.owner, now=name.deadline) == []
@@ -223,7 +237,8 @@ def test_a_killed_worker_is_followed_by_another_or_by_the_reaper_alone(rig: Rig)
     state = rig.finish(adopted.id)
     assert state.is_crashed()
     assert "the pod is ERROR" in (state.message or "")
-    state = rig.finish(vanished.id)
-    assert state.is_crashed()
-    assert f"pod {gone_pod.id}: it is gone" in (state.message or "")
+    for run, gone_pod in gone_pods.items():
+        state = rig.finish(run)
+        assert state.is_crashed()
+        assert f"pod {gone_pod.id}: it is gone" in (state.message or "")
     rig.wait_for_no_pods()
