@@ -3,7 +3,7 @@
 A stream's next token multiplies every weight with a single row, so its time is that of reading the weights. The BLAS behind `F.linear` does
 this on one thread, and for two to eight rows it first copies the weight into another order. Cut along the output features and given to
 `bmm`, every thread reads a part; with the weight as the left operand, its rows are read as they lie. On 2 cores (AVX-512) one row takes .3
-to .5 of `F.linear`'s time, on one core .5 to .7; without a copy of the weights.
+to .5 of `F.linear`'s time, on one core .5 to .7 (weights of 576 x 192 to 576 x 49152); without a copy of the weights.
 """
 
 from collections.abc import Sequence
