@@ -1,18 +1,16 @@
-"""From wishes to a pod: what is refused before renting, what is tried, and that no sum passes the cap."""
+"""From wishes to a pod: what is refused before renting, what is tried, and what ends it."""
 
 import asyncio
-import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from infra.budget import Budget, BudgetError, warnings_between
+from infra.budget import Budget, BudgetError
 from infra.errors import RefusedError
 from infra.runpod.account import Account, Place
 from infra.runpod.bills import reconcile
@@ -27,46 +25,12 @@ from infra.runpod.pool import RunPodConfiguration
 from infra.runpod.reaper import OVERTIME_S, YOUNG_S, reap
 from infra.runpod.remote import rent_server
 from infra.runpod.rent import NothingFreeError, PriceError, Wish, rent
-from infra.runpod.watch import Watch
 from infra.s3 import VolumeError
 from infra.store import FolderStore
+from tests.infra.conftest import Clock
 
 A100, SXM, H100 = "NVIDIA A100 80GB PCIe", "NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3"
 SLEEP = "sleep 600"
-
-
-class MemoryStore:
-    """A store without a disk, for property tests."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, bytes] = {}
-
-    def read(self, key: str) -> bytes | None:
-        return self.files.get(key)
-
-    def write(self, key: str, content: bytes) -> None:
-        self.files[key] = content
-
-    def keys(self, prefix: str) -> list[str]:
-        return sorted(key for key in self.files if key.startswith(prefix))
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = time.time()
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def budget(tmp_path: Path, clock: Clock) -> Budget:
-    return Budget(FolderStore(tmp_path / "ledger"), cap_usd=20, reserve_usd=5, clock=clock)
 
 
 @pytest.fixture
@@ -213,14 +177,6 @@ def test_nothing_starts_that_does_not_fit_and_the_sum_is_shown(
     rented(wish, max_runtime_s=1800.0)
 
 
-def test_a_volume_that_has_grown_costs_its_new_price_from_then_on(budget: Budget, clock: Clock) -> None:
-    for usd_per_hour in (1.0, 2.0, 1.0):  # the last by a worker that saw the volume before it grew
-        budget.storage("vol", usd_per_hour)
-        clock.now += 3600
-    (entry,) = budget.entries()
-    assert (entry.spent(clock.now), entry.since) == (pytest.approx(1.0 + 2 * 2.0), pytest.approx(clock.now - 3 * 3600))
-
-
 def test_a_reservation_of_an_unknown_pod_stands_until_somebody_has_looked(
     rented, emulator: Emulator, client: RunPod, budget: Budget, clock: Clock, volume: Volume
 ) -> None:
@@ -326,148 +282,6 @@ def test_the_bill_replaces_the_ledgers_own_sum(rented, client: RunPod, emulator:
     true = sum(usd for _, _, usd in emulator.cloud.pod_bills())
     assert budget.position().spent == pytest.approx(true, abs=0.01)
     assert reconcile(client, budget) == []
-
-
-@settings(max_examples=40)
-@given(data=st.data())
-def test_the_cap_holds_whatever_pods_come_and_go(data: st.DataObject) -> None:
-    """Pods of any price and length, on any number of writers, that end early, in time, or never: spending never passes the cap."""
-    clock = Clock()
-    began = clock.now
-    store = MemoryStore()
-    writers = [Budget(store, cap_usd=100, reserve_usd=10, clock=clock) for _ in range(3)]
-    alive: dict[str, tuple[float, float, float]] = {}
-    true = 0.0
-    for number in range(data.draw(st.integers(5, 25))):
-        writer = writers[data.draw(st.integers(0, 2))]
-        what = data.draw(st.sampled_from(["reserve", "reserve", "end", "wait", "bill"]))
-        if what == "reserve":
-            rate, hours = data.draw(st.floats(0.1, 30)), data.draw(st.floats(0.1, 10))
-            name = f"pod{number}"
-            try:
-                writer.reserve(name, usd_per_hour=rate, until=clock.now + hours * 3600)
-            except BudgetError:
-                continue
-            writer.started(name, name, usd_per_hour=rate)
-            alive[name] = (clock.now, rate, clock.now + hours * 3600)
-        elif what == "wait":
-            clock.now += data.draw(st.floats(60, 7200))
-        elif what == "end" and alive:
-            name = data.draw(st.sampled_from(sorted(alive)))
-            since, rate, until = alive.pop(name)
-            clock.now = max(clock.now, since)
-            end = min(clock.now, until)
-            true += (end - since) / 3600 * rate
-            writer.ended(name, at=end)
-        for name, (since, rate, until) in list(alive.items()):
-            if clock.now > until:  # its own watchdog ends it
-                true += (until - since) / 3600 * rate
-                del alive[name]
-                writer.ended(name, at=until)
-    if alive:
-        true += sum((until - since) / 3600 * rate for since, rate, until in alive.values())
-    assert true <= 90 + 1e-6
-    assert writers[0].position().committed == pytest.approx(true, abs=1e-6)
-    assert clock.now >= began
-
-
-def test_a_bill_that_is_not_complete_makes_nothing_cheaper(budget: Budget, clock: Clock) -> None:
-    began = clock.now
-    budget.reserve("a", usd_per_hour=3.0, until=began + 4 * 3600)
-    budget.started("a", "pod", usd_per_hour=3.0)
-    clock.now += 1.5 * 3600
-    budget.billed("a", 3.0)
-    clock.now += 0.5 * 3600
-    budget.ended("a")
-    assert budget.position().spent == pytest.approx(6.0)
-    clock.now += 3 * 3600
-    budget.billed("a", 5.5)
-    assert budget.position().spent == pytest.approx(5.5)
-
-
-def test_a_pod_whose_end_nobody_wrote_down_does_not_cost_for_ever(budget: Budget, clock: Clock) -> None:
-    budget.reserve("a", usd_per_hour=1.0, until=clock.now + 2 * 3600)
-    clock.now += 7 * 24 * 3600
-    assert budget.position().committed == pytest.approx(3.0)
-    budget.billed("a", 4.0)
-    assert budget.position().committed == pytest.approx(4.0)
-
-
-def test_two_who_reserve_at_once_do_not_both_pass(tmp_path: Path, clock: Clock) -> None:
-    store = FolderStore(tmp_path)
-    passed, lock = [], threading.Barrier(4)
-
-    def go(number: int) -> None:
-        mine = Budget(store, cap_usd=100, reserve_usd=0, clock=clock)
-        lock.wait()
-        try:
-            mine.reserve(f"pod{number}", usd_per_hour=60.0, until=clock.now + 3600)
-            passed.append(number)
-        except BudgetError:
-            pass
-
-    threads = [threading.Thread(target=go, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(passed) <= 1
-
-
-def test_a_ledger_with_a_broken_line_is_still_a_ledger(budget: Budget, tmp_path: Path, clock: Clock) -> None:
-    budget.reserve("a", usd_per_hour=1.0, until=clock.now + 3600)
-    (tmp_path / "ledger" / "budget" / "ledger" / "killed.jsonl").write_text('{"what": "reserved", "na')
-    assert [entry.name for entry in budget.entries()] == ["a"]
-
-
-def test_warnings_come_once() -> None:
-    assert warnings_between(0, 100, 500) == []
-    assert [line[:3] for line in warnings_between(240, 410, 500)] == ["50%", "80%"]
-    assert warnings_between(410, 420, 500) == []
-
-
-def seen(status: str, **more: object) -> Pod:
-    return Pod.model_validate({"id": "a", "name": "b", "status": status, "createdAt": "2026-11-25T00:00:00Z"} | more)
-
-
-def test_a_command_that_ends_at_once_is_seen_although_every_look_sees_the_same_uptime() -> None:
-    """dstack 1142. A service whose uptime stands still is no such case once the pod's program has been read in its log."""
-    for speaks in (False, True):
-        watch = Watch(deadline=1e9, began=0, start_timeout_s=100, speaks=speaks)
-        looks = [watch.look(seen("RUNNING", runtime={"uptime": 1}), now) for now in range(0, 600, 15)]
-        assert [look for look in looks if look][:1] == ([] if speaks else ["the container was started 4 times"])
-    watch = Watch(deadline=1e9, began=0, start_timeout_s=100)
-    late = [watch.look(seen("RUNNING", runtime={"uptime": now - now % 60}), now) for now in range(0, 3600, 15)]
-    assert late == [None] * len(late), "an uptime that comes a minute late"
-
-
-def test_what_looks_at_a_pod_mean() -> None:
-    def fresh() -> Watch:
-        return Watch(deadline=10_000, began=0, start_timeout_s=100, idle_s=600, speaks=True)
-
-    busy, idle = ({"runtime": {"uptime": 5, "gpus": [{"util": use}]}} for use in (50, 0))
-    watch = fresh()
-    assert watch.look(seen("PROVISIONING"), 50) is None
-    assert watch.look(seen("STARTING"), 101) == "the pod did not start in 100 s; it is STARTING"
-    watch = fresh()
-    looks = [watch.look(pod, number) for number, pod in enumerate((None, seen("RUNNING"), None, None))]
-    assert looks == [None, None, None, "the pod is gone"]
-    for status in ("EXITED", "ERROR", "TERMINATED"):
-        assert fresh().look(seen(status), 1) == f"the pod is {status}"
-    assert fresh().look(seen("MIGRATING"), 1) is None
-    watch = fresh()
-    assert watch.look(seen("RUNNING", **idle), 0) is None
-    assert watch.look(seen("RUNNING", **busy), 500) is None
-    assert [watch.look(seen("RUNNING", **idle), now) for now in range(900, 1500, 100)] == [None] * 6
-    assert watch.look(seen("RUNNING", **idle), 1500) == "no GPU of the pod has done anything for 10 min"
-    assert watch.look(seen("RUNNING", **idle), 5000) is None, "what the GPUs did while the service was away is not known"
-    assert fresh().look(seen("RUNNING"), 10_121) == "the pod is past its deadline and did not end itself"
-    watch = fresh()
-    uptimes = [watch.look(seen("RUNNING", runtime={"uptime": uptime}), 1) for uptime in (500, 3, 500, 2, 500, 1)]
-    assert uptimes[:5] == [None] * 5
-    assert uptimes[5] == "the container was started 4 times"
-    watch = fresh()
-    assert [watch.look(seen("RUNNING", runtime={"uptime": now - now % 40}), 3000 + now % 20) for now in range(0, 900, 10)] == [None] * 90
 
 
 @given(run=st.uuids(), deadline=st.integers(0, 2**32 - 1), volume=st.text(st.sampled_from("abcdefghij0123456789"), min_size=1, max_size=12))
