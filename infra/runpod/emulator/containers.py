@@ -183,7 +183,7 @@ class Container:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(STOP_GRACE_S + 5)
         self._status = self._process.returncode
-        reader.join(1)
+        reader.join(STOP_GRACE_S)
 
     def _read(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None

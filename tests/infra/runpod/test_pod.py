@@ -69,9 +69,14 @@ class Pods:
         machine: dict[str, Any] = {"gpu": gpu} if gpu else {"cpu": CpuRequest(id="cpu3c", vcpuCount=2)}
         return self.client.create_pod(CreatePod(name="fvlm-test", image="i", args=START, env=environment, mounts=mounts, **machine))
 
+    def await_end(self, pod: RentedPod, timeout_s: float = 90.0) -> None:
+        """Until the pod has ended itself and the emulator has read the last of what it printed."""
+        wait_until(lambda: pod.id not in [one.id for one in self.client.pods()], f"pod {pod.id} to end itself", timeout_s)
+        wait_until(lambda: self.emulator.cloud.pods[pod.id].container.log.closed, f"the end of the log of pod {pod.id}", timeout_s)
+
     def outcome(self, pod: RentedPod) -> dict[str, Any]:
         """How its job ended, when the pod has ended itself."""
-        wait_until(lambda: pod.id not in [one.id for one in self.client.pods()], f"the pod to end itself\n{self.log(pod)}", timeout_s=90)
+        self.await_end(pod)
         return json.loads((self.folder / PODS / pod.id / OUTCOME).read_text())
 
     def log(self, pod: RentedPod) -> str:
@@ -139,7 +144,7 @@ def test_a_pod_that_hangs_before_its_job_is_ended_at_its_deadline(pods: Pods) ->
     code.mkdir()
     os.mkfifo(code / "requirements.lock")  # to read it waits for ever, as on a network file system that has gone
     pod = pods.start(["true"], python=None, code_folder=str(code), lock="requirements.lock", seconds=4.0)
-    wait_until(lambda: pod.id not in [one.id for one in pods.client.pods()], f"the watchdog\n{pods.log(pod)}", timeout_s=30)
+    pods.await_end(pod, timeout_s=30)
     assert "watchdog: the pod's time is over" in pods.log(pod)
     assert not (pods.folder / PODS / pod.id / OUTCOME).exists()
 
