@@ -1,1 +1,1 @@
-"""What is fast, measured: `python -m benchmarks.NAME` prints a table, `--json` one JSON object a line. Nothing is asserted."""
+"""Benchmarks: `python -m benchmarks.NAME` prints a table, or one JSON object per line with `--json`. Nothing is asserted."""

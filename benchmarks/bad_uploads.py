@@ -1,4 +1,4 @@
-"""Uploads that no server should take: what people send by mistake, and what they send on purpose; the tests of the server send them too."""
+"""Invalid and malicious uploads that a server must refuse. The server's tests send them too."""
 
 import gzip
 import io
@@ -13,9 +13,9 @@ import numpy as np
 
 
 def bad_uploads(good: bytes, *, each: int, huge_bytes: int = 1_200_000) -> Iterator[tuple[str, bytes, str]]:
-    """Name, content and kind of part of `each` uploads of every kind, made from an intact mp4; the same every time.
+    """Yield (name, content, message part type) of `each` bad uploads of every kind, derived from the intact mp4 `good`. Deterministic.
 
-    `huge_bytes` is more than the server takes.
+    `huge_bytes` must exceed the server's upload limit.
     """
     rng = np.random.default_rng(0)
     hour = _hour()
@@ -45,7 +45,7 @@ def bad_uploads(good: bytes, *, each: int, huge_bytes: int = 1_200_000) -> Itera
 
 
 def _hour() -> bytes:
-    """An hour of black at one picture a minute: small, and valid."""
+    """An hour of black video at one frame per minute: small, and valid."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(1, 60), options={"preset": "ultrafast"})
@@ -64,7 +64,7 @@ def _zip_bomb(n: int) -> bytes:
 
 
 def _png(width: int, height: int) -> bytes:
-    """A picture of very many equal pixels."""
+    """A PNG that declares very many pixels in a small file."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))

@@ -1,4 +1,4 @@
-"""A real server on a port of its own, in this process, and requests to it; the tests use it too."""
+"""Run the server on a free port inside this process, and build requests for it. The tests use it too."""
 
 import base64
 import socket
@@ -14,7 +14,7 @@ from fastapi import FastAPI
 
 @contextmanager
 def running(app: FastAPI) -> Generator[str]:
-    """The address of a server that runs as long as the context."""
+    """Serve `app` until the context ends; yields the address."""
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

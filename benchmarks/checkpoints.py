@@ -1,7 +1,7 @@
-"""How long training waits for a checkpoint: written while it goes on, beside waiting until it is on the disk.
+"""How long training waits for a checkpoint: asynchronous saves against synchronous ones.
 
-Weights and AdamW's state as large as SmolLM2-135M's with DINOv2-small (1.9 GB) are saved by the trainer's own code, alone on a CPU. A
-step of training is a matrix product of a fixed size; between two saves come as many as take as long as a save that is waited for.
+The trainer's own code saves weights and AdamW state of the size of DINOv2-small + SmolLM2-135M (1.9 GB), in one process on a CPU. A
+training step is simulated by a matrix product of fixed size. Between two saves there is 1.5 times as much work as a synchronous save takes.
 """
 
 import tempfile
@@ -19,11 +19,11 @@ from fvlm_core.train.distributed import World
 PARAMETERS = {"135M": 157_000_000, "small": 5_000_000}
 TENSORS = 40
 WIDTH = 1024
-"""Of the matrices that stand for training."""
+"""Side of the matrices that simulate training."""
 
 
 def measure(size: str, rounds: int, folder: Path) -> Iterator[Measurement]:
-    """Per save: seconds that training waits, and the peak of memory above what is being saved."""
+    """Yield the seconds that training waits per save, the slowdown of steps during a save, and the peak memory."""
     tensors = {
         part: {str(n): torch.zeros(PARAMETERS[size] // TENSORS) for n in range(TENSORS)} for part in ("weights", "exp_avg", "exp_avg_sq")
     }
@@ -45,8 +45,8 @@ def measure(size: str, rounds: int, folder: Path) -> Iterator[Measurement]:
         seconds = time.perf_counter() - started
         started = time.perf_counter()
         checkpoints.wait()
-        stall += time.perf_counter() - started  # what is not finished by the next save
-        if number:  # the first is the warm-up, and says how much work a save is long
+        stall += time.perf_counter() - started  # a save that is still running delays the next one
+        if number:  # the first save is the warm-up, and sets the amount of work between saves
             waits[name].append(stall)
             trained[name].append(seconds)
         else:
@@ -70,7 +70,7 @@ def main() -> None:
         __doc__ or "",
         size={"choices": sorted(PARAMETERS), "default": "135M"},
         rounds={"type": int, "default": 3},
-        folder={"type": Path, "default": None, "help": "on the disk that is meant; default: a temporary one"},
+        folder={"type": Path, "default": None, "help": "folder on the disk to measure; default: a temporary folder"},
     )
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         show(measure(options.size, options.rounds, Path(folder)), as_json=options.json)

@@ -1,7 +1,7 @@
-"""Ways to spend a frame's encoder FLOPs that `selectors` compares: which patches are opened, or what is encoded instead of a glance.
+"""The selectors that `benchmarks.selectors` compares: which patches to open, or what to encode instead of a glance.
 
-A chooser is what `FoveatedVLM.chooser` takes: log p [R, n] of R = clips x frames rows, and k, to patches [R, k]. Those that look at pixels
-are made for one batch. An encoding is what stands in for `FoveatedVLM.encode`.
+A chooser is a function for `FoveatedVLM.chooser`: it maps log p [R, n], with R = clips x frames, and k to patch indices [R, k]. A chooser
+that looks at pixels is made for one batch. An encoding replaces `FoveatedVLM.encode`.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,11 @@ from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.model.glance import Chooser, likeliest, look, shrunk, with_everything
 
 LOW_SIDE = 4
-"""Patches a side of a frame at low resolution: the square whose FLOPs are nearest to a glance of 3 x 3 with one patch opened."""
+"""Patches per side of a low-resolution frame: the square whose FLOPs are nearest to a 3 x 3 glance with one patch opened."""
 
 
 def chooser(selector: str, world: World) -> Chooser:
-    """What opens patches in a batch of that world's clips; the likeliest where the selector opens none."""
+    """Return the chooser of a selector for the clips of `world`; `likeliest` for selectors that open no patches."""
     frames = torch.from_numpy(world.frames)
     if selector == "question":
         return partial(from_first_frame, frames.shape[1])
@@ -37,32 +37,32 @@ def chooser(selector: str, world: World) -> Chooser:
 
 
 def wanted(world: World) -> Tensor:
-    """The glance patches [B, T] over the cells that count."""
+    """Return the glance patches [B, T] that cover the target cells."""
     return torch.from_numpy(world.path // ZOOM) @ torch.tensor([world.digits.shape[-1] // ZOOM, 1])
 
 
 def largest(scores: Tensor, log_p: Tensor, k: int) -> Tensor:
-    """The patches of the largest scores [R, n], whatever the query says."""
+    """Return the patches with the largest scores [R, n], independent of the query."""
     assert scores.shape == log_p.shape
     return scores.topk(k).indices
 
 
 def from_first_frame(frames: int, log_p: Tensor, k: int) -> Tensor:
-    """A clip's frames all open what its first one does, whose query has read the question and no frame."""
+    """Open the first frame's patches in all frames of a clip. The first frame's query has read the question and no frame."""
     return log_p.unflatten(0, (-1, frames))[:, 0].topk(k).indices.repeat_interleave(frames, 0)
 
 
 def central(log_p: Tensor, k: int) -> Tensor:
-    """The patches nearest to the middle."""
+    """Return the patches nearest to the centre."""
     side = round(log_p.shape[1] ** 0.5)
     off = (torch.arange(side) - (side - 1) / 2) ** 2
     return (-(off[:, None] + off).flatten()).topk(k).indices.expand(len(log_p), -1)
 
 
 def change(frames: Tensor) -> Tensor:
-    """How much each glance patch differs from the frame before's [B * T, n], for frames uint8 [B, T, S, S, 3].
+    """Return the summed squared difference [B * T, n] of each glance patch from the previous frame, for frames uint8 [B, T, S, S, 3].
 
-    Summed squared difference; a clip's first frame has none before it, and is scored by what its glance leaves unexplained.
+    The first frame of a clip has no previous frame; it is scored by `unexplained`.
     """
     glances = shrunk(frames.flatten(0, 1), ZOOM).unflatten(0, frames.shape[:2])
     first = unexplained(frames[:, 0])[:, None]
@@ -71,7 +71,7 @@ def change(frames: Tensor) -> Tensor:
 
 
 def unexplained(frames: Tensor) -> Tensor:
-    """Summed squared difference [F, n], under each glance patch, of frames uint8 [F, S, S, 3] from their glance, enlarged."""
+    """Return the summed squared error [F, n] of the enlarged glance under each glance patch, for frames uint8 [F, S, S, 3]."""
     glance = shrunk(frames, ZOOM).permute(0, 3, 1, 2)
     enlarged = F.interpolate(glance, size=frames.shape[1:3], mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
     side = frames.shape[1] // (14 * ZOOM)
@@ -79,20 +79,20 @@ def unexplained(frames: Tensor) -> Tensor:
 
 
 def per_patch(pixels: Tensor, n: int) -> Tensor:
-    """Sums [F, n] over the squares of pixels [F, S, S, 3] that n glance patches cover."""
+    """Sum pixels [F, S, S, 3] over the squares that n glance patches cover: [F, n]."""
     side = round(n**0.5)
     return pixels.unflatten(1, (side, -1)).unflatten(3, (side, -1)).sum((2, 4, 5)).flatten(1)
 
 
 def everything(model: FoveatedVLM, frames: Tensor) -> FrameFeatures:
-    """The glance and all patches under it, weighed by p."""
+    """Encode the glance and all patches under it, weighted by p."""
     settings = model.settings.glance
     assert settings is not None
     return with_everything(model.encoder, look(model.encoder, frames, settings), settings, model.connector.scale_embeddings)
 
 
 def low_resolution(model: FoveatedVLM, frames: Tensor) -> FrameFeatures:
-    """Complete frames of `LOW_SIDE` patches a side."""
+    """Encode complete frames at `LOW_SIDE` patches per side."""
     side = LOW_SIDE * model.encoder.patch_px
     pixels = frames.permute(0, 3, 1, 2).float()
     small = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
@@ -100,10 +100,10 @@ def low_resolution(model: FoveatedVLM, frames: Tensor) -> FrameFeatures:
 
 
 def merged(model: FoveatedVLM, frames: Tensor) -> FrameFeatures:
-    """All patches embedded, then averaged by similarity until as many are left as a glance and one opened patch are.
+    """Embed all patches, then merge them by similarity down to the number of tokens of a glance with one opened patch.
 
-    The matching of Bolya et al. 2022, https://arxiv.org/abs/2210.09461, done once before the layers, and on what is in a patch, not on
-    where it is: empty cells go first, which is the best that can happen to digits.
+    The bipartite matching of Bolya et al. 2022, https://arxiv.org/abs/2210.09461, applied once before the layers. Similarity is of the
+    content of patches without their positions, so empty cells are merged first, which favours digits.
     """
     encoder = model.encoder
     grid = (frames.shape[1] // encoder.patch_px, frames.shape[2] // encoder.patch_px)
@@ -125,9 +125,9 @@ def merged(model: FoveatedVLM, frames: Tensor) -> FrameFeatures:
 
 
 def merge(x: Tensor, content: Tensor, left: int) -> Tensor:
-    """Means [F, left, D] of x [F, N, D], of the tokens whose content [F, N, D] is alike; a mean of means counts every token once.
+    """Merge x [F, N, D] to [F, left, D] by averaging tokens with similar content [F, N, D]. Means are weighted, so every token counts once.
 
-    In every round the even tokens each have a likeliest odd one, and of these pairs the most alike become one token.
+    In every round each even token is matched with its most similar odd token, and the most similar of these pairs are merged.
     """
     width = x.shape[-1]
     sums = torch.cat([x, content, torch.ones_like(x[..., :1])], -1)

@@ -1,7 +1,7 @@
-"""Multiple choice at DINOv2-small + SmolLM2-135M: one video, one question of four options, three modes.
+"""Multiple choice at DINOv2-small + SmolLM2-135M: one video, one question with four options, three modes.
 
-The work of scoring all options in all modes, encoding the video once and reading the question once a mode, against one pass per option and
-mode (what the original does, and what a harness of independent requests amounts to).
+Compares the cost of scoring all options in all modes when the video is encoded once and the question is read once per mode with one pass
+per option and mode. The latter is what the original implementation and harnesses of independent requests do.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ QUESTION, OPTION, OPTIONS = 32, 8, 4
 
 
 class Tokens(Subject):
-    """A subject whose text is numbers with spaces between them: there is no tokenizer at random weights."""
+    """A subject whose text is space-separated token ids, because a model with random weights has no tokenizer."""
 
     def encode(self, text: str) -> list[int]:
         """The numbers as token ids."""
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def measure(frames: int, rounds: int) -> Iterator[Measurement]:
-    """FLOPs; with `rounds` also seconds and peak memory."""
+    """Yield FLOPs and, if `rounds` is above 0, seconds and peak memory."""
     model = build_model(model_settings(), vocab_size=VOCABULARY).eval().requires_grad_(False)
     chat = ChatFormat(system=[1], user_open=[1], user_close=[2], assistant_open=[1], assistant_close=[2])
     tokenizer: Any = None  # `encode` needs none
@@ -64,14 +64,14 @@ def measure(frames: int, rounds: int) -> Iterator[Measurement]:
 
 
 def shared(answerer: FoveatedAnswerer, media: Media, ask: Ask) -> None:
-    """As the evaluation does it."""
+    """Score all options together, as the evaluation does."""
     opened = answerer.open(media, "video")
     for condition in answerer.conditions(["question_first"], None, controls=False):
         opened.replies([ask], condition)
 
 
 def apart(answerer: FoveatedAnswerer, media: Media, ask: Ask) -> None:
-    """Every option in every mode by itself."""
+    """Score every option in every mode in a pass of its own."""
     for condition in answerer.conditions(["question_first"], None, controls=False):
         for option in ask.continuations:
             answerer.open(media, "video").replies([Ask(ask.text, (option,))], condition)

@@ -1,8 +1,10 @@
-"""The model elsewhere than in torch's fp32, at DINOv2-small + SmolLM2-135M with random weights: onnxruntime, llama.cpp, and int8 weights.
+"""Exported models against torch in fp32: onnxruntime, llama.cpp and int8 weights, at DINOv2-small + SmolLM2-135M with random weights.
 
-Speed is a ratio of times taken in turn in one process; size is a ratio of bytes; the difference is the norm of the logits' difference over
-the norm of torch's. onnxruntime runs the coarse and the fine mode over a clip and a question; llama.cpp the language model over the same
-tokens, then one more; int8 weights read the same, then go on token by token. Needs the development environment.
+Speed is the ratio of times measured in turn in one process. Size is a ratio of bytes. Difference is the norm of the logits' difference over
+the norm of torch's logits.
+
+onnxruntime runs the coarse and the fine mode over a clip and a question. llama.cpp runs the language model over the same tokens, then over
+one more. The int8 model reads the same input, then generates token by token. Needs the development environment.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,7 +40,7 @@ def main() -> None:
 
 
 def measure(frames: int, rounds: int) -> Iterator[Measurement]:
-    """All, over a clip of `frames` frames."""
+    """Measure every export on a clip of `frames` frames."""
     model = build_model(model_settings(), vocab_size=VOCABULARY).eval().requires_grad_(False)
     batch = video_question(frames)
     wanted = logits(model, batch, "coarse_only")

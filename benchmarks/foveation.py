@@ -1,9 +1,11 @@
-"""Gaze before encode (`model.glance`) at DINOv2-small + SmolLM2-135M, random weights: what it saves, and what a larger frame costs.
+"""Gaze before encode (`model.glance`) at DINOv2-small + SmolLM2-135M with random weights: savings, and the cost of larger frames.
 
-64 frames and a question of 32 tokens, a glance of 112 px and 16 opened patches a query, against encoding every 224 px frame in full. Of
-larger frames about as many patches are encoded, glance and opened ones together, spread over more levels. Downscaling to the glance is
-timed apart: a JPEG decoder does it on the way. `--parts` picks what is measured. `--world 6 9 12` trains the learning experiment of
-`foveation_world` (an hour and more on a core, resumed where its results are in `--out`), or shows the results that are there.
+The base case is 64 frames and a question of 32 tokens, with a glance of 112 px and 16 opened patches per query, against encoding every 224
+px frame in full. For larger frames about as many patches are encoded (glance plus opened), spread over more levels. Downscaling to the
+glance is timed separately, because a JPEG decoder does it as part of decoding.
+
+`--parts` selects the measurements. `--world 6 9 12` trains the learning experiment of `foveation_world`, which takes more than an hour on
+one core. Results that are already in `--out` are shown and not computed again.
 """
 
 import json
@@ -36,7 +38,7 @@ from fvlm_core.model.inference import Context, read_batch
 from fvlm_core.serve.stream import FrameStream
 
 FULL_GFLOP = 768.7
-"""Of 64 frames and a question, every frame encoded in full: what `benchmarks.inference` counts."""
+"""GFLOP of 64 frames and a question with every frame encoded in full, as counted by `benchmarks.inference`."""
 GLANCES: dict[int, dict[str, Any]] = {
     224: {"px": 112, "zoom": 2, "levels": 1, "open": 4},
     448: {"px": 112, "zoom": 2, "levels": 2, "open": 2},
@@ -45,10 +47,10 @@ GLANCES: dict[int, dict[str, Any]] = {
     3584: {"px": 112, "zoom": 2, "levels": 5, "open": 1},
     4032: {"px": 84, "zoom": [4, 4, 3], "levels": 3, "open": 1},
 }
-"""By frame size. Patches that are encoded, glance and opened ones: 80, 80, 76, 83, 84 and 77. The long side of 4K is 3840 px."""
+"""Glance settings by frame size. Encoded patches (glance plus opened): 80, 80, 76, 83, 84 and 77. The long side of 4K is 3840 px."""
 FOUR_K, TILE = 4032, 224
 MANY, FEW = 16, 4
-"""Frames of a clip: each level is one more walk through the encoder's weights, which the frames of a clip share."""
+"""Frames per clip. Each level is one more pass through the encoder's weights, and the frames of a clip share that pass."""
 LARGER = [frame_px for frame_px in GLANCES if frame_px != TILE]
 PARTS = ("costs", "larger", "stream", "decoding", "rival")
 RIVAL = "SmolVLM2-256M"
@@ -61,15 +63,15 @@ def main() -> None:
         frames={"type": int, "default": 64},
         parts={"nargs": "*", "choices": PARTS, "default": list(PARTS)},
         rival_frames={"type": int, "default": 64},
-        world={"type": int, "nargs": "*", "default": [], "help": "grids of the learning experiment"},
+        world={"type": int, "nargs": "*", "default": [], "help": "grid sizes of the learning experiment"},
         seeds={"type": int, "default": 1},
-        out={"type": Path, "default": Path("foveation-world"), "help": "folder of the learning experiment's weights and results"},
+        out={"type": Path, "default": Path("foveation-world"), "help": "folder for weights and results of the learning experiment"},
     )
     show(measure(options), as_json=options.json)
 
 
 def measure(options: Namespace) -> Iterator[Measurement]:
-    """The parts that were asked for, and the learning experiment."""
+    """Run the selected parts and the learning experiment."""
     if "costs" in options.parts:
         yield from costs(options.frames, options.rounds)
     for frame_px in LARGER if "larger" in options.parts else ():
@@ -88,14 +90,14 @@ def measure(options: Namespace) -> Iterator[Measurement]:
 
 
 def glance_model(frame_px: int = TILE) -> FoveatedVLM:
-    """The model for frames of that size."""
+    """Build the model for frames of `frame_px`."""
     glance = GlanceSettings(**GLANCES[frame_px])
     vision = VisionSettings(shape=VisionShape(), frame_px=frame_px)
     return build_model(model_settings(vision=vision, glance=glance), vocab_size=VOCABULARY).eval().requires_grad_(False)
 
 
 def costs(frames: int, rounds: int) -> Iterator[Measurement]:
-    """FLOPs and seconds beside encoding in full."""
+    """Compare FLOPs and seconds with encoding every frame in full."""
     full = build_model(model_settings(), vocab_size=VOCABULARY).eval().requires_grad_(False)
     ours, batch = glance_model(), video_question(frames)
     runs = {name: (lambda model=model: read_batch(model, batch, "coarse_fine")) for name, model in (("full", full), ("ours", ours))}
@@ -108,7 +110,7 @@ def costs(frames: int, rounds: int) -> Iterator[Measurement]:
 
 
 def first_tokens(frames: int) -> Measurement:
-    """Time to the first token beside SmolVLM2's."""
+    """Compare the time to the first token with SmolVLM2's."""
     model, batch = glance_model(), video_question(frames)
     pair = {
         "ours": lambda: model.llm.lm_head(read_batch(model, batch, "coarse_fine", room=1).hidden[-1:]).argmax(-1),
@@ -120,7 +122,7 @@ def first_tokens(frames: int) -> Measurement:
 
 
 def larger(frame_px: int, rounds: int, *, frames: int) -> Iterator[Measurement]:
-    """Frames of another size beside those of 224 px, as many of each."""
+    """Compare frames of `frame_px` with the same number of 224 px frames."""
     model, batch = glance_model(frame_px), video_question(frames, frame_px=frame_px)
     small, usual = glance_model(), video_question(frames)
     glance = model.settings.glance
@@ -143,7 +145,7 @@ def larger(frame_px: int, rounds: int, *, frames: int) -> Iterator[Measurement]:
 
 
 def besides_downscaling(model: FoveatedVLM, batch: PackedBatch) -> Callable[[], Context]:
-    """`read_batch` on frames whose small forms are at hand, as a decoder leaves them."""
+    """Return a run of `read_batch` on frames that are already downscaled to the glance, as a JPEG decoder provides them."""
     assert model.settings.glance is not None
     small = shrunk(batch.frames, model.settings.glance.shrink)
 
@@ -154,7 +156,7 @@ def besides_downscaling(model: FoveatedVLM, batch: PackedBatch) -> Callable[[], 
 
 
 def against_tiles() -> Measurement:
-    """FLOPs of a 4K frame and the question beside its tiles'."""
+    """Compare the FLOPs of a 4K frame with encoding it as 224 px tiles."""
     full = build_model(model_settings(), vocab_size=VOCABULARY).eval().requires_grad_(False)
     model, batch = glance_model(FOUR_K), video_question(FEW, frame_px=FOUR_K)
     tile = count_flops(lambda: full.encode(video_question(1).frames)) / 1e9
@@ -165,7 +167,7 @@ def against_tiles() -> Measurement:
 
 @torch.no_grad()
 def stream_rate(frames: int) -> Measurement:
-    """Frames a second of a stream that knows its question: a frame is looked at, opened and read before the next one comes."""
+    """Frames per second of a stream with a known question: each frame is glanced at, opened and read before the next one arrives."""
     stream = FrameStream(glance_model(), NO_TEMPLATE, task_ids=[1])
     picture = np.random.default_rng(0).integers(0, 256, (TILE, TILE, 3), dtype=np.uint8)
     taken = []
@@ -178,7 +180,7 @@ def stream_rate(frames: int) -> Measurement:
 
 
 def decoding(rounds: int) -> Iterator[Measurement]:
-    """JPEGs at the glance's size, which the decoder scales on the way by eighths, beside decoding them in full."""
+    """Compare decoding JPEGs at the glance's size (the decoder scales by eighths) with decoding them in full."""
     rng, small_px = np.random.default_rng(0), GLANCES[TILE]["px"]
     for frame_px in (224, 448, 896):
         rough = Image.fromarray(rng.integers(0, 256, (28, 28, 3), dtype=np.uint8))
@@ -199,7 +201,7 @@ def decoding(rounds: int) -> Iterator[Measurement]:
 
 
 def tiles(rounds: int) -> Iterator[Measurement]:
-    """Frames stored as tiles: time of the small frame and the tiles that are opened, and bytes, beside one JPEG decoded in full."""
+    """Compare frames stored as tiles with one JPEG per frame: decoding time of the small frame and the opened tiles, and bytes."""
     rng = np.random.default_rng(0)
     for frame_px in (448, 896, FOUR_K):
         glance = GlanceSettings(**GLANCES[frame_px])
@@ -229,7 +231,7 @@ def tiles(rounds: int) -> Iterator[Measurement]:
 
 
 def textured(side: int, rng: np.random.Generator) -> np.ndarray:
-    """A picture with detail at all scales, as a photograph has it: amplitude in proportion to size. uint8 [side, side, 3]."""
+    """Draw an image uint8 [side, side, 3] with detail at all scales, like a photograph: amplitude in proportion to size."""
     total, cells = np.full((side, side, 3), 127.5, np.float32), 4
     while cells <= side:
         noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
@@ -239,7 +241,7 @@ def textured(side: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def acuity(grids: Sequence[int], seeds: int, out: Path) -> Iterator[Measurement]:
-    """Accuracies of the learning experiment: every grid from the one before it, every seed by itself."""
+    """Run the learning experiment for each seed. Each grid starts from the weights of the previous grid."""
     for seed in range(seeds):
         before: Path | None = None
         for grid in grids:
@@ -252,7 +254,7 @@ def acuity(grids: Sequence[int], seeds: int, out: Path) -> Iterator[Measurement]
 
 
 def compared(result: dict) -> Iterator[Measurement]:
-    """The figures of one grid and seed."""
+    """Yield the measurements of one grid and seed."""
     k2, where = result["k2"], f"{result['grid']} x {result['grid']} cells, seed {result['seed']}"
     for name, other in (("dense", "dense_as_long"), ("random", "random2"), ("glance", "glance_only"), ("oracle", "oracle2")):
         value = result[other]["accuracy"]

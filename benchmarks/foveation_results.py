@@ -1,4 +1,4 @@
-"""Tables and the plot of finished runs of `benchmarks.foveation_world`: accuracy of every way to open, by grid and seed, and its FLOPs.
+"""Tables and plot of finished `benchmarks.foveation_world` runs: accuracy and FLOPs of every opening method, by grid and seed.
 
 python -m benchmarks.foveation --parts --world 6 9 12 --seeds 3 --out foveation-world > /dev/null
 python -m benchmarks.foveation_results foveation-world --figure docs/foveation
@@ -22,17 +22,17 @@ from fvlm_core.tables import Table
 
 MODELS = (
     ("every patch open", "dense", 0),
-    ("that, read at k = 1", "dense_read_at_1", 1),
-    ("every patch open, 100 steps more", "dense_as_long", 0),
+    ("the same model, read at k = 1", "dense_read_at_1", 1),
+    ("every patch open, 100 more steps", "dense_as_long", 0),
     ("k = 1, after 100 steps on chosen patches", "k1", 1),
-    ("those, k = 2", "k2", 2),
-    ("those, k = 4", "k4", 4),
-    ("an oracle opens, k = 1", "oracle1", 1),
+    ("the same model, k = 2", "k2", 2),
+    ("the same model, k = 4", "k4", 4),
+    ("oracle openings, k = 1", "oracle1", 1),
     ("glance only (the coarse pass of the same model)", "glance_only", -1),
-    ("random opening, trained as long, k = 1", "random1", 1),
-    ("that, k = 2", "random2", 2),
+    ("random openings, same training, k = 1", "random1", 1),
+    ("random openings, same training, k = 2", "random2", 2),
 )
-"""Name, its key in a result, and the patches that are opened; 0: all of them, -1: none."""
+"""(name, key in the result file, number of opened patches); 0: all patches, -1: none."""
 PLOTTED = {
     "k1": "ours, k = 1",
     "k2": "ours, k = 2",
@@ -43,7 +43,7 @@ PLOTTED = {
 
 
 def read(folder: Path) -> dict[int, list[dict[str, Any]]]:
-    """The results of a folder by grid, seeds in order. Raises ValueError where there are none."""
+    """Return the results of a folder by grid, sorted by seed. Raises ValueError if there are none."""
     found = [json.loads(file.read_text()) for file in folder.glob("world_*.json")]
     if not found:
         raise ValueError(f"no world_GRID_SEED.json in {folder}")
@@ -54,7 +54,7 @@ def read(folder: Path) -> dict[int, list[dict[str, Any]]]:
 @cache
 @torch.no_grad()
 def mflop(grid: int, opened: int, zooms: tuple[int, ...]) -> float:
-    """Of encoding and reading a frame, counted; `opened` as in `MODELS`."""
+    """Count the MFLOP of encoding and reading one frame; `opened` as in `MODELS`."""
     run = Run(grid, 0, say=lambda _: None, zooms=zooms)
     model = run.model.eval()
     run.use(open=max(opened, 1))
@@ -73,7 +73,7 @@ def mflop(grid: int, opened: int, zooms: tuple[int, ...]) -> float:
 
 
 def table(grid: int, results: Sequence[dict[str, Any]]) -> Table:
-    """A line per model, seeds side by side."""
+    """Return a table with a row per model and the seeds side by side."""
     rows, zooms = [], tuple(results[0]["zooms"])
     for name, key, opened in MODELS:
         cells = [[_seen(one, key, "accuracy"), _seen(one, f"{key}_autoregressive", "accuracy"), _seen(one, key, "hit")] for one in results]
@@ -91,13 +91,13 @@ def table(grid: int, results: Sequence[dict[str, Any]]) -> Table:
 
 
 def _seen(result: dict[str, Any], key: str, what: str) -> str:
-    """A number of a result, empty where there is none."""
+    """Format a number of a result; empty if it is missing."""
     value = result.get(key, {}).get(what, math.nan)
     return "" if math.isnan(value) else f"{value:.3f}"
 
 
 def plot(path: Path, by_grid: dict[int, list[dict[str, Any]]]) -> None:
-    """Accuracy over FLOPs as the grid grows, as PNG and SVG: a line per model through the means of its seeds, a point per seed."""
+    """Plot accuracy over FLOPs as the grid grows, as PNG and SVG: a line per model through the mean over seeds, a point per seed."""
     opened = {key: k for _, key, k in MODELS}
     with canvas(path.with_suffix(".png"), (WIDTH * 0.7, 4.2), vector=True) as figure:
         axes = figure.subplots()
@@ -118,10 +118,10 @@ def plot(path: Path, by_grid: dict[int, list[dict[str, Any]]]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the tables as markdown, and draw."""
+    """Print the tables as markdown and write the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--figure", type=Path, help="of the plot, without a suffix")
+    parser.add_argument("--figure", type=Path, help="path of the plot, without a suffix")
     options = parser.parse_args(arguments)
     by_grid = read(options.folder)
     for grid, results in by_grid.items():

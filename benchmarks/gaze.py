@@ -1,14 +1,14 @@
-"""The gaze experiment: does a model with one token a frame look where the question asks, and what does that give?
+"""The gaze experiment: does a model with one token per frame look where the question asks, and how much does that help?
 
-A model is trained from scratch on one task of `fvlm_core.data.gaze`, at laptop size with 0.4 million parameters, and asked about clips with
-digits of writers whom it has never seen: in its three modes, with the question before and after the video, and beside every control. How
-each number is made, and what was found: docs/research.md.
+Trains a model from scratch on one task of `fvlm_core.data.gaze` (0.4 million parameters at laptop size). Evaluates it on clips with digits
+by held-out writers: in its three modes, with the question before and after the video, and next to every control. Methods and findings:
+docs/research.md.
 
     python -m benchmarks.gaze                                  # cell, one seed
-    python -m benchmarks.gaze --task cell --seeds 5            # five seeds, and the worst one
-    python -m benchmarks.gaze --no-controls --minutes 2        # the model alone, at most two minutes of processor time a training
-    python -m benchmarks.gaze --only "9 pooled tokens"         # a control alone
-    python -m benchmarks.gaze --task hunt --start cell.pt      # from the weights that --save left
+    python -m benchmarks.gaze --task cell --seeds 5            # five seeds, and a table over seeds
+    python -m benchmarks.gaze --no-controls --minutes 2        # the model alone, at most two minutes of CPU time per training
+    python -m benchmarks.gaze --only "9 pooled tokens"         # one control alone
+    python -m benchmarks.gaze --task hunt --start cell.pt      # start from weights written by --save
     python -m benchmarks.gaze --size production --llm-checkpoint FOLDER   # DINOv2-small and SmolLM2-135M at 224 px, on a GPU
 """
 
@@ -30,13 +30,13 @@ from fvlm_core.tables import Table, number
 from fvlm_core.train.vision import still_known
 
 ASKED_TASKS = tuple(task for task in TASKS if task != "caption")
-"""Tasks whose answers are one digit a frame."""
+"""Tasks whose answers are one digit per frame."""
 CHANGES = tuple(one.name for one in fields(Plan) if one.name not in ("task", "size", "seed", "model", "max_cpu_s"))
-"""Settings of a plan that options change."""
+"""Fields of `Plan` that command-line options change."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train, ask, print."""
+    """Train, evaluate and print."""
     options = _options(arguments)
     torch.set_num_threads(options.threads)
     console = Console(stderr=options.json)
@@ -71,19 +71,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _alike(plan: Plan, changes: dict[str, object], *, equal_flops: bool) -> Plan:
-    """A control's training: as many steps as the plan's, or as many FLOPs."""
+    """Return the plan of a control: the same number of steps, or the same FLOPs."""
     other = replace(plan, model=plan.model | changes)
     return replace(other, steps=round(plan.steps * step_flops(plan) / step_flops(other))) if equal_flops else other
 
 
 def control(plan: Plan, asked: Asked, note=lambda _: None) -> Answers:
-    """What a model with other settings, trained alike, says with the question first: in its fine mode where it has one."""
+    """Train a control and return its answers with the question first, in the fine mode if it has one, else coarse."""
     said = answers(train(plan, note), asked)
     return said.get(MAIN) or said["coarse, question first"]
 
 
 def record(plan: Plan, trained: Trained, asked: Asked, rows: Sequence[Row]) -> dict:
-    """Everything about one seed, for JSON."""
+    """Return the complete record of one seed, for JSON."""
     return {
         "task": plan.task,
         "size": plan.size,
@@ -122,7 +122,7 @@ def record(plan: Plan, trained: Trained, asked: Asked, rows: Sequence[Row]) -> d
 
 
 def shown(plan: Plan, trained: Trained, asked: Asked, rows: Sequence[Row]) -> Table:
-    """One seed's table."""
+    """Return the table of one seed."""
     stopped = f" Stopped by --minutes at step {trained.steps} of {plan.steps}." if trained.steps < plan.steps else ""
     speed = f"; {trained.seconds:.0f} s by the clock, MFU {trained.mfu:.1%}" if trained.mfu else ""
     full = f"reached 1 at step {trained.full_at}" if trained.full_at else f"ended at {trained.clutter:.2f}"
@@ -149,7 +149,7 @@ def shown(plan: Plan, trained: Trained, asked: Asked, rows: Sequence[Row]) -> Ta
 
 
 def over_seeds(found: Sequence[Sequence[Row]], first_seed: int) -> Table:
-    """Mean, worst and every seed of each condition."""
+    """Return a table with the mean, the worst seed and every seed of each condition."""
     rows = []
     for same in zip(*found, strict=True):
         values = [row.accuracy.value for row in same]
@@ -176,32 +176,32 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=ASKED_TASKS, default="cell")
     parser.add_argument("--size", choices=PLANS, default="laptop", help="production: DINOv2-small and SmolLM2-135M at 224 px, on a GPU")
-    parser.add_argument("--frame-px", type=int, help="side of the frames, a multiple of 14: 42 at laptop size, 224 at production's")
-    parser.add_argument("--seeds", type=int, default=1, help="so many seeds")
+    parser.add_argument("--frame-px", type=int, help="side of the frames, a multiple of 14; by default 42 or 224, by size")
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="most processor time of a training")
-    parser.add_argument("--clips", type=int, default=1000, help="held-out clips, a question each")
-    parser.add_argument("--steps", type=int, help="of a training")
-    parser.add_argument("--encoder-steps", type=int, help="of the encoder's own training before; 0: random weights")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="limit on the CPU time of each training")
+    parser.add_argument("--clips", type=int, default=1000, help="held-out clips, with one question each")
+    parser.add_argument("--steps", type=int, help="training steps")
+    parser.add_argument("--encoder-steps", type=int, help="steps of the encoder's pre-training; 0: random weights")
     parser.add_argument("--copies", type=int, help="distorted copies of each training digit")
-    parser.add_argument("--clutter-step", type=float, help="what a step adds to the clutter")
-    parser.add_argument("--clutter-gate", type=float, help="nats a digit, below which it is added")
-    parser.add_argument("--learning-rate", type=float, help="of the connector, and of the language model where it has none of its own")
+    parser.add_argument("--clutter-step", type=float, help="increase of the clutter per step")
+    parser.add_argument("--clutter-gate", type=float, help="loss in nats per digit below which the clutter rises")
+    parser.add_argument("--learning-rate", type=float, help="of the connector, and by default of the language model")
     parser.add_argument("--llm-learning-rate", type=float, help="of the language model")
     parser.add_argument("--vision-learning-rate", type=float, help="of the encoder")
-    parser.add_argument("--encoder-learning-rate", type=float, help="of the encoder's own training before")
-    parser.add_argument("--llm-checkpoint", help="folder or hub name of a language model to begin with, such as SmolLM2-135M")
+    parser.add_argument("--encoder-learning-rate", type=float, help="of the encoder's pre-training")
+    parser.add_argument("--llm-checkpoint", help="folder or hub name of a language model to start from, such as SmolLM2-135M")
     parser.add_argument("--device", help="cpu or cuda")
-    parser.add_argument("--workers", type=int, help="processes that draw clips ahead")
-    parser.add_argument("--init-std", type=float, help="of the language model's weights at the start")
-    parser.add_argument("--only", choices=[*CONTROLS, *VARIANTS], help="train this instead of the model")
-    parser.add_argument("--start", type=Path, help="weights to begin with")
-    parser.add_argument("--save", type=Path, help="where the weights go")
+    parser.add_argument("--workers", type=int, help="processes that render clips in advance")
+    parser.add_argument("--init-std", type=float, help="standard deviation of the language model's initial weights")
+    parser.add_argument("--only", choices=[*CONTROLS, *VARIANTS], help="train only this control or variant")
+    parser.add_argument("--start", type=Path, help="file of weights to start from")
+    parser.add_argument("--save", type=Path, help="file for the trained weights")
     parser.add_argument("--controls", action=argparse.BooleanOptionalAction, default=True, help="train the controls too")
-    parser.add_argument("--wording", choices=("words", "sentence"), help="of the questions: bare, or the pipeline's")
-    parser.add_argument("--equal-flops", action="store_true", help="train controls for as many FLOPs as the model, not steps")
+    parser.add_argument("--wording", choices=("words", "sentence"), help="of the questions: bare words, or the pipeline's sentences")
+    parser.add_argument("--equal-flops", action="store_true", help="train controls for the same FLOPs, not the same steps")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", action="store_true", help="one JSON object a seed")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per seed")
     return parser.parse_args(arguments)
 
 

@@ -1,11 +1,11 @@
-"""The questions of the gaze benchmark, written in the schemas of Video-MME, MVBench and MLVU with real mp4 files, put by `fvlm eval` to a
-model that has learned them; with `--lmms` also by lmms-eval's own program, compared question by question.
+"""An end-to-end check of the evaluation: the gaze benchmark's questions in the schemas of Video-MME, MVBench and MLVU, with real mp4 files.
 
-Such a model has to score far above blind in all the forms alike, by the path that a published benchmark takes. Without a model named,
-one is trained: about five minutes of one core.
+`fvlm eval` asks them to a model that has learned the task; `--lmms` also runs lmms-eval's own program and compares its answers question by
+question. The model must score far above blind, and equally well in all schemas (`forms`), on the code path of a published benchmark. If no
+model is given, one is trained in about five minutes of one core.
 
-    python -m benchmarks.gaze_forms --lmms                     # train, write, ask, compare
-    python -m benchmarks.gaze_forms --keep DIR --seed 1        # another seed; the model stays in DIR and is taken from there the next time
+    python -m benchmarks.gaze_forms --lmms                     # train, write the files, evaluate, compare
+    python -m benchmarks.gaze_forms --keep DIR --seed 1        # another seed; keep the model in DIR and reuse it next time
     python -m benchmarks.gaze_forms MODEL                      # a checkpoint, or the volume of ./speedrun.sh
     python -m benchmarks.gaze_forms MODEL --frames 8 16 32 64  # also the gap between inference and training as clips get longer
 """
@@ -45,12 +45,12 @@ from fvlm_core.serve.evaluate import evaluate_checkpoint
 from fvlm_core.tables import Table, number
 
 FORMS = {"videomme": "data", "mvbench": "video/clevrer/video_validation", "mlvu": "video/count"}
-"""Where each keeps its videos."""
+"""Folder of the videos in each form."""
 ANNOTATIONS = {"videomme": "videomme/test-00000-of-00001.parquet", "mvbench": "json/moving_count.json", "mlvu": "json/count.json"}
 QUESTIONS = 9
-"""About each clip."""
+"""Per clip."""
 SCALE = 4
-"""Of the clips in the files: 168 px."""
+"""Enlargement of the clips in the files: 168 px."""
 GAZE, LMMS_FORM = "gaze", "videomme"
 MODE, SCORER = "autoregressive", "mean"
 MAIN = f"question_first/{MODE}"
@@ -85,7 +85,7 @@ def results(doc, results):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train where no model is given, write, ask, print."""
+    """Train a model if none is given, write the files, evaluate and print."""
     options = _options(arguments)
     torch.set_num_threads(options.threads)
     console = Console()
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def by_fvlm(checkpoint: Path, folder: Path, clips: int) -> dict[str, list[ItemRecord]]:
-    """The records of every form, the benchmark's own among them."""
+    """Evaluate every form with `fvlm eval`; return the records by form, including the gaze benchmark itself."""
     data = {form: write(folder / form, form, clips) for form in FORMS}
     benchmarks = {"run": [GAZE, *FORMS], "data": data, "limit": QUESTIONS * clips}
     job = {"output": folder / "out", "checkpoint": checkpoint, "benchmarks": benchmarks, "device": "cpu", "latency": {"clips": 0}}
@@ -118,7 +118,7 @@ def by_fvlm(checkpoint: Path, folder: Path, clips: int) -> dict[str, list[ItemRe
 
 
 def by_lmms(checkpoint: Path, folder: Path, clips: int) -> dict[str, str]:
-    """The letter that lmms-eval's program got for each question, by the option's text, in `MODE`. Raises UserError where it fails."""
+    """Evaluate with lmms-eval in `MODE`, choosing by the option's text; return letters by question id. Raises UserError on failure."""
     if not LMMS.exists():
         raise UserError("lmms-eval's environment was not made", where=str(LMMS), fix="./infra/lmms_env.sh")
     task = folder / "task"
@@ -145,9 +145,9 @@ def by_lmms(checkpoint: Path, folder: Path, clips: int) -> dict[str, str]:
 
 
 def table(records: dict[str, list[ItemRecord]], about: str, letters: dict[str, str] | None = None) -> Table:
-    """Accuracy by form in every condition, read off the likelihood of the option's text, beside what needs no video.
+    """Return the accuracy by form in every condition, by the likelihood of the option's text, next to baselines that need no video.
 
-    `letters`: what lmms-eval's program answered to Video-MME's form, in `MODE`. Intervals and tests take the clip as their unit.
+    `letters` are lmms-eval's answers to the Video-MME form in `MODE`. The clip is the unit of intervals and tests.
     """
     bootstrap = Bootstrap(RESAMPLES, 0)
     asked = next(iter(records.values()))
@@ -176,12 +176,12 @@ def table(records: dict[str, list[ItemRecord]], about: str, letters: dict[str, s
 
 
 def right(records: Sequence[ItemRecord], condition: str, scorer: str) -> np.ndarray:
-    """Which questions were answered rightly: bool [N]."""
+    """Return which questions were answered correctly: bool [N]."""
     return np.array([chosen(record, condition, scorer) == record.gold for record in records])
 
 
 def trivial(records: Sequence[ItemRecord], blind: np.ndarray) -> str:
-    """The best of what needs no video: guessing, the most frequent letter, the model without frames."""
+    """Return the best baseline that needs no video: chance, the most frequent letter, or the model without frames."""
     golds = [record.gold or 0 for record in records]
     found = {
         "chance": float(np.mean([1 / len(record.choices) for record in records])),
@@ -193,7 +193,7 @@ def trivial(records: Sequence[ItemRecord], blind: np.ndarray) -> str:
 
 
 def drift(model: Path, pictures: Path, clips: int, frames: Sequence[int]) -> DriftResult:
-    """The gap between autoregressive inference and the parallel pass of training, by frames of a clip; its figure goes to `pictures`."""
+    """Measure the gap between autoregressive inference and the parallel pass of training by clip length; plot it in `pictures`."""
     answerer = open_checkpoint(model, torch.device("cpu"))
     if not isinstance(answerer, FoveatedAnswerer) or not answerer.subject.gazes:
         raise UserError("only a model that looks somewhere has this gap", where=str(model), fix="leave --frames out")
@@ -201,12 +201,12 @@ def drift(model: Path, pictures: Path, clips: int, frames: Sequence[int]) -> Dri
 
 
 def items(clips: int) -> list[Item]:
-    """The gaze benchmark's questions about its first clips."""
+    """Return the gaze benchmark's questions about its first `clips` clips."""
     return list(gaze.items(None, QUESTIONS * clips))
 
 
 def write(folder: Path, form: str, clips: int) -> Path:
-    """The gaze benchmark's clips as mp4 files, and its questions in the form of another benchmark."""
+    """Write the gaze benchmark's clips as mp4 files and its questions in the schema of another benchmark; returns `folder`."""
     for place in range(clips):
         file = folder / FORMS[form] / f"gaze-{place}.mp4"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -241,16 +241,16 @@ def _row(item: Item, form: str) -> dict[str, Any]:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, nargs="?", help="a checkpoint as `fvlm eval` takes it, or a volume; without it, one is trained")
-    parser.add_argument("--keep", type=Path, help="folder for the trained model; one that is there is taken")
+    parser.add_argument("model", type=Path, nargs="?", help="checkpoint for `fvlm eval`, or a volume; by default a model is trained")
+    parser.add_argument("--keep", type=Path, help="folder for the trained model; reused if it already holds one")
     parser.add_argument("--seed", type=int, default=0, help="of the training")
     parser.add_argument("--steps", type=int, default=PLAN.steps, help="of the training")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="most processor time of the training")
-    parser.add_argument("--clips", type=int, default=64, help="with nine questions each")
-    parser.add_argument("--lmms", action="store_true", help="also by lmms-eval (./infra/lmms_env.sh)")
-    parser.add_argument("--frames", type=int, nargs="+", default=[], help="also the gap between inference and training at these lengths")
-    parser.add_argument("--drift-clips", type=int, default=32, help="of each of these lengths")
-    parser.add_argument("--pictures", type=Path, default=Path(), help="folder for the gap's figure")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="limit on the CPU time of the training")
+    parser.add_argument("--clips", type=int, default=64, help="clips, with nine questions each")
+    parser.add_argument("--lmms", action="store_true", help="also evaluate with lmms-eval (needs ./infra/lmms_env.sh)")
+    parser.add_argument("--frames", type=int, nargs="+", default=[], help="also measure the inference-training gap at these lengths")
+    parser.add_argument("--drift-clips", type=int, default=32, help="clips of each length in --frames")
+    parser.add_argument("--pictures", type=Path, default=Path(), help="folder for the figure of the gap")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args(arguments)
 

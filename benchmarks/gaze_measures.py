@@ -1,6 +1,7 @@
-"""Accuracy and gaze of a trained model on held-out clips, with everything that the numbers have to be compared with.
+"""Accuracy and gaze of a trained model on held-out clips, with baselines and controls.
 
-Every condition answers the same questions, one a clip, so conditions are compared in pairs; a clip is the unit of all intervals and tests.
+Every condition answers the same questions, one per clip, so conditions are compared in pairs. The clip is the unit of all intervals and
+tests.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from fvlm_core.model.inference import continue_greedily, read_batch
 from fvlm_core.model.names import Mode
 
 SEED = 20_266
-"""Of the clips that are asked about; training draws from others, and shows no digit of theirs."""
+"""Seed of the evaluation clips. Training uses other seeds, and none of the held-out digits."""
 SHORT: dict[Mode, str] = {"coarse_only": "coarse", "coarse_fine": "fine", "autoregressive": "autoregressive"}
 MAIN = "fine, question first"
 CONTROLS: dict[str, dict[str, object]] = {
@@ -28,52 +29,51 @@ CONTROLS: dict[str, dict[str, object]] = {
     "16 pooled tokens": {"query": "pooled", "fine_iterations": 0, "tokens_per_frame": 16},
     "mean of patches, modulated by the question": {"query": "shallow", "temperature": 1e6, "film_head_width": 128},
 }
-"""Models that are trained beside the one that is measured, by what they change of it. At laptop size 9 tokens
-are the 9 patches of the grid; 16 are four of them and averages of neighbours. At a temperature of 1e6 a shallow query weighs all patches
-alike, and the FiLM head knows the query."""
+"""Trained controls, as changes of the model's settings. At laptop size 9 tokens are the 9 patches of the grid; 16 are four of the patches
+and averages of neighbours. At a temperature of 1e6 a shallow query weights all patches equally, and the FiLM head still sees the query."""
 VARIANTS: dict[str, dict[str, object]] = {"attention at temperature 1": {"temperature": 1.0}}
-"""The model itself with one setting changed: what was suspected of keeping it from learning to look."""
+"""The model with one setting changed that was suspected of preventing it from learning to look."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a condition said."""
+    """The answers of one condition."""
 
     right: np.ndarray
     """bool [clips, frames]."""
     hits: np.ndarray | None = None
-    """bool [clips, frames]: whether the attention's peak is on the cell that counts."""
+    """bool [clips, frames]: whether attention peaks on the target cell."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A condition of the table."""
+    """A row of the table: one condition."""
 
     condition: str
     accuracy: Estimate
     by_frame: list[float]
     by_cell: list[float | None]
-    """Row by row; None where no frame asks for the cell."""
+    """Cells in row-major order; None if no frame asks for the cell."""
     on_target: Estimate | None
     difference: Estimate | None = None
-    """`MAIN` less this, on the same clips."""
+    """`MAIN` minus this condition, on the same clips."""
     p_value: float | None = None
-    """Of that difference, two-sided, adjusted by Holm for all rows of the table."""
+    """Two-sided p-value of the difference, adjusted by Holm for all rows of the table."""
 
     @property
     def worst_cell(self) -> float:
-        """Accuracy of the cell with the lowest."""
+        """The lowest accuracy of any cell."""
         return min(share for share in self.by_cell if share is not None)
 
 
 class Asked:
-    """Held-out clips, all with a full grid, and the questions about them."""
+    """The held-out clips, all with a full grid."""
 
     def __init__(self, plan: Plan, clips: int) -> None:
         self.plan = plan
         self.clips = [self._clip(number, 1.0) for number in range(clips)]
         self.alone = [self._clip(number, 0.0) for number in range(clips)]
-        """The same without the other digits: wherever one looks, there is only the right one."""
+        """The same clips without the other digits: only the target digit is visible."""
         self.path = np.stack([clip.path for clip in self.clips])
         self.names = [str(number) for number in range(clips)]
 
@@ -84,15 +84,15 @@ class Asked:
 
     @property
     def constant(self) -> float:
-        """Accuracy of the digit that is right most often."""
+        """Accuracy of always answering the most frequent digit."""
         digits = "".join(clip.answer for clip in self.clips)
         return max(map(digits.count, set(digits))) / len(digits)
 
     @property
     def bag_ceiling(self) -> float:
-        """Accuracy of who knows every digit of a frame and not which is asked for: the most frequent one is as good as any guess.
+        """Accuracy of knowing every digit of a frame but not which one is asked for: the best guess is the most frequent digit.
 
-        Where a colour tells which, only digits of colours that stand once can be it, and that is known too.
+        In tasks that select by colour, only digits whose colour occurs once are candidates, and the guesser knows that too.
         """
         shares = []
         for clip in self.clips:
@@ -106,7 +106,7 @@ class Asked:
 
 
 def answers(trained: Trained, asked: Asked) -> dict[str, Answers]:
-    """The model's own modes with the question first and after, and what is taken from it: sight, aim, distraction."""
+    """Answer in every mode with the question first and after, and with random queries, without distractors, and with black frames."""
     model = trained.subject.model
     found = {}
     for order, first in (("first", True), ("after", False)):
@@ -123,7 +123,7 @@ def answers(trained: Trained, asked: Asked) -> dict[str, Answers]:
 
 
 def table(found: dict[str, Answers], asked: Asked, bootstrap: Bootstrap) -> list[Row]:
-    """A row per condition, compared with `MAIN` where that is there."""
+    """Return a row per condition, compared with `MAIN` if that is among them."""
     rows, main = [], found.get(MAIN)
     others = [name for name in found if name != MAIN and main is not None]
     gains = {name: main.right.mean(1) - found[name].right.mean(1) for name in others} if main else {}
@@ -149,7 +149,7 @@ def _samples(trained: Trained, clips: Sequence[gaze.GazeClip], *, first: bool) -
 
 
 def _ask(trained: Trained, asked: Asked, samples: Sequence[Sample], mode: Mode) -> Answers:
-    """Answers in a mode, and where it looked."""
+    """Return the answers in a mode and, if the model attends, where it looked."""
     said = trained.subject.generate(samples, mode, max_new_tokens=asked.plan.frames + 1)
     hits = None
     if trained.subject.gazes:
@@ -160,7 +160,7 @@ def _ask(trained: Trained, asked: Asked, samples: Sequence[Sample], mode: Mode) 
 
 @torch.inference_mode()
 def _ask_at_random(trained: Trained, samples: Sequence[Sample]) -> list[str]:
-    """Fine answers whose queries are drawn from a normal distribution of the learned queries' spread."""
+    """Return fine-mode answers with random queries, drawn from a normal distribution with the standard deviation of `q_init`."""
     subject = trained.subject
     model, stop = subject.model, trained.asker.chat.assistant_close[:1]
     generator = torch.Generator().manual_seed(SEED)
@@ -178,7 +178,7 @@ def _ask_at_random(trained: Trained, samples: Sequence[Sample]) -> list[str]:
 
 
 def _right(said: Sequence[str], asked: Asked) -> np.ndarray:
-    """Which characters are right, bool [clips, frames]; an answer of another length has none."""
+    """Return which characters are correct, bool [clips, frames]. An answer of the wrong length has none correct."""
     frames = asked.plan.frames
     rows = [
         [given == wanted for given, wanted in zip(text, clip.answer, strict=True)] if len(text) == frames else [False] * frames

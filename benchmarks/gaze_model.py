@@ -1,6 +1,7 @@
-"""A model that has learned the gaze benchmark, as a folder that everything takes which takes a model: trained by the plan of
-`benchmarks.gaze` with the pipeline's wording and chat format, so its questions are those of `fvlm eval --benchmarks gaze`; or one of a run
-of `./speedrun.sh`.
+"""A model folder for `benchmarks.gaze_forms`: a model that has learned the gaze benchmark.
+
+Either it is trained here, by the plan of `benchmarks.gaze` with the pipeline's wording and chat format, so that the questions are those of
+`fvlm eval --benchmarks gaze`; or it comes from a run of `./speedrun.sh`.
 """
 
 import json
@@ -17,18 +18,18 @@ from fvlm_core.model.build import SETTINGS_FILE, save_model
 from fvlm_core.train.jobs import MODEL_FOLDER
 
 RECORD = "gaze_training.json"
-"""Beside the weights: the plan, and how the training went."""
+"""File beside the weights: the plan and a summary of the training."""
 
 
 PLAN = Plan(task="cell", wording="sentence", steps=750, encoder_steps=1400, copies=0, vision_learning_rate=2e-3)
-"""Shorter than that of `benchmarks.gaze`, because here a step costs about twice as much (questions are sentences in a chat), and with an
-encoder that learns as fast as the rest."""
+"""Shorter than the plan of `benchmarks.gaze`, because a step costs about twice as much here (questions are sentences in a chat). The
+encoder has the same learning rate as the rest."""
 
 
 def trained(folder: Path, plan: Plan, say: Callable[[str], None] = lambda _: None) -> Path:
-    """Train a model into `folder`, or take the one that the same plan has left there.
+    """Train a model into `folder`, or reuse the model that the same plan left there.
 
-    Raises UserError where the folder holds something else.
+    Raises UserError if the folder holds anything else.
     """
     wanted = json.loads(json.dumps(asdict(plan)))
     if folder.exists() and any(folder.iterdir()):
@@ -50,9 +51,9 @@ def trained(folder: Path, plan: Plan, say: Callable[[str], None] = lambda _: Non
 
 
 def found(place: Path) -> Path:
-    """A checkpoint, or the model of the last stage of the newest training on a volume of `./speedrun.sh`.
+    """Return `place` if it is a checkpoint; if it is a volume of `./speedrun.sh`, the newest model of its last finished stage.
 
-    Raises UserError for a volume on which no stage is finished.
+    Raises UserError for a volume on which no stage has finished.
     """
     if not (place / "steps").is_dir():
         return place
@@ -63,7 +64,7 @@ def found(place: Path) -> Path:
 
 
 def described(model: Path) -> str:
-    """What is known of a model's training, for the note of a table; of one that was not trained here, its name."""
+    """Describe a model's training for the note of a table; a model that was not trained here is described by its name."""
     record = _record(model)
     if not record:
         return f"Model: {model.name}."

@@ -1,4 +1,4 @@
-"""Tables and the efficiency plot of finished runs of `benchmarks.gaze`: one line a seed, the worst one named, controls beside them.
+"""Tables and the efficiency plot of finished `benchmarks.gaze` runs: a row per seed, the worst of each column, and the controls.
 
 python -m benchmarks.gaze --json --no-controls > benchmarks/gaze_runs/cell_0.json
 python -m benchmarks.gaze_results benchmarks/gaze_runs --document docs/research.md --figure docs/gaze_efficiency
@@ -22,29 +22,29 @@ from fvlm_core.eval.estimates import Estimate
 from fvlm_core.tables import Table, number
 
 BEGIN, END = "<!-- benchmarks.gaze_results -->", "<!-- end of benchmarks.gaze_results -->"
-"""Around the tables in a document."""
+"""Markers around the tables in a document."""
 
 
 class Seed(NamedTuple):
-    """A run's numbers, question first, for which there are aims, in the order of the table's columns."""
+    """The numbers of a run that have targets, question first, in the order of the table's columns."""
 
     coarse: float
     fine: float
     drift: float
-    """Fine less autoregressive."""
+    """Fine minus autoregressive."""
     first: float
-    """The first frame's, fine."""
+    """Accuracy of the first frame, fine."""
     cell: float
-    """The worst cell's, fine."""
+    """Accuracy of the worst cell, fine."""
     gaze: float
-    """On target."""
+    """Gaze on target, fine."""
     others: float
-    """The mean of later frames, fine."""
+    """Mean accuracy of the later frames, fine."""
 
 
 COARSE_AIM, FINE_AIM, DRIFT_AIM, CELL_AIM, GAZE_AIM = 0.32, 0.93, 0.02, 0.85, 0.9
 AIMS = (f"<= {COARSE_AIM}", f">= {FINE_AIM}", f"fine - {DRIFT_AIM}", "as the others", f">= {CELL_AIM}", f">= {GAZE_AIM}")
-"""Of the worst seed, in the order of the table's columns."""
+"""Targets for the worst seed, in the order of the table's columns."""
 REACHED: dict[str, Callable[[Seed], bool]] = {
     f"coarse at most {COARSE_AIM}": lambda seed: seed.coarse <= COARSE_AIM,
     f"fine at least {FINE_AIM}": lambda seed: seed.fine >= FINE_AIM,
@@ -54,7 +54,7 @@ REACHED: dict[str, Callable[[Seed], bool]] = {
     f"every cell at least {CELL_AIM}": lambda seed: seed.cell >= CELL_AIM,
     f"gaze at least {GAZE_AIM}": lambda seed: seed.gaze >= GAZE_AIM,
 }
-"""The same, and what *hunt* aims at, in words."""
+"""The same targets, and the one for *hunt*, as tests of a seed."""
 COARSE, AUTOREGRESSIVE = "coarse, question first", "autoregressive, question first"
 SAID = {
     "device": " on {}",
@@ -67,27 +67,27 @@ SAID = {
     "encoder_learning_rate": ", encoder's own training at {:g}",
     "init_std": ", weights of standard deviation {:g}",
 }
-"""How it is said what is not as usual."""
+"""Wording of settings that differ from the default."""
 USUAL = {
     size: {"device": "cpu", "frame_px": VISION[size].frame_px}
     | {name: value for name, value in vars(plan).items() if name in list(SAID)[2:]}
     for size, plan in PLANS.items()
 }
-"""What is not said, by size."""
+"""Default settings by size; these are not mentioned."""
 RECIPE = ("task", "size", *SAID)
-"""What a control shares with the runs that it is compared with."""
+"""The keys in which a control must equal the runs that it is compared with."""
 Run = dict[str, Any]
 """A record of `benchmarks.gaze --json`."""
 
 
 def read(folder: Path) -> list[Run]:
-    """Every record of a folder's files, in the order of their names; what older ones do not say was as usual at laptop size."""
+    """Read all records of a folder, in the order of file names. Keys that older records lack get the laptop size's defaults."""
     lines = [line for path in sorted(folder.glob("*.json")) for line in path.read_text().splitlines() if line.strip()]
     return [{"size": "laptop"} | USUAL["laptop"] | json.loads(line) for line in lines]
 
 
 def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The model's own runs by task, number of steps, and what is not as usual, e.g. `cell, 1,600 steps`."""
+    """Group the model's own runs by task, number of steps and non-default settings, e.g. `cell, 1,600 steps`."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         if not run["control"]:
@@ -99,25 +99,25 @@ def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def row(run: Run, condition: str) -> dict[str, Any] | None:
-    """A condition of a run's table."""
+    """Return the row of a condition, or None."""
     return next((one for one in run["rows"] if one["condition"] == condition), None)
 
 
 def estimate(run: Run, condition: str, what: str = "accuracy") -> Estimate | None:
-    """A number of it with its interval."""
+    """Return a number of a condition with its interval, or None."""
     found = row(run, condition)
     return None if found is None or found[what] is None else Estimate.model_validate(found[what])
 
 
 def worst_cell(run: Run, condition: str = MAIN) -> float:
-    """Accuracy of the cell with the lowest."""
+    """Return the lowest accuracy of any cell."""
     found = row(run, condition)
     assert found is not None
     return min(share for share in found["by_cell"] if share is not None)
 
 
 def seeds_table(task: str, runs: Sequence[Run]) -> Table:
-    """A line a seed of the model itself, then the worst of each column, then what was aimed at."""
+    """Return a table with a row per seed, then the worst of each column, then the targets."""
     rows = []
     for run in runs:
         main = row(run, MAIN)
@@ -147,7 +147,7 @@ def seeds_table(task: str, runs: Sequence[Run]) -> Table:
 
 
 def numbers(run: Run) -> Seed:
-    """A run of the model itself."""
+    """Return the numbers of a run of the model itself."""
     main = row(run, MAIN)
     assert main is not None
     fine, frames = _value(run, MAIN), main["by_frame"]
@@ -163,7 +163,7 @@ def numbers(run: Run) -> Seed:
 
 
 def reached(runs: Sequence[Run]) -> str:
-    """Which aims the worst seed reaches."""
+    """Say which targets the worst seed reaches."""
     seeds = [numbers(run) for run in runs]
     good = [aim for aim, holds in REACHED.items() if all(map(holds, seeds))]
     bad = [aim for aim in REACHED if aim not in good]
@@ -171,7 +171,7 @@ def reached(runs: Sequence[Run]) -> str:
 
 
 def _worst(runs: Sequence[Run]) -> list[str]:
-    """Of each column, with the seed's name."""
+    """Return the worst value of each column, with its seed."""
     seeds, said = [numbers(run) for run in runs], []
     for name in Seed._fields[: len(AIMS)]:
         high_is_worse = name in ("coarse", "drift")
@@ -190,7 +190,7 @@ def _value(run: Run, condition: str, what: str = "accuracy") -> float:
 
 
 def encoders_table(runs: Sequence[Run]) -> Table | None:
-    """What linear heads read off the encoder before and after the model's training; None where no run has asked."""
+    """Return a table of linear-probe accuracies of the encoder before and after training; None if no run has them."""
     asked = [run for run in runs if run["encoder_keeps"]]
     if not asked:
         return None
@@ -206,13 +206,13 @@ def encoders_table(runs: Sequence[Run]) -> Table | None:
 
 
 def beside_controls(runs: Sequence[Run]) -> list[Run]:
-    """The controls, and the model's own runs of their task, wording and rate of the encoder."""
+    """Return the controls and the model's own runs with the same recipe."""
     recipes = [tuple(run[key] for key in RECIPE) for run in runs if run["control"]]
     return [run for run in runs if tuple(run[key] for key in RECIPE) in recipes]
 
 
 def controls_table(runs: Sequence[Run]) -> Table:
-    """The model and the trained controls: tokens, FLOPs, accuracy."""
+    """Return a table of the model and the trained controls: tokens, FLOPs, accuracy."""
     rows = []
     for run in runs:
         first = estimate(run, MAIN) or estimate(run, COARSE)
@@ -238,7 +238,7 @@ def controls_table(runs: Sequence[Run]) -> Table:
 
 
 def plot(path: Path, runs: Sequence[Run]) -> None:
-    """Accuracy over visual tokens a frame and over training FLOPs, as PNG and SVG."""
+    """Plot accuracy over visual tokens per frame and over training FLOPs, as PNG and SVG."""
     names = [run["control"] or "fVLM, fine" for run in runs]
     colours = dict(zip(dict.fromkeys(names), COLOURS, strict=False))
     with canvas(path.with_suffix(".png"), (WIDTH, 4.2), vector=True) as figure:
@@ -265,7 +265,7 @@ def plot(path: Path, runs: Sequence[Run]) -> None:
 
 
 def plot_curves(path: Path, runs: Sequence[Run]) -> None:
-    """Nats per digit over the steps of each training of the model itself, and its clutter, as PNG and SVG."""
+    """Plot nats per digit and clutter over the steps of the model's own trainings, as PNG and SVG."""
     with canvas(path.with_suffix(".png"), (WIDTH, 4.2), vector=True) as figure:
         nats, clutter = figure.subplots(1, 2)
         for run, colour in zip(runs, cycle(COLOURS)):
@@ -283,7 +283,7 @@ def plot_curves(path: Path, runs: Sequence[Run]) -> None:
 
 
 def report(runs: Sequence[Run]) -> str:
-    """All tables as markdown."""
+    """Return all tables as markdown."""
     parts = []
     for title, own in groups(runs).items():
         task, _, how = title.partition(",")
@@ -297,18 +297,18 @@ def report(runs: Sequence[Run]) -> str:
 
 
 def write_into(document: Path, text: str) -> None:
-    """Put the tables between the document's two marks."""
+    """Write the tables between the two markers of a document."""
     between = re.compile(f"{BEGIN}.*{END}", re.DOTALL)
     document.write_text(between.sub(lambda _: f"{BEGIN}\n\n{text}\n\n{END}", document.read_text()))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the tables as markdown, or put them into a document, and draw."""
+    """Print the tables as markdown or write them into a document, and draw the plots."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--document", type=Path, help="gets the tables between its two marks")
-    parser.add_argument("--figure", type=Path, help="of the controls' plot, without a suffix")
-    parser.add_argument("--curves", type=Path, help="of the plot of the trainings that have recorded theirs, without a suffix")
+    parser.add_argument("--document", type=Path, help="document that gets the tables between its two markers")
+    parser.add_argument("--figure", type=Path, help="path of the plot of the controls, without a suffix")
+    parser.add_argument("--curves", type=Path, help="path of the plot of training curves, without a suffix")
     options = parser.parse_args(arguments)
     runs = read(options.folder)
     text = report(runs)

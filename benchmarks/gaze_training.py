@@ -1,11 +1,11 @@
-"""Trains the project's model on one task of the generated benchmark of gaze, on clips that are drawn as they are needed.
+"""Train the model on one task of the generated gaze benchmark, on clips that are rendered on the fly.
 
-Model, packing, losses, optimizer and schedule are those of `fvlm_core`. What a run of shards cannot do is here: no clip is shown twice, and
-the clutter grows as fast as the model learns. A digit beside the asked one appears with a probability that starts at 0 and rises a
-little in every step in which questions before the video are answered well enough; dense from the start, nothing is learned.
+Model, packing, losses, optimizer and schedule are those of `fvlm_core`. Two things differ from training on shards. No clip is shown twice.
+And clutter follows a curriculum: a distractor digit appears with a probability that starts at 0 and rises a little in every step in which
+the loss with the question first is low enough. With full clutter from the start, nothing is learned.
 
-At laptop size the encoder learns at a fifth of the others' rate. At the full one it loses within 50 steps what the clips of the
-beginning do not ask for (of a *hunt*: where the cross is), and seldom learns it again.
+At laptop size the encoder learns at a fifth of the others' rate. At the full rate it forgets within 50 steps what the first clips do not
+require (in *hunt*: where the cross is), and seldom learns it again.
 """
 
 import time
@@ -46,19 +46,19 @@ LLM: dict[Size, LLMShape] = {
     "laptop": LLMShape(width=96, layers=2, heads=4, kv_heads=4, mlp_width=256, context=512),
     "production": SMOLLM2["135M"],
 }
-"""Where no checkpoint is given."""
+"""Shapes used if no checkpoint is given."""
 VOCABULARY = 400
-"""Of a tokenizer that is made for the questions, where there is no checkpoint."""
+"""Vocabulary size of the tokenizer that is trained on the questions if no checkpoint is given."""
 EVAL_BATCH: dict[Size, int] = {"laptop": 128, "production": 64}
 SAID_EVERY = 25
-"""Steps."""
+"""Steps between log lines."""
 RUNNING = 0.9
-"""How much of the running loss is kept at a step."""
+"""Decay of the running loss per step."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One training."""
+    """Settings of one training."""
 
     task: gaze.Task = "cell"
     size: Size = "laptop"
@@ -66,46 +66,46 @@ class Plan:
     """Side of the frames, a multiple of 14; the size's own by default."""
     seed: int = 0
     steps: int = 1400
-    """Five to seven minutes of one core, with the encoder's."""
+    """1,400 steps take five to seven minutes of one core, including the encoder's pre-training."""
     batch_samples: int = 96
     """Half of them with the question before the video, half after it."""
     frames: int = 3
     noise: float = 0.1
     encoder_steps: int = 2000
-    """Of the stand-in encoder's own training before; 0 starts from random weights."""
+    """Steps of the encoder's pre-training; 0 starts from random weights."""
     copies: int = 8
     """Distorted copies of each training digit, for the encoder and for the model."""
     learning_rate: float = 2e-3
-    """Of connector and language model."""
+    """Of the connector, and of the language model unless `llm_learning_rate` is given."""
     llm_learning_rate: float | None = None
-    """Of the language model by itself."""
+    """Of the language model."""
     vision_learning_rate: float = 4e-4
     """Of the encoder."""
     encoder_learning_rate: float = 2e-3
-    """Of the encoder's own training before."""
+    """Of the encoder's pre-training."""
     init_std: float | None = None
-    """Standard deviation of the language model's weights at the start; one over the square root of its width by default."""
+    """Standard deviation of the language model's initial weights; by default one over the square root of its width."""
     warmup_steps: int = 40
     first_clutter: float = 0.0
     clutter_step: float = 0.01
-    """What a step adds to the clutter while the running loss of the last pass, question first, is below `clutter_gate`."""
+    """Increase of the clutter per step, while the running loss of the last pass, question first, is below `clutter_gate`."""
     clutter_gate: float = 1.1
-    """Nats per digit, where chance is 2.30."""
+    """Nats per digit; chance is 2.30."""
     model: dict[str, Any] = field(default_factory=dict)
-    """Changes of `model_settings`."""
+    """Changes to `model_settings`."""
     llm_checkpoint: str | None = None
-    """A language model to begin with, and its tokenizer."""
+    """Language model to start from, with its tokenizer."""
     wording: Literal["words", "sentence"] = "words"
-    """words: only what differs between questions, without a system prompt; sentence: the questions and the chat format of the pipeline."""
+    """words: only the words in which questions differ, no system prompt; sentence: the pipeline's questions and chat format."""
     max_cpu_s: float = float("inf")
-    """Processor time after which the training stops early."""
+    """CPU time after which training stops early."""
     device: str = "cpu"
     workers: int = 0
-    """Processes that draw clips ahead, for a device that is faster than one: the clutter is then that of as many steps before."""
+    """Processes that render clips in advance, for devices faster than one process. The clutter then lags by as many steps."""
 
     @property
     def encoder(self) -> VisionTrainingSettings | None:
-        """The encoder's own training, where there is one: beside digits and their neighbours it asks for what the task needs to see."""
+        """Settings of the encoder's pre-training, or None. Its targets are digits, their neighbours, and what the task requires."""
         if not self.encoder_steps:
             return None
         return VisionTrainingSettings(
@@ -119,7 +119,7 @@ class Plan:
 
     @property
     def loss(self) -> LossSettings:
-        """Equal weights on all passes, so that queries are made of fine hidden states too."""
+        """Equal weights on all passes, so that queries from fine hidden states are trained too."""
         return LossSettings(fine=[1.0] * self.model_settings.fine_iterations)
 
     @property
@@ -130,7 +130,7 @@ class Plan:
 
     @property
     def model_settings(self) -> ModelSettings:
-        """The model, with two fine passes: 0.4 million parameters, or DINOv2-small and SmolLM2-135M at 224 px."""
+        """Settings of the model, with two fine passes: 0.4 million parameters, or DINOv2-small and SmolLM2-135M at 224 px."""
         llm = LLMSettings(checkpoint=self.llm_checkpoint) if self.llm_checkpoint else LLMSettings(shape=LLM[self.size])
         base = {"vision": self.vision, "llm": llm}
         usual = {"temperature": 4.0, "visual_scale": 0.5, "fine_iterations": 2}
@@ -151,45 +151,45 @@ PLANS: dict[Size, Plan] = {
         workers=12,
     ),
 }
-"""By size. The rates of production are a first guess: no GPU has run it yet."""
+"""Default plan by size. The learning rates of production are a first guess: no GPU has run it yet."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model, and how it came about."""
+    """A trained model and statistics of its training."""
 
     asker: "Asker"
     subject: Subject
     steps: int
-    """Fewer than planned where the time was up."""
+    """Fewer than planned if the time limit was reached."""
     clutter: float
     """At the last step."""
     full_at: int | None
-    """The step at which the clutter reached 1."""
+    """The step at which the clutter reached 1; None if it did not."""
     flops: float
-    """Of the training, from the configuration, without the encoder's own."""
+    """Training FLOPs, computed from the configuration, without the encoder's pre-training."""
     cpu_s: float
-    """Processor time of the training, without the encoder's and without that of processes that draw."""
+    """CPU seconds of the training, without the encoder's pre-training and without processes that render clips."""
     seconds: float
-    """By the clock, for the same."""
+    """Wall time of the same."""
     encoder_cpu_s: float
     encoder_accuracy: dict[str, float]
-    """On validation digits: own, right neighbour's, lower neighbour's and what else was asked; empty where there was no training."""
+    """Accuracy on validation digits: own, right neighbour's, lower neighbour's and the other targets. Empty without pre-training."""
     entropy: dict[str, float]
-    """`entropy_at_start`."""
+    """Result of `entropy_at_start`."""
     curve: list[dict[str, float]]
-    """Every so many steps: step, clutter, and nats per digit with the question before and after the video."""
+    """Every `SAID_EVERY` steps: step, clutter, and nats per digit with the question before and after the video."""
 
     @property
     def mfu(self) -> float | None:
-        """Share of the device's peak FLOP/s that the training used, drawing included; None where the peak is not known."""
+        """Share of the device's peak FLOP/s that training achieved, including rendering; None if the peak is not known."""
         peak = peak_flops(self.subject.device)
         return self.flops / self.seconds / peak if peak and self.seconds else None
 
 
 @dataclass(frozen=True)
 class Asker:
-    """Makes samples of clips."""
+    """Makes training and evaluation samples from clips."""
 
     plan: Plan
     tokenizer: Any
@@ -197,8 +197,10 @@ class Asker:
 
     @classmethod
     def of(cls, plan: Plan) -> "Asker":
-        """With a tokenizer that knows the questions of all tasks, so that a training can go on with another task; the names of all nine
-        colours only where the task is *colour*. Where the language model is a checkpoint, with that one's."""
+        """Build with the checkpoint's tokenizer, or train one on the questions of all tasks, so that training can continue on another task.
+
+        The names of all nine colours are included only if the task is *colour*.
+        """
         tokenizer = load_tokenizer(plan.llm_checkpoint) if plan.llm_checkpoint else train_tokenizer(_words(plan), VOCABULARY)
         chat = chat_format(tokenizer)
         if plan.wording == "words":
@@ -206,19 +208,19 @@ class Asker:
         return cls(plan, tokenizer, chat)
 
     def sample(self, clip: gaze.GazeClip, *, question_first: bool, answered: bool = True) -> Sample:
-        """The question about a clip's path, with its answer or up to where it begins."""
+        """Return the sample of a clip's question, with its answer or, for generation, without."""
         turn = Turn(self.ids(_question(self.plan, clip)), self.ids(_answer(clip)) if answered else [])
         shown = list(range(len(clip.frames)))
         return Sample("gaze", "gaze", clip.frames, [shown], [turn], question_first=question_first)
 
     def clips(self, rng: np.random.Generator, count: int, clutter: float) -> list[gaze.GazeClip]:
-        """New clips of training digits."""
+        """Render new clips of training digits."""
         plan, px = self.plan, self.plan.vision.frame_px
         look: dict[str, Any] = {"frames": plan.frames, "noise": plan.noise, "copies": plan.copies}
         return [gaze.render_to_fit(rng, "train", px, task=plan.task, clutter=clutter, **look) for _ in range(count)]
 
     def batches(self, rng: np.random.Generator, clutter: float, *, samples: int) -> tuple[float, list[PackedBatch]]:
-        """New clips and their questions: their clutter; a batch with the question before the video, one with it after."""
+        """Return the clutter and two batches of new clips: one with the question before the video, one with the question after it."""
         tokens = self.plan.model_settings.tokens_per_frame
         return clutter, [
             pack(
@@ -228,7 +230,7 @@ class Asker:
         ]
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a text."""
+        """Return the token ids of a text."""
         return encode(self.tokenizer, text)
 
 
@@ -236,7 +238,7 @@ class Asker:
 def encoder_of(
     settings: VisionTrainingSettings, vision: VisionSettings, device: str, workers: int
 ) -> tuple[Encoder, dict[str, float], float]:
-    """A pre-trained encoder, its accuracy, and the processor time that it took; several trainings of one process share it."""
+    """Return a pre-trained encoder, its accuracy and its CPU seconds. Cached, so that trainings in one process share it."""
     started = time.process_time()
     assert vision.shape is not None
     encoder, accuracy = pretrained(settings, vision.shape, frame_px=vision.frame_px, device=torch.device(device), workers=workers)
@@ -244,7 +246,10 @@ def encoder_of(
 
 
 def train(plan: Plan, say: Callable[[str], None] = lambda _: None, start: Mapping[str, Tensor] | None = None) -> Trained:
-    """Train to the end of the plan, or of its time; from the weights `start`, which another task may have made, where they are given."""
+    """Train to the end of the plan or its time limit, optionally from the weights `start`, which may come from another task.
+
+    Raises UserError if both `init_std` and `llm_checkpoint` are given.
+    """
     if plan.init_std is not None and plan.llm_checkpoint:
         fix = "leave one of the two out"
         raise UserError("a checkpoint's weights are not drawn, so they have no standard deviation to choose", where="init_std", fix=fix)
@@ -280,7 +285,7 @@ def train(plan: Plan, say: Callable[[str], None] = lambda _: None, start: Mappin
     last, done, curve, half = objective.names[-1], 0, [], plan.batch_samples // 2
 
     def wanted() -> Iterator[float]:
-        """The clutter, at the moment when clips are drawn."""
+        """Yield the clutter at the time when clips are rendered."""
         for _ in range(plan.steps):
             if time.process_time() - started > plan.max_cpu_s:
                 return
@@ -317,7 +322,7 @@ def train(plan: Plan, say: Callable[[str], None] = lambda _: None, start: Mappin
 
 
 def step_flops(plan: Plan) -> float:
-    """Training FLOPs of a step, from the configuration."""
+    """Return the training FLOPs of a step, computed from the configuration."""
     asker = Asker.of(plan)
     model = build_model(plan.model_settings, vocab_size=len(asker.tokenizer))
     cost = Cost(model, plan.loss)
@@ -326,9 +331,10 @@ def step_flops(plan: Plan) -> float:
 
 @torch.no_grad()
 def entropy_at_start(subject: Subject, asker: Asker, *, clips: int = 64) -> dict[str, float]:
-    """Entropy of the last layer's attention as a share of the uniform's, over full grids: of `q_static`, of the language model's queries.
+    """Return the entropy of the last layer's attention on full grids, as a share of the uniform distribution's.
 
-    Near 0 every query is stuck at one patch and gets no gradient to move. Empty for a model that is not queried.
+    For `q_static` and for the language model's queries. Near 0, every query is stuck at one patch and gets no gradient to move. Empty for a
+    model without queries.
     """
     if not subject.gazes:
         return {}
@@ -343,7 +349,7 @@ def entropy_at_start(subject: Subject, asker: Asker, *, clips: int = 64) -> dict
 
 
 def _words(plan: Plan) -> Iterator[str]:
-    """Questions of all tasks with their answers, as chats."""
+    """Return questions of all tasks with their answers, rendered as chats."""
     rng, colours = np.random.default_rng(0), gaze.usual_colours(plan.task)
     clips = (gaze.render(rng, "train", task=task, frames=plan.frames, colours=colours) for task in gaze.TASKS for _ in range(100))
     return (render_chat([{"question": _question(plan, clip), "answer": _answer(clip)}]) for clip in clips)

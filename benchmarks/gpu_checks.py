@@ -1,16 +1,16 @@
-"""Everything that waits for a GPU, in one command of at most eight minutes: `python -m benchmarks.gpu_checks --output FOLDER`.
+"""All checks that need a GPU, in one command of at most eight minutes: `python -m benchmarks.gpu_checks --output FOLDER`.
 
 1. `tests/train/test_cuda.py`.
-2. The step of `benchmarks.roofline` on the card, eager, compiled and autotuned, in four, two and one micro-batches: milliseconds, MFU,
-   memory and kernels, and the time beside that of the model of the card. Larger micro-batches are fewer launches for the host.
-3. Attention within the frames by each of torch's kernels, at the frames' length and at the next full tile.
-4. Thousands of steps of the trainer itself on shards of videos, read by the loader's processes: recompilations after the warm-up, stalls,
-   the share of the time waiting for data, and how often a step waits for the device.
+2. The step of `benchmarks.roofline`, eager, compiled and autotuned, in four, two and one micro-batches: milliseconds, MFU, memory, kernels,
+   and the time relative to the roofline's prediction. Larger micro-batches mean fewer kernel launches for the host.
+3. Attention within the frames by each of torch's kernels, at the lengths of 256, 257 and 258 tokens.
+4. Thousands of steps of the trainer itself on video shards read by loader processes: recompilations after the warm-up, stalls, the share of
+   time waiting for data, and how often a step waits for the device.
 
-The most important comes first; what the time no longer allows is left out, and the table says so. Every line is also written to
-`checks.jsonl`, and the kernels of a step, with how often each ran and how long, to `kernels.jsonl`. `--device cpu --tiny` runs the same
-code on a CPU with a model of a few thousand parameters. The batches that fill a card, with the real loader at all three sizes, are
-`benchmarks.gpu_train_step`, which takes longer.
+The most important checks run first. Checks that no longer fit into the time budget are left out, and the table says so. Every result is
+also written to `checks.jsonl`, and the kernels of a step, with their counts and times, to `kernels.jsonl`. `--device cpu --tiny` runs the
+same code on a CPU with a model of a few thousand parameters. `benchmarks.gpu_train_step` takes longer: it measures the largest batches that
+fit, with the real loader, at all three sizes.
 """
 
 import gc
@@ -58,18 +58,18 @@ from fvlm_core.train.start import compile_parts
 
 BUDGET_S = 460.0
 EXPECTED_S: dict[Kind, float] = {"eager": 40.0, "compiled": 160.0, "autotuned": 240.0}
-"""With compilation, which took two minutes on an H200's machine; what has less time left is left out."""
+"""Expected seconds including compilation, which took two minutes on a machine with an H200. A check with less time left is skipped."""
 STEPS = 5
-"""Measured, after as many for warming up."""
+"""Measured steps, after as many warm-up steps."""
 LONG_STEPS, LONG_WARM_UP = 2000, 50
 LONG_SAMPLES = 4
-"""Of each of the many steps: small, so that 2,000 of them fit into the time; what makes a step compile again or wait is the same."""
+"""Samples per step of the long run: few, so that 2,000 steps fit into the time. The causes of recompilation and waiting are the same."""
 WATCHED_STEPS = 5
-"""In which waiting for the device is counted."""
+"""Steps in which waits for the device are counted."""
 GOAL_WAITS = 1
-"""Of a step for the device: the one transfer of what is logged."""
+"""Waits for the device per step: the one transfer of logged values."""
 STALL = 5.0
-"""A step that takes this many times the median is a stall."""
+"""A step that takes more than this many times the median is a stall."""
 TINY: dict[str, Any] = {
     "vision": {"shape": {"width": 16, "layers": 2, "heads": 2}, "frame_px": 28},
     "llm": {"shape": {"width": 24, "layers": 2, "heads": 2, "kv_heads": 1, "mlp_width": 48, "context": 1024}},
@@ -79,14 +79,14 @@ TINY: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Check:
-    """One figure, or why there is none."""
+    """One result, or the reason why there is none."""
 
     what: str
     value: float | None
     unit: str
     goal: str = ""
     met: bool | None = None
-    """None where there is no goal."""
+    """None if there is no goal."""
 
 
 def main() -> None:
@@ -119,7 +119,7 @@ def main() -> None:
 
 
 def checks(sizes: dict[str, ModelSettings], device: torch.device, kernels: Path, *, budget_s: float, long_steps: int) -> Iterator[Check]:
-    """All of them, the most important first, within `budget_s`; the kernels of steps are written to the file `kernels`."""
+    """Run all checks within `budget_s`, the most important first. Writes the kernels of steps to the file `kernels`."""
     ends = time.monotonic() + budget_s
     card = next((name for name in PEAK_TFLOPS if device.type == "cuda" and name in torch.cuda.get_device_name(device)), None)
     with ThreadPoolExecutor(1) as aside, tempfile.TemporaryDirectory() as folder:
@@ -138,9 +138,10 @@ def checks(sizes: dict[str, ModelSettings], device: torch.device, kernels: Path,
 
 
 def attention_kernels(settings: ModelSettings, device: torch.device) -> Iterator[Check]:
-    """Milliseconds, forward and backward, of attention within as many frames as a step has, by each kernel that takes them.
+    """Time attention (forward and backward) within the frames of a step, for each kernel that supports it.
 
-    With the first token alone, with a query beside it, and with neither: 256 patches fill two tiles of 128, and 258 tokens begin a third.
+    The lengths are the patches alone, with the CLS token, and with CLS token and query: 256 patches fill two tiles of 128, and 258 tokens
+    begin a third.
     """
     shape = settings.vision.shape
     assert shape is not None
@@ -165,7 +166,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor) -> None
 
 
 def _median_s(run: Callable[[], object], device: torch.device) -> float:
-    """Median of `STEPS`, after as many for warming up; the peak of memory begins after them."""
+    """Return the median seconds of `STEPS` runs, after as many warm-up runs. Peak memory is reset after the warm-up."""
     for _ in range(STEPS):
         run()
     _finish(device)
@@ -187,7 +188,7 @@ def steps_of(
     modelled: Callable[[], dict[tuple[str, str], float]],
     kernels: Path,
 ) -> Iterator[Check]:
-    """The roofline's step on the device, in ever larger micro-batches for as long as they fit."""
+    """Measure the roofline's step on the device, in increasingly large micro-batches until one does not fit."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -232,7 +233,7 @@ def _steps(
         optimizer.zero_grad(set_to_none=True)
 
     smaller = videos(max(1, groups - 1), frame_px=model.settings.vision.frame_px)
-    step(smaller.to(device), smaller.n_labels)  # of another shape first: what is measured is compiled for any
+    step(smaller.to(device), smaller.n_labels)  # another shape first, so that the measured step uses graphs compiled for any shape
     one = partial(step, batch.to(device), batch.n_labels)
     took, (size, kind) = _median_s(one, device), modelled_as
     yield Check(f"{name} of", float(len(batch.frames)), "frames")
@@ -255,7 +256,7 @@ def _steps(
 
 
 def long_run(settings: ModelSettings, device: torch.device, folder: Path, steps: int) -> Iterator[Check]:
-    """The trainer for `steps` steps, compiled on a GPU: does it compile again, stall, wait for data or for the device?"""
+    """Run the trainer for `steps` steps, compiled on a GPU, and count recompilations, stalls, and waits for data and for the device."""
     trainer = _trainer(settings, device, folder, steps)
     compiled = device.type == "cuda"
     for _ in range(LONG_WARM_UP):
@@ -287,7 +288,7 @@ def long_run(settings: ModelSettings, device: torch.device, folder: Path, steps:
 
 
 def host_waits(step: Callable[[], object], steps: int = WATCHED_STEPS) -> Counter[str]:
-    """Where in so many steps the host waits for a CUDA device, as torch sees it: file and line, and how often."""
+    """Count where the host waits for a CUDA device in `steps` steps, by torch's sync debug mode: file and line -> count."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as seen:
@@ -301,7 +302,7 @@ def host_waits(step: Callable[[], object], steps: int = WATCHED_STEPS) -> Counte
 
 
 def _write_kernels(file: Path, name: str, kernels: Sequence[Any]) -> None:
-    """Append a line for each kernel of a step, those that took longest first."""
+    """Append a line for each kernel of a step, slowest first."""
     with file.open("a") as lines:
         for event in sorted(kernels, key=lambda event: -event.self_device_time_total):
             said = {"step": name, "kernel": event.key, "count": event.count, "ms": event.self_device_time_total / 1e3}
@@ -321,7 +322,7 @@ def _trainer(settings: ModelSettings, device: torch.device, folder: Path, steps:
 
 
 def _within(ends: float, kind: Kind, what: str, check: Callable[[], Iterator[Check]]) -> Iterator[Check]:
-    """The check, or that there was no time or memory for it."""
+    """Run a check, or report that there was no time or memory for it."""
     if time.monotonic() + EXPECTED_S[kind] > ends:
         yield Check(f"{what} {kind}", None, "left out: no time")
         return
@@ -332,7 +333,7 @@ def _within(ends: float, kind: Kind, what: str, check: Callable[[], Iterator[Che
 
 
 def _modelled(sizes: list[str], card: str | None) -> dict[tuple[str, str], float]:
-    """The roofline's milliseconds of a step by size and kind, computed by a process beside the GPU's work."""
+    """Return the roofline's milliseconds per step by (size, kind), computed in another process while the GPU works."""
     if card not in ("A100", "H100", "H200"):
         return {}
     command = [sys.executable, "-m", "benchmarks.roofline", "--json", "--cards", card, "--threads", "2", "--sizes", *sizes]

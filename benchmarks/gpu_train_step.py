@@ -1,9 +1,9 @@
-"""The training step on a GPU at DINOv2-small + SmolLM2 135M, 360M and 1.7B: samples/s, MFU, peak memory, and how long it waits
-for data; eager, compiled and autotuned, each with the batch that fills the card (found by doubling).
+"""The training step on a GPU at DINOv2-small + SmolLM2 135M, 360M and 1.7B: samples/s, MFU, peak memory and data wait.
 
-It is the trainer itself, on shards written for it: videos of 4, 8, 8 and 16 frames of 224 px, texts of the lengths of
-`benchmarks.train_step`, in bf16 with fp32 masters, read and decoded by the loader's processes while it runs. Goals: MFU of 40 %
-at 135M and 50 % at 1.7B, and 2 % of the time waiting for data.
+Measured eager, compiled and autotuned, each with the largest batch that fits (found by doubling). It runs the trainer itself in bf16 with
+fp32 master weights, on shards written for it: videos of 4, 8, 8 and 16 frames of 224 px, with texts of the lengths in
+`benchmarks.train_step`, read and decoded by loader processes. Goals: MFU of 40 % at 135M and 50 % at 1.7B, and at most 2 % of the time
+waiting for data.
 """
 
 import os
@@ -34,19 +34,19 @@ NO_GPU = 2
 GOAL_MFU = {"135M": 0.40, "1.7B": 0.50}
 GOAL_WAIT = 0.02
 FRAMES, WORDS = (4, 8, 8, 16), (24, 48, 96, 200)
-"""Of each of four kinds of sample; half of the words are the answer."""
+"""Frames and words of the four kinds of sample; half of the words are the answer."""
 VIDEOS = 64
-"""Of each kind, with frames of their own: no batch below 256 samples has equal frames to save work on."""
+"""Videos of each kind, all with different frames, so that no batch below 256 samples repeats frames and saves work."""
 SMALLEST_BATCH = 4
 WHOLE_BATCH = {"frames": 1_000_000, "tokens": 100_000_000}
-"""Budgets of a micro-batch that no batch reaches: a step is one forward."""
+"""Micro-batch budgets that no batch reaches, so that a step is a single forward."""
 DICTIONARY = 200
-"""Different words; each is a token of the shards' tokenizer."""
+"""Number of different words; each is one token of the shards' tokenizer."""
 
 
 @dataclass(frozen=True)
 class Filled:
-    """The largest batch of a model that fits, of a kind."""
+    """The largest batch that fits, for one model and kind."""
 
     size: str
     kind: Kind
@@ -75,14 +75,14 @@ def main() -> None:
 
 
 def write_videos(folder: Path, *, frame_px: int, videos: int, vocabulary: int) -> Path:
-    """Shards of random videos and words; `vocabulary` is the size that the model's embedding is to have."""
+    """Write shards of random videos and words. `vocabulary` is the number of rows of the model's embedding."""
     rng = np.random.default_rng(0)
     words = ["".join(letters) for letters in islice(product("abcdefghijklmnopqrstuvwxyz", repeat=2), DICTIONARY)]
 
     def sample(split: Any, number: int) -> ShardSample:
         frames, length = FRAMES[number % len(FRAMES)], WORDS[number % len(WORDS)]
         coarse = rng.integers(0, 256, (frames, 16, 16, 3), dtype=np.uint8)
-        repeats = -(-frame_px // 16)  # blocks: a JPEG of plain noise would be larger and slower to read than any real one
+        repeats = -(-frame_px // 16)  # blocks, because a JPEG of pixel noise would be larger and slower to read than a real one
         pixels = np.ascontiguousarray(coarse.repeat(repeats, 1).repeat(repeats, 2)[:, :frame_px, :frame_px])
         text = rng.choice(words, length)
         turn = {"question": " ".join(text[: length // 2]), "answer": " ".join(text[length // 2 :])}
@@ -104,7 +104,7 @@ def write_videos(folder: Path, *, frame_px: int, videos: int, vocabulary: int) -
 
 
 def speed_job(folder: Path, shards: Path, model: ModelSettings, *, steps: int, workers: int, **run: Any) -> SpeedJob:
-    """What is measured: the trainer with one fine pass, whose loss is the only one, as in `benchmarks.train_step`."""
+    """Return the job to measure: the trainer with one fine pass and only its loss, as in `benchmarks.train_step`."""
     recipe = Recipe.model_validate(
         {
             "name": "benchmark",
@@ -120,7 +120,7 @@ def speed_job(folder: Path, shards: Path, model: ModelSettings, *, steps: int, w
 
 
 def fill(size: str, job: SpeedJob, *, largest: int = 4096, kinds: Sequence[Kind] = get_args(Kind)) -> list[Filled]:
-    """The batch doubled until it does not fit, eager; then compiled and autotuned, from where the kind before ended, up or down."""
+    """Double the eager batch until it no longer fits; then search up or down from there, compiled and autotuned."""
     bench = Bench(job)
 
     found: list[Filled] = []
@@ -144,7 +144,7 @@ def fill(size: str, job: SpeedJob, *, largest: int = 4096, kinds: Sequence[Kind]
 
 
 def measurements(filled: Filled) -> Sequence[Measurement]:
-    """What was found, as the other benchmarks say it."""
+    """Convert to `Measurement`s."""
     row, name = filled.row, f"{filled.size} {filled.kind}"
     goal = GOAL_MFU.get(filled.size)
 

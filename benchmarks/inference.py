@@ -1,8 +1,8 @@
-"""Inference at DINOv2-small + SmolLM2-135M: 64 frames and a question of 32 tokens, in two modes, against the bare encoder;
-and a stream of an hour (3,600 frames at 1 FPS).
+"""Inference at DINOv2-small + SmolLM2-135M: 64 frames and a question of 32 tokens in two modes, and a one-hour stream (3,600 frames at 1
+FPS).
 
-Floor: a plain `Dinov2Model` forward over the same frames, which any model that looks at them all has to pay; for the stream, the keys and
-values of one token a frame: their bytes, and the time it takes merely to read them once. `--frames 0` measures the stream only.
+The floor of the modes is a plain `Dinov2Model` forward over the same frames, which every model that encodes all frames has to pay. The
+floor of the stream is the KV cache of one token per frame: its bytes, and the time to read it once. `--frames 0` measures only the stream.
 """
 
 import gc
@@ -32,13 +32,13 @@ def main() -> None:
         rounds={"type": int, "default": 3},
         frames={"type": int, "default": 64},
         stream={"type": int, "default": 3600},
-        exact={"action": "store_true", "help": "keep the stream's keys and values in fp32 and not in bfloat16"},
+        exact={"action": "store_true", "help": "keep the stream's KV cache in fp32 instead of bfloat16"},
     )
     show(measure(options.frames, options.rounds, options.stream, rounded=not options.exact), as_json=options.json)
 
 
 def measure(frames: int, rounds: int, stream: int, *, rounded: bool = True) -> Iterator[Measurement]:
-    """The modes over `frames` frames, then a stream of `stream` frames, unless that is 0."""
+    """Measure the modes over `frames` frames, then a stream of `stream` frames; 0 skips either."""
     model = build_model(model_settings(), vocab_size=VOCABULARY).eval().requires_grad_(False)
     if frames:
         yield from modes(model, frames, rounds)
@@ -47,7 +47,7 @@ def measure(frames: int, rounds: int, stream: int, *, rounded: bool = True) -> I
 
 
 def modes(model: FoveatedVLM, frames: int, rounds: int) -> Iterator[Measurement]:
-    """FLOPs of the fine mode, and two modes' time beside that of the bare encoder."""
+    """Measure the FLOPs of the fine mode, and the time of two modes relative to the bare encoder."""
     batch = video_question(frames)
     plain = Dinov2Model(model.encoder.config).eval()
     pixels = torch.randn(frames, 3, 224, 224)
@@ -73,9 +73,9 @@ def modes(model: FoveatedVLM, frames: int, rounds: int) -> Iterator[Measurement]
 
 @torch.no_grad()
 def stream_growth(model: FoveatedVLM, frames: int, early: int = 60, *, rounded: bool = True) -> list[Measurement]:
-    """Resident memory and time per frame of a stream's last frames against its 60th, and the keys and values in between."""
+    """Compare resident memory and time per frame at the end of a stream with those at frame `early`."""
     stream = FrameStream(model, NO_TEMPLATE, task_ids=[1], context=frames + 512, rounded=rounded)
-    stream.cache.grow(frames + 512)  # all of it at once, and touched, so that growing is not mistaken for a leak
+    stream.cache.grow(frames + 512)  # allocate and touch all of it now, so that cache growth does not look like a leak
     assert isinstance(stream.cache, LongCache)
     for layer in stream.cache.layers:
         for part in stream.cache.held(layer, stream.length, frames + 512):
@@ -101,8 +101,8 @@ def stream_growth(model: FoveatedVLM, frames: int, early: int = 60, *, rounded: 
 
 
 def _per_frame(model: FoveatedVLM, late: FrameStream, picture: np.ndarray, early: int, frames: int = 30) -> tuple[float, float, float]:
-    """Median seconds of a long stream's next frames, of a new one's up to its frame `early`, and of reading what the first has in its cache
-    and the second has not; taken in turn."""
+    """Return median seconds, measured in turn: a long stream's next frames, a new stream's frames up to `early`, and reading the part of
+    the long stream's cache that the new one does not have."""
     new = FrameStream(model, NO_TEMPLATE, task_ids=[1], rounded=late.rounded)
     for _ in range(early - frames):
         new.push(picture)

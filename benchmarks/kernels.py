@@ -1,11 +1,12 @@
-"""What the compiler makes of a step's operations: which of them are one kernel, and the bytes that it moves.
+"""A model of kernel fusion: which operations of a step become one kernel, and how many bytes it moves.
 
-Eager, every operation is a kernel. Compiled, pointwise operations and reductions of a compiled part join the kernel that makes their
-inputs, which reads what was made outside and writes what is used outside; what the backward needs of their results is computed again or
-kept, whichever moves fewer bytes, as torch's partitioner does. A sum over the tokens (the gradient of a bias or a scale) runs through its
-input the other way than what makes it, so it is a kernel of its own that reads it again, but for those of a norm's weights, which the
-compiler computes along with the norm's own sums (`mix_order_reduction` of torch._inductor.scheduler). Autotuned (`run.autotune`),
-activations are also computed at the end of the matrix product that makes their input.
+* Eager: every operation is a kernel. * Compiled: pointwise operations and reductions within a compiled part are fused into the kernel that
+makes their inputs. The fused kernel reads
+  only inputs from outside and writes only results that are used outside. Results that the backward needs are recomputed or kept, whichever
+  moves fewer bytes, as in torch's partitioner. A sum over tokens (the gradient of a bias or a scale) reduces along the other dimension than
+  the kernel that makes its input, so it is a kernel of its own that reads the input again. The exception is the sums for a norm's weights,
+  which the compiler computes together with the norm's own sums (`mix_order_reduction` of torch._inductor.scheduler).
+* Autotuned (`run.autotune`): activations are also fused into the matrix product that makes their input.
 """
 
 from bisect import bisect_left
@@ -18,12 +19,13 @@ from typing import Literal
 Kind = Literal["eager", "compiled", "autotuned"]
 _ATTENTION = ("_flash_attention", "scaled_dot_product")
 _ANCHORS = ("mm", "convolution", "embedding", "index", "sort", "scatter", "gather", *_ATTENTION)
-"""Parts of names of the operations that are kernels of their own also when compiled."""
+"""Substrings of the names of operations that are separate kernels even when compiled."""
 _EPILOGUES = ("gelu", "silu")
-"""Parts of names of the operations that end a matrix product. A residual sum moves fewer bytes in the next norm's kernel."""
+"""Substrings of the names of operations that are fused as epilogues of a matrix product. A residual sum is not one of them: it moves fewer
+bytes in the next norm's kernel."""
 
 _REDUCTIONS = ("norm", "softmax", "sum", "mean")
-"""Parts of names of the operations that need all numbers of a row for one of it."""
+"""Substrings of the names of operations that reduce over a row."""
 
 
 @dataclass
@@ -33,20 +35,20 @@ class Operation:
     name: str
     part: str
     group: int | None
-    """The compiled call that it belongs to; None outside."""
+    """The compiled call that it belongs to; None if it is not compiled."""
     backward: bool
     fused: bool
-    """Whether eager PyTorch too has one kernel for the group (RMSNorm on CUDA)."""
+    """Whether eager PyTorch also has a single kernel for the group (RMSNorm on CUDA)."""
     flops: float
     reads: dict[int, int]
     writes: dict[int, int]
     """Bytes by storage."""
     numel: int
-    """Numbers of its largest result."""
+    """Elements of its largest result."""
     views: dict[int, dict[int, int]] = field(default_factory=dict)
-    """Of what it reads, by storage: bytes by where in it a view begins, where there are views."""
+    """Bytes read through views, by storage and by the view's offset in it."""
     over_tokens: bool = False
-    """Whether it is a sum over other dimensions than the last."""
+    """Whether it is a sum over dimensions other than the last."""
 
     @property
     def attention(self) -> bool:
@@ -68,32 +70,32 @@ class Operation:
 
 @dataclass
 class Kernel:
-    """What the device runs at once."""
+    """One kernel of the device."""
 
     part: str
     flops: float
     bytes: float
     attention: bool = False
     kept: float = 0.0
-    """Bytes of what it makes that a backward reads: the activations."""
+    """Bytes of its results that the backward reads: activations."""
 
 
 @dataclass
 class _Run:
-    """Operations that one kernel computes."""
+    """Operations that are fused into one kernel."""
 
     operations: list[Operation]
     reads: dict[int, int] = field(default_factory=dict)
-    """Bytes of what it reads that was made outside, by storage."""
+    """Bytes that it reads from outside, by storage."""
     written: set[int] = field(default_factory=set)
-    """Storages it makes."""
+    """Storages that it writes."""
     inner: set[int] = field(default_factory=set)
-    """Those of them that it also reads."""
+    """Storages that it writes and also reads."""
     views: dict[int, dict[int, int]] = field(default_factory=lambda: defaultdict(dict))
-    """As `Operation.views`: keys and values of one projection are two."""
+    """As `Operation.views`; keys and values of one projection are two views."""
 
     reduced: set[int] = field(default_factory=set)
-    """Storages it makes of sums over the last dimension."""
+    """Storages that it derives from sums over the last dimension."""
 
     @property
     def first(self) -> Operation:
@@ -105,7 +107,7 @@ class _Run:
 
     @property
     def over_tokens(self) -> bool:
-        """Whether it does nothing but sum over tokens."""
+        """Whether it only sums over tokens."""
         return self.operations[-1].over_tokens and not self.reduced
 
     def add(self, operation: Operation) -> None:
@@ -116,16 +118,16 @@ class _Run:
                 for start, part in operation.views.get(storage, {0: size}).items():
                     self.views[storage][start] = max(part, self.views[storage].get(start, 0))
                 self.reads[storage] = sum(self.views[storage].values())
-        self.written |= set(operation.writes) - set(operation.reads)  # in place, it reads what was there
+        self.written |= set(operation.writes) - set(operation.reads)  # an in-place operation also reads its storage
         if operation.reduces or self.reduced & set(operation.reads):
             self.reduced |= set(operation.writes)
         self.operations.append(operation)
 
 
 def kernels(operations: list[Operation], *, kind: Kind) -> list[Kernel]:
-    """What the operations become: one kernel each, or as few as the compiler may make of those of a group."""
+    """Turn operations into kernels: one each if eager, else as few per group as the compiler can make."""
     runs: list[_Run] = []
-    made: dict[int, int] = {}  # by storage, the run that wrote it last
+    made: dict[int, int] = {}  # storage -> the run that wrote it last
     by_group: dict[tuple[int | None, bool], list[int]] = defaultdict(list)
     for chain in _chains(operations) if kind != "eager" else ([operation] for operation in operations):
         operation = chain[-1]
@@ -149,7 +151,7 @@ def kernels(operations: list[Operation], *, kind: Kind) -> list[Kernel]:
 
 
 def _chains(operations: list[Operation]) -> Iterator[list[Operation]]:
-    """The operations in order; those whose results only a sum over tokens reads are computed with it."""
+    """Yield the operations in order; those whose results are read only by a sum over tokens are grouped with it."""
     readers: dict[int, list[int]] = defaultdict(list)
     for number, operation in enumerate(operations):
         for storage in operation.reads:
@@ -172,7 +174,7 @@ def _chains(operations: list[Operation]) -> Iterator[list[Operation]]:
 
 
 def _sums_with(operation: Operation, reads: set[int], runs: list[_Run], number: int, *, after: bool, kind: Kind) -> bool:
-    """Whether a sum over tokens is computed by a run: of other such sums, or of a norm whose own sums it does not need."""
+    """Whether a sum over tokens joins a run: a run of other such sums, or of a norm whose own sums it does not need."""
     del after, kind
     run = runs[number]
     touched = run.written | set(run.reads)
@@ -182,7 +184,7 @@ def _sums_with(operation: Operation, reads: set[int], runs: list[_Run], number: 
 
 
 def _inlined(runs: list[_Run]) -> list[_Run]:
-    """The runs, but each that only one other of its group and direction reads is computed there."""
+    """Merge each run into its reader, if that is its only reader and has the same group and direction."""
     readers: dict[int, set[int]] = defaultdict(set)
     for number, run in enumerate(runs):
         for storage in run.reads:
@@ -208,7 +210,7 @@ def _inlined(runs: list[_Run]) -> list[_Run]:
 
 
 def _joins(operation: Operation, reads: set[int], runs: list[_Run], number: int, *, after: bool, kind: Kind) -> bool:
-    """Whether an operation is computed by the kernel of a run that its inputs are made in, or (`after`) before."""
+    """Whether an operation joins the kernel of a run that makes its inputs or, with `after`, of a later run."""
     run = runs[number]
     if operation.group is None or not operation.pointwise or (kind != "eager" and run.over_tokens):
         return False
@@ -221,7 +223,7 @@ def _joins(operation: Operation, reads: set[int], runs: list[_Run], number: int,
 
 
 def _with_bytes(runs: list[_Run], *, compiled: bool) -> list[Kernel]:
-    """The runs as kernels. A backward computes a forward's pointwise result again where that needs fewer bytes than to keep it."""
+    """Turn runs into kernels. The backward recomputes pointwise results of the forward if that moves fewer bytes than keeping them."""
     readers: dict[int, set[int]] = defaultdict(set)
     made: dict[int, int] = {}
     for number, run in enumerate(runs):
@@ -239,7 +241,7 @@ def _with_bytes(runs: list[_Run], *, compiled: bool) -> list[Kernel]:
     kept = {storage for storage, numbers in readers.items() if any(not again(storage, number) for number in numbers)}
 
     def sources(storage: int, size: int, reader: int) -> dict[int, int]:
-        """What `reader` reads for it."""
+        """Return the bytes by storage that `reader` reads to obtain `storage`."""
         if not again(storage, reader):
             return {storage: size}
         inputs: dict[int, int] = {}

@@ -1,6 +1,6 @@
-"""llama.cpp fed with embeddings, through the C interface of the library in the wheel `xllamacpp`; the tests use it too.
+"""Run llama.cpp on embeddings through the C interface of the library in the wheel `xllamacpp`. The tests use it too.
 
-Parameters are the library's defaults (a context of 512 tokens, keys and values in fp16), so that none of their many fields is named here.
+All parameters are the library's defaults (a context of 512 tokens, KV cache in fp16), so that none of their many fields is declared here.
 """
 
 import ctypes
@@ -12,7 +12,7 @@ import numpy as np
 
 
 class Params(ctypes.Structure):
-    """Large enough for any of the library's parameter structures, which are passed by value as last arguments."""
+    """An opaque structure, large enough for any of the library's parameter structures, which are passed by value as last arguments."""
 
     _fields_ = [("words", c_int64 * 128)]
 
@@ -56,7 +56,7 @@ SIGNATURES = {
 
 
 def library() -> ctypes.CDLL:
-    """The library, with its functions' types."""
+    """Load the library and declare the signatures of its functions."""
     spec = find_spec("xllamacpp")
     assert spec is not None
     assert spec.origin is not None
@@ -70,7 +70,7 @@ def library() -> ctypes.CDLL:
 
 
 class LlamaCpp:
-    """A GGUF file with one sequence."""
+    """A GGUF model and the state of one sequence."""
 
     def __init__(self, path: Path, threads: int = 1) -> None:
         self.lib = library()
@@ -85,7 +85,7 @@ class LlamaCpp:
         self.read = 0
 
     def run(self, embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Embeddings [n, width] of the next tokens -> their last hidden states [n, width] and logits [n, vocabulary]."""
+        """Append embeddings [n, width]; return their last hidden states [n, width] and logits [n, vocabulary]."""
         n = len(embeddings)
         batch = self.lib.llama_batch_init(n, self.width, 1)
         try:
@@ -103,14 +103,14 @@ class LlamaCpp:
         return np.stack(hidden), np.stack(logits)
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
-        """Token ids of a text; `special` reads control tokens in it."""
+        """Return the token ids of a text; `special` parses control tokens."""
         raw = text.encode()
         found = (c_int32 * (len(raw) + 8))()
         count = self.lib.llama_tokenize(self.vocab, raw, len(raw), found, len(found), False, special)
         return list(found[:count])
 
     def forget(self) -> None:
-        """Start anew."""
+        """Clear the sequence."""
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
         self.read = 0
 

@@ -1,9 +1,9 @@
-"""The loader on one core beside webdataset with Pillow and beside bare JPEG decoding; what it makes of a mixture; what a GPU needs.
+"""The loader on one core, compared with webdataset + Pillow and with bare JPEG decoding; balance of its micro-batches; what a GPU needs.
 
-`python -m benchmarks.loader`. The three read the same shards of videos, images and texts (224 px, about 9 KB a frame) from the page cache,
-in turn, in one process and one thread; frames per CPU-second, so that a busy machine weighs on all alike. Ours is what a loader process
-does: plan, read, decode, pack. webdataset's own pipeline decodes with Pillow and joins the frames; the limit decodes JPEG bytes from memory
-into memory that is reused.
+`python -m benchmarks.loader`. All three read the same shards of videos, images and texts (224 px, about 9 KB per frame) from the page
+cache, in turn, in one process and one thread. Results are frames per CPU-second, so that a busy machine affects all alike. Ours does what a
+loader process does: plan, read, decode, pack. webdataset's own pipeline decodes with Pillow and stacks the frames. The limit decodes JPEG
+bytes from memory into a reused buffer.
 """
 
 import statistics
@@ -34,14 +34,14 @@ RUN = RunSettings(steps=1_000, batch_samples=256)
 RANKS = 2
 PLANNED_STEPS = 100
 A100_FLOPS, MFU, PROCESSES = 312e12, 0.5, 6
-"""bf16 without sparsity, from the data sheet; the MFU that is aimed at; loader processes of a GPU."""
+"""Peak FLOP/s in bf16 without sparsity, from the data sheet; target MFU; loader processes per GPU."""
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the results."""
     options = {
-        "clips": {"type": int, "default": 60, "help": "videos, images and texts, each"},
-        "frames": {"type": int, "default": 1_500, "help": "read in a round"},
+        "clips": {"type": int, "default": 60, "help": "number of videos, of images and of texts"},
+        "frames": {"type": int, "default": 1_500, "help": "frames to read per round"},
         "workers": {"type": int, "default": 2, "help": "loader processes of the last measurement"},
     }
     asked = arguments(__doc__ or "", **options)
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def measure(shards: ShardSet, *, frames: int, workers: int, rounds: int = ROUNDS) -> Iterator[Measurement]:
-    """All measurements."""
+    """Run all measurements."""
     plan = Plan(shards, mixed_data(), RUN, tokens_per_frame=1, world_size=RANKS)
     rates, memory = side_by_side(shards, plan, frames, rounds)
     ours, limit, theirs = rates["ours"], rates["limit"], rates["webdataset"]
@@ -69,7 +69,7 @@ def measure(shards: ShardSet, *, frames: int, workers: int, rounds: int = ROUNDS
 
 
 def side_by_side(shards: ShardSet, plan: Plan, frames: int, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Frames per CPU-second (medians), and peak memory in GB above what was there before."""
+    """Return frames per CPU-second (medians) and peak memory in GB above the initial memory."""
     reader = Reader(plan.mixed, tokens_per_frame=1)
     batches = list(islice((slots for step in range(RUN.steps or 0) for slots in plan.micro_batches(step)[0]), 64))
     held = np.cumsum([plan.mixed.costs(slots)[:, 0].sum() for slots in batches])
@@ -112,7 +112,7 @@ def side_by_side(shards: ShardSet, plan: Plan, frames: int, rounds: int) -> tupl
 
 
 def of_the_plan(plan: Plan) -> Iterator[Measurement]:
-    """What the mixture's micro-batches are like on all ranks."""
+    """Measure padding and balance of the mixture's micro-batches over all ranks."""
     found, budget = load(plan, range(PLANNED_STEPS)), plan.run.micro_batch
     reader = Reader(plan.mixed, tokens_per_frame=1)
     batch = reader.pack(plan.micro_batches(0)[0][0]).batch
@@ -135,18 +135,18 @@ def of_the_plan(plan: Plan) -> Iterator[Measurement]:
 
 
 def slot_rows(plan: Plan, micro_batches: list) -> list[int]:
-    """The rows of a rank's samples."""
+    """Return the rows of a rank's samples."""
     return [plan.mixed.row(slot) for slots in micro_batches for slot in slots]
 
 
 def frames_needed(plan: Plan) -> float:
-    """Frames a second that one GPU takes at the MFU aimed at, for this mixture and the smallest model."""
+    """Return the frames per second that one GPU consumes at the target MFU, for this mixture and the smallest model."""
     flops, rows = _flops(plan), [plan.mixed.row(slot) for step in range(4) for slot in plan.samples(step)]
     return A100_FLOPS * MFU / (flops[rows].sum() / plan.mixed.shards.n_frames[rows].sum())
 
 
 def _flops(plan: Plan) -> np.ndarray:
-    """Training FLOPs of every row, at DINOv2-small + SmolLM2-135M with the losses that are the default."""
+    """Return the training FLOPs of every row, at DINOv2-small + SmolLM2-135M with the default losses."""
     shards, data, settings = plan.mixed.shards, plan.mixed.data, model_settings(fine_iterations=2)
     vision = {"hidden_size": DINOV2_SMALL.width, "num_hidden_layers": DINOV2_SMALL.layers, "patch_size": 14, "mlp_ratio": 4}
     shape = SMOLLM2["135M"]
@@ -172,7 +172,7 @@ def _flops(plan: Plan) -> np.ndarray:
 
 
 def with_processes(shards: ShardSet, workers: int, frames: int) -> float:
-    """Frames a second of wall time out of the real loader with so many processes, after its first step."""
+    """Return frames per second of wall time from the real loader with `workers` processes, after its first step."""
     steps = train_steps(shards, mixed_data(workers=workers), RUN, tokens_per_frame=1, rank=0, world_size=RANKS)
     next(steps)
     started, done = time.perf_counter(), 0
@@ -182,7 +182,7 @@ def with_processes(shards: ShardSet, workers: int, frames: int) -> float:
 
 
 def _jpegs(shards: ShardSet, rows: list[int]) -> list[bytes]:
-    """The JPEG files of some rows."""
+    """Return the JPEG files of rows."""
     contents = shards.fetch(rows)
     found = []
     for row in dict.fromkeys(rows):

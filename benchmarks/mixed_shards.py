@@ -1,4 +1,4 @@
-"""Shards of videos, images and texts in the proportions of stage 3, with frames as large as real ones: 224 px, about 9 KB each."""
+"""Synthetic shards of videos, images and texts in the proportions of stage 3. Frames are as large as real ones: 224 px, about 9 KB each."""
 
 from collections.abc import Callable, Sequence
 from io import BytesIO
@@ -14,22 +14,22 @@ from fvlm_core.data.rows import Kind, Split
 from fvlm_core.data.shard_files import ShardSample
 
 SHARES = {"video": 0.46, "image": 0.34, "text": 0.20}
-"""SmolVLM2's last stage with its two kinds of image sample in one; see docs/data-sources.md."""
+"""SmolVLM2's last stage, with its two kinds of image samples merged."""
 WORDS = ["".join(letters) for letters in product("abcdefghijklmnop", repeat=2)]
 VAL_CLIPS = 2
-"""Of each kind."""
+"""Validation samples of each kind."""
 QUALITY = 90
 DETAIL_PX, NOISE = 9, 1.0
-"""Coarse patches and fine noise that make a JPEG as large as a video frame's."""
+"""Coarse patches and fine noise that give JPEGs the size of real video frames."""
 
 
 def mixed_data(**changes) -> DataSettings:
-    """What a run on these shards trains on."""
+    """Return the data settings of a run on these shards."""
     return DataSettings(mixture=[SourceShare(source=name, share=share) for name, share in SHARES.items()], **changes)
 
 
 def write_mixed(folder: Path, *, clips: int, frame_px: int = 224, samples_per_shard: int = 50) -> Path:
-    """`clips` videos of 4 to 64 frames, as many images, and as many texts to train on; a few of each to validate."""
+    """Write `clips` videos of 4 to 64 frames, as many images and as many texts for training, and a few of each for validation."""
     rng = np.random.default_rng(0)
     kinds: tuple[Kind, ...] = ("video", "image", "text")
     counts: dict[Split, int] = {"train": clips, "val": VAL_CLIPS}

@@ -1,4 +1,4 @@
-"""The complete pipeline at ci size: a run on an empty volume, a cached rerun, and what the same jobs cost without Prefect."""
+"""The complete pipeline at ci size: a run on an empty volume, a cached rerun, and the same jobs without Prefect."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from infra.prefect_settings import without
 from tasks.direct import run_directly
 
 REACH_S = {"ci_profile_s": 240.0, "cached_rerun_s": 11.0}
-"""What the pipeline took on two idle cores before its phases had a registry."""
+"""Seconds that the pipeline took on two idle cores before its phases had a registry."""
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
 
 
 def measure(profile: str) -> Iterator[Measurement]:
-    """Seconds of `fvlm speedrun`, twice on one volume, then of its steps alone on another."""
+    """Time `fvlm speedrun` twice on one volume, then its steps without Prefect on another."""
     with tempfile.TemporaryDirectory() as folder:
         taken = {}
         for metric in ("ci_profile_s", "cached_rerun_s"):
@@ -40,7 +40,7 @@ def measure(profile: str) -> Iterator[Measurement]:
 
 
 def _command(profile: str, volume: Path) -> float:
-    """Seconds of a run of the command, with its server's start and end."""
+    """Return the seconds of one `fvlm speedrun`, including the start and stop of its server."""
     command = [str(Path(sys.executable).with_name("fvlm")), "speedrun", "--profile", profile, "--volume", str(volume)]
     environment = without(os.environ)
     started = time.monotonic()

@@ -1,8 +1,8 @@
-"""Whether preparing ten times the samples needs more memory: `python -m benchmarks.precompute_memory`.
+"""Does precompute need more memory for more samples? `python -m benchmarks.precompute_memory`.
 
-Each size runs in a process of its own, through the real jobs' code: the source's table is recorded, cut into parts, what a download of
-each part would leave (`content.parquet`, `places.parquet`) is written, the shards are planned, and the index of all shards is joined. Only
-the frames are missing: a shard of them is written at a time, whatever the number of shards.
+Each size runs in a process of its own, through the code of the real jobs: record the source's table, split it into parts, write what the
+download of each part would leave (`content.parquet`, `places.parquet`), plan the shards, and join the index of all shards. Only the frames
+are missing; they are written one shard at a time, so their memory does not depend on the number of shards.
 """
 
 import json
@@ -35,8 +35,8 @@ CSV_ROWS = 100_000
 
 
 def main() -> None:
-    """Run both sizes and print."""
-    from benchmarks.report import Measurement, arguments, show  # torch: not in the processes that are measured
+    """Run all sizes and print the results."""
+    from benchmarks.report import Measurement, arguments, show  # imports torch, which the measured processes must not load
 
     asked = arguments(__doc__ or "", rows={"type": int, "nargs": "*", "default": list(ROWS)})
 
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def prepare(folder: Path, rows: int) -> dict[str, Any]:
-    """Everything but the frames, of so many rows; the process's peak memory and CPU time."""
+    """Prepare `rows` rows without their frames; return the process's peak memory and CPU time."""
     source = Source.model_validate({"name": "videos", "files": [table(folder / "videos.csv", rows)]})
     known, at = record(source, folder), record_folder(source, folder)
     downloads = []
@@ -71,7 +71,7 @@ def prepare(folder: Path, rows: int) -> dict[str, Any]:
 
 
 def table(path: Path, rows: int) -> Path:
-    """A csv of web addresses with captions of a sentence."""
+    """Write a csv of URLs with one-sentence captions."""
     with path.open("w") as stream:
         stream.write("url,caption\n")
         for first in range(0, rows, CSV_ROWS):
@@ -84,7 +84,7 @@ def table(path: Path, rows: int) -> Path:
 
 
 def download(record_at: Path, part: Any, folder: Path) -> Path:
-    """What the part's download would leave, without its tars."""
+    """Write what the download of a part leaves, except its tars."""
     folder.mkdir()
     contents, places = pq.ParquetWriter(folder / CONTENT, CONTENT_SCHEMA), pq.ParquetWriter(folder / PLACES, PLACES_SCHEMA)
     with contents, places:
@@ -111,7 +111,7 @@ def download(record_at: Path, part: Any, folder: Path) -> Path:
 
 
 def shards(plan: Plan, folder: Path) -> Iterator[Path]:
-    """What is known of each shard, as the processes that write them leave it."""
+    """Write the metadata of each shard, as the processes that write shards do."""
     for source, split, first, samples in plan.groups():
         for number, start in enumerate(range(0, samples, SHARD)):
             name = shard_name(split, source, number)
@@ -124,7 +124,7 @@ def shards(plan: Plan, folder: Path) -> Iterator[Path]:
 
 
 def row(name: str, planned: Any, split: str, source: str) -> dict[str, Any]:
-    """A row of the index, of as many frames as the sample has."""
+    """Return the index row of a sample."""
     frames = planned.place[3] // FRAME_BYTES
     values = dict.fromkeys(INDEX_SCHEMA.names) | {"split": split, "source": source, "shard": name, "key": planned.origin}
     return values | {

@@ -1,4 +1,4 @@
-"""The form in which every benchmark says its numbers, and how it times and weighs."""
+"""Shared by all benchmarks: options, output, timing and memory measurement."""
 
 import argparse
 import gc
@@ -18,24 +18,24 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Measurement:
-    """One number, and what it is compared with."""
+    """One number and its reference."""
 
     benchmark: str
     metric: str
     value: float
     unit: str
     reference: str = ""
-    """What `ratio` compares with."""
+    """What `ratio` is relative to."""
     ratio: float | None = None
     threads: int = field(default_factory=torch.get_num_threads)
     load: float = field(default_factory=lambda: os.getloadavg()[0])
-    """The machine's load average when it was taken; well above `threads` means a noisy machine."""
+    """The machine's load average at the time of measurement. Well above `threads` means noisy timings."""
 
 
 def arguments(doc: str, **options: dict[str, Any]) -> argparse.Namespace:
     """Parse `--json`, `--threads` and a benchmark's own options."""
     parser = argparse.ArgumentParser(description=doc)
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch threads")
     for name, option in options.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **option)
@@ -45,7 +45,7 @@ def arguments(doc: str, **options: dict[str, Any]) -> argparse.Namespace:
 
 
 def show(measurements: Iterable[Measurement], *, as_json: bool) -> None:
-    """Print them one by one, as they are taken: as JSON lines or as a table that grows."""
+    """Print measurements as they arrive, as JSON lines or as a growing table."""
     if as_json:
         for measurement in measurements:
             print(json.dumps(asdict(measurement)), flush=True)
@@ -58,7 +58,8 @@ def show(measurements: Iterable[Measurement], *, as_json: bool) -> None:
 
 
 def side_by_side(functions: Mapping[str, Callable[[], Any]], *, rounds: int = 5) -> dict[str, float]:
-    """Median seconds of each function, taken in turn, after one warm-up each: drift of the machine meets all alike."""
+    """Return the median seconds of each function after one warm-up. Functions run in turn, so that drift of the machine affects all
+    alike."""
     for function in functions.values():
         function()
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -71,7 +72,7 @@ def side_by_side(functions: Mapping[str, Callable[[], Any]], *, rounds: int = 5)
 
 
 def peak_memory_gb(function: Callable[[], Any]) -> float:
-    """Peak resident memory (GB = 1e9 bytes) that `function()` needs above what is resident before it. Linux only."""
+    """Return the peak resident memory of `function()` above the memory before it, in GB (1e9 bytes). Linux only."""
     gc.collect()
     before = _status_kb("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
@@ -80,7 +81,7 @@ def peak_memory_gb(function: Callable[[], Any]) -> float:
 
 
 def resident_gb() -> float:
-    """Memory of this process that is in RAM, GB = 1e9 bytes."""
+    """Return the resident memory of this process in GB (1e9 bytes)."""
     return _status_kb("VmRSS") * 1024 / 1e9
 
 

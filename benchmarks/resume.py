@@ -1,13 +1,15 @@
 """The resume certificate: `python -m benchmarks.resume`.
 
-A run is killed again and again (SIGKILL, at random moments, in the middle of an epoch and in resumed runs), and its newest checkpoint is
-damaged in between. At the end it must have the weights of a run that was never stopped, to the bit, and have trained every step on the
-same samples in the same order. Beside it, on the same data and model, under the same kills: transformers' Trainer with accelerate's
-loader, and Trainer over webdataset's resampled shards. That resuming goes wrong the second time is a known class of faults: accelerate
-#4071 and #4232, torchtitan #3907, datasets #8308; so steps after the first resume and after later ones are counted apart. A library that
-does not start from a damaged checkpoint has that checkpoint removed, as its operator would: a repair by hand.
+A run is killed repeatedly (SIGKILL at random moments, in the middle of an epoch and in resumed runs), and its newest checkpoint is damaged
+after every other kill. At the end it must have bit-identical weights to a run that was never stopped, and must have trained every step on
+the same samples in the same order. Two baselines run on the same data and model under the same kills: transformers' Trainer with
+accelerate's loader, and Trainer over webdataset's resampled shards.
 
-`python -m tests.campaign.kill_campaign` is the long form: parts of complete pipelines are killed.
+Bugs that appear only at the second resume are a known class (accelerate #4071 and #4232, torchtitan #3907, datasets #8308), so steps after
+the first resume and after later ones are counted separately. If a library does not start from a damaged checkpoint, that checkpoint is
+removed, as an operator would do, and counted as a repair by hand.
+
+`python -m tests.campaign.kill_campaign` is a longer test that kills parts of complete pipelines.
 """
 
 import json
@@ -37,10 +39,10 @@ from fvlm_core.tables import Table
 
 STEPS, BATCH, CHECKPOINT_EVERY = 60, 8, 4
 CLIPS = 24
-"""Videos, images and texts, each: an epoch is 9 steps."""
+"""Number of videos, of images and of texts: an epoch is 9 steps."""
 FRAME_PX = 42
 TIME_LIMIT_S = 600
-"""Of one start of a run."""
+"""Time limit of one start of a run."""
 Run = Callable[[Recipe], None]
 CONTENDERS: dict[str, tuple[Run, str]] = {
     "ours": (ours, "ours"),
@@ -51,7 +53,7 @@ CONTENDERS: dict[str, tuple[Run, str]] = {
 
 @dataclass(frozen=True)
 class Kill:
-    """One kill: when the run is at which step, and whether its newest checkpoint is damaged before it is started again."""
+    """One kill: the step at which it happens, and whether the newest checkpoint is then damaged."""
 
     step: int
     damage: bool
@@ -59,11 +61,11 @@ class Kill:
 
 @dataclass(frozen=True)
 class Ended:
-    """What a run ended with."""
+    """The result of a run."""
 
     weights: str
     trained: list[tuple[int, int, list[str]]]
-    """Every step that was trained, again where a resume went back: how often the run had been resumed, the step, its samples' keys."""
+    """(number of resumes so far, step, keys of its samples) of every trained step, including steps repeated after a resume."""
     kills: int = 0
     damaged: int = 0
     repairs: int = 0
@@ -71,16 +73,16 @@ class Ended:
 
     @property
     def order(self) -> dict[int, list[str]]:
-        """Keys of every step's samples, as it was last trained."""
+        """Sample keys by step; a repeated step counts as last trained."""
         return {step: keys for _, step, keys in self.trained}
 
 
 def main() -> int:
-    """Certify; 1 where our own weights or order differ."""
+    """Run the comparison. Returns 1 if our own weights or order of samples differ."""
     options = {
         "kills": {"type": int, "default": 6},
-        "seed": {"type": int, "default": 0, "help": "of the moments and of the damage"},
-        "only": {"choices": list(CONTENDERS), "nargs": "+", "default": list(CONTENDERS), "help": "leave the others out"},
+        "seed": {"type": int, "default": 0, "help": "seed of the moments of the kills"},
+        "only": {"choices": list(CONTENDERS), "nargs": "+", "default": list(CONTENDERS), "help": "run only these"},
     }
     asked = arguments(__doc__ or "", **options)
     taken: dict[str, list[Measurement]] = {}
@@ -104,12 +106,12 @@ def main() -> int:
 
 
 def prefix_of(name: str) -> str:
-    """Of a contender's metrics."""
+    """Return the prefix of a contender's metric names."""
     return "" if name == "ours" else f"{name}_"
 
 
 def comparison(taken: dict[str, list[Measurement]]) -> Table:
-    """A column for each contender, by what was measured."""
+    """Return a table with a row per metric and a column per contender."""
     rows: dict[str, dict[str, JsonValue]] = {}
     for name, found in taken.items():
         for one in found:
@@ -120,14 +122,14 @@ def comparison(taken: dict[str, list[Measurement]]) -> Table:
 
 
 def planned(kills: int, seed: int, *, steps: int = STEPS) -> list[Kill]:
-    """Random moments in order, none before the first checkpoint; every other one leaves a damaged checkpoint."""
+    """Draw the kills: random steps in order, none before the first checkpoint. Every other kill damages a checkpoint."""
     rng = random.Random(seed)
     moments = sorted(rng.sample(range(CHECKPOINT_EVERY + 1, steps - 1), kills))
     return [Kill(step, damage=number % 2 == 1) for number, step in enumerate(moments)]
 
 
 def recipe_of(shards: Path, output: Path, *, steps: int = STEPS) -> Recipe:
-    """A model that takes some milliseconds a step."""
+    """Return a recipe with a model that takes a few milliseconds per step."""
     return Recipe.model_validate(
         {
             "name": "resume",
@@ -156,7 +158,7 @@ def recipe_of(shards: Path, output: Path, *, steps: int = STEPS) -> Recipe:
 
 
 def certify(run: Run, recipe: Recipe, plan: list[Kill]) -> tuple[Ended, Ended]:
-    """A run that is never stopped, and one that is killed as planned."""
+    """Run once without a stop and once with the planned kills."""
     straight = recipe.model_copy(update={"output": recipe.output / "straight"})
     killed = recipe.model_copy(update={"output": recipe.output / "killed"})
     return _to_the_end(run, straight, []), _to_the_end(run, killed, plan)
@@ -183,20 +185,20 @@ def _to_the_end(run: Run, recipe: Recipe, plan: list[Kill]) -> Ended:
         if killed:
             kills += 1
             damaged += todo.pop(0).damage and _damage(recipe.output)
-        elif process.exitcode:  # a kill while it was writing can have left it something that it does not read, too
+        elif process.exitcode:  # a kill during a write can also leave a checkpoint that the library cannot read
             newest = _newest_checkpoint(recipe.output)
             if newest is None or repairs == kills:
                 raise RuntimeError(f"{recipe.output}: ended with status {process.exitcode} though nothing is damaged")
             shutil.rmtree(newest)
             repairs += 1
     lines = _lines(recipe.output)
-    begun = sorted({start for start in starts if start < len(lines)})  # a start that trained nothing is none
+    begun = sorted({start for start in starts if start < len(lines)})  # ignore starts that trained no step
     trained = [(bisect_right(begun, number) - 1, step, keys) for number, (step, keys) in enumerate(lines)]
     return Ended((recipe.output / WEIGHTS_FILE).read_text(), trained, kills, damaged, repairs)
 
 
 def _start(run: Run, recipe: Recipe):
-    """A process off a server that has imported everything."""
+    """Start the run in a process forked from a server that has done all imports."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.resume_runs", "transformers.trainer", "webdataset"])
     process = context.Process(target=run, args=(recipe,))
@@ -205,7 +207,7 @@ def _start(run: Run, recipe: Recipe):
 
 
 def _lines(folder: Path) -> list[tuple[int, list[str]]]:
-    """The log's complete lines; a kill can leave part of one."""
+    """Return the complete lines of the log; a kill can leave a partial line."""
     path = folder / ORDER_FILE
     lines = path.read_text().split("\n")[:-1] if path.is_file() else []
     found = []
@@ -219,13 +221,13 @@ def _lines(folder: Path) -> list[tuple[int, list[str]]]:
 
 
 def _newest_checkpoint(folder: Path) -> Path | None:
-    """The folder of ours or of Trainer's."""
+    """Return the folder of the newest checkpoint, ours or Trainer's; None if there is none."""
     found = [path for path in [*folder.glob("checkpoints/step-*"), *folder.glob("checkpoint-*")] if path.is_dir()]
     return max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
 
 
 def _damage(folder: Path) -> bool:
-    """Cut the largest file of the newest checkpoint in half; False where there is none."""
+    """Truncate the largest file of the newest checkpoint to half; False if there is no checkpoint."""
     newest = _newest_checkpoint(folder)
     if newest is None:
         return False
@@ -237,7 +239,7 @@ def _damage(folder: Path) -> bool:
 
 
 def measurements(prefix: str, about: str, straight: Ended, killed: Ended) -> Iterator[Measurement]:
-    """What a contender showed."""
+    """Yield the measurements of one contender."""
     order, last = straight.order, killed.order
     other = sum(order[step] != last.get(step) for step in order)
     never = f"{about}: a run that was never stopped"

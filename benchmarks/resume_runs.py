@@ -1,8 +1,7 @@
-"""One training run, to be killed and started again: ours, and the same data and model in what others use.
+"""The training runs that `benchmarks.resume` kills and restarts: ours, and the same data and model in other libraries.
 
-Each function trains from the last checkpoint in its folder to the end, writes a line per step to `order.log` (the step and the keys of
-the samples it trains on) and, when it is done, the sha256 of its weights to `weights.sha256`. `benchmarks.resume` starts them as
-processes.
+Each function trains from the last checkpoint in its folder to the end. It appends the step and the keys of its samples to `order.log` in
+every step, and at the end writes the sha256 of its weights to `weights.sha256`. `benchmarks.resume` runs them as processes.
 """
 
 import hashlib
@@ -42,7 +41,7 @@ def ours(recipe: Recipe) -> None:
 
 
 class _Logged(Trainer):
-    """Writes down what every step trains on."""
+    """Logs the sample keys of every step."""
 
     def _accumulate(self, micro_batches: list[PackedBatch], units: int) -> torch.Tensor:
         _log(self.recipe.output, self.state.step, [key for batch in micro_batches for key in batch.keys])
@@ -50,20 +49,20 @@ class _Logged(Trainer):
 
 
 def transformers_trainer(recipe: Recipe) -> None:
-    """transformers' Trainer, which accelerate's loader feeds, over the rows in its own random order."""
+    """transformers' Trainer with accelerate's loader, over the rows in its own random order."""
     _peer(recipe, _Rows(ShardSet(recipe.shards), recipe))
 
 
 def webdataset_resampled(recipe: Recipe) -> None:
-    """The same Trainer over webdataset's resampled shards, which is its authors' answer to resuming: going on in the endless stream.
+    """The same Trainer over webdataset's resampled shards, its authors' approach to resuming: continue with the endless stream.
 
-    Seeds are fixed wherever it lets them be, or no two runs would be equal.
+    All seeds that can be set are fixed, because otherwise no two runs would be equal.
     """
     _peer(recipe, _Resampled(ShardSet(recipe.shards), recipe), ignore_data_skip=True)
 
 
 def _peer(recipe: Recipe, data: Dataset, **arguments: Any) -> None:
-    """Train with transformers' Trainer, from its last checkpoint where there is one."""
+    """Train with transformers' Trainer, from its last checkpoint if there is one."""
     from transformers import Trainer as TransformersTrainer
     from transformers import TrainerCallback, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
@@ -94,7 +93,7 @@ def _peer(recipe: Recipe, data: Dataset, **arguments: Any) -> None:
             remove_unused_columns=False,
             disable_tqdm=True,
             logging_strategy="no",
-            accelerator_config={"dispatch_batches": False},  # a packed batch cannot be cut for other ranks, and there are none
+            accelerator_config={"dispatch_batches": False},  # a packed batch cannot be split over ranks; there is only one rank
             **arguments,
         ),
         train_dataset=data,
@@ -106,7 +105,7 @@ def _peer(recipe: Recipe, data: Dataset, **arguments: Any) -> None:
 
 
 class _Model(nn.Module):
-    """Ours in the form that Trainer wants: a loss out of keyword arguments, and a state without the tied copy of the embedding."""
+    """Adapts our model to Trainer: `forward` takes keyword arguments and returns a loss; the state dict omits the tied output embedding."""
 
     def __init__(self, recipe: Recipe, shards: ShardSet) -> None:
         super().__init__()
@@ -127,7 +126,7 @@ class _Model(nn.Module):
 
 
 class _Rows(Dataset[Sample]):
-    """The rows of the recipe's sources."""
+    """Map-style dataset over the rows of the recipe's sources."""
 
     def __init__(self, shards: ShardSet, recipe: Recipe) -> None:
         self.shards, self.repeats = shards, recipe.data.image_repeats
@@ -141,7 +140,7 @@ class _Rows(Dataset[Sample]):
 
 
 class _Resampled(IterableDataset[Sample]):
-    """The samples of webdataset's resampled shards, through its shuffle buffer; of each, the first conversation."""
+    """Iterable dataset over webdataset's resampled shards with its shuffle buffer; reads the first conversation of each sample."""
 
     def __init__(self, shards: ShardSet, recipe: Recipe) -> None:
         self.rows = _Rows(shards, recipe)

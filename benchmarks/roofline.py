@@ -1,11 +1,12 @@
-"""The training step on a card that is not here: the least time that its own operations need, eager and compiled, per part.
+"""A roofline model of the training step on a GPU, computed without one: time and memory by part, eager and compiled.
 
-The step (forward, backward, gradient norm, AdamW) runs on `FakeTensor`s, which have shapes and no numbers; every operation is recorded.
-Each kernel takes the longest of its FLOPs at the card's tensor-core peak, its bytes at the card's bandwidth, both times the share of
-them that kernels reach (`RATES`), and the shortest time of a kernel. Which operations are one kernel: `benchmarks.kernels`.
-The host has to launch them all. MFU is that of `metrics.csv`: FLOPs of the configuration over time and the data sheet's peak.
+The step (forward, backward, gradient norm, AdamW) runs on `FakeTensor`s, which have shapes but no values, and every operation is recorded.
+The time of a kernel is the longest of three: its FLOPs at the card's tensor-core peak, its bytes at the card's bandwidth (both multiplied
+by the share of the peak that kernels reach, `RATES`), and the minimum time of a kernel. `benchmarks.kernels` decides which operations are
+fused into one kernel. The host's time to launch all kernels is a further bound. MFU is defined as in `metrics.csv`: FLOPs of the
+configuration over time and the data sheet's peak.
 
-It also proves that no operation of the step asks the device for a number: FakeTensors have none to give.
+The trace also proves that no operation of the step reads a value from the device, because FakeTensors have no values.
 """
 
 import contextlib
@@ -42,42 +43,42 @@ from fvlm_core.train.cost import Cost
 from fvlm_core.train.metrics import PEAK_TFLOPS
 
 BANDWIDTH_TB_S = {"A100": 2.04, "H100": 3.35, "H200": 4.8}
-"""Of the SXM cards (A100: 80 GB), NVIDIA's data sheets."""
+"""Memory bandwidth of the SXM cards (A100: 80 GB), from NVIDIA's data sheets."""
 KERNEL_US = 2.0
-"""The shortest time that a kernel takes of the device."""
+"""The minimum time of a kernel on the device."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What of a card's peaks kernels reach, and what the host needs to start them."""
+    """The shares of a card's peaks that kernels reach, and the host's time per launch."""
 
     matmul: float
     attention: float
-    """Of the frames."""
+    """Of attention within frames."""
     packed_attention: float
-    """Of the texts."""
+    """Of attention within packed texts."""
     bandwidth: float
     launch_us: dict[Kind, float]
-    """Per kernel of the model, with all that Python, autograd and the compiler's checks do for it."""
+    """Host microseconds per kernel of this model, including Python, autograd and the compiler's guards."""
 
 
 RATES = {
     "measured": Rates(0.6, 0.15, 0.05, 0.55, {"eager": 39.0, "compiled": 67.0, "autotuned": 67.0}),
     "large": Rates(0.75, 0.5, 0.5, 0.85, {"eager": 6.0, "compiled": 4.0, "autotuned": 4.0}),
 }
-"""measured: by the step's own kernels at 135M, compiled, and by the host, on a rented H200 (`benchmarks.gpu_checks`, 2026-11-27). large: by
-large products, long attention and copies, and by a host that does nothing else, so what better kernels could come to."""
+"""measured: reached by the step's own compiled kernels at 135M and by the host, on a rented H200 (`benchmarks.gpu_checks`, 2026-11-27).
+large: reached by large matrix products, long attention and copies, and by an otherwise idle host; an upper bound for better kernels."""
 GOAL_MFU = {"135M": 0.40, "1.7B": 0.50}
 FRAMES, TEXTS = (4, 8, 8, 16), (24, 48, 96, 200)
-"""Of each four samples, as in `benchmarks.train_step`."""
+"""Frames and text tokens of each group of four samples, as in `benchmarks.train_step`."""
 GROUPS = 14
-"""Of four samples: 504 frames and 5,656 tokens, what fits into the default budget of a micro-batch."""
+"""Groups of four samples per micro-batch: 504 frames and 5,656 tokens, which fit into the default budget."""
 MICRO_BATCHES = 4
-"""Of a step: 2,016 frames, as many as 64 clips of 32."""
+"""Per step: 2,016 frames, about as many as 64 clips of 32 frames."""
 ADAMW_BYTES = 28 + 4 + 4
-"""Per fp32 parameter: AdamW reads four numbers and writes three, the norm reads the gradient, and AdamW writes it back when it clips it."""
+"""Bytes per fp32 parameter: AdamW reads four values and writes three, the norm reads the gradient, and clipping writes it back."""
 STATE_BYTES: dict[Kind, int] = {"eager": 16, "compiled": 18, "autotuned": 18}
-"""Per parameter: fp32 weight, gradient and two moments; compiled, the weight in bf16."""
+"""Bytes per parameter: weight, gradient and two moments in fp32; if compiled, also the weight in bf16."""
 
 _FREE = ("empty", "new_empty", "detach", "lift_fresh", "alias", "device", "_unsafe_view", "sym_size", "set_")
 """Operations that run no kernel."""
@@ -85,7 +86,7 @@ _FREE = ("empty", "new_empty", "detach", "lift_fresh", "alias", "device", "_unsa
 
 @dataclass(frozen=True)
 class Row:
-    """A part of the step on a card."""
+    """One part of the step on one card."""
 
     size: str
     card: str
@@ -96,16 +97,16 @@ class Row:
     launches: int
     ms: float
     bound: str
-    """What its time is mostly: `matmul`, `attention`, `bytes`, `kernels` (their least time), or of the step `host` (launching)."""
+    """What bounds most of its time: `matmul`, `attention`, `bytes`, `kernels` (their minimum time) or, for the step, `host` (launches)."""
     mfu: float | None = None
-    """Of the step."""
+    """Of the complete step only."""
     memory_gb: float | None = None
-    """Of the step: weights, their copies in bf16 where compiled, gradients, AdamW's state, and what the backward needs of the forward. What
-    the allocator and the libraries need besides is not counted."""
+    """Of the complete step only: weights (and their bf16 copies if compiled), gradients, AdamW state and activations. Overhead of the
+    allocator and of libraries is not counted."""
 
 
 class Recorder(TorchDispatchMode):
-    """Records every operation, with the part of the model that it belongs to, also in the backward."""
+    """Records every operation of forward and backward with the part of the model that it belongs to."""
 
     def __init__(self, layout_flops: Callable[[Tensor], float]) -> None:
         super().__init__()
@@ -113,13 +114,13 @@ class Recorder(TorchDispatchMode):
         self.stack: list[tuple[str, int | None, bool]] = [("other", None, False)]
         self.place_of_node: dict[int, tuple[str, int | None, bool]] = {}
         self.storages: list[Any] = []
-        """Kept, so that no two of them have the same address."""
+        """Keeps storages alive, so that no two have the same address."""
         self.layout_flops = layout_flops
         self.groups = 0
 
     @contextlib.contextmanager
     def within(self, part: str | None, *, compiled: bool = False, fused: bool = False) -> Generator[None]:
-        """The operations inside belong to `part` (None: the one around), and to a compiled call of its own where asked for."""
+        """Assign the operations inside to `part` (None: the enclosing part) and, with `compiled`, to a compiled call of their own."""
         around = self.stack[-1]
         self.groups += 1
         group = self.groups if compiled or (fused and around[1] is None) else around[1]
@@ -136,7 +137,7 @@ class Recorder(TorchDispatchMode):
             place = "gradients", None, False
         elif node is None:
             place = self.stack[-1]
-            # the first operation after a node was made is its own; later ones may have none
+            # the first operation after a node was created belongs to it; later ones may have no node
             self.place_of_node.setdefault(torch.autograd._get_sequence_nr() - 1, place)
         else:
             place = self.place_of_node.get(node._sequence_nr(), ("other", None, False))
@@ -145,7 +146,7 @@ class Recorder(TorchDispatchMode):
         if any(operation.startswith(free) for free in _FREE) or func.is_view:
             return out
         views, written = self._views((args, kwargs)), self._views(out)
-        if operation.startswith("_foreach") and operation.endswith("_"):  # in place, it returns nothing
+        if operation.startswith("_foreach") and operation.endswith("_"):  # in-place operations return nothing
             views, written = self._views(args[1:] if "copy" in operation else args), self._views(args[0])
         writes = {storage: sum(of.values()) if operation.startswith("_foreach") else max(of.values()) for storage, of in written.items()}
         if writes:
@@ -158,7 +159,7 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _views(self, values: Any) -> dict[int, dict[int, int]]:
-        """Bytes by storage and by where in it a view begins."""
+        """Return bytes by storage and by the offset of each view in it."""
         found: dict[int, dict[int, int]] = defaultdict(dict)
         for tensor in tree_leaves(values):
             if isinstance(tensor, Tensor):
@@ -177,7 +178,7 @@ class Recorder(TorchDispatchMode):
             backward = "backward" in name
             query = args[1] if backward else args[0]
             return (2.5 if backward else 1.0) * self.layout_flops(query)
-        if "scaled_dot_product" in name:  # of the frames, which attend to themselves or are queried: the square is needed
+        if "scaled_dot_product" in name:  # attention within frames is not causal, so it costs the full square
             backward = "backward" in name
             query, key = (args[1], args[2]) if backward else (args[0], args[1])
             return (2.5 if backward else 1.0) * 4.0 * query.numel() * key.shape[-2]
@@ -187,19 +188,19 @@ class Recorder(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Traced:
-    """The forward and backward of a micro-batch."""
+    """The operations of forward and backward of a micro-batch."""
 
     operations: list[Operation]
-    """Of a step's first micro-batch."""
+    """Operations of the first micro-batch of a step."""
     later: list[Operation]
-    """Of each of those after it, which adds its gradients to those before."""
+    """Operations of each later micro-batch, which accumulates gradients."""
     model_flops: float
-    """Needed for it by the configuration."""
+    """FLOPs of the micro-batch, computed from the configuration."""
     parameters: int
 
 
 def trace(settings: ModelSettings, *, groups: int = GROUPS, compiled: bool = False) -> Traced:
-    """Run a micro-batch of `groups` times four samples, without numbers, on a model of shapes; `compiled`: as its code runs compiled."""
+    """Trace a micro-batch of `groups` groups of four samples on FakeTensors; with `compiled`, on the code path of compiled runs."""
     batch = videos(groups)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = FoveatedVLM(settings, *_backbones(settings))
@@ -210,7 +211,7 @@ def trace(settings: ModelSettings, *, groups: int = GROUPS, compiled: bool = Fal
         with patch.object(linear, "_compiles", lambda: compiled), model.casts.step(adds=True):
             for recorder in recorders:
                 with _parts(model, recorder), recorder:
-                    with torch.autocast("cpu", torch.bfloat16, cache_enabled=not compiled):  # a graph casts for itself
+                    with torch.autocast("cpu", torch.bfloat16, cache_enabled=not compiled):  # a compiled graph does its own casts
                         objective = model(batch, LOSS).objective
                     objective.backward()
     first, later = (recorder.operations for recorder in recorders)
@@ -218,7 +219,7 @@ def trace(settings: ModelSettings, *, groups: int = GROUPS, compiled: bool = Fal
 
 
 def videos(groups: int, *, frame_px: int = FRAME_PX) -> PackedBatch:
-    """A micro-batch of videos."""
+    """Return a packed micro-batch of `groups` groups of four videos."""
     rng = np.random.default_rng(0)
     sizes = list(zip(FRAMES, TEXTS, strict=True)) * groups
     samples = [text_sample(rng, frames=f, shown=list(range(f)), text=t, labels=t // 2, frame_px=frame_px) for f, t in sizes]
@@ -228,7 +229,7 @@ def videos(groups: int, *, frame_px: int = FRAME_PX) -> PackedBatch:
 def rows(
     size: str, card: str, traces: dict[Kind, Traced], *, micro_batches: int = MICRO_BATCHES, rates: Rates = RATES["measured"]
 ) -> Iterator[Row]:
-    """Per part, and of the step, for each kind by its trace."""
+    """Yield a row per part and one for the step, for each kind and its trace."""
     peak, bandwidth = PEAK_TFLOPS[card] * 1e12, BANDWIDTH_TB_S[card] * 1e12
     for kind, traced in traces.items():
         parts: dict[str, list[Kernel]] = defaultdict(list)
@@ -298,14 +299,15 @@ def _backbones(settings: ModelSettings) -> tuple[Encoder, Llama]:
 
 
 def _over_last(args: Sequence[Any]) -> bool:
-    """Whether a sum's dimensions are all, or the last is one of them."""
+    """Whether a sum is over all dimensions or includes the last one."""
     dims = args[1] if len(args) > 1 else None
     return not dims or any(dim % args[0].ndim == args[0].ndim - 1 for dim in dims)
 
 
 @contextlib.contextmanager
 def _parts(model: FoveatedVLM, recorder: Recorder) -> Generator[None]:
-    """Lets the recorder know which part runs; calls of what `run.compile` compiles are groups. The packed kernel runs, as on a card."""
+    """Tell the recorder which part runs. Each call of a function that `run.compile` compiles is a group. Uses the packed kernel, as on a
+    GPU."""
 
     def named(part: str | None, *, compiled: bool = False, fused: bool = False) -> Callable[[Any], Any]:
         def wrap(function: Any) -> Any:
@@ -346,7 +348,7 @@ def _parts(model: FoveatedVLM, recorder: Recorder) -> Generator[None]:
 
 
 def _packed_flops(query: Tensor, batch: PackedBatch) -> float:
-    """Of causal attention [S, H, D]: half of every sample's square, in the samples' proportions where only prefixes run."""
+    """Return the FLOPs of causal attention for a query [S, H, D]: half of each sample's square, scaled down if only prefixes run."""
     tokens, heads, width = query.shape[0], query.shape[-2], query.shape[-1]
     scale = tokens / sum(batch.lengths)
     return sum(2.0 * heads * width * (length * scale) ** 2 for length in batch.lengths)
@@ -357,9 +359,9 @@ def main() -> None:
         __doc__ or "",
         sizes={"nargs": "+", "choices": list(SMOLLM2), "default": list(SMOLLM2)},
         cards={"nargs": "+", "choices": list(BANDWIDTH_TB_S), "default": ["H100"]},
-        groups={"type": int, "default": GROUPS, "help": "four videos each, of 36 frames together, in a micro-batch"},
-        micro_batches={"type": int, "default": MICRO_BATCHES, "help": "of a step"},
-        rates={"choices": list(RATES), "default": "measured", "help": "of the step's own kernels, or of large ones"},
+        groups={"type": int, "default": GROUPS, "help": "groups per micro-batch; a group is four videos with 36 frames in total"},
+        micro_batches={"type": int, "default": MICRO_BATCHES, "help": "micro-batches per step"},
+        rates={"choices": list(RATES), "default": "measured", "help": "kernel efficiency: as measured, or of large kernels"},
     )
     found = []
     for size in options.sizes:

@@ -1,9 +1,9 @@
-"""Rented machines under fire: flow runs on an emulated RunPod, each struck by a fault at a random moment.
+"""Fault injection for rented machines: flow runs on an emulated RunPod, each with a fault at a random moment.
 
-A real Prefect server, a real worker, real processes; only the machines are emulated. Every run stands for a phase: where its pod is lost it
-is started again, as the pipeline does. Reported: how many runs there were, how many completed or ended with an error that says why, pods
-left behind (after the last round, which kills flow, worker and server at once and leaves everything to the reaper), dollars beyond what
-the ledger had promised, and pieces of work that were done twice.
+Prefect server, worker and processes are real; only the machines are emulated. Every run stands for a phase: if its pod is lost, it is
+started again, as the pipeline does. A last round kills flow, worker and server at once and leaves the pods to the reaper. Reported are the
+number of runs, the runs that completed or ended with a clear error, the pods left behind, the dollars beyond what the ledger had reserved,
+and the pieces of work that were done twice.
 
     python -m benchmarks.runpod_faults [--runs 54] [--at-once 4] [--seed 0] [--only KIND]
 """
@@ -44,7 +44,7 @@ WITHOUT, WORKER, SMALL_BUDGET = "none", "worker_killed", "small_budget"
 KINDS = (WITHOUT, *POD_FAULTS, *API_FAULTS, WORKER, SMALL_BUDGET)
 PIECES, PIECE_S = 8, 0.25
 LATEST_S = 6.0
-"""Of a fault, after a pod has started: the work takes two seconds, Prefect's start before it about three."""
+"""Latest time of a fault, in seconds after the pod has started. The work takes two seconds, and Prefect's start before it about three."""
 AWAY_S = 8.0
 ATTEMPTS = 4
 RUN_TIMEOUT_S = 900.0
@@ -61,7 +61,7 @@ VARIABLES = {
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended."""
+    """The outcome of a run."""
 
     kind: str
     completed: bool
@@ -70,12 +70,12 @@ class Ended:
 
     @property
     def clear(self) -> bool:
-        """Completed, or an error that says what was wrong."""
+        """Whether it completed, or failed with an error that names the cause."""
         return self.completed or any(word in self.message for word in ("fix:", "pod "))
 
 
 def main() -> int:
-    """Run it and print the numbers."""
+    """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--runs", type=int, default=54)
@@ -91,7 +91,7 @@ def main() -> int:
         try:
             stack.start_server()
             stack.wait_for_server()
-            os.environ.update(stack.client_environment())  # for all threads; `temporary_settings` is for one
+            os.environ.update(stack.client_environment())  # for all threads; `temporary_settings` affects only one
             refresh_global_settings_context()
             with Emulator(Path(folder) / "cloud", key="rpa_benchmark", delays=delays) as cloud:
                 show(measured(Rig(stack, cloud, VARIABLES), kinds, options), as_json=options.json)
@@ -101,7 +101,7 @@ def main() -> int:
 
 
 def measured(rig: Rig, kinds: list[str], options: argparse.Namespace) -> list[Measurement]:
-    """All runs, then the round that only the reaper survives."""
+    """Run all runs, then the round that only the reaper survives."""
     rng = random.Random(options.seed)
     plan = [(kinds[number % len(kinds)], rng.uniform(0.0, LATEST_S)) for number in range(options.runs)]
     ended: list[Ended] = []
@@ -131,7 +131,7 @@ def measured(rig: Rig, kinds: list[str], options: argparse.Namespace) -> list[Me
 
 
 def run(rig: Rig, gate: threading.Lock, number: int, struck: tuple[str, float]) -> Ended:
-    """A phase: a flow run that is struck, and started again where its pod was lost."""
+    """Run one phase with its fault, and start it again if its pod was lost."""
     kind, moment = struck
     name, state = f"run{number}-{kind}", None
     variables: dict[str, Any] = {"budget_usd": 15.5} if kind == SMALL_BUDGET else {}
@@ -153,7 +153,7 @@ def run(rig: Rig, gate: threading.Lock, number: int, struck: tuple[str, float]) 
 
 
 def finished(rig: Rig, run: UUID) -> State[Any]:
-    """The run's last state. The server may be too busy to answer now and then."""
+    """Wait for the run's final state. Errors are ignored, because the server may be too busy to answer."""
     deadline = time.monotonic() + RUN_TIMEOUT_S
     while time.monotonic() < deadline:
         with contextlib.suppress(Exception):
@@ -165,7 +165,7 @@ def finished(rig: Rig, run: UUID) -> State[Any]:
 
 
 def all_killed(rig: Rig) -> int:
-    """Flow, worker and server are killed at once, in one pod so that its container is not started again; then the reaper. Pods left."""
+    """Kill flow, worker and server at once, then run the reaper. Returns the number of pods left."""
     runs = [rig.submit(f"last{number}", pieces=1000) for number in range(2)]
     wait(lambda: len(rig.client.pods()) == len(runs) and all(pod.runtime for pod in rig.client.pods()), "the last pods")
     time.sleep(3.0)
@@ -173,8 +173,8 @@ def all_killed(rig: Rig) -> int:
     server = rig.stack.children["server"]
     server.kill()
     first, second = rig.client.pods()
-    rig.emulator.cloud.pods[first.id].container.pause()  # hangs for ever
-    rig.emulator.cloud.pods[second.id].container.kill()  # and one whose machine is billed on without a process
+    rig.emulator.cloud.pods[first.id].container.pause()  # the container hangs forever
+    rig.emulator.cloud.pods[second.id].container.kill()  # the process is gone, but the pod is still billed
     latest = max(name.deadline for pod in (first, second) if (name := PodName.parse(pod.name)))
     reap(rig.client, owner(rig.volume.id), budget=rig.budget, now=latest + OVERTIME_S + 1.0)
     wait(lambda: not rig.client.pods(), "the reaper", must=False)
@@ -192,7 +192,7 @@ def wait(condition: Callable[[], object], what: str, *, must: bool = True, timeo
 
 
 def usd_beyond_plan(rig: Rig) -> float:
-    """What pods really cost beyond what the ledger had promised for each to its deadline; of pods that it does not know, all."""
+    """Return the cost of pods beyond what the ledger had reserved to their deadlines. Pods that the ledger does not know count in full."""
     promised: defaultdict[str, float] = defaultdict(float)
     for event in rig.budget.events():
         if event.what == "reserved":
@@ -201,7 +201,7 @@ def usd_beyond_plan(rig: Rig) -> float:
 
 
 def work_repeated(rig: Rig) -> int:
-    """Pieces of work that were done more than once."""
+    """Count the pieces of work that were done more than once."""
     return sum(piece.stat().st_size > 1 for piece in (rig.folder / "work").glob("*/piece*"))
 
 

@@ -1,9 +1,11 @@
-"""Whether the scaling study's numbers are what they say, by simulation: laws that are known, grids with noise, and what is found.
+"""Validation of the scaling fits by simulation: known laws, noisy grids, and what the fits recover.
 
-`coverage_*`: share of the 95 % intervals that hold the truth, of those that are given (a refusal gives none; `refused` is their share).
-`regret_*`: by how much, in nats, the chosen size is worse at the final budget than the best of the grid's sizes, by three rules: ours, the
-lowest measured loss at the largest budget, and the power law through the parabolas' vertices. `wrong_*`: how often another size was better
-by more than 0.001 nats. The grids are 5 sizes x 4 budgets, the 12 cells of the shipped profiles, and 3 sizes x 4 budgets.
+* `coverage_*`: the share of 95 % intervals that contain the true value. A refused fit gives no interval; `refused` is the share of those.
+* `regret_*`: nats by which the chosen size is worse at the final budget than the best size of the grid. Three rules are compared: ours, the
+  lowest measured loss at the largest budget, and the power law through the vertices of the parabolas.
+* `wrong_*`: the share of draws in which another size was better by more than 0.001 nats.
+
+The grids are 5 sizes x 4 budgets, the 12 cells of the shipped profiles, and 3 sizes x 4 budgets.
 
     python -m benchmarks.scaling_coverage --draws 300
 """
@@ -26,30 +28,31 @@ LAWS = {"chinchilla": CHINCHILLA, "steep": STEEP}
 NUMBERS: tuple[Name, ...] = ("alpha", "beta", "E", "ratio")
 BUDGETS = np.geomspace(1e18, 2.7e19, 4)
 TARGET_FACTOR = 17.0
-"""The final budget over the grid's largest."""
+"""The final budget, as a multiple of the grid's largest."""
 RELEVANT_NATS = 1e-3
 
 
 def cells(kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """Sizes and budgets of a grid's runs."""
+    """Return the sizes and budgets of a grid's runs."""
     sizes = np.geomspace(3e7, 1e9, {"full": 5, "profile": 4, "three": 3}[kind])
     chosen = [(size, budget) for size in range(len(sizes)) for budget in range(4)]
-    if kind == "profile":  # without the largest sizes at the smallest budgets and the smallest at the largest; seeds in two corners
+    if kind == "profile":  # no large sizes at small budgets, no smallest size at the largest budget; more seeds in two corners
         chosen = [cell for cell in chosen if cell not in {(3, 0), (3, 1), (2, 0), (0, 3)}] + [(0, 0), (0, 0), (3, 3), (3, 3)]
     return sizes[[size for size, _ in chosen]], BUDGETS[[budget for _, budget in chosen]]
 
 
 def draw(law: Law, kind: str, noise: float, rng: np.random.Generator) -> Grid:
-    """A grid of runs of C = 6 N D with a relative noise."""
+    """Draw a grid of runs with C = 6 N D and relative noise."""
     params, budget = cells(kind)
     tokens = budget / (6 * params)
     return Grid(params, tokens, law.loss(params, tokens) * np.exp(rng.normal(0, noise, len(params))), budget)
 
 
 def coverage(law: Law, kind: str, noise: float, draws: int, seed: int = 0) -> tuple[dict[str, float], float]:
-    """Share of the intervals that hold the truth, by number; share of the grids that were refused.
+    """Return the coverage of the intervals by parameter, and the share of grids that were refused.
 
-    An interval holds a value exactly where the best law with the value held is as good as is allowed, which takes one search, not two ends.
+    A profile interval contains a value exactly if the best fit with that value fixed stays within the allowed sum of squares. Testing that
+    takes one search, instead of one for each end of the interval.
     """
     rng = np.random.default_rng(seed)
     hits: dict[str, list[bool]] = {name: [] for name in NUMBERS}
@@ -70,7 +73,7 @@ def coverage(law: Law, kind: str, noise: float, draws: int, seed: int = 0) -> tu
 
 
 def regrets(law: Law, kind: str, noise: float, draws: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Nats lost at the final budget by each rule, a number per grid."""
+    """Return the regret of each rule at the final budget in nats, one value per grid."""
     rng = np.random.default_rng(seed)
     target = TARGET_FACTOR * BUDGETS[-1]
     sizes = np.unique(cells(kind)[0])
@@ -94,14 +97,14 @@ def regrets(law: Law, kind: str, noise: float, draws: int, seed: int = 0) -> dic
 
 
 def _measured(grid: Grid, sizes: np.ndarray) -> int:
-    """The size with the lowest loss at the largest budget that has it."""
+    """Return the index of the size with the lowest measured loss at the largest budget."""
     here = grid.budget == BUDGETS[-1]
     losses = [grid.loss[here & (grid.params == size)].mean() if (here & (grid.params == size)).any() else np.inf for size in sizes]
     return int(np.argmin(losses))
 
 
 def measure(draws: int) -> Iterator[Measurement]:
-    """All of it; every case has draws of its own."""
+    """Run all simulations."""
     seed = 0
     for title, law in LAWS.items():
         for kind in ("full", "profile"):
@@ -125,7 +128,7 @@ def measure(draws: int) -> Iterator[Measurement]:
 
 
 def _exponents(draws: int) -> dict[str, np.ndarray]:
-    """The best size's exponent by the parabolas, by our law and by the Huber fit."""
+    """Return the exponent of the best size, by the parabolas, by our law and by the Huber fit."""
     rng = np.random.default_rng(1)
     found: dict[str, list[float]] = {"parabola": [], "law": [], "huber": []}
     for _ in range(draws // 3):

@@ -1,10 +1,11 @@
-"""When does which idea win? Worlds x ways to choose what is encoded, at equal encoder FLOPs and equally long training.
+"""Ways to choose the patches to encode (selectors), compared in three worlds at equal encoder FLOPs and equal training.
 
-Three worlds of 9 x 9 cells (`fvlm_core.data.cells_world`) in clips of two frames, a glance of 3 x 3 patches, one of them opened. A world's
-model is first trained with every patch open, from the weights of `benchmarks.foveation --world 6 9`, which are those of its world where the
-question says where. From there each selector (`benchmarks.choosers`) trains equally long by itself, on the same clips; then all answer the
-same held-out clips. Everything is left in `--out`, and what is there is not computed again; `--table` prints the page's tables of it.
-`--hits` needs no training: how often the selectors that do not ask the query open the right patch.
+The worlds (`fvlm_core.data.cells_world`) have 9 x 9 cells and clips of two frames; the glance has 3 x 3 patches, one of which is opened.
+The model of each world is first trained with every patch open, starting from the weights of `benchmarks.foveation --world 6 9`. From there
+each selector (`benchmarks.choosers`) trains separately, for the same steps on the same clips, and all answer the same held-out clips.
+
+Weights and results are kept in `--out` and not computed again. `--table` prints them as the tables of docs/selectors.md. `--hits` needs no
+training: it shows how often the selectors that do not use the query open the right patch.
 """
 
 import json
@@ -38,18 +39,20 @@ from fvlm_core.release.sections.selectors import ACCURACIES, RECORD, Accuracy
 GRID, FRAMES, K = 9, 2, 1
 SELECTORS = ("ours", "question", "change", "saliency", "random", "centre", "low_resolution", "merging", "full", "oracle")
 BLIND = ("change", "saliency", "random", "centre")
-"""They do not ask the query."""
+"""Selectors that do not use the query."""
 BY_P = ("ours", "question")
-"""They choose by p: they train with two patches open and noise, because one alone would only ever confirm itself."""
+"""Selectors that choose by p. They train with two open patches and noise, because a single choice would only reinforce itself."""
 PASSES = {"asked": 1, "still": 1, "hunt": 2}
-"""Fine passes, in training and when answering. A query knows the frame before as the pass before read it, so every hop takes one."""
+"""Fine passes in training and inference. A query knows the previous frame only as the previous pass read it, so every hop needs one
+pass."""
 DENSE_STEPS = {"asked": 60, "still": 500, "hunt": 400}
-"""With every patch open: first *asked*, from which the other two worlds go on. The weights to start from answer clips of three frames, and
-lose 11.6 nats a digit on those of two, .25 on their own: selectors that seldom open the right patch would learn from that not to look."""
+"""Training steps with every patch open: first *asked*, from which the other two worlds start. They are needed because the initial weights
+were trained on clips of three frames: their loss is .25 nats per digit there and 11.6 on clips of two. Selectors that seldom open the right
+patch would learn from such losses not to look."""
 FIRST_CLUTTER = {"asked": 1.0, "still": 0.0, "hunt": 1.0}
-"""With which the steps with every patch open begin. Without any, a still scene's new digit is its only one: reading is learned first."""
+"""Initial clutter of those steps. At 0 the new digit of a still scene is its only one, so that reading is learned first."""
 GATE_PER_DIGIT = GATE * (START_FRAMES + 1) / START_FRAMES
-"""Clutter rises while a digit costs fewer nats, 1.33, as in `benchmarks.foveation`. Chance is 2.3."""
+"""Clutter rises while the loss per digit is below this: 1.33 nats, as in `benchmarks.foveation`. Chance is 2.3."""
 CHOSEN_STEPS = 100
 CLIPS = 512
 CHANCE = 0.1
@@ -68,7 +71,7 @@ class Trial(Run):
         passes = PASSES[self.world]
         self.loss = LossSettings(coarse=0.0, fine=[0.0] * (passes - 1) + [1.0])
         digits = FRAMES - 1 if self.world == "still" else FRAMES
-        self.gate = GATE_PER_DIGIT * digits / (digits + 1)  # the end of the answer is a label, too
+        self.gate = GATE_PER_DIGIT * digits / (digits + 1)  # the end-of-answer token is a label, too
         model = self.model
         model.settings = model.settings.model_copy(update={"fine_iterations": passes})
         if self.selector in ENCODINGS:
@@ -77,14 +80,15 @@ class Trial(Run):
         self.use(train_on="chosen", open=2 if self.selector in BY_P else K)
 
     def batch(self, split: Split, clips: int, clutter: float, rng: np.random.Generator | None = None) -> tuple[World, PackedBatch]:
-        """Rendered clips, packed; the model opens as the selector says."""
+        """Render and pack clips, and set the model's chooser for them."""
         world = cells_world.render(rng or self.rng, split, grid=self.grid, clips=clips, frames=FRAMES, clutter=clutter, name=self.world)
         self.model.chooser = chooser(self.selector, world)
         return world, pack(list(cells_world.samples(world)), CHAT)
 
     @torch.no_grad()
     def answer(self, clips: int) -> dict[str, list]:
-        """Per clip of unseen digits: whether each answer is right, and whether the patch over it was opened (empty where none is)."""
+        """Return, per clip of held-out digits, whether each answer is right and whether its patch was opened (empty if no patches are
+        opened)."""
         model, rng = self.model.eval(), np.random.default_rng([self.grid, 1])
         torch.manual_seed(1)
         self.use(open=K)
@@ -97,7 +101,7 @@ class Trial(Run):
                 read = read_batch(model, batch, "coarse_fine", features=features, queries=model.queries(read.hidden, batch))
             labelled = torch.from_numpy(batch.labelled)
             correct = model.llm.lm_head(read.hidden[labelled]).argmax(-1) == batch.labels[labelled]
-            right += correct.unflatten(0, (len(world.frames), -1))[:, :-1].tolist()  # without the end of the answer
+            right += correct.unflatten(0, (len(world.frames), -1))[:, :-1].tolist()  # drop the end-of-answer token
             if read.opened is not None:
                 found = read.opened[:, 0].unflatten(0, (-1, FRAMES)) == wanted(world)[..., None]
                 hits += found.any(-1).tolist()
@@ -105,7 +109,7 @@ class Trial(Run):
 
     @torch.no_grad()
     def mflop(self) -> float:
-        """Of encoding and reading one frame, counted."""
+        """Count the MFLOP of encoding and reading one frame."""
         model = self.model.eval()
         self.use(open=K)
         _, batch = self.batch("val", 1, 1.0, np.random.default_rng(0))
@@ -128,10 +132,10 @@ def main() -> None:
         out={"type": Path, "default": Path("selectors"), "help": "folder of weights and results"},
         clips={"type": int, "default": CLIPS},
         chosen_steps={"type": int, "default": CHOSEN_STEPS},
-        dense_steps={"type": int, "default": None, "help": f"instead of {DENSE_STEPS}"},
-        hits={"action": "store_true", "help": "only show how often the selectors that do not ask the query open the right patch"},
-        table={"action": "store_true", "help": "only print what is in `--out`, as the page's tables"},
-        record={"action": "store_true", "help": "only write what is in `--out` to where the release's report finds it"},
+        dense_steps={"type": int, "default": None, "help": f"default: {DENSE_STEPS}"},
+        hits={"action": "store_true", "help": "only show how often selectors that do not use the query open the right patch"},
+        table={"action": "store_true", "help": "only print the results in `--out` as markdown tables"},
+        record={"action": "store_true", "help": "only write the results in `--out` to the file that the release's report reads"},
     )
     if options.record:
         found = [
@@ -154,7 +158,7 @@ def main() -> None:
 
 
 def compute(options: Namespace) -> None:
-    """Train and answer whatever is asked for and not in `--out`. Raises UserError where the weights to start from are missing."""
+    """Train and evaluate everything requested that is not yet in `--out`. Raises UserError if the initial weights are missing."""
     for seed in options.seeds:
         start_file(options, seed)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -176,7 +180,7 @@ def compute(options: Namespace) -> None:
 
 
 def hits(clips: int) -> Iterator[Measurement]:
-    """How often the selectors that do not ask the query open the right patch, in frames whose answer is scored."""
+    """Yield how often the selectors that do not use the query open the right patch, over frames whose answer is scored."""
     torch.manual_seed(1)
     for name in WORLDS:
         world = cells_world.render(np.random.default_rng([GRID, 1]), "val", grid=GRID, clips=clips, frames=FRAMES, name=name)
@@ -191,7 +195,7 @@ def hits(clips: int) -> Iterator[Measurement]:
 
 
 def start_file(options: Namespace, seed: int) -> Path:
-    """The weights that a seed starts from. Raises UserError where they are missing."""
+    """Return the file of a seed's initial weights. Raises UserError if it is missing."""
     first = seed if options.start_seed is None else options.start_seed
     start = options.start / f"dense_{GRID}_{first}.pt"
     if not start.exists():
@@ -201,7 +205,7 @@ def start_file(options: Namespace, seed: int) -> Path:
 
 
 def dense(options: Namespace, world: Name, seed: int) -> dict[str, torch.Tensor]:
-    """The weights that a world's selectors start from."""
+    """Return the weights from which all selectors of a world start, training them if necessary."""
     steps = DENSE_STEPS[world] if options.dense_steps is None else options.dense_steps
     if not steps:
         return torch.load(start_file(options, seed))
@@ -216,7 +220,7 @@ def dense(options: Namespace, world: Name, seed: int) -> dict[str, torch.Tensor]
 
 
 def log(out: Path) -> Callable[[str], None]:
-    """Progress goes to a file, so that `--json` prints results only."""
+    """Return a logger that writes to a file, so that `--json` prints only results."""
 
     def say(text: str) -> None:
         with (out / "log.txt").open("a") as file:
@@ -230,13 +234,14 @@ def result_file(out: Path, world: str, selector: str, seed: int) -> Path:
 
 
 def scored(result: dict) -> np.ndarray:
-    """Per clip [clips], the share of right answers; in the hunt only the second, because the question names the first cell itself."""
+    """Return the share of right answers per clip [clips]. In *hunt* only the second answer counts, because the question names the first
+    cell."""
     right = np.array(result["right"], float)
     return right[:, -1] if result["world"] == "hunt" else right.mean(1)
 
 
 def opened(result: dict) -> float:
-    """Share of the frames whose answer is scored in which the right patch was opened; NaN where none is opened."""
+    """Return the share of scored frames in which the right patch was opened; NaN if the selector opens none."""
     if not result["hits"]:
         return math.nan
     hits = np.array(result["hits"], float)
@@ -252,7 +257,7 @@ class Row:
     seeds: dict[int, float]
     """Accuracy by seed."""
     accuracy: Estimate
-    """Mean over seeds, with its interval over clips: all seeds answer the same ones."""
+    """Mean over seeds, with an interval over clips; all seeds answer the same clips."""
     gain: Estimate | None
     """Ours minus this, on the same clips and seeds."""
     opened: float
@@ -260,7 +265,7 @@ class Row:
 
 
 def rows(out: Path) -> Iterator[Row]:
-    """What is in `out`, in the order of `WORLDS` and `SELECTORS`."""
+    """Yield the results in `out`, in the order of `WORLDS` and `SELECTORS`."""
     found = [json.loads(file.read_text()) for file in sorted(out.glob("*.json"))]
     by = {(result["world"], result["selector"], result["seed"]): result for result in found}
     for world in WORLDS:
@@ -282,13 +287,13 @@ def rows(out: Path) -> Iterator[Row]:
 
 
 def over_clips(by_seed: list[np.ndarray]) -> Estimate:
-    """Mean of [clips] of every seed; the interval resamples clips, each with all its seeds."""
+    """Return the mean over seeds and clips. The interval resamples clips, each with all its seeds."""
     clips = [str(n) for scores in by_seed for n in range(len(scores))]
     return BOOTSTRAP.mean(np.concatenate(by_seed), clips)
 
 
 def measurements(out: Path) -> Iterator[Measurement]:
-    """Accuracy of every selector, and what ours gains over it."""
+    """Yield the accuracy of every selector, and the gain of ours over it."""
     for row in rows(out):
         seeds = ", ".join(f"seed {seed}: {value:.3f}" for seed, value in row.seeds.items())
         against = f"95 % [{row.accuracy.low:.3f}, {row.accuracy.high:.3f}], {row.accuracy.n} clips, {seeds}; {row.mflop:.1f} MFLOP a frame"
@@ -299,7 +304,7 @@ def measurements(out: Path) -> Iterator[Measurement]:
 
 
 def tables(out: Path) -> str:
-    """A Markdown table per world; below those of a world that nobody learned, that they compare nothing."""
+    """Return a markdown table per world, with a warning if no selector has learned the world."""
     head = "| {} | accuracy | 95 % | by seed | ours minus it | right patch opened | MFLOP a frame |\n|---|---|---|---|---|---|---|"
     lines: list[str] = []
     found = list(rows(out))

@@ -1,8 +1,7 @@
-"""What share of 500 clicks in the Prefect UI fail with status 503 while flow runs and workers are busy, and how long a click takes.
+"""The share of 500 clicks in the Prefect UI that fail with status 503 while flow runs and workers are busy, and the time per click.
 
-A click is a state-changing request as the UI sends it: once, by a client that does not try again. It is made with our server and,
-as the reference, with `prefect server start`; each on an empty SQLite database, with two workers and flow runs that log and run
-tasks without a pause. Floor: none fails.
+A click is a state-changing request as the UI sends it: once, without a retry. Measured with our server and, as the reference, with `prefect
+server start`, each on an empty SQLite database, with two workers and flow runs that log and run tasks continuously. Floor: none fails.
 """
 
 import contextlib
@@ -25,13 +24,13 @@ from infra.stack import PROCESS_POOL, Stack, queue_name
 from tasks.machine import Pools
 
 POOLS = Pools()
-"""As in a profile that says nothing of them."""
+"""The default pools."""
 BENCHMARK = "server_clicks"
 START_TIMEOUT_S = 180
 
 
 class ReferenceStack(Stack):
-    """With Prefect's own command for a server."""
+    """A stack that starts the server with Prefect's own command."""
 
     def server_arguments(self, listener: socket.socket) -> list[str]:
         host, port = listener.getsockname()
@@ -44,13 +43,13 @@ STACKS = {"prefect server start": ReferenceStack, "ours": Stack}
 
 @task
 def log_a_line(number: int) -> None:
-    """A task like a step that is cached: a few writes and no work."""
+    """A task like a cached step: a few writes and no work."""
     get_run_logger().info("line %d", number)
 
 
 @flow
 def busy(seconds: float) -> None:
-    """Task after task for so long."""
+    """Run tasks for `seconds`."""
     until, number = time.monotonic() + seconds, 0
     while time.monotonic() < until:
         log_a_line(number)
@@ -64,7 +63,7 @@ def main() -> None:
 
 
 def measure(clicks: int, runs: int) -> Iterator[Measurement]:
-    """First the reference, then ours."""
+    """Measure the reference, then our server."""
     shares: dict[str, float] = {}
     for name, kind in STACKS.items():
         with _server(kind) as stack, _client(stack) as client:
@@ -82,12 +81,12 @@ def measure(clicks: int, runs: int) -> Iterator[Measurement]:
 
 @contextlib.contextmanager
 def _server(kind: type[Stack]) -> Generator[Stack]:
-    """A server with workers on an empty volume."""
+    """Run a server with workers on an empty volume."""
     with tempfile.TemporaryDirectory() as folder:
         stack = kind(Path(folder) / "volume", environment=without(os.environ))
         try:
             with socket.create_server(("127.0.0.1", 0)) as listener:
-                port = listener.getsockname()[1]  # not one that another stack of this machine may look at first
+                port = listener.getsockname()[1]  # a free port, not a default one that another stack on this machine may use
             stack.start_server(port)
             stack.wait_for_server()
             with _client(stack) as client:
@@ -101,13 +100,13 @@ def _server(kind: type[Stack]) -> Generator[Stack]:
 
 
 def _client(stack: Stack) -> httpx.Client:
-    """A connection for each request: the server closes that of a request which failed, without saying so."""
+    """Return a client without keep-alive, because the server silently closes the connection of a failed request."""
     limits = httpx.Limits(max_keepalive_connections=0)
     return httpx.Client(base_url=stack.api_url, headers=credentials(stack.environment()), timeout=120, limits=limits)
 
 
 def _keep_busy(client: httpx.Client, stack: Stack, runs: int) -> None:
-    """Return when so many flow runs are under way."""
+    """Start `runs` flow runs and return when they are running."""
     flow_id = _made(client, "/flows/", {"name": busy.name})
     deployment = {
         "name": "busy",
@@ -130,7 +129,7 @@ def _keep_busy(client: httpx.Client, stack: Stack, runs: int) -> None:
 
 
 def _click(client: httpx.Client, clicks: int) -> tuple[list[int], list[float]]:
-    """Status and seconds of each click: make a run, rename it, cancel it, pause and resume the deployment, delete the run."""
+    """Return the status and seconds of each click: create a run, rename it, cancel it, delete it, and update the deployment."""
     deployment = client.post("/deployments/filter", json={"deployments": {"name": {"any_": ["busy"]}}}).json()[0]["id"]
     statuses: list[int] = []
     seconds: list[float] = []
@@ -156,7 +155,7 @@ def _click(client: httpx.Client, clicks: int) -> tuple[list[int], list[float]]:
 
 
 def _made(client: httpx.Client, path: str, body: dict) -> str:
-    """Id of what the request makes; tried again as Prefect's own client would."""
+    """Create an object and return its id; retries on 503, as Prefect's own client does."""
     for _ in range(50):
         reply = client.post(path, json=body)
         if reply.status_code != HTTPStatus.SERVICE_UNAVAILABLE:

@@ -1,8 +1,9 @@
-"""`fvlm serve` at DINOv2-small + SmolLM2-135M with random weights, over HTTP: eight clients at once against one after the other, each with
-a video and a question of its own; and uploads that are refused.
+"""`fvlm serve` over HTTP at DINOv2-small + SmolLM2-135M with random weights: eight concurrent clients against sequential ones, and bad
+uploads.
 
-Reference for eight at once: four times what one alone takes. The videos are as long as `--frames` seconds. Eight questions about one video
-share its encoding and the decoding; questions about eight videos share the decoding only.
+Each client has a question of its own. The reference for eight concurrent clients is four times the time of one client alone. The videos
+last `--frames` seconds. Eight questions about one video share its encoding and the batched decoding; questions about eight videos share
+only the batched decoding.
 """
 
 import time
@@ -33,7 +34,7 @@ from fvlm_core.serve.limits import Limits
 
 CLIENTS = 8
 ALONE = 4
-"""What one client takes, so many times, is what eight may take."""
+"""Eight concurrent clients may take this many times as long as one alone."""
 NAME = "benchmark"
 TIMEOUT_S = 600
 
@@ -50,7 +51,7 @@ def main() -> None:
 
 
 def measure(frames: int, tokens: int, uploads: int, rounds: int) -> Iterator[Measurement]:
-    """Videos of `frames` frames, answers of `tokens` tokens; `uploads` bad ones."""
+    """Measure with videos of `frames` frames and answers of `tokens` tokens, then send `uploads` bad uploads."""
     limits = Limits(upload_mb=8, video_s=600, running=CLIENTS, waiting=CLIENTS)
     videos = [data_url(_video(frames, seed)) for seed in range(CLIENTS)]
     with running(create_app(_answerer(), limits)) as address, httpx.Client(base_url=address, timeout=TIMEOUT_S) as client:
@@ -62,7 +63,7 @@ def measure(frames: int, tokens: int, uploads: int, rounds: int) -> Iterator[Mea
             return answer.json()["choices"][0]["message"]["content"] if answer.is_success else f"error {answer.status_code} of client {n}"
 
         for n in range(CLIENTS):
-            ask(n, 1)  # every video is decoded, for one at a time and for all at once
+            ask(n, 1)  # warm up: every video is decoded before timing starts
         alone_s, together_s, one_video_s, equal = [], [], [], CLIENTS
         for _ in range(rounds):
             alone, together = [], []
@@ -91,7 +92,7 @@ def measure(frames: int, tokens: int, uploads: int, rounds: int) -> Iterator[Mea
             body = {"model": NAME, "messages": about(data_url(content), "?", kind=kind), "max_tokens": 1}
             answer = client.post("/v1/chat/completions", json=body)
             refused += answer.is_client_error and bool(answer.json()["error"]["message"])
-        refused *= ask(0) == alone[0]  # none counts if the server no longer answers as before
+        refused *= ask(0) == alone[0]  # 0 if the server no longer answers as before
         yield Measurement("serving", "bad_uploads_survived", refused, "uploads", f"{uploads} sent", refused / uploads)
 
 
@@ -103,7 +104,7 @@ def _answerer() -> FoveatedAnswerer:
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes, the special tokens, and as many words as SmolLM2 has, so that every token shows in an answer."""
+    """Build a tokenizer with SmolLM2's vocabulary size, of bytes, special tokens and words, so that every token shows in an answer."""
     known = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     vocabulary = {token: number for number, token in enumerate([*known, *(f"Ġword{n}" for n in range(VOCABULARY - len(known)))])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))

@@ -1,4 +1,4 @@
-"""Shards of a few samples with a tokenizer trained on them: data for benchmarks and tests that do not ask how it came about."""
+"""Write small sets of shards, with a tokenizer trained on their text, for benchmarks and tests."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +19,10 @@ def write_small(
     vocab_size: int | None = None,
     samples_per_shard: int = 16,
 ) -> Path:
-    """Shards in `folder`, none of whose samples may be too long.
+    """Write shards to `folder`. No sample may exceed the length limit.
 
-    `tokens`: of the tokenizer, at most; `vocab_size`: what a model's embedding is to have, where that is more. `identity`: the settings'
-    hash of the manifest, by which one set differs from another.
+    `tokens` is the maximal vocabulary size of the tokenizer. `vocab_size` is the number of rows of the model's embedding, if larger.
+    `identity` becomes the manifest's settings hash and distinguishes sets of shards.
     """
     tokenizer = train_tokenizer((render_chat(turns) for sample in samples for turns in sample.conversations), tokens)
     sources, dropped = write_shards(folder, samples, tokenizer, samples_per_shard=samples_per_shard)

@@ -1,7 +1,7 @@
-"""Against SmolVLM2-256M and -500M (their shapes, random weights, transformers' own implementation), side by side.
+"""fVLM-135M against SmolVLM2-256M and -500M (their shapes, random weights, transformers' own implementation), side by side.
 
-Time to the first answer token, peak memory above the loaded model, and FLOPs, for one video and a question of 32 tokens.
-SmolVLM2 sees 512 px frames as 64 tokens each, fVLM-135M 224 px frames as one.
+Measures time to the first answer token, peak memory above the loaded model, and FLOPs, for one video and a question of 32 tokens.
+SmolVLM2 reads a 512 px frame as 64 tokens; fVLM-135M reads a 224 px frame as one.
 """
 
 import gc
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def measure(rivals: Sequence[str], frame_counts: Sequence[int], rounds: int, threads: int) -> Iterator[Measurement]:
-    """Time, memory and FLOPs of each pair at each number of frames; the longest videos are timed once."""
+    """Measure time, memory and FLOPs of each pair at each number of frames. The longest videos are timed once."""
     for rival, frames in product(rivals, frame_counts):
         runs = {OURS: first_token(OURS, frames), rival: first_token(rival, frames)}
         yield _compared("flops_ratio", "GFLOP", frames, {name: count_flops(run) / 1e9 for name, run in runs.items()})
@@ -56,7 +56,7 @@ def measure(rivals: Sequence[str], frame_counts: Sequence[int], rounds: int, thr
 
 
 def first_token(name: str, frames: int) -> Callable[[], object]:
-    """A model of that name and a function that answers a video and a question with its first token."""
+    """Build the model `name`; return a function that computes the first token of its answer about a video."""
     if name == OURS:
         model = build_model(model_settings(), vocab_size=VOCABULARY).eval().requires_grad_(False)
         batch = video_question(frames, QUESTION)
@@ -86,7 +86,7 @@ def first_token(name: str, frames: int) -> Callable[[], object]:
 
 
 def _compared(metric: str, unit: str, frames: int, values: dict[str, float]) -> Measurement:
-    """Our value beside the rival's, which comes second."""
+    """Compare our value with the rival's, which is second in `values`."""
     ours, (rival, theirs) = values[OURS], list(values.items())[1]
     return Measurement("smolvlm2", metric, ours, unit, f"{rival}, {frames} frames: {theirs:,.2f} {unit}", ours / theirs)
 

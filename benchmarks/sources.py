@@ -1,6 +1,6 @@
-"""What it costs to record a source of a million rows, and to look at its record later: `python -m benchmarks.sources`.
+"""The cost of recording a source with a million rows, and of checking its record later: `python -m benchmarks.sources`.
 
-Web addresses in csv and in parquet; chats about videos in json (LLaVA's format); and as many files of a tar that a csv names.
+The sources are URLs in csv and in parquet, chats about videos in json (LLaVA's format), and a csv that names the files of a tar.
 """
 
 import json
@@ -26,14 +26,14 @@ BATCH_ROWS = 100_000
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the results."""
     asked = arguments(__doc__ or "", rows={"type": int, "default": 1_000_000})
     with tempfile.TemporaryDirectory() as folder:
         show(measure(Path(folder), asked.rows), as_json=asked.json)
 
 
 def measure(folder: Path, rows: int) -> Iterator[Measurement]:
-    """Seconds and memory of the first look at sources of as many rows, and of a later look."""
+    """Measure seconds and memory of the first read of each source, and of a later one."""
     for kind, settings in sources(folder, rows):
         source = Source.model_validate({"name": kind} | settings)
         megabytes = sum(path.stat().st_size for path in [*source.files, *source.archives]) / 1e6
@@ -46,7 +46,7 @@ def measure(folder: Path, rows: int) -> Iterator[Measurement]:
 
 
 def sources(folder: Path, rows: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What is measured, and the settings of its source; its files are written when they are asked for."""
+    """Yield the name and settings of each source; its files are written on demand."""
     for suffix in ("csv", "parquet"):
         yield suffix, {"files": [write(folder / f"videos.{suffix}", rows)]}
     yield "json", {"format": "llava_video", "files": [write_json(folder / "chats.json", rows)]}
@@ -55,7 +55,7 @@ def sources(folder: Path, rows: int) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def cost(function: Callable[[], Any]) -> tuple[float, float, float]:
-    """Seconds, CPU seconds, and peak memory in GB above what was there before."""
+    """Return seconds, CPU seconds, and peak memory in GB above the initial memory."""
     taken: list[float] = []
 
     def timed() -> None:
@@ -68,7 +68,7 @@ def cost(function: Callable[[], Any]) -> tuple[float, float, float]:
 
 
 def write(path: Path, rows: int) -> Path:
-    """A table of web addresses with captions of 24 words."""
+    """Write a table of URLs with captions of 24 words."""
     rng = np.random.default_rng(0)
     schema = pa.schema([("url", pa.string()), ("caption", pa.string())])
     writer = pacsv.CSVWriter(path, schema) if path.suffix == ".csv" else pq.ParquetWriter(path, schema)
@@ -82,7 +82,7 @@ def write(path: Path, rows: int) -> Path:
 
 
 def write_json(path: Path, rows: int) -> Path:
-    """A list of records in LLaVA's format, with an answer of 24 words."""
+    """Write a list of records in LLaVA's format, with answers of 24 words."""
     rng = np.random.default_rng(0)
     with path.open("w") as stream:
         for number in range(rows):
@@ -95,7 +95,7 @@ def write_json(path: Path, rows: int) -> Path:
 
 
 def write_archive(table: Path, archive: Path, rows: int) -> tuple[Path, Path]:
-    """A csv in OpenVid's form, and a tar of the empty files that it names."""
+    """Write a csv in OpenVid's format, and a tar of the empty files that it names."""
     with table.open("w") as stream, tarfile.open(archive, "w") as made:
         stream.write("video,caption\n")
         for number in range(rows):

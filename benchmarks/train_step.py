@@ -1,7 +1,7 @@
-"""The training step at DINOv2-small + SmolLM2-135M: FLOPs, peak memory, and speed against a plain matrix product.
+"""The training step at DINOv2-small + SmolLM2-135M: FLOPs, peak memory, and speed relative to a matrix product.
 
-Floor: the FLOPs that the loss needs at all, 1,560.5 G for the video batch and 931 G for the image batch, and the speed of
-`torch.mm` on the same threads.
+Floor: the minimum FLOPs for the loss, 1,560.5 G for the video batch and 931 G for the image batch, and the speed of `torch.mm` on the same
+threads.
 """
 
 import subprocess
@@ -22,7 +22,7 @@ LOSS = LossSettings(coarse=0.0, fine=[1.0])
 ORIGINAL_GFLOP = {"train_step_gflop": 2243.9, "image_batch_gflop": 3346.0}
 ORIGINAL_PEAK_GB = 6.65
 MATMUL = 2048
-"""Side of the square product that speed is compared with."""
+"""Side of the square matrices of the reference product."""
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def measure(rounds: int, threads: int) -> Iterator[Measurement]:
-    """FLOPs of both batches, then speed and memory of the video batch."""
+    """Measure FLOPs of both batches, then speed and memory of the video batch."""
     model = build_model(model_settings(), vocab_size=VOCABULARY).train()
     video, images = train_batch(), image_batch()
     gflop = {}
@@ -58,7 +58,7 @@ def _backward(model: FoveatedVLM, batch: PackedBatch) -> None:
 
 
 def _peak_gb(*, checkpointed: bool) -> float:
-    """A complete first step above the loaded model, in a process of its own: gradients, AdamW state, activations."""
+    """Return the peak memory of a complete first step above the loaded model: gradients, AdamW state, activations."""
     model = build_model(model_settings(), vocab_size=VOCABULARY).train()
     model.set_gradient_checkpointing(checkpointed)
     batch = train_batch()
