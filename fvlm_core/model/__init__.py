@@ -1,1 +1,1 @@
-"""The foveated model: encoder, packed attention, the three modes, and their cost."""
+"""The foveated model: encoder, connector, language model, the three inference modes, and FLOP counts."""

@@ -1,9 +1,9 @@
 """Causal attention over packed sequences, with or without a KV cache.
 
-The samples of a batch stand one after another in a single sequence; each attends only to itself. On CUDA this is flash attention
-(bf16, Ampere or newer), with a cache too; on CPU, which has no such kernel, SDPA runs per sample (or once, where all are equally long).
-The `PackedCache` keeps every sample's keys and values in one buffer with room to grow, so that appending copies
-nothing that is already there.
+The samples of a batch are concatenated into a single sequence, and each sample attends only to itself. On CUDA (Ampere or newer, fp16 or
+bf16) this runs flash attention, with or without a cache. A CPU has no such kernel: SDPA runs once per sample, or once in total if all
+samples have the same length. `PackedCache` keeps the keys and values of all samples in one preallocated buffer, so appending never copies
+stored tokens.
 """
 
 from collections.abc import Sequence
@@ -17,18 +17,19 @@ from torch import Tensor
 
 
 class PackedCache:
-    """Keys and values of N growing samples, per layer [sum of capacities, kv_heads, head_dim]."""
+    """KV cache of N samples: per layer, keys and values [sum of capacities, kv_heads, head_dim]."""
 
     def __init__(self, capacities: Sequence[int]) -> None:
-        """`capacities`: the most tokens each sample may come to."""
+        """`capacities`: maximum number of tokens of each sample."""
         self.starts = [0, *accumulate(capacities)]
         self.lengths = [0] * len(capacities)
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def append(self, layer: int, key: Tensor, value: Tensor, layout: "PackedLayout") -> tuple[Tensor, Tensor]:
-        """Store new keys and values [S, kv_heads, head_dim] behind the old; returns the layer's whole buffers.
+        """Append keys and values [S, kv_heads, head_dim] of new tokens and return the layer's complete buffers.
 
-        The samples' lengths move on with `advance`, once all layers have appended. Raises ValueError past a capacity.
+        The sample lengths only change in `advance`, to be called after all layers have appended. Raises ValueError if a sample exceeds its
+        capacity.
         """
         if layer not in self.layers:
             shape = (self.starts[-1], *key.shape[1:])
@@ -39,18 +40,18 @@ class PackedCache:
         return self.layers[layer]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, layout: "PackedLayout", scaling: float) -> Tensor:
-        """Store new keys and values, and let their queries [S, H, D] attend to all of their samples, without the packed kernel."""
+        """Append new keys and values, then attend from their queries [S, H, D] to all stored tokens of their samples, with SDPA."""
         keys, values = self.append(layer, key, value, layout)
         return _attend_cached(query, keys, values, layout, self, scaling)
 
     def advance(self, layout: "PackedLayout") -> None:
-        """Count the tokens of `layout` as stored."""
+        """Add the tokens of `layout` to the sample lengths. Call once all layers have appended them."""
         for sample, length in zip(layout.cache_rows, layout.lengths, strict=True):
             self.lengths[sample] += length
         layout.forget()
 
     def grow(self, capacity: int) -> None:
-        """Give the only sample of this cache room for `capacity` tokens."""
+        """Reallocate the buffers for `capacity` tokens. Only for a cache of one sample."""
         self.starts = [0, capacity]
         for layer, buffers in self.layers.items():
             keys, values = (torch.cat([part, part.new_zeros(capacity - len(part), *part.shape[1:])]) for part in buffers)
@@ -58,33 +59,33 @@ class PackedCache:
 
     @property
     def bytes(self) -> int:
-        """Memory of all buffers."""
+        """Total size of all buffers in bytes."""
         return sum(part.nbytes for pair in self.layers.values() for part in pair)
 
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Where each sample's new tokens stand in the packed sequence."""
+    """How the new tokens of several samples are packed into one sequence, and which cache they extend."""
 
     lengths: list[int]
-    """New tokens of each sample."""
+    """Number of new tokens of each sample."""
     cache: PackedCache | None = None
     rows: list[int] | None = None
-    """Which samples of the cache these are; all, in order, by default."""
+    """Index of each sample in the cache. Default: all samples, in order."""
     _segments: dict[torch.device, "Segments"] = field(default_factory=dict, init=False, repr=False, compare=False)
     _places: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def offsets(self) -> list[int]:
-        """[N + 1] starts of the samples."""
+        """Start of each sample in the packed sequence, followed by the total length: N + 1 numbers."""
         return [0, *accumulate(self.lengths)]
 
     def segments(self, device: torch.device) -> "Segments":
-        """The samples as the packed kernel takes them; made once for all layers, without waiting for the device."""
+        """Return the arguments of the packed kernel. Built once for all layers, without a device synchronisation."""
         if device not in self._segments:
             lengths, known = self.lengths, None
             if self.cache is not None:
-                lengths = [0] * len(self.cache.lengths)  # of all samples of the cache: those that are not here have no queries
+                lengths = [0] * len(self.cache.lengths)  # the kernel takes all samples of the cache: those without new tokens get length 0
                 for row, length in zip(self.cache_rows, self.lengths, strict=True):
                     lengths[row] = length
                 stored = [old + new for old, new in zip(self.cache.lengths, lengths, strict=True)]
@@ -94,7 +95,7 @@ class PackedLayout:
         return self._segments[device]
 
     def places(self, device: torch.device) -> Tensor:
-        """int64 [S]: where the new tokens go in the cache's buffers. Raises ValueError past a capacity."""
+        """Return the cache buffer index of every new token, int64 [S]. Raises ValueError if a sample exceeds its capacity."""
         if device not in self._places:
             assert self.cache is not None
             places = []
@@ -108,7 +109,7 @@ class PackedLayout:
         return self._places[device]
 
     def forget(self) -> None:
-        """Call when the cache has moved on: what was made of its lengths is no longer true."""
+        """Drop the cached tensors. They depend on the cache lengths, so call this when those change."""
         self._segments.clear()
         self._places.clear()
 
@@ -118,35 +119,36 @@ class PackedLayout:
 
     @property
     def packable(self) -> bool:
-        """Whether the packed kernel can take it: from a cache, samples in its order and without gradients."""
+        """Whether the packed kernel supports this layout. With a cache it needs samples in cache order and no gradients."""
         return self.cache is None or (not torch.is_grad_enabled() and self.cache_rows == sorted(self.cache_rows))
 
 
 class Known(NamedTuple):
-    """What a cache holds of its samples, the new tokens included."""
+    """The keys held by a cache, including the new tokens."""
 
     starts: Tensor
-    """int32 [N + 1]: of the samples' buffers."""
+    """int32 [N + 1]: start of each sample in the cache buffers."""
     lengths: Tensor
-    """int32 [N]: tokens stored."""
+    """int32 [N]: number of tokens stored for each sample."""
     longest: int
+    """Number of tokens of the longest sample."""
 
 
 class Segments(NamedTuple):
-    """A layout on a device: all that a compiled layer may know of it, so that other lengths are no other graph."""
+    """A layout as tensors on a device. Compiled layers take this instead of the layout, so that new lengths cause no recompilation."""
 
     starts: Tensor
-    """int32 [N + 1]: of the samples' new tokens."""
+    """int32 [N + 1]: start of each sample's new tokens."""
     longest: int
-    """New tokens of the longest sample."""
+    """Largest number of new tokens of any sample."""
     known: Known | None
-    """With a cache, whose samples these are."""
+    """The cached keys; None without a cache."""
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, segments: Segments | None, *, layer: int) -> Tensor:
-    """Causal attention within every sample: query [S, H, D], key and value [S, Hkv, D] -> [S, H, D].
+    """Causal attention within each sample: query [S, H, D], key and value [S, Hkv, D] -> [S, H, D].
 
-    `segments`: run the packed kernel. `layer`: its number, for the layout's cache.
+    `segments`: arguments of the packed kernel; None runs SDPA instead. `layer`: layer index in the layout's cache.
     """
     scale = query.shape[-1] ** -0.5
     if layout.cache is not None and segments is None:
@@ -173,19 +175,21 @@ def flash_attention(
     scale: float,
     stored: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of packed samples [S, H, D] to keys and values [T, Hkv, D], which begin at `starts` and `of_keys` int32 [N + 1].
+    """Causal flash attention from packed queries [S, H, D] to packed keys and values [T, Hkv, D].
 
-    `stored` int32 [N]: how many of its keys a sample has; all by default. Each sample's last query sees its last key.
+    `starts` and `of_keys` int32 [N + 1]: start of each sample's queries and keys. `longest` and `longest_key`: the largest number of
+    queries and keys of any sample. `stored` int32 [N]: number of valid keys of each sample; all by default. The last query of a sample is
+    aligned with its last key.
 
-    It is what torch's `varlen_attn` calls, without the operator in Python around it: an H200's host took 0.16 ms to call that, and 0.23 ms
-    backward, in place of 0.02 and 0.12, where the kernels for SmolLM2-135M take 0.03 and 0.10.
+    This calls the kernel behind torch's `varlen_attn` directly. The Python operator around it cost 0.16 ms of host time forward and 0.23 ms
+    backward on an H200, against 0.02 and 0.12 without it; the kernels themselves take 0.03 and 0.10 ms for SmolLM2-135M.
     """
     lengths = starts, of_keys, longest, longest_key
     return torch.ops.aten._flash_attention_forward(query, key, value, *lengths, 0.0, True, False, scale=scale, seqused_k=stored)[0]
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device, without waiting: from page-locked memory, which a copy may still be reading when this returns."""
+    """Copy a host tensor to a device without blocking, through pinned memory. The copy may still be running when this returns."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
@@ -194,14 +198,14 @@ def _int32(values: Sequence[int], device: torch.device) -> Tensor:
 
 
 def has_packed_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether flash attention runs there on heads of that width."""
+    """Whether flash attention supports this device, dtype and head width."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_dim % 8:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _attend_each(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scaling: float) -> Tensor:
-    """Causal attention within each sample of [S, heads, D]; one call where all samples are equally long."""
+    """Causal SDPA within each sample of [S, heads, D], in a single call if all samples have the same length."""
     if len(set(lengths)) == 1:
         q, k, v = (part.unflatten(0, (len(lengths), lengths[0])).transpose(1, 2) for part in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
@@ -211,7 +215,10 @@ def _attend_each(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], 
 
 
 def _attend_cached(query: Tensor, keys: Tensor, values: Tensor, layout: PackedLayout, cache: PackedCache, scaling: float) -> Tensor:
-    """The same from a cache's buffers; one call where all its samples are here, equally long and with equal capacities."""
+    """As `_attend_each`, with keys and values from cache buffers.
+
+    A single call if the layout has all samples of the cache, with equal lengths and capacities.
+    """
     rows = layout.cache_rows
     totals = [cache.lengths[row] + length for row, length in zip(rows, layout.lengths, strict=True)]
     capacities = [end - start for start, end in pairwise(cache.starts)]
@@ -230,17 +237,17 @@ def _attend_last(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> T
 
 
 def _attend_one(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """One token attends to all t of its sample: [..., 1, H, D] x [..., t, Hkv, D] -> [..., 1, H, D].
+    """Attend from one token to all t tokens of its sample: [..., 1, H, D] x [..., t, Hkv, D] -> [..., 1, H, D].
 
-    The heads that share keys and values are several queries of one head: on a CPU, which otherwise copies keys and values for every head,
-    the time for a token grows half as fast with t.
+    Query heads that share a KV head become several queries of one head. Otherwise SDPA on CPU copies keys and values for every query head;
+    without these copies the time per token grows half as fast with t.
     """
     grouped = query.squeeze(-3).unflatten(-2, (key.shape[-2], -1))
     return _product(grouped, key.transpose(-3, -2), value.transpose(-3, -2), scale=scaling).flatten(-3, -2).unsqueeze(-3)
 
 
 def attend_to_known(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """The last s tokens of a sample attend causally to all its t tokens: [..., s, H, D] x [..., t, Hkv, D] -> [..., s, H, D]."""
+    """Causal attention from the last s tokens of a sample to all its t tokens: [..., s, H, D] x [..., t, Hkv, D] -> [..., s, H, D]."""
     new, known = query.shape[-3], key.shape[-3]
     mask = None
     if 1 < new < known:
@@ -250,7 +257,7 @@ def attend_to_known(query: Tensor, key: Tensor, value: Tensor, scaling: float) -
 
 
 def _product(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    """SDPA of [H, s, D] or [N, H, s, D]: torch's kernels take only the latter."""
+    """SDPA of [H, s, D] or [N, H, s, D]. A batch dimension is added to the former, because torch's fast kernels require one."""
     if query.ndim > 3:
         return F.scaled_dot_product_attention(query, key, value, **options)
     return F.scaled_dot_product_attention(query[None], key[None], value[None], **options)[0]

@@ -1,6 +1,6 @@
-"""How a model is made, loaded and saved: from checkpoints, from shapes with random weights, or from a folder of our own.
+"""Build, load and save models: from Hugging Face checkpoints, from shapes with random weights, or from a saved model folder.
 
-A saved model is a folder of `settings.yaml`, `model.safetensors` and, where it is to be used with text, the tokenizer's files.
+A saved model is a folder with `settings.yaml`, `model.safetensors` and, optionally, the tokenizer files.
 """
 
 import shutil
@@ -25,24 +25,24 @@ if TYPE_CHECKING:
 
 SETTINGS_FILE, WEIGHTS_FILE = "settings.yaml", "model.safetensors"
 READABLE = 0o644
-"""Mode of files of weights."""
+"""File mode of weight files."""
 
 
 class SavedModel(Settings):
-    """What `settings.yaml` of a saved model holds: shapes only, so that loading needs no hub."""
+    """Contents of a saved model's `settings.yaml`. It holds complete configurations, so that loading needs no access to the hub."""
 
     model: ModelSettings
     vocab_size: int
     vision_config: dict
-    """transformers' Dinov2Config values."""
+    """Values of transformers' `Dinov2Config`."""
     llm_config: dict
-    """transformers' LlamaConfig values."""
+    """Values of transformers' `LlamaConfig`."""
 
 
 def build_model(settings: ModelSettings, *, vocab_size: int, seed: int = 0) -> FoveatedVLM:
-    """Build the model in fp32: backbones from checkpoints or shapes, the connector at random from `seed`.
+    """Build a model in fp32. Backbones come from checkpoints or shapes; the connector is initialised at random from `seed`.
 
-    Raises UserError where a checkpoint cannot be loaded, or the tokenizer's vocabulary is larger than the LLM's.
+    Raises UserError if a checkpoint cannot be loaded, or if the language model has fewer than `vocab_size` tokens.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -50,7 +50,7 @@ def build_model(settings: ModelSettings, *, vocab_size: int, seed: int = 0) -> F
 
 
 def load_model(folder: Path) -> FoveatedVLM:
-    """Load what `save_model` wrote. Raises UserError where it is missing or does not fit."""
+    """Load a model folder written by `save_model`. Raises UserError if files are missing or the weights do not match the settings."""
     model = from_shapes(SavedModel.from_yaml(folder / SETTINGS_FILE))
     try:
         state = load_file(folder / WEIGHTS_FILE)
@@ -63,15 +63,14 @@ def load_model(folder: Path) -> FoveatedVLM:
 
 
 def from_shapes(saved: SavedModel) -> FoveatedVLM:
-    """A model of these shapes in fp32, for weights to be loaded into."""
+    """Build an fp32 model from saved configurations, ready to load weights into."""
     return FoveatedVLM(saved.model, Encoder(Dinov2Config(**saved.vision_config)), Llama(LlamaConfig(**saved.llm_config)))
 
 
 def save_model(model: FoveatedVLM, folder: Path, *, tokenizer: Path | None = None, weights: dict[str, Tensor] | None = None) -> None:
-    """Write a model (tied weights once) and the tokenizer's files into one folder, which is there complete or not at all.
+    """Write a model and the tokenizer files into `folder`, atomically. Tied weights are stored once.
 
-    `tokenizer`: a folder of its files. `weights`: those of `FoveatedVLM.weights`, for a model that does not hold them itself
-    (sharded over ranks).
+    `tokenizer`: folder with the tokenizer files. `weights`: output of `FoveatedVLM.weights`; required if the model is sharded over ranks.
     """
     temporary = folder.with_name(f".{folder.name}.making")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -91,20 +90,20 @@ def save_model(model: FoveatedVLM, folder: Path, *, tokenizer: Path | None = Non
 
 
 def save_weights(weights: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file that others may read too, which safetensors gives to its owner alone."""
+    """Write a safetensors file that all users can read; safetensors creates files readable by their owner only."""
     save_file(weights, path, metadata={"format": "pt"})
     path.chmod(READABLE)
 
 
 def portable_config(config: PretrainedConfig) -> dict:
-    """What a transformers configuration changes of its defaults, without what depends on the installation."""
+    """Return the non-default values of a transformers configuration, without those that depend on the installation."""
     left_out = ("transformers_version", "_name_or_path", "architectures", "dtype")
     return {key: value for key, value in config.to_diff_dict().items() if key not in left_out}
 
 
 def build_encoder(settings: VisionSettings) -> Encoder:
-    """The vision encoder from its checkpoint or shape. Raises UserError where a checkpoint cannot be loaded."""
-    from transformers import Dinov2Model  # seconds, which a model that is only loaded and run does not need
+    """Build the vision encoder from its checkpoint or shape. Raises UserError if a checkpoint cannot be loaded."""
+    from transformers import Dinov2Model  # this import takes seconds, and loading a saved model does not need it
 
     if settings.checkpoint is not None:
         return Encoder.from_dinov2(_from_checkpoint(Dinov2Model, settings.checkpoint))
@@ -123,7 +122,7 @@ def build_encoder(settings: VisionSettings) -> Encoder:
 
 
 def check_vocabulary(*, held: int, needed: int, where: str) -> None:
-    """Raise UserError if a tokenizer needs more tokens than the language model at `where` holds."""
+    """Raise UserError if the tokenizer has more tokens (`needed`) than the language model (`held`)."""
     if held < needed:
         raise UserError(
             f"the tokenizer has {needed} tokens, the language model only {held}",
@@ -164,21 +163,23 @@ def _build_llm(settings: LLMSettings, vocab_size: int) -> Llama:
 
 
 def _keep_layers(model: "LlamaForCausalLM", layers: int, *, where: str) -> None:
-    """Drop all layers after the first so many."""
+    """Keep only the first `layers` layers."""
     if layers > (held := len(model.model.layers)):
-        raise UserError(f"{layers} layers are to be kept of {held}", where=where, fix=f"give model.llm.layers up to {held}")
+        raise UserError(f"cannot keep {layers} of {held} layers", where=where, fix=f"give model.llm.layers up to {held}")
     model.model.layers = model.model.layers[:layers]
     model.config.num_hidden_layers = layers
 
 
 def init_std(width: int) -> float:
-    """Keeps a product with a unit-variance input at unit variance: the fixed 0.02 that large models use leaves attention
-    flat and gradients tiny at the small widths that shapes are for."""
+    """Return the initialisation std that maps unit-variance inputs to unit-variance outputs.
+
+    Large models use a fixed 0.02, which gives flat attention and tiny gradients at the small widths that shapes are meant for.
+    """
     return width**-0.5
 
 
 def _from_checkpoint(cls: Any, checkpoint: str):
-    """`cls.from_pretrained` in fp32, complete or not at all."""
+    """`cls.from_pretrained` in fp32. Raises UserError if it fails or weights are missing."""
     try:
         model, report = cls.from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, KeyError) as error:

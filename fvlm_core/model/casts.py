@@ -1,9 +1,9 @@
-"""Weights in the precision of the products, cast once an optimizer step.
+"""Cast weights to the autocast precision once per optimizer step.
 
-Under autocast every call of a layer reads its fp32 weights and writes them anew. They only change between steps, so here all passes
-and micro-batches of a step share one copy, in which weights for the same input stand side by side. A copy's gradient comes back in its
-precision, summed over the passes of a micro-batch (as with autocast's own cache), and is added to the fp32 gradient in one kernel,
-where casting it first and adding it then would read and write twice as much.
+Under autocast, every call of a layer casts its fp32 weights again, although they only change between optimizer steps. Here all passes and
+micro-batches of a step share one low-precision copy, in which the weights of layers with the same input are concatenated. The gradient of a
+copy has its precision and is summed over the passes of a micro-batch, as with autocast's own cache. One kernel then adds it to the fp32
+gradient; a cast followed by an addition would read and write twice as much.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -15,23 +15,23 @@ from torch import Tensor
 from torch.autograd import Function
 
 Group = Sequence[Tensor | None]
-"""Parameters that are cast side by side, along their first dimension; of a layer without biases, Nones."""
+"""Parameters that are concatenated along their first dimension when cast; None stands for a missing bias."""
 
 
 class Casts:
-    """Casts a model's weights."""
+    """Casts a model's weights and keeps the copies for one optimizer step."""
 
     def __init__(self) -> None:
         self.parts: frozenset[str] = frozenset()
-        """Of the model (`encoder`, `llm`), whose weights are cast: none by default, and then autocast does it."""
+        """Parts of the model (`encoder`, `llm`) to cast here. Default: none, which leaves casting to autocast."""
         self.adds = False
-        """Whether a backward adds to the parameters' gradients by itself, past autograd and the hooks of who waits for it."""
+        """Whether backward adds to `parameter.grad` directly, bypassing autograd's accumulation and its hooks (e.g. DDP's)."""
         self.add: Callable[[list[Tensor], list[Tensor]], None] = add
         self._kept: dict[tuple[int, torch.dtype], list[Tensor]] | None = None
 
     @contextmanager
     def step(self, *, adds: bool) -> Generator[None]:
-        """Around everything that is computed with the same weights."""
+        """Share copies within this context. The weights must not change inside it."""
         self._kept, self.adds = {}, adds
         try:
             yield
@@ -39,12 +39,12 @@ class Casts:
             self._kept, self.adds = None, False
 
     def dtype(self, part: str, device: torch.device) -> torch.dtype | None:
-        """What a part's weights are to be cast to; None where they are not."""
+        """Return the dtype to cast a part's weights to, or None if they are not cast here."""
         asked = part in self.parts and torch.is_grad_enabled() and torch.is_autocast_enabled(device.type)
         return torch.get_autocast_dtype(device.type) if asked else None
 
     def __call__(self, groups: Sequence[Group], dtype: torch.dtype) -> list[Any]:
-        """Each group's parameters as one tensor [sum of first dimensions, ...], differentiably; of a group of Nones, None."""
+        """Return one tensor [sum of first dimensions, ...] per group, or None for a group of Nones. Differentiable."""
         present = [[parameter for parameter in group if parameter is not None] for group in groups]
         filled = [group for group in present if group]
         key = id(filled[0][0]), dtype
@@ -60,7 +60,7 @@ class Casts:
 
 
 def add(totals: list[Tensor], parts: list[Tensor]) -> None:
-    """Add to each of the totals its part, of another precision; compiled, it is one kernel."""
+    """Add each part to its total, which may have another precision. A single kernel if compiled."""
     torch._foreach_add_(totals, parts)
 
 

@@ -1,4 +1,4 @@
-"""Everything between the two backbones, all of it new: queries, how they are made, how what they read becomes a token."""
+"""The newly trained modules between the two backbones: static queries, the head that predicts queries, and the visual projection."""
 
 import torch
 import torch.nn.functional as F
@@ -8,14 +8,14 @@ from fvlm_core.config import ModelSettings
 from fvlm_core.model.encoder import FrameFeatures
 
 RANDOM_QUERIES = 64
-"""Distinct queries of the random-query control: one per position of a frame in its sequence, repeating."""
+"""Number of distinct queries of the random-query control, chosen by a frame's token position modulo this number."""
 
 
 class Connector(nn.Module):
-    """`query_input_proj`, `q_static`, `q_init`, `query_head`, `visual_proj`, and the parts only some variants have.
+    """`query_input_proj`, `q_static`, `q_init`, `query_head`, `visual_proj`, and modules of some variants only.
 
-    A query is [k, D] for the k tokens of a frame, D the encoder's width. The projection has no bias and queries start at
-    standard deviation 1: with a bias or a small start all queries attend alike, and nothing is learned from gazing.
+    The query of a frame is [k, D]: k tokens per frame, encoder width D. `query_input_proj` has no bias, and queries are initialised with
+    standard deviation 1. With a bias or a smaller initialisation all queries attend alike, and the model does not learn where to look.
     """
 
     def __init__(self, settings: ModelSettings, vision_width: int, vision_heads: int, llm_width: int) -> None:
@@ -37,24 +37,24 @@ class Connector(nn.Module):
         else:
             self.query_head = nn.Linear(llm_width, vision_width)
             _start(self.query_head, 1.0)
-            # k queries of one hidden state (the question's last) must differ; with one there is nothing to tell apart
+            # the k queries of the first frame come from the same hidden state (the question's last token) and must differ
             self.q_slot = nn.Parameter(torch.randn(k, vision_width)) if k > 1 else None
         if settings.glance is not None:
-            # tells opened patches from the glance's, whose positions they share; zero, so that DINOv2 starts as it is
+            # tells opened patches from glance patches at the same position; zero, so that DINOv2 starts out unchanged
             self.scale_embeddings = nn.Parameter(torch.zeros(settings.glance.levels, vision_width))
 
     def next_queries(self, hidden: Tensor) -> Tensor:
-        """Queries [V, k, D] of the hidden states [V, k, llm width] before them."""
+        """Predict queries [V, k, D] from the preceding hidden states [V, k, llm width]."""
         queries = self.query_head(hidden)
         return queries if self.q_slot is None else queries + self.q_slot
 
     def tokens(self, read: Tensor, queries: Tensor) -> Tensor:
-        """Visual tokens [..., llm width] of what queries [..., D] read [..., D]."""
+        """Project the encoder's outputs `read` [..., D] for `queries` [..., D] to visual tokens [..., llm width]."""
         return self.visual_proj(read if self.film is None else read + self.film(read, queries))
 
 
 class ShallowQuery(nn.Module):
-    """One cross-attention from queries to the last layer's patch features (ablation)."""
+    """A single cross-attention from queries to the last layer's patch features (ablation)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -63,13 +63,13 @@ class ShallowQuery(nn.Module):
         self.out = nn.Linear(width, width)
 
     def keys_values(self, features: FrameFeatures) -> FrameFeatures:
-        """The features with this attention's keys and values of the patches in place of the encoder's own."""
+        """Return features with this module's keys and values of the patches instead of the encoder's."""
         assert features.patches is not None
         key, value = (self._split(part) for part in self.key_value(features.patches).chunk(2, dim=-1))
         return FrameFeatures([key], [value], None, features.grid)
 
     def forward(self, features: FrameFeatures, queries: Tensor, temperature: float) -> Tensor:
-        """Queries [F, Q, D] -> what they read [F, Q, D], normalised."""
+        """Queries [F, Q, D] -> attention output [F, Q, D] after a layer norm."""
         (key,), (value,) = features.keys, features.values
         query = self._split(queries)
         scale = query.shape[-1] ** -0.5 / temperature
@@ -87,8 +87,10 @@ class ShallowQuery(nn.Module):
 
 
 class FilmHead(nn.Module):
-    """Prediction head of the earlier reconstruction experiments, as extra capacity: an MLP on what was read, modulated by
-    the query (FiLM: Perez et al. 2018, https://arxiv.org/abs/1709.07871). Starts as zero, so it adds nothing at first."""
+    """MLP on the encoder's output, modulated by the query (FiLM: Perez et al. 2018, https://arxiv.org/abs/1709.07871).
+
+    The prediction head of earlier reconstruction experiments, kept as an option for extra capacity. Its output is zero at initialisation.
+    """
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -99,13 +101,13 @@ class FilmHead(nn.Module):
         nn.init.zeros_(self.outer.bias)
 
     def forward(self, read: Tensor, queries: Tensor) -> Tensor:
-        """Correction [..., D] of what was read [..., D] with queries [..., D]."""
+        """Return the correction [..., D] to add to the encoder's output `read` [..., D] for `queries` [..., D]."""
         scale, shift = self.modulation(queries).chunk(2, dim=-1)
         return self.outer(F.gelu(self.inner(read) * (1 + scale) + shift))
 
 
 def _start(linear: nn.Linear, std: float) -> None:
-    """Unit-variance input gives output of standard deviation `std`."""
+    """Initialise `linear` so that unit-variance inputs give outputs of standard deviation `std`."""
     nn.init.normal_(linear.weight, std=std * linear.in_features**-0.5)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)

@@ -1,9 +1,9 @@
-"""Checkpoints of the original fVLM (`sanps/fVLM-135M`, `-1.7B`) to ours and back, with the same function.
+"""Convert checkpoints of the original fVLM (`sanps/fVLM-135M`, `-1.7B`) to this repository's format and back, with equal outputs.
 
-The original keeps two linear layers after the query (`encoder.output_proj`, then `dino_to_llm`, times 0.14); ours is one, so
-they are multiplied together on the way in, and on the way out `output_proj` is the identity. It writes no token before a
-video and uses one fine iteration. Its code builds the backbones by name and loads all weights strictly, so a checkpoint
-holds every one of them (`llm.lm_head.weight` too, though it is tied) under the names of transformers up to 5.17.
+The original applies two linear layers after the query (`encoder.output_proj`, then `dino_to_llm`) and multiplies the result by 0.14. This
+repository has one layer: the import multiplies the three together, and the export writes the identity as `output_proj`. The original puts
+no token before a video and uses one fine iteration. Its code builds the backbones by name and loads weights strictly, so a checkpoint
+contains all of them (including the tied `llm.lm_head.weight`) under the parameter names of transformers up to 5.17.
 """
 
 import json
@@ -39,10 +39,10 @@ from fvlm_core.model.foveated import FoveatedVLM
 
 Config = TypeVar("Config", bound=PretrainedConfig)
 WEIGHTS_INDEX = f"{WEIGHTS_FILE}.index.json"
-"""Of weights in several files: says which parameter is in which."""
+"""Index of a checkpoint in several files: maps parameters to files."""
 
 VISUAL_SCALE = 0.14
-"""The factor that the original multiplies visual tokens with."""
+"""The original multiplies visual tokens by this factor."""
 _SHARED = {
     "query_input_proj.weight": "encoder.query_input_proj.weight",
     "query_head.weight": "llm_to_query.weight",
@@ -50,15 +50,15 @@ _SHARED = {
     "q_static": "q_static",
     "q_init": "q_init",
 }
-"""Connector parameters that differ by name only."""
+"""Connector parameters that only differ in name: ours to the original's."""
 
 
 def convert_to_ours(checkpoint: Path, output: Path, *, vision: str, llm: str, frame_px: int, tokenizer: str | None = None) -> None:
-    """Write an original checkpoint (see `read_original`) as a model folder of ours that `load_model` reads, tokenizer included.
+    """Convert an original checkpoint (see `read_original`) to a model folder for `load_model`, including the tokenizer.
 
-    `vision`, `llm`: hub names or folders of the backbones it was built with, of which only the configurations are read.
-    `frame_px`: side of the frames. `tokenizer`: by default the language model's. Raises UserError, and writes nothing, where
-    something does not fit or `output` exists.
+    `vision`, `llm`: hub names or folders of the checkpoint's backbones; only their configurations are read. `frame_px`: side of a frame.
+    `tokenizer`: hub name or folder; default: the one of `llm`. Raises UserError, and writes nothing, if the checkpoint does not match the
+    backbones or `output` exists.
     """
     _refuse_existing(output)
     state = read_original(checkpoint)
@@ -83,9 +83,9 @@ def convert_to_ours(checkpoint: Path, output: Path, *, vision: str, llm: str, fr
 
 
 def convert_to_original(model_folder: Path, output: Path) -> None:
-    """Write a model folder of ours as a safetensors file that the original's code loads.
+    """Convert a model folder to a safetensors file that the original fVLM code can load.
 
-    Raises UserError, and writes nothing, where the original cannot express the model or `output` exists.
+    Raises UserError, and writes nothing, if the original does not support the model or `output` exists.
     """
     if output.suffix != ".safetensors":
         raise UserError("the original's checkpoint is a safetensors file", where=str(output), fix="give a name that ends in .safetensors")
@@ -98,9 +98,9 @@ def convert_to_original(model_folder: Path, output: Path) -> None:
 
 
 def read_original(checkpoint: Path) -> dict[str, Tensor]:
-    """The parameters of an original checkpoint: a safetensors file, the `.pt` of its trainer, or a folder as on the hub.
+    """Read the parameters of an original checkpoint: a safetensors file, a `.pt` file of its trainer, or a folder as on the hub.
 
-    Raises UserError where it is missing or cannot be read.
+    Raises UserError if it is missing or cannot be read.
     """
     try:
         files = [checkpoint]
@@ -115,13 +115,13 @@ def read_original(checkpoint: Path) -> dict[str, Tensor]:
             where=str(checkpoint),
             fix=f"give a safetensors file, a .pt of the original's trainer, or a folder with {WEIGHTS_FILE} or {WEIGHTS_INDEX}",
         ) from error
-    return {name.replace("._orig_mod", ""): tensor for name, tensor in state.items()}  # as torch.compile names parameters
+    return {name.replace("._orig_mod", ""): tensor for name, tensor in state.items()}  # torch.compile adds this prefix
 
 
 def load_original(model: FoveatedVLM, state: Mapping[str, Tensor]) -> None:
-    """Fill a deep, one-token model of fitting shapes with the original's weights (fp32).
+    """Load the original's weights (converted to fp32) into a model with deep queries, one token per frame and the same sizes.
 
-    Raises UserError where the model is of another kind, or weights are missing or of another shape.
+    Raises UserError if the original does not support the model, or if weights are missing or have other shapes.
     """
     _check(model)
     state = {name: tensor.float() for name, tensor in state.items()}
@@ -144,9 +144,9 @@ def load_original(model: FoveatedVLM, state: Mapping[str, Tensor]) -> None:
 
 
 def to_original(model: FoveatedVLM) -> dict[str, Tensor]:
-    """The original's complete state dict with the model's function; no two tensors share memory.
+    """Return the state dict of the equivalent original model. No two tensors share memory.
 
-    Raises UserError for a model it cannot express.
+    Raises UserError if the original does not support the model.
     """
     _check(model)
     ours = model.state_dict()
@@ -167,18 +167,18 @@ def _read(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
         return load_file(file)
     with file.open("rb") as stream:
-        if not is_zipfile(stream):  # the unpickler's errors on anything else are of every kind
+        if not is_zipfile(stream):  # on other files the unpickler may raise any exception
             raise ValueError(f"{file.name} is not a file of torch.save")
     state = torch.load(file, map_location="cpu", weights_only=True)
     if isinstance(state, dict):
-        state = state.get("model_state_dict", state)  # a trainer's file holds the optimizer's state beside it
+        state = state.get("model_state_dict", state)  # a trainer's checkpoint also holds the optimizer state
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ValueError(f"{file.name} holds other things than parameters")
+        raise ValueError(f"{file.name} holds something other than parameters")
     return state
 
 
 def _backbone(kind: type[Config], name: str) -> Config:
-    """The configuration of a backbone."""
+    """Load a backbone's configuration. Raises UserError if it cannot be loaded or is of another architecture."""
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -196,11 +196,11 @@ def _backbone(kind: type[Config], name: str) -> Config:
 
 def _refuse_existing(output: Path) -> None:
     if output.exists():
-        raise UserError("it exists already and is not overwritten", where=str(output), fix="give another place, or remove it first")
+        raise UserError("it exists already and is not overwritten", where=str(output), fix="give another path, or remove it first")
 
 
 def _first_lines(error: Exception) -> str:
-    """torch names every parameter that does not fit."""
+    """Return the first lines of a message: torch lists every mismatched parameter."""
     return "\n".join(str(error).splitlines()[:3])
 
 
@@ -211,12 +211,12 @@ def _check(model: FoveatedVLM) -> None:
         raise UserError(
             "the original fVLM has deep queries, one token per frame, no FiLM head, temperature 1, and encodes every frame in full",
             where="model settings",
-            fix="convert with such a model",
+            fix="convert a model with these settings",
         )
 
 
 def _old_name(name: str) -> str:
-    """A Dinov2Model parameter's name before transformers 5.18."""
+    """Return the name of a `Dinov2Model` parameter before transformers 5.18."""
     for part, old in (("q", "query"), ("k", "key"), ("v", "value")):
         name = name.replace(f".attention.{part}_proj.", f".attention.attention.{old}.")
     name = name.replace(".attention.o_proj.", ".attention.output.dense.")

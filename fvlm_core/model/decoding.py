@@ -1,4 +1,4 @@
-"""Ways to go on from a KV cache other than greedily: sampling, and beam search; all samples of a batch together, each at its own length."""
+"""Sampling and beam search from a KV cache, for packed batches of samples with different lengths."""
 
 from collections.abc import Sequence
 
@@ -10,12 +10,15 @@ from fvlm_core.model.foveated import FoveatedVLM
 
 
 def branch(cache: PackedCache, rows: Sequence[int], room: Sequence[int]) -> PackedCache:
-    """A cache whose sample n holds what sample `rows[n]` of `cache` holds, with room for `room[n]` tokens more; `cache` stays as it is."""
+    """Copy samples of a cache into a new one: sample n is `rows[n]` of `cache`, with capacity for `room[n]` further tokens."""
     return joined([(cache, row) for row in rows], room)
 
 
 def joined(parts: Sequence[tuple[PackedCache, int]], room: Sequence[int]) -> PackedCache:
-    """A cache whose sample n holds what `parts[n]`, a sample of any cache, holds, with room for `room[n]` tokens more."""
+    """Copy samples of several caches into a new one.
+
+    `parts[n]`: cache and row to copy sample n from. `room[n]`: its capacity for further tokens.
+    """
     lengths = [cache.lengths[row] for cache, row in parts]
     made = PackedCache([length + more for length, more in zip(lengths, room, strict=True)])
     for layer, buffers in parts[0][0].layers.items() if parts else ():
@@ -41,11 +44,11 @@ def continue_sampling(
     top_p: float = 1.0,
     seeds: Sequence[int],
 ) -> list[list[int]]:
-    """Draw answers from the last hidden states [N, llm width] of the samples in a cache; the stop token is left out.
+    """Sample answers, given a cache and the last hidden states [N, llm width] of its samples. Answers exclude the stop token.
 
-    `top_p` keeps the likeliest tokens whose probabilities add up to that (Holtzman et al. 2020, https://arxiv.org/abs/1904.09751). Every
-    sample has a generator of its own (`seeds`), so its answer does not depend on what else is in the batch. Raises ValueError for a
-    temperature or share that is not above 0.
+    `top_p`: nucleus sampling from the most likely tokens whose probabilities add up to this share (Holtzman et al. 2020,
+    https://arxiv.org/abs/1904.09751). `seeds`: one per sample; each sample has its own generator, so its answer does not depend on the rest
+    of the batch. Raises ValueError unless `temperature` > 0 and 0 < `top_p` <= 1.
     """
     if temperature <= 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature {temperature} and top_p {top_p} must be above 0, top_p at most 1")
@@ -76,18 +79,18 @@ def continue_with_beams(
     beams: int = 4,
     length_penalty: float = 1.0,
 ) -> list[list[int]]:
-    """The best of `beams` answers that are followed at a time, per sample of a cache with last hidden states [N, llm width].
+    """Beam search, given a cache and the last hidden states [N, llm width] of its samples. Return the best answer of each sample.
 
-    A finished answer's score is its log-likelihood, the stop token's included, over its number of tokens to the power of `length_penalty`.
-    The search of a sample ends when `beams` answers are finished, or at `max_new_tokens`, where those that are not count as they stand.
+    An answer's score is its log-likelihood divided by its number of tokens to the power of `length_penalty`; both include the stop token.
+    The search ends when `beams` answers are finished, or after `max_new_tokens`, where unfinished answers compete with the finished ones.
     """
     return [_search(model, cache, row, hidden[row], max_new_tokens, set(stop_ids), beams, length_penalty) for row in range(len(hidden))]
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Probabilities [N, V] with those outside the likeliest `top_p` at 0, adding up to 1."""
+    """Zero the probabilities [N, V] outside the most likely tokens of total probability `top_p`, and renormalise."""
     ordered, places = probabilities.sort(-1, descending=True)
-    kept = ordered.cumsum(-1) - ordered < top_p  # the token that crosses the share is kept
+    kept = ordered.cumsum(-1) - ordered < top_p  # keeps the token that crosses `top_p`
     masked = torch.zeros_like(probabilities).scatter(-1, places, ordered * kept)
     return masked / masked.sum(-1, keepdim=True)
 
@@ -120,7 +123,7 @@ def _search(
 
 
 def _read(model: FoveatedVLM, cache: PackedCache, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
-    """Last hidden states [n, llm width] after one more token for each of some samples."""
+    """Run the language model on one more token of each sample in `rows`; return the hidden states [n, llm width]."""
     device = model.connector.visual_proj.weight.device
     positions = torch.tensor([cache.lengths[row] for row in rows], device=device)
     return model.contextualise(

@@ -1,9 +1,9 @@
-"""DINOv2 that can be queried: patches are encoded once, each layer's keys and values are kept, queries read them later.
+"""DINOv2 that can be queried: patches are encoded once, the keys and values of every layer are kept, and queries attend to them later.
 
-A query is an extra token that patches never see. It goes through every layer (its own norm, query projection, attention to
-that layer's patch keys and values, MLP), so a frame can be queried many times for the price of one encode. Weights are
-those of transformers' `Dinov2Model`, with query, key and value projections as one matrix; the last layer's patches are
-taken no further than their keys and values, because only queries leave the encoder.
+A query is an extra token that patches do not attend to. It passes through every layer (norm, query projection, attention to that layer's
+patch keys and values, MLP), so a frame is encoded once and can then be queried many times. Weights are those of transformers'
+`Dinov2Model`, with the query, key and value projections fused into one matrix. In the last layer, only keys and values of the patches are
+computed, because only queries leave the encoder.
 
 DINOv2: Oquab et al. 2023, https://arxiv.org/abs/2304.07193.
 """
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
-"""ImageNet's, as DINOv2 was trained with."""
+"""ImageNet mean and standard deviation, as in DINOv2's training."""
 FRAMES_IN_CACHE = 8
-"""Frames that a CPU encodes at a time without gradients: what a layer holds of them stays in the processor's cache."""
+"""Frames encoded at a time on CPU without gradients, so that a layer's activations stay in the processor's cache."""
 
 _NAMES = [
     (r"^embeddings\.patch_embeddings\.projection\.", "patches."),
@@ -46,37 +46,37 @@ _NAMES = [
     (r"\.layer_scale([12])\.lambda1$", r".scale\1"),
     (r"\.mlp\.(fc[12])\.", r".\1."),
 ]
-"""transformers' parameter names, those of 5.18 and later and those before, to ours."""
+"""Patterns that map transformers' parameter names, before and since 5.18, to ours."""
 
 
 @dataclass(frozen=True)
 class FrameFeatures:
-    """What queries read of F frames with N = 1 + patches tokens each."""
+    """Encoded frames, ready to be queried: F frames with N = 1 + patches tokens each (CLS token first)."""
 
     keys: list[Tensor]
     """Per layer [F, heads, N, head_dim]."""
     values: list[Tensor]
     """Per layer [F, heads, N, head_dim]."""
     patches: Tensor | None
-    """[F, N, D] after the final norm; None where only deep queries are asked."""
+    """[F, N, D] after the final norm; None unless `encode` was called with `patches=True`."""
     grid: tuple[int, int]
-    """Patches per column and row."""
+    """Number of patch rows and columns."""
     tickets: list[list[Ticket | None]] = field(default_factory=list, kw_only=True)
-    """Per layer one for each pass; none where gradients of keys and values go the usual way."""
+    """Per layer, one ticket per pass (`fvlm_core.model.single_query`). Empty if autograd accumulates the gradients of keys and values."""
     weights: list[LayerWeights] | None = field(default=None, kw_only=True)
-    """The layers' that the frames were encoded with, for what reads them; None: the layers' own."""
+    """Cast weights that the frames were encoded with, to be used for their queries too; None for the layers' own parameters."""
     read: Tensor | None = field(default=None, kw_only=True)
-    """What the queries given to `encode` read, [F, Q, D] after the final norm."""
+    """Outputs [F, Q, D], after the final norm, of the queries given to `encode`; None without any."""
 
     def select(self, frames: Tensor) -> "FrameFeatures":
-        """The features of some frames; `frames` int64 [f]."""
+        """Return the features of the frames with indices `frames` int64 [f]."""
         pick = [part.index_select(0, frames) for part in self.keys], [part.index_select(0, frames) for part in self.values]
         patches = None if self.patches is None else self.patches.index_select(0, frames)
         return FrameFeatures(*pick, patches, self.grid, weights=self.weights)
 
     @classmethod
     def joined(cls, parts: Iterable["FrameFeatures"], n_frames: int) -> "FrameFeatures":
-        """Consecutive parts of `n_frames` frames as one; every part is let go as soon as it is copied."""
+        """Concatenate consecutive parts, `n_frames` frames in total. Each part is freed as soon as it is copied."""
         whole, done = None, 0
         for part in parts:
             if whole is None:
@@ -96,11 +96,11 @@ class FrameFeatures:
 
 
 class Encoder(nn.Module):
-    """DINOv2's weights and the two things done with them: `encode` frames, `query` what was encoded."""
+    """DINOv2 with two operations: `encode` frames, and `query` the encoded frames."""
 
     pixel_mean: Tensor
     pixel_std: Tensor
-    layers: Sequence[EncoderLayer]  # in an nn.ModuleList, whose type does not say what is in it
+    layers: Sequence[EncoderLayer]  # an nn.ModuleList, which does not declare the type of its elements
 
     def __init__(self, config: Dinov2Config) -> None:
         super().__init__()
@@ -117,22 +117,22 @@ class Encoder(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1) * 255, persistent=False)
         self.gradient_checkpointing = False
         self.has_tickets = False
-        """Whether gradients of keys and values are added up by tickets (`fvlm_core.model.single_query`): where all of it is compiled."""
+        """Whether tickets accumulate the gradients of keys and values (`fvlm_core.model.single_query`). Only pays off in compiled code."""
 
     @classmethod
     def from_dinov2(cls, dinov2: "Dinov2Model") -> Self:
-        """Take over the weights of a `Dinov2Model`."""
+        """Build an encoder with the weights of a `Dinov2Model`."""
         encoder = cls(dinov2.config)
         encoder.load_state_dict(cls.from_dinov2_state(dinov2.state_dict()))
         return encoder
 
     @property
     def castable(self) -> bool:
-        """Whether the layers' products are those of plain matrices: no adapters in their place."""
+        """Whether all linear layers are plain, i.e. none is replaced by an adapter."""
         return all(type(m) is PrepackedLinear for layer in self.layers for m in (layer.qkv, layer.out, layer.fc1, layer.fc2))
 
     def cast(self, casts: Casts) -> list[LayerWeights] | None:
-        """The layers' matrices for the frames and all their passes, where they are to be cast for all of them."""
+        """Return the cast matrices of all layers, to be shared by all passes over the frames; None if `casts` excludes the encoder."""
         dtype = casts.dtype("encoder", self.cls_token.device)
         if dtype is None:
             return None
@@ -140,21 +140,21 @@ class Encoder(nn.Module):
 
     @staticmethod
     def from_dinov2_state(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Our state dict from one of a `Dinov2Model` of any transformers release."""
+        """Convert the state dict of a `Dinov2Model`, of any transformers release, to this encoder's names and fused projections."""
         state: dict[str, Tensor] = {}
         for name, tensor in theirs.items():
             for pattern, ours in _NAMES:
                 name = re.sub(pattern, ours, name)
             state[name] = tensor
-        state.pop("embeddings.mask_token", None)  # masked pre-training's; nothing here uses it
+        state.pop("embeddings.mask_token", None)  # only used in masked pre-training
         for name in [name for name in state if ".qkv.q." in name]:
             parts = [state.pop(name.replace(".q.", f".{part}.")) for part in "qkv"]
             state[name.replace(".q.", ".")] = torch.cat(parts)
         return state
 
     def to_dinov2(self) -> "Dinov2Model":
-        """The same weights as a transformers `Dinov2Model` (its unused mask token is zero)."""
-        from transformers import Dinov2Model  # seconds, which a model that is only loaded and run does not need
+        """Return a transformers `Dinov2Model` with the same weights. Its unused mask token is zero."""
+        from transformers import Dinov2Model  # this import takes seconds, and inference does not need it
 
         dinov2 = Dinov2Model(self.config)
         ours = dict(self.state_dict())
@@ -179,13 +179,13 @@ class Encoder(nn.Module):
         queries: Tensor | None = None,
         weights: list[LayerWeights] | None = None,
     ) -> FrameFeatures:
-        """Encode frames [F, H, W, 3] of 0..255, uint8 or float.
+        """Encode frames [F, H, W, 3] with values 0..255, uint8 or float.
 
-        `patches` also keeps the last layer's output for what does not query deeply. `passes`: how often all frames will be read with
-        a single query; where it pays, they get tickets. `queries` [F, Q, D]: of the first of these passes, where they are known before;
-        they go through the layers with the patches, in the same kernels, at a temperature of 1. `weights`: from `cast`.
+        `patches`: also compute the last layer's patch outputs, for variants without deep queries. `passes`: number of later passes over all
+        frames with a single query each; they get tickets if `has_tickets`. `queries` [F, Q, D]: queries of the first of these passes, if
+        already known; they go through the layers together with the patches, in the same kernels, at temperature 1. `weights`: from `cast`.
 
-        Raises ValueError where a side is not a multiple of the patch size.
+        Raises ValueError if a side is not a multiple of the patch size.
         """
         height, width = frames.shape[1:3]
         side = self.patch_px
@@ -197,10 +197,9 @@ class Encoder(nn.Module):
         return FrameFeatures.joined(parts, len(frames))
 
     def query(self, features: FrameFeatures, q: Tensor, temperature: float = 1.0, number: int | None = None) -> tuple[Tensor, Tensor]:
-        """Read the frames with queries [F, Q, D]; `number`: which of the passes that `encode` announced.
+        """Query the frames with q [F, Q, D]. `number`: index of the pass, among the `passes` given to `encode`.
 
-        Returns what they read [F, Q, D] after the final norm, and the queries as they enter the last layer, of which
-        `attention` makes the attention weights.
+        Returns the outputs [F, Q, D] after the final norm, and the queries' inputs to the last layer [F, Q, D], detached, for `attention`.
         """
         entering = q
         own: list[Ticket | None] = [None] * len(self.layers)
@@ -213,11 +212,11 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def attention(self, features: FrameFeatures, entering: Tensor, temperature: float = 1.0) -> Tensor:
-        """The last layer's attention weights [F, heads, Q, N]; index 0 of N is the CLS token."""
+        """Attention weights [F, heads, Q, N] of the last layer, for its inputs `entering` [F, Q, D]. Index 0 of N is the CLS token."""
         return self.layers[-1].weights(entering, features.keys[-1], temperature)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """Position embeddings [1, 1 + patches, D] for a grid, resampled (bicubic, fp32) where it is not the table's own."""
+        """Position embeddings [1, 1 + patches, D] for a grid, resampled (bicubic, fp32) if it differs from the pre-trained grid."""
         table = self.position_embeddings
         own = self.image_px // self.patch_px
         if grid == (own, own):
@@ -237,7 +236,7 @@ class Encoder(nn.Module):
         x = self.embed(frames, queries)
         added: Added = None
         asking = 0 if queries is None else queries.shape[1]
-        later = passes - 1 if passes and asking else passes  # of a pass that goes along only the last layer is read with a query
+        later = passes - 1 if passes and asking else passes  # a pass that runs with the patches queries the last layer only
         keys, values = [], []
         given: list[list[Ticket | None]] = []
         for number, (layer, cast) in enumerate(zip(self.layers, weights or [None] * len(self.layers), strict=True)):
@@ -263,9 +262,9 @@ class Encoder(nn.Module):
         return FrameFeatures(keys, values, kept, grid, tickets=given if passes else [], weights=weights, read=read)
 
     def embed(self, frames: Tensor, queries: Tensor | None = None) -> Tensor:
-        """Frames [F, H, W, 3] as what the first layer takes, [F, N, D]: the CLS token and the patches, with their positions.
+        """Embed frames [F, H, W, 3] as the first layer's input [F, N, D]: CLS token and patches, with position embeddings.
 
-        Behind them `queries` [F, Q, D].
+        If `queries` [F, Q, D] are given, they are appended: [F, N + Q, D].
         """
         grid = (frames.shape[1] // self.patch_px, frames.shape[2] // self.patch_px)
         pixels = (frames.permute(0, 3, 1, 2).to(self.patches.weight.dtype) - self.pixel_mean) / self.pixel_std
@@ -275,7 +274,7 @@ class Encoder(nn.Module):
 
 
 def _side(px: object) -> int:
-    """The side of a square given as one number or as two equal ones."""
+    """Return the side of a square given as one number or as a pair of equal numbers."""
     sides = set(px) if isinstance(px, list | tuple) else {px}
     (side,) = sides
     assert isinstance(side, int)

@@ -1,7 +1,8 @@
-"""One DINOv2 block, for patches and for the queries that read them.
+"""A DINOv2 block for patches and for the queries that read them.
 
-Keys and values are handed out, what it adds last is left to the next block's norm, and queries that are known beforehand go along with the
-patches. What it does in all, and its source: `fvlm_core.model.encoder`.
+It differs from a plain block in three ways: it returns its keys and values; it leaves its last residual addition to the next block, so that
+the addition is compiled together with that block's norm; and queries that are known in advance run together with the patches. See
+`fvlm_core.model.encoder` for the whole encoder and its source.
 """
 
 from collections.abc import Sequence
@@ -17,21 +18,21 @@ from fvlm_core.model.prepacked import PrepackedLinear, gelu_of
 from fvlm_core.model.single_query import Ticket, attend_once, tickets
 
 Added = tuple[Tensor, Tensor, Tensor | None] | None
-"""What a layer leaves to the next to be added, by which scale, and the bias that is not in it yet; None before the first layer."""
+"""The residual term that a layer leaves to the next: (term, layer scale, bias still to be added or None). None before the first layer."""
 
 
 def scaled_sum(x: Tensor, added: Added) -> Tensor:
-    """Patches [F, N, D] with what the layer before adds."""
+    """Add the previous layer's residual term to x [F, N, D]."""
     return summed(x, None if added is None else _scaled(*added))
 
 
 def _scaled(x: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """(x + bias) * scale; the gradients of scale and bias are then sums over the same tensor, which one kernel reads once."""
+    """(x + bias) * scale. In this form the gradients of scale and bias are sums over the same tensor, which one kernel reads once."""
     return x * scale if bias is None else x * scale + bias * scale
 
 
 class LayerWeights(NamedTuple):
-    """A layer's matrices, and the biases that are added in its products, in the precision of these."""
+    """A layer's weight matrices, and the biases that its matrix products add, cast to the precision of the products."""
 
     qkv: Tensor
     qkv_bias: Tensor | None
@@ -42,7 +43,7 @@ class LayerWeights(NamedTuple):
 
 
 class EncoderLayer(nn.Module):
-    """One DINOv2 block, whose keys and values are handed out."""
+    """A DINOv2 block that returns its keys and values."""
 
     def __init__(self, config: Dinov2Config) -> None:
         super().__init__()
@@ -60,9 +61,9 @@ class EncoderLayer(nn.Module):
     def keys_values(
         self, x: Tensor, added: Added = None, passes: int = 0, asking: int = 0, weights: LayerWeights | None = None
     ) -> tuple[Tensor, Tensor, list[Ticket], Tensor]:
-        """Keys and values [F, heads, N, head_dim] of patches, a sum as in `forward`, without their queries; and `passes` tickets.
+        """Compute only the keys and values [F, heads, N, head_dim] of the patches, as the last layer needs nothing else.
 
-        Also the `asking` tokens [F, asking, D] that are behind the patches, as they are.
+        Also returns `passes` tickets, and the last `asking` tokens [F, asking, D] of the input, which are queries, unchanged.
         """
         x = scaled_sum(x, added)
         patches, queries = x.split([x.shape[1] - asking, asking], dim=1)
@@ -80,10 +81,13 @@ class EncoderLayer(nn.Module):
         asking: int = 0,
         weights: LayerWeights | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Ticket]]:
-        """Patches [F, N, D] one layer on and what the next layer adds to them (`added`), their keys and values, and `passes` tickets.
+        """Apply the layer to x [F, N, D], after adding the previous layer's residual term.
 
-        They attend to each other, or to M context patches and each other where `seen` bool [N, M + N] says so. The last `asking` of
-        them are queries, to which none attends.
+        Tokens attend to each other or, with a context, to M context tokens and each other as the mask `seen` bool [N, M + N] allows. The
+        last `asking` of the N tokens are queries, to which no token attends.
+
+        Returns x [F, N, D] without the layer's own last residual term, that term (see `added`), keys and values of the patches, and
+        `passes` tickets.
         """
         x = scaled_sum(x, added)
         query, key, value = self._project(self.norm1(x), slice(None), weights)
@@ -106,9 +110,10 @@ class EncoderLayer(nn.Module):
         ticket: Ticket | None = None,
         weights: LayerWeights | None = None,
     ) -> Tensor:
-        """Queries [F, Q, D] one layer on: they attend to the frame's keys and values, not to each other.
+        """Apply the layer to queries [F, Q, D]. They attend to the frame's keys and values [F, heads, N, head_dim], not to each other.
 
-        `bias` [F, 1, Q, N] is added to the logits, whatever the temperature. `ticket`: of a single query's pass.
+        `bias` [F, 1, Q, N] is added to the logits after the division by the temperature. `ticket`: carries the gradients of keys and values
+        (`fvlm_core.model.single_query`); requires Q = 1 and no bias.
         """
         (query,) = self._project(self.norm1(q), slice(0, q.shape[-1]), weights)
         scale = query.shape[-1] ** -0.5 / temperature
@@ -127,10 +132,11 @@ class EncoderLayer(nn.Module):
         temperature: float,
         bias: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Rows [R * n + R, D] one layer on, and what the next layer adds (`added`): n patches of each of R frames, and a query each.
+        """Apply the layer to opened patches and the queries that read them in one go (see `fvlm_core.model.walk`).
 
-        Of `count` R, n. The patches' keys and values become the last n of `keys` and `values` [R, heads, N, head_dim]. They attend to what
-        `seen` [n, N] does not lower, as the queries do to what `bias` [R, 1, 1, N] does not.
+        `both` [R * n + R, D]: n patches of each of R rows, followed by one query of each row. `count`: (R, n). The patches' keys and values
+        are written to the last n places of `keys` and `values` [R, heads, N, head_dim]. `seen` float [n, N] and `bias` [R, 1, 1, N] are
+        added to the attention logits of patches and queries. Returns x and the residual term for the next layer, as `forward` does.
         """
         both = scaled_sum(both, added)
         patches, queries = self.norm1(both).tensor_split([count[0] * count[1]])
@@ -146,23 +152,23 @@ class EncoderLayer(nn.Module):
         return self.logits(q, key, temperature, bias).float().softmax(-1)
 
     def logits(self, q: Tensor, key: Tensor, temperature: float, bias: Tensor | None = None) -> Tensor:
-        """What the attention weights [F, heads, Q, N] of queries [F, Q, D] are the softmax of."""
+        """Attention logits [F, heads, Q, N] of queries [F, Q, D]."""
         (query,) = self._project(self.norm1(q), slice(0, q.shape[-1]))
         logits = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 / temperature)
         return logits if bias is None else logits + bias
 
     @property
     def matrices(self) -> list[list[Tensor | None]]:
-        """Those of `LayerWeights`."""
+        """The parameters to cast for `LayerWeights`, in its order, each a group of its own."""
         with_bias = [tensor for layer in (self.qkv, self.fc1) for tensor in (layer.weight, layer.bias)]
         return [[tensor] for tensor in (*with_bias, self.out.weight, self.fc2.weight)]
 
     def added(self, more: Tensor, weights: LayerWeights | None = None) -> Added:
-        """What the layer leaves to be added, of the second result of its `forward` with these weights."""
+        """Build the `added` argument of the next layer from `more`, the second result of `forward` with the same `weights`."""
         return more, self.scale2, None if weights is None else self.fc2.bias
 
     def _project(self, x: Tensor, part: slice, weights: LayerWeights | None = None) -> tuple[Tensor, ...]:
-        """Rows `part` of the fused projection, as tensors [F, heads, N, head_dim]."""
+        """Apply the output rows `part` of the fused projection; return tensors [F, heads, N, head_dim]."""
         if weights is None:
             projected = self.qkv.part(x, part)
         else:

@@ -1,4 +1,4 @@
-"""Count FLOPs of code that runs: torch's counter, with the CPU's kernels that it does not know."""
+"""Count the FLOPs of running code with torch's counter, extended by CPU kernels that it does not know."""
 
 from collections.abc import Callable
 from math import prod
@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def count_flops(function: Callable[[], Any]) -> int:
-    """FLOPs of the products and attention that `function()` runs, backward included where it runs one."""
+    """Return the FLOPs of all matrix products and attention that `function()` runs, including a backward pass if it runs one."""
     ops = torch.ops.aten
     mapping: dict[Any, Any] = {
         ops._scaled_dot_product_flash_attention_for_cpu: _forward,
@@ -23,16 +23,16 @@ def count_flops(function: Callable[[], Any]) -> int:
 
 
 def _forward(query: tuple[int, ...], key: tuple[int, ...], *_rest: object, **_options: object) -> int:
-    """Shapes [B, H, S, D] and [B, Hkv, T, D]: query times key, weights times value."""
+    """FLOPs of attention with query [B, H, S, D] and key [B, Hkv, T, D]: query times key, and weights times value."""
     batch, heads, new, width = query
     return 4 * batch * heads * new * key[-2] * width
 
 
 def _backward(_grad: tuple[int, ...], query: tuple[int, ...], key: tuple[int, ...], *_rest: object, **_options: object) -> int:
-    """Five products of that size: the recomputed weights, and the gradients of value, weights, query and key."""
+    """Five products instead of two: the recomputed weights, and the gradients of value, weights, query and key."""
     return _forward(query, key) * 5 // 2
 
 
 def _product(x: tuple[int, ...], weight: tuple[int, ...], *_rest: object, **_options: object) -> int:
-    """Shapes [..., in] and [out, in]."""
+    """FLOPs of x [..., in] times weight [out, in]."""
     return 2 * prod(x) * weight[0]

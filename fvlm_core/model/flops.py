@@ -1,9 +1,9 @@
-"""What a sample costs in FLOPs, from the configuration alone.
+"""Compute the FLOPs of a sample from the configuration alone.
 
-Multiplications and additions of matrix products and attention, counted as `torch.utils.flop_counter` counts them: a
-product of [m, k] and [k, n] is 2mkn, attention counts its whole square. Norms, activations and softmax are left out, as
-there. Backward is twice forward for products (once where the input or the weights need no gradient), 2.5 times for
-attention, which recomputes its weights (Dao 2023, https://arxiv.org/abs/2307.08691, section 3.1).
+Counts multiplications and additions of matrix products and attention, like `torch.utils.flop_counter`: a product of [m, k] and [k, n] is
+2mkn, and causal attention counts as full attention. Norms, activations and softmax are not counted. The backward pass of a product is twice
+its forward pass (once if either the input or the weights need no gradient), and 2.5 times for attention, which recomputes its weights
+(Dao 2023, https://arxiv.org/abs/2307.08691, section 3.1).
 """
 
 from collections.abc import Collection
@@ -17,7 +17,7 @@ Backbone = Literal["vision", "llm"]
 
 @dataclass(frozen=True)
 class ModelDims:
-    """The sizes that the cost depends on."""
+    """The model sizes that determine the FLOPs."""
 
     vision_width: int
     vision_mlp: int
@@ -32,7 +32,7 @@ class ModelDims:
 
     @classmethod
     def from_configs(cls, vision: dict, llm: dict, frame_px: int) -> "ModelDims":
-        """From the values of transformers' Dinov2Config and LlamaConfig."""
+        """Read the sizes from the values of transformers' `Dinov2Config` and `LlamaConfig`."""
         head = llm.get("head_dim") or llm["hidden_size"] // llm["num_attention_heads"]
         return cls(
             vision_width=vision["hidden_size"],
@@ -54,28 +54,31 @@ class ModelDims:
 
 @dataclass(frozen=True)
 class SampleShape:
-    """What one sample holds."""
+    """The numbers of frames and tokens of one sample."""
 
     frames: int
-    """Distinct frames: an image shown 8 times is one."""
+    """Number of distinct frames: an image shown 8 times is one frame."""
     shown: int
-    """Shown frames."""
+    """Number of shown frames: an image shown 8 times counts 8 times."""
     text_tokens: int
-    """Up to the last one whose prediction is a target: the loss needs no others."""
+    """Number of text tokens up to the last labelled position; the loss does not depend on later ones."""
     labels: int
+    """Number of labelled tokens."""
     query_prefix: int
-    """Tokens before and including the last query's source; see `PackedBatch.query_prefix`."""
+    """Number of tokens up to and including the last one that a query is predicted from; see `PackedBatch.query_prefix`."""
 
 
 @dataclass
 class Flops:
-    """A cost in parts whose backward differs."""
+    """Forward FLOPs, split by the cost of their backward pass."""
 
     products: float = 0.0
+    """Matrix products with gradients of input and weights."""
     half_backward: float = 0.0
-    """Products with one gradient only: the patch embedding's (pixels need none), those with frozen weights."""
+    """Matrix products with one gradient only: the patch embedding (pixels need none) and layers with frozen weights."""
     attention: float = 0.0
     forward_only: float = 0.0
+    """FLOPs without a backward pass."""
 
     @property
     def forward(self) -> float:
@@ -83,11 +86,11 @@ class Flops:
 
     @property
     def train(self) -> float:
-        """Forward and backward."""
+        """FLOPs of the forward and backward pass."""
         return 3 * self.products + 2 * self.half_backward + 3.5 * self.attention + self.forward_only
 
     def frozen(self, *, reached: bool) -> "Flops":
-        """The same with weights that are not trained. `reached`: a gradient still passes through to what is before them."""
+        """Return the FLOPs if these weights are frozen. `reached`: gradients still flow through to trained parameters before them."""
         if not reached:
             return Flops(forward_only=self.forward)
         return Flops(half_backward=self.products + self.half_backward, attention=self.attention, forward_only=self.forward_only)
@@ -102,7 +105,7 @@ class Flops:
 def sample_flops(
     model: ModelSettings, dims: ModelDims, shape: SampleShape, loss: LossSettings, *, frozen: Collection[Backbone] = ()
 ) -> Flops:
-    """Cost of one sample in a training step (`.train`, with these backbones frozen) or of its forward (`.forward`)."""
+    """FLOPs of one sample: `.train` of a training step with the `frozen` backbones, `.forward` of the forward passes alone."""
     cost = Flops()
     k, glance = model.tokens_per_frame, model.glance
     _encode(cost, model, dims, shape.frames, frozen="vision" in frozen)
@@ -129,7 +132,7 @@ def sample_flops(
 
 
 def samples_for(budget_flops: float, flops_per_sample: float) -> int:
-    """How many samples a budget pays for, at least one."""
+    """Number of samples that fit into a FLOP budget, at least one."""
     return max(1, round(budget_flops / flops_per_sample))
 
 
@@ -149,17 +152,17 @@ def _encode(cost: Flops, model: ModelSettings, dims: ModelDims, frames: int, *, 
     if model.glance is not None and model.glance.train_on == "all":
         for children in _children(model.glance, patches):
             cost.add(_tower(dims, frames, children, children + tokens, frozen=frozen))
-    if model.query == "shallow":  # its own keys and values
+    if model.query == "shallow":  # has its own key and value projections
         cost.add(Flops(half_backward=keys_values) if frozen else Flops(products=keys_values))
 
 
 def _encoded(model: ModelSettings, dims: ModelDims) -> int:
-    """Patches of a frame that are encoded whatever the query says."""
+    """Number of patches of a frame that are always encoded: all of them, or those of the glance."""
     return dims.patches if model.glance is None else dims.patches // model.glance.shrink**2
 
 
 def _children(glance: GlanceSettings, patches: int) -> list[int]:
-    """Patches of each level that are encoded: every one in training on all, those under the chosen ones otherwise."""
+    """Number of encoded patches of each level: all of them with `train_on: all`, otherwise the children of the chosen patches."""
     children = []
     for zoom in glance.zooms:
         patches = zoom**2 * (patches if glance.train_on == "all" else min(glance.open, patches))
@@ -168,7 +171,7 @@ def _children(glance: GlanceSettings, patches: int) -> list[int]:
 
 
 def _tower(dims: ModelDims, times: int, patches: int, seen: int, *, frozen: bool) -> Flops:
-    """Opened patches, embedded and up to their keys and values, each attending to `seen` tokens."""
+    """FLOPs of encoding opened patches up to the last layer's keys and values, each patch attending to `seen` tokens."""
     width, layers = dims.vision_width, dims.vision_layers - 1
     embed = times * 2 * patches * 3 * dims.patch_px**2 * width
     inner = Flops(
@@ -176,12 +179,15 @@ def _tower(dims: ModelDims, times: int, patches: int, seen: int, *, frozen: bool
         attention=times * layers * 4 * patches * seen * width,
     )
     cost = Flops(forward_only=embed) if frozen else Flops(half_backward=embed)
-    cost.add(inner.frozen(reached=True) if frozen else inner)  # what tells the resolutions apart is trained, and added before
+    cost.add(inner.frozen(reached=True) if frozen else inner)  # the trained scale embeddings come before
     return cost
 
 
 def _open(cost: Flops, glance: GlanceSettings, dims: ModelDims, queries: int, *, watched: bool, frozen: bool) -> None:
-    """What queries cost before and beside the read that makes the token: choosing, level by level, and opening what was chosen."""
+    """Add the FLOPs of choosing and opening patches, level by level; `_query` adds those of the final read.
+
+    `watched`: the attention weights are computed once more, for their entropy or for distillation.
+    """
     width, tokens = dims.vision_width, dims.patches // glance.shrink**2 + 1
     glance_tokens = tokens
     for children in _children(glance, tokens - 1):
@@ -199,11 +205,15 @@ def _open(cost: Flops, glance: GlanceSettings, dims: ModelDims, queries: int, *,
 
 
 def _query(cost: Flops, model: ModelSettings, dims: ModelDims, queries: int, *, opened: bool, watched: bool, frozen: bool) -> None:
-    """`opened`: patches were. `watched`: the attention weights are computed once more, for their entropy. `frozen`: the encoder is."""
+    """Add the FLOPs of reading frames with queries and of the projections before and after.
+
+    `opened`: the queries have opened patches. `watched`: the attention weights are computed once more, for their entropy. `frozen`: the
+    encoder is frozen.
+    """
     width, tokens = dims.vision_width, _encoded(model, dims) + 1
     if model.glance is not None and opened:
         tokens += sum(_children(model.glance, tokens - 1))
-        watched = False  # counted with what chose them
+        watched = False  # already counted by `_open`
     cost.products += queries * 2 * width * dims.llm_width
     if model.film_head_width:
         cost.products += queries * 2 * width * 4 * model.film_head_width
@@ -225,7 +235,7 @@ def _query(cost: Flops, model: ModelSettings, dims: ModelDims, queries: int, *, 
 
 
 def _llm(dims: ModelDims, length: int, labels: int) -> Flops:
-    """The language model over `length` tokens, and the logits of `labels` of them."""
+    """FLOPs of the language model on `length` tokens, with logits for `labels` of them."""
     width = dims.llm_width
     per_token = 2 * width * (2 * width + 2 * dims.llm_kv_width + 3 * dims.llm_mlp)
     return Flops(

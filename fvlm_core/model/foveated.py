@@ -1,9 +1,9 @@
-"""The foveated model: a language model that says where to look, an encoder that is looked at, one token per frame.
+"""The foveated model: a language model predicts queries, which read each frame from the encoder as one or a few tokens.
 
-Training runs P passes over a packed batch whose frames are encoded once: the coarse pass (every frame read with
-`q_static`), then each fine pass, whose queries come from the hidden states of the pass before (frame t's from the token of
-frame t-1). Every pass can carry a loss; a pass runs only over the tokens that its loss or the next pass's queries need.
-Text-only samples are the same in all passes and run once. How a model is made, loaded and saved: `fvlm_core.model.build`.
+Training encodes the frames of a packed batch once and runs several passes over it: the coarse pass, which reads every frame with the
+learned static query `q_static`, then the fine passes, whose queries are predicted from the hidden states of the previous pass (those of
+frame t from the token of frame t-1). Each pass may have a loss, and only runs over the tokens that its loss or the next pass's queries
+depend on. Text-only samples are equal in all passes and run once. See `fvlm_core.model.build` for building, loading and saving models.
 """
 
 from collections.abc import Callable
@@ -30,33 +30,34 @@ _POSITION_PARAMETERS = {"cls_token", "position_embeddings", "scale_embeddings"}
 
 @dataclass(frozen=True)
 class PassLosses:
-    """What the training forward returns."""
+    """Losses of a micro-batch, returned by `FoveatedVLM.forward`."""
 
     objective: Tensor
-    """Scalar: the passes' sums of cross-entropy, weighted (weights add up to 1). Divide by the labels of the global batch."""
+    """Scalar: weighted sum of the passes' summed cross-entropies (weights normalised to add up to 1), plus the weighted selection loss if
+    there is one. Divide it by the number of labels in the global batch."""
     sums: dict[str, Tensor]
-    """Per pass (`coarse`, `fine1`, ...) the sum of cross-entropy over labelled positions, detached; weightless ones are left out.
-    By sample: one sum for each, [N], with its gradient."""
+    """Per pass (`coarse`, `fine1`, ...) the summed cross-entropy over labelled positions, detached; passes of weight 0 are omitted.
+    With `by_sample`: one sum per sample, [N], with gradients."""
     entropy: Tensor
-    """Mean entropy of the last pass's attention over a frame, in nats; 0 without frames."""
+    """Mean entropy, in nats, of the last pass's attention over a frame; 0 without frames."""
 
 
 @dataclass(frozen=True)
 class Read:
-    """What the shown frames became: V frames of k tokens."""
+    """Result of reading V shown frames as k tokens each."""
 
     tokens: Tensor
     """[V, k, llm width]."""
     weights: Tensor | None
-    """Attention of the last layer, [V, heads, k, N], where asked for; None for pooled patches. With a glance, N is the glance's."""
+    """Attention weights of the last layer, [V, heads, k, N], if requested; None for pooled patches. With a glance, N counts its tokens."""
     opened: Tensor | None = None
-    """int64 [V, k, open]: the glance patches that each query opened, where it did."""
+    """int64 [V, k, open]: the glance patches that each query opened; None if none were chosen."""
     selection_loss: Tensor | None = None
-    """Scalar: sum over queries of what teaches the glance where they looked, when training on chosen patches."""
+    """Scalar: summed over queries, the loss that distils the queries' attention to opened patches into p (`GlanceRead.selection_loss`)."""
 
 
 class FoveatedVLM(nn.Module):
-    """Encoder, connector and language model. Build with `build_model` or `load_model`."""
+    """Encoder, connector and language model. Create with `build_model` or `load_model`."""
 
     def __init__(self, settings: ModelSettings, encoder: Encoder, llm: Llama) -> None:
         super().__init__()
@@ -64,25 +65,25 @@ class FoveatedVLM(nn.Module):
         self.encoder = encoder
         self.llm = llm
         self.chooser: Chooser = likeliest
-        """Which patches a query opens, with a glance; another one for controls."""
+        """With a glance: chooses the patches that a query opens. Replaced in control experiments."""
         self.cross_entropy = CrossEntropy()
         self.casts = Casts()
         self.connector = Connector(settings, encoder.config.hidden_size, encoder.config.num_attention_heads, llm.config.hidden_size)
 
-    # the parts that the three modes share
+    # shared by the three inference modes and training
 
     @property
     def modes(self) -> tuple[Mode, ...]:
-        """The modes this model has: pooled patches are not queried, so only coarse."""
+        """The inference modes that this model supports. Pooled patches are not queried, so only `coarse_only` applies to them."""
         return ("coarse_only",) if self.settings.query == "pooled" else MODES
 
     @property
     def gaze_px(self) -> int:
-        """Side of the squares of a frame that attention maps are over: the patches, or those of the glance."""
+        """Pixels per side of one cell of an attention map: an encoder patch, or the part of the frame under a glance patch."""
         return self.encoder.patch_px * (1 if self.settings.glance is None else self.settings.glance.shrink)
 
     def encode(self, frames: Tensor) -> FrameFeatures:
-        """Encode frames uint8 [F, H, W, 3]; with a glance, their glance, and the rest too where training reads all of it."""
+        """Encode frames uint8 [F, H, W, 3]. With a glance, encode only that; in training with `train_on: all`, also all other patches."""
         if self.settings.glance is not None:
             small = look(self.encoder, frames, self.settings.glance)
             if not self.training or self.settings.glance.train_on == "chosen":
@@ -102,7 +103,7 @@ class FoveatedVLM(nn.Module):
         return features if self.connector.shallow is None else self.connector.shallow.keys_values(features)
 
     def read_coarse(self, features: FrameFeatures, batch: PackedBatch, *, weights: bool = False, number: int | None = None) -> Read:
-        """Tokens of every shown frame, read with `q_static` (or pooled): a frame shown often is read once. `number` as in `read`."""
+        """Read every shown frame with `q_static` (or pool its patches). A frame shown several times is read once. `number` as in `read`."""
         if self.settings.query == "pooled":
             pooled = self._pool(features)
             return Read(self.connector.tokens(pooled, pooled)[batch.shown_frames], None)
@@ -117,7 +118,7 @@ class FoveatedVLM(nn.Module):
     def read_fine(
         self, features: FrameFeatures, queries: Tensor, batch: PackedBatch, *, weights: bool = False, number: int | None = None
     ) -> Read:
-        """Tokens of every shown frame, each read with its own queries [V, k, D]; `number` as in `read`."""
+        """Read every shown frame with its own queries [V, k, D]. `number` as in `read`."""
         k = self.settings.tokens_per_frame
         tokens, attended, places, opened, losses = [], [], [], [], []
         for group in batch.showings:
@@ -144,10 +145,10 @@ class FoveatedVLM(nn.Module):
     def read(
         self, features: FrameFeatures, queries: Tensor, *, weights: bool = False, opening: bool = True, number: int | None = None
     ) -> Read:
-        """Read f frames with queries [f, Q, D] -> tokens [f, Q, llm width], and weights [f, heads, Q, N] where asked for.
+        """Read f frames with queries [f, Q, D] -> tokens [f, Q, llm width] and, with `weights`, attention weights [f, heads, Q, N].
 
-        `opening`: with a glance, patches are opened; without, only the glance is read. `number`: of the training
-        pass, each of which reads a frame once.
+        `opening`: for a model with a glance, whether queries open patches or only read the glance. `number`: index of the training pass, as
+        in `Encoder.query`.
         """
         projected = self.connector.query_input_proj(queries)
         temperature = self.connector.temperature
@@ -162,7 +163,7 @@ class FoveatedVLM(nn.Module):
         return Read(self.connector.tokens(read, queries), attended)
 
     def queries(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
-        """Queries [V, k, D] of every shown frame, given the hidden states [S, llm width] of the pass before."""
+        """Predict queries [V, k, D] of every shown frame from the previous pass's hidden states [S, llm width]."""
         if self.settings.query == "random":
             return self.connector.random_queries[batch.position_ids[batch.visual_positions[:, 0]] % RANDOM_QUERIES]
         made = self.connector.next_queries(hidden[batch.query_sources.clamp(min=0)])
@@ -175,7 +176,10 @@ class FoveatedVLM(nn.Module):
     def contextualise(
         self, embeddings: Tensor, position_ids: Tensor, layout: PackedLayout, weights: list[LayerWeights] | None = None
     ) -> Tensor:
-        """The language model's last hidden states [S, llm width] of packed embeddings [S, llm width]; `weights` as in `Llama.forward`."""
+        """Run the language model: packed embeddings [S, llm width] -> last hidden states [S, llm width]. Advances the layout's cache.
+
+        `weights` as in `Llama.forward`.
+        """
         hidden = self.llm(embeddings, position_ids, layout, weights)
         if layout.cache is not None:
             layout.cache.advance(layout)
@@ -184,9 +188,9 @@ class FoveatedVLM(nn.Module):
     # training
 
     def forward(self, batch: PackedBatch, loss: LossSettings, *, by_sample: bool = False) -> PassLosses:
-        """The training passes of one micro-batch; a micro-batch without frames or without labels is fine.
+        """Run the training passes on a micro-batch, which may have no frames or no labels.
 
-        `by_sample` returns every sample's own sums, for losses that are not linear in them.
+        `by_sample`: return a differentiable sum per sample in `PassLosses.sums`, for losses that are not linear in them (DPO).
         """
         sample_of = None
         if by_sample:
@@ -209,7 +213,7 @@ class FoveatedVLM(nn.Module):
             objective = objective + text_sum.sum()  # equal in every pass, and the weights add up to 1
         for number, (name, weight) in enumerate(weights.items()):
             last = number == len(weights) - 1
-            # random queries depend on no pass before theirs
+            # random queries do not depend on an earlier pass
             if features is None or not (weight or last or self.settings.query != "random"):
                 continue
             if number == 0:
@@ -242,13 +246,13 @@ class FoveatedVLM(nn.Module):
         return ["coarse", *(f"fine{n + 1}" for n in range(self.settings.fine_iterations))]
 
     def logits_losses(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
-        """Cross-entropy [n labelled] fp32 of a batch's hidden states [S, D] at their labelled positions, in order."""
+        """Cross-entropy [n labelled], fp32, at the labelled positions of a batch, in order, from its hidden states [S, D]."""
         kept = send(torch.from_numpy(batch.labelled), hidden.device)
         logits = F.linear(hidden[kept].float(), self.llm.lm_head.weight.float())
         return F.cross_entropy(logits, batch.labels[kept], reduction="none")
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Recompute activations layer by layer in the backward pass."""
+        """Enable or disable gradient checkpointing: recompute the activations of each layer in the backward pass."""
         self.encoder.gradient_checkpointing = enabled
         self.llm.model.gradient_checkpointing = enabled
 
@@ -259,24 +263,24 @@ class FoveatedVLM(nn.Module):
         return {"encoder": "vision", "connector": "connector", "llm": "llm"}[name.split(".", 1)[0]]
 
     def no_decay(self, name: str) -> bool:
-        """Whether weight decay leaves a parameter alone: norms, biases, layer scales, queries, positions."""
+        """Whether a parameter is excluded from weight decay: norms, biases, layer scales, queries, position embeddings."""
         leaf = name.rsplit(".", 1)[-1]
         return self.get_parameter(name).ndim < 2 or leaf in _QUERY_PARAMETERS | _POSITION_PARAMETERS
 
     def weights(self, gather: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Tensor]:
-        """The state dict on CPU, contiguous, without the output embedding where it is tied.
+        """Return the state dict on CPU, contiguous, without a tied output embedding.
 
-        `gather` makes complete tensors of those of the state dict, where ranks hold parts.
+        `gather` turns each tensor into a complete one if ranks hold shards.
         """
         state = {name: gather(tensor).cpu().contiguous() for name, tensor in self.state_dict().items()}
         if self.llm.config.tie_word_embeddings:
             del state["llm.lm_head.weight"]
         return state
 
-    # the rest is detail
+    # implementation details
 
     def _open(self, features: GlanceFeatures, queries: Tensor, projected: Tensor, *, weights: bool) -> Read:
-        """`read` with patches opened; training explores and teaches the glance."""
+        """`read` with opened patches. When training on chosen patches, add exploration noise and compute the selection loss."""
         chosen = self.settings.glance
         assert chosen is not None
         choosing = self.training and chosen.train_on == "chosen"
@@ -295,17 +299,16 @@ class FoveatedVLM(nn.Module):
         return Read(self.connector.tokens(found.read, queries), found.weights, found.opened, found.selection_loss)
 
     def _pool(self, features: FrameFeatures) -> Tensor:
-        """Average-pooled patches [F, k, D]."""
+        """Average-pool the patches of each frame to [F, k, D]."""
         assert features.patches is not None
         side = int(self.settings.tokens_per_frame**0.5)
         square = features.patches[:, 1:].transpose(1, 2).unflatten(2, features.grid)
         return F.adaptive_avg_pool2d(square, side).flatten(2).transpose(1, 2)
 
     def _cross_entropy(self, hidden: Tensor, weight: Tensor, batch: PackedBatch, kept: "_Kept", sample_of: Tensor | None) -> Tensor:
-        """Sum of cross-entropy over the labelled positions of hidden states [s, D]: logits of the others are not made.
+        """Sum of the cross-entropy over labelled positions, from the hidden states [s, D] of `kept`. Other positions get no logits.
 
-        `weight`: the output layer's. The states are those of `kept`. With `sample_of` [S], the sample of every position, it is a sum per
-        sample, [N].
+        `weight`: output layer weight. `sample_of` [S]: the sample of every position; if given, return one sum per sample, [N].
         """
         if not kept.n_labels:
             none = hidden.sum() * 0.0
@@ -319,7 +322,7 @@ class FoveatedVLM(nn.Module):
         return torch.zeros(batch.n_samples, device=hidden.device).index_add(0, sample_of[kept.labelled], losses)
 
     def _touch(self, objective: Tensor, batch: PackedBatch) -> Tensor:
-        """Give parameters a batch does not use (no frames, no labels, no `q_init`) a zero gradient: DDP waits for them all."""
+        """Give parameters that this batch does not use (no frames, labels or `q_init`) a zero gradient: DDP waits for all gradients."""
         unused: list[nn.Module] = [self.connector]
         unused += [self.encoder] if not len(batch.frames) else []
         unused += [self.llm] if not any(batch.label_prefix) else []
@@ -329,24 +332,24 @@ class FoveatedVLM(nn.Module):
 
 
 class CrossEntropy(nn.Module):
-    """Output layer and loss as a module, so that they are compiled together: logits are then read twice instead of eleven times."""
+    """Output layer and loss in one module, so that they are compiled together: logits are then read twice instead of eleven times."""
 
     def forward(self, states: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        """Of states [n, D] and output weights [vocabulary, D], against targets int64 [n]; reduced to a sum, or [n]."""
+        """Hidden states [n, D], output weight [vocabulary, D], targets int64 [n] -> a scalar or, with reduction "none", [n]."""
         return F.cross_entropy(F.linear(states, weight), targets, reduction=reduction)
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """The positions of a packed batch that a pass runs over: the first tokens of some samples."""
+    """The positions of a packed batch that a pass runs over: prefixes of some samples."""
 
     index: Tensor
     layout: PackedLayout
     n_labels: int
     labelled: Tensor
-    """int64 [n_labels]: those of them with a label, as positions in the batch."""
+    """int64 [n_labels]: the labelled ones, as positions in the batch."""
     rows: Tensor
-    """int64 [n_labels]: the same, counted among the kept ones."""
+    """int64 [n_labels]: the same positions as indices into `index`."""
 
     @classmethod
     def of(cls, batch: PackedBatch, lengths: dict[int, int]) -> "_Kept":

@@ -1,10 +1,10 @@
-"""Gaze before encode: a frame is encoded small (the glance), and a query decides which of its high-resolution patches are encoded at all.
+"""Gaze before encode: a frame is encoded at low resolution (the glance), and a query chooses which high-resolution patches to encode.
 
-The query reads the glance; its attention over the glance's patches is a distribution p. The `open` likeliest patches are opened: the
-`zoom` x `zoom` high-resolution patches under each go through the same DINOv2 layers. They attend to the glance's keys and values and to
-the children of their own parent only, so a parent's keys and values do not depend on what else is open, and the glance never sees them.
-Then the query reads glance and opened patches, log p(parent) added to the children's logits in every layer: the gradient reaches p through
-that. With `levels` above 1, the children that are read most are opened in turn, each time at its level's `zoom` times the resolution.
+The query reads the glance; its attention over the glance patches is a distribution p. The `open` most likely patches are opened: the
+`zoom` x `zoom` high-resolution patches under each go through the same DINOv2 layers. These children attend only to the glance's keys and
+values and to the children of the same parent, so their keys and values do not depend on what else is open. The glance never attends to
+them. Then the query reads glance and opened patches, with log p(parent) added to the children's logits in every layer; through this term,
+gradients reach p. With `levels` above 1, the children with the most attention are opened next, each level at `zoom` times the resolution.
 """
 
 import math
@@ -23,29 +23,29 @@ from fvlm_core.model.squares import StoredFrames, select, squares
 from fvlm_core.model.walk import Walk
 
 LEAST = 1e-6
-"""Added to p before its logarithm: a patch that was opened against the odds can still be read."""
+"""Added to p before the logarithm, so that a patch opened despite a tiny p can still be read."""
 
 Chooser = Callable[[Tensor, int], Tensor]
-"""Which k of n patches every row opens, int64 [R, k], from log p [R, n], noise included."""
+"""Chooses the patches to open: (log p [R, n] including noise, k) -> indices int64 [R, k]."""
 
 
 @dataclass(frozen=True)
 class Opened:
-    """Patches of one level that were opened, for R rows (frames, or pairs of a frame and a query) with n children each."""
+    """Opened patches of one level, for R rows (frames, or pairs of a frame and a query) with n patches each."""
 
     keys: list[Tensor]
     """Per layer [R, heads, n, head_dim]."""
     values: list[Tensor]
     """Per layer [R, heads, n, head_dim]."""
     parents: Tensor
-    """int64 [R, n]: which of the level above's patches each belongs to, counted among those that were open there."""
+    """int64 [R, n]: index of each patch's parent among the open patches of the level above."""
     roots: Tensor
-    """int64 [R, n]: the glance patch each lies under."""
+    """int64 [R, n]: the glance patch above each patch."""
     places: Tensor
-    """int64 [R, n]: where each stands on its level's grid, row by row."""
+    """int64 [R, n]: position of each patch on its level's grid, in row-major order."""
 
     def select(self, rows: Tensor) -> "Opened":
-        """Some rows."""
+        """Return the rows with indices `rows` int64 [r]."""
         keys, values = ([part.index_select(0, rows) for part in parts] for parts in (self.keys, self.values))
         parents, roots, places = (part.index_select(0, rows) for part in (self.parents, self.roots, self.places))
         return Opened(keys, values, parents, roots, places)
@@ -53,15 +53,15 @@ class Opened:
 
 @dataclass(frozen=True)
 class GlanceFeatures(FrameFeatures):
-    """The glance's keys and values, and the frames whose patches may be opened."""
+    """Keys and values of the glance, and the full-resolution frames to open patches of."""
 
     frames: Tensor | StoredFrames
-    """uint8 [F, H, W, 3], or what decodes parts of such."""
+    """uint8 [F, H, W, 3], or stored frames that decode the opened parts."""
     everything: Sequence[Opened] = ()
-    """Every patch of every level, where all are read."""
+    """Per level, every patch of it. Empty unless all patches are read, as in training with `train_on: all`."""
 
     def select(self, frames: Tensor) -> "GlanceFeatures":
-        """The features of some frames; `frames` int64 [f]."""
+        """Return the features of the frames with indices `frames` int64 [f]."""
         small = super().select(frames)
         opened = [level.select(frames) for level in self.everything]
         return GlanceFeatures(small.keys, small.values, None, small.grid, select(self.frames, frames), opened)
@@ -69,25 +69,25 @@ class GlanceFeatures(FrameFeatures):
 
 @dataclass(frozen=True)
 class GlanceRead:
-    """What Q queries a frame read of F frames."""
+    """Result of reading F frames with Q queries each."""
 
     read: Tensor
     """[F, Q, D] after the final norm."""
     opened: Tensor | None
-    """int64 [F, Q, open]: the glance patches that each query opened; None where all were."""
+    """int64 [F, Q, open]: the glance patches that each query opened; None if all patches were open."""
     weights: Tensor | None
-    """The last layer's attention [F, heads, Q, 1 + glance patches], an opened patch's added to the glance patch that it lies under."""
+    """Last-layer attention weights [F, heads, Q, 1 + glance patches]; an opened patch's weight is added to its glance patch."""
     selection_loss: Tensor | None
-    """Scalar: the queries' sum of cross-entropy from where they looked, among what was open, to p."""
+    """Scalar: cross-entropy of p against the queries' attention over the opened patches, summed over queries and levels."""
 
 
 def likeliest(log_p: Tensor, k: int) -> Tensor:
-    """The k patches of the largest p."""
+    """Choose the k patches with the largest p (the default `Chooser`)."""
     return log_p.topk(k).indices
 
 
 def look(encoder: Encoder, frames: Tensor, settings: GlanceSettings) -> GlanceFeatures:
-    """Encode the glance of frames uint8 [F, H, W, 3]. Raises ValueError where a side is not a multiple of patch size times `shrink`."""
+    """Encode the glance of frames uint8 [F, H, W, 3]. Raises ValueError unless both sides are multiples of patch size times `shrink`."""
     step = encoder.patch_px * settings.shrink
     if frames.shape[1] % step or frames.shape[2] % step:
         raise ValueError(f"frames of {frames.shape[1]}x{frames.shape[2]} px: not a multiple of {step}, the side of a glance patch")
@@ -95,13 +95,13 @@ def look(encoder: Encoder, frames: Tensor, settings: GlanceSettings) -> GlanceFe
 
 
 def look_at(encoder: Encoder, small: Tensor, frames: Tensor | StoredFrames) -> GlanceFeatures:
-    """Encode the glance of frames whose small forms [F, h, w, 3] are at hand."""
+    """Encode the glance of frames that are already available at low resolution, `small` [F, h, w, 3]."""
     glance = encoder.encode(small)
     return GlanceFeatures(glance.keys, glance.values, None, glance.grid, frames)
 
 
 def with_everything(encoder: Encoder, features: GlanceFeatures, settings: GlanceSettings, scales: Tensor) -> GlanceFeatures:
-    """The same with every patch of every level open; `scales` [levels, D] is added to the patches of each level."""
+    """Return the features with every patch of every level encoded. `scales` [levels, D]: added to the embeddings of each level."""
     opened: list[Opened] = []
     roots = places = torch.arange(features.grid[0] * features.grid[1], device=features.frames.device).expand(len(features.frames), -1)
     for level in range(settings.levels):
@@ -114,14 +114,14 @@ def with_everything(encoder: Encoder, features: GlanceFeatures, settings: Glance
 
 @dataclass(frozen=True)
 class Children:
-    """Patches of one level about to be encoded, for R rows with n of them each."""
+    """Embedded patches of one level, not yet encoded, for R rows with n patches each."""
 
     x: Tensor
-    """[R, n, D]: embedded."""
+    """[R, n, D]: embeddings."""
     siblings: Tensor
-    """bool [n, n]: who has the same parent."""
+    """bool [n, n]: whether two patches have the same parent."""
     parents: Tensor
-    """As in `Opened`, like the rest."""
+    """`parents`, `roots` and `places` as in `Opened`."""
     roots: Tensor
     places: Tensor
 
@@ -137,9 +137,10 @@ def children_of(
     roots: Tensor,
     rows: Tensor | None = None,
 ) -> Children:
-    """The children of `chosen` int64 [R, k] among the patches that stand at `places` [R, n] of the grid at `level` (0: the glance).
+    """Embed the children of the patches `chosen`.
 
-    `rows` int64 [R]: the frame of each row, where a row is not a frame.
+    `chosen` int64 [R, k]: indices into the n open patches, which are at `places` [R, n] on the grid of `level` (0: the glance) and under
+    the glance patches `roots` [R, n]. `rows` int64 [R]: frame index of each row; None if rows are frames.
     """
     zoom, columns = settings.zooms[level], features.grid[1] * math.prod(settings.zooms[:level])
     above = places.gather(1, chosen)
@@ -154,7 +155,7 @@ def children_of(
 
 
 def open_patches(encoder: Encoder, features: GlanceFeatures, children: Children, rows: Tensor | None = None) -> Opened:
-    """Encode what `children_of` gave, of the same `rows`."""
+    """Encode the patches returned by `children_of` for the same `rows`."""
     x = children.x
     seen = F.pad(children.siblings, (features.keys[0].shape[2], 0), value=True)  # [n, glance + n]
     added: Added = None
@@ -187,12 +188,13 @@ def foveate(
     weights: bool = False,
     teach: bool = False,
 ) -> GlanceRead:
-    """Read F frames with queries [F, Q, D], each of which opens its own patches, or weighs all where the features hold everything.
+    """Read F frames with queries [F, Q, D]. Each query opens its own patches, or reads all of them if `features.everything` is set.
 
-    `explore`: scale of the Gumbel noise on log p when patches are chosen. `weights` and `teach` ask for the parts of the result.
+    `explore`: scale of the Gumbel noise added to log p when choosing patches. `weights`: return attention weights. `teach`: return the
+    selection loss.
     """
     n_frames, n_queries = queries.shape[:2]
-    own = not features.everything  # then a row is a query, not a frame
+    own = not features.everything  # then each row is one query of a frame
     rows = None
     if own and n_queries > 1:
         rows = torch.arange(n_frames, device=queries.device).repeat_interleave(n_queries)
@@ -253,24 +255,27 @@ def foveate(
 
 
 def to_last(encoder: Encoder, keys: list[Tensor], values: list[Tensor], q: Tensor, temperature: float, bias: Tensor | None) -> Tensor:
-    """Queries [R, Q, D] that read what is open so far, as they enter the last layer."""
+    """Run queries [R, Q, D] through all layers but the last; return the last layer's inputs [R, Q, D]."""
     for layer, key, value in zip(encoder.layers[:-1], keys[:-1], values[:-1], strict=True):
         q = layer.query(q, key, value, temperature, bias)
     return q
 
 
 def selection(last: EncoderLayer, key: Tensor, entering: Tensor, temperature: float, bias: Tensor | None, n: int) -> Tensor:
-    """p [R, Q, n] over the last n of keys [R, heads, N, head_dim]: the last layer's attention, mean of heads, of queries entering it."""
+    """Return p [R, Q, n] over the last n of the keys [R, heads, N, head_dim].
+
+    It is the last layer's attention, averaged over heads and renormalised, of queries with last-layer inputs `entering` [R, Q, D].
+    """
     logits = last.logits(entering, key, temperature, bias)
     p = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).mean(1)[..., -n:]
     return p / p.sum(-1, keepdim=True).clamp(min=LEAST)
 
 
 def shrunk(frames: Tensor, times: int) -> Tensor:
-    """Frames uint8 [F, H, W, 3] at 1 / `times` of their side, float32: the mean of each square of `times` x `times` pixels."""
+    """Downscale frames uint8 [F, H, W, 3] by the factor `times` to float32: the mean of each square of `times` x `times` pixels."""
     apart = frames.unflatten(1, (-1, times))
     rows = apart[:, :, 0].to(torch.int32 if times > 128 else torch.int16)
-    for number in range(1, times):  # `sum` would first make all of the frame as wide as its result
+    for number in range(1, times):  # `sum` would first convert the whole frame to the result's dtype
         rows += apart[:, :, number]
     return rows.unflatten(2, (-1, times)).sum(3, dtype=torch.int32).float() / times**2
 
@@ -278,7 +283,7 @@ def shrunk(frames: Tensor, times: int) -> Tensor:
 def positions_at(encoder: Encoder, grid: tuple[int, int], down: Tensor, right: Tensor) -> Tensor:
     """Position embeddings [..., D] of the patches in row `down` [...] and column `right` [...] of a grid.
 
-    DINOv2's table, resampled at the patches' centres as `Encoder.positions` resamples it for a complete grid, but only there.
+    Equal to those of `Encoder.positions` for the complete grid, but only sampled at the centres of these patches.
     """
     own = encoder.image_px // encoder.patch_px
     table = encoder.position_embeddings[0, 1:]
@@ -293,7 +298,7 @@ def positions_at(encoder: Encoder, grid: tuple[int, int], down: Tensor, right: T
 def _embed(
     encoder: Encoder, features: GlanceFeatures, settings: GlanceSettings, level: int, down: Tensor, right: Tensor, rows: Tensor | None
 ) -> Tensor:
-    """Embeddings [R, n, D] of the patches in row `down` [R, n] and column `right` [R, n] of the grid below `level`."""
+    """Embed the patches in row `down` [R, n] and column `right` [R, n] of the grid of the children of `level`; returns [R, n, D]."""
     size = encoder.patch_px
     scale = math.prod(settings.zooms[level + 1 :])  # the frames are of the last level's resolution
     finer = settings.shrink // scale
@@ -309,9 +314,9 @@ def _embed(
 
 
 def _selection_loss(attended: Tensor, logs: list[Tensor], zooms: list[int]) -> Tensor:
-    """Sum over rows and levels of the cross-entropy from where a query looked to log p of the parents it had opened.
+    """Cross-entropy of p against the attention over opened patches, by parent, summed over rows and levels.
 
-    `attended` [R, n of all levels]: its attention to opened patches; `logs`: per level, log p of every opened patch's parent [R, n].
+    `attended` [R, n of all levels]: attention to opened patches. `logs`: per level, log p of each opened patch's parent [R, n].
     """
     loss = attended.new_zeros(())
     for weights, log_p, zoom in zip(attended.split([log.shape[1] for log in logs], dim=1), logs, zooms, strict=True):
@@ -322,7 +327,7 @@ def _selection_loss(attended: Tensor, logs: list[Tensor], zooms: list[int]) -> T
 
 
 def _most_children(settings: GlanceSettings, patches: int) -> int:
-    """Patches that a query opens, all levels together."""
+    """Number of patches that a query opens, summed over levels."""
     total = 0
     for zoom in settings.zooms:
         patches = min(settings.open, patches) * zoom**2
@@ -331,7 +336,10 @@ def _most_children(settings: GlanceSettings, patches: int) -> int:
 
 
 def _pooled(attended: Tensor, levels: list[Tensor], n_glance: int) -> Tensor:
-    """Attention [R, heads, Q, 1 + glance patches], that of opened patches added to those above: `levels` int64 [R, n] each."""
+    """Add the attention on opened patches to their glance patches; returns [R, heads, Q, 1 + glance patches].
+
+    `levels`: per level, the glance patch above each opened patch, int64 [R, n].
+    """
     pooled, *opened = attended.split([n_glance, *(roots.shape[1] for roots in levels)], dim=-1)
     for weights, roots in zip(opened, levels, strict=True):
         pooled = pooled.scatter_add(-1, roots[:, None, None].expand_as(weights) + 1, weights)

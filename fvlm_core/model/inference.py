@@ -1,8 +1,8 @@
-"""The three modes at inference, over packed batches, and what is asked of them: losses, answers, gaze.
+"""The three inference modes over packed batches: token losses, logits, attention maps and generated answers.
 
-All modes share the model's parts. `coarse_only` and `coarse_fine` run every frame in parallel; `autoregressive` goes frame
-by frame with a KV cache, its queries made of fine hidden states: what a stream can do. Samples of a batch go on together,
-each at its own length.
+`coarse_only` reads every frame with the static query. `coarse_fine` predicts queries from that and reads again; both process all frames in
+parallel. `autoregressive` goes frame by frame with a KV cache and predicts each query from fine hidden states, as a stream has to. The
+samples of a batch may have different lengths.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,18 +20,18 @@ from fvlm_core.model.names import Mode
 
 @dataclass(frozen=True)
 class Context:
-    """A batch as one mode has read it."""
+    """Result of running a mode on a batch."""
 
     hidden: Tensor
     """[S, llm width]: last hidden state of every token."""
     tokens: Tensor
-    """[V, k, llm width]: visual token of every shown frame."""
+    """[V, k, llm width]: visual tokens of every shown frame."""
     weights: Tensor | None
-    """[V, heads, k, N]: attention of the last layer, where asked for."""
+    """[V, heads, k, N]: attention weights of the encoder's last layer, if requested."""
     cache: PackedCache | None
-    """Keys and values of every token, where asked for."""
+    """Keys and values of every token, if requested."""
     opened: Tensor | None = None
-    """int64 [V, k, open]: the glance patches that every shown frame's queries opened, in a model that opens patches."""
+    """int64 [V, k, open]: the glance patches that the queries of every shown frame opened; None if no patches were chosen."""
 
 
 @torch.no_grad()
@@ -45,11 +45,11 @@ def read_batch(
     room: int | None = None,
     queries: Tensor | None = None,
 ) -> Context:
-    """Run a mode over a batch.
+    """Run a mode on a batch.
 
-    `features`: the batch's encoded frames, where they are at hand. `weights`: keep the attention. `room`: keep a KV cache
-    with room for that many further tokens per sample. `queries` [V, k, D]: look here instead of where the model says.
-    Raises ValueError for a mode the model does not have.
+    `features`: encoded frames of the batch, if already computed. `weights`: return attention weights. `room`: return a KV cache with
+    capacity for this many further tokens per sample. `queries` [V, k, D]: read with these queries instead of predicted ones. Raises
+    ValueError for a mode that the model does not support.
     """
     if mode not in model.modes:
         raise ValueError(f"a model with query {model.settings.query!r} has no mode {mode!r}, only {', '.join(model.modes)}")
@@ -69,7 +69,7 @@ def read_batch(
 
 @torch.no_grad()
 def token_losses(model: FoveatedVLM, batch: PackedBatch, mode: Mode, *, features: FrameFeatures | None = None) -> Tensor:
-    """Cross-entropy [n labelled] fp32 of every labelled position, in order."""
+    """Cross-entropy [n labelled], fp32, of every labelled position, in order."""
     return model.logits_losses(read_batch(model, batch, mode, features=features).hidden, batch)
 
 
@@ -81,18 +81,21 @@ def logits(model: FoveatedVLM, batch: PackedBatch, mode: Mode) -> Tensor:
 
 @torch.no_grad()
 def gaze(model: FoveatedVLM, batch: PackedBatch, mode: Mode) -> Tensor:
-    """Where each shown frame's queries look [V, k, rows, columns]: last layer, mean of heads, patches only, adding up to 1."""
+    """Attention maps [V, k, rows, columns] of every shown frame's queries: last layer, mean of heads, normalised over patches.
+
+    Raises ValueError for a model whose query is pooled.
+    """
     features = model.encode(batch.frames)
     weights = read_batch(model, batch, mode, features=features, weights=True).weights
     if weights is None:
-        raise ValueError(f"a model with query {model.settings.query!r} does not gaze")
+        raise ValueError(f"a model with query {model.settings.query!r} has no attention maps")
     return over_patches(weights, features.grid[0] * features.grid[1]).unflatten(-1, features.grid)
 
 
 def over_patches(weights: Tensor, patches: int) -> Tensor:
-    """Attention weights [V, heads, k, 1 + patches] as shares of the patches [V, k, patches], mean of heads.
+    """Average attention weights [V, heads, k, 1 + patches] over heads and normalise them over patches -> [V, k, patches].
 
-    All zero where the CLS token has everything: nothing is looked at, and there is nothing to divide by.
+    All zero if the CLS token has all of the attention.
     """
     read = weights.float().mean(1)[..., -patches:]
     return read / read.sum(-1, keepdim=True).clamp(min=torch.finfo(read.dtype).tiny)
@@ -100,7 +103,7 @@ def over_patches(weights: Tensor, patches: int) -> Tensor:
 
 @torch.no_grad()
 def generate(model: FoveatedVLM, batch: PackedBatch, mode: Mode, *, max_new_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
-    """Greedy answers of every sample, whose sequences end where the answer begins; the stop token is left out."""
+    """Generate an answer to every sample, greedily. Sequences must end where the answer begins. Answers exclude the stop token."""
     context = read_batch(model, batch, mode, room=max_new_tokens)
     assert context.cache is not None
     ends = batch.cu_seqlens[1:].long() - 1
@@ -111,7 +114,7 @@ def generate(model: FoveatedVLM, batch: PackedBatch, mode: Mode, *, max_new_toke
 def continue_greedily(
     model: FoveatedVLM, cache: PackedCache, hidden: Tensor, *, max_new_tokens: int, stop_ids: Sequence[int]
 ) -> list[list[int]]:
-    """Go on from the last hidden states [N, llm width] of the samples in a cache."""
+    """Decode greedily, given a cache and the last hidden states [N, llm width] of its samples. Answers exclude the stop token."""
     answers: list[list[int]] = [[] for _ in range(len(hidden))]
     rows = list(range(len(hidden)))
     for _ in range(max_new_tokens):
@@ -128,7 +131,7 @@ def continue_greedily(
 
 
 def _context(model: FoveatedVLM, batch: PackedBatch, read: Read | None, room: int | None) -> Context:
-    """The final pass over the whole batch, with its visual tokens in place."""
+    """Run the language model over the complete batch, with its visual tokens inserted."""
     embeddings = _embeddings(model, batch, read)
     cache = None if room is None else PackedCache([length + room for length in batch.lengths])
     hidden = model.contextualise(embeddings, batch.position_ids, PackedLayout(batch.lengths, cache))
@@ -142,7 +145,7 @@ def _embeddings(model: FoveatedVLM, batch: PackedBatch, read: Read | None) -> Te
 
 
 def _query_states(model: FoveatedVLM, batch: PackedBatch, read: Read) -> Tensor:
-    """Hidden states [S, llm width] where queries need them, zero elsewhere."""
+    """Hidden states [S, llm width] of the prefixes that queries depend on, zero elsewhere."""
     embeddings = _embeddings(model, batch, read)
     starts = PackedLayout(batch.lengths).offsets[:-1]
     ranges = [torch.arange(start, start + length) for start, length in zip(starts, batch.query_prefix, strict=True) if length]
@@ -155,15 +158,15 @@ def _query_states(model: FoveatedVLM, batch: PackedBatch, read: Read) -> Tensor:
 
 
 def _autoregressive(model: FoveatedVLM, batch: PackedBatch, features: FrameFeatures, *, weights: bool, room: int | None) -> Context:
-    """Frame after frame; at step t every sample that still has a t-th frame takes part.
+    """Run frame by frame: step t processes the t-th frame of every sample that has one.
 
-    The tokens between one frame and the next are held back until a query needs a hidden state after them, so a sample with
-    T frames needs T calls of the language model, and only for its tokens.
+    Tokens between two frames wait until a query needs a hidden state after them. So the language model runs once per step, on the waiting
+    tokens only, and once more at the end.
     """
     cache = PackedCache([length + (room or 0) for length in batch.lengths])
     embeddings = model.embed(batch.input_ids)
     hidden = torch.zeros_like(embeddings)
-    *done, _ = PackedLayout(batch.lengths).offsets  # per sample, the first position the language model has not read
+    *done, _ = PackedLayout(batch.lengths).offsets  # per sample, the next position that the language model has to process
     sources, positions = batch.query_sources.tolist(), batch.visual_positions.tolist()
     tokens: list[Tensor] = []
     attended: list[Tensor] = []
@@ -171,7 +174,7 @@ def _autoregressive(model: FoveatedVLM, batch: PackedBatch, features: FrameFeatu
     order: list[int] = []
 
     def advance(until: dict[int, int]) -> None:
-        """Let the language model read samples up to (not including) a position."""
+        """Run the language model on each sample up to, not including, a position of the packed sequence."""
         rows = [row for row, end in until.items() if end > done[row]]
         if not rows:
             return
@@ -201,7 +204,7 @@ def _autoregressive(model: FoveatedVLM, batch: PackedBatch, features: FrameFeatu
 
 
 def _steps(batch: PackedBatch) -> Iterator[list[tuple[int, int]]]:
-    """Per time step, (sample, shown frame) of the samples that have a frame then."""
+    """Yield, for each time step, (sample, shown frame) pairs of the samples that have a frame at that step."""
     starts = [0]
     for count in batch.shown_counts:
         starts.append(starts[-1] + count)
@@ -210,7 +213,7 @@ def _steps(batch: PackedBatch) -> Iterator[list[tuple[int, int]]]:
 
 
 def _part(batch: PackedBatch, shown: list[int]) -> PackedBatch:
-    """The batch with some of its shown frames only."""
+    """Return the batch restricted to some of its shown frames."""
     index = torch.tensor(shown, device=batch.shown_frames.device)
     return replace(
         batch,
@@ -221,6 +224,6 @@ def _part(batch: PackedBatch, shown: list[int]) -> PackedBatch:
 
 
 def _one_by_one(part: PackedBatch) -> PackedBatch:
-    """The same shown frames, each with features of its own."""
+    """Return the batch with one entry of features per shown frame, for features selected by `shown_frames`."""
     every = torch.arange(len(part.shown_frames), device=part.shown_frames.device)
     return replace(part, showings=[Showing(every, every[:, None])])

@@ -1,8 +1,8 @@
-"""The language model: Llama over packed sequences, with the weights and parameter names of transformers' `LlamaForCausalLM`.
+"""The language model: Llama on packed sequences, with the weights and parameter names of transformers' `LlamaForCausalLM`.
 
-Its own modules, because what transformers runs around them (masks, caches, output capturing) is Python between every two kernels
-and stops the compiler: here a layer is one graph, attention and rotary embeddings included. Checkpoints are read and written
-by transformers (`from_transformers`, `to_transformers`).
+The modules are reimplemented because transformers runs Python code between kernels (masks, caches, output capturing), which breaks compiled
+graphs. Here a layer is a single graph, including attention and rotary embeddings. Checkpoints are read and written through transformers
+(`from_transformers`, `to_transformers`).
 
 Llama 2: Touvron et al. 2023, https://arxiv.org/abs/2307.09288; rotary embeddings: Su et al. 2021, https://arxiv.org/abs/2104.09864.
 """
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Ways to scale rotary frequencies that depend on the configuration alone; the others also depend on a sequence's length."""
+"""RoPE scaling types that depend on the configuration alone; other types also depend on the sequence length."""
 
 
 class LayerWeights(NamedTuple):
-    """A layer's matrices in the precision of its products."""
+    """A layer's weight matrices, cast to the precision of its matrix products."""
 
     query_key_value: Tensor
     out: Tensor
@@ -39,15 +39,15 @@ class LayerWeights(NamedTuple):
 
 
 class LlamaWeights(NamedTuple):
-    """All matrices in the precision of the products."""
+    """All weight matrices, cast to the precision of the matrix products."""
 
     layers: list[LayerWeights]
     head: Tensor
-    """Of the output layer."""
+    """Weight of the output layer."""
 
 
 class Llama(nn.Module):
-    """Embeddings, layers and output layer; raises ValueError for a configuration that is none of Llama's, or scales positions otherwise."""
+    """Embeddings, layers and output layer. Raises ValueError for another activation than SiLU or an unsupported RoPE type."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Llama(nn.Module):
 
     @classmethod
     def from_transformers(cls, theirs: "LlamaForCausalLM") -> Self:
-        """Take over the weights, without a copy."""
+        """Build a model that shares the tensors of `theirs`."""
         with torch.device("meta"):
             llama = cls(theirs.config)
         llama.load_state_dict(theirs.state_dict(), assign=True)
@@ -69,8 +69,8 @@ class Llama(nn.Module):
         return llama
 
     def to_transformers(self) -> "LlamaForCausalLM":
-        """A copy of the weights as transformers' own model."""
-        from transformers import LlamaForCausalLM  # seconds, which a model that is only loaded and run does not need
+        """Return a transformers model with a copy of the weights."""
+        from transformers import LlamaForCausalLM  # this import takes seconds, and inference does not need it
 
         theirs = LlamaForCausalLM(deepcopy(self.config))
         nn.Module.to(theirs, self.lm_head.weight.dtype)
@@ -79,17 +79,17 @@ class Llama(nn.Module):
 
     @property
     def castable(self) -> bool:
-        """Whether the layers are matrices only: no biases, no adapters in their place."""
+        """Whether all linear layers are plain and without biases, i.e. none is replaced by an adapter."""
         linears = (module for layer in self.model.layers for module in layer.modules() if isinstance(module, nn.Linear))
         return all(type(linear) is Linear and linear.bias is None for linear in linears)
 
     def tie(self) -> None:
-        """Make input and output embedding one parameter, where the configuration says so."""
+        """Tie the input and output embeddings if the configuration says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def cast(self, casts: Casts) -> LlamaWeights | None:
-        """The matrices for several forwards, where they are to be cast for all of them."""
+        """Return the cast matrices, to be shared by several forward passes; None if `casts` excludes the language model."""
         dtype = casts.dtype("llm", self.lm_head.weight.device)
         if dtype is None:
             return None
@@ -99,21 +99,21 @@ class Llama(nn.Module):
         return LlamaWeights(layers, head)
 
     def forward(self, embeddings: Tensor, position_ids: Tensor, layout: PackedLayout, weights: list[LayerWeights] | None = None) -> Tensor:
-        """Last hidden states [S, D] of packed embeddings [S, D] at positions int64 [S]; new keys and values go to the layout's cache.
+        """Packed embeddings [S, D] at positions int64 [S] -> last hidden states [S, D]. New keys and values go to the layout's cache.
 
-        `weights`: the layers' of `cast`.
+        `weights`: the `layers` of `cast`.
         """
         return self.model(embeddings, position_ids, layout, weights)
 
 
 class LlamaBody(nn.Module):
-    """All but the output layer."""
+    """Everything but the output layer."""
 
-    layers: Sequence["LlamaLayer"]  # in an nn.ModuleList, whose type does not say what is in it
+    layers: Sequence["LlamaLayer"]  # an nn.ModuleList, which does not declare the type of its elements
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        # no `padding_idx`: SmolLM2 names its end-of-turn token for padding, and torch gives a padding token's embedding no gradient
+        # no `padding_idx`: SmolLM2 pads with its end-of-turn token, and torch gives the embedding of `padding_idx` no gradient
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LlamaLayer(config, n) for n in range(config.num_hidden_layers))  # ty: ignore[invalid-assignment]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -137,7 +137,7 @@ class LlamaBody(nn.Module):
 
 
 class LlamaLayer(nn.Module):
-    """Attention and MLP, each behind a norm."""
+    """Attention and MLP, each after a norm."""
 
     def __init__(self, config: LlamaConfig, number: int) -> None:
         super().__init__()
@@ -156,9 +156,10 @@ class LlamaLayer(nn.Module):
         segments: Segments | None,
         weights: LayerWeights | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Hidden states, one layer on, as a sum of two [S, D] that the next layer adds up: compiled with its norm, they are read once less.
+        """Apply the layer. Return the hidden states as two terms [S, D] for the next layer to add, which saves a read if compiled.
 
-        `cos` and `sin` [S, 1, head_dim]; `segments` where the packed kernel is to run; `added` is None before the first layer.
+        `added`: the second term of the previous layer, None before the first. `cos` and `sin` [S, 1, head_dim]. `segments`: arguments of
+        the packed kernel; None runs SDPA.
         """
         x = summed(x, added)
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout, segments, weights)
@@ -166,14 +167,14 @@ class LlamaLayer(nn.Module):
 
     @property
     def matrices(self) -> list[list[Tensor]]:
-        """Those of `LayerWeights`: of products of the same input together."""
+        """The parameters of `LayerWeights`, grouped by input."""
         attention, mlp = self.self_attn, self.mlp
         together = [attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]
         return [[layer.weight for layer in layers] for layers in together]
 
 
 class LlamaAttention(nn.Module):
-    """Causal attention in which several query heads share a key and value head (Ainslie et al. 2023, https://arxiv.org/abs/2305.13245)."""
+    """Causal grouped-query attention (Ainslie et al. 2023, https://arxiv.org/abs/2305.13245)."""
 
     def __init__(self, config: LlamaConfig, number: int) -> None:
         super().__init__()
@@ -191,14 +192,14 @@ class LlamaAttention(nn.Module):
         """[S, D] -> [S, D]."""
         projected = joint(x, (self.q_proj, self.k_proj, self.v_proj), None if weights is None else weights.query_key_value)
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in projected)
-        # rotating in fp32 is exact enough for any position; attention then runs in the precision that was asked for
+        # rotate in fp32, which is exact enough for any position; attention then runs in the precision of the projections
         query, key = (_rotate(part, cos, sin).to(value.dtype) for part in (query, key))
         attended = attend(query, key, value, layout, segments, layer=self.number).flatten(1)
         return self.o_proj(attended) if weights is None else F.linear(attended, weights.out)
 
 
 class LlamaMLP(nn.Module):
-    """SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
+    """SwiGLU MLP (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -215,7 +216,7 @@ class LlamaMLP(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Division by the root mean square (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467)."""
+    """RMSNorm (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467)."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -223,12 +224,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D], of the input's precision."""
+        """[..., D] -> [..., D], in the input's precision."""
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class RotaryEmbedding(nn.Module):
-    """Cosine and sine of every position's angles."""
+    """Cosines and sines of the rotary angles."""
 
     inv_freq: Tensor
 
@@ -241,7 +242,7 @@ class RotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Compute the frequencies, which no file holds, from the configuration."""
+        """Compute the frequencies from the configuration; checkpoints do not store them."""
         kind, dim = _rope(self.config)["rope_type"], _head_dim(self.config)
         with torch.device("cpu"):
             if kind == "default":
@@ -251,13 +252,13 @@ class RotaryEmbedding(nn.Module):
         self.inv_freq = frequencies if self.inv_freq.is_meta else frequencies.to(self.inv_freq.device)
 
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Positions int64 [S] -> [S, 1, head_dim] twice, computed in fp32."""
+        """Positions int64 [S] -> cosines and sines [S, 1, head_dim], computed in fp32."""
         angles = (position_ids[:, None].float() * self.inv_freq.float()).repeat(1, 2)[:, None]
         return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn [S, heads, head_dim], whose halves are the two coordinates of every plane, by the angles of [S, 1, head_dim]."""
+    """Rotate x [S, heads, head_dim] by the angles of `cos`, `sin` [S, 1, head_dim]; coordinates i and i + head_dim / 2 form a plane."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 

@@ -1,9 +1,9 @@
-"""The KV caches of one long sample on a CPU: a stream's, whose every frame is one token that attends to all before it.
+"""KV caches for a single long sample on CPU: a stream, in which each frame adds one token that attends to all earlier tokens.
 
-With thousands of tokens, that is what a frame costs beside its encoding. Its floor is to read all keys and values once: 166 MB after 3,600
-tokens at SmolLM2-135M's shapes. SDPA over keys that stand token by token takes 1.9 times as long as merely reading them, two products over
-keys and values in the order in which these read them 1.4 times. Rounded to bfloat16 they are half as many bytes, and SDPA, which adds up in
-fp32, takes .6 of those two products' time.
+With thousands of tokens, this attention is the main cost of a frame beside its encoding. The lower bound is reading all keys and values
+once: 166 MB after 3,600 tokens at SmolLM2-135M's shapes. SDPA on keys stored token by token takes 1.9 times as long as that. `LongCache`
+stores keys and values in the order in which two plain matrix products read them, which take 1.4 times as long. `RoundedCache` stores
+bfloat16, half the bytes; SDPA, which accumulates in fp32, then takes .6 of the two products' time.
 """
 
 import torch
@@ -25,7 +25,7 @@ class LongCache(PackedCache):
         return keys[..., begin:end], values[:, begin:end]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float) -> Tensor:
-        """As `PackedCache.attend`: [S, H, D], [S, kv_heads, D] twice -> [S, H, D]. Raises ValueError past the capacity."""
+        """As `PackedCache.attend`: query [S, H, D], key and value [S, kv_heads, D] -> [S, H, D]. Raises ValueError past the capacity."""
         (known,) = self.lengths
         keys, values = self._store(layer, key, value)
         if known == 0:
@@ -36,14 +36,14 @@ class LongCache(PackedCache):
         return self._one(query, keys, values, scaling)
 
     def _one(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-        """A single token's [1, H, D] attention to all that `held` gives."""
-        # the heads that share keys and values are the rows of one product
+        """Attention from a single token [1, H, D] to keys and values in the layout of `held`."""
+        # query heads that share a KV head become the rows of one matrix product
         scores = torch.bmm(query[0].unflatten(0, (len(keys), -1)) * scaling, keys)
         weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(values.dtype)
         return torch.bmm(weights, values).flatten(0, 1)[None]
 
     def _store(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep new keys and values [S, kv_heads, head_dim]; returns all that are kept, as `held` does."""
+        """Append keys and values [S, kv_heads, head_dim]; return all stored ones in the layout of `held`."""
         (known,), new, (*_, capacity) = self.lengths, len(key), self.starts
         if known + new > capacity:
             raise ValueError(f"the sample outgrows its KV cache of {capacity} tokens")
@@ -54,15 +54,15 @@ class LongCache(PackedCache):
         return self.held(layer, 0, known + new)
 
     def _turned(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """New keys and values as `held` gives them."""
+        """Convert new keys and values [S, kv_heads, head_dim] to the layout of `held`."""
         return key.permute(1, 2, 0), value.transpose(0, 1)
 
     def _by_token(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """What `held` gives, as [n, kv_heads, head_dim]."""
+        """Convert keys and values from the layout of `held` to [n, kv_heads, head_dim]."""
         return keys.permute(2, 0, 1).contiguous(), values.transpose(0, 1)
 
     def grow(self, capacity: int) -> None:
-        """Room for `capacity` tokens."""
+        """Reallocate the buffers for `capacity` tokens."""
         (length,) = self.lengths
         held = {layer: self.held(layer, 0, length) for layer in self.layers}
         self.starts = [0, capacity]
@@ -72,7 +72,7 @@ class LongCache(PackedCache):
                 to.copy_(old)
 
     def _buffers(self, like: Tensor, heads: int, width: int) -> tuple[Tensor, Tensor]:
-        # not zeros: memory that was never written takes no room yet
+        # empty, not zeros: the system only allocates pages once they are written
         return like.new_empty(heads, width, self.starts[-1]), like.new_empty(heads, self.starts[-1], width)
 
 

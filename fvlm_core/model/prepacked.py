@@ -1,8 +1,8 @@
-"""Products with many rows on CPU, with weights laid out once for the kernel that reads them.
+"""Matrix products with many rows on CPU, with weights packed once in oneDNN's blocked format.
 
-`F.linear` in fp32 goes to a BLAS, which copies the weight into the order its kernel wants every time. oneDNN takes a weight in that order
-from the start, and applies GELU while the product is still in registers. For inference only: the second copy of the weight is made when a
-layer in evaluation mode first multiplies enough rows without gradients, and let go when there are gradients again.
+In fp32, `F.linear` calls a BLAS, which repacks the weight for its kernel on every call. oneDNN accepts a weight that is already packed, and
+applies GELU while the product is still in registers. For inference only: the packed copy is made when a layer in evaluation mode first
+multiplies enough rows without gradients, and dropped as soon as gradients are enabled.
 """
 
 from typing import Any, NamedTuple, Self
@@ -17,7 +17,7 @@ HAS_KERNEL = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, 
 
 
 class LaidOut(NamedTuple):
-    """Rows of a weight in oneDNN's order, and what tells whether it still is that weight."""
+    """A packed weight (or some rows of it), with the identity, version and address of the source tensor to detect changes."""
 
     packed: Tensor
     weight: Tensor
@@ -25,15 +25,15 @@ class LaidOut(NamedTuple):
     address: int
 
     def holds(self, weight: Tensor) -> bool:
-        """Whether it was made of this weight as it is now."""
+        """Whether this is a packed copy of `weight` in its present state."""
         return self.weight is weight and self.version == weight._version and self.address == weight.data_ptr()
 
 
 class PrepackedLinear(Linear):
-    """`nn.Linear` whose weight is also held in oneDNN's order, where that is faster.
+    """`nn.Linear` that keeps a packed copy of its weight for oneDNN if that is faster.
 
-    A weight changed in place through `.data` after it was laid out is not noticed; optimizers, `load_state_dict`, `to` and plain in-place
-    operations are.
+    The copy is renewed after changes by optimizers, `load_state_dict`, `to` and in-place operations, but not after in-place changes through
+    `.data`.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
@@ -41,14 +41,14 @@ class PrepackedLinear(Linear):
         self._laid_out: dict[tuple[int, int], LaidOut] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_laid_out": {}}  # oneDNN's tensors cannot be copied or saved; a copy makes its own
+        return self.__dict__ | {"_laid_out": {}}  # oneDNN tensors cannot be copied or saved
 
     def _apply(self, *args: Any, **options: Any) -> Self:
-        self._laid_out.clear()  # moved or converted: an address may come back with other numbers
+        self._laid_out.clear()  # after a move or conversion, an address may be reused for other values
         return super()._apply(*args, **options)
 
     def train(self, mode: bool = True) -> Self:
-        """As of any module. What follows may change the weight without a trace: fused optimizers do, and FSDP, which reuses its memory."""
+        """Set the mode. Entering training drops the packed copy: fused optimizers and FSDP change weights without a new version."""
         if mode:
             self._laid_out.clear()
         return super().train(mode)
@@ -57,11 +57,11 @@ class PrepackedLinear(Linear):
         """[..., in] -> [..., out]."""
         packed = self._packed(input, slice(None))
         if packed is None:
-            return linear(input, self.weight, self.bias)  # not as a part: autocast keeps its copies of parameters, not of slices
+            return linear(input, self.weight, self.bias)  # the whole parameter: autocast caches casts of parameters, not of slices
         return torch.ops.mkldnn._linear_pointwise(input, packed, self.bias, "none", [], "")
 
     def part(self, x: Tensor, rows: slice) -> Tensor:
-        """[..., in] -> the output features `rows`."""
+        """[..., in] -> [..., rows]: only the output features `rows`."""
         packed = self._packed(x, rows)
         bias = None if self.bias is None else self.bias[rows]
         if packed is None:
@@ -69,18 +69,18 @@ class PrepackedLinear(Linear):
         return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
     def gelu(self, x: Tensor) -> Tensor:
-        """The exact GELU of the product."""
+        """[..., in] -> [..., out], followed by the exact GELU."""
         packed = self._packed(x, slice(None))
         if packed is None:
             return F.gelu(self(x))
         return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "gelu", [], "none")
 
     def _packed(self, x: Tensor, rows: slice) -> Tensor | None:
-        """Those rows of the weight in oneDNN's order; None where `linear` is to be used."""
+        """Return the packed `rows` of the weight, or None if `linear` should be used."""
         if torch.compiler.is_compiling():
             return None
         if torch.is_grad_enabled() or self.training:
-            self._laid_out.clear()  # an optimizer may follow, in evaluation mode too
+            self._laid_out.clear()  # an optimizer step may follow, even in evaluation mode
             return None
         if x.numel() <= FEW_ROWS * x.shape[-1] or not _takes(x, self.weight):
             return None
@@ -94,12 +94,12 @@ class PrepackedLinear(Linear):
 
 
 def gelu_of(layer: nn.Module, x: Tensor) -> Tensor:
-    """GELU of what a layer, or what stands in its place, makes of x."""
+    """GELU of `layer(x)`, fused if the layer is not replaced by an adapter."""
     return layer.gelu(x) if isinstance(layer, PrepackedLinear) else F.gelu(layer(x))
 
 
 def _takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN's kernel is there and made for these: fp32, in this computer's memory."""
+    """Whether oneDNN's kernel is available and supports these tensors: fp32 on CPU."""
     if not HAS_KERNEL or type(weight) is not nn.Parameter or weight.is_inference():
         return False
     fp32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")

@@ -1,6 +1,6 @@
-"""Configurations of the published backbones, as far as costs depend on them: a plan can be made where no hub is reached.
+"""Configurations of published backbones, limited to the values that FLOPs depend on, so that `fvlm plan` works without the hub.
 
-Values of `config.json` of each repository on huggingface.co.
+The values are from the `config.json` of each repository on huggingface.co.
 """
 
 from typing import Any

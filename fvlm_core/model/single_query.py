@@ -1,9 +1,10 @@
-"""One query per frame on keys and values that several passes read: their gradients are written and added up only once.
+"""Attention with one query per frame, for keys and values that several passes read. Their gradients are materialised only once.
 
-Of a single query, the gradient of the keys is an outer product (of the logits' gradient and the query), and so is that of the values (of
-the weights and the output's gradient). Written out by every pass, each is as large as the keys, and all are read again to be added. Here a
-pass gives back the factors, as the gradients of a `Ticket`, and where keys and values were made, one kernel adds the products to what the
-frame's own attention gives. That saves memory traffic where the compiler makes it one kernel; without it, torch's attention is faster.
+For a single query, the gradient of the keys is an outer product (of the logits' gradient and the query), and so is that of the values (of
+the attention weights and the output's gradient). Normally every pass writes gradients as large as the keys and values, and all of them are
+read again to be summed. Here each pass returns only the factors of the outer products, as gradients of a `Ticket`. In the backward of
+`tickets`, one kernel multiplies and sums them and adds the gradient of the frame's own attention. This saves memory traffic if the compiler
+fuses it into one kernel; without compilation, torch's attention is faster.
 """
 
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from torch.autograd import Function
 
 
 class Ticket(NamedTuple):
-    """No numbers, only the way back for a pass's factors."""
+    """Placeholder tensors whose gradients carry the outer-product factors of one pass. Their values are meaningless."""
 
     weights: Tensor
     """[F, heads, N]."""
@@ -27,19 +28,19 @@ class Ticket(NamedTuple):
 
 
 def tickets(key: Tensor, value: Tensor, passes: int) -> list[Ticket]:
-    """One for each pass that will read keys and values [F, heads, N, head_dim]."""
+    """Create one ticket for each of the passes that will read keys and values [F, heads, N, head_dim]."""
     if not passes:
         return []
     return [Ticket(*four) for four in _by_pass(_Share.apply(key, value, passes))]
 
 
 def attend_once(query: Tensor, key: Tensor, value: Tensor, ticket: Ticket, scale: float) -> Tensor:
-    """Attention of query [F, heads, 1, head_dim] to N keys and values; their gradients go back by the ticket."""
+    """Attention from query [F, heads, 1, head_dim] to keys and values [F, heads, N, head_dim]; their gradients go through the ticket."""
     return _Attend.apply(query, key.detach(), value.detach(), *ticket, scale)
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
-    """What is added up in."""
+    """The dtype to accumulate in."""
     return torch.promote_types(dtype, torch.float32)
 
 

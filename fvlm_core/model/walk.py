@@ -1,9 +1,10 @@
-"""Opened patches and the query that reads them, taken through the encoder's layers together: inference with a glance.
+"""Inference with a glance: opened patches and the query that reads them pass through the encoder's layers together.
 
-In a layer, a query reads that layer's keys and values of the patches, which those before it have made: neither has to wait for the other to
-come out at the end. So a level costs one walk through the weights instead of two, and of a few rows, reading the weights is what takes the
-time. Keys and values are written behind those of the glance, where there is space for all levels; nothing is copied when more is opened.
-In place, so without gradients: training goes by `fvlm_core.model.glance.open_patches` and reads afterwards, which gives the same.
+In each layer, the query needs only that layer's keys and values of the patches, so it does not have to wait until the patches have passed
+through all layers. A level then reads the weights once instead of twice, and with few rows, reading the weights dominates the time. Keys
+and values are written behind those of the glance, in buffers that are allocated for all levels, so opening more patches copies nothing.
+Because the buffers are modified in place, there are no gradients: training encodes the patches first
+(`fvlm_core.model.glance.open_patches`) and then reads them, with equal results.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ class Walk:
     """Keys and values of the glance and of what R rows (pairs of a frame and a query) have opened so far."""
 
     def __init__(self, encoder: Encoder, features: FrameFeatures, temperature: float, more: int, rows: Tensor | None = None) -> None:
-        """`more`: the most patches that a row opens, all levels together. `rows` int64 [R]: the frame of each row, where it is no frame."""
+        """`more`: maximum number of patches a row opens over all levels. `rows` int64 [R]: frame of each row; None if rows are frames."""
         self.encoder, self.temperature = encoder, temperature
         self.n_glance = self.length = features.keys[0].shape[2]
         self._keys, self._values = (_with_space(parts, more, rows) for parts in (features.keys, features.values))
@@ -35,9 +36,10 @@ class Walk:
         return [part[:, :, : self.length] for part in self._values]
 
     def open(self, x: Tensor, siblings: Tensor, q: Tensor, bias: Tensor) -> Tensor:
-        """Add embedded patches [R, n, D] that see the glance and their `siblings` bool [n, n], and read all that is open.
+        """Encode embedded patches x [R, n, D] and read all open patches with the queries q [R, 1, D].
 
-        Returns the queries [R, 1, D] as they enter the last layer. `bias` [R, 1, 1, all that is open] is added to the query's logits.
+        Patches attend to the glance and to their `siblings` bool [n, n]. `bias` [R, 1, 1, all open tokens] is added to the queries' logits.
+        Returns the queries' inputs to the last layer [R, 1, D].
         """
         count, start = x.shape[:2], self.length
         n_rows = count.numel()  # ty: ignore[missing-attribute] -- ty takes part of a `torch.Size` for a tuple
@@ -46,7 +48,7 @@ class Walk:
         seen[:, : self.n_glance] = 0
         seen[:, start:].masked_fill_(siblings, 0)
         *layers, last = self.encoder.layers
-        both = torch.cat([x.flatten(0, 1), q.flatten(0, 1)])  # [R * n + R, D]: the rows of either are one piece
+        both = torch.cat([x.flatten(0, 1), q.flatten(0, 1)])  # [R * n + R, D]: patches and queries are contiguous
         added: Added = None
         for layer, keys, values in zip(layers, self.keys, self.values, strict=False):
             both, more = layer.with_query(both, added, count, keys, values, seen, self.temperature, bias)
@@ -58,12 +60,12 @@ class Walk:
 
 
 def _with_space(parts: Sequence[Tensor], more: int, rows: Tensor | None) -> list[Tensor]:
-    """Copies of [F, heads, n, head_dim], of some frames, with space for `more` patches behind."""
+    """Copy tensors [F, heads, n, head_dim], or the frames `rows` of them, into buffers with space for `more` further patches."""
     made = []
     for part in parts:
         own = part if rows is None else part.index_select(0, rows)
         n_rows, heads, n, width = own.shape
-        space = own.new_empty(n_rows, n + more, heads, width).transpose(1, 2)  # a patch's heads side by side, as projections leave them
+        space = own.new_empty(n_rows, n + more, heads, width).transpose(1, 2)  # heads of a patch adjacent, as in the projections' outputs
         space[:, :, :n] = own
         made.append(space)
     return made

@@ -1,1 +1,1 @@
-"""Training: one program for every stage, ablation and grid run, all by recipe (`torchrun -m fvlm_core.train recipe.yaml`)."""
+"""Training: one program for all stages, ablations and grid runs, configured by a recipe (`torchrun -m fvlm_core.train recipe.yaml`)."""

@@ -1,7 +1,7 @@
 """`torchrun -m fvlm_core.train recipe.yaml`, or `python -m fvlm_core.train recipe.yaml` for one process.
 
-A finished run is recognised before torch is imported, and so is a folder that another run is at work in. Ends with status 2 for
-bad input and 75 after a SIGTERM (a checkpoint was made; start it again to go on); torchrun makes a 1 of both.
+Finished runs, and folders that another run is using, are detected before torch is imported. The exit status is 2 for bad input and 75 after
+a SIGTERM (a checkpoint was saved; run the same command to resume). torchrun turns both into 1.
 """
 
 import gc
@@ -16,7 +16,7 @@ from fvlm_core.train.lock import SHARED_VARIABLE, RunLock, end_with_launcher
 
 
 def train(recipe: Recipe) -> RunManifest:
-    """Train the recipe, or return the manifest of the run that is already there. Raises UserError where another run is at work."""
+    """Train the recipe, or return the manifest if the run is already finished. Raises UserError if another run uses the folder."""
     end_with_launcher(os.environ)
     inputs = input_digests(recipe)
     identity = recipe.identity(inputs)
@@ -31,10 +31,10 @@ def train(recipe: Recipe) -> RunManifest:
 
 def _train(recipe: Recipe, identity: str, inputs: dict[str, str], lock: RunLock) -> RunManifest:
     """Train on this rank; rank 0 holds the folder's lock."""
-    # Threads that wait by spinning slow down whatever shares the machine; libgomp reads this when torch is imported.
+    # Threads that spin while they wait slow down other processes; libgomp reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    gc.disable()  # a tenth of the time: of hundreds of thousands of new objects none is garbage
-    from fvlm_core.train.distributed import World  # imports torch and transformers: seconds
+    gc.disable()  # collection takes a tenth of the import time; imports create hundreds of thousands of objects, none of them garbage
+    from fvlm_core.train.distributed import World  # imports torch and transformers, which takes seconds
     from fvlm_core.train.loop import Trainer
 
     gc.enable()

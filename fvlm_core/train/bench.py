@@ -1,4 +1,4 @@
-"""Measures variants of one recipe in this process: trainers of the real step on the real data, warmed up and run in turn (see `race`)."""
+"""Benchmark variants of a recipe: real training steps on real data, warmed up and, for comparisons, interleaved (see `race`)."""
 
 import gc
 import os
@@ -20,7 +20,7 @@ from fvlm_core.train.nvml import gpu_readings
 from fvlm_core.train.race import Ratio, alternate, largest_that_fits, ratio_of
 
 MATMUL_SIDE = {"cpu": 1024, "cuda": 8192}
-"""Large enough to be compute-bound, small enough to take no time."""
+"""Side of the reference matrix product by device: large enough to be compute-bound, small enough to be quick."""
 MATMUL_REPEATS = 5
 
 
@@ -29,13 +29,13 @@ class Running:
     """A warmed-up variant."""
 
     row: SpeedRow
-    """Without what is measured."""
+    """The variant's row, before any measurement."""
     trainer: Trainer
     threads: int
     peak_memory_gb: float
 
     def step(self) -> float:
-        """Seconds of one more step, on the variant's own threads."""
+        """Run one step with the variant's number of threads; return its seconds."""
         if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
         started = time.perf_counter()
@@ -44,7 +44,7 @@ class Running:
 
 
 class Bench:
-    """Measures variants of one recipe in this process."""
+    """Measures variants of a recipe in this process."""
 
     def __init__(self, job: SpeedJob) -> None:
         self.job = job
@@ -55,9 +55,9 @@ class Bench:
         self.matmul: dict[tuple[int, str], float] = {}
 
     def measure(self, variant: str, settings: dict[str, Any], *, busy: bool = False) -> SpeedRow:
-        """Median step of the recipe with `settings`; a variant that runs out of GPU memory is a row with a failure.
+        """Measure the median step of the recipe with `settings`. If it runs out of GPU memory, return a row with `failure` set.
 
-        `busy` also measures for how much of the time the GPU computes.
+        `busy`: also measure the share of time in which the GPU runs a kernel.
         """
         running = self.start(variant, settings)
         if isinstance(running, SpeedRow):
@@ -71,14 +71,14 @@ class Bench:
         return row.model_copy(update={"gpu_busy": share})
 
     def start(self, variant: str, settings: dict[str, Any], kind: type[Trainer] = Trainer) -> "Running | SpeedRow":
-        """A warmed-up trainer of the recipe with `settings`, or the row that says why there is none."""
+        """Build and warm up a trainer of the recipe with `settings`. Out of memory, return a row with `failure` set instead."""
         row = SpeedRow(variant=variant, settings=settings, steps=0, load_average=os.getloadavg()[0])
         recipe = self._recipe(settings)
         try:
             if not recipe.run.threads:
                 torch.set_num_threads(self.default_threads)
             trainer = kind(recipe, self.world, "speed", self.inputs, has_wandb_key=False)
-            trainer.may_shrink = False  # what does not fit is a result here
+            trainer.may_shrink = False  # out of memory is a result here
             trainer.go_to(None, trainer.state)
             reset_peak_memory(self.world.device)
             for _ in range(self.job.warmup_steps):
@@ -90,16 +90,16 @@ class Bench:
             return row.model_copy(update={"failure": "out of memory"})
 
     def race(self, first: "Running", second: "Running", pairs: int) -> tuple[Ratio, SpeedRow, SpeedRow]:
-        """The second's speed over the first's, from steps in turn, and the rows of both."""
+        """Interleave steps of both variants; return the second's speed relative to the first's, and the rows of both."""
         for running in (first, second):
             running.trainer.clock = type(running.trainer.clock)()
         seconds = alternate(first.step, second.step, pairs=pairs, max_s=2 * self.job.max_variant_s)
         return ratio_of(*seconds), self.row(first, seconds[0]), self.row(second, seconds[1])
 
     def row(self, running: "Running", seconds: list[float]) -> SpeedRow:
-        """The row of the steps that the running variant has just made."""
+        """Build the row of a variant from the seconds of its latest steps."""
         trainer, clock, step_s = running.trainer, running.trainer.clock, statistics.median(seconds)
-        per_s = 1 / (step_s * len(seconds))  # sums over the steps, at the median step's pace
+        per_s = 1 / (step_s * len(seconds))  # turns sums over the steps into rates at the median step time
         flops_per_s, peak = clock.flops * per_s, peak_flops(self.world.device)
         quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [step_s] * 3
         return running.row.model_copy(
@@ -121,8 +121,8 @@ class Bench:
         )
 
     def largest_micro_batch(self, own: MicroBatch, settings: dict[str, Any]) -> MicroBatch | None:
-        """The largest budgets, in proportion to the recipe's own, whose step fits into the GPU; None where not even the least does."""
-        units = 16  # sixteenths of the recipe's own
+        """Return the largest multiple of the recipe's micro-batch `own` whose step fits into GPU memory; None if none fits."""
+        units = 16  # sizes are in sixteenths of `own`
 
         def scaled(size: int) -> MicroBatch:
             return MicroBatch(frames=max(1, own.frames * size // units), tokens=max(1, own.tokens * size // units))
@@ -136,17 +136,17 @@ class Bench:
         return None if size is None else scaled(size)
 
     def free(self) -> None:
-        """Give memory back."""
+        """Collect garbage and empty the CUDA cache."""
         gc.collect()
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _recipe(self, settings: dict[str, Any]) -> Recipe:
         sweep = self.job.sweep
-        tried = sum(max(4, len(getattr(sweep, name) or ())) for name in SWEPT)  # without a list of its own a setting has at most 4
-        # the loader reads ahead: a few more steps than are taken
+        tried = sum(max(4, len(getattr(sweep, name) or ())) for name in SWEPT)  # default lists have at most 4 values
+        # a few more steps than needed, because the loader reads ahead
         steps = self.job.warmup_steps + self.job.steps + tried * self.job.sweep_steps + 16
-        # how often a run may go through a source is said of the recipe's own steps
+        # `max_epochs` limits the recipe's own steps, not the benchmark's
         mixture = [part.model_copy(update={"max_epochs": None}).model_dump() for part in self.job.recipe.data.mixture]
         fixed = {
             "run.steps": steps,
@@ -158,7 +158,7 @@ class Bench:
         return self.job.recipe.with_changes(fixed | settings, where="the speed job's recipe")
 
     def _matmul_flops(self, precision: str) -> float:
-        """FLOP/s of a plain large matrix product on the present threads or GPU."""
+        """FLOP/s of a large matrix product with the current number of threads, or on the GPU."""
         key = (torch.get_num_threads(), precision)
         if key not in self.matmul:
             side, device = MATMUL_SIDE[self.world.device.type], self.world.device
@@ -175,7 +175,7 @@ class Bench:
         return self.matmul[key]
 
     def busy_share(self, trainer: Trainer) -> float:
-        """Share of two steps' time during which a kernel runs."""
+        """Share of time, over two steps, in which the GPU runs a kernel."""
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             started = time.perf_counter()
             for _ in range(2):

@@ -1,11 +1,10 @@
-"""Checkpoints: complete or not there, noticed when damaged, readable by any number of ranks.
+"""Checkpoints: written atomically, verified by checksums, and readable by any number of ranks.
 
-A checkpoint is a folder `step-00000100`: the tensors (`torch.distributed.checkpoint`, each rank writes its part) and, written
-last, a manifest with every file's sha256 and the run's small state. It is made under a temporary name and renamed, so a kill
-leaves the old ones or the new one, never a part. Training waits only while the tensors are copied: threads write them, hash the
-files and write the manifest while it goes on, and a save that fails is an error at the next step. Kept are the best, the last
-two, and the newest that is old enough to go back to when training diverges: while an alarm is pending, that is the newest from
-before its first sign.
+A checkpoint is a folder such as `step-00000100` with the tensors (`torch.distributed.checkpoint`, each rank writes its part) and a
+manifest, written last, with the sha256 of every file and the run's small state. It is written under a temporary name and then renamed, so a
+killed process never leaves a partial checkpoint. Training only waits while tensors are copied; threads then write and hash the files, and a
+failed save raises an error at the next step. Kept are the best checkpoint, the last two, and the rollback target for divergence: the newest
+one that enough healthy steps followed, which is from before the first sign of a pending alarm.
 """
 
 import errno
@@ -39,49 +38,50 @@ from fvlm_core.train.divergence import MARGIN_STEPS
 
 _TEMPORARY = ".making"
 FILE_BYTES, MOST_FILES = 500_000_000, 8
-"""A rank writes its part as files of about that size, at most so many, a thread each."""
+"""Each rank writes files of about `FILE_BYTES`, at most `MOST_FILES`, with one thread per file."""
 HASHERS = 8
-"""Files of a checkpoint that are hashed at once."""
+"""Number of threads that hash a checkpoint's files."""
 FULL_BYTES = 1_000_000
-"""Of free space, below which a checkpoint that could not be written has filled the disk."""
+"""With less free space than this, a failed save is reported as a full disk."""
 
-# torch remarks that a single process saves alone, which is what `no_dist` asks for; for good, because threads share the filters
+# torch warns that a single process saves alone, as `no_dist` requests. A permanent filter, because all threads share the filters.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 class CheckpointManifest(Manifest):
-    """What a checkpoint folder holds."""
+    """Manifest of a checkpoint folder."""
 
-    model_config = ConfigDict(ser_json_inf_nan="constants")  # a state before the first evaluation has an infinite best loss
+    model_config = ConfigDict(ser_json_inf_nan="constants")  # before the first evaluation, the best loss is infinite
 
     step: int
-    """Optimizer steps done; the loader's position is the same number."""
+    """Optimizer steps done; also the position of the data loader."""
     ranks: int
-    """Ranks that wrote it; any number may read it."""
+    """Number of ranks that wrote it. Any number of ranks can read it."""
     score: float | None
-    """What the recipe's `best` makes of the validation losses at this step, or None where it was not evaluated or an alarm was pending."""
+    """The recipe's `best` score of the validation losses at this step; None without an evaluation or while an alarm was pending."""
     state: dict[str, Any]
     """The run's small state (`fvlm_core.train.state.RunState`)."""
 
 
 class Checkpoints:
-    """The checkpoints of one run. Every method but `failed` and `settle` is to be called by all ranks."""
+    """The checkpoints of one run. All ranks must call every method, except `failed`, `settle` and `files`."""
 
     def __init__(self, folder: Path, world: World, identity: str) -> None:
-        """`identity`: hash of the run's settings and inputs; checkpoints of others are ignored."""
+        """`identity`: hash of the run's settings and inputs; checkpoints with another one are ignored."""
         self.folder, self.world, self.identity = folder, world, identity
         self.group = world.apart()
         self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.saving: Future[None] | None = None
-        """The save under way, on this rank."""
+        """The save in progress on this rank."""
         pinned = StagingOptions(use_shared_memory=False, use_async_staging=False)
         self.stager = DefaultStager(pinned) if world.device.type == "cuda" else None
 
     def save(self, step: int, tensors: dict[str, Any], *, healthy_until: int, score: float | None, state: dict[str, Any]) -> None:
-        """Begin to write the checkpoint of `step` (`tensors`: nested dicts of tensors); returns once they are copied.
+        """Start to write the checkpoint of `step`; return once the tensors are copied. Waits for a save in progress first.
 
-        When it is complete, those no longer kept are deleted. A save under way is waited for first. `healthy_until`: the last step without
-        a sign of divergence; before `step` while an alarm is pending. Raises RuntimeError where the save before has failed.
+        When the checkpoint is complete, those that are no longer needed are deleted. `tensors`: nested dicts of tensors. `healthy_until`:
+        the last step without a sign of divergence, which is before `step` while an alarm is pending. Raises RuntimeError if the previous
+        save failed.
         """
         self.wait()
         flat = _flatten(tensors)
@@ -106,11 +106,11 @@ class Checkpoints:
 
     @property
     def failed(self) -> bool:
-        """Whether the save under way on this rank has ended with an error, which `wait` will raise."""
+        """Whether the latest save on this rank has failed with an error that `wait` will raise."""
         return self.saving is not None and self.saving.done() and self.saving.exception() is not None
 
     def wait(self) -> None:
-        """Until the save under way is complete. Raises RuntimeError, on every rank, where it has failed."""
+        """Wait until the save in progress is complete. Raises RuntimeError on every rank if it failed on any."""
         if self.saving is None:
             return
         self.settle()
@@ -119,12 +119,12 @@ class Checkpoints:
             raise error or RuntimeError("a checkpoint could not be written on another rank")
 
     def settle(self) -> None:
-        """Until the save under way on this rank has ended, in whatever way."""
+        """Wait until the save in progress on this rank has ended, successfully or not."""
         if self.saving is not None:
             wait([self.saving])
 
     def _complete(self, writing: "Future[Metadata]", temporary: Path, manifest: CheckpointManifest, healthy_until: int) -> None:
-        """In a thread: when all ranks have written, give the checkpoint its manifest and its name."""
+        """Wait until all ranks have written, then write the manifest and rename the folder. Runs in a thread."""
         try:
             metadata = writing.result()
             if self.world.rank == 0:
@@ -135,16 +135,16 @@ class Checkpoints:
                 temporary.rename(final)
                 _sync_folder(self.folder)
                 self._prune(healthy_until)
-        except (Exception, CheckpointException) as error:  # the latter is none of the former
+        except (Exception, CheckpointException) as error:  # CheckpointException derives from BaseException
             cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-            if shutil.disk_usage(self.folder).free < FULL_BYTES:  # torch says "unexpected pos"
+            if shutil.disk_usage(self.folder).free < FULL_BYTES:  # torch only reports "unexpected pos"
                 cause = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
             if self.world.rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)  # what cannot be finished must not go on filling the disk
+                shutil.rmtree(temporary, ignore_errors=True)  # free the disk space
             raise RuntimeError(f"the checkpoint of step {manifest.step} could not be written") from cause
 
     def newest(self, *, up_to: int | None = None) -> CheckpointManifest | None:
-        """The newest intact checkpoint (of at most step `up_to`), or None. A damaged one is reported and passed over."""
+        """Return the newest intact checkpoint (up to step `up_to`), or None. Damaged ones are reported and skipped."""
         self.wait()
         found = None
         if self.world.rank == 0:
@@ -153,7 +153,7 @@ class Checkpoints:
         return self.world.share(found)
 
     def best(self) -> CheckpointManifest | None:
-        """The intact checkpoint with the lowest score, the earliest of equal ones, or None. Damaged ones are reported and deleted."""
+        """Return the intact checkpoint with the lowest score (the earliest if equal), or None. Damaged ones are reported and deleted."""
         self.wait()
         found = None
         if self.world.rank == 0:
@@ -165,21 +165,21 @@ class Checkpoints:
         return self.world.share(found)
 
     def best_score(self) -> tuple[int, float]:
-        """Step and score of the kept checkpoint with the lowest score, intact or not; step 0 and infinity where none has one."""
+        """Return step and score of the checkpoint with the lowest score, intact or not; (0, infinity) if none has a score."""
         self.wait()
         scores = self._scores() if self.world.rank == 0 else {}
         score, step = min(((score, step) for step, score in scores.items()), default=(math.inf, 0))
         return self.world.share((step, score))
 
     def load(self, step: int, tensors: dict[str, Any]) -> None:
-        """Read the checkpoint of `step` into `tensors`, in place. What it does not hold (the RNG of a rank that was not) stays."""
+        """Load the checkpoint of `step` into `tensors`, in place. Tensors that it lacks (RNG states of added ranks) are unchanged."""
         reader = FileSystemReader(self._path(step))
         held = reader.read_metadata().state_dict_metadata
         wanted = {name: tensor for name, tensor in _flatten(tensors).items() if name in held}
         load(wanted, storage_reader=reader, no_dist=self.world.size == 1)
 
     def drop_after(self, step: int) -> None:
-        """Delete the checkpoints later than `step`."""
+        """Delete checkpoints of later steps than `step`."""
         self.wait()
         if self.world.rank == 0:
             for later in self._steps():
@@ -188,16 +188,16 @@ class Checkpoints:
         self.world.wait()
 
     def clean(self) -> None:
-        """Delete what a killed run left half made."""
+        """Delete incomplete checkpoints of a killed run."""
         if self.world.rank == 0:
             for leftover in self.folder.glob(f"{_TEMPORARY}-*"):
                 shutil.rmtree(leftover)
         self.world.wait()
 
     def files(self, prefix: str) -> list[FileEntry]:
-        """Entries of all checkpoint files for the run's manifest, their paths behind `prefix`; tensors are not read again.
+        """Return entries of all checkpoint files for the run's manifest, with paths under `prefix`, without hashing tensors again.
 
-        Checkpoints without a readable manifest are deleted: nothing can go on from them.
+        Checkpoints without a readable manifest cannot be resumed from and are deleted.
         """
         entries = []
         for step in self._steps():
@@ -220,12 +220,12 @@ class Checkpoints:
     def _whole(self, step: int) -> CheckpointManifest | None:
         manifest = CheckpointManifest.read_whole(self._path(step))
         if manifest is None or manifest.settings_hash != self.identity:
-            print(f"checkpoint {self._path(step).name} is damaged or another run's: passed over", flush=True)
+            print(f"checkpoint {self._path(step).name} is damaged or belongs to another run: skipped", flush=True)
             return None
         return manifest
 
     def _prune(self, healthy_until: int) -> None:
-        """Keep the best, the way back if training diverges, and the last two or more; good ones later than the way back stay too."""
+        """Delete all but the best checkpoint, the rollback target, later checkpoints from before an alarm, and the last two or more."""
         steps = self._steps()
         since, back = (max((step for step in steps if step <= last - MARGIN_STEPS), default=0) for last in (steps[-1], healthy_until))
         best = min(((score, step) for step, score in self._scores().items()), default=(math.inf, 0))[1]
@@ -239,19 +239,19 @@ class Checkpoints:
     def _score(self, step: int) -> float | None:
         try:
             return CheckpointManifest.read(self._path(step)).score
-        except UserError:  # damaged: it is not the best
+        except UserError:  # a damaged checkpoint cannot be the best
             return None
 
 
 def _hashed(folder: Path) -> list[FileEntry]:
-    """Entries of a new checkpoint's files; hashing, which lets go of the interpreter's lock, takes a thread per file."""
+    """Hash a new checkpoint's files in parallel threads (hashing releases the GIL) and return their entries."""
     names = sorted(path.name for path in folder.iterdir())
     with ThreadPoolExecutor(HASHERS) as pool:
         return [entry for entries in pool.map(lambda name: file_entries(folder, [name]), names) for entry in entries]
 
 
 def rng_tensors(device: torch.device) -> dict[str, Tensor]:
-    """The state of every random generator of this process, as tensors of fixed size."""
+    """Return the states of all random generators of this process, as tensors of fixed size."""
     keys, position = np.random.get_state()[1:3]  # ty: ignore[invalid-argument-type] -- a dict only where `legacy` is False
     states = {
         "torch": torch.get_rng_state(),
@@ -262,7 +262,7 @@ def rng_tensors(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_rng(states: dict[str, Tensor], device: torch.device) -> None:
-    """Put every random generator into a state of `rng_tensors`."""
+    """Set all random generators to the states returned by `rng_tensors`."""
     torch.set_rng_state(states["torch"])
     random.setstate((3, tuple(states["python"].tolist()), None))
     numpy_state = states["numpy"].numpy()
@@ -272,7 +272,7 @@ def set_rng(states: dict[str, Tensor], device: torch.device) -> None:
 
 
 def _flatten(tensors: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, the keys joined by dots."""
+    """Flatten nested dicts, joining keys with dots."""
     flat: dict[str, Any] = {}
     for key, value in tensors.items():
         name = f"{prefix}{key}"
@@ -281,12 +281,12 @@ def _flatten(tensors: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _local_bytes(tensor: Tensor) -> int:
-    """Of what this rank holds of it."""
+    """Bytes of the part of a tensor that this rank holds."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
 
 
 def _require_complete(metadata: Metadata) -> None:
-    """Raises RuntimeError where a part was not written: torch's writing threads do not pass their errors on."""
+    """Raise RuntimeError if a part was not written: torch's writer threads do not propagate their errors."""
     parts = sum(len(held.chunks) if isinstance(held, TensorStorageMetadata) else 1 for held in metadata.state_dict_metadata.values())
     written = len(metadata.storage_data or {})
     if written != parts:

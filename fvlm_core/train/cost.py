@@ -1,4 +1,4 @@
-"""What batches cost in FLOPs, and how many steps a FLOP budget pays for."""
+"""Training FLOPs of batches, and the number of steps that a FLOP budget allows."""
 
 from dataclasses import replace
 from functools import lru_cache
@@ -15,14 +15,14 @@ from fvlm_core.model.flops import Backbone, ModelDims, SampleShape, sample_flops
 from fvlm_core.model.foveated import FoveatedVLM
 
 PROBED_ROWS = 32
-"""Samples of each source, evenly spread over it, whose mean cost stands for the source's."""
+"""Number of evenly spaced samples that estimate the mean FLOPs of each source."""
 
 
 class Cost:
     """Training FLOPs of a model's samples."""
 
     def __init__(self, model: FoveatedVLM, loss: LossSettings, *, pairs: bool = False) -> None:
-        """`pairs`: batches are of preferences, whose two samples show the same frames."""
+        """`pairs`: batches consist of preference pairs, whose two samples show the same frames."""
         self.pairs = pairs
         self.model: ModelSettings = model.settings
         self.loss = loss
@@ -31,7 +31,7 @@ class Cost:
         self._of = lru_cache(maxsize=4096)(lambda shape, frozen: sample_flops(self.model, self.dims, shape, self.loss, frozen=frozen).train)
 
     def batch(self, batch: PackedBatch) -> float:
-        """FLOPs of training on a batch (on CPU): a frame that several samples show is encoded, and counted, once."""
+        """FLOPs of training on a batch (on CPU). A frame that several samples show is encoded, and counted, once."""
         shapes = sample_shapes(batch, self.model.tokens_per_frame)
         if self.pairs:
             shapes = [replace(shape, frames=0) if number % 2 else shape for number, shape in enumerate(shapes)]
@@ -39,7 +39,7 @@ class Cost:
         return sum(self._of(shape, frozen) for shape in shapes)
 
     def steps_for(self, shards: ShardSet, data: DataSettings, run: RunSettings) -> int:
-        """The number of steps: the recipe's, or as many as its FLOP budget pays for."""
+        """Return the recipe's number of steps, or the number that its FLOP budget allows."""
         if run.steps is not None:
             return run.steps
         assert run.budget_flops is not None
@@ -52,7 +52,7 @@ class Cost:
         for row in rows[np.unique(np.linspace(0, len(rows) - 1, PROBED_ROWS).astype(int))]:
             try:
                 sample = shards.read(int(row), image_repeats=data.image_repeats, label_questions=data.loss_on == "all_text")
-            except CorruptSampleError:  # the loader reports and counts those
+            except CorruptSampleError:  # the loader reports and counts them
                 continue
             samples = sample.pair() if self.pairs else [sample]
             costs.append(self.batch(pack(samples, shards.chat, tokens_per_frame=self.model.tokens_per_frame)))
@@ -60,7 +60,7 @@ class Cost:
 
 
 def sample_shapes(batch: PackedBatch, tokens_per_frame: int) -> list[SampleShape]:
-    """The shape of every sample of a batch (on CPU); frames are those that no sample before it shows."""
+    """Return the shape of every sample of a batch (on CPU). A frame counts only for the first sample that shows it."""
     shown_frames = batch.shown_frames.tolist()
     shapes, token, frame = [], 0, 0
     encoded: set[int] = set()

@@ -1,4 +1,4 @@
-"""What a run says while it goes: plain lines, and on a terminal a live one below them with step, loss, learning rate, time left."""
+"""Console output of a run: plain lines and, on a terminal, a progress bar with step, loss, learning rate and remaining time."""
 
 import sys
 from types import TracebackType
@@ -6,10 +6,10 @@ from typing import Any, Self
 
 
 class Display:
-    """Lines of one process. Use as a context manager around the run."""
+    """Console output of one process. Use as a context manager around the run."""
 
     def __init__(self, name: str, total: int, *, speaks: bool, live: bool) -> None:
-        """`speaks`: print at all (one rank does); `live`: also the line that moves, where the output is a terminal."""
+        """`speaks`: print at all (on one rank only). `live`: show a progress bar if the output is a terminal."""
         self.name, self.total, self.speaks = name, total, speaks
         self.live: Any = None
         if speaks and live and sys.stdout.isatty():
@@ -33,7 +33,7 @@ class Display:
             print(text, flush=True)
 
     def update(self, step: int, *, loss: float, lr: float) -> None:
-        """Step `step` is done; it may be one that came before."""
+        """Show that `step` is done. It may be lower than the previous one, after a rollback."""
         if self.live is not None:
             self.live.update(self.task, completed=step, loss=f"loss {loss:.4f}", lr=f"lr {lr:.2e}")
 

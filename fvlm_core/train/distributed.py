@@ -1,4 +1,4 @@
-"""The ranks of a run: who they are, and what they exchange. One needs no process group; several use gloo on CPU, NCCL on GPUs."""
+"""The ranks of a run and their collectives. A single rank needs no process group; several use gloo on CPU and NCCL on GPUs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from fvlm_core.errors import UserError
 
 @dataclass(frozen=True)
 class World:
-    """One rank among `size`."""
+    """This process's rank among `size`, and its device."""
 
     rank: int
     size: int
@@ -20,9 +20,9 @@ class World:
 
     @classmethod
     def join(cls, environment: Mapping[str, str], device: str) -> "World":
-        """Join the ranks that torchrun describes in `environment`; alone where it describes none.
+        """Join the process group that torchrun describes in `environment`, or run as a single rank without one.
 
-        Raises UserError for a GPU that is not there.
+        Raises UserError if there is no GPU for this rank.
         """
         rank, size, local = (int(environment.get(key, alone)) for key, alone in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         if device == "auto":
@@ -37,12 +37,12 @@ class World:
         if device == "cuda":
             torch.cuda.set_device(place)
         if size > 1:
-            # numbers of the host are exchanged by gloo on GPUs too: NCCL would make the host wait for all that its device still has to do
+            # host tensors are reduced with gloo on GPUs too: with NCCL, the host would wait for all work queued on its device
             dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", device_id=place if device == "cuda" else None)
         return cls(rank, size, place)
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """The values added up over the ranks, in double precision."""
+        """Sum values over all ranks, in double precision."""
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
@@ -50,7 +50,7 @@ class World:
         return total.tolist()
 
     def share(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
+        """Broadcast rank 0's value to every rank."""
         if self.size == 1:
             return value
         box = [value]
@@ -58,7 +58,7 @@ class World:
         return box[0]
 
     def union(self, values: set[int]) -> set[int]:
-        """What any rank has in its set."""
+        """Return the union of all ranks' sets."""
         if self.size == 1:
             return values
         sets: list[Any] = [None] * self.size
@@ -66,17 +66,17 @@ class World:
         return set().union(*sets)
 
     def apart(self) -> dist.ProcessGroup | None:
-        """The same ranks as a group of its own, over gloo: for a thread, whose exchanges must not mix with those of training."""
+        """Create a separate gloo group of all ranks, for a thread whose collectives must not interleave with those of training."""
         group = dist.new_group(backend="gloo") if self.size > 1 else None
-        assert not isinstance(group, int)  # which a process outside of the group would get
+        assert not isinstance(group, int)  # an int is returned only outside of the group
         return group
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Wait for all ranks (barrier)."""
         if self.size > 1:
             dist.barrier()
 
     def leave(self) -> None:
-        """End the process group. Nothing in C++ may hold it any more (`Spread.end`)."""
+        """Destroy the process group. No C++ object may still hold a reference to it (see `Spread.end`)."""
         if self.size > 1:
             dist.destroy_process_group()

@@ -1,8 +1,8 @@
-"""Notices that training diverges, and says what to freeze next.
+"""Detect divergence of training, and choose what to freeze after it.
 
-Alarms are meant to be rare, because what follows is drastic: training goes back to the last good checkpoint and freezes the
-vision encoder, next time the lower half of the language model's layers. One bad batch does not do it, nor the noise of small
-batches: a sign must persist, and spikes are judged against the run's own history.
+Alarms must be rare because the response is drastic: training rolls back to the last good checkpoint and freezes the vision encoder, the
+next time the lower half of the language model's layers. A single bad batch or the noise of small batches must not cause an alarm, so a sign
+has to persist, and spikes are measured against the run's own history.
 """
 
 import math
@@ -14,32 +14,32 @@ from pydantic import BaseModel, ConfigDict
 from fvlm_core.model.foveated import FoveatedVLM
 
 FREEZES = ("vision", "llm_lower")
-"""What is frozen, in order."""
+"""Parts to freeze, in order."""
 MARGIN_STEPS = 2
-"""A checkpoint is a good place to go back to when this many healthy steps followed it: what breaks a model shows a step later."""
+"""Healthy steps that must follow a checkpoint before it can be a rollback target: damage to a model shows only one step later."""
 HISTORY_STEPS = 20
-"""Healthy steps before spikes are judged."""
+"""Number of healthy steps before spikes are detected."""
 MEMORY = 0.98
-"""Weight of the past in the running means: about 50 steps."""
+"""Decay of the exponential moving averages, equivalent to about 50 steps."""
 NONFINITE_STEPS = 3
-"""Consecutive steps with a loss or gradient that is not finite."""
+"""Number of consecutive steps with a non-finite loss or gradient norm that raises an alarm."""
 SPIKE_STEPS = 5
-"""Consecutive steps above the limits below."""
+"""Number of consecutive spikes, as defined below, that raises an alarm."""
 LOSS_DEVIATIONS, LOSS_RISE = 6.0, 0.5
-"""A loss is a spike this many standard deviations, and this share, above its running mean."""
+"""A loss is a spike if it exceeds its running mean by this many standard deviations and by this share of the mean."""
 NORM_RISE = 100.0
-"""A gradient norm is a spike at this multiple of its running (geometric) mean."""
+"""A gradient norm is a spike if it exceeds this multiple of its running geometric mean."""
 ENTROPY_STEPS, ENTROPY_SHARE = 20, 1e-3
-"""Attention has collapsed when its entropy stays below this share of the highest it was: queries see a single patch only."""
+"""Attention has collapsed, to a single patch, if its entropy stays below this share of its maximum for this many steps."""
 
 
 class Watch(BaseModel):
-    """The watch's memory, small and JSON-able: it is part of every checkpoint."""
+    """Divergence detector. Its state is small and serialisable to JSON; every checkpoint includes it."""
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
     healthy: int = 0
-    """Healthy steps seen."""
+    """Number of healthy steps so far."""
     loss_mean: float = 0.0
     loss_variance: float = 0.0
     log_norm_mean: float = 0.0
@@ -49,18 +49,18 @@ class Watch(BaseModel):
     norm_spikes: int = 0
     low_entropy: int = 0
     suspect_steps: int = 0
-    """Steps since the first sign of an alarm that is pending, with that one; 0 where none is. More than any of the counts above
-    where steps without frames lie between two of low entropy."""
+    """Number of steps since the first sign of a pending alarm, including that step; 0 without one. It can exceed all counts above if
+    steps without frames lie between steps of low entropy."""
 
     @property
     def alarmed(self) -> bool:
-        """Whether the last step's loss or gradient was not healthy."""
+        """Whether the last step's loss or gradient norm was non-finite or a spike."""
         return bool(self.nonfinite or self.loss_spikes or self.norm_spikes)
 
     def observe(self, loss: float, norm: float, entropy: float) -> str | None:
-        """Take in a step: its loss, gradient norm, and attention entropy (0 where there was none).
+        """Record the loss, gradient norm and attention entropy (0 without frames) of a step.
 
-        Returns why training has diverged, or None.
+        Returns the reason if training has diverged, otherwise None.
         """
         reason = self._judge(loss, norm, entropy)
         self.suspect_steps = self.suspect_steps + 1 if self.alarmed or self.low_entropy else 0
@@ -90,7 +90,7 @@ class Watch(BaseModel):
         return None
 
     def _remember(self, loss: float, log_norm: float) -> None:
-        new = max(1 - MEMORY, 1 / (self.healthy + 1))  # a plain mean at first, a running one later
+        new = max(1 - MEMORY, 1 / (self.healthy + 1))  # a plain mean at first, a moving average later
         change = loss - self.loss_mean
         self.loss_mean += new * change
         self.loss_variance = (1 - new) * (self.loss_variance + new * change**2)
@@ -99,7 +99,7 @@ class Watch(BaseModel):
 
 
 def frozen_parameters(model: FoveatedVLM, freezes: Collection[str]) -> set[str]:
-    """Names of the parameters that the freezes (of `FREEZES`) keep still."""
+    """Return the names of the parameters that `freezes` (a subset of `FREEZES`) freeze."""
     names = [name for name, _ in model.named_parameters()]
     depth = len(model.llm.model.layers)
     frozen = {name for name in names if "vision" in freezes and model.role(name) == "vision"}
@@ -110,6 +110,6 @@ def frozen_parameters(model: FoveatedVLM, freezes: Collection[str]) -> set[str]:
 
 
 def next_freeze(model: FoveatedVLM, done: Collection[str]) -> str | None:
-    """The first freeze that still changes something, or None when all are used up."""
+    """Return the first entry of `FREEZES` that is not done and would freeze trained parameters, or None."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     return next((freeze for freeze in FREEZES if freeze not in done and frozen_parameters(model, [freeze]) & trained), None)

@@ -1,5 +1,7 @@
-"""What a run will cost before it starts: samples and FLOPs, from its recipe and the index of its shards, or from the mean samples that a
-profile assumes as long as there are no shards. No torch here."""
+"""Estimate the samples and FLOPs of a run before it starts. Does not import torch.
+
+The estimate uses the recipe and the shards' index or, before there are shards, the mean samples assumed by the profile.
+"""
 
 import json
 from collections.abc import Mapping
@@ -23,21 +25,21 @@ COLUMNS = ["split", "source", "kind", "n_frames", "n_tokens", "n_answer_tokens"]
 
 
 class MeanSample(Settings):
-    """A mean sample of a source."""
+    """The mean sample of a source."""
 
     frames: float = 0.0
-    """Distinct ones: 1 for an image, 0 for text."""
+    """Number of distinct frames: 1 for an image, 0 for text."""
     image: bool = False
-    """Shown several times (`data.image_repeats`)."""
+    """Whether it is an image, which is shown `data.image_repeats` times."""
     tokens: float
-    """Text tokens."""
+    """Number of text tokens."""
     answer_tokens: float
-    """Of these, those that are labelled where the loss is on answers."""
+    """Number of text tokens in answers, which are the labelled ones if the loss is on answers only."""
 
 
 @dataclass(frozen=True)
 class ExpectedCost:
-    """Of a complete run; None where it cannot be known yet."""
+    """Expected samples and FLOPs of a complete run; None if not known yet."""
 
     samples: int | None
     flops: float | None
@@ -46,10 +48,10 @@ class ExpectedCost:
 def expected_cost(
     recipe: Recipe, shards: Path | None, assumed: Mapping[str, MeanSample] | None = None, *, vocab_size: int | None = None
 ) -> ExpectedCost:
-    """What the recipe will cost on the shards in a folder (None: they are not made yet; then on `assumed` samples, by source).
+    """Estimate the cost of the recipe on the shards in a folder or, if `shards` is None, on `assumed` mean samples by source.
 
-    `vocab_size`: of a language model that is built from a shape, as long as there are no shards.
-    FLOPs are of mean samples of each source, so a few percent off the run's own count; of a recipe with a budget they are exact.
+    `vocab_size`: vocabulary of a language model that is built from a shape, needed without shards. FLOPs are computed from the mean sample
+    of each source and deviate a few percent from the run's own count; for a recipe with a FLOP budget they are exact.
     """
     run = recipe.run
     per_sample = _per_sample(recipe, shards, assumed or {}, vocab_size) if shards or assumed else None
@@ -82,7 +84,7 @@ def _per_sample(recipe: Recipe, shards: Path | None, assumed: Mapping[str, MeanS
         length = mean.tokens + shown * recipe.model.tokens_per_frame
         shape = SampleShape(round(mean.frames), round(shown), round(mean.tokens), round(labels), round(length - mean.answer_tokens))
         cost = sample_flops(recipe.model, dims, shape, recipe.loss, frozen=frozen).train
-        if recipe.dpo is not None:  # the other answer, about frames that are encoded once for both
+        if recipe.dpo is not None:  # the second answer of a pair; its frames are encoded only once
             cost += sample_flops(recipe.model, dims, replace(shape, frames=0), recipe.loss, frozen=frozen).train
         costs.append(cost)
         lengths.append(length)
@@ -93,7 +95,7 @@ def _per_sample(recipe: Recipe, shards: Path | None, assumed: Mapping[str, MeanS
 
 
 def _mean_in(shards: Path, source: str) -> MeanSample | None:
-    """The mean of a source's training samples in the shards."""
+    """Return the mean training sample of a source in the shards, or None without samples."""
     rows = pq.read_table(shards / INDEX_FILE, columns=COLUMNS, filters=[("split", "=", "train"), ("source", "=", source)])
     if not rows.num_rows:
         return None
@@ -119,26 +121,29 @@ def _llm_config(llm: LLMSettings) -> dict[str, Any] | None:
 
 
 def llm_width(llm: LLMSettings) -> int | None:
-    """Width of a language model's hidden states; None where its configuration is not known here."""
+    """Return the hidden size of a language model, or None if its configuration is not available locally."""
     config = _llm_config(llm)
     return None if config is None else config["hidden_size"]
 
 
 def patches_per_side(vision: VisionSettings) -> int | None:
-    """Patches along a frame's side; None where the encoder's configuration is not known here, or the frame is no multiple of its patch."""
+    """Return the number of patches per frame side.
+
+    None if the encoder's configuration is not available locally, or if the frame's side is not a multiple of the patch size.
+    """
     config = _vision_config(vision)
     return None if config is None or vision.frame_px % config["patch_size"] else vision.frame_px // config["patch_size"]
 
 
 def _read_config(checkpoint: str | None) -> dict[str, Any] | None:
-    """A checkpoint's configuration from its folder or the hub's cache on this machine, else a published one; None where it is unknown."""
+    """Read a checkpoint's configuration from its folder, the local hub cache or `PUBLISHED`; None if it is in none of them."""
     if checkpoint is None:
         return None
     path = Path(checkpoint) / "config.json"
     on_hub = "/" in checkpoint and not Path(checkpoint).is_absolute()
     try:
         cached = try_to_load_from_cache(checkpoint, "config.json") if on_hub and not path.is_file() else None
-    except HFValidationError:  # no name that the hub could have; who loads it says so
+    except HFValidationError:  # not a valid hub name; loading the model reports that
         cached = None
     found = path if path.is_file() else Path(cached) if isinstance(cached, str) else None
     return json.loads(found.read_text()) if found else PUBLISHED.get(checkpoint)

@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, and whether the run in it is finished. No torch here: launchers read it too."""
+"""A run's output folder: which run it belongs to, and whether that is finished. Does not import torch, for launchers."""
 
 from pathlib import Path
 
@@ -12,20 +12,20 @@ from fvlm_core.settings import read_yaml
 from fvlm_core.train.jobs import IDENTITY_FILE, RECIPE_FILE, RunManifest
 
 PLACES = {"output", "shards", "init_from"}
-"""Keys of a recipe that say where things are."""
+"""Recipe keys that hold paths."""
 
 
 def input_digests(recipe: Recipe) -> dict[str, str]:
-    """Digests of what the recipe's paths point at. Raises UserError where a manifest is missing."""
+    """Return the digests of the recipe's inputs, by recipe key. Raises UserError if a manifest is missing."""
     folders = {"shards": recipe.shards} | ({"init_from": recipe.init_from} if recipe.init_from else {})
     backbones = {"vision": recipe.model.vision.checkpoint, "llm": recipe.model.llm.checkpoint}
-    # a checkpoint of someone else has no manifest: its name has to do
+    # third-party checkpoints have no manifest and are identified by name only
     folders |= {role: Path(name) for role, name in backbones.items() if name and (Path(name) / FILE_NAME).is_file()}
     return {name: AnyManifest.read(folder).digest for name, folder in folders.items()}
 
 
 def check_folder(recipe: Recipe, identity: str) -> None:
-    """Raises UserError when the recipe's output folder holds another run."""
+    """Raise UserError if the recipe's output folder holds another run."""
     path = recipe.output / IDENTITY_FILE
     if not path.is_file():
         return
@@ -39,7 +39,7 @@ def check_folder(recipe: Recipe, identity: str) -> None:
 
 
 def claim_folder(recipe: Recipe, identity: str) -> None:
-    """Write the recipe and its identity into the output folder. Raises UserError where that cannot be written."""
+    """Write the recipe and its identity into the output folder. Raises UserError if it is not writable."""
     try:
         recipe.to_yaml(recipe.output / RECIPE_FILE)
         write_atomically(recipe.output / IDENTITY_FILE, yaml.safe_dump({"identity": identity}).encode())
@@ -48,7 +48,7 @@ def claim_folder(recipe: Recipe, identity: str) -> None:
 
 
 def _difference(recipe: Recipe) -> str:
-    """Which settings differ from those the folder was made with."""
+    """Describe the settings that differ from those of the run in the folder."""
     old = read_yaml(recipe.output / RECIPE_FILE) if (recipe.output / RECIPE_FILE).is_file() else {}
     changed = differences(old, recipe.model_dump(mode="json"))
     lines = [f"{path} was {before!r} and is {now!r}" for path, (before, now) in changed.items() if path not in PLACES]
@@ -56,6 +56,6 @@ def _difference(recipe: Recipe) -> str:
 
 
 def whole_manifest(folder: Path, identity: str) -> RunManifest | None:
-    """The manifest of a run that is finished, undamaged and this very one, else None."""
+    """Return the manifest in `folder` if the run is finished, undamaged and has this identity, otherwise None."""
     manifest = RunManifest.read_whole(folder)
     return manifest if manifest is not None and manifest.settings_hash == identity else None

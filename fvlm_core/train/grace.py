@@ -1,23 +1,26 @@
-"""How long a run may need between a SIGTERM and its end: it finishes its step and saves a checkpoint. No torch here: launchers ask."""
+"""Grace period of a run between SIGTERM and SIGKILL, to finish its step and save a checkpoint. Does not import torch, for launchers."""
 
 from pathlib import Path
 
 from fvlm_core.train.jobs import CHECKPOINTS_FOLDER, MODEL_FOLDER
 
 BASE_S = 30.0
-"""For the step or the evaluation that is under way, and to leave."""
+"""Time to finish the current step or evaluation, and to exit."""
 WRITE_BYTES_PER_S = 100e6
-"""A checkpoint is written, and read back for its digests. Slow network disks are like that; a local one does twice as much."""
+"""Speed of writing a checkpoint and reading it back for its digests, on a slow network disk; a local disk is twice as fast."""
 UNKNOWN_S = 300.0
-"""Where nothing is known of the size: as long as for twice 13.5 GB, checkpoints of a billion parameters."""
+"""Grace period if the checkpoint size is unknown: enough for two checkpoints of 13.5 GB (a billion parameters)."""
 SAVES = 2
-"""The checkpoint that may be under way when the signal comes, and the last one."""
+"""Number of checkpoints to wait for: one that may be in progress at the signal, and the final one."""
 CHECKPOINT_SHARE = 3.0
-"""A checkpoint's size as a multiple of its weights': AdamW keeps two more numbers per parameter."""
+"""Ratio of a checkpoint's size to that of the weights: AdamW has two moments per parameter."""
 
 
 def stop_grace_s(output: Path, init_from: Path | None = None) -> float:
-    """Seconds from SIGTERM to SIGKILL for the run in `output`, by the size of its newest checkpoint, else of the model it starts from."""
+    """Return the seconds from SIGTERM to SIGKILL for the run in `output`.
+
+    Based on the size of its newest checkpoint or, without one, of the model that it starts from.
+    """
     size = _bytes(max((output / CHECKPOINTS_FOLDER).glob("step-*"), default=None))
     if not size and init_from is not None:
         size = CHECKPOINT_SHARE * _bytes(init_from / MODEL_FOLDER)

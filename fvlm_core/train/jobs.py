@@ -1,6 +1,6 @@
-"""Settings and manifests of the training jobs: a run, the speed measurement, the stand-in vision encoder.
+"""Settings and manifests of the training jobs: runs, speed measurements and the small stand-in vision encoder.
 
-No torch here: flows, launchers and reports read them too.
+Does not import torch, because flows, launchers and reports use it too.
 """
 
 from pathlib import Path
@@ -30,128 +30,128 @@ SWEPT = {
     "workers": "data.workers",
     "gradient_checkpointing": "run.gradient_checkpointing",
 }
-"""What a sweep may turn, in the order it is tuned, and the recipe's path of each. None of it changes the samples of a step."""
+"""Settings that a sweep tunes, in order, and their recipe paths. None of them changes the samples of a step."""
 
 
 class Divergence(Settings):
-    """One time that training diverged, and what was done."""
+    """A divergence of training, and the response to it."""
 
     step: int
-    """Optimizer steps done when it was noticed."""
+    """Optimizer steps done when it was detected."""
     reason: str
     back_to: int
-    """Step of the checkpoint that training went back to; 0 is the start."""
+    """Step of the checkpoint that training rolled back to; 0 is the start."""
     froze: str
-    """What is frozen from then on: `vision`, then `llm_lower` (the lower half of the language model's layers); empty where the run
-    ended by it (`run.on_divergence`)."""
+    """What was frozen after it: `vision`, then `llm_lower` (the lower half of the language model's layers). Empty if it ended the run
+    (`run.on_divergence`)."""
 
 
 class OutOfMemory(Settings):
-    """One time that a micro-batch did not fit into the GPU's memory; smaller ones were computed from then on."""
+    """An out-of-memory error of a micro-batch, after which training continued with smaller ones."""
 
     step: int
-    """Optimizer steps done when it was noticed."""
+    """Optimizer steps done when it happened."""
     micro_batch: MicroBatch
-    """The budget from then on, half of the one before."""
+    """The micro-batch budget from then on, half of the previous one."""
 
 
 class RunManifest(Manifest):
-    """A finished training run."""
+    """Manifest of a finished training run."""
 
     steps: int
     final_loss: float
-    """Validation loss of the last pass, of the model in `model/`."""
+    """Validation loss of the last pass, for the model in `model/`."""
     model_step: int
-    """Step that the model in `model/` is of: `best_step`, or the last one where the recipe's `best.use` says so."""
+    """Step of the model in `model/`: `best_step`, or the last step if the recipe's `best.use` says so."""
     losses: dict[str, float]
-    """Its validation loss of each pass that has a weight: cross-entropy per labelled token, or the DPO loss per pair."""
+    """Its validation losses, by pass with a non-zero weight: cross-entropy per labelled token, or the DPO loss per pair."""
     best_step: int
-    """Step of the kept checkpoint with the lowest score (the recipe's `best`); 0 where there is none."""
+    """Step of the kept checkpoint with the lowest score (the recipe's `best`); 0 if no checkpoint has a score."""
     best_loss: float | None
-    """Its score; by default its validation loss of the last pass. None where there is none: a sign of divergence, such as low entropy, was
-    pending at each of them."""
+    """Score of that checkpoint; by default, its validation loss of the last pass. None if no checkpoint has a score, because a sign of
+    divergence, such as low entropy, was pending at each of them."""
     samples_seen: int
     frames_seen: int
-    """Shown frames."""
+    """Number of shown frames."""
     label_tokens_seen: int
     flops: float
-    """Of all training steps, from the configuration."""
+    """FLOPs of all training steps, computed from the configuration."""
     params: int
     validation_share: float = 0.0
-    """Of the time in training steps and validation, what validation took."""
+    """Share of the time in training steps and validation that validation took."""
     resumed_from: list[int] = Field(default_factory=list)
-    """The steps of the checkpoints that the run was continued from."""
+    """Steps of the checkpoints that the run was resumed from."""
     skipped_steps: int = 0
-    """Steps without an update because the loss or a gradient was not finite."""
+    """Number of steps without an update, because the loss or the gradient norm was not finite."""
     divergences: list[Divergence] = Field(default_factory=list)
     out_of_memory: list[OutOfMemory] = Field(default_factory=list)
 
 
 class Sweep(Settings):
-    """The values to try of each setting; left out, they are chosen for the device."""
+    """Values to try for each setting. Omitted settings get default values for the device."""
 
     micro_batch: list[MicroBatch] | None = None
-    """Default: the recipe's, its double, its half and its quarter."""
+    """Micro-batch budgets. Default: the recipe's, twice, half and a quarter of it."""
     threads: list[Annotated[int, Field(ge=0)]] | None = None
-    """Default: 1, and on a CPU all cores."""
+    """Numbers of CPU threads. Default: 1 on a GPU; 1 and all cores on a CPU."""
     precision: list[Literal["fp32", "bf16"]] | None = None
-    """Default: bf16 on a GPU, fp32 on a CPU."""
+    """Precisions. Default: bf16 on a GPU, fp32 on a CPU."""
     compile: list[bool | list[CompiledPart]] | None = None
-    """Parts to compile, or all (true). Default: all and none on a GPU, off on a CPU, where compiling takes longer than it saves."""
+    """Lists of parts to compile; true is all. Default: all and none on a GPU; none on a CPU, where compiling costs more than it saves."""
     autotune: list[bool] | None = None
-    """Default: on and off on a GPU, off on a CPU."""
+    """Whether to autotune matrix products. Default: on and off on a GPU, off on a CPU."""
     workers: list[Annotated[int, Field(ge=0)]] | None = None
-    """Default: 0 (a thread reads ahead), and on a GPU 4."""
+    """Numbers of data loader processes. Default: 0 (a thread prefetches), on a GPU also 4."""
     gradient_checkpointing: list[bool] | None = None
-    """Default: off; what does not fit into a GPU's memory is tried with it."""
+    """Whether to use gradient checkpointing. Default: off, or on if the recipe's own step does not fit into GPU memory."""
 
 
 class SpeedSettings(Settings):
-    """What is tried to make training faster."""
+    """Which settings to try to make training faster, and how to measure them."""
 
     sweep: Sweep = Sweep()
     warmup_steps: Positive = 2
-    """Steps of each variant before it is measured."""
+    """Number of warm-up steps of each variant."""
     steps: Positive = 20
-    """Steps of naive and of tuned that are measured in turn at the end; medians are reported."""
+    """Number of measured steps of the naive and the tuned variant, interleaved; medians are reported."""
     sweep_steps: Positive = 6
-    """The same of a setting that is tried and the best so far; with fewer than 6 no gain can be shown."""
+    """Number of measured steps of a candidate setting and of the best so far, interleaved. Fewer than 6 cannot show a gain."""
     max_variant_s: Annotated[float, Field(gt=0)] = 30.0
-    """A variant's measuring stops after this time, with at least 6 steps."""
+    """The measurement of a variant stops after this time in seconds, but not before 6 steps."""
     min_gain: Annotated[float, Field(ge=0)] = 0.02
-    """A setting replaces the best so far when the lower end of its gain is above this share."""
+    """A setting replaces the best so far if the lower bound of its relative gain exceeds this."""
     most_batches: Positive = 16
-    """On a GPU the largest micro-batch that fits is searched up to so many times the recipe's."""
+    """On a GPU, the largest micro-batch that fits is searched up to this multiple of the recipe's."""
     hours_to_failure: Annotated[float, Field(gt=0)] = 24.0
-    """Mean time between losses of a machine, for the interval of checkpoints that is advised."""
+    """Mean time between failures of a machine in hours, for the recommended checkpoint interval."""
 
 
 class SpeedJob(SpeedSettings):
-    """How fast the recipe trains as a plain implementation would run it, and tuned."""
+    """Measures the training speed of a recipe in a naive implementation and with tuned settings."""
 
     output: Path
     recipe: Recipe
-    """What to measure; its output folder is not touched."""
+    """The recipe to measure. Nothing is written to its output folder."""
 
 
 class SpeedRow(Settings):
-    """One variant, measured."""
+    """Measurements of one variant."""
 
     variant: str
     settings: dict[str, Any]
-    """Recipe paths and values."""
+    """Changed settings: recipe paths to values."""
     steps: int
-    """Steps measured; 0 where it failed."""
+    """Number of measured steps; 0 if it failed."""
     step_s: float | None = None
-    """Median."""
+    """Median seconds per step."""
     step_s_low: float | None = None
-    """Lower quartile."""
+    """Lower quartile of seconds per step."""
     step_s_high: float | None = None
-    """Upper quartile."""
+    """Upper quartile of seconds per step."""
     over: str = ""
-    """The variant that it was measured in turn with."""
+    """The variant that its steps were interleaved with."""
     gain: float | None = None
-    """Times as fast as that one: median over pairs of steps, with its 95 % interval."""
+    """Speed relative to that variant: median over pairs of steps; `gain_low` and `gain_high` are its 95 % confidence interval."""
     gain_low: float | None = None
     gain_high: float | None = None
     pairs: int = 0
@@ -161,65 +161,71 @@ class SpeedRow(Settings):
     gflops_per_s: float | None = None
     """Training GFLOP (from the configuration) per second."""
     share_of_matmul: float | None = None
-    """Of a plain large torch.mm's GFLOP/s on the same threads or GPU, in fp32 or bf16 as the variant."""
+    """FLOP/s as a share of those of a large `torch.mm` with the same threads or GPU and the same precision."""
     mfu: float | None = None
-    """Of the GPU's data-sheet peak."""
+    """Model FLOPs utilisation: FLOP/s as a share of the GPU's data-sheet peak."""
     gpu_busy: float | None = None
-    """Share of the time that a kernel runs."""
+    """Share of time in which a kernel runs."""
     power_w: float | None = None
-    """GPU's power, clock and temperature at the end of its steps, by NVML: what a slow variant may owe to the machine."""
+    """GPU power at the end of the steps. Power, clock and temperature (from NVML) show whether the machine slowed a variant down."""
     sm_clock_mhz: int | None = None
     temperature_c: int | None = None
     peak_memory_gb: float | None = None
     data_wait_share: float | None = None
     load_average: float = 0.0
-    """Of the machine, when the variant was measured."""
+    """Load average of the machine when the variant was measured."""
     failure: str = ""
 
 
 class CheckpointAdvice(Settings):
-    """How often to write checkpoints (Young 1974, Daly 2006), from this machine's step and disk; `run.checkpoint_every` is yours to set,
-    because it decides which checkpoints can be the best."""
+    """Recommended checkpoint interval (Young 1974, Daly 2006) for this machine's step time and disk speed.
+
+    It is not applied: `run.checkpoint_every` also determines which checkpoints can be the best, so the user has to set it.
+    """
 
     bytes: int
-    """Of a checkpoint: weights and AdamW's state."""
+    """Size of a checkpoint: weights and AdamW state."""
     bytes_per_s: float
-    """Written to the output's disk and waited for."""
+    """Measured write speed of the output's disk, including fsync."""
     write_s: float
+    """Estimated seconds to write a checkpoint."""
     hours_to_failure: float
     steps: int
-    """Between checkpoints."""
+    """Recommended number of steps between checkpoints."""
 
 
 class SpeedReport(Manifest):
-    """`chosen.yaml`; and, as timings no part of its identity, `speed.csv`, `speed.png`, operations and traces of naive and tuned."""
+    """Manifest of a speed job: `chosen.yaml`, `speed.csv`, `speed.png`, and operation tables and traces of naive and tuned.
+
+    Only `chosen.yaml` is part of its identity; the others contain timings.
+    """
 
     figures: ClassVar[tuple[Figure, ...]] = (Figure(file=PLOT_FILE, caption="Training samples per second of every variant."),)
     device: str
     rows: list[SpeedRow]
-    """`naive` first, `tuned` last: measured in turn."""
+    """All variants: `naive` first and `tuned` last, whose steps were interleaved."""
     naive_samples_per_s: float | None
-    """None where the padded step does not fit into memory."""
+    """None if the padded step does not fit into memory."""
     tuned_samples_per_s: float
     speedup: float | None
-    """Median over pairs of steps, with its 95 % interval."""
+    """Speed of tuned relative to naive: median over pairs of steps; `speedup_low` and `speedup_high` are its 95 % confidence interval."""
     speedup_low: float | None
     speedup_high: float | None
     pairs: int
     target: float = 2.0
-    """What was to be reached."""
+    """Target speedup."""
     bound: str
-    """What a faster step would have to shorten."""
+    """What limits the speed of a tuned step."""
     parts: dict[str, dict[str, float]]
-    """Share of a step's time by part, for naive and tuned."""
+    """Share of step time by part, for naive and tuned."""
     largest_micro_batch: MicroBatch | None = None
-    """On a GPU, where it was searched: the largest that fits."""
+    """The largest micro-batch that fits, if it was searched (on a GPU)."""
     checkpoint: CheckpointAdvice
     chosen: dict[str, Any]
-    """Recipe paths and values to train with, e.g. `{"run.threads": 2}`; the samples of a step stay the same."""
+    """Recipe paths and values to train with, e.g. `{"run.threads": 2}`. They do not change the samples of a step."""
 
     def summary(self) -> str:
-        """The result in words: a gain within the spread is none."""
+        """Summarise the result in words. A gain whose confidence interval includes 1 is reported as none."""
         if self.speedup is None or self.speedup_low is None:
             return f"The padded step does not fit on {self.device}, the tuned one does: {self.tuned_samples_per_s:.1f} samples/s."
         high = "" if self.speedup_high is None else f"{self.speedup_high:.2f}"
@@ -232,28 +238,28 @@ class SpeedReport(Manifest):
 
 
 class VisionTrainingSettings(Settings):
-    """How the stand-in for DINOv2 is trained (see `fvlm_core.train.vision`)."""
+    """Training of the small stand-in for DINOv2 (see `fvlm_core.train.vision`)."""
 
     steps: Positive = 600
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch_frames: Positive = 96
-    """Rendered frames of a step."""
+    """Number of rendered frames per step."""
     optimizer: OptimizerSettings = OptimizerSettings(lr_vision=2e-3, warmup_steps=40)
     copies: Annotated[int, Field(ge=0)] = 0
-    """Distorted copies of each training digit that are drawn too."""
+    """Number of distorted copies of each training digit to draw in addition to the original."""
     colours: Annotated[int, Field(ge=6, le=9)] | None = None
-    """Patches predict the colour of their digit as well, one of so many; None asks for none."""
+    """Number of digit colours, which patches then predict too. Null: patches do not predict a colour."""
     crosses: bool = False
-    """Each frame has the cross of the task `hunt`, which is an eleventh digit to predict; patches also predict which cell it is in."""
+    """Whether each frame has the cross of the task `hunt`. It is an eleventh class of digit, and patches also predict its cell."""
     seed: int = 0
-    """Of the weights and the rendered frames."""
+    """Seed of the weights and the rendered frames."""
     threads: Positive = 1
-    """Torch CPU threads."""
+    """Number of torch CPU threads."""
 
 
 class VisionJob(VisionTrainingSettings):
-    """Train an encoder of a shape."""
+    """Trains an encoder of the given shape."""
 
     output: Path
     shape: VisionShape
-    """Its patches must be as large as a cell of the rendered grid (14 px)."""
+    """Shape of the encoder. Its patches must be as large as a cell of the rendered grid (14 px)."""

@@ -1,9 +1,9 @@
-"""One run at a time in a folder: a lock that its process holds as long as it lives, and ranks that end with their launcher.
+"""Allow one run at a time per folder with a lock that is held until the process exits, and end ranks together with their launcher.
 
-torchrun puts every rank in a session of its own, so a torchrun that is killed leaves its ranks alive; the same command again
-would then write beside them. The kernel sends them a SIGTERM instead (they save and end), and the new run waits for that.
+torchrun starts each rank in its own session, so ranks survive if torchrun is killed, and a restarted run would write to the same folder.
+Therefore the kernel sends the ranks a SIGTERM when torchrun dies; they save a checkpoint and exit, and the new run waits for that.
 
-Where other hosts write to the folder's file system too, the lock is a lease: its owner gives signs of life, and a host that died loses it.
+If other hosts write to the same file system, the lock is a lease: its owner renews it, and loses it if its host dies.
 """
 
 import contextlib
@@ -21,35 +21,35 @@ from fvlm_core.errors import UserError
 
 LOCK_FILE, LEASE_FILE = ".lock", ".lease"
 SHARED_VARIABLE = "FVLM_SHARED_VOLUME"
-"""In the environment of a run whose folder other hosts may write to."""
+"""Environment variable, set for a run whose folder other hosts may write to."""
 LEASE_S = 120.0
-"""After which the owner of a lease that gives no sign is thought dead, with its host."""
+"""Seconds without renewal after which the owner of a lease is considered dead."""
 ENDING = "ending"
 WAIT_S = 10.0
-"""How long the folder's holder may take until it is known to be ending: a killed process to be gone, a stopped run to notice."""
+"""Seconds to wait for a holder that is not known to be ending: a killed process may still exit, a stopped run may still react."""
 ENDING_WAIT_S = 600.0
-"""How long one that is ending may take: it saves a checkpoint."""
+"""Seconds to wait for a holder that is ending, because it saves a checkpoint."""
 POLL_S = 0.2
 PR_SET_PDEATHSIG = 1
 
 
 class RunLock:
-    """The lock of one run's folder. The lock file names the process that holds it."""
+    """The lock of a run's folder. The lock file names the process that holds it."""
 
     def __init__(self, folder: Path, *, shared: bool = False) -> None:
-        """`shared`: other hosts may work in the folder; a process whose lease another host has taken gets SIGTERM."""
+        """`shared`: other hosts may use the folder. A process that loses its lease to another host gets a SIGTERM."""
         self.folder, self.path = folder, folder / LOCK_FILE
         self.wait_s = WAIT_S + LEASE_S if shared else WAIT_S
         self.lock: BaseFileLock
         if shared:
             self.lock = SoftFileLease(folder / LEASE_FILE, lease_duration=LEASE_S, on_compromise=_end, poll_interval=POLL_S)
         else:
-            # without its fall-back for file systems that cannot lock, which would leave a lock behind when its process is killed
+            # no fallback to a soft lock on file systems without locking: a killed process would leave it behind
             self.lock = FileLock(self.path, fallback_to_soft=False, poll_interval=POLL_S)
 
     @contextlib.contextmanager
     def held(self) -> Generator[None]:
-        """Hold the lock; while a run that is ending holds it, wait. Raises UserError where another run goes on."""
+        """Hold the lock. Waits for a run that is ending; raises UserError if another run continues to hold it."""
         self._acquire()
         try:
             yield
@@ -57,8 +57,8 @@ class RunLock:
             self.lock.release()
 
     def ending(self) -> None:
-        """Note that the run is about to end and let go. Safe in a signal handler."""
-        with contextlib.suppress(OSError):  # a full disk is no reason not to end
+        """Record in the lock file that the run is ending. Safe to call in a signal handler."""
+        with contextlib.suppress(OSError):  # e.g. a full disk must not prevent the end
             self._write(ENDING)
 
     def _acquire(self) -> None:
@@ -87,15 +87,15 @@ class RunLock:
 
 
 def _end(_loss: object) -> None:
-    """The folder is another run's now."""
+    """Stop this process: another run has taken the lease."""
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def end_with_launcher(environment: Mapping[str, str]) -> None:
-    """Under torchrun, get a SIGTERM when it dies. A run that was started without it lives on when its shell ends."""
+    """Under torchrun, request a SIGTERM when torchrun dies. Without torchrun, a run survives the end of its shell."""
     if "TORCHELASTIC_RUN_ID" not in environment:
         return
     launcher = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != launcher:  # it died before the kernel was asked
+    if os.getppid() != launcher:  # it died before `prctl` was called
         os.kill(os.getpid(), signal.SIGTERM)

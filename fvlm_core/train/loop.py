@@ -1,8 +1,8 @@
 """The training loop: from a recipe to a RunManifest, exactly resumable at every step.
 
-The loss is the mean over all labelled tokens (or preference pairs) of the global batch: they are counted over all ranks and
-micro-batches before the first forward, so neither the number of ranks nor accumulation changes it. What a run is made of and how it is
-put at a step: `fvlm_core.train.run`.
+The loss is the mean over all labelled tokens (or preference pairs) of the global batch. They are counted over all ranks and micro-batches
+before the first forward pass, so the loss does not depend on the number of ranks or on gradient accumulation. See `fvlm_core.train.run` for
+the parts of a run and for saving and restoring them.
 """
 
 import math
@@ -32,23 +32,23 @@ from fvlm_core.train.state import Clock, RunState, StepResult, Window, halved
 from fvlm_core.train.validation import validation_losses
 
 _NOTHING = (0.0,) * 6
-"""`Trainer._sizes` of no batch."""
+"""`Trainer._sizes` of an empty batch."""
 
 
 class Trainer(Run):
     """Trains a run."""
 
     def __init__(self, recipe: Recipe, world: World, identity: str, inputs: dict[str, str], *, has_wandb_key: bool) -> None:
-        """As `Run`."""
+        """See `Run`."""
         super().__init__(recipe, world, identity, inputs, has_wandb_key=has_wandb_key)
         self.stop_requested = False
         self.may_shrink = world.size == 1
-        """Whether a micro-batch that does not fit into memory is cut; not with several ranks, where the others would wait for this one."""
+        """Whether to shrink micro-batches when out of memory. Not with several ranks, which would wait for this one in a collective."""
 
     def run(self, *, stopping: Callable[[], None] | None = None) -> RunManifest:
-        """Train to the end (from the last checkpoint where there is one) and write the manifest. Exits with STOPPED on SIGTERM.
+        """Train to the end, from the last checkpoint if there is one, and write the manifest. Exits with status STOPPED after SIGTERM.
 
-        `stopping` is called in the signal's handler.
+        `stopping` is called in the signal handler.
         """
 
         def stop(_signal: int, _frame: FrameType | None) -> None:
@@ -62,7 +62,7 @@ class Trainer(Run):
                 self._train()
         finally:
             signal.signal(signal.SIGTERM, before)
-            self.checkpoints.settle()  # nothing writes into the folder any more when its lock is given back
+            self.checkpoints.settle()  # nothing may write into the folder after its lock is released
         if self.profiler.missing:
             self.display.say(self.profiler.missing)
         manifest = None
@@ -75,7 +75,7 @@ class Trainer(Run):
         return self.world.share(manifest)
 
     def _train(self) -> None:
-        """Every step that is left, with its evaluation, checkpoint or way back."""
+        """Run all remaining steps, with evaluations, checkpoints and rollbacks."""
         self.checkpoints.clean()
         found = self.checkpoints.newest()
         self.go_to(found, RunState() if found is None else RunState.model_validate(found.state))
@@ -107,9 +107,9 @@ class Trainer(Run):
     # a step
 
     def step(self) -> tuple[float, str | None]:
-        """One optimizer step: the loss, and why training has diverged, if it has."""
+        """Run one optimizer step. Return its loss, and the reason if training has diverged."""
         started = time.perf_counter()
-        with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed when it starts; a resumed run must not differ by that
+        with torch.random.fork_rng(devices=[]):  # a new DataLoader draws a seed, which must not change a resumed run
             micro_batches = next(self.batches)
         waited = time.perf_counter() - started
         own = [sum(sizes) for sizes in zip(_NOTHING, *(self._sizes(batch) for batch in micro_batches), strict=True)]
@@ -126,7 +126,7 @@ class Trainer(Run):
         sums = self._gradients(micro_batches, units)
         norms = gradient_norms(self.optimizer)
         norm = torch.stack(list(norms.values())).norm()
-        # one transfer from the device for everything that is logged or decided on
+        # a single device-to-host transfer for all values to log or check
         values = torch.cat([sums, torch.stack([*norms.values(), norm]).double()]).tolist()
         objective, *losses, entropy = self.world.sum(values[: len(sums)])
         result = StepResult(
@@ -156,7 +156,7 @@ class Trainer(Run):
         return result.loss, trouble
 
     def _gradients(self, micro_batches: list[PackedBatch], units: int) -> Tensor:
-        """`_accumulate`; where a micro-batch does not fit into memory, of smaller ones with the same samples, from now on."""
+        """`_accumulate`. When out of memory, retry with smaller micro-batches of the same samples, and use these from now on."""
         while True:
             try:
                 with self.spread.step():
@@ -167,7 +167,7 @@ class Trainer(Run):
                 smaller = halved(self.state.budget(self.recipe.run.micro_batch))
                 if smaller is None:
                     raise
-            # outside of the handler: until it is left, the traceback keeps the forward's tensors
+            # outside of the except block: inside it, the traceback keeps the tensors of the forward pass alive
             self.optimizer.zero_grad(set_to_none=True)
             if self.world.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -180,33 +180,33 @@ class Trainer(Run):
                 micro_batches = next(self.batches)
 
     def _accumulate(self, micro_batches: list[PackedBatch], units: int) -> Tensor:
-        """Forward and backward of this rank's micro-batches; `units`: labelled tokens or pairs of the global batch.
+        """Run forward and backward on this rank's micro-batches. `units`: labelled tokens or pairs of the global batch.
 
-        Returns this rank's sums, float64: objective, what the objective names, attention entropy over the shown frames.
+        Returns this rank's sums, float64 [2 + names]: objective, the values that the objective names, attention entropy over shown frames.
         """
         sums = torch.zeros(2 + len(self.objective.names), dtype=torch.float64, device=self.world.device)
         for number, batch in enumerate(micro_batches):
             with self.spread.accumulating(number < len(micro_batches) - 1):
                 with self._autocast():
                     part = self.objective(self.spread, batch, self.world.device)
-                # the ranks' gradients are averaged, so each rank's share of the global mean is scaled up
+                # gradients are averaged over ranks, so multiply by their number to get the global mean
                 (part.objective * (self.world.size / max(1, units))).backward()
             named = [part.parts[name] for name in self.objective.names]
             sums += torch.stack([value.double() for value in (part.objective.detach(), *named, part.entropy * len(batch.shown_frames))])
         return sums
 
     def _sizes(self, batch: PackedBatch) -> tuple[float, ...]:
-        """Units of the objective, labels, samples, shown frames, tokens, training FLOPs."""
+        """Count units of the objective, labels, samples, shown frames, tokens and training FLOPs."""
         held = batch.n_labels, batch.n_samples, len(batch.shown_frames), len(batch.input_ids)
         return self.objective.units(batch), *held, self.cost.batch(batch)
 
     def _autocast(self) -> AbstractContextManager:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.recipe.run.precision == "bf16")
 
-    # evaluation points
+    # evaluation and end
 
     def _evaluate(self) -> str | None:
-        """Validation losses and a row of `metrics.csv`. Returns why training has diverged, if it has."""
+        """Compute the validation losses and write a row of `metrics.csv`. Return the reason if training has diverged."""
         self._validate()
         final = self.state.val_losses[self.recipe.passes[-1]]
         if not math.isfinite(final):
@@ -225,14 +225,14 @@ class Trainer(Run):
         return None
 
     def _validate(self) -> None:
-        """Validation losses of the present step, into the state."""
+        """Compute the validation losses of the current step and store them in the state."""
         started = time.perf_counter()
         with self._autocast(), self.spread.evaluation():
             self.state.val_losses = validation_losses(self.model, self.shards, self.recipe, self.objective, self.world)
         self.state.validation_s += time.perf_counter() - started
 
     def _end_diverged(self, reason: str) -> None:
-        """Go back to the last good checkpoint, and let that be what the run made: that it diverged is its result."""
+        """Roll back to the last good checkpoint and end the run with it as the result."""
         self._go_back(reason, froze="")
         if self.state.evaluated != self.state.step or not self.state.val_losses:
             self._validate()
@@ -240,8 +240,8 @@ class Trainer(Run):
         self.display.say(f"ends at step {self.state.step}, because it diverged ({reason})")
 
     def _stop(self) -> None:
-        """Save and leave, because of a SIGTERM."""
-        if self.saved != self.state.step:  # to save it once more would first delete it
+        """Save a checkpoint and exit, after a SIGTERM."""
+        if self.saved != self.state.step:  # saving it again would first delete it
             self._save()
         self.checkpoints.wait()
         self.display.say(f"stopped by SIGTERM at step {self.state.step}; start it again to go on")

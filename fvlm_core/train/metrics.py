@@ -1,4 +1,4 @@
-"""What a run reports: `metrics.csv`, one row per evaluation point, and the same rows to Weights & Biases."""
+"""Metrics of a run: one row per evaluation in `metrics.csv`, also sent to Weights & Biases."""
 
 import csv
 import io
@@ -32,12 +32,12 @@ PEAK_TFLOPS = {
     "5090": 209,
     "B200": 2250,
 }
-"""Dense bf16 tensor-core peaks from NVIDIA's data sheets (those of Hopper cards give twice as much, with sparsity), by a part of the
-device's name; the first that fits counts."""
+"""Dense bf16 tensor-core peaks in TFLOP/s from NVIDIA's data sheets (those of Hopper cards state twice as much, with sparsity). The first
+key that is part of the device's name applies."""
 
 
 def columns(passes: Sequence[str]) -> list[str]:
-    """The columns of `metrics.csv`: the same for every run with these passes."""
+    """Return the columns of `metrics.csv` for a run with these passes."""
     return [
         *("step", "samples", "frames", "label_tokens", "flops"),
         *("val_loss", *(f"val_{name}" for name in passes), "train_loss", *(f"train_{name}" for name in passes)),
@@ -50,9 +50,9 @@ def columns(passes: Sequence[str]) -> list[str]:
 def metrics_row(
     state: RunState, clock: Clock, optimizer: AdamW, settings: OptimizerSettings, *, steps: int, val_loss: float, world: World
 ) -> dict[str, Any]:
-    """A row of `metrics.csv`: the state after its step, and what was summed since the last one. `steps`: of the run."""
+    """Build a row of `metrics.csv` from the current state and the sums since the previous row. `steps`: total steps of the run."""
     window, rates = state.window, learning_rates(settings, state.step - 1, steps)
-    units = max(1, window.units) if window.steps else math.nan  # nothing is known where every step was skipped
+    units = max(1, window.units) if window.steps else math.nan  # unknown if every step was skipped
     trained = {group["role"] for group in optimizer.param_groups}
     peak = peak_flops(world.device)
     return {
@@ -75,17 +75,17 @@ def metrics_row(
 
 
 class MetricsFile:
-    """`metrics.csv`: rows in step order, each step once, each row on disk when `append` returns."""
+    """`metrics.csv`, with one row per step, in step order. `append` returns once a row is on disk."""
 
     def __init__(self, path: Path, names: Sequence[str]) -> None:
         self.path, self.names = path, list(names)
 
     def truncate(self, step: int) -> None:
-        """Keep the rows up to `step`, drop what a later or killed attempt wrote; makes the file where there is none."""
+        """Drop the rows after `step`, and an incomplete last line of a killed run. Creates the file if it does not exist."""
         kept = []
         if self.path.is_file():
             whole_lines = self.path.read_bytes().decode().splitlines(keepends=True)
-            if whole_lines and not whole_lines[-1].endswith("\n"):  # a kill in the middle of a write
+            if whole_lines and not whole_lines[-1].endswith("\n"):  # killed during a write
                 whole_lines.pop()
             kept = [row for row in csv.DictReader(whole_lines) if int(row["step"]) <= step]
         text = io.StringIO(newline="")
@@ -95,7 +95,7 @@ class MetricsFile:
         write_atomically(self.path, text.getvalue().encode())
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add a row; a column it lacks stays empty. Raises ValueError for a column that does not exist."""
+        """Append a row; missing columns stay empty. Raises ValueError for an unknown column."""
         with self.path.open("a", newline="") as stream:
             csv.DictWriter(stream, self.names).writerow(row)
             stream.flush()
@@ -103,9 +103,9 @@ class MetricsFile:
 
 
 class Tracker:
-    """Weights & Biases, started with the first row (importing and starting it takes most of a second).
+    """Weights & Biases, started with the first row, because importing and starting it takes most of a second.
 
-    Without a key it writes offline files that `wandb sync` can upload. A run that cannot reach it goes on without.
+    Without an API key it writes offline files for `wandb sync`. If wandb cannot be reached, the run continues without it.
     """
 
     def __init__(self, recipe: Recipe, identity: str, *, has_key: bool) -> None:
@@ -115,10 +115,10 @@ class Tracker:
         self.run: Any = None
 
     def log(self, row: dict[str, Any]) -> None:
-        """Send a row."""
+        """Log a row."""
         if self.mode == "disabled":
             return
-        import wandb  # here, not above: a run without rows or with wandb disabled does not pay for it
+        import wandb  # imported here because it is slow and only needed for rows with wandb enabled
 
         try:
             if self.run is None:
@@ -129,7 +129,7 @@ class Tracker:
             self.mode = "disabled"
 
     def finish(self) -> None:
-        """Flush and end."""
+        """Finish the wandb run, which uploads the remaining rows."""
         if self.run is not None:
             self.run.finish()
 
@@ -152,7 +152,7 @@ class Tracker:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """FLOP/s of the device's bf16 tensor cores; None for a CPU or an unknown GPU."""
+    """Return the peak FLOP/s of the device's bf16 tensor cores; None for a CPU or an unknown GPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -160,7 +160,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory_gb` start anew. On a CPU only Linux can."""
+    """Reset the peak that `peak_memory_gb` reports. On CPU, only supported on Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif Path("/proc/self/clear_refs").exists():
@@ -168,11 +168,11 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Highest memory use since the start or `reset_peak_memory`: allocated on the GPU, or resident in the process."""
+    """Peak memory in GB since the start or `reset_peak_memory`: allocated memory on a GPU, otherwise resident memory of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
-    # what getrusage says of a process includes the peak of the one that started it
+    # getrusage's peak of a process includes that of its parent
     own = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if own is None else own) * 1024 / 1e9

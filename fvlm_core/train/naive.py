@@ -1,8 +1,8 @@
-"""The training step as an ordinary implementation does it: what the tuned one is compared with.
+"""The naive training step: a baseline for the tuned one.
 
-Samples are padded to the longest of their micro-batch, every position has logits, every shown frame is encoded (an image shown eight times,
-eight times), both passes run over the complete sequence. It is the same model on the same samples with the recipe's batch and precision,
-eager, read by a plain loader. Only its time means something: padding is labelled too, as full logits have it.
+Samples are padded to the longest of their micro-batch, logits are computed at every position, every shown frame is encoded (an image shown
+eight times, eight times), and all passes run over the complete sequence. Model, samples, batch and precision are the recipe's; the model
+runs eagerly, with a plain loader. Only its timing is meaningful: padding is labelled too, so that all positions get logits.
 """
 
 from dataclasses import replace
@@ -18,18 +18,18 @@ PAD = 0
 
 
 class NaiveTrainer(Trainer):
-    """Counts what was asked for (samples, useful FLOPs), and computes it padded."""
+    """A trainer that pads micro-batches but counts samples and FLOPs without padding."""
 
     def _accumulate(self, micro_batches: list[PackedBatch], units: int) -> Tensor:
         return super()._accumulate([padded(batch) for batch in micro_batches], units)
 
 
 def padded(batch: PackedBatch) -> PackedBatch:
-    """The same samples, each as long as the longest, with labels everywhere and each shown frame stored by itself."""
+    """Pad each sample to the longest, label every position, and store a copy of every shown frame."""
     longest, n = max(batch.lengths), batch.n_samples
     starts = np.repeat(batch.cu_seqlens[:-1].numpy(), batch.lengths)
     sample = np.repeat(np.arange(n), batch.lengths)
-    place = torch.from_numpy(sample * longest + np.arange(len(starts)) - starts)  # of every old position
+    place = torch.from_numpy(sample * longest + np.arange(len(starts)) - starts)  # new position of every old one
     ids = torch.full((n * longest,), PAD).index_copy(0, place, batch.input_ids)
     labels = torch.full((n * longest,), PAD).index_copy(0, place, batch.labels.masked_fill(batch.labels == IGNORE, PAD))
     sources = batch.query_sources

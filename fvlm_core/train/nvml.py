@@ -1,4 +1,4 @@
-"""What NVIDIA's management library says of a GPU while a variant is measured: a slow step at a low clock is not the code's."""
+"""GPU readings from NVIDIA's management library, to tell slow code from a GPU at a low clock."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ import torch
 
 
 def gpu_readings(device: torch.device) -> dict[str, Any]:
-    """Power, clock and temperature now, as `SpeedRow` has them; empty for a CPU, and where the driver says nothing. By nvidia-ml-py."""
+    """Return current power, clock and temperature as fields of `SpeedRow`; empty on CPU or if the driver does not provide them."""
     if device.type != "cuda":
         return {}
-    import pynvml  # only a GPU's machine needs it
+    import pynvml  # of nvidia-ml-py; only needed with a GPU
 
     try:
         return {
@@ -17,5 +17,5 @@ def gpu_readings(device: torch.device) -> dict[str, Any]:
             "sm_clock_mhz": torch.cuda.clock_rate(device),
             "temperature_c": torch.cuda.temperature(device),
         }
-    except (RuntimeError, pynvml.NVMLError):  # a driver without it, or a machine that forbids it
+    except (RuntimeError, pynvml.NVMLError):  # not supported by the driver, or not permitted
         return {}

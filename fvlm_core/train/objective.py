@@ -1,7 +1,7 @@
-"""What training lowers: cross-entropy of labelled tokens, or the DPO loss of preference pairs.
+"""Training objectives: cross-entropy of labelled tokens, or the DPO loss of preference pairs.
 
-An objective gives sums over a micro-batch and says of how many units: tokens or pairs. The mean is over the units of the global
-batch, so neither the number of ranks nor accumulation changes it.
+An objective returns sums over a micro-batch and counts its units, tokens or pairs. The loss is the mean over the units of the global batch,
+so it does not depend on the number of ranks or on gradient accumulation. DPO: Rafailov et al. 2023, https://arxiv.org/abs/2305.18290.
 """
 
 from collections.abc import Callable
@@ -19,18 +19,19 @@ from fvlm_core.train.reference import Reference
 
 Forward = Callable[..., PassLosses]
 PREFERRED = "preferred"
-"""The share of pairs whose chosen answer has gained on the rejected one, in the last pass."""
+"""Metric: share of pairs whose chosen answer gained on the rejected one relative to the reference, in the last pass."""
 
 
 @dataclass(frozen=True)
 class Sums:
-    """What a micro-batch adds."""
+    """Sums over a micro-batch."""
 
     objective: Tensor
-    """Scalar with a gradient."""
+    """Differentiable scalar."""
     parts: dict[str, Tensor]
-    """Scalars to be logged, by the objective's `names`."""
+    """Scalars to log, by the objective's `names`."""
     entropy: Tensor
+    """Mean attention entropy; see `PassLosses.entropy`."""
 
 
 class TokenLoss:
@@ -40,17 +41,20 @@ class TokenLoss:
         self.loss, self.names = loss, passes
 
     def units(self, batch: PackedBatch) -> int:
-        """Labelled tokens."""
+        """Number of labelled tokens."""
         return batch.n_labels
 
     def __call__(self, forward: Forward, batch: PackedBatch, device: torch.device) -> Sums:
-        """`forward`: the model's, on `device`; `batch` is in the host's memory."""
+        """Compute the loss. `forward`: training forward of a model on `device`. `batch`: on CPU."""
         losses = forward(batch.to(device), self.loss)
         return Sums(losses.objective, losses.sums, losses.entropy)
 
 
 class PreferenceLoss:
-    """DPO, summed over pairs: of each pass -log sigmoid(beta ((chosen - its reference) - (rejected - its reference))), weighted."""
+    """DPO, summed over pairs: weighted mean over passes of -log sigmoid(beta * ((chosen - reference) - (rejected - reference))).
+
+    `chosen` and `rejected` are log-probabilities of the two answers, each compared with the reference model's log-probability of it.
+    """
 
     def __init__(self, loss: LossSettings, passes: list[str], beta: float, reference: Reference) -> None:
         self.loss, self.passes, self.beta, self.reference = loss, passes, beta, reference
@@ -59,11 +63,11 @@ class PreferenceLoss:
         self.weights = [weight / sum(weights) for weight in weights]
 
     def units(self, batch: PackedBatch) -> int:
-        """Pairs."""
+        """Number of pairs."""
         return batch.n_samples // 2
 
     def __call__(self, forward: Forward, batch: PackedBatch, device: torch.device) -> Sums:
-        """As `TokenLoss`. The reference is looked up by the host's batch, so that nothing waits for the device."""
+        """As `TokenLoss`. The reference is looked up with the batch on CPU, to avoid a device synchronisation."""
         losses = forward(batch.to(device), self.loss, by_sample=True)
         log_probs = torch.stack([-losses.sums[name] for name in self.passes])
         gains = log_probs - send(self.reference.log_probs(batch).to(log_probs.dtype), device)  # [passes, samples]
@@ -71,7 +75,7 @@ class PreferenceLoss:
         per_pass = F.softplus(-self.beta * margins).sum(1)
         objective = (per_pass * per_pass.new_tensor(self.weights)).sum()
         parts = dict(zip(self.passes, per_pass.detach(), strict=True)) | {PREFERRED: (margins[-1].detach() > 0).sum()}
-        # the model's own objective touches every parameter, which the ranks' exchange of gradients needs
+        # the model's own objective gives every parameter a gradient, as the gradient reduction over ranks requires
         return Sums(objective + 0.0 * losses.objective, parts, losses.entropy)
 
 

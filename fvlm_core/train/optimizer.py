@@ -1,7 +1,7 @@
-"""AdamW with a parameter group per role and decay, and the plain tensors a checkpoint keeps of it.
+"""AdamW with parameter groups by role and weight decay, and its state as plain tensors for checkpoints.
 
-A role with learning rate 0 is frozen: its parameters require no gradient and have no optimizer state. A role without
-parameters is an error, and so is a parameter without a role: nothing falls silently into another's learning rate.
+A role with learning rate 0 is frozen: its parameters require no gradient and have no optimizer state. A role without parameters and a
+parameter without a role are errors, so that no parameter silently gets another role's learning rate.
 """
 
 from collections.abc import Collection
@@ -19,10 +19,10 @@ from fvlm_core.train.spread import whole
 
 
 def build_optimizer(model: FoveatedVLM, settings: OptimizerSettings, *, frozen: Collection[str] = ()) -> AdamW:
-    """Groups of `model`'s parameters; sets `requires_grad` off on those of frozen roles and those named in `frozen`.
+    """Build AdamW for `model`. Disables `requires_grad` of parameters with a frozen role or a name in `frozen`, and enables it for others.
 
-    Each group carries its `role` and its parameters' names (`param_names`). Raises UserError for a role without parameters
-    and when nothing is left to train.
+    Each group has its `role` and its parameters' names (`param_names`). Raises UserError for a role without parameters, or if there is
+    nothing to train.
     """
     peaks = settings.peaks
     members: dict[str, list[tuple[str, nn.Parameter]]] = {role: [] for role in ROLES}
@@ -48,13 +48,13 @@ def build_optimizer(model: FoveatedVLM, settings: OptimizerSettings, *, frozen: 
 
 
 def set_learning_rates(optimizer: AdamW, rates: dict[str, float]) -> None:
-    """Give every group its role's rate."""
+    """Set the learning rate of every group to that of its role."""
     for group in optimizer.param_groups:
         group["lr"] = rates[group["role"]]
 
 
 def gradient_norms(optimizer: AdamW) -> dict[str, Tensor]:
-    """The 2-norm of each trained role's gradient, as scalars on the device."""
+    """Return the 2-norm of the gradient of each trained role, as scalars on the device."""
     gradients: dict[str, list[Tensor]] = {}
     for group in optimizer.param_groups:
         gradients.setdefault(group["role"], []).extend(p.grad for p in group["params"] if p.grad is not None)
@@ -64,22 +64,23 @@ def gradient_norms(optimizer: AdamW) -> dict[str, Tensor]:
 def clip_gradients(optimizer: AdamW, clip_norm: float, norm: Tensor, *, in_step: bool | None = None) -> None:
     """Scale all gradients so that their total `norm` is at most `clip_norm`.
 
-    `in_step` (by default on a GPU, unless ranks hold shards): AdamW's kernel does it, which reads them anyway.
+    `in_step`: let the fused AdamW kernel scale the gradients in the next `optimizer.step()`, which saves a pass over them. Default: on a
+    GPU, unless ranks hold shards.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if in_step is None:
         in_step = norm.is_cuda and not any(isinstance(parameter, DTensor) for parameter in parameters)
     if in_step:
-        # what `torch.amp.GradScaler` sets: the fused kernel divides by it. The small number is `clip_grads_with_norm_`'s
+        # the attribute of `torch.amp.GradScaler`, by which the fused kernel divides gradients; 1e-6 as in `clip_grads_with_norm_`
         optimizer.grad_scale = ((norm.float() + 1e-6) / clip_norm).clamp(min=1.0)  # ty: ignore[missing-attribute]
     else:
         nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
 
 
 def optimizer_tensors(optimizer: AdamW) -> dict[str, dict[str, Tensor]]:
-    """The optimizer's state by parameter name, made (as zeros, what AdamW starts from) where there is none yet.
+    """Return the optimizer's state tensors by parameter name. Missing state is initialised with zeros, as AdamW does.
 
-    The tensors are the optimizer's own: saving reads them, loading writes into them.
+    These are the optimizer's own tensors, so that a checkpoint can be loaded into them.
     """
     tensors = {}
     for group in optimizer.param_groups:

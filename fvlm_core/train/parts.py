@@ -1,7 +1,7 @@
-"""Where a training step's time goes: by part of the model, and by operation.
+"""Break down the time of a training step by part of the model and by operation.
 
-Parts are timed by clocks around the model's own methods, with the device waited for; what is neither of them is the backward pass and the
-loop around it. The profiler's table and trace have the operations.
+Parts are timed around the model's methods, with device synchronisation. The remainder is the backward pass and the training loop. The
+profiler's table and trace show single operations.
 """
 
 import time
@@ -17,13 +17,13 @@ from fvlm_core.train.loop import Trainer
 from fvlm_core.train.profiling import TABLE_ROWS
 
 METHODS = {"encode": ("encode",), "query": ("read_coarse", "read_fine", "queries"), "LLM": ("contextualise",), "loss": ("_cross_entropy",)}
-"""The model's methods whose forward is a part."""
+"""Parts of the forward pass, and the model's methods that belong to each."""
 REST = "backward and the rest"
 STEPS = 2
 
 
 def time_parts(trainer: Trainer) -> dict[str, float]:
-    """Share of a step's time by part: data, the forward's parts, backward, optimizer; adds up to 1."""
+    """Return the share of a step's time by part: data, parts of the forward pass, optimizer, and the rest. Shares add up to 1."""
     device, seconds = trainer.world.device, dict.fromkeys(["data", *METHODS, "optimizer"], 0.0)
 
     def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,7 +60,7 @@ def time_parts(trainer: Trainer) -> dict[str, float]:
 
 
 def profile_steps(trainer: Trainer, output: Path, name: str) -> list[str]:
-    """Write `NAME-operations.txt` and `NAME-trace.json.gz` of one step, for https://ui.perfetto.dev; returns their names."""
+    """Profile one step. Write `NAME-operations.txt` and `NAME-trace.json.gz` (for https://ui.perfetto.dev); return the file names."""
     gpu = trainer.world.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as seen:
         trainer.step()

@@ -1,8 +1,8 @@
-"""Everything that a training run imports: for a process off which runs are forked, so that each need not import it again."""
+"""Import everything that a training run needs, in a process that forks runs, so that they start without importing."""
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported, as in `__main__`
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see `__main__`; read when torch is imported
 
 import pyarrow.dataset  # noqa: F401
 import torch.distributed.launcher.api  # noqa: F401

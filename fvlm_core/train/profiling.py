@@ -1,4 +1,4 @@
-"""A trace of some training steps, and a table of what takes the time in them."""
+"""Profile some training steps of a run: a trace, and a table of operations by time."""
 
 from pathlib import Path
 
@@ -13,16 +13,16 @@ TABLE_ROWS = 40
 
 
 class Profiler:
-    """Watches the steps that the settings name; without settings it does nothing."""
+    """Profiles the steps given by the settings. Does nothing without settings."""
 
     def __init__(self, settings: ProfileSettings | None, output: Path, device: torch.device) -> None:
-        """Writes into `output/profile` when the last watched step is over."""
+        """Results are written to `output/profile` after the last profiled step."""
         self.folder, self.sort_by = output / FOLDER, "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
         self.profile = None
         self.settings, self.seen = settings, False
         if settings is not None:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-            # one of the steps before is the profiler's own warm-up
+            # the profiler uses the step before the first profiled one to warm up
             warm_up = min(1, settings.after)
             plan = schedule(wait=settings.after - warm_up, warmup=warm_up, active=settings.steps, repeat=1)
             self.profile = profile(activities=activities, schedule=plan, on_trace_ready=self._write)
@@ -37,16 +37,16 @@ class Profiler:
             self.profile.stop()
 
     def step(self) -> None:
-        """Call after every step."""
+        """Call after every training step."""
         if self.profile is not None:
             self.profile.step()
 
     @property
     def missing(self) -> str | None:
-        """After the run: why there is no trace of the steps that the settings name, if there is none."""
+        """After the run: the reason why no step was profiled; None if steps were profiled or none were requested."""
         if self.settings is None or self.seen:
             return None
-        return f"no step was profiled: this start made no more than {self.settings.after}; lower run.profile.after"
+        return f"no step was profiled: this process ran no more than {self.settings.after} steps; lower run.profile.after"
 
     def _write(self, seen: profile) -> None:
         self.seen = True

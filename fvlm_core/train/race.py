@@ -1,7 +1,7 @@
-"""Which of two ways is faster: steps in turn, medians, and an interval; a gain within the spread is none.
+"""Compare the speed of two variants by interleaved steps, with a confidence interval of the median ratio.
 
-Steps alternate A, B, A, B, so that a drift of the machine meets both alike, and step i of both trains on the same samples. The interval of
-the median ratio is by order statistics: it assumes nothing of how times are distributed.
+Steps alternate A, B, A, B, so that drifts of the machine affect both alike, and step i of both trains on the same samples. The interval
+uses order statistics and makes no assumption about the distribution of step times.
 """
 
 import math
@@ -13,14 +13,14 @@ from scipy.stats import binom
 
 CONFIDENCE = 0.95
 MIN_PAIRS = 6
-"""With fewer no interval of 95 % exists."""
+"""Fewest pairs for which a 95 % interval exists."""
 HALVINGS = 2
-"""How often `largest_that_fits` halves what lies between a size that fits and its double."""
+"""Number of bisections between a size that fits and one that does not, in `largest_that_fits`."""
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as fast B is as A: the median over pairs of steps, with its interval."""
+    """Speed of B relative to A: the median over pairs of steps, with its confidence interval."""
 
     value: float
     low: float
@@ -29,7 +29,7 @@ class Ratio:
 
 
 def ratio_of(first: Sequence[float], second: Sequence[float]) -> Ratio:
-    """B's speed over A's, from the seconds of paired steps. With under `MIN_PAIRS` pairs the interval is everything."""
+    """Compute B's speed relative to A's from the seconds of paired steps. With fewer than `MIN_PAIRS` pairs, the interval is unbounded."""
     ratios = sorted(a / b for a, b in zip(first, second, strict=True))
     n = len(ratios)
     if n < MIN_PAIRS:
@@ -39,7 +39,7 @@ def ratio_of(first: Sequence[float], second: Sequence[float]) -> Ratio:
 
 
 def alternate(first: Callable[[], float], second: Callable[[], float], *, pairs: int, max_s: float) -> tuple[list[float], list[float]]:
-    """Seconds of paired steps; ends early when `max_s` is spent, but not before `MIN_PAIRS` pairs (or as many as asked for)."""
+    """Run pairs of steps and return the seconds of both. Stops early after `max_s` seconds, but not before `MIN_PAIRS` pairs."""
     a: list[float] = []
     b: list[float] = []
     while len(a) < pairs and (len(a) < MIN_PAIRS or sum(a) + sum(b) < max_s):
@@ -49,7 +49,7 @@ def alternate(first: Callable[[], float], second: Callable[[], float], *, pairs:
 
 
 def largest_that_fits(fits: Callable[[int], bool], start: int, *, most: int) -> int | None:
-    """The largest number that `fits`, from `start` by doubling and then by halving what is between; None where not even 1 does."""
+    """Find the largest number that `fits`, up to `most`, by doubling from `start` and then bisecting; None if not even 1 fits."""
     size = start
     while not fits(size):
         if size == 1:
@@ -68,8 +68,8 @@ def largest_that_fits(fits: Callable[[int], bool], start: int, *, most: int) -> 
 
 
 def checkpoint_interval_s(write_s: float, failure_s: float) -> float:
-    """Seconds between checkpoints that lose the least time to writing and to work done again.
+    """Return the seconds between checkpoints that minimise the time lost to writing them and to repeated work.
 
-    Daly 2006 (https://doi.org/10.1016/j.future.2004.11.016), to first order; Young 1974 has it without the last term.
+    First-order formula of Daly 2006 (https://doi.org/10.1016/j.future.2004.11.016); Young 1974 has it without the last term.
     """
     return math.sqrt(2 * write_s * failure_s) - write_s if write_s < 2 * failure_s else failure_s

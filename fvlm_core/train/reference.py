@@ -1,7 +1,7 @@
-"""The frozen reference of a DPO run: the log-probabilities that the model it starts with gives to every answer, computed once.
+"""The frozen reference of a DPO run: log-probabilities of all answers under the initial model, computed once.
 
-They are kept in the run's folder, `reference/`: numbered tables, each of a fixed set of samples and so the same whoever computes
-it, and a manifest once all are there. A run that was killed goes on with the tables that are missing.
+They are stored in the run's folder `reference/` as numbered tables, with a manifest once all are complete. Each table covers a fixed set of
+samples, so it does not matter which rank computes it. A killed run resumes with the missing tables.
 """
 
 import hashlib
@@ -29,26 +29,26 @@ from fvlm_core.train.jobs import REFERENCE_FOLDER
 
 
 class Reference:
-    """Log-probabilities by sample."""
+    """Reference log-probabilities by sample."""
 
     def __init__(self, table: dict[str, list[float]]) -> None:
-        """`table`: by `sample_ids`, one value per pass."""
+        """`table`: log-probabilities by id (see `sample_ids`), one per pass."""
         self.table = table
 
     def log_probs(self, batch: PackedBatch) -> Tensor:
-        """float64 [passes, N] on CPU. Raises UserError for a sample that the reference has not seen."""
+        """Return the log-probabilities of a batch, float64 [passes, N] on CPU. Raises UserError for an unknown sample."""
         try:
             return torch.tensor([self.table[name] for name in sample_ids(batch)], dtype=torch.float64).T
         except KeyError as error:
             raise UserError(
-                "a sample has no reference log-probability: another one of the step is damaged, or its shards have changed",
+                "a sample has no reference log-probability: another sample of the step is damaged, or the shards have changed",
                 where=f"{REFERENCE_FOLDER}/ of the run",
                 fix="make the shards again and start the run anew",
             ) from error
 
 
 def sample_ids(batch: PackedBatch) -> list[str]:
-    """A name for each sample of a batch in the host's memory: its key, which stands for its frames, and its tokens in their order."""
+    """Return an id for each sample of a batch on CPU: a hash of its key (which identifies its frames), tokens and labels."""
     ids, labels = batch.input_ids.split(batch.lengths), batch.labels.split(batch.lengths)
     return [
         hashlib.blake2b(key.encode() + tokens.numpy().tobytes() + targets.numpy().tobytes(), digest_size=16).hexdigest()
@@ -57,9 +57,9 @@ def sample_ids(batch: PackedBatch) -> list[str]:
 
 
 def make_reference(model: FoveatedVLM, shards: ShardSet, recipe: Recipe, run: RunSettings, world: World, identity: str) -> Reference:
-    """Compute (or read) what `model` says of all samples that the run will meet; for all ranks to call.
+    """Compute, or read, the log-probabilities of all samples that the run will use. All ranks must call this.
 
-    `model` is the one that the run starts with, complete on every rank; `run` says how many steps there are.
+    `model`: the run's initial model, complete on every rank. `run`: run settings, with the number of steps.
     """
     folder, name = recipe.output / REFERENCE_FOLDER, f"reference-{recipe.name}"
     done = None
@@ -97,9 +97,9 @@ def _compute(model: FoveatedVLM, shards: ShardSet, recipe: Recipe, run: RunSetti
 
 
 def _batches(shards: ShardSet, recipe: Recipe, run: RunSettings, world: World, folder: Path) -> Iterator[tuple[Path, PackedBatch]]:
-    """This rank's share of the batches whose tables are not there yet, and the tables' paths."""
+    """Yield this rank's share of the batches whose tables are missing, with the tables' paths."""
     data, k = recipe.data, recipe.model.tokens_per_frame
-    # the table names that fixed batches get; which rank computes one does not matter
+    # number tables by batch, so that any rank can compute any table
     held_out = val_batches(
         shards,
         run.eval_samples,

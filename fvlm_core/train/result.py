@@ -1,4 +1,4 @@
-"""The end of a run: the model's folder and the manifest."""
+"""Write the result of a run: the model folder and the manifest."""
 
 from torch import Tensor
 
@@ -23,15 +23,15 @@ def write_result(
     identity: str,
     inputs: dict[str, str],
 ) -> RunManifest:
-    """Write `model/` (weights, settings, tokenizer, what frames it was shown) and, last, the manifest. For rank 0.
+    """Write `model/` (weights, settings, tokenizer, how frames were shown in training) and, last, the manifest. Call on rank 0 only.
 
-    `weights` are the model's, complete, and `of_model` is the run's state at their step; `state` is its last.
+    `weights`: complete weights of the model to save. `of_model`: the run's state at their step. `state`: the run's final state.
     """
     shown = ShownFrames.of_training(ShardManifest.read(recipe.shards), recipe.data.image_repeats)
     save_model(model, recipe.output / MODEL_FOLDER, tokenizer=recipe.shards / TOKENIZER_FOLDER, weights=weights)
     shown.to_yaml(recipe.output / MODEL_FOLDER / SHOWN_FILE)
     files = file_entries(recipe.output, [f"{MODEL_FOLDER}/*"])
-    # how the run went (rates, paths, storage layout) may differ where what it made does not
+    # not part of the identity: rates, paths and storage layout may differ between runs with equal results
     files += file_entries(recipe.output, [METRICS_FILE, RECIPE_FILE, IDENTITY_FILE], identity=False)
     files += file_entries(recipe.output, [f"{REFERENCE_FOLDER}/*"], identity=False)
     files += checkpoints.files(CHECKPOINTS_FOLDER)

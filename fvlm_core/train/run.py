@@ -1,8 +1,8 @@
-"""A run on this rank, put at a step: what it is made of, how it is saved, and where it goes back to.
+"""The parts of a run on this rank, and how they are saved, restored and rolled back.
 
-Everything a step depends on is in the checkpoint (weights, optimizer, generators) or a pure function of the step (learning rates, data), so
-a run that was killed and started again goes through the same numbers as one that was not: bit for bit on a CPU, and to rounding on a GPU,
-where flash attention's backward adds up in no fixed order.
+Everything that a step depends on is in the checkpoint (weights, optimizer, random generators) or a pure function of the step (learning
+rates, data). So a run that was killed and resumed gives the same results as an uninterrupted one: bit for bit on a CPU, and up to rounding
+on a GPU, where flash attention's backward accumulates in no fixed order.
 """
 
 from collections.abc import Iterator
@@ -33,12 +33,12 @@ from fvlm_core.train.validation import require_validation_samples, score
 
 
 class Run:
-    """One run on this rank. Every method is to be called by all ranks."""
+    """A run on this rank. All ranks must call every method."""
 
     optimizer: AdamW
     damage: Damage
     saved: int | None = None
-    """The step of the last checkpoint that this start has made."""
+    """Step of the last checkpoint saved by this process, reset by `go_to`."""
 
     def __init__(self, recipe: Recipe, world: World, identity: str, inputs: dict[str, str], *, has_wandb_key: bool) -> None:
         self.recipe, self.world, self.identity, self.inputs = recipe, world, identity, inputs
@@ -49,7 +49,7 @@ class Run:
         if recipe.run.gradient_checkpointing:
             self.model.set_gradient_checkpointing(True)
         compile_parts(self.model, recipe.run.compiled_parts, autotune=recipe.run.autotune)
-        build_optimizer(self.model, recipe.optimizer)  # for what it freezes: steps cost less, and a FLOP budget pays for more of them
+        build_optimizer(self.model, recipe.optimizer)  # freezes parameters: `steps_for` depends on what is trained
         self.cost = Cost(self.model, recipe.loss, pairs=recipe.dpo is not None)
         self.steps = self.cost.steps_for(self.shards, recipe.data, recipe.run)
         self.run_settings = recipe.run.with_changes({"steps": self.steps, "budget_flops": None})
@@ -63,7 +63,7 @@ class Run:
         self.batches: Iterator[list[PackedBatch]] = iter(())
 
     def _objective(self) -> Objective:
-        """What the recipe trains on; for preferences, with the reference that the model as it is now makes."""
+        """Build the recipe's objective. For DPO, compute the reference with the model's current weights."""
         recipe = self.recipe
         if recipe.dpo is None:
             return TokenLoss(recipe.loss, recipe.passes)
@@ -71,7 +71,7 @@ class Run:
         return PreferenceLoss(recipe.loss, recipe.passes, recipe.dpo.beta, reference)
 
     def _tensors(self) -> dict[str, Any]:
-        """Everything a checkpoint keeps in tensors; loading writes into them."""
+        """Return all tensors of a checkpoint. Loading writes into them."""
         return {
             "parameters": dict(self.model.named_parameters()),
             "buffers": dict(self.model.named_buffers()),
@@ -80,9 +80,9 @@ class Run:
         }
 
     def _save(self) -> None:
-        """A checkpoint of the present step.
+        """Save a checkpoint of the current step.
 
-        Only one that an undisturbed run makes too has a score: which is the best must not depend on where a run was stopped.
+        Only checkpoints that an uninterrupted run saves too get a score, so that the best one does not depend on interruptions.
         """
         state = self.state
         reached = None
@@ -98,23 +98,23 @@ class Run:
         )
 
     def _choose_weights(self) -> RunState:
-        """Put the weights that the run ends with into the model: the best checkpoint's, or the last. Returns the state at their step."""
+        """Load the final weights into the model: the best checkpoint's, or the last ones. Returns the state at their step."""
         state = self.state
         if self.recipe.best.use == "last" or state.best_step in (0, state.step):
             return state
         found = self.checkpoints.best()
         if found is None or found.score is None:
             return state
-        state.best_step, state.best_loss = found.step, found.score  # another one than before where that was damaged
+        state.best_step, state.best_loss = found.step, found.score  # differs from before if the best was damaged
         if found.step == state.step:
             return state
         tensors = self._tensors()
         self.checkpoints.load(found.step, {name: tensors[name] for name in ("parameters", "buffers")})
-        self.display.say(f"the model is of step {found.step}, the best by the recipe's measure ({found.score:.4f})")
+        self.display.say(f"the model is from step {found.step}, which has the best score ({found.score:.4f})")
         return RunState.model_validate(found.state)
 
     def go_to(self, found: CheckpointManifest | None, state: RunState) -> None:
-        """Go on from `state`, with the tensors of a checkpoint where one was found; later checkpoints and rows are dropped."""
+        """Continue from `state`, with the tensors of the checkpoint `found`, if any. Deletes later checkpoints and metrics rows."""
         self.state, self.clock, self.saved = state, Clock(), None
         self._spread()
         if found is not None:
@@ -122,14 +122,14 @@ class Run:
             self.checkpoints.load(found.step, tensors)
             set_rng(tensors["rng"][str(self.world.rank)], self.world.device)
         self.checkpoints.drop_after(state.step)
-        state.best_step, state.best_loss = self.checkpoints.best_score()  # the best may have been among those
+        state.best_step, state.best_loss = self.checkpoints.best_score()  # the best may just have been deleted
         if self.world.rank == 0:
             self.metrics.truncate(state.step)
         self.damage = damage_count(self.shards, self.recipe.data, "train", state.damaged)
         self._read_from(state.step)
 
     def _read_from(self, step: int) -> None:
-        """Read the batches from a step on."""
+        """Start to read batches at a step."""
         self.batches = train_steps(
             self.shards,
             self.recipe.data,
@@ -142,12 +142,12 @@ class Run:
         )
 
     def _roll_back(self, reason: str) -> None:
-        """Go back to the last good checkpoint and freeze the next part. Raises UserError when there is nothing left to freeze."""
+        """Roll back to the last good checkpoint and freeze the next part. Raises UserError if nothing is left to freeze."""
         at, frozen = self.state.step, self.state.frozen
         froze = next_freeze(self.model, frozen)
         if froze is None:
             raise UserError(
-                f"training diverges at step {at}: {reason}{'; frozen by then: ' + ', '.join(frozen) if frozen else ''}",
+                f"training diverges at step {at}: {reason}{'; already frozen: ' + ', '.join(frozen) if frozen else ''}",
                 where=str(self.recipe.output),
                 fix="lower the learning rates or lengthen the warm-up (optimizer.lr_*, optimizer.warmup_steps)",
             )
@@ -155,7 +155,7 @@ class Run:
         self.display.say(f"diverged at step {at} ({reason}): back to step {self.state.step}, {froze} frozen")
 
     def _go_back(self, reason: str, *, froze: str) -> None:
-        """The last good checkpoint's weights and state, with the divergence noted."""
+        """Restore the last good checkpoint, or the start, and record the divergence."""
         at = self.state.step
         healthy_until = at - max(1, self.state.watch.suspect_steps)
         found = self.checkpoints.newest(up_to=healthy_until - MARGIN_STEPS)
@@ -171,6 +171,6 @@ class Run:
         self.go_to(found, state)
 
     def _spread(self) -> None:
-        """A new optimizer and the model on all ranks, with what the state says is frozen."""
+        """Build a new optimizer, freeze the parts given by the state, and distribute the model over the ranks."""
         self.optimizer = build_optimizer(self.model, self.recipe.optimizer, frozen=frozen_parameters(self.model, self.state.frozen))
         self.spread.begin()

@@ -1,9 +1,9 @@
-"""How fast training runs, naive and tuned: `python -m fvlm_core.train.speed job.yaml`.
+"""Measure and tune the training speed of a recipe: `python -m fvlm_core.train.speed job.yaml`.
 
-Every variant is the real training step on the real data. Naive is an ordinary implementation with the recipe's batch and precision
-(`naive`). One setting after the other is tuned, each on top of the best so far; two variants are always measured in turn, step by step,
-and a gain within their spread is none (`race`). At the end naive and tuned are measured once more, with where their time goes (`parts`).
-Nothing here changes what a tuned step computes.
+Every variant runs real training steps on real data. `naive` is an ordinary implementation with the recipe's batch and precision
+(`fvlm_core.train.naive`). Settings are tuned one after another, each on top of the best so far. Two variants are always compared by
+interleaved steps, and a gain that the confidence interval does not confirm is not accepted (`fvlm_core.train.race`). At the end, naive and
+tuned are measured once more, with a breakdown of their time (`fvlm_core.train.parts`). Tuning does not change what a step computes.
 """
 
 import math
@@ -30,11 +30,11 @@ from fvlm_core.train.parts import profile_steps, time_parts
 from fvlm_core.train.race import Ratio, checkpoint_interval_s
 
 DISK_PROBE_BYTES = 1 << 26
-"""Written, and waited for, to learn the disk's speed."""
+"""Bytes written and fsynced to measure the speed of the disk."""
 
 
 def candidates(sweep: Sweep, own: MicroBatch, device: str) -> dict[str, list[Any]]:
-    """The values to try by recipe path, in the order of tuning; `own`: the recipe's micro-batch."""
+    """Return the values to try, by recipe path, in tuning order. `own`: the recipe's micro-batch."""
     gpu = device == "cuda"
     defaults: dict[str, list[Any]] = {
         "micro_batch": [
@@ -53,9 +53,9 @@ def candidates(sweep: Sweep, own: MicroBatch, device: str) -> dict[str, list[Any
 
 
 def tune(bench: Bench, options: dict[str, list[Any]], progress: Progress) -> tuple[list[SpeedRow], dict[str, Any]]:
-    """From the recipe's own settings, setting after setting, what there is to try. Returns the rows and the best settings.
+    """Tune one setting after another, starting with `naive_settings`. Returns the rows and the best settings.
 
-    A value replaces the best so far only where the lower end of its gain is above `min_gain`.
+    A value replaces the best so far only if the lower bound of its relative gain exceeds `min_gain`.
     """
     settings = naive_settings(bench.job.recipe)
     best = bench.start("packed", settings)
@@ -85,7 +85,7 @@ def tune(bench: Bench, options: dict[str, list[Any]], progress: Progress) -> tup
 
 
 def naive_settings(recipe: Recipe) -> dict[str, Any]:
-    """What a sweep turns, as an ordinary implementation has it: the recipe's batch and precision, eager, a plain loader."""
+    """Return the tunable settings of an ordinary implementation: the recipe's batch and precision, eager, a plain loader."""
     return {
         "run.micro_batch": recipe.run.micro_batch.model_dump(),
         "run.threads": recipe.run.threads,
@@ -103,12 +103,12 @@ def _gain(ratio: Ratio) -> dict[str, Any]:
 
 
 def _words(value: Any) -> str:
-    """A value as a variant's name says it."""
+    """Format a value for the name of a variant."""
     return ", ".join(f"{count} {unit}" for unit, count in value.items()) if isinstance(value, dict) else str(value)
 
 
 def run(job: SpeedJob) -> SpeedReport:
-    """Measure, choose, and write the table, the plot, the choice, the profiles and the manifest."""
+    """Run the job: measure and tune, then write the table, the plot, the chosen settings, the profiles and the manifest."""
     started = time.perf_counter()
     job.output.mkdir(parents=True, exist_ok=True)
     bench = Bench(job)
@@ -123,7 +123,7 @@ def run(job: SpeedJob) -> SpeedReport:
     if isinstance(tuned, SpeedRow):
         raise UserError("a step does not fit into memory", where="recipe.run.micro_batch", fix="lower it, or measure on a larger GPU")
     ratio = None
-    if isinstance(naive, SpeedRow):  # padding does not fit where packing does: then there is no ratio
+    if isinstance(naive, SpeedRow):  # only packed samples fit into memory, so there is no ratio
         first, last = naive, bench.row(tuned, [tuned.step() for _ in range(job.steps)])
     else:
         ratio, first, last = bench.race(naive, tuned, job.steps)
@@ -165,14 +165,14 @@ def run(job: SpeedJob) -> SpeedReport:
 
 
 def _bound(parts: dict[str, float], row: SpeedRow) -> str:
-    """What a faster step would have to shorten."""
+    """Describe what limits the speed of a tuned step."""
     part, share = max(parts.items(), key=lambda item: item[1])
     reached = f"MFU {row.mfu:.0%}" if row.mfu else f"{row.share_of_matmul or 0:.0%} of a plain matrix product's FLOP/s"
     return f"most of a tuned step is {part} ({share:.0%}); data {parts['data']:.0%}; {reached}"
 
 
 def _checkpoint(job: SpeedJob, trainer: Trainer, step_s: float) -> CheckpointAdvice:
-    """How long a checkpoint takes to write here, and how many steps should lie between two."""
+    """Measure the disk; estimate the time to write a checkpoint and the best number of steps between two."""
     size = sum(parameter.numel() * (3 if parameter.requires_grad else 1) * 4 for parameter in trainer.model.parameters())
     probe = job.output / ".disk"
     block = os.urandom(1 << 20)
@@ -193,14 +193,14 @@ def _checkpoint(job: SpeedJob, trainer: Trainer, step_s: float) -> CheckpointAdv
 
 
 def write_table(rows: list[SpeedRow], path: Path) -> None:
-    """A CSV line per variant; its settings are columns."""
+    """Write a CSV with a row per variant; settings are columns."""
     records = [row.model_dump(exclude={"settings"}) | row.settings for row in rows]
     pd.DataFrame(records).to_csv(path, index=False)
 
 
 def plot(rows: list[SpeedRow], path: Path) -> None:
-    """Bars of samples per second, naive and tuned in other colours."""
-    from matplotlib.figure import Figure  # here: the measuring does not need it
+    """Plot samples per second as bars, with naive and tuned highlighted."""
+    from matplotlib.figure import Figure  # not needed for measurements
 
     figure = Figure(figsize=(8, 1 + 0.35 * len(rows)), layout="constrained")
     axes = figure.add_subplot()

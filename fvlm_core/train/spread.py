@@ -1,11 +1,12 @@
-"""How a model is spread over the ranks: whole on each (DistributedDataParallel), or in shards (FSDP2, `fully_shard`).
+"""Distribute a model over the ranks: replicated (DistributedDataParallel) or sharded (FSDP2, `fully_shard`).
 
-Sharded, a rank keeps its part of the fp32 weights and of AdamW's state. For a step the weights are gathered once, all micro-batches
-run on them, and the gradients are reduced once, in fp32. The language model's layers, which every rank runs first in the same order,
-are gathered while the ones before them compute. Weights are gathered in fp32 and cast where they are used, as on a single GPU: gathered in
-bf16, norms and the sums between layers would be bf16 too, and gradients half as much further off. Giving weights back and reducing layer
-by layer within the forward and backward would save more memory, but then all ranks must run the same layers equally often, and here
-they do not: text-only samples run no encoder, and how often a layer is queried depends on the batch.
+With sharding, each rank keeps a part of the fp32 weights and of AdamW's state. In each step, weights are gathered once, all micro-batches
+run on them, and gradients are reduced once, in fp32. All ranks run the language model's layers first and in the same order, so these are
+prefetched while earlier layers compute. Weights are gathered in fp32 and cast when used, as on a single GPU: with bf16 weights, norms and
+residual sums would be in bf16 too, and the error of gradients would be half as large again.
+
+Resharding and reducing layer by layer, within the forward and backward pass, would save more memory. But it requires that all ranks run the
+same layers equally often, which is not the case: text-only samples skip the encoder, and the number of queries depends on the batch.
 """
 
 import gc
@@ -25,49 +26,49 @@ from fvlm_core.model.foveated import FoveatedVLM, PassLosses
 from fvlm_core.train.distributed import World
 
 AHEAD_LAYERS = 2
-"""Layers of the language model that are gathered while one computes."""
+"""Number of language model layers to prefetch while one computes."""
 
 
 class Spread:
-    """A model that a single rank holds; what the others have in common."""
+    """A model on a single rank; the base class for several ranks."""
 
     def __init__(self, model: FoveatedVLM, world: World) -> None:
         self.model, self.world = model, world
 
     def begin(self) -> None:
-        """Call before training, and after parameters were frozen or given back their gradients."""
+        """Call before training, and after parameters were frozen or unfrozen."""
 
     def end(self) -> None:
-        """Call when training has ended, before the process group does."""
+        """Call after training, before the process group is destroyed."""
 
     def __call__(self, batch: PackedBatch, loss: LossSettings, *, by_sample: bool = False) -> PassLosses:
-        """The training forward, within `step`."""
+        """Run the training forward pass. Only within `step`."""
         return self.model(batch, loss, by_sample=by_sample)
 
     def step(self) -> AbstractContextManager[None]:
-        """Around the forwards and backwards of an optimizer step; on leaving it, gradients are the mean over the ranks."""
+        """Context for the forward and backward passes of an optimizer step. On exit, gradients are averaged over ranks."""
         return self.model.casts.step(adds=True)
 
     def accumulating(self, accumulate: bool) -> AbstractContextManager[None]:
-        """Around a forward and backward within `step`: with `accumulate` it is not the last."""
+        """Context for one forward and backward pass within `step`. `accumulate`: it is not the last one."""
         del accumulate
         return nullcontext()
 
     def evaluation(self) -> AbstractContextManager[None]:
-        """Around calls of `model` without gradients; the ranks may make different numbers of them."""
+        """Context for calls of `model` without gradients. Ranks may make different numbers of calls."""
         return nullcontext()
 
     def weights(self) -> dict[str, Tensor]:
-        """`FoveatedVLM.weights`, whole on every rank. For all ranks to call."""
+        """Return the complete `FoveatedVLM.weights` on every rank. All ranks must call this."""
         return self.model.weights()
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Put a whole state dict into the model."""
+        """Load a complete state dict into the model."""
         self.model.load_state_dict(state)
 
 
 class Replicated(Spread):
-    """Every rank holds the model whole."""
+    """Every rank holds the complete model (DistributedDataParallel)."""
 
     parallel: DistributedDataParallel
 
@@ -75,8 +76,8 @@ class Replicated(Spread):
         self.parallel = DistributedDataParallel(self.model, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
     def end(self) -> None:
-        # Its reducer holds the process group. Were it the last to let go of it, it would wait for gloo's threads and keep the
-        # interpreter, which they need to free the tensors of the last exchange: the finished run would hang.
+        # DDP's reducer refers to the process group. If it released the last reference, it would wait for gloo's threads while holding the
+        # GIL, which they need to free the tensors of the last collective: the finished run would deadlock.
         del self.parallel
         gc.collect()
 
@@ -84,19 +85,19 @@ class Replicated(Spread):
         return self.parallel(batch, loss, by_sample=by_sample)
 
     def accumulating(self, accumulate: bool) -> AbstractContextManager[None]:
-        self.model.casts.adds = accumulate  # it reduces the gradients that autograd gives it
+        self.model.casts.adds = accumulate  # DDP reduces the gradients that autograd accumulates
         return self.parallel.no_sync() if accumulate else nullcontext()
 
 
 class Sharded(Spread):
-    """Every rank holds a part of every parameter; the model's parameters become DTensors."""
+    """Every rank holds a shard of every parameter (FSDP2). The model's parameters become DTensors."""
 
     def __init__(self, model: FoveatedVLM, world: World) -> None:
         super().__init__(model, world)
         mesh = init_device_mesh(world.device.type, (world.size,))
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         self.root = _Root(model)
-        model.casts.parts = frozenset()  # a layer's weights are there only once it runs
+        model.casts.parts = frozenset()  # a layer's weights may not be gathered before it runs
         for module in (*model.encoder.layers, *model.llm.model.layers, self.root):
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
         self.parts = [module for module in self.root.modules() if isinstance(module, FSDPModule)]
@@ -106,7 +107,7 @@ class Sharded(Spread):
         for number, layer in enumerate(layers):
             layer.set_modules_to_forward_prefetch(layers[number + 1 : number + 1 + AHEAD_LAYERS])
         self.first = [part for part in self.parts if part not in layers]
-        """Gathered before the forward: not every rank runs the encoder, and it is small."""
+        """Modules gathered before the forward pass: not every rank runs the encoder, and it is small."""
 
     def __call__(self, batch: PackedBatch, loss: LossSettings, *, by_sample: bool = False) -> PassLosses:
         return self.root(batch, loss, by_sample=by_sample)
@@ -116,17 +117,17 @@ class Sharded(Spread):
         with self._gathered(self.first):
             self._reduce(False)
             yield
-            # A backward of zeros through every parameter: all ranks reduce all parts, in the same order.
+            # a backward pass with zero gradients for every parameter, so that all ranks reduce all parts in the same order
             self._reduce(True)
             self.root(None, None).backward()
 
     def evaluation(self) -> AbstractContextManager[None]:
-        """The whole weights on every rank."""
+        """As the base class; gathers the complete weights on every rank."""
         return self._gathered(self.parts)
 
     @contextmanager
     def _gathered(self, parts: Sequence[FSDPModule]) -> Generator[None]:
-        """With the weights of some parts; on leaving, those of all are given back."""
+        """Gather the weights of some parts. On exit, reshard all parts."""
         for gathering in [part.unshard(async_op=True) for part in parts]:
             if gathering is not None:
                 gathering.wait()
@@ -151,7 +152,7 @@ class Sharded(Spread):
 
 
 class _Root(nn.Module):
-    """The model, and a forward through every parameter that adds nothing."""
+    """The model, with an additional forward pass that depends on every parameter and returns zero."""
 
     def __init__(self, model: FoveatedVLM) -> None:
         super().__init__()
@@ -164,12 +165,12 @@ class _Root(nn.Module):
 
 
 def spread(model: FoveatedVLM, world: World, run: RunSettings) -> Spread:
-    """Spread a model that is the same on all ranks as the recipe says."""
+    """Distribute a model, which must be equal on all ranks, as the run settings say."""
     if world.size == 1:
         return Spread(model, world)
     return Sharded(model, world) if run.sharding == "fsdp2" else Replicated(model, world)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor of all ranks' shards; for all ranks to call."""
+    """Gather a complete tensor from all ranks' shards. All ranks must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,4 @@
-"""Where a run starts: the machine's settings, and the model it begins with."""
+"""Set up a run: threads, seeds, compilation, and the initial model."""
 
 import random
 from collections.abc import Collection
@@ -19,34 +19,35 @@ from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.train.jobs import MODEL_FOLDER
 
 RECOMPILE_LIMIT = 64
-"""Beyond it a part runs uncompiled; torch's own 8 is just about what the model's variants need."""
+"""Number of recompilations after which a part runs eagerly. torch's default of 8 is barely enough for the model's variants."""
 OPTIONS = {"realize_opcount_threshold": 18}
-"""Options of the compiler: what two kernels read and takes more than so many operations (its own limit is 30) is written once, and not
-computed by both. GELU's gradient was computed for the product and once more for the bias, from two tensors as large as itself."""
+"""Compiler options. A value that two kernels read is materialised if it takes more than this number of operations (default 30), instead of
+being computed in both. At the default, GELU's gradient was computed twice, for the matrix product and for the bias, each time from two
+tensors of its own size."""
 AUTOTUNE = {"max_autotune_gemm": True}
-"""Further options that `run.autotune` sets."""
+"""Further compiler options, set by `run.autotune`."""
 
 
 def prepare(run: RunSettings, rank: int, device: torch.device) -> None:
-    """Threads, seeds, and determinism where it costs little."""
+    """Set the number of threads, the seeds and the matmul precision, and deterministic algorithms on CPU, where they are cheap."""
     if run.threads:
         torch.set_num_threads(run.threads)
-    seed = run.seed * 1_000_003 + rank  # a large prime: neighbouring seeds do not meet over the ranks
+    seed = run.seed * 1_000_003 + rank  # a large prime, so that different seeds never give the same value on any rank
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     if device.type == "cpu":
-        # On CUDA it would exchange the fast attention and scatter kernels for slow ones.
+        # Not on CUDA, where it replaces the fast attention and scatter kernels by slow ones.
         torch.use_deterministic_algorithms(True)
-        deterministic.fill_uninitialized_memory = False  # ty: ignore[missing-attribute]  # finds bugs, costs a write
-    else:  # what autocast leaves in fp32 may use TF32; set either way, since one process measures several precisions
+        deterministic.fill_uninitialized_memory = False  # ty: ignore[missing-attribute]  # for debugging; costs a write
+    else:  # operations that autocast leaves in fp32 may use TF32; always set, because one process may run several precisions
         torch.set_float32_matmul_precision("high" if run.precision == "bf16" else "highest")
 
 
 def initial_model(recipe: Recipe, shards: ShardSet) -> FoveatedVLM:
-    """The model before the first step: from an earlier run (`init_from`) or from the recipe's own settings.
+    """Build the model for the first step, from an earlier run (`init_from`) or from the recipe's settings.
 
-    Raises UserError where the model, the earlier run and the shards do not fit together.
+    Raises UserError if the model, the earlier run and the shards do not match.
     """
     settings, manifest = recipe.model, shards.manifest
     if manifest.frame_px != settings.vision.frame_px:
@@ -78,16 +79,17 @@ def initial_model(recipe: Recipe, shards: ShardSet) -> FoveatedVLM:
 
 
 def compile_parts(model: FoveatedVLM, parts: Collection[CompiledPart], *, autotune: bool = False) -> None:
-    """`torch.compile` the encoder's embedding and layers, the queries' way through them, the language model's layers and the loss.
+    """`torch.compile` the given parts: the encoder's embedding and layers, its queries, the language model's layers and the loss.
 
-    Each is one graph, compiled twice: for the first batch's shapes, and when another comes, with the numbers of frames and tokens as
-    variables. From the start, widths and grids would be variables too (`dynamic=True`): the indices of every element are then computed
-    by divisions, and the gradient of keys and values took 2.8 ms on an H200 where its bytes need 0.2. `autotune`: where a matrix product
-    written by the compiler is measured to be faster than the library's, it is taken, with the elementwise operations that follow.
+    Each part is one graph and compiled twice: with the static shapes of the first batch and, at the next shape, with dynamic numbers of
+    frames and tokens. `dynamic=True` from the start would make widths and grids dynamic too; element indices are then computed by
+    divisions, and the gradient of keys and values took 2.8 ms on an H200, where its memory traffic needs 0.2 ms. `autotune`: let the
+    compiler benchmark its own matrix products, fused with the elementwise operations that follow, and use them if they are faster than the
+    library's.
     """
     options: dict[str, Any] = {"options": OPTIONS | (AUTOTUNE if autotune else {})}
     if parts:
-        # modules of a class share one cache, and each sees several dtypes, numbers of queries, training and validation
+        # modules of a class share one cache, for several dtypes and numbers of queries, training and validation
         torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT  # ty: ignore[invalid-assignment] -- its default is not its type
     if "encoder" in parts:
         _compile_method(model.encoder, "embed", options)
@@ -96,7 +98,7 @@ def compile_parts(model: FoveatedVLM, parts: Collection[CompiledPart], *, autotu
     castable = {"encoder": model.encoder.has_tickets and model.encoder.castable, "llm": "llm" in parts and model.llm.castable}
     model.casts.parts = frozenset(part for part, so in castable.items() if so)
     if model.casts.parts:
-        fixed: dict[str, Any] = options | {"dynamic": False}  # a weight's shape is always the same
+        fixed: dict[str, Any] = options | {"dynamic": False}  # shapes of weights never change
         model.casts.add = torch.compile(add, **fixed)
     for layer in model.encoder.layers:
         if "encoder" in parts:
@@ -114,10 +116,10 @@ def _compile_method(module: nn.Module, name: str, options: dict[str, Any]) -> No
 
 
 def _continued(recipe: Recipe) -> FoveatedVLM:
-    """The model of the run at `init_from`, with the recipe's settings where they only change how it is used."""
+    """Load the model of the run at `init_from`, with the recipe's settings. Raises UserError if these change its architecture."""
     assert recipe.init_from is not None
     model = load_model(recipe.init_from / MODEL_FOLDER)
-    wanted = recipe.model.portable()  # as the earlier run's settings were saved
+    wanted = recipe.model.portable()  # the form in which the earlier run's settings were saved
     if model.settings == wanted:
         return model
     misfit = UserError(

@@ -1,4 +1,4 @@
-"""A run's small state: what a checkpoint keeps besides tensors, and the sums between two evaluation points."""
+"""The small state of a run: the part of a checkpoint besides tensors, and the sums between two evaluations."""
 
 import math
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ _JSON = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
 
 class Window(BaseModel):
-    """Sums over the steps since the last evaluation point that were finite; saved, so that a resumed run writes the same row."""
+    """Sums over the finite steps since the last evaluation. Part of checkpoints, so that a resumed run writes the same row."""
 
     model_config = _JSON
 
     units: int = 0
-    """Labelled tokens, or pairs."""
+    """Number of labelled tokens or pairs."""
     steps: int = 0
     objective: float = 0.0
     losses: dict[str, float] = Field(default_factory=dict)
-    """What the objective names, summed: per pass its cross-entropy, for one."""
+    """Sums of the objective's named values, e.g. the cross-entropy of each pass."""
     norms: dict[str, float] = Field(default_factory=dict)
-    """Per role, the sum of gradient norms."""
+    """Sum of gradient norms, by role."""
     entropy: float = 0.0
     frames: int = 0
 
@@ -42,27 +42,27 @@ class Window(BaseModel):
 
 
 class RunState(BaseModel):
-    """Equal on all ranks, JSON-able, part of every checkpoint."""
+    """State of a run: equal on all ranks, serialisable to JSON, part of every checkpoint."""
 
     model_config = _JSON
 
     step: int = 0
-    """Optimizer steps done, and the position of the loader."""
+    """Optimizer steps done; also the position of the data loader."""
     samples: int = 0
     frames: int = 0
-    """Shown frames."""
+    """Number of shown frames."""
     label_tokens: int = 0
     flops: float = 0.0
     seconds: float = 0.0
-    """Of training steps."""
+    """Time in training steps."""
     validation_s: float = 0.0
     skipped_steps: int = 0
     damaged: list[int] = Field(default_factory=list)
-    """Numbers of the damaged samples that any rank has met: a resumed run stops at the same number of them."""
+    """Indices of the damaged samples that any rank has read. Saved, so that a resumed run fails at the same number of them."""
     val_losses: dict[str, float] = Field(default_factory=dict)
-    """Of the last evaluation, per pass."""
+    """Validation losses of the last evaluation, by pass."""
     evaluated: int = 0
-    """The step of the last evaluation."""
+    """Step of the last evaluation."""
     best_step: int = 0
     best_loss: float = math.inf
     resumed_from: list[int] = Field(default_factory=list)
@@ -72,22 +72,22 @@ class RunState(BaseModel):
     watch: Watch = Field(default_factory=Watch)
 
     def budget(self, first: MicroBatch) -> MicroBatch:
-        """Of a micro-batch: `first`, or what is left of it after the times that one did not fit into memory."""
+        """Return the current micro-batch budget: `first`, or a smaller one after out-of-memory errors."""
         return self.out_of_memory[-1].micro_batch if self.out_of_memory else first
 
     @property
     def validation_share(self) -> float:
-        """Of the time in steps and validation."""
+        """Share of the time in steps and validation that validation took."""
         return self.validation_s / max(self.seconds + self.validation_s, 1e-9)
 
     @property
     def frozen(self) -> list[str]:
-        """What divergences have frozen."""
+        """The parts frozen after divergences."""
         return [divergence.froze for divergence in self.divergences if divergence.froze]
 
 
 def halved(budget: MicroBatch) -> MicroBatch | None:
-    """Half of a budget; None where it is at its least, a sample at a time."""
+    """Return half of a budget, or None if it is already at its minimum, one sample at a time."""
     if budget.frames == budget.tokens == 1:
         return None
     return MicroBatch(frames=max(1, budget.frames // 2), tokens=max(1, budget.tokens // 2))
@@ -98,23 +98,23 @@ class StepResult:
     """The sums of one optimizer step, over all ranks."""
 
     units: int
-    """What the loss is the mean over: labelled tokens, or pairs."""
+    """Number of labelled tokens or pairs, over which the loss is averaged."""
     labels: int
     samples: int
     frames: int
     tokens: int
     flops: float
     objective: float
-    """Sum over the units."""
+    """Sum of the loss over all units."""
     losses: dict[str, float]
     norms: dict[str, float]
     norm: float
     entropy: float
-    """Of the last pass's attention, summed over the shown frames."""
+    """Attention entropy of the last pass in nats, summed over shown frames."""
 
     @property
     def loss(self) -> float:
-        """Mean over the units of the global batch; 0 where it has none."""
+        """Mean loss over the units of the global batch; 0 without units."""
         return self.objective / max(1, self.units)
 
     @property
@@ -122,25 +122,25 @@ class StepResult:
         return math.isfinite(self.objective) and math.isfinite(self.norm)
 
     def count(self, state: RunState) -> str | None:
-        """Add the step to the run's state. Returns why training has diverged, or None."""
+        """Add the step to the run's state. Returns the reason if training has diverged, otherwise None."""
         state.step += 1
         state.samples += self.samples
         state.frames += self.frames
         state.label_tokens += self.labels
         state.flops += self.flops
         state.skipped_steps += not self.finite
-        if self.finite:  # one that is not would make the sums of all the others NaN
+        if self.finite:  # a non-finite step would spoil the sums
             state.window.add(self)
         return state.watch.observe(self.loss, self.norm, self.entropy / self.frames if self.frames else 0.0)
 
 
 @dataclass
 class Clock:
-    """Wall-clock sums since the last evaluation point: how fast the run is, not what it computes."""
+    """Wall-clock times and throughput counts since the last evaluation. Not saved in checkpoints."""
 
     seconds: float = 0.0
     waited: float = 0.0
-    """For data."""
+    """Seconds of waiting for data."""
     samples: int = 0
     frames: int = 0
     tokens: int = 0
@@ -156,7 +156,7 @@ class Clock:
         self.flops += step.flops
 
     def rates(self, peak_flops: float | None) -> dict[str, Any]:
-        """The throughput columns of `metrics.csv`; `peak_flops` of all devices together, None where unknown."""
+        """Return the throughput columns of `metrics.csv`. `peak_flops`: peak FLOP/s of all devices together, None if unknown."""
         seconds = max(self.seconds, 1e-9)
         return {
             "samples_per_s": self.samples / seconds,

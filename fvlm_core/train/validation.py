@@ -1,4 +1,4 @@
-"""Validation: the mean loss of each pass per labelled token or pair, over a fixed set, dealt out to the ranks."""
+"""Validation: the mean loss of each pass per labelled token or pair, over a fixed set of samples that is divided among the ranks."""
 
 import torch
 
@@ -13,7 +13,11 @@ from fvlm_core.train.objective import Objective
 
 
 def score(losses: dict[str, float], best: BestSettings) -> float:
-    """What the best checkpoint has the lowest of; `losses` by pass, in their order."""
+    """Return the score of a checkpoint; the best one has the lowest. `losses`: validation losses by pass, in the order of passes.
+
+    It is a weighted mean of the losses (default: that of the last pass), plus `best.drift` times the absolute difference between the losses
+    of the last two passes.
+    """
     weights = best.passes or {list(losses)[-1]: 1.0}
     mean = sum(losses[name] * weight for name, weight in weights.items()) / sum(weights.values())
     *_, before, last = (0.0, *losses.values())
@@ -21,7 +25,7 @@ def score(losses: dict[str, float], best: BestSettings) -> float:
 
 
 def require_validation_samples(shards: ShardSet, recipe: Recipe) -> None:
-    """Raises UserError where the shards lack what the recipe validates on: at the start, and not at the first evaluation."""
+    """Raise UserError if the shards lack validation samples for the recipe. Called at the start, to fail before the first evaluation."""
     data = recipe.data
     try:
         MixedSamples(shards, data.held_out, "val", VAL_SEED, tokens_per_frame=recipe.model.tokens_per_frame)
@@ -32,7 +36,7 @@ def require_validation_samples(shards: ShardSet, recipe: Recipe) -> None:
 
 @torch.no_grad()
 def validation_losses(model: FoveatedVLM, shards: ShardSet, recipe: Recipe, objective: Objective, world: World) -> dict[str, float]:
-    """What the objective names (the passes' losses first), per unit. Raises UserError where the set has no units."""
+    """Return the means per unit of the objective's named values (first, the passes' losses). Raises UserError without any units."""
     sums, units = torch.zeros(len(objective.names), dtype=torch.float64, device=world.device), 0
     damage = damage_count(shards, recipe.data.held_out, "val")
     batches = val_batches(
@@ -49,7 +53,7 @@ def validation_losses(model: FoveatedVLM, shards: ShardSet, recipe: Recipe, obje
     for batch in batches:
         parts = objective(model, batch, world.device).parts
         units += objective.units(batch)
-        sums += torch.stack([parts[name].double() for name in objective.names])  # fetched once: the next batch is read meanwhile
+        sums += torch.stack([parts[name].double() for name in objective.names])  # kept on the device: no synchronisation per batch
     model.train()
     *totals, count, damaged = world.sum([*sums.tolist(), units, len(damage.new)])
     if damaged:

@@ -1,10 +1,10 @@
-"""A small vision encoder that has learned to see, for a machine that reaches no hub: stands in for DINOv2 at laptop size.
+"""Train a small stand-in for the pre-trained DINOv2, for laptops and machines without access to the hub.
 
-`python -m fvlm_core.train.vision job.yaml` trains a DINOv2-shaped encoder on rendered digit grids and leaves a transformers
-checkpoint, which the model then loads by path as it would load `facebook/dinov2-small` by name. Each patch predicts its own
-digit and those to its right and below (and its digit's colour where asked for): the neighbours make the encoder's attention carry
-*where* something is, without which queries never learn to look (own digits alone are not enough). Where frames have a cross, what a
-query reads of any patch says where it is: the one token of such a frame has to tell a digit, and where to look in the next.
+`python -m fvlm_core.train.vision job.yaml` trains a DINOv2-shaped encoder on rendered digit grids and writes a transformers checkpoint,
+which is loaded by path as `facebook/dinov2-small` is loaded by name. Each patch predicts its own digit and those to its right and below
+(and, optionally, its digit's colour). Predicting neighbours makes the encoder's attention depend on positions; with own digits alone,
+queries never learn where to look. If frames have a cross, the last layer's values of every patch also encode the cross's cell: the single
+token of such a frame has to tell both a digit and where to look in the next frame.
 """
 
 import time
@@ -31,20 +31,20 @@ from fvlm_core.train.jobs import VisionJob, VisionTrainingSettings
 from fvlm_core.train.schedules import learning_rates
 
 TARGETS = ("own", "right", "below")
-"""Digits that every patch predicts: its own, its right neighbour's, its lower neighbour's."""
+"""Digits that every patch predicts: its own, and those of its right and lower neighbours."""
 COLOUR, CROSS = "colour", "cross"
 CLASSES = 11
-"""Ten digits, and the cross where there is one."""
+"""Ten digits and, in frames with a cross, the cross."""
 CROSS_WEIGHT = 0.3
-"""Of the loss about the cross's cell beside the digits'. At 1, neighbours are known in .62 to .71 after 2,000 steps, not in .87 to .91."""
+"""Weight of the loss for the cross's cell. At 1, the accuracy of neighbours after 2,000 steps is .62 to .71 instead of .87 to .91."""
 IGNORE = -100
 CPU = torch.device("cpu")
 PROBE_STEPS, PROBE_RATE = 300, 1e-2
-"""Of the heads of `still_known`."""
+"""Steps and learning rate of the heads in `still_known`."""
 
 
 def train_vision(job: VisionJob) -> Manifest:
-    """Train and write the checkpoint; the manifest's counts hold the accuracy per mille on held-out digits."""
+    """Train an encoder and write its checkpoint. The manifest's counts hold the accuracy on held-out digits, in per mille."""
     started = time.monotonic()
     torch.set_num_threads(job.threads)
     progress = Progress(job.output, job.steps)
@@ -68,9 +68,9 @@ def pretrained(
     device: torch.device = CPU,
     workers: int = 0,
 ) -> tuple[Encoder, dict[str, float]]:
-    """An encoder of a shape after its training, and its accuracy on frames of held-out digits by what was asked.
+    """Train an encoder of a given shape. Return it, and its accuracy on frames of held-out digits by target.
 
-    `each_step` is called with the number of steps done and the last one's loss. `workers`: processes that draw the frames.
+    `each_step`: called with the number of steps done and the last step's loss. `workers`: number of processes that draw frames.
     """
     torch.manual_seed(settings.seed)
     encoder = build_encoder(VisionSettings(shape=shape, frame_px=frame_px)).to(device)
@@ -78,7 +78,7 @@ def pretrained(
 
 
 def still_known(encoder: Encoder, settings: VisionTrainingSettings, workers: int = 0) -> dict[str, float]:
-    """What new linear heads read off an encoder that stays as it is, as `pretrained` tells it: what a training after its own has left."""
+    """Return the accuracy by target of new linear heads on the frozen encoder: how much it still encodes after further training."""
     torch.manual_seed(settings.seed)
     probe = {"steps": PROBE_STEPS, "optimizer": OptimizerSettings(lr_vision=PROBE_RATE, warmup_steps=10)}
     return _taught(deepcopy(encoder).requires_grad_(False), settings.model_copy(update=probe), workers=workers)
@@ -87,7 +87,7 @@ def still_known(encoder: Encoder, settings: VisionTrainingSettings, workers: int
 def _taught(
     encoder: Encoder, settings: VisionTrainingSettings, each_step: Callable[[int, float], None] | None = None, workers: int = 0
 ) -> dict[str, float]:
-    """Train heads, and the encoder where it is trainable; accuracy on frames of held-out digits by what was asked."""
+    """Train linear heads, and the encoder if it is trainable. Return the accuracy on frames of held-out digits by target."""
     rng = np.random.default_rng(settings.seed)
     asked = _Questions(settings, encoder.config.hidden_size).to(encoder.cls_token.device)
     trained = [one for one in (*encoder.parameters(), *asked.parameters()) if one.requires_grad]
@@ -106,24 +106,24 @@ def _taught(
 
 
 def _frames(rng: np.random.Generator, frames: int, *, split: Split, settings: VisionTrainingSettings, frame_px: int) -> gaze.GazeClip:
-    """Frames with something in every cell."""
+    """Render frames with a digit or cross in every cell."""
     copies = settings.copies if split == "train" else 0
     task = "hunt" if settings.crosses else "cell"
     return gaze.render_to_fit(rng, split, frame_px, task=task, frames=frames, copies=copies, colours=settings.colours)
 
 
 class _Questions(nn.Module):
-    """What every patch is asked: linear heads, which are thrown away after the training."""
+    """Linear heads that predict the targets of every patch; discarded after training."""
 
     def __init__(self, settings: VisionTrainingSettings, width: int) -> None:
         super().__init__()
         self.targets = (*TARGETS, *([COLOUR] if settings.colours else []))
         self.of_output = nn.Linear(width, len(self.targets) * (CLASSES if settings.crosses else CLASSES - 1))
         self.of_values = nn.Linear(width, gaze.GRID**2) if settings.crosses else None
-        """Asks for the cross's cell. Of the last layer's values, because those are all that a query gets of a patch there."""
+        """Predicts the cross's cell from the last layer's values, because queries receive nothing else from that layer's patches."""
 
     def loss(self, encoder: Encoder, clip: gaze.GazeClip) -> Tensor:
-        """Nats per answer, and those about the cross at their weight."""
+        """Mean cross-entropy of the targets, plus the weighted one of the cross's cell."""
         logits, of_cross = self(encoder, clip)
         answers, crosses = self._answers(encoder, clip)
         loss = F.cross_entropy(logits, answers, ignore_index=IGNORE)
@@ -131,7 +131,7 @@ class _Questions(nn.Module):
 
     @torch.no_grad()
     def accuracy(self, encoder: Encoder, clip: gaze.GazeClip) -> dict[str, float]:
-        """Share of right answers by target."""
+        """Accuracy by target."""
         logits, of_cross = self(encoder, clip)
         wanted, crosses = self._answers(encoder, clip)
         right = logits.argmax(1) == wanted
@@ -139,7 +139,7 @@ class _Questions(nn.Module):
         return found if of_cross is None else found | {CROSS: (of_cross.argmax(1) == crosses).float().mean().item()}
 
     def forward(self, encoder: Encoder, clip: gaze.GazeClip) -> tuple[Tensor, Tensor | None]:
-        """Logits [frames x patches, classes, targets], and those of the cross's cell [frames x patches, cells]."""
+        """Return logits [frames x patches, classes, targets] and, with crosses, those of the cross's cell [frames x patches, cells]."""
         device = encoder.cls_token.device
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             features = encoder.encode(torch.from_numpy(clip.frames).to(device), patches=True)
@@ -150,7 +150,7 @@ class _Questions(nn.Module):
         return logits, self.of_values(features.values[-1].transpose(1, 2).flatten(2)[:, 1:].float()).flatten(0, 1)
 
     def _answers(self, encoder: Encoder, clip: gaze.GazeClip) -> tuple[Tensor, Tensor]:
-        """int64 [frames x patches, targets], IGNORE past the edges; and the cell of its frame's cross: int64 [frames x patches]."""
+        """Return the targets int64 [frames x patches, targets], IGNORE beyond the edges, and the cross's cell int64 [frames x patches]."""
         digits = np.where(clip.digits == gaze.CROSS, CLASSES - 1, clip.digits)
         answers = np.full((*digits.shape, len(self.targets)), IGNORE)
         answers[..., 0] = digits

@@ -56,9 +56,9 @@ def test_the_first_layers_of_a_checkpoint_are_a_size_of_its_own(tmp_path):
     assert torch.equal(model.llm.state_dict()["model.layers.1.mlp.up_proj.weight"], kept)
     save_model(model, tmp_path / "saved")
     assert len(load_model(tmp_path / "saved").llm.model.layers) == 2
-    with pytest.raises(UserError, match="4 layers are to be kept of 3"):
+    with pytest.raises(UserError, match="cannot keep 4 of 3 layers"):
         build_model(cut.model_copy(update={"llm": LLMSettings(checkpoint=str(tmp_path / "llm"), layers=4)}), vocab_size=VOCAB)
-    with pytest.raises(ValueError, match="layers is of a checkpoint"):
+    with pytest.raises(ValueError, match="layers applies to a checkpoint only"):
         LLMSettings(shape=tiny_settings().llm.shape, layers=1)
 
 

@@ -246,7 +246,7 @@ def test_nothing_is_written_where_something_does_not_fit(finished, tmp_path):
         ({"vision": names["llm"]}, "a llama, not a dinov2"),
         ({"llm": "nobody/no-such-model"}, "cannot load the configuration"),
         ({"tokenizer": str(tmp_path)}, "cannot load the tokenizer"),
-        ({"checkpoint": tmp_path / "list.pt"}, "other things than parameters"),
+        ({"checkpoint": tmp_path / "list.pt"}, "something other than parameters"),
     ):
         with pytest.raises(UserError, match=why):
             convert_to_ours(**{"checkpoint": checkpoint, "output": out, **names, "frame_px": 42, **changes})

@@ -77,7 +77,7 @@ def test_gaze_adds_up_to_one_over_the_patches():
         maps = gaze(model, batch, mode)
         assert maps.shape == (len(batch.shown_frames), 4, 3, 3)
         torch.testing.assert_close(maps.sum((-1, -2)), torch.ones(maps.shape[:2]), check_dtype=False)
-    with pytest.raises(ValueError, match="does not gaze"):
+    with pytest.raises(ValueError, match="has no attention maps"):
         gaze(tiny_model(query="pooled"), pack(mixed(np.random.default_rng(4)), CHAT), "coarse_only")
 
 

@@ -49,7 +49,7 @@ def test_a_run_too_short_to_be_profiled_says_so(
     tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str], after: int, said: bool
 ) -> None:
     train(tiny_recipe(tmp_path / "run", shards, run__steps=2, run__profile={"steps": 1, "after": after}))
-    assert ("no step was profiled: this start made no more than 3; lower run.profile.after" in capsys.readouterr().out) == said
+    assert ("no step was profiled: this process ran no more than 3 steps; lower run.profile.after" in capsys.readouterr().out) == said
 
 
 def test_profiled_steps_leave_a_trace_and_a_table_and_change_nothing(tmp_path: Path, shards: Path) -> None:
