@@ -1,4 +1,4 @@
-"""Whether an address of a video means a file or the web: decided here and nowhere else, a column at a time."""
+"""Decides whether the address of a video is a local file or remote, for a column at a time. Nothing else decides this."""
 
 from pathlib import Path
 from urllib.parse import unquote
@@ -13,7 +13,7 @@ SCHEME = r"^(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://"
 
 
 class AddressError(ValueError):
-    """Addresses that cannot be fetched. `rows` are their places in the column; the message says why."""
+    """Addresses that cannot be fetched. `rows` are their indexes in the column; the message says why."""
 
     def __init__(self, message: str, rows: list[int]) -> None:
         super().__init__(message)
@@ -21,10 +21,10 @@ class AddressError(ValueError):
 
 
 def local_paths(urls: pa.Array, folder: Path) -> pa.Array:
-    """The file that each url (string) means; null for an address of the web or of an object store, and for none.
+    """Return the local file of each url (string); null for addresses on the web or in an object store, and for empty ones.
 
-    A path without a scheme is a file, a relative one starts at `folder`; `file:///...` is percent-encoded. Schemes are
-    case-insensitive. Raises AddressError for every other scheme.
+    A path without a scheme is a file; a relative one starts at `folder`. `file:///...` is percent-decoded. Schemes are case-insensitive.
+    Raises AddressError for any other scheme, and for a relative `file://` address.
     """
     scheme = pc.fill_null(pc.utf8_lower(pc.struct_field(pc.extract_regex(urls, SCHEME), "scheme")), "")
     allowed = pc.is_in(scheme, pa.array(["", FILE, *REMOTE]))
@@ -46,7 +46,7 @@ def local_paths(urls: pa.Array, folder: Path) -> pa.Array:
 
 
 def _path_of(url: str) -> str | None:
-    """The absolute path in a file:// address, or None where there is none."""
+    """Return the absolute path of a file:// address, or None if it has none."""
     rest = url[len(FILE) + len("://") :]
     if rest.startswith("localhost/"):
         rest = rest.removeprefix("localhost")

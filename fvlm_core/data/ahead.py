@@ -1,4 +1,4 @@
-"""Work that is done ahead of whoever needs it, by a thread."""
+"""Computes results ahead of time in a thread."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 
 
 def ahead(function: Callable[[Wanted], Item], wanted: Iterable[Wanted], depth: int) -> Iterator[Item]:
-    """Results of `function` in order, computed up to `depth` ahead by a thread."""
+    """Yield `function` of each `wanted` item, in order, computed up to `depth` items ahead by a thread."""
     remaining = iter(wanted)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as pool:
         waiting = deque(pool.submit(function, one) for one in islice(remaining, depth))

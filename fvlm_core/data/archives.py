@@ -1,7 +1,7 @@
-"""Which archive holds a file, and where: an index of the members of zip and tar archives, on disk, so that it may have millions.
+"""Finds files in archives: an index of the members of zip and tar archives, kept on disk because there may be millions.
 
-An address names a member where both have the same file name and the path of one ends with that of the other: datasets unpack some
-archives into folders that the archive does not have, and the other way round.
+An address matches a member if both have the same file name and one of the two paths ends with the other: datasets unpack some archives
+into folders that the archive does not contain, and vice versa.
 """
 
 import io
@@ -17,23 +17,23 @@ from fvlm_core.data.media import JoinedFiles, is_web, range_reference
 from fvlm_core.errors import UserError
 
 CUT = re.compile(r"(?P<archive>.+?)(?:part[a-z]{2}|\.(?:part)?\d+)")
-"""Name of a part of an archive that was cut, e.g. `OpenVid_part73_partaa` or `clips.zip.001`."""
+"""Name of a part of a split archive, e.g. `OpenVid_part73_partaa` or `clips.zip.001`."""
 BUFFER_BYTES = 1 << 16
 GZIP = b"\x1f\x8b"
 TAR_MAGIC, TAR_MAGIC_OFFSET = b"ustar", 257
 
 
 class AmbiguousMemberError(Exception):
-    """Several members that an address may mean."""
+    """Several members match an address."""
 
 
 class Archives:
-    """The members of archives. Use as a context manager: the index is a file that goes with it."""
+    """The members of archives. Use as a context manager, which deletes the index file at its end."""
 
     def __init__(self, paths: Sequence[Path | str], index: Path) -> None:
-        """`paths`: files, and addresses of zip files on the web.
+        """`paths`: local archives, and addresses of zip files on the web. `index`: where to write the index.
 
-        Raises UserError for what is no archive, or one whose members cannot be reached one by one.
+        Raises UserError for a file that is not an archive, or whose members cannot be read individually.
         """
         index.unlink(missing_ok=True)
         self._index = index
@@ -56,9 +56,9 @@ class Archives:
         self._index.unlink(missing_ok=True)
 
     def find(self, address: str) -> str | None:
-        """The reference of the member that a relative address means; None where there is none.
+        """Return the reference of the member that matches a relative address, or None.
 
-        Raises AmbiguousMemberError where members of different paths fit equally.
+        Raises AmbiguousMemberError if members with different paths match equally well.
         """
         name = address.rpartition("/")[2]
         found = self._known.execute("SELECT path, reference FROM members WHERE name = ? ORDER BY rowid", (name,)).fetchall()
@@ -69,7 +69,7 @@ class Archives:
 
 
 def joined(paths: Sequence[Path | str]) -> list[list[str]]:
-    """The files of each archive: one, or the parts that it was cut into, in the order of their names."""
+    """Group the files by archive: a single file, or the parts of a split archive, sorted by name."""
     groups: dict[str, list[str]] = {}
     for path in map(str, paths):
         folder, _, name = path.rpartition("/")
@@ -83,7 +83,7 @@ def _ends(address: str, path: str) -> bool:
 
 
 def _members(parts: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Path and reference of every file in an archive."""
+    """Yield path and reference of every file in an archive."""
     where = ", ".join(parts)
     try:
         raw = JoinedFiles(parts)
@@ -105,7 +105,7 @@ def _members(parts: Sequence[str]) -> Iterator[tuple[str, str]]:
                         if member.isfile():
                             reference = range_reference(parts, raw.sizes, member.offset_data, member.size, header=False)
                             yield member.name.removeprefix("./"), reference
-                        archive.members = []  # ty: ignore[missing-attribute] -- tarfile would keep them all
+                        archive.members = []  # ty: ignore[missing-attribute] -- tarfile would keep them all in memory
                 return
             with zipfile.ZipFile(stream) as archive:
                 for member in archive.infolist():

@@ -1,4 +1,4 @@
-"""pyarrow's functions on columns. pyarrow makes them when it is imported, so a type checker knows none of their names."""
+"""pyarrow's compute functions. pyarrow generates them when it is imported, so type checkers do not know them."""
 
 from typing import Any
 

@@ -1,8 +1,8 @@
 """Packed batches: the frames of all samples are one flat image batch, their tokens one packed sequence. Nothing is padded.
 
-A sample's sequence is `system, user turn, answer` in SmolLM2's chat format; its frames stand before the first user text
-(video first) or after it (question first). Every shown frame takes `tokens_per_frame` positions. An image shown several
-times, and the frames that several samples have in common, are stored (and encoded) once.
+A sample's sequence is `system, user turn, answer` in SmolLM2's chat format; its frames come before the first user text
+(video first) or after it (question first). Every shown frame takes `tokens_per_frame` positions. An image that is shown several
+times, and frames that several samples share, are stored (and encoded) once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from torch import Tensor
 IGNORE = -100
 """Label of a position without a target."""
 NO_SOURCE = -1
-"""Query source of a frame that starts from `q_init`."""
+"""Query source of a frame whose query is `q_init`."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Turn:
     answer_ids: list[int]
     """Empty when the answer is to be generated."""
     rejected_ids: list[int] | None = None
-    """The answer that `answer_ids` was preferred to, in the last turn of a preference."""
+    """The rejected answer, in the last turn of a preference; `answer_ids` is the chosen one."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class Sample:
     turns: list[Turn]
     question_first: bool = False
     label_questions: bool = False
-    """Labels on the questions' tokens too (captioning, stage 1), not only on answers."""
+    """Label the question tokens as well as the answers (captioning, stage 1)."""
 
     def pair(self) -> "tuple[Sample, Sample]":
-        """The sample with its chosen and with its rejected answer. Raises ValueError where it has none.
+        """Return the sample with its chosen answer, and with its rejected answer. Raises ValueError if it has none.
 
         Labels of earlier turns are the same in both, so they cancel out.
         """
@@ -71,22 +71,22 @@ class ChatFormat:
 
 @dataclass(frozen=True)
 class Showing:
-    """The frames that are shown equally often: f frames, m times each."""
+    """Frames that are shown equally often: f frames, m times each."""
 
     frames: Tensor
     """int64 [f]: indexes into the batch's frames."""
     shown: Tensor
-    """int64 [f, m]: where in `shown_frames` each of them stands."""
+    """int64 [f, m]: positions of each of them in `shown_frames`."""
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """N samples, F distinct frames, V shown frames of k tokens each, S tokens in all."""
+    """N samples, F distinct frames, V shown frames of k tokens each, S tokens in total."""
 
     frames: Tensor
     """uint8 [F, H, W, 3]."""
     input_ids: Tensor
-    """int64 [S]; 0 where a visual token stands."""
+    """int64 [S]; 0 at the positions of visual tokens."""
     labels: Tensor
     """int64 [S]: the token to predict at each position (already shifted), or IGNORE."""
     position_ids: Tensor
@@ -98,7 +98,7 @@ class PackedBatch:
     visual_positions: Tensor
     """int64 [V, k]: positions of each shown frame's tokens."""
     query_sources: Tensor
-    """int64 [V, k]: the position whose hidden state makes each query, or NO_SOURCE for `q_init`."""
+    """int64 [V, k]: the position whose hidden state gives each query, or NO_SOURCE for `q_init`."""
     showings: list[Showing]
     """Every distinct frame once, grouped by how often it is shown."""
     lengths: list[int]
@@ -106,11 +106,11 @@ class PackedBatch:
     shown_counts: list[int]
     """Shown frames of each sample."""
     query_prefix: list[int]
-    """Per sample, how many of its first tokens the queries depend on; 0 where no query comes from the LLM."""
+    """Per sample, how many of its first tokens the queries depend on; 0 if no query comes from the LLM."""
     label_prefix: list[int]
-    """Per sample, how many of its first tokens the loss depends on; 0 where nothing is labelled."""
+    """Per sample, how many of its first tokens the loss depends on; 0 if nothing is labelled."""
     labelled: np.ndarray
-    """int64 [n labels]: the positions with a label; on the host, because looking for them on a device would wait for it."""
+    """int64 [n labels]: the labelled positions. On the host, because finding them on a device would synchronise with it."""
     keys: list[str] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
 
@@ -120,15 +120,15 @@ class PackedBatch:
 
     @property
     def n_labels(self) -> int:
-        """Labelled positions."""
+        """Number of labelled positions."""
         return len(self.labelled)
 
     def to(self, device: torch.device, *, non_blocking: bool = True) -> "PackedBatch":
-        """The same batch on a device."""
+        """Return the batch on a device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "PackedBatch":
-        """The same batch in page-locked memory (torch's DataLoader calls this)."""
+        """Return the batch in page-locked memory (torch's DataLoader calls this)."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, function) -> "PackedBatch":
@@ -140,18 +140,18 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class StoredFrames:
-    """Frames of a batch that are where they belong already."""
+    """Frames of a batch that are already in one tensor."""
 
     frames: Tensor
     """uint8 [F, H, W, 3]."""
     first: list[int]
-    """Per sample, where its frames start; equal for samples about the same frames."""
+    """Per sample, the index of its first frame; equal for samples about the same frames."""
 
 
 def pack(samples: Sequence[Sample], chat: ChatFormat, *, tokens_per_frame: int = 1, stored: StoredFrames | None = None) -> PackedBatch:
     """Lay out samples as one packed batch. Raises ValueError for no samples or frames of different sizes.
 
-    Samples that hold the same array of frames share them; with `stored` no frame is copied.
+    Samples that hold the same array of frames share them. With `stored`, no frame is copied.
     """
     if not samples:
         raise ValueError("cannot pack an empty batch")
@@ -164,7 +164,7 @@ def pack(samples: Sequence[Sample], chat: ChatFormat, *, tokens_per_frame: int =
     stored = stored or _stacked(samples)
     for number, sample in enumerate(samples):
         start = len(ids)
-        targets: list[int] = []  # the token itself where it is a target, else IGNORE; shifted below
+        targets: list[int] = []  # the token if it is a target, else IGNORE; shifted below
         for piece, labelled in _pieces(sample, chat):
             if isinstance(piece, _Frames):
                 for count, index in enumerate(piece.indexes):
@@ -222,7 +222,7 @@ class _Frames:
 
 
 def _pieces(sample: Sample, chat: ChatFormat) -> Iterator[tuple[list[int] | _Frames, bool]]:
-    """The sample's sequence in order: token ids or shown frames, and whether its tokens are targets."""
+    """Yield the sample's sequence in order: token ids or shown frames, and whether the tokens are targets."""
     media = [_Frames(indexes) for indexes in sample.media]
     yield chat.system, False
     for number, turn in enumerate(sample.turns):
@@ -241,7 +241,7 @@ def _pieces(sample: Sample, chat: ChatFormat) -> Iterator[tuple[list[int] | _Fra
 
 
 def _stacked(samples: Sequence[Sample]) -> StoredFrames:
-    """The samples' own frames one after the other, an array that several hold once."""
+    """Concatenate the samples' frames. An array that several samples share is stored once."""
     sizes = {sample.frames.shape[1:] for sample in samples if len(sample.frames)}
     if len(sizes) > 1:
         raise ValueError(f"frames of different sizes in one batch: {sorted(sizes)}")

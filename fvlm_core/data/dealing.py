@@ -1,8 +1,8 @@
-"""Cuts a step's samples into micro-batches and deals them to the ranks.
+"""Divides a step's samples into micro-batches and deals these to the ranks.
 
-Longest processing time first (Graham 1969, https://doi.org/10.1137/0117039), for several budgets at once: the costliest item goes first,
-each to the micro-batch that holds least of what the item takes and still has place for it. Frames and tokens so come out even each by
-itself, whatever a frame costs beside a token.
+Longest processing time first (Graham 1969, https://doi.org/10.1137/0117039), for several budgets at once: items are placed from the most
+to the least expensive, each into the micro-batch that holds the least of what the item needs and still has room for it. This balances
+frames and tokens separately, regardless of the cost of a frame relative to a token.
 """
 
 from collections.abc import Sequence
@@ -10,15 +10,15 @@ from collections.abc import Sequence
 import numpy as np
 
 SLACK = 1e-9
-"""Sums of shares that are equal up to rounding are equal."""
+"""Tolerance for rounding errors in sums of shares."""
 
 
 def deal(costs: Sequence[Sequence[float]] | np.ndarray, ranks: int) -> list[list[list[int]]]:
-    """Items (at least one per rank) by rank and micro-batch: `[rank][micro-batch]` is a list of ascending indexes.
+    """Deal items (at least one per rank) to ranks and micro-batches: `[rank][micro-batch]` is a list of ascending indexes.
 
-    `costs` is [N, B]: what each item takes of B budgets, 1 being a micro-batch's full budget. Every rank gets the same number of
-    micro-batches, the fewest with which none is above a budget, but for an item that alone is; none is empty. All take nearly the same of
-    every budget, and those that the ranks compute at the same time are nearest to each other.
+    `costs` is [N, B]: each item's share of B budgets, 1 being the full budget of a micro-batch. Every rank gets the same number of
+    micro-batches: the fewest for which none exceeds a budget, except for single items above one. None is empty. All use nearly the same
+    share of every budget, and micro-batches that the ranks compute at the same time are the most similar.
     """
     shares = np.asarray(costs, np.float64)
     order = np.lexsort((np.arange(len(shares)), -shares.sum(1)))
@@ -26,7 +26,7 @@ def deal(costs: Sequence[Sequence[float]] | np.ndarray, ranks: int) -> list[list
     each = min(most, max(1, int(np.ceil(shares.clip(max=1).sum(0).max() / ranks - SLACK))))
     while (bins := _fill(shares, order, each * ranks)) is None:
         each += 1
-        if each > most:  # even one item per micro-batch leaves some over: those go where there is least
+        if each > most:  # with more micro-batches, some would be empty: ignore the budgets
             bins = _fill(shares, order, most * ranks, bounded=False)
             break
     assert bins is not None
@@ -39,7 +39,7 @@ def deal(costs: Sequence[Sequence[float]] | np.ndarray, ranks: int) -> list[list
 
 
 def _fill(shares: np.ndarray, order: np.ndarray, bins: int, *, bounded: bool = True) -> list[list[int]] | None:
-    """The items in so many bins; None where they do not fit."""
+    """Put the items into `bins` bins; None if they do not fit."""
     filled: list[list[int]] = [[] for _ in range(bins)]
     loads, empty = np.zeros((bins, shares.shape[1])), np.ones(bins, bool)
     totals = np.maximum(shares.sum(0), SLACK)

@@ -1,7 +1,7 @@
-"""Fetches the videos of a recorded source, or of a part of it, through video2dataset (`fetch`) and keeps their frames.
+"""Downloads the videos of a recorded source, or of a part of it, with video2dataset (`fetch`), and keeps their frames.
 
-Videos that fail are listed with their reasons, and tolerated up to a share. Above it the job refuses, but keeps what it has: after a
-correction the same folder goes on.
+Failed videos are listed with their reasons, and tolerated up to a share. Above it, the job fails but keeps what it has fetched: once the
+cause is corrected, it resumes in the same folder.
 """
 
 import csv
@@ -25,12 +25,12 @@ from fvlm_core.manifest import file_entries
 
 BAD = "bad.csv"
 SHOWN_REASONS = 8
-"""Reasons named in an error, the most frequent first; `bad.csv` has every video's own."""
+"""Reasons listed in an error, most frequent first; `bad.csv` lists every video."""
 CHECK = f"import av, {PLUGIN}; assert 'h264' in av.codecs_available, 'PyAV cannot decode H.264'"
 
 
 def download(job: DownloadJob) -> DownloadManifest:
-    """Fetch everything. Raises UserError for a bad source, a missing environment, or too many videos that fail."""
+    """Download everything. Raises UserError for a bad source, a missing environment, or too many failed videos."""
     started = time.monotonic()
     _check_environment(job.video2dataset_python)
     known, folder = _recorded(job)
@@ -58,14 +58,14 @@ def download(job: DownloadJob) -> DownloadManifest:
 
 
 def _recorded(job: DownloadJob) -> tuple[Record, Path]:
-    """The record that the job names, or that of the source it names, and its folder. Raises UserError."""
+    """Return the record of the job, made first if the job gives a source, and its folder. Raises UserError."""
     if job.record is not None:
         return Record.read_folder(job.record), job.record
     assert job.source is not None
     return record(job.source, job.output), record_folder(job.source, job.output)
 
 
-@lru_cache  # one look per process is enough; a failure is not remembered
+@lru_cache  # one check per process is enough; failures are not cached
 def _check_environment(python: Path) -> None:
     fix = "run ./infra/video2dataset_env.sh"
     try:
@@ -78,7 +78,7 @@ def _check_environment(python: Path) -> None:
 
 
 def _write_bad(path: Path, folder: Path, part: Part, bad: dict[int, str]) -> list[BadClip]:
-    """Write and return the videos that failed, with their place in the source's files."""
+    """Write and return the failed videos, with their location in the source's files."""
     clips: list[BadClip] = []
     with path.open("w", newline="") as stream:
         writer = csv.writer(stream)
@@ -97,7 +97,7 @@ def _acceptable(job: DownloadJob, bad: int, total: int) -> bool:
 
 
 def _too_many(job: DownloadJob, bad: list[BadClip], total: int) -> UserError:
-    """The refusal, with the reasons by how often there are."""
+    """Return the error, with the reasons sorted by frequency."""
     examples: dict[str, BadClip] = {}
     counts = Counter[str]()
     for clip in bad:
@@ -107,12 +107,16 @@ def _too_many(job: DownloadJob, bad: list[BadClip], total: int) -> UserError:
     lines = [f"{number} x {kind}, e.g. {examples[kind].url or '(no url)'}" for kind, number in counts.most_common(SHOWN_REASONS)]
     if (more := len(counts) - SHOWN_REASONS) > 0:
         lines.append(f"and {more} more reasons")
-    what = "none of the videos could be used" if len(bad) == total else f"{len(bad)} of {total} videos failed; {job.max_bad_share:.0%} may"
+    what = (
+        "none of the videos could be used"
+        if len(bad) == total
+        else f"{len(bad)} of {total} videos failed; at most {job.max_bad_share:.0%} may"
+    )
     listed = "\n    ".join(lines)
     return UserError(
         f"{what}:\n    {listed}",
         where=str(job.output / BAD),
-        fix="correct the rows listed there, or raise max_bad_share; run again to try those that failed once more. What was fetched is kept",
+        fix="correct the rows listed there, or raise max_bad_share; run again to retry the failed videos. Fetched videos are kept",
     )
 
 

@@ -1,4 +1,4 @@
-"""Samples of a generator that has no end, drawn where they are used or, ahead, in other processes."""
+"""Draws samples from an endless generator, either on demand or ahead of time in other processes."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
@@ -13,10 +13,10 @@ U = TypeVar("U")
 
 
 def drawn(make: Callable[[np.random.Generator, T], U], wanted: Iterable[T], rng: np.random.Generator, workers: int) -> Iterator[U]:
-    """`make(rng, one)` for each of `wanted`.
+    """Yield `make(rng, one)` for each item of `wanted`.
 
-    Without `workers` one after the other, each when it is asked for. With them, as many processes draw ahead, each sample from a generator
-    of its own: equal `wanted` give equal samples however many there are, but each of `wanted` is taken `workers` samples early.
+    Without `workers`, each sample is drawn when it is requested. With `workers`, that many processes draw ahead, and each sample has its
+    own generator: the samples do not depend on the number of workers, but items of `wanted` are consumed `workers` samples early.
     """
     if not workers:
         yield from (make(rng, one) for one in wanted)
@@ -28,13 +28,13 @@ def drawn(make: Callable[[np.random.Generator, T], U], wanted: Iterable[T], rng:
         batch_size=None,
         collate_fn=as_it_is,
         num_workers=workers,
-        prefetch_factor=1,  # what waits is in shared memory
+        prefetch_factor=1,  # waiting samples take up shared memory
         multiprocessing_context=loader_processes(),
     )
 
 
 class _Numbered(Dataset[U], Generic[T, U]):
-    """Draws by number, from a seed."""
+    """Draws samples by number, each with a generator from the seed and the number."""
 
     def __init__(self, make: Callable[[np.random.Generator, T], U], seed: int) -> None:
         self.make, self.seed = make, seed

@@ -1,9 +1,9 @@
-"""Lets video2dataset fetch rows of a record, in rounds: all of them, then once more those that failed for a passing reason; and, where
-too many failed, every one that did when the job is run again.
+"""Fetches rows of a record with video2dataset, in rounds: first all rows, then retries of those that failed for a temporary reason. If too
+many failed, running the job again retries all that failed.
 
-video2dataset runs in an environment of its own, as a child process, with our plug-in (`video2dataset_plugin`), on the processes of this
-machine or on a Spark cluster. It works in shards; a shard is done when its statistics are written, so a killed download goes on where it
-was. A round has a folder of its own, `raw/ROUND/`, and nothing that was fetched is fetched again.
+video2dataset runs in its own environment, as a child process, with our plug-in (`video2dataset_plugin`), in processes on this machine or
+on a Spark cluster. It works in shards, and a shard is done when its statistics are written, so a killed download resumes where it
+stopped. Each round has its own folder, `raw/ROUND/`, and nothing is fetched twice.
 """
 
 import json
@@ -35,24 +35,24 @@ PLAN, LOG = "plan.json", "video2dataset.log"
 PLUGIN = "fvlm_core.data.video2dataset_plugin"
 LARGEST_SHARD = 1000
 SHARDS_PER_PROCESS = 4
-"""At least, so that processes end together; fewer and larger shards where there are many videos."""
+"""Minimum number of shards per process, so that processes end at about the same time."""
 POLL_S = 0.2
 LOG_LINES = 15
-"""Of video2dataset's log, in an error."""
+"""Lines of video2dataset's log quoted in an error."""
 NOTHING = "video2dataset left nothing"
 
 
 class Round(Settings):
-    """One time that video2dataset is given rows."""
+    """One run of video2dataset on some rows."""
 
     videos: int
     samples_per_shard: int
     passing: bool = False
-    """Only of those that failed for a reason that passes."""
+    """Whether it only retries rows that failed for a temporary reason."""
 
     @property
     def shards(self) -> int:
-        """Shards that it leaves."""
+        """Number of shards that it makes."""
         return -(-self.videos // self.samples_per_shard)
 
 
@@ -60,14 +60,14 @@ class Plan(Settings):
     """The rounds of a download so far: `plan.json`."""
 
     identity: str
-    """Of what is fetched, and how it is cut into frames."""
+    """Hash of the rows to fetch and of the settings that affect their frames."""
     rounds: list[Round]
 
 
 def fetch(job: DownloadJob, part: Part, folder: Path, wanted: Iterable[int], *, enough: Callable[[int], bool]) -> dict[int, str]:
     """Fetch the `wanted` rows of the record in `folder` into `job.output/raw/*/`; returns the rows that failed, with the reason.
 
-    Rows that failed in an earlier run of the job are tried again unless they are few `enough`.
+    Rows that failed in an earlier run of the job are retried, unless `enough` returns True for their number.
     """
     plan = _plan(job, part)
     failed = dict.fromkeys(wanted, NOTHING)
@@ -93,17 +93,17 @@ def fetch(job: DownloadJob, part: Part, folder: Path, wanted: Iterable[int], *, 
 
 
 def environment() -> dict[str, str]:
-    """The child imports this very package."""
+    """Return the child's environment, in which it imports this very package."""
     return os.environ | {"PYTHONPATH": str(Path(fvlm_core.__file__).parents[1])}
 
 
 def _rows(failed: dict[int, str], *, passing: bool) -> list[int]:
-    """Those that a round tries."""
+    """Return the failed rows that a round tries."""
     return [row for row, reason in failed.items() if not passing or passes(reason)]
 
 
 def _plan(job: DownloadJob, part: Part) -> Plan:
-    """The plan of an earlier run that fetched the same, or a new one; what another download left is deleted."""
+    """Return the plan of an earlier run that fetched the same rows, or a new one. Files of a different download are deleted."""
     rule = [job.frame_px, job.fps, job.max_frames, job.max_video_mb, job.square_pixels]
     identity = hash_json([part.digest, rule])
     try:
@@ -118,18 +118,18 @@ def _plan(job: DownloadJob, part: Part) -> Plan:
 
 def _round(job: DownloadJob, videos: int, *, passing: bool) -> Round:
     shards = max(job.processes * SHARDS_PER_PROCESS, -(-videos // LARGEST_SHARD))
-    samples = max(2, -(-videos // shards))  # video2dataset cannot count to 1
+    samples = max(2, -(-videos // shards))  # video2dataset does not support shards of one sample
     return Round(videos=videos, samples_per_shard=samples, passing=passing)
 
 
 def _clean(raw: Path) -> int:
-    """Delete what is not known to be complete; returns the number of finished shards."""
+    """Delete files that may be incomplete; returns the number of finished shards."""
     raw.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(raw / "_tmp", ignore_errors=True)
     for statistics in raw.glob("*_stats.json"):
         try:
             json.loads(statistics.read_text())
-        except ValueError:  # cut short when it was written
+        except ValueError:  # truncated
             statistics.unlink()
     return _finished(raw)
 
@@ -139,9 +139,9 @@ def _finished(raw: Path) -> int:
 
 
 def _fetch_round(job: DownloadJob, part: Part, folder: Path, raw: Path, planned: Round, rows: np.ndarray) -> None:
-    """Let video2dataset make the shards that are not there yet.
+    """Let video2dataset make the missing shards.
 
-    Raises RuntimeError if it leaves any undone.
+    Raises RuntimeError if some are still missing afterwards.
     """
     temporary = job.output / "tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -169,7 +169,7 @@ def _fetch_round(job: DownloadJob, part: Part, folder: Path, raw: Path, planned:
 
 
 def _write_input(folder: Path, part: Part, path: Path, rows: np.ndarray) -> None:
-    """The chosen rows of the record as video2dataset reads them: local files by their path."""
+    """Write the chosen rows of the record as video2dataset's input, with local files as paths."""
     with pq.ParquetWriter(path, DOWNLOAD_SCHEMA) as writer:
         for first, batch in read_part(folder, part, [*COLUMNS, PATH]):
             numbers = pa.array(np.arange(first, first + batch.num_rows))
@@ -183,7 +183,7 @@ def _write_input(folder: Path, part: Part, path: Path, rows: np.ndarray) -> None
 
 
 def _run(job: DownloadJob, command: list[str], raw: Path, planned: Round) -> int:
-    """Run video2dataset to its end; returns its exit status."""
+    """Run video2dataset until it ends; returns its exit status."""
     progress = Progress(job.output, planned.videos)
     with (job.output / LOG).open("ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment(), start_new_session=True)
@@ -198,7 +198,7 @@ def _run(job: DownloadJob, command: list[str], raw: Path, planned: Round) -> int
 
 
 def _end(process: subprocess.Popen) -> None:
-    """End video2dataset and its children, which are a group of their own."""
+    """Kill video2dataset and its children, which form their own process group."""
     if process.poll() is None:
         os.killpg(process.pid, 9)
         process.wait()

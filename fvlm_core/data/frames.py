@@ -1,10 +1,10 @@
-"""From the bytes of a video to its frames: one per second, square, as JPEG. Everything that reads video goes through here.
+"""From the bytes of a video to its frames: one per second, square, as JPEG. All code that reads video uses this module.
 
-Frames are those shown at t = 0, 1, 2, ... s (for a rate of 1 FPS), `floor(duration)` of them but at least one and at most
-`max_frames`; a longer video gives `max_frames` evenly spaced ones. The short side is scaled to `frame_px` and the
-centre cut out. The packets' time stamps say beforehand which pictures these are, so what is neither shown nor needed for one that is
-(`_needed`) is not decoded; where that does not give every picture intact, all are decoded in order. An image is a video of one frame, and
-a tar of images one of as many. Needs PyAV, NumPy and simplejpeg only, since video2dataset's environment imports it too.
+The frames are those shown at t = 0, 1, 2, ... s (for 1 FPS): `floor(duration)` of them, but at least one and at most `max_frames`; a
+longer video gives `max_frames` evenly spaced ones. The short side is scaled to `frame_px`, and the centre is cropped. The packets'
+timestamps tell in advance which pictures these are, so pictures that are neither shown nor needed to decode shown ones (`_needed`) are
+skipped. If this does not give every picture intact, all pictures are decoded in order. An image is a video of one frame, and a tar of
+images is a video with a frame per image. Needs only PyAV, NumPy and simplejpeg, because video2dataset's environment imports it too.
 """
 
 import io
@@ -26,33 +26,33 @@ from av.video.stream import VideoStream
 
 JPEG_QUALITY = 90
 TIME_TOLERANCE_S = 1e-3
-"""Durations and time stamps are rounded to their time base; 2.9999 s counts as 3 s."""
+"""Durations and timestamps are rounded to their time base; 2.9999 s counts as 3 s."""
 START_TOLERANCE_S = 5e-4
-"""A picture that starts so little after a moment is shown at it: Matroska rounds to milliseconds. At 29.97 frames per second the picture
-that starts at 1.001 s is not the one shown at 1 s."""
+"""A picture that starts at most this long after a point in time counts as shown at it, because Matroska rounds to milliseconds. At 29.97
+frames per second, the picture that starts at 1.001 s is not the one shown at 1 s."""
 TIMED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
-"""Containers whose packets say when their pictures are shown; others say when they are decoded, or nothing."""
+"""Containers whose packets have presentation timestamps; others have decoding timestamps, or none."""
 DURATION_TAG = re.compile(r"(\d+):(\d+):(\d+\.?\d*)")
 TAR_MARK, TAR_MARK_OFFSET = b"ustar", 257
 HTML_MARKS = (b"<!doctype", b"<html", b"<head", b"<?xml")
 
 
 class ClipError(Exception):
-    """Why a clip gives no frames, in words for its owner."""
+    """A clip gives no frames. The message tells the clip's owner why."""
 
 
 @dataclass(frozen=True)
 class FrameRule:
-    """Which frames, and how large."""
+    """Which frames to take from a video, and how large."""
 
     frame_px: int
     fps: float = 1.0
     max_frames: int = 64
     square_pixels: bool = True
-    """Correct for pixels that are not square, as anamorphic video has them."""
+    """Correct for the non-square pixels of anamorphic video."""
 
     def times_s(self, duration_s: float) -> list[float]:
-        """When the chosen frames of a video of that length are shown, in seconds from its start."""
+        """Return when the chosen frames of a video of this length are shown, in seconds from its start."""
         wanted = int((duration_s + TIME_TOLERANCE_S) * self.fps)
         if wanted > self.max_frames:
             return [index * duration_s / self.max_frames for index in range(self.max_frames)]
@@ -69,13 +69,13 @@ class Frames:
 
 
 Window = tuple[float, float]
-"""Start and end of the seconds of a video that are meant."""
+"""Start and end, in seconds, of the part of a video to use."""
 
 
 def extract_frames(content: bytes, rule: FrameRule, window: Window | None = None) -> Frames:
-    """Decode the chosen frames of a video file, or of the seconds of it in `window`. A tar holds images of one frame each.
+    """Decode the chosen frames of a video file, or of its part in `window`. A tar holds images of one frame each.
 
-    Raises ClipError if there is no video, or not all of it.
+    Raises ClipError if there is no video, or if it is incomplete.
     """
     if not content:
         raise ClipError("the file is empty")
@@ -93,27 +93,27 @@ def extract_frames(content: bytes, rule: FrameRule, window: Window | None = None
 
 
 def decode_in_order(content: bytes, rule: FrameRule, window: Window | None = None) -> Frames:
-    """As `extract_frames` of a video, but every picture is decoded, up to the last one shown: the reference for it."""
+    """Like `extract_frames` for a video, but decodes every picture up to the last one shown. The reference for tests."""
     return _extract(content, rule, _in_order, window)
 
 
 def _extract_images(content: bytes, rule: FrameRule) -> Frames:
-    """The first frame of every file in a tar."""
+    """Return the first frame of every file in a tar."""
     with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
         files = [archive.extractfile(member) for member in archive]
     if len(files) > rule.max_frames:
-        raise ClipError(f"{len(files)} images in one sample; {rule.max_frames} may be")
+        raise ClipError(f"{len(files)} images in one sample; at most {rule.max_frames} are allowed")
     images = [extract_frames(file.read() if file else b"", rule) for file in files]
     return Frames(np.concatenate([image.pixels[:1] for image in images]), sum(image.duration_s for image in images))
 
 
 def encode_jpeg(frame: np.ndarray) -> bytes:
-    """A frame, uint8 [H, W, 3], as JPEG (quality 90, 4:2:0)."""
+    """Encode a frame, uint8 [H, W, 3], as JPEG (quality 90, 4:2:0)."""
     return simplejpeg.encode_jpeg(np.ascontiguousarray(frame), quality=JPEG_QUALITY, colorspace="RGB", colorsubsampling="420")
 
 
 class _UnsureError(Exception):
-    """The packets did not give what they promised."""
+    """The decoded pictures are not those that the packets announced."""
 
 
 class _Packet(NamedTuple):
@@ -127,7 +127,7 @@ class _Packet(NamedTuple):
 
 
 class _Picture(Protocol):
-    """A decoded picture, or the packet that it is in."""
+    """A decoded picture, or the packet that contains it."""
 
     @property
     def pts(self) -> int | None: ...
@@ -167,7 +167,7 @@ def _video_stream(container: InputContainer) -> VideoStream:
 
 
 def _duration_s(container: InputContainer, stream: VideoStream, packets: list[_Packet]) -> float:
-    """Length of the video stream: as the file says, or where it does not, up to the end of its packets."""
+    """Length of the video stream: from the file's metadata or, if there is none, up to the end of the packets."""
     assert stream.time_base is not None
     if stream.duration:
         return float(stream.duration * stream.time_base)
@@ -182,14 +182,14 @@ def _duration_s(container: InputContainer, stream: VideoStream, packets: list[_P
 
 
 def _in_order(container: InputContainer, stream: VideoStream, packets: list[_Packet], times_s: list[float]) -> Iterator[VideoFrame]:
-    """The frames shown at ascending times, all pictures being decoded."""
+    """Yield the frames shown at ascending times, decoding all pictures."""
     assert stream.time_base is not None
     for frame, time_s in _shown(container.decode(stream), stream.time_base, times_s):
         yield _intact(frame, time_s)
 
 
 def _selected(container: InputContainer, stream: VideoStream, packets: list[_Packet], times_s: list[float]) -> Iterator[VideoFrame]:
-    """The same frames, pictures that are not needed being left out. Raises _UnsureError where one does not come as its packet says."""
+    """Yield the same frames, skipping pictures that are not needed. Raises _UnsureError if one differs from its packet's metadata."""
     assert stream.time_base is not None
     if container.format.name not in TIMED_FORMATS or any(packet.pts is None for packet in packets):
         raise _UnsureError
@@ -208,7 +208,7 @@ def _selected(container: InputContainer, stream: VideoStream, packets: list[_Pac
 
 
 def _decoded(container: InputContainer, stream: VideoStream, packets: list[_Packet], wanted: set[int | None]) -> Iterator[VideoFrame]:
-    """The wanted pictures and those that they need. Of these, no other one refers to those that are skipped as not referred to."""
+    """Yield the wanted pictures, and others decoded for them. Unwanted non-reference pictures are skipped: none depends on them."""
     codec, needed, last = stream.codec_context, _needed(packets, wanted), -1
     for number, packet in enumerate(packet for packet in container.demux(stream) if packet.size):
         if number >= len(packets) or packet.pts != packets[number].pts:
@@ -225,14 +225,14 @@ def _decoded(container: InputContainer, stream: VideoStream, packets: list[_Pack
 
 
 def _needed(packets: list[_Packet], wanted: set[int | None]) -> set[int]:
-    """Numbers of the packets that have to be decoded: from the key frame before each wanted picture on, up to it."""
+    """Return the numbers of the packets to decode: for each wanted picture, from the key frame before it up to it."""
     needed: set[int] = set()
     keys: list[int] = []
     for number, packet in enumerate(packets):
         if packet.is_key:
             keys.append(number)
         if packet.pts in wanted:
-            # pictures that come after a key frame in the file, but are shown before it, refer to the one before
+            # pictures that follow a key frame in the file but are shown before it depend on the previous key frame
             start = next((key for key in reversed(keys) if (packets[key].pts or 0) <= (packet.pts or 0)), 0)
             needed.update(range(start, number + 1))
     return needed
@@ -243,10 +243,10 @@ def _of(packet: Packet) -> _Packet:
 
 
 def _shown(pictures: Iterable[P], time_base: Fraction, times_s: list[float], *, complete: bool = False) -> Iterator[tuple[P, float]]:
-    """The picture that is shown at each of the ascending times: the last that starts no later. `pictures` are in order of time.
+    """Yield the picture shown at each of the ascending times: the last one that starts no later. `pictures` are in presentation order.
 
-    A picture's own duration counts for nothing but the end: in a file with reordered pictures it is that of another one. `complete`: no
-    picture is missing, so the last one stays to the end.
+    Durations of pictures are only used for the end of the video: in a file with reordered pictures, they belong to other pictures.
+    `complete`: no picture is missing, so the last one is shown until the end.
     """
     remaining = list(reversed(times_s))
     origin: int | None = None
@@ -277,13 +277,13 @@ def _intact(frame: VideoFrame, time_s: float) -> VideoFrame:
 
 
 def _pixel_aspect(stream: VideoStream) -> float:
-    """Width of a stored pixel over its height; 1 where the file does not say."""
+    """Width of a stored pixel over its height; 1 if the file does not say."""
     aspect = stream.sample_aspect_ratio
     return float(aspect) if aspect else 1.0
 
 
 def _square(frame: VideoFrame, side: int, aspect: float) -> np.ndarray:
-    """Short side scaled to `side`, centre cut out, turned upright: uint8 [side, side, 3]. `aspect`: of a stored pixel."""
+    """Scale the short side to `side`, crop the centre and turn it upright: uint8 [side, side, 3]. `aspect`: of a stored pixel."""
     shown_width = frame.width * aspect
     scale = side / min(shown_width, frame.height)
     width, height = max(side, round(shown_width * scale)), max(side, round(frame.height * scale))

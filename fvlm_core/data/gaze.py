@@ -1,17 +1,17 @@
-"""The generated benchmark of gaze: real handwritten digits on a grid, all redrawn in every frame, and questions that need looking.
+"""The generated gaze benchmark: real handwritten digits on a grid, all redrawn in every frame, and questions about some of them.
 
-One token per frame cannot hold nine digits, so a question about one cell separates a model that looks where it is asked
-from one that sees the frame as a whole. Every task gives each frame one cell that counts; they differ in how it is to be found:
+One token per frame cannot hold nine digits, so a question about one cell separates a model that looks at that cell from one that sees
+the frame as a whole. In every task, each frame has one target cell. The tasks differ in how it is found:
 
 =======  ==================================================================================================================
 cell     the question names it; it is the same in all frames
-colour   the question names a colour that exactly one digit of every frame has; on the usual grid every digit has its own
-hunt     the question names the first; a cross in each frame stands where the next frame's digit counts
-track    the question names the first; later it is the cell beside it with a digit of the same colour as the first
-caption  it is the only one with white digits; the answer names its place too
+colour   the question names a colour that exactly one digit of every frame has; on the usual grid all digits differ in colour
+hunt     the question names the first; a cross in each frame marks the target of the next
+track    the question names the first; each next one is a neighbouring cell with a digit of the first one's colour
+caption  it is the only one with white digits; the answer also names its place
 =======  ==================================================================================================================
 
-Everything is a pure function of the generator passed in. Digits of the two splits are of different writers (`fvlm_core.data.digits`).
+Everything is a pure function of the generator passed in. The digits of the two splits are by different writers (`fvlm_core.data.digits`).
 """
 
 from dataclasses import dataclass, replace
@@ -28,18 +28,18 @@ from fvlm_core.data.rows import Split
 Task = Literal["cell", "colour", "hunt", "track", "caption"]
 TASKS: tuple[Task, ...] = ("cell", "colour", "hunt", "track", "caption")
 OF_A_PLACE: tuple[Task, ...] = ("cell", "caption")
-"""Tasks whose cell is the same in all frames."""
+"""Tasks whose target cell is the same in all frames."""
 OF_A_COLOUR: tuple[Task, ...] = ("colour", "track")
-"""Tasks whose cells have one colour in all frames."""
+"""Tasks whose target digits have the same colour in all frames."""
 GRID = 3
-"""Cells per side, where no other number is asked for."""
+"""Cells per side of the usual grid, which is the default."""
 CELL_PX = 14
 """Side of a cell at scale 1: one patch of DINOv2."""
 FRAME_PX = GRID * CELL_PX
 DIGIT_PX = 12
-"""Side of a digit at scale 1; it moves by at most a pixel in its cell."""
+"""Side of a digit at scale 1; it is shifted by at most one pixel in its cell."""
 EMPTY, CROSS = -1, -2
-"""In place of a digit: nothing, and the sign of `hunt`."""
+"""In place of a digit: an empty cell, and the cross of `hunt`."""
 N_CHOICES = 4
 """Options of a multiple-choice question."""
 COLOURS = {
@@ -54,7 +54,7 @@ COLOURS = {
     "violet": (150, 70, 240),
 }
 FEWEST_COLOURS = 6
-"""The first of COLOURS: those of all tasks but `colour`, which has one for each cell of the usual grid."""
+"""All tasks but `colour` use this many of COLOURS, from the first; `colour` has one for each cell of the usual grid."""
 WHITE = list(COLOURS).index("white")
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "centre", "right")
@@ -65,7 +65,7 @@ Conversation = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class GazeClip:
-    """A rendered clip and what is on it."""
+    """A rendered clip and what it shows."""
 
     frames: np.ndarray
     """uint8 [T, S, S, 3], one frame per second."""
@@ -74,28 +74,28 @@ class GazeClip:
     colours: np.ndarray
     """int [T, G, G]: index into COLOURS."""
     path: np.ndarray
-    """int [T, 2]: row and column of the cell that counts in each frame; it always has a digit."""
+    """int [T, 2]: row and column of the target cell in each frame; it always has a digit."""
     task: Task
 
     @property
     def answer(self) -> str:
-        """The digits that count, a character a frame."""
+        """The target digits, one character per frame."""
         return "".join(str(digit) for digit in self.digits[np.arange(len(self.path)), *self.path.T])
 
     @property
     def crosses(self) -> np.ndarray:
-        """int [T]: the cell of each frame's cross, counted row by row from 0; of a `hunt`, because no other task has any."""
+        """int [T]: the cell of each frame's cross, numbered row by row from 0. Only `hunt` clips have crosses."""
         return (self.digits == CROSS).reshape(len(self.digits), -1).argmax(1)
 
     @property
     def place(self) -> str:
-        """Name of the first frame's cell that counts."""
+        """Name of the first frame's target cell."""
         row, column = self.path[0].tolist()
         return cell_name(row, column, self.digits.shape[-1])
 
     @property
     def colour(self) -> str:
-        """Colour of the first digit that counts."""
+        """Colour of the first target digit."""
         return list(COLOURS)[self.colours[0, *self.path[0]]]
 
 
@@ -114,10 +114,10 @@ def render(
 ) -> GazeClip:
     """Draw a clip of `frames` frames of `grid` x `grid` cells, each of `scale` times 14 px.
 
-    The cell that counts has a digit; each other cell has one with probability `clutter`. `noise` is the standard deviation of the dark
-    background, as a share of full brightness; `copies` of each digit, distorted (`digits_of`), are drawn too. Digits have the first
-    `colours` of COLOURS, `usual_colours` where no number is given. Raises ValueError for a grid without a second cell, or another number
-    of colours than 6 to 9.
+    The target cell has a digit; each other cell has one with probability `clutter`. `noise` is the standard deviation of the dark
+    background, as a share of full brightness. Digits are chosen from the originals and `copies` distorted copies of each (`digits_of`), and
+    have the first `colours` of COLOURS, by default `usual_colours(task)`. Raises ValueError for a grid of one cell, or if `colours` is not
+    from 6 to 9.
     """
     if grid < 2:
         raise ValueError(f"a grid needs at least 2 x 2 cells, not {grid} x {grid}")
@@ -140,7 +140,7 @@ def render(
         of_digits[times, *path.T] = WHITE
     present[times, *path.T] = True
     digits = np.where(present, labels[chosen], EMPTY)
-    if task == "hunt":  # after the last frame nothing counts: its cross stands anywhere but on its digit
+    if task == "hunt":  # nothing follows the last frame: its cross is anywhere but on its target
         last = (path[-1] @ (grid, 1) + 1 + sign[-1]) % grid**2
         crosses = np.append(path[1:], [divmod(int(last), grid)], axis=0)
         digits[times, *crosses.T] = CROSS
@@ -153,12 +153,12 @@ def render(
 
 
 def largest_scale(frame_px: int) -> int:
-    """The largest scale at which the usual grid fits into frames of a side."""
+    """Return the largest scale at which the usual grid fits into frames of this side."""
     return max(1, frame_px // FRAME_PX)
 
 
 def render_to_fit(rng: np.random.Generator, split: Split, frame_px: int, **options: Any) -> GazeClip:
-    """`render` with these options and frames of any side: drawn at the largest scale that fits, then enlarged (bilinear)."""
+    """Like `render`, for frames of any side: drawn at the largest scale that fits, then enlarged (bilinear)."""
     clip = render(rng, split, scale=largest_scale(frame_px), **options)
     if clip.frames.shape[1] == frame_px:
         return clip
@@ -168,21 +168,21 @@ def render_to_fit(rng: np.random.Generator, split: Split, frame_px: int, **optio
 
 
 def cells_of_patches(patches: int) -> np.ndarray:
-    """The usual grid's row, or column, in which the middle of each of so many patches of a frame's side lies: int [patches]."""
+    """Return the row (or column) of the usual grid that contains the centre of each of `patches` patches along a side: int [patches]."""
     return ((np.arange(patches) + 0.5) / patches * GRID).astype(int)
 
 
 def usual_colours(task: Task) -> int:
-    """How many of COLOURS the digits of a task's clips have."""
+    """Return how many of COLOURS the clips of a task use by default."""
     return len(COLOURS) if task == "colour" else FEWEST_COLOURS
 
 
 def _path(rng: np.random.Generator, task: Task, frames: int, grid: int) -> np.ndarray:
-    """The cell that counts in each frame: int [T, 2]."""
+    """Draw the target cell of each frame: int [T, 2]."""
     anywhere = rng.integers(grid, size=(frames, 2))
     if task in OF_A_PLACE:
         return anywhere[:1].repeat(frames, 0)
-    if task == "hunt":  # never the same twice, because there the cross stands
+    if task == "hunt":  # never the same cell twice in a row: the target of the next frame has the cross
         steps = rng.integers(1, grid**2, size=frames)
         steps[0] = anywhere[0] @ (grid, 1)
         return np.stack(np.divmod(np.cumsum(steps) % grid**2, grid), 1)
@@ -196,10 +196,10 @@ def _path(rng: np.random.Generator, task: Task, frames: int, grid: int) -> np.nd
 
 
 def _each_once(rng: np.random.Generator, path: np.ndarray, grid: int, count: int) -> np.ndarray:
-    """Colours of all cells, int [T, G, G]: of `count`, in each frame all but one stand once, and that one in all cells that are left.
+    """Draw the colours of all cells: int [T, G, G]. In each frame, all but one of `count` colours occur once; that one fills the rest.
 
-    The cell that counts has the same colour in all frames, one of those that stand once: so it does not stand out to a model that does not
-    know which colour is asked for.
+    The target cell has the same colour in all frames, one that occurs once, so it does not stand out to a model that does not know the
+    question.
     """
     others = count - 1
     wanted = int(rng.integers(count))
@@ -213,10 +213,10 @@ def _each_once(rng: np.random.Generator, path: np.ndarray, grid: int, count: int
 
 
 def _draw(images: np.ndarray, digits: np.ndarray, colours: np.ndarray, chosen: np.ndarray, jitter: np.ndarray, scale: int) -> np.ndarray:
-    """Digits, which `chosen` takes from bordered `images`, and crosses on black: uint8 [T, S, S, 3]."""
+    """Draw digits (`chosen` are indexes of bordered `images`) and crosses on black: uint8 [T, S, S, 3]."""
     cell, size = CELL_PX * scale, DIGIT_PX * scale
     places = np.arange(cell) - (CELL_PX - DIGIT_PX) // 2 * scale - jitter[..., None]  # [T, G, G, 2, cell]: pixel of the digit
-    places = np.minimum(np.maximum(places, -1), size) + 1  # past a digit's side is its border
+    places = np.minimum(np.maximum(places, -1), size) + 1  # beyond a digit's edge is its border
     bright = images[chosen[..., None, None], places[..., 0, :, None], places[..., 1, None, :]]  # [T, G, G, cell, cell]
     bright[digits < 0] = 0
     bright[digits == CROSS] = _cross(scale)
@@ -228,13 +228,13 @@ def _draw(images: np.ndarray, digits: np.ndarray, colours: np.ndarray, chosen: n
 
 @lru_cache(maxsize=8)
 def _bordered(split: Split, size_px: int, copies: int) -> np.ndarray:
-    """The split's digits with a dark pixel on every side: uint16 [N, size_px + 2, size_px + 2]."""
+    """The split's digits with a border of one dark pixel: uint16 [N, size_px + 2, size_px + 2]."""
     return np.pad(digits_of(split, size_px, copies)[0], ((0, 0), (1, 1), (1, 1)))
 
 
 @lru_cache
 def _noise(std: float) -> np.ndarray:
-    """The brightness of 256 equally likely pixels of the background, uint8 [256]: quantiles of a half-normal distribution."""
+    """Brightness of 256 equally likely background pixels, uint8 [256]: quantiles of a half-normal distribution."""
     quantiles = [NormalDist().inv_cdf(0.5 + (number + 0.5) / 512) for number in range(256)]
     return np.clip(np.array(quantiles) * 255 * std, 0, 255).astype(np.uint8)
 
@@ -250,22 +250,22 @@ def _cross(scale: int) -> np.ndarray:
 
 
 def cell_name(row: int, column: int, grid: int = GRID) -> str:
-    """E.g. `top left`; on other grids than 3 x 3 `row 2 column 4`."""
+    """Return the name of a cell, e.g. `top left`, or `row 2 column 4` on grids other than 3 x 3."""
     return f"{ROWS[row]} {COLUMNS[column]}" if grid == GRID else f"row {row + 1} column {column + 1}"
 
 
 def caption(clip: GazeClip) -> str:
-    """What the clip's place shows, e.g. `371 at the top left`; of a clip of `OF_A_PLACE`."""
+    """Return the caption of a clip whose task is in `OF_A_PLACE`, e.g. `371 at the top left`."""
     return f"{clip.answer} at the {clip.place}"
 
 
 def reading(clip: GazeClip) -> str:
-    """All cells of the first frame, row by row, e.g. `371 205 998`; `-` where a cell is empty."""
+    """Return all cells of the first frame, row by row, e.g. `371 205 998`; `-` stands for an empty cell."""
     return " ".join("".join(str(digit) if digit >= 0 else "-" for digit in row) for row in clip.digits[0])
 
 
 def question(clip: GazeClip) -> str:
-    """What is asked about the clip's path."""
+    """Return the question about the clip's target cells."""
     if clip.task == "caption":
         return "Which digits are white, and where?"
     many = "digits are" if len(clip.digits) > 1 else "digit is"
@@ -278,10 +278,10 @@ def question(clip: GazeClip) -> str:
 
 
 def questions(clip: GazeClip, rng: np.random.Generator) -> tuple[list[Conversation], list[dict | None]]:
-    """The clip's conversations and their probes: the task, multiple-choice options, the right one's index, each frame's cell to look at.
+    """Return the clip's conversations and their probes: task, multiple-choice options, index of the right one, target cell of each frame.
 
-    A caption has no probe. In `cell` clips every cell that has a digit in all frames is asked for, in the others the path. Wrong options
-    are what other cells show, so knowing the digits without their places does not help.
+    A caption has no probe. In `cell` clips, there is a question about every cell that has a digit in all frames; in other clips, about the
+    path. Wrong options are digits of other cells, so knowing the digits without their places does not help.
     """
     if clip.task == "caption":
         return [[{"question": question(clip), "answer": caption(clip)}]], [None]
@@ -301,13 +301,13 @@ def questions(clip: GazeClip, rng: np.random.Generator) -> tuple[list[Conversati
 
 
 def _wrong(clip: GazeClip, rng: np.random.Generator) -> list[str]:
-    """Wrong options: what other cells show, a cell through all frames where possible, else any digits."""
+    """Return wrong options: digits of other cells (for `cell`, of one cell through all frames), then random digits if there are too few."""
     grid = clip.digits.shape[-1]
     found: list[str] = []
     for place in rng.permutation(grid**2):
         row, column = divmod(int(place), grid)
         here = clip.digits[:, row, column]
-        if clip.task != "cell":  # on other paths, wherever else there are digits
+        if clip.task != "cell":  # in each frame, any digit outside the target cell
             others = [frame[(frame >= 0) & ~_only(grid, cell)] for frame, cell in zip(clip.digits, clip.path, strict=True)]
             here = np.array([rng.choice(other) if len(other) else EMPTY for other in others])
         text = "".join(map(str, here))

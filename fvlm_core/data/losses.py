@@ -1,4 +1,4 @@
-"""Why samples were left out: the kinds of reasons, and how often each occurred in each source."""
+"""Why samples were left out: kinds of reasons, and how often each occurred per source."""
 
 import csv
 import re
@@ -13,23 +13,23 @@ PASSING = re.compile(
     r"Timeout|ConnectionError|ChunkedEncodingError|IncompleteRead|HTTP (Error )?(408|425|429|5\d\d)|"
     r"^cannot be read|too slow:|video2dataset left nothing"
 )
-"""Reasons that another try may not meet."""
+"""Temporary reasons: a retry may succeed."""
 LISTED = 100
-"""Samples that a manifest names."""
+"""Maximum number of samples listed in a manifest."""
 
 
 def passes(reason: str) -> bool:
-    """Whether the same video may well be fetched later."""
+    """Whether the reason is temporary, so that the video may be fetched later."""
     return PASSING.search(reason) is not None
 
 
 def kind_of(reason: str) -> str:
-    """The reason without what is of one video only."""
+    """Return the reason without details that concern only one video."""
     return re.sub(r"^\d+ ", "", re.split(r"[:(;]| at \d", reason)[0].strip())
 
 
 class Losses:
-    """Writes every sample that was left out into a csv, counts them, and keeps the first."""
+    """Writes every sample that was left out to a csv file, counts them, and keeps the first LISTED."""
 
     def __init__(self, path: Path) -> None:
         self.first: list[BadClip] = []
@@ -45,7 +45,7 @@ class Losses:
         self._stream.close()
 
     def add(self, clip: BadClip) -> None:
-        """One more."""
+        """Add a sample that was left out."""
         self._writer.writerow([clip.source, clip.url, clip.reason])
         self._counts[clip.source, kind_of(clip.reason)] += 1
         if len(self.first) < LISTED:
@@ -53,5 +53,5 @@ class Losses:
 
     @property
     def counts(self) -> list[Loss]:
-        """By source and kind of reason."""
+        """The counts by source and kind of reason."""
         return [Loss(source=source, reason=reason, samples=number) for (source, reason), number in sorted(self._counts.items())]

@@ -1,20 +1,20 @@
-"""References to media, and how they are opened: a file, a member of a zip or tar archive, a cell of a parquet file.
+"""References to media, and how to open them: a file, a member of a zip or tar archive, or a cell of a parquet file.
 
-A reference is one line of text that says where bytes lie, so that a row of a table holds it and any process opens it:
+A reference is one line of text that says where the bytes are, so it can be stored in a table and opened by any process:
 
 | reference | bytes |
 |---|---|
 | `/folder/clip.mp4` | a file |
-| `bytes:OFFSET+SIZE:/folder/part.tar` | a part of a file: how a tar, and a zip that does not compress, keep a member |
-| `zip:OFFSET+SIZE:/folder/part.zip` | a member of a zip by its local header; SIZE is that of its content in the zip |
-| `parquet:ROW:ITEM:COLUMN:/folder/train.parquet` | a column's value in a row (from 0); ITEM is its place in a list, else empty |
+| `bytes:OFFSET+SIZE:/folder/part.tar` | a byte range of a file, e.g. a member of a tar |
+| `zip:OFFSET+SIZE:/folder/part.zip` | a member of a zip, at its local header; SIZE is its compressed size |
+| `parquet:ROW:ITEM:COLUMN:/folder/train.parquet` | a column's value in a row (from 0); ITEM is its index in a list, else empty |
 
-An archive may lie on the web or in an object store instead: its address stands for the file, and only the bytes that are meant are
-fetched. One that was cut into parts is named by the parts that a member lies in, separated by tabs. Several images of one sample are
-several references, a line each; they are read as a tar of images. An address may end with `#t=START,END`: the seconds of the video that
-are meant (the temporal dimension of W3C Media Fragments 1.0).
+An archive may also be on the web or in an object store: its address takes the place of the file, and only the necessary bytes are
+fetched. For a split archive, the parts that contain the member are named, separated by tabs. Several images of one sample are several
+references, one per line; they are read as a tar of images. An address may end with `#t=START,END`: only these seconds of the video are
+used (the temporal dimension of W3C Media Fragments 1.0).
 
-Needs nothing but pyarrow, since video2dataset's environment imports it too.
+Needs only pyarrow, because video2dataset's environment imports it too.
 """
 
 import http.client
@@ -41,7 +41,7 @@ RANGE = re.compile(r"(bytes|zip):(\d+)\+(\d+):(.+)", re.DOTALL)
 CELL = re.compile(r"parquet:(\d+):(\d*):([^:]+):(.+)", re.DOTALL)
 SECONDS = re.compile(r"[#&]t=(\d+(?:\.\d+)?),(\d+(?:\.\d+)?)$")
 NEXT, PART = "\n", "\t"
-"""Between the references of a sample, and between the parts of a cut archive."""
+"""Separators of the references of a sample, and of the parts of a split archive."""
 ZIP_HEADER = struct.Struct("<4s2xHH16xHH")
 """Signature, flags, method, and the lengths of the name and the extra field of a local header (APPNOTE 4.3.7); 4 + 26 bytes."""
 ZIP_SIGNATURE, STORED, DEFLATED, ENCRYPTED = b"PK\x03\x04", 0, 8, 1
@@ -49,37 +49,37 @@ BUFFER_BYTES = 1 << 20
 CUT_SHORT = "the archive ends within the file"
 STORE = "s3://"
 WEB_TIMEOUT_S, WEB_TRIES, WEB_PAUSE_S = 60.0, 3, 1.0
-"""Of a request for a part of an archive on the web."""
+"""Timeout, tries, and pause between tries of a request for a part of an archive on the web."""
 USUAL_HEADER_BYTES = 512
-"""A zip's local header with its two fields, nearly always: fetched together with the content."""
+"""Enough for nearly every local header of a zip with its two fields; fetched together with the content."""
 
 
 class MediaError(Exception):
-    """Why a reference gives no bytes, in words for the owner of the data."""
+    """A reference gives no bytes. The message tells the owner of the data why."""
 
 
 class UnreachableError(MediaError):
-    """What holds the bytes cannot be read now, but perhaps later."""
+    """The bytes cannot be read now, but perhaps later."""
 
 
 def time_window(address: str) -> tuple[float, float] | None:
-    """The seconds that an address is limited to by `#t=START,END`, or None."""
+    """Return START and END in seconds if an address ends with `#t=START,END`, else None."""
     found = SECONDS.search(address)
     return (float(found[1]), float(found[2])) if found else None
 
 
 def without_window(address: str) -> str:
-    """The address of the complete video."""
+    """Return the address without `#t=START,END`: that of the complete video."""
     return SECONDS.sub("", address)
 
 
 def is_web(place: str) -> bool:
-    """Whether an archive lies on the web, or in an object store."""
+    """Whether an archive is on the web or in an object store."""
     return place.startswith(("http://", "https://", STORE))
 
 
 def files_of(reference: str) -> list[str]:
-    """The files that a reference needs."""
+    """Return the files that a reference needs."""
     found: dict[str, None] = {}
     for one in reference.split(NEXT):
         match = RANGE.fullmatch(one) or CELL.fullmatch(one)
@@ -88,14 +88,14 @@ def files_of(reference: str) -> list[str]:
 
 
 def cell_reference(path: str, column: str, row: int, item: int | None) -> str:
-    """A value of a parquet file; `item` of a list, or None."""
+    """Return the reference of a value in a parquet file; `item` is an index if the value is a list, else None."""
     return f"parquet:{row}:{'' if item is None else item}:{column}:{path}"
 
 
 def range_reference(parts: Sequence[str], sizes: Sequence[int], offset: int, size: int, *, header: bool) -> str:
-    """`size` bytes at `offset` of the files `parts` joined; with `header`, those after the local header of a zip at `offset`.
+    """Return the reference of `size` bytes at `offset` of the concatenated files `parts`.
 
-    Only the parts that the bytes lie in are named.
+    With `header`, a zip's local header is at `offset`, and the bytes follow it. Only the parts that contain the bytes are named.
     """
     first, end, start = 0, offset + max(size, 1), 0
     slack = 1 << 17 if header else 0  # a local header and its two fields of at most 64 KiB
@@ -109,16 +109,16 @@ def range_reference(parts: Sequence[str], sizes: Sequence[int], offset: int, siz
 
 
 def read_media(reference: str) -> bytes:
-    """The bytes of a reference; of several, a tar of them in order. Raises MediaError."""
+    """Return the bytes of a reference; for several references, a tar of them in order. Raises MediaError."""
     stream, _ = open_media(reference)
     with stream:
         return stream.read()
 
 
 def open_media(reference: str) -> tuple[BinaryIO, int]:
-    """A stream of a reference's bytes, and how many there are. A file is not read before the stream is.
+    """Return a stream of a reference's bytes, and their number. A file is only read when the stream is read.
 
-    Raises MediaError, UnreachableError where another try may help.
+    Raises MediaError, or UnreachableError if a retry may help.
     """
     try:
         if NEXT in reference:
@@ -128,7 +128,7 @@ def open_media(reference: str) -> tuple[BinaryIO, int]:
         elif match := CELL.fullmatch(reference):
             content = _read_cell(match[4], match[3], int(match[1]), int(match[2]) if match[2] else None)
         else:
-            stream = open(reference, "rb")  # noqa: SIM115 -- closed by whoever reads it
+            stream = open(reference, "rb")  # noqa: SIM115 -- the caller closes it
             return stream, os.fstat(stream.fileno()).st_size
     except FileNotFoundError as error:
         raise MediaError("file not found") from error
@@ -138,7 +138,7 @@ def open_media(reference: str) -> tuple[BinaryIO, int]:
 
 
 class JoinedFiles(io.RawIOBase):
-    """Files, here or on the web, read as if they were one, in their order: an archive that was cut into parts. Or only a stretch of it."""
+    """Files, local or on the web, read as one in the given order, e.g. a split archive. Can be limited to a range of bytes."""
 
     def __init__(self, places: Sequence[str]) -> None:
         self._stack = ExitStack()
@@ -147,11 +147,11 @@ class JoinedFiles(io.RawIOBase):
         self._place, self._end = 0, sum(self.sizes)
 
     def narrow(self, offset: int, size: int) -> None:
-        """Go to `offset` and end `size` bytes later."""
+        """Seek to `offset`, and end `size` bytes after it."""
         self._place, self._end = offset, offset + size
 
     def widen(self, end: int) -> None:
-        """End at `end`, where that is further on."""
+        """Move the end to `end` if that is later."""
         self._end = max(self._end, end)
 
     def readable(self) -> bool:
@@ -194,7 +194,7 @@ _CELLS = Cells()
 
 
 def _part(place: str) -> "_FilePart | _WebPart | _StorePart":
-    """A file, wherever it lies."""
+    """Open a file, local or remote."""
     if place.startswith(STORE):
         return _StorePart(place)
     return _WebPart(place) if is_web(place) else _FilePart(place)
@@ -224,7 +224,7 @@ class _WebPart:
 
 
 class _StorePart:
-    """An object of a store that speaks S3."""
+    """An object in an S3-compatible store."""
 
     def __init__(self, address: str) -> None:
         store, path = FileSystem.from_uri(address)
@@ -240,15 +240,15 @@ class _StorePart:
 
 @cache
 def _web_size(address: str) -> int:
-    """Asked for once a process: published archives do not change."""
+    """Size of a file on the web. Requested once per process: published archives do not change."""
     return _web_range(address, 0, 1)[1]
 
 
 def _web_range(address: str, offset: int, size: int) -> tuple[bytes, int]:
-    """Bytes of what an address answers with, and how many it has. Raises OSError.
+    """Return a byte range of a file on the web, and the file's size. Raises OSError.
 
-    Hugging Face forwards every request to a store, and limits how many it forwards (3,000 in 5 minutes without an account, which would be
-    the limit for a million videos): where an address was forwarded to is asked again until it is refused there, which is after an hour.
+    Hugging Face redirects every request to a store, and limits the number of redirects (3,000 in 5 minutes without an account, too few for
+    a million videos). So the target of a redirect is reused until it refuses a request, which it does after an hour.
     """
     asked = {"Range": f"bytes={offset}-{offset + size - 1}", "User-Agent": "fvlm"}
     forwarded = _FORWARDED.get(address)
@@ -276,16 +276,16 @@ def _web_range(address: str, offset: int, size: int) -> tuple[bytes, int]:
 
 
 _FORWARDED: dict[str, str] = {}
-"""Where an address was forwarded to."""
+"""Target of the last redirect of each address."""
 
 
 def _open_range(kind: str, offset: int, size: int, parts: Sequence[str]) -> tuple[BinaryIO, int]:
-    """A stretch of joined files as a stream; what is compressed in a zip is decompressed here, what is on the web fetched at once."""
+    """Open a byte range of joined files. Compressed members of a zip are decompressed, and web content is fetched, immediately."""
     raw, web = JoinedFiles(parts), any(map(is_web, parts))
     try:
         raw.seek(offset)
         stream = raw
-        if web:  # header and content by one request
+        if web:  # header and content in one request
             raw.narrow(offset, size + USUAL_HEADER_BYTES)
             stream = io.BufferedReader(raw, size + USUAL_HEADER_BYTES)
         method = _skip_header(stream) if kind == "zip" else STORED
@@ -308,7 +308,7 @@ def _open_range(kind: str, offset: int, size: int, parts: Sequence[str]) -> tupl
 
 
 def _read_exactly(raw: "JoinedFiles | io.BufferedReader[JoinedFiles]", size: int) -> bytes:
-    """So many bytes, though parts end between them."""
+    """Read exactly `size` bytes, across parts. Raises MediaError if there are fewer."""
     content = bytearray()
     while len(content) < size:
         some = raw.read(size - len(content))
@@ -319,7 +319,7 @@ def _read_exactly(raw: "JoinedFiles | io.BufferedReader[JoinedFiles]", size: int
 
 
 def _skip_header(raw: "JoinedFiles | io.BufferedReader[JoinedFiles]") -> int:
-    """Skip a zip's local header; returns the method of compression."""
+    """Skip a zip's local header; returns the compression method."""
     signature, flags, method, name, extra = ZIP_HEADER.unpack(_read_exactly(raw, ZIP_HEADER.size))
     if signature != ZIP_SIGNATURE:
         raise MediaError("the zip archive has changed: there is no file at that place")

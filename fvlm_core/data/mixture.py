@@ -1,8 +1,8 @@
-"""Which samples make up which step: a pure function of the seed and the step, so a run resumes from one integer.
+"""Which samples make up which step: a pure function of the seed and the step, so a run resumes from a single integer.
 
-Sources are interleaved in blocks of 1000 samples that hold exactly each source's share (largest remainder), spread evenly
-over the block. Each source walks through its rows in a new seeded shuffle every epoch. The global batch is planned first
-and dealt to ranks and micro-batches after (`fvlm_core.data.dealing`), so a step's samples depend on neither.
+Sources are interleaved in blocks of 1000 samples that contain exactly each source's share (largest remainder), spread evenly
+over the block. Each source goes through its rows in a new seeded shuffle every epoch. The global batch is planned first, and
+then dealt to ranks and micro-batches (`fvlm_core.data.dealing`), so a step's samples depend on neither.
 """
 
 from collections.abc import Sequence
@@ -26,27 +26,27 @@ def apportion(shares: Sequence[float], total: int) -> list[int]:
 
 
 def sample_shares(token_shares: Sequence[float], mean_tokens: Sequence[float]) -> list[float]:
-    """Shares of samples that give shares of tokens, where a source's sample has so many on average."""
+    """Convert shares of tokens into shares of samples, given the mean tokens per sample of each source."""
     samples = np.asarray(token_shares) / np.maximum(mean_tokens, 1e-9)
     return (samples / samples.sum()).tolist()
 
 
 def spread(counts: Sequence[int]) -> np.ndarray:
-    """int [sum(counts)]: each index `i` appears `counts[i]` times, as evenly as can be."""
+    """Return int [sum(counts)], in which each index `i` appears `counts[i]` times, spaced as evenly as possible."""
     owner = np.repeat(np.arange(len(counts)), counts)
     place = np.concatenate([(np.arange(count) + 0.5) / count for count in counts if count])
     return owner[np.argsort(place, kind="stable")]
 
 
 class Mixture:
-    """An endless sequence of samples out of several sources."""
+    """An endless sequence of samples from several sources."""
 
     def __init__(
         self, names: Sequence[str], shares: Sequence[float], shard_rows: Sequence[Sequence[int]], seed: int, *, window: int | None = None
     ) -> None:
-        """`shard_rows`: of each source, the rows in each of its shards; `window`: how many shards are shuffled together (None: all).
+        """`shard_rows`: number of rows in each shard of each source; `window`: how many shards are shuffled together (None: all).
 
-        Raises ValueError if a source with a share has no place in a block, or no rows.
+        Raises ValueError if a source with a share has no rows, or if its share is too small for one sample per block.
         """
         self.names, self.seed, self.window = list(names), seed, window
         self.shard_rows = [tuple(map(int, rows)) for rows in shard_rows]
@@ -64,26 +64,26 @@ class Mixture:
             self.rank_in_block[mine] = np.arange(mine.sum())
 
     def at(self, number: int) -> tuple[int, int]:
-        """The source of the run's sample `number`, and that sample's position in the source's own endless sequence."""
+        """Return the source of the run's sample `number`, and the sample's position in that source's endless sequence."""
         block, place = divmod(number, BLOCK_SAMPLES)
         source = int(self.block[place])
         return source, block * self.counts[source] + int(self.rank_in_block[place])
 
     def row(self, source: int, position: int) -> int:
-        """The row (0 to size - 1) at a position of a source's sequence: every epoch is a new shuffle of all rows."""
+        """Return the row (0 to size - 1) at a position of a source's sequence. Every epoch is a new shuffle of all rows."""
         epoch, place = divmod(position, self.sizes[source])
         return int(_shuffle(self.seed, self.names[source], epoch, self.shard_rows[source], self.window)[place])
 
 
 def coin(share: float, *identity: object) -> bool:
-    """True with probability `share`, decided by a hash of `identity`."""
+    """Return True with probability `share`, decided by a hash of `identity`."""
     digest = blake2b(repr(identity).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < share * 2**64
 
 
 @lru_cache(maxsize=64)
 def _shuffle(seed: int, name: str, epoch: int, shard_rows: tuple[int, ...], window: int | None) -> np.ndarray:
-    """int32: an epoch's order of all rows, or of all rows of `window` shuffled shards at a time."""
+    """Return an epoch's order of all rows, int32. With `window`, rows are only shuffled among that many (shuffled) shards at a time."""
     rng = np.random.default_rng([seed, crc32(name.encode()), epoch])
     if window is None:
         return rng.permutation(sum(shard_rows)).astype(np.int32)

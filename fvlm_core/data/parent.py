@@ -1,4 +1,4 @@
-"""Ends a child process with the one that started it, so that nothing goes on writing beside a restarted job."""
+"""Ends a child process when its parent ends, so that it does not keep writing beside a restarted job."""
 
 import os
 import threading
@@ -8,7 +8,7 @@ CHECK_S = 0.5
 
 
 def end_with_parent() -> None:
-    """End this process once whoever started it is gone, even by SIGKILL."""
+    """End this process as soon as its parent is gone, even by SIGKILL."""
     parent = os.getppid()
 
     def watch() -> None:

@@ -1,7 +1,7 @@
-"""The parts of a record: runs of a few thousand rows, each with a digest of its own, so that each is fetched and cached by itself.
+"""Parts of a record: ranges of a few thousand rows, each with its own digest, so that each is fetched and cached separately.
 
-A part's digest says what its rows are and, for local files, their sizes and times of change: rows that are added behind it, or another
-limit, leave it as it is.
+A part's digest covers its rows and, for local files, their sizes and modification times. Rows appended after the part, or a different
+limit, do not change it.
 """
 
 import hashlib
@@ -22,11 +22,11 @@ from fvlm_core.manifest import write_atomically
 from fvlm_core.settings import hash_json
 
 NO_ANSWER = '"answer": ""}]]'
-"""How the conversations of a row end that has neither a caption nor questions of its own."""
+"""End of the `conversations` JSON of a row with neither a caption nor questions of its own."""
 
 
 class Part(NamedTuple):
-    """Some consecutive rows of a record."""
+    """Consecutive rows of a record."""
 
     first: int
     rows: int
@@ -34,20 +34,23 @@ class Part(NamedTuple):
 
     @classmethod
     def of(cls, folder: Path, first: int, rows: int) -> Self:
-        """Raises ValueError where the record has no such rows."""
+        """Return the part of `rows` rows that starts at row `first`. Raises ValueError if the record does not have them."""
         total = pq.ParquetFile(folder / ROWS).metadata.num_rows
         if rows < 1 or first + rows > total:
-            raise ValueError(f"{folder} has {total} rows, none or not all of {rows} from {first} on")
+            raise ValueError(f"{folder} has {total} rows, which do not include {rows} from row {first} on")
         return cls(first, rows, _digest(folder, first, rows))
 
     @property
     def numbers(self) -> range:
-        """Of its rows."""
+        """Numbers of its rows in the record."""
         return range(self.first, self.first + self.rows)
 
 
 def parts_of(folder: Path, record: Record, samples: int) -> list[Part]:
-    """The record's parts of `samples` rows, the last one of what is left; from the last look where the source is the same."""
+    """Split the record into parts of `samples` rows; the last one may be smaller.
+
+    The parts are cached beside the record and reused while its digest stays the same.
+    """
     known = folder / f"parts-{samples}.json"
     try:
         values = json.loads(known.read_bytes())
@@ -63,12 +66,12 @@ def parts_of(folder: Path, record: Record, samples: int) -> list[Part]:
 
 
 def read_part(folder: Path, part: Part, columns: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """The part's rows, a batch at a time, each with the number of its first row."""
+    """Yield the part's rows in batches, each with the number of its first row."""
     yield from _read(folder, part.first, part.rows, columns)
 
 
 def incomplete(folder: Path, part: Part) -> dict[int, str]:
-    """Rows of a part that lack what a video cannot do without, an address and words, with the reason."""
+    """Return the rows of a part that have no URL, or neither a caption nor questions, each with the reason."""
     found: dict[int, str] = {}
     for first, batch in read_part(folder, part, [*REQUIRED, "conversations"]):
         missing = {name: pc.equal(batch.column(name), "") for name in REQUIRED}
@@ -79,7 +82,7 @@ def incomplete(folder: Path, part: Part) -> dict[int, str]:
 
 
 def _read(folder: Path, first: int, rows: int, columns: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Only the row groups that hold the rows are read."""
+    """Read only the row groups that contain the rows."""
     with pq.ParquetFile(folder / ROWS) as file:
         start, end = 0, first + rows
         for group in range(file.num_row_groups):

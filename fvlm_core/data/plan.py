@@ -1,7 +1,7 @@
-"""What a run trains on: the samples of every step, and the micro-batches that each rank makes of them.
+"""The plan of a run: the samples of every step, and their division into micro-batches for each rank.
 
-A function of the recipe's settings and of the shards' index alone, so a resumed run, another number of ranks or of loader processes
-go through the same global batches. Nothing is read here; `fvlm_core.data.loader` does that.
+It depends only on the recipe's settings and the shards' index, so a resumed run, or one with another number of ranks or loader processes,
+goes through the same global batches. No samples are read here; `fvlm_core.data.loader` does that.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,24 +18,24 @@ from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.errors import UserError
 
 PLANNED_STEPS = 8
-"""Dealt steps that are remembered: one is asked for as often as it has micro-batches."""
+"""Dealt steps kept in a cache: each is requested once per micro-batch."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A sample of the plan."""
+    """A planned sample."""
 
     source: int
     position: int
-    """In the source's endless sequence."""
+    """Position in the source's endless sequence."""
     question_first: bool
 
 
 class MixedSamples:
-    """The samples of a mixture, each source in an endless sequence."""
+    """The samples of a mixture; each source is an endless sequence."""
 
     def __init__(self, shards: ShardSet, data: DataSettings, split: Split, seed: int, *, tokens_per_frame: int) -> None:
-        """Raises UserError if the shards lack a source, or the shares do not fit."""
+        """Raises UserError if the shards lack a source, or if a share is too small."""
         self.shards, self.data = shards, data
         parts = [part for part in data.mixture if part.share > 0]
         names = [part.source for part in parts]
@@ -51,26 +51,26 @@ class MixedSamples:
             raise UserError(str(error), where="data.mixture", fix="change the shares") from error
 
     def slot(self, source: int, position: int) -> Slot:
-        """What stands at a position of a source's endless sequence."""
+        """Return the sample at a position of a source's endless sequence."""
         return Slot(source, position, coin(self.data.question_first, self.mixture.seed, self.mixture.names[source], position))
 
     def row(self, slot: Slot) -> int:
-        """The row of a planned sample."""
+        """Return the row number of a planned sample."""
         return int(self.rows[slot.source][self.mixture.row(slot.source, slot.position)])
 
     def content(self, slot: Slot) -> tuple[int, bool]:
-        """The row of a planned sample, and whether its question comes first: equal for equal samples."""
+        """Return a planned sample's row number, and whether its question comes first; equal for equal samples."""
         row = self.row(slot)
         return row, slot.question_first and not self.shards.is_caption[row] and self.shards.n_frames[row] > 0
 
     def costs(self, slots: Sequence[Slot]) -> np.ndarray:
-        """int64 [N, 2]: frames to encode and positions of the packed sequence (of both answers, where the samples are pairs)."""
+        """Return the cost of each sample, int64 [N, 2]: frames to encode, and tokens of its packed sequence (both, for a preference)."""
         rows = np.array([self.row(slot) for slot in slots], np.int64)
         answers = 2 if self.data.loss_on == "preferences" else 1
         return np.stack([self.shards.n_frames[rows].astype(np.int64), self.tokens[rows] * answers], axis=1)
 
     def in_order(self, slots: Sequence[Slot], budget: MicroBatch) -> list[list[Slot]]:
-        """Cut a sequence of samples where the next one would go beyond a budget."""
+        """Split a sequence of samples into batches; a new one starts when the next sample would exceed a budget."""
         batches: list[list[Slot]] = []
         held = np.zeros(2, np.int64)
         for slot, cost in zip(slots, self.costs(slots), strict=True):
@@ -83,10 +83,10 @@ class MixedSamples:
 
 
 class Plan:
-    """A run's steps."""
+    """The steps of a run."""
 
     def __init__(self, shards: ShardSet, data: DataSettings, run: RunSettings, *, tokens_per_frame: int, world_size: int) -> None:
-        """Raises UserError if the mixture does not fit the shards or the run, or the batch the ranks."""
+        """Raises UserError if the mixture does not fit the shards or the run, or if the batch does not divide among the ranks."""
         if run.batch_samples % world_size:
             raise UserError(
                 f"{run.batch_samples} samples per step do not divide among {world_size} ranks",
@@ -99,16 +99,16 @@ class Plan:
         self._dealt = lru_cache(maxsize=PLANNED_STEPS)(self._deal)
 
     def samples(self, step: int) -> Iterator[Slot]:
-        """The global batch of a step: a function of seed and step."""
+        """Yield the global batch of a step. It depends only on seed and step."""
         for number in range(step * self.run.batch_samples, (step + 1) * self.run.batch_samples):
             yield self.mixed.slot(*self.mixed.mixture.at(number))
 
     def micro_batches(self, step: int) -> list[list[list[Slot]]]:
-        """The same samples, dealt: `[rank][micro-batch]`. Every rank has equally many micro-batches, none empty."""
+        """Return the same samples by `[rank][micro-batch]`. Every rank has the same number of micro-batches, and none is empty."""
         return self._dealt(step)
 
     def epochs(self, steps: int) -> dict[str, float]:
-        """How often so many steps go through each source; the mean over a long run."""
+        """Return how many epochs of each source this many steps go through, by its average share."""
         mixture, samples = self.mixed.mixture, steps * self.run.batch_samples
         shares = [count / BLOCK_SAMPLES for count in mixture.counts]
         return {name: samples * share / size for name, share, size in zip(mixture.names, shares, mixture.sizes, strict=True)}
@@ -132,7 +132,7 @@ class Plan:
 
 
 def source_rows(shards: ShardSet, split: Split, sources: list[str]) -> list[np.ndarray]:
-    """Row numbers of each source. Raises UserError naming what there is if one has none."""
+    """Return the row numbers of each source. Raises UserError, listing the sources that exist, if one has none."""
     rows = [shards.row_numbers(split, source) for source in sources]
     missing = [source for source, numbers in zip(sources, rows, strict=True) if not len(numbers)]
     if missing:

@@ -1,4 +1,4 @@
-"""A plan as tables: what a run will train on, how often, and how evenly its ranks will be loaded. Nothing but the index is read."""
+"""Tables that describe a plan: a run's sources, its epochs, and the balance of load across ranks. Reads only the index."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -12,20 +12,21 @@ from fvlm_core.tables import Table
 
 @dataclass(frozen=True)
 class Load:
-    """How evenly the micro-batches of some steps are filled."""
+    """How full the micro-batches of some steps are."""
 
     micro_batches: list[int]
-    """Per step, of each rank."""
+    """Micro-batches of each rank, per step."""
     frames: np.ndarray
-    """Frames of every micro-batch."""
+    """Frames in each micro-batch."""
     tokens: np.ndarray
-    """Tokens of every micro-batch."""
+    """Tokens in each micro-batch."""
     spread: np.ndarray
-    """Per step, the costliest rank's cost over the cheapest's, less 1. A frame and a token cost their shares of the budgets."""
+    """Per step: the cost of the most expensive rank divided by that of the cheapest, minus 1. A rank's cost is the sum of its frames and
+    tokens, each as a share of the micro-batch budget."""
 
 
 def load(plan: Plan, steps: range) -> Load:
-    """What the ranks get in these steps."""
+    """Return the load of all ranks in these steps."""
     budget = plan.run.micro_batch
     counts, sums, spread = [], [], []
     for step in steps:
@@ -40,7 +41,8 @@ def load(plan: Plan, steps: range) -> Load:
 
 
 def plan_tables(plan: Plan, *, steps: int, looked_at: int, shown: int) -> list[Table]:
-    """The sources over a run of so many steps, the load of the first steps that are looked at, and the micro-batches of those shown."""
+    """Return three tables: the sources over `steps` steps, the load of the first `looked_at` steps, and the micro-batches of the first
+    `shown` steps."""
     return [_sources(plan, steps), _load(plan, min(steps, looked_at)), _steps(plan, min(steps, shown))]
 
 
@@ -62,7 +64,7 @@ def _sources(plan: Plan, steps: int) -> Table:
         ]
         for place, name in enumerate(mixed.mixture.names)
     ]
-    order = f"The question comes before the video in {mixed.data.question_first:.0%} of the samples that have one."
+    order = f"The question comes before the video in {mixed.data.question_first:.0%} of the samples with a video."
     return Table(
         title=f"{samples:,} samples in {steps:,} steps of {plan.run.batch_samples}",
         head=["source", "of samples", "of tokens", "of frames", "rows", "read", "epochs"],
@@ -78,13 +80,13 @@ def _load(plan: Plan, steps: int) -> Table:
         ["micro-batches a rank and step", *_range(found.micro_batches, "")],
         [f"frames, of {budget.frames}", *_range(found.frames, "")],
         [f"tokens, of {budget.tokens}", *_range(found.tokens, "")],
-        ["cost of the costliest rank above the cheapest", *_range(found.spread * 100, "%")],
+        ["cost of the most expensive rank above the cheapest", *_range(found.spread * 100, "%")],
     ]
     return Table(
         title=f"Load of {plan.world_size} rank(s) in the first {steps} steps",
         head=["", "least", "mean", "most"],
         rows=rows,
-        note=f"{above} micro-batches are one sample that is above a budget." if above else "",
+        note=f"{above} micro-batches hold a single sample that exceeds a budget." if above else "",
     )
 
 

@@ -1,7 +1,8 @@
 """Copies a folder of shards into an object store: `python -m fvlm_core.data.publish job.yaml`.
 
-The manifest goes last, and one of other shards goes first, so whoever finds it there finds all its files. A job that is run again copies
-only what is not there yet: files there are known by the manifest there or, where a job was interrupted, by the mark that it left.
+The manifest is copied last, and an older manifest of other shards is deleted first, so a manifest in the store means that all its files
+are there. A job that is run again copies only missing files: existing files are identified by the store's manifest or, after an
+interrupted job, by the mark that it left.
 """
 
 import time
@@ -19,13 +20,13 @@ from fvlm_core.progress import Progress
 from fvlm_core.settings import hash_json
 
 PARALLEL = 8
-"""Files on their way at a time."""
+"""Files copied at a time."""
 MARK = "publishing.txt"
-"""In the store while files are on their way: the digest of the shards. A file there of the size of one of theirs is that one."""
+"""In the store while files are being copied: the digest of the shards. A file of the right name and size then counts as copied."""
 
 
 def publish(job: PublishJob) -> Manifest:
-    """Copy what is missing. Raises UserError where the store cannot be reached or written."""
+    """Copy the missing files. Raises UserError if the store cannot be reached or written."""
     started = time.monotonic()
     shards = ShardManifest.read(job.shards)
     try:
@@ -51,7 +52,7 @@ def publish(job: PublishJob) -> Manifest:
 
 
 def _begin(shards: ShardManifest, folder: Path, store: FileSystem, prefix: str, pool: ThreadPoolExecutor) -> list[str]:
-    """Remove what could be taken for these shards and is not of them, and leave the mark; returns the files that are to be copied."""
+    """Delete files that could be mistaken for these shards, write the mark, and return the files to copy."""
     there = {
         info.path.removeprefix(f"{prefix}/"): info.size
         for info in store.get_file_info(FileSelector(prefix, recursive=True, allow_not_found=True))
@@ -74,7 +75,7 @@ def _begin(shards: ShardManifest, folder: Path, store: FileSystem, prefix: str, 
     left = [file for file in shards.files if (there.get(file.path), known.get(file.path)) != (file.bytes, file.sha256)]
     if published and published != (folder / FILE_NAME).read_bytes():
         store.delete_file(f"{prefix}/{FILE_NAME}")
-    # before the mark, which would vouch for them
+    # before the mark is written: with it, files of the right size count as copied
     others = [f"{prefix}/{file.path}" for file in left if there.get(file.path) == file.bytes]
     list(pool.map(store.delete_file, others))
     with store.open_output_stream(f"{prefix}/{MARK}") as stream:
@@ -83,7 +84,7 @@ def _begin(shards: ShardManifest, folder: Path, store: FileSystem, prefix: str, 
 
 
 def _digests(manifest: bytes) -> dict[str, str]:
-    """The files of a manifest; none where it is damaged."""
+    """Return the sha256 of each file of a manifest; empty if the manifest is damaged."""
     try:
         return {file.path: file.sha256 for file in AnyManifest.model_validate_json(manifest).files}
     except ValueError:

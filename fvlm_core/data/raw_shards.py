@@ -1,6 +1,6 @@
-"""Reads the tars that video2dataset leaves, a tar at a time: samples in order of arrival, failed ones among them without frames.
+"""Reads the tars that video2dataset writes, one at a time. Samples are in order of arrival; failed ones have no frames.
 
-What is known of a good sample without opening its tar again is a row of `content.parquet`; where it is stands in `places.parquet`.
+`content.parquet` has a row for each good sample, so that its tar need not be opened again; `places.parquet` says where the sample is.
 """
 
 import io
@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 from fvlm_core.data.rows import IDENTITY_FIELDS
 
 RAW = "raw"
-"""Folder of a download that holds a folder of tars per round."""
+"""Subfolder of a download, with one folder of tars per round."""
 SUCCESS = "success"
 CONTENT, PLACES = "content.parquet", "places.parquet"
-"""In the folder of a download, a row per good sample, by its row in the record."""
+"""In the folder of a download: one row per good sample, sorted by its row in the record."""
 CONTENT_SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -36,9 +36,9 @@ CONTENT_SCHEMA = pa.schema(
         ("sha256", pa.string()),
     ]
 )
-"""Hashes of the frames, of what is said about them, and of everything that goes on from here."""
+"""The hashes are of the frames, of the texts about them, and of everything that later steps use."""
 PLACES_SCHEMA = pa.schema([("tar", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
-"""A sample's members, headers too, are `size` bytes from `offset` on."""
+"""A sample's members, with their headers, are `size` bytes from `offset` on."""
 TEXT_FIELDS = ("caption", "conversations", "probes")
 
 
@@ -58,7 +58,7 @@ class RawSample:
         return self.record.get("status") == SUCCESS
 
     def content(self) -> dict[str, Any]:
-        """Its row of CONTENT_SCHEMA."""
+        """Return its row of CONTENT_SCHEMA."""
         digest = sha256()
         for jpeg in self.frames:
             digest.update(len(jpeg).to_bytes(8, "big") + jpeg)
@@ -72,13 +72,13 @@ class RawSample:
 
 
 def read_tar(path: Path) -> Iterator[RawSample]:
-    """The samples of a tar, one after the other. A sample's members follow one another."""
+    """Yield the samples of a tar, one at a time. The members of a sample must be consecutive."""
     with path.open("rb") as stream:
         yield from _samples(stream)
 
 
 def read_sample(path: Path, offset: int, size: int) -> RawSample:
-    """One sample by its place. Raises OSError where the tar is shorter than it was."""
+    """Read the sample at this place. Raises OSError if the tar has become shorter."""
     with path.open("rb") as stream:
         stream.seek(offset)
         content = stream.read(size)
@@ -89,10 +89,10 @@ def read_sample(path: Path, offset: int, size: int) -> RawSample:
 
 
 def write_contents(folder: Path) -> tuple[int, int]:
-    """Write what the good samples of a download are, and where; returns how many they and their frames are.
+    """Write what the good samples of a download are, and where they are; returns the numbers of samples and frames.
 
-    Raises RuntimeError where a tar does not hold what its shard's outcomes say, as a full disk leaves it; the shard is deleted then, and
-    fetched again with the next run.
+    Raises RuntimeError if a tar does not match the outcomes of its shard, e.g. because the disk was full. The shard is then deleted, and
+    fetched again by the next run.
     """
     rows: list[dict[str, Any]] = []
     damaged = []
@@ -116,7 +116,7 @@ def write_contents(folder: Path) -> tuple[int, int]:
 
 
 def read_outcomes(folder: Path) -> tuple[set[int], dict[int, str]]:
-    """Of one round: the rows that were fetched, and the reason of each that failed."""
+    """Return the rows fetched by a round, and the reason of each that failed."""
     good: set[int] = set()
     failed: dict[int, str] = {}
     for path in sorted(folder.glob("*.parquet")):
@@ -127,7 +127,7 @@ def read_outcomes(folder: Path) -> tuple[set[int], dict[int, str]]:
 
 
 def _outcomes(path: Path) -> tuple[set[int], dict[int, str]]:
-    """Of one shard."""
+    """Like `read_outcomes`, for one shard."""
     table = pq.read_table(path, columns=["row", "status", "error_message"])
     outcomes = list(zip(*(column.to_pylist() for column in table.columns), strict=True))
     return (
@@ -137,7 +137,7 @@ def _outcomes(path: Path) -> tuple[set[int], dict[int, str]]:
 
 
 def _contents(tar: Path, name: str) -> list[dict[str, Any]]:
-    """What the good samples of a tar are, and where; nothing where it cannot be read to its end."""
+    """Return what the good samples of a tar are, and where; empty if it cannot be read to the end."""
     try:
         return [sample.content() | {"tar": name, "offset": sample.offset, "size": sample.size} for sample in read_tar(tar) if sample.good]
     except (OSError, tarfile.TarError, ValueError, KeyError):
@@ -149,7 +149,7 @@ def _samples(stream: Any) -> Iterator[RawSample]:
     sample = RawSample()
     with tarfile.open(fileobj=stream) as archive:
         for member in archive:
-            archive.members = []  # ty: ignore[missing-attribute] -- a tar of any length in the memory of one member
+            archive.members = []  # ty: ignore[missing-attribute] -- tarfile would keep every member in memory
             name, suffix = member.name.split(".", 1)
             if name != key:
                 if key is not None:

@@ -1,7 +1,7 @@
 """Reads planned samples and packs them into micro-batches.
 
-The frames go straight into the memory that they travel from; conversations about one sample share its frames, which are decoded once. A
-damaged sample is replaced by the next of its source.
+Frames are decoded directly into the memory from which they are copied to the GPU. Conversations about the same sample share its frames,
+which are decoded once. A damaged sample is replaced by the next one of its source.
 """
 
 from dataclasses import dataclass, replace
@@ -20,25 +20,25 @@ from fvlm_core.errors import UserError
 
 @dataclass(frozen=True)
 class Read:
-    """What a micro-batch's samples became; damaged ones travel back with it, since they may have been found in another process."""
+    """A micro-batch that was read. It carries the damaged samples found, because it may come from another process."""
 
     batch: PackedBatch | None
-    """None where too many samples are damaged."""
+    """None if too many samples are damaged."""
     corrupt: dict[int, Corrupt]
     """By sample number."""
     error: tuple[str, str, str] | None = None
-    """What, where and fix of a UserError: torch cannot raise one again out of a loader process."""
+    """What, where and fix of a UserError: torch cannot re-raise one from a loader process."""
     buffer: int | None = None
-    """The buffer that was given for the frames."""
+    """Number of the buffer provided for the frames."""
     in_buffer: int | None = None
-    """How many frames are in it; None: the batch has its own."""
+    """Number of frames in the buffer; None: the batch has its own memory."""
 
     def pin_memory(self) -> "Read":
-        """With its batch in page-locked memory, from where it travels to a GPU while that computes (DataLoader calls this)."""
+        """Return it with its batch in page-locked memory, for copies to a GPU that overlap computation (DataLoader calls this)."""
         return self if self.batch is None else replace(self, batch=self.batch.pin_memory())
 
     def placed(self, buffers: FrameBuffers) -> "Read":
-        """With the frames that are in a buffer; a buffer that was not used is given back."""
+        """Return it with the frames that are in its buffer. An unused buffer is given back."""
         if self.buffer is None:
             return self
         if self.batch is None or self.in_buffer is None:
@@ -56,15 +56,15 @@ class Reader:
         self.max_damaged = self.damage().limit
 
     def damage(self) -> Damage:
-        """A count of the damaged samples among those that are read here."""
+        """Return a new count of damaged samples, for the samples that are read here."""
         return Damage(len(self.conversations), self.shards.folder)
 
     def most_damaged_rows(self) -> int:
-        """How many rows as many damaged samples as are allowed can have."""
+        """Return the maximum number of rows that the allowed number of damaged samples can have."""
         return int(np.sort(self.conversations)[-self.max_damaged :].sum())
 
     def pack(self, slots: list[Slot], memory: np.ndarray | None = None) -> Read:
-        """Read and pack a micro-batch, its frames in `memory` (uint8 [F, S, S, 3]) where they fit."""
+        """Read and pack a micro-batch, with its frames in `memory` (uint8 [F, S, S, 3]) if they fit."""
         corrupt: dict[int, Corrupt] = {}
         side = self.shards.manifest.frame_px
         if memory is None:
@@ -92,11 +92,11 @@ class Reader:
             raise UserError(
                 f"sample {sample.key} of {sample.source!r} has {error}",
                 where="data.mixture",
-                fix="with data.loss_on 'preferences' give sources whose every conversation has one",
+                fix="with data.loss_on 'preferences', use only sources in which every conversation has one",
             ) from error
 
     def _sample(self, slot: Slot, frames: Frames, contents: dict[int, Bytes], corrupt: dict[int, Corrupt]) -> tuple[Sample, int] | None:
-        """The slot's sample, or the next intact one of its source, and where its frames start; None once too many are damaged."""
+        """Return the slot's sample, or the next intact one of its source, and where its frames start; None if too many are damaged."""
         tries = 0
         while len(corrupt) <= self.max_damaged:
             row = self.mixed.row(slot)

@@ -1,8 +1,7 @@
-"""The format of our shards: webdataset tars with an index that makes every sample reachable by one read.
+"""The format of our shards: webdataset tars with an index, so that any sample can be read with one request.
 
-A sample is consecutive members `KEY.000.jpg, KEY.001.jpg, ..., KEY.json` of a tar; any webdataset reader opens them.
-`index.parquet` has a row per (sample, conversation) with the members' offsets. Files are equal byte for byte whenever and
-wherever they are made of the same samples.
+A sample is a run of consecutive members `KEY.000.jpg, KEY.001.jpg, ..., KEY.json` of a tar; any webdataset reader can read them.
+`index.parquet` has one row per (sample, conversation), with the members' offsets. The same samples always give byte-identical files.
 """
 
 import hashlib
@@ -28,7 +27,7 @@ from fvlm_core.data.rows import SPLITS, Kind, Split
 from fvlm_core.data.tokenizer import chat_format, encode
 
 FRAME_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
-"""Upper edges of the frame counts that are kept together in a shard."""
+"""Upper edges of the frame-count buckets by which samples are sorted into shards."""
 TAR_BLOCK_BYTES = 512
 PARTS = ("question", "answer", "rejected")
 """Texts of a turn."""
@@ -36,18 +35,18 @@ PARTS = ("question", "answer", "rejected")
 
 @dataclass(frozen=True)
 class ShardSample:
-    """A sample before tokenisation; its frames are read only when they are written."""
+    """A sample before tokenisation. Its frames are read only when they are written."""
 
     source: str
     kind: Kind
     split: Split
     origin: str
-    """What it was made of (a URL, or the number of a generated sample): names the sample, with `source`."""
+    """What it was made from: a URL, or the number of a generated sample. Identifies the sample, together with `source`."""
     conversations: list[list[dict[str, str]]]
-    """Per conversation its turns, `{"question", "answer"}`, all about the same frames. The last turn of a preference also has a
+    """The turns of each conversation, `{"question", "answer"}`; all are about the same frames. The last turn of a preference also has a
     `rejected` answer, worse than `answer`."""
     probes: list[dict[str, Any] | None]
-    """Per conversation what an evaluation asks of it (task, choices, answer_index, cells), or None."""
+    """For each conversation, its multiple-choice question for evaluation (task, choices, answer_index, cells), or None."""
     caption: str = ""
     duration_s: float = 0.0
     num_frames: int = 0
@@ -58,27 +57,27 @@ class ShardSample:
 
     @property
     def key(self) -> str:
-        """Depends on nothing but the sample itself."""
+        """Key of the sample. Depends only on `source` and `origin`."""
         return key_of(self.source, self.origin)
 
 
 def key_of(source: str, origin: str) -> str:
-    """Key of the sample of a source that was made of `origin`."""
+    """Return the key of the sample that a source made from `origin`."""
     return f"{source}-{blake2b(origin.encode(), digest_size=6).hexdigest()}"
 
 
 def bucket_of(num_frames: int) -> int:
-    """Upper edge of the frame counts that a sample's is kept together with."""
+    """Return the upper edge of the bucket of a frame count."""
     return next((edge for edge in FRAME_BUCKETS if num_frames <= edge), num_frames)
 
 
 def shard_name(split: Split, source: str, number: int) -> str:
-    """Path of a source's tar in a folder of shards."""
+    """Return the path of a source's tar, relative to the folder of shards."""
     return f"{split}/{source}-{number:05d}.tar"
 
 
 def task_of(sample: ShardSample, conversation: int) -> str:
-    """What a conversation asks for: its probe's task, else `caption` (the answer is the clip's caption), else `chat`."""
+    """Return a conversation's task: that of its probe, else `caption` if the answer is the clip's caption, else `chat`."""
     probe, turns = sample.probes[conversation], sample.conversations[conversation]
     if probe:
         return probe["task"]
@@ -87,26 +86,26 @@ def task_of(sample: ShardSample, conversation: int) -> str:
 
 @dataclass
 class Shard:
-    """A tar that was written: what a folder's index and counts need of it."""
+    """A written tar, with what the folder's index and counts need."""
 
     name: str
     rows: list[dict[str, Any]]
-    """Of the index (INDEX_SCHEMA)."""
+    """Its rows of the index (INDEX_SCHEMA)."""
     dropped: list[BadClip]
-    """Samples that lost conversations."""
+    """Samples of which conversations were dropped."""
     unusable: list[str]
-    """Keys of those that lost all."""
+    """Keys of samples of which all conversations were dropped."""
     counts: SourceCounts | None
-    """None where nothing was left of its samples, and no tar was written."""
+    """None if no sample was left, so that no tar was written."""
     sha256: str = ""
 
 
 def write_shard(
     output: Path, name: str, samples: Iterable[ShardSample], tokenizer: PreTrainedTokenizerBase, chat: ChatFormat, *, max_text_tokens: int
 ) -> Shard:
-    """Write one tar of samples (of one source and split, in their order) under a temporary name, then give it its own.
+    """Write the samples of one source and split to a tar, in the given order. The tar is written under a temporary name, then renamed.
 
-    Conversations of more than `max_text_tokens` (chat format included) are left out, never cut; a sample without any left too.
+    Conversations of more than `max_text_tokens` (chat format included) are dropped, never truncated; so are samples without any left.
     """
     shard = Shard(name, [], [], [], None)
     temporary = output / f"{name}.part"
@@ -131,7 +130,7 @@ def write_shard(
 def _fill(
     shard: Shard, stream: Any, samples: Iterable[ShardSample], tokenizer: PreTrainedTokenizerBase, chat: ChatFormat, max_text_tokens: int
 ) -> None:
-    """Write the members; what there is to know of them goes into `shard`."""
+    """Write the members to `stream`, and fill in `shard`."""
     writer = _TarWriter(stream, shard.name)
     kept, seconds, last = 0, 0.0, None
     for sample in samples:
@@ -161,7 +160,7 @@ def _fill(
 
 
 def added(counts: Iterable[SourceCounts]) -> list[SourceCounts]:
-    """The counts of each source in each split, in their order."""
+    """Sum the counts by source and split, in order of first appearance."""
     sums: dict[tuple[str, Split], SourceCounts] = {}
     for one in counts:
         so_far = sums.get((one.name, one.split))
@@ -179,9 +178,9 @@ def write_shards(
     samples_per_shard: int = 1000,
     max_text_tokens: int = 2048,
 ) -> tuple[list[SourceCounts], list[BadClip]]:
-    """Write tars, index and tokenizer of as many `samples` as fit in memory (any order; keys must differ) into `output`.
+    """Write tars, index and tokenizer into `output`. All `samples` are held in memory; they come in any order, and their keys must differ.
 
-    Within a source, samples are sorted by (frames bucket, duration, key). Returns the counts per source and split, and what was dropped.
+    Within a source, samples are sorted by (frame bucket, duration, key). Returns the counts per source and split, and the dropped samples.
     """
     chat = chat_format(tokenizer)
     for split in SPLITS:
@@ -218,19 +217,19 @@ INDEX_SCHEMA = pa.schema(
         ("duration_s", pa.float64()),
     ]
 )
-"""A row per (sample, conversation). Offsets are of the members' bytes in their tar. n_tokens: text with the chat format's;
-n_answer_tokens: answers with their end-of-turn tokens. Of two answers, the longer one counts."""
+"""One row per (sample, conversation). Offsets are those of the members' content in the tar. n_tokens: text tokens with the chat format;
+n_answer_tokens: answer tokens with end-of-turn tokens. Of a chosen and a rejected answer, the longer one counts."""
 
 
 class _TarWriter:
-    """One tar; no time, owner or order of arrival gets into its bytes."""
+    """Writes one tar. Its bytes do not depend on time, owner or order of arrival."""
 
     def __init__(self, stream: Any, name: str) -> None:
         self.name = name
-        self.tar = tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 -- closed by the one who gave it
+        self.tar = tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 -- the caller closes it
 
     def add(self, sample: ShardSample, record: dict[str, Any], sizes: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
-        """Write a sample; returns its index rows. `sizes`: per conversation its number, text tokens and answer tokens."""
+        """Write a sample; returns its index rows. `sizes`: number, text tokens and answer tokens of each kept conversation."""
         key = record["key"]
         frames = [self._member(f"{key}.{number:03d}.jpg", jpeg) for number, jpeg in enumerate(sample.frames())]
         content = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
@@ -262,7 +261,7 @@ class _TarWriter:
         info.size = len(content)
         offset = self.tar.offset + TAR_BLOCK_BYTES
         self.tar.addfile(info, io.BytesIO(content))
-        self.tar.members = []  # ty: ignore[missing-attribute] -- it would keep every member in memory
+        self.tar.members = []  # ty: ignore[missing-attribute] -- tarfile would keep every member in memory
         return offset, len(content)
 
 
@@ -273,7 +272,7 @@ def _order(sample: ShardSample) -> tuple:
 def _tokenise(
     sample: ShardSample, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat, max_text_tokens: int
 ) -> tuple[dict[str, Any], list[tuple[int, int, int]]]:
-    """The sample's JSON record, and per kept conversation its number, text tokens and answer tokens."""
+    """Return the sample's JSON record, and number, text tokens and answer tokens of each kept conversation."""
     template = len(chat.user_open) + len(chat.user_close) + len(chat.assistant_open) + len(chat.assistant_close)
     conversations, probes, sizes = [], [], []
     for number, turns in enumerate(sample.conversations):

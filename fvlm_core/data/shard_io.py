@@ -1,6 +1,6 @@
-"""Bytes out of shards that may lie on a slow or failing file system (a network volume).
+"""Reads bytes from shards that may be on a slow or unreliable file system (a network volume).
 
-A request that fails is tried again; a sample that cannot be read then is a damaged one, which the loader counts and replaces.
+Failed requests are retried. A sample that still cannot be read is treated as damaged: the loader counts and replaces it.
 """
 
 import logging
@@ -16,36 +16,36 @@ from fvlm_core.errors import UserError
 logger = logging.getLogger(__name__)
 
 RETRY_DELAYS_S = (0.1, 1.0)
-"""Waits before a failed request is tried again."""
+"""Delays before the retries of a failed request."""
 GAP_BYTES = 64 * 1024
-"""Samples that are no further apart are read by one request: less than a round trip to a network volume costs."""
+"""Samples at most this far apart are read with one request: reading the gap costs less than a round trip to a network volume."""
 Span = tuple[int, int]
-"""First byte, and the one after the last."""
+"""First byte, and one past the last."""
 
 
 class CorruptSampleError(Exception):
-    """A sample whose bytes are not what the index promises, or cannot be read."""
+    """A sample's bytes do not match the index, or cannot be read."""
 
 
 class ShardFile:
-    """A tar that stays open while somebody uses it; a local copy is opened for every request, as it may be evicted."""
+    """A tar that stays open while in use. A staged copy is opened for each request instead, because it may be evicted."""
 
     def __init__(self, path: Path, staging: Staging | None = None) -> None:
-        """Raises UserError if there is no such file."""
+        """Raises UserError if the file does not exist."""
         self.path, self.staging, self.descriptor = path, staging, -1
         if not path.is_file():
             raise UserError("a shard cannot be opened: it is not there", where=str(path), fix="make the shards again")
 
     def announce(self, offset: int, size: int) -> None:
-        """Have the kernel start reading, where the file is read in place."""
+        """Have the kernel start reading, if the file is read in place."""
         if self.staging is None:
             try:
                 os.posix_fadvise(self._open(), offset, size, os.POSIX_FADV_WILLNEED)
-            except OSError:  # it is advice; `read` meets whatever is wrong
+            except OSError:  # only advice; `read` will report the error
                 self._close()
 
     def read(self, offset: int, size: int) -> bytes:
-        """Raises CorruptSampleError, after several tries where another may help."""
+        """Read a byte range. Raises CorruptSampleError, after retries if they may help."""
         problem = ""
         for delay_s in (*RETRY_DELAYS_S, None):
             try:
@@ -54,7 +54,7 @@ class ShardFile:
                     return content
                 if length < offset + size:
                     raise CorruptSampleError("the shard ends within the sample")
-                problem = f"{len(content)} of {size} bytes came"
+                problem = f"got {len(content)} of {size} bytes"
             except OSError as error:
                 problem = error.strerror or str(error)
             self._close()
@@ -64,7 +64,7 @@ class ShardFile:
         raise CorruptSampleError(f"the shard cannot be read: {problem}")
 
     def _read(self, offset: int, size: int) -> tuple[bytes, int]:
-        """What one request brings, and the file's length (only of interest where that is too little)."""
+        """Return the bytes of one request, and the file's length, or 0 if the request was complete."""
         local = self.staging.open(self.path) if self.staging else None
         descriptor = self._open() if local is None else local
         try:
@@ -80,7 +80,7 @@ class ShardFile:
         return self.descriptor
 
     def _close(self) -> None:
-        """After an error: a handle may have become stale."""
+        """Close the file; after an error, its handle may be stale."""
         if self.descriptor >= 0:
             descriptor, self.descriptor = self.descriptor, -1
             with suppress(OSError):
@@ -91,7 +91,7 @@ class ShardFile:
 
 
 def spans(places: Mapping[int, Span]) -> list[tuple[Span, dict[int, Span]]]:
-    """Requests for the places of rows in one shard, neighbours together: what to read, and the rows that it brings."""
+    """Merge the byte ranges of rows in one shard into requests: each is a range to read, with the rows in it."""
     requests: list[tuple[Span, dict[int, Span]]] = []
     for row, (first, last) in sorted(places.items(), key=lambda item: item[1]):
         if requests and first - requests[-1][0][1] <= GAP_BYTES:

@@ -1,4 +1,4 @@
-"""What is known of a shard that is written, kept beside it until the folder is complete: its rows of the index and its counts."""
+"""What is known about a finished shard, kept until the folder is complete: its rows of the index and its counts."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,23 +12,23 @@ from fvlm_core.data.shard_files import INDEX_SCHEMA, Shard
 from fvlm_core.settings import Settings
 
 GROUP_ROWS = 1 << 16
-"""Rows of the index held in memory, and in a row group."""
+"""Rows of the index that are held in memory, and rows per row group."""
 KEY = b"shard"
 
 
 class ShardPart(Settings):
-    """A shard without its rows."""
+    """A finished shard, without its rows of the index."""
 
     counts: SourceCounts | None
     sha256: str
     dropped: list[BadClip]
-    """Samples that lost conversations."""
+    """Samples of which conversations were dropped."""
     unusable: list[str]
-    """Keys of those that lost all."""
+    """Keys of samples of which all conversations were dropped."""
 
     @classmethod
     def write(cls, shard: Shard, path: Path) -> Self:
-        """Keep what is known of a shard, atomically."""
+        """Write what is known about a shard, atomically."""
         part = cls(counts=shard.counts, sha256=shard.sha256, dropped=shard.dropped, unusable=shard.unusable)
         schema = INDEX_SCHEMA.with_metadata({KEY: part.model_dump_json()})
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ class ShardPart(Settings):
 
     @classmethod
     def read(cls, path: Path, tar: Path) -> Self | None:
-        """What was kept of the shard `tar`, or None where one of them is not there or not complete."""
+        """Read what was written about the shard `tar`; None if either file is missing or incomplete."""
         try:
             part = cls.model_validate_json((pq.read_schema(path).metadata or {})[KEY])
             there = tar.stat().st_size if part.counts else 0
@@ -49,7 +49,7 @@ class ShardPart(Settings):
 
 
 def write_index(parts: Iterable[Path], path: Path) -> None:
-    """Join the rows of the shards, in their order, into one index; the same bytes however many shards are ready at a time."""
+    """Join the rows of the shards, in order, into one index. Its bytes do not depend on when the shards become ready."""
     with pq.ParquetWriter(path, INDEX_SCHEMA, compression="zstd") as writer:
         waiting = INDEX_SCHEMA.empty_table()
         for part in parts:

@@ -1,7 +1,7 @@
-"""Decides what goes into which shard, for any number of samples in the same memory: a table on disk (SQLite), sorted and joined there.
+"""Decides what goes into which shard. The samples are in a table on disk (SQLite), so memory does not grow with their number.
 
-Every decision is a function of the samples' content and of the settings: which duplicates go, which samples are held out, what would
-leak from validation into training, and the order of all that is left.
+Every decision depends only on the samples' content and the settings: which duplicates are dropped, which samples are held out, which
+training samples would leak validation data, and the order of the rest.
 """
 
 import csv
@@ -22,10 +22,10 @@ from fvlm_core.data.shard_files import bucket_of, key_of
 from fvlm_core.errors import UserError
 
 CACHE_KB = 128 * 1024
-"""Of SQLite's memory; what is larger is sorted on disk."""
+"""Size of SQLite's page cache; larger sorts use the disk."""
 BATCH_ROWS = 4096
 LOCK_S = 60.0
-"""How long one process waits for another that writes."""
+"""How long a process waits for another one that is writing."""
 DUPLICATE = "a duplicate of another sample"
 LEAK, SAME_VIDEO = "its frames are in validation", "its video is in validation"
 NOT_FROZEN = "in validation by its table, but not in the frozen validation set"
@@ -46,16 +46,16 @@ INSERT = f"INSERT INTO sample VALUES ({', '.join('?' * 17)})"
 
 
 class Planned(NamedTuple):
-    """A sample of the plan, and where its frames and texts are."""
+    """A planned sample, and where its frames and texts are."""
 
     source: str
     kind: str
     split: Split
     origin: str
     copy: int
-    """1 for a video's first sample, 2 for its second, ..."""
+    """1 for the first sample of a video, 2 for the second, ..."""
     place: tuple[int, str, int, int] | None
-    """Number of its download, the tar there, offset and size; None for text."""
+    """Number of its download, name of the tar there, offset and size; None for text."""
     chat: str | None
     """JSON of a text sample's turns."""
 
@@ -70,20 +70,20 @@ class Group(NamedTuple):
 
 
 class Plan:
-    """The table. Samples are added, then `decide` is called once, then the plan is read, by any number of processes."""
+    """The table of samples. Add samples, call `decide` once, then read the plan from any number of processes."""
 
     def __init__(self, path: Path, *, new: bool) -> None:
-        """`new`: begin an empty one in place of what is there."""
+        """`new`: start with an empty table, replacing an existing one."""
         if new:
             path.unlink(missing_ok=True)
-        # read by one thread at a time, but not always the same one: tokenizers pull their texts from a thread of their own
+        # used by one thread at a time, but not always the same one: tokenizers read their training texts from their own thread
         self._db = sqlite3.connect(
             path if new else f"file:{path}?mode=rw", uri=not new, isolation_level=None, timeout=LOCK_S, check_same_thread=False
         )
-        # a plan that a kill has left incomplete is begun anew, so it is made without a journal
+        # without a journal, because an incomplete plan is rebuilt from scratch
         for pragma in (*(("journal_mode=OFF", "synchronous=OFF") if new else ()), f"cache_size=-{CACHE_KB}", "temp_store=FILE"):
             self._db.execute(f"PRAGMA {pragma}")
-        self._db.create_function("video_of", 1, without_window, deterministic=True)  # scenes of one film are of one video
+        self._db.create_function("video_of", 1, without_window, deterministic=True)  # the scenes of a film belong to one video
         self._db.create_function("key_of", 3, lambda source, origin, copy: key_of(source, numbered(origin, copy)), deterministic=True)
         self._ordinal = 0
         if new:
@@ -96,7 +96,7 @@ class Plan:
         self._db.close()
 
     def add_download(self, number: int, folder: Path) -> None:
-        """The good samples of a download."""
+        """Add the good samples of a download."""
         tars: dict[str, int] = {}
         with pq.ParquetFile(folder / CONTENT) as contents, pq.ParquetFile(folder / PLACES) as places:
             for content, place in zip(contents.iter_batches(BATCH_ROWS), places.iter_batches(BATCH_ROWS), strict=True):
@@ -120,7 +120,7 @@ class Plan:
                 )
 
     def add_texts(self, texts: Iterable[tuple[str, str, str | None, list[dict[str, str]]]]) -> None:
-        """Chats: source, split (empty: by hash), what names it (None: its text), and turns."""
+        """Add chats, each as source, split (empty: decided by a hash), identifier (None: its text) and turns."""
 
         def rows() -> Iterator[tuple]:
             for source, split, origin, turns in texts:
@@ -131,10 +131,10 @@ class Plan:
         self._insert(rows())
 
     def decide(self, share: Callable[[str], float], *, val_samples: int | None, validation: Path | None) -> None:
-        """Leave out duplicates, hold out validation, leave out what leaks, and order the rest.
+        """Drop duplicates, hold out the validation set, drop training samples that leak it, and order the rest.
 
-        `share`: of a source's undecided samples, how many are held out. Raises UserError for a video in two splits, and for a frozen
-        `validation` set of which samples are missing.
+        `share` returns the share of a source's undecided samples to hold out. Raises UserError if a video is in two splits, or if samples
+        of the frozen `validation` set are missing.
         """
         self._refuse_torn()
         self._db.execute(
@@ -154,7 +154,7 @@ class Plan:
         )
 
     def groups(self) -> list[Group]:
-        """What there is in each split of each source, in the order of the plan."""
+        """Return the groups of samples by source and split, in the order of the plan."""
         found = self._db.execute("SELECT source, split, COUNT(*) FROM sample WHERE reason IS NULL GROUP BY source, split ORDER BY 1, 2")
         groups, first = [], 1
         for source, split, samples in found:
@@ -163,7 +163,7 @@ class Plan:
         return groups
 
     def read(self, first: int, samples: int) -> Iterator[Planned]:
-        """Samples by position, in order."""
+        """Yield `samples` planned samples in order, from position `first`."""
         rows = self._db.execute(
             f"SELECT {FIELDS.format(copy='copy')} FROM planned JOIN sample USING (ordinal) "
             "LEFT JOIN tar ON tar.id = tar WHERE position >= ? AND position < ? ORDER BY position",
@@ -172,7 +172,7 @@ class Plan:
         yield from map(_planned, rows)
 
     def training(self, most: int) -> Iterator[Planned]:
-        """The first training samples, in the order in which they were added."""
+        """Yield at most `most` training samples, in the order in which they were added."""
         rows = self._db.execute(
             f"SELECT {FIELDS.format(copy=1)} FROM sample LEFT JOIN tar ON tar.id = tar "
             "WHERE reason IS NULL AND split = 'train' ORDER BY ordinal LIMIT ?",
@@ -181,23 +181,23 @@ class Plan:
         yield from map(_planned, rows)
 
     def lost(self) -> Iterator[BadClip]:
-        """What was left out."""
+        """Yield the samples that were left out."""
         rows = self._db.execute("SELECT origin, reason, source FROM sample WHERE reason IS NOT NULL ORDER BY ordinal")
         yield from (BadClip(url=origin, reason=reason, source=source) for origin, reason, source in rows)
 
     def count_lost(self) -> dict[str, int]:
-        """How many samples were left out, by reason."""
+        """Return how many samples were left out, by reason."""
         return dict(self._db.execute("SELECT reason, COUNT(*) FROM sample WHERE reason IS NOT NULL GROUP BY reason").fetchall())
 
     def mark_unusable(self, first: int, samples: int, keys: Iterable[str]) -> None:
-        """Of the samples with those positions, these are in no shard: it turned out when it was written."""
+        """Mark the samples with these keys, in this range of positions, as missing from their shard after it was written."""
         self._db.executemany(
             "INSERT OR IGNORE INTO unusable SELECT ordinal FROM planned WHERE position >= ? AND position < ? AND key = ?",
             ((first, first + samples, key) for key in keys),
         )
 
     def write_validation(self, path: Path) -> None:
-        """The validation set by content, a line per sample: what `decide` takes as a frozen one."""
+        """Write the validation set by content, one line per sample. `decide` accepts the file as a frozen set."""
         rows = self._db.execute(f"SELECT source, LOWER(HEX(content)), LOWER(HEX(text)) {HELD_OUT} ORDER BY 1, 2, 3")
         with path.open("w", newline="") as stream:
             writer = csv.writer(stream, lineterminator="\n")
@@ -205,12 +205,12 @@ class Plan:
             writer.writerows(rows)
 
     def _insert(self, rows: Iterable[tuple]) -> None:
-        """Rows of source, kind, split, origin, content, text, frames, seconds, tar, offset, size, chat."""
+        """Insert rows of source, kind, split, origin, content, text, frames, seconds, tar, offset, size, chat."""
 
         def complete() -> Iterator[tuple]:
             for source, kind, split, origin, content, text, frames, seconds, *place in rows:
                 self._ordinal += 1
-                # a film's scenes are drawn together: of those apart, all that are in training would be left out as leaks
+                # all scenes of a film share one hash: if they were in both splits, those in training would be dropped as leaks
                 drawn = content if time_window(origin) is None else sha256(without_window(origin).encode()).digest()
                 unit = int.from_bytes(drawn[:6], "big") / 2**48
                 known = (self._ordinal, source, kind, split, origin, content, text, unit, frames, bucket_of(frames), seconds)
@@ -227,11 +227,11 @@ class Plan:
         ).fetchone()
         if torn[1]:
             raise UserError(
-                f"{torn[1]} videos are in more than one split, e.g. {torn[0]}", where="the table of videos", fix="give a url one split"
+                f"{torn[1]} videos are in more than one split, e.g. {torn[0]}", where="the table of videos", fix="give each url one split"
             )
 
     def _hold_out(self, share: Callable[[str], float], most: int | None) -> None:
-        """Validation by hash of the content, or of a film that has its scenes as samples; of every source one at least."""
+        """Choose the validation samples by a hash of the content, or of the film for scenes; at least one per source."""
         run = self._db.execute
         undecided = "undecided AND reason IS NULL"
         sources = [source for (source,) in run(f"SELECT DISTINCT source FROM sample WHERE {undecided}").fetchall()]
@@ -267,7 +267,7 @@ class Plan:
         self.require_frozen(path)
 
     def require_frozen(self, path: Path) -> None:
-        """Raises UserError where the validation set is not the frozen one."""
+        """Raise UserError if samples of the frozen validation set are missing."""
         run = self._db.execute
         total = run("SELECT COUNT(*) FROM frozen").fetchone()[0]
         there = run(f"SELECT COUNT(*) {HELD_OUT}").fetchone()[0]
@@ -283,7 +283,7 @@ class Plan:
             )
 
     def _leave_out_leaks(self) -> None:
-        """Training samples with a validation sample's frames (of any source) or video. Raises RuntimeError if one is left."""
+        """Drop training samples with the frames (from any source) or video of a validation sample. Raises RuntimeError if one is left."""
         run = self._db.execute
         run("CREATE INDEX held_out ON sample(content) WHERE split = 'val' AND reason IS NULL")
         leaks = "split = 'train' AND reason IS NULL AND content IN (SELECT content FROM sample WHERE split = 'val' AND reason IS NULL)"
@@ -298,11 +298,11 @@ class Plan:
 
 
 def _planned(row: tuple) -> Planned:
-    """Of FIELDS."""
+    """Convert a row of FIELDS."""
     source, kind, split, origin, copy, chat, *place = row
     return Planned(source, kind, split, origin, copy, None if place[0] is None else (place[0], place[1], place[2], place[3]), chat)
 
 
 def numbered(origin: str, copy: int) -> str:
-    """What names a video's second sample, its third, ..."""
+    """Return the origin of a video's sample, with `#2`, `#3`, ... for its second, third, ..."""
     return origin if copy == 1 else f"{origin}#{copy}"

@@ -1,4 +1,4 @@
-"""Shards to read from: random access through the index, one read per sample, frames decoded by libjpeg-turbo where they are wanted."""
+"""Reads samples from shards: random access through the index, one read per sample, frames decoded in place by libjpeg-turbo."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -28,17 +28,20 @@ if TYPE_CHECKING:
     import pandas as pd
 
 OPEN_SHARDS = 256
-"""Tars kept open at a time."""
+"""Maximum number of open tars."""
 MEMBER_COLUMNS = ("json_offset", "json_size", "frame_offsets", "frame_sizes")
 
 Bytes = bytes | memoryview
 
 
 class ShardSet:
-    """The shards of a ShardManifest's folder. A row is one (sample, conversation), named by its number in the index."""
+    """The shards of a folder with a ShardManifest. A row is one (sample, conversation), identified by its row number in the index."""
 
     def __init__(self, folder: Path, staging: StagingSettings | None = None) -> None:
-        """`staging`: where local copies of shards are kept. Raises UserError if the folder has no manifest or no readable index."""
+        """`staging`: where local copies of shards are kept; None reads the shards in place.
+
+        Raises UserError if the folder has no manifest or no readable index.
+        """
         self.folder = Path(folder)
         self.manifest = ShardManifest.read(self.folder)
         try:
@@ -50,7 +53,7 @@ class ShardSet:
         shard = self._table["shard"].combine_chunks().dictionary_encode()
         self.shard_names: list[str] = shard.dictionary.to_pylist()
         self.shard_numbers = shard.indices.to_numpy()
-        """Per row, int32, the number of its shard in `shard_names`."""
+        """int32 [rows]: index into `shard_names`."""
         self._conversations, self._json_offsets, self._json_sizes, self.n_frames, self.n_tokens = (
             self._table[name].to_numpy() for name in ("conversation", "json_offset", "json_size", "n_frames", "n_tokens")
         )
@@ -59,11 +62,11 @@ class ShardSet:
         self._read_from(staging)
 
     def __reduce__(self) -> tuple:
-        """Loader processes open the folder themselves."""
+        """Pickle only the folder and settings: loader processes open the folder themselves."""
         return ShardSet, (self.folder, self.staging_settings)
 
     def staged(self, settings: StagingSettings | None) -> "ShardSet":
-        """The same shards and the same tables, read as `settings` says."""
+        """Return the same shards, sharing the tables, with these staging settings."""
         if settings == self.staging_settings:
             return self
         other = copy(self)
@@ -85,16 +88,16 @@ class ShardSet:
 
     @cached_property
     def sample_numbers(self) -> np.ndarray:
-        """Per row, int32, the number of its sample: equal for all conversations about the same frames."""
+        """int32 [rows]: the number of each row's sample. Conversations about the same frames have the same number."""
         return self._table["key"].combine_chunks().dictionary_encode().indices.to_numpy()
 
     def row_numbers(self, split: Split, source: str) -> np.ndarray:
-        """int64, ascending: the numbers of a source's rows in a split."""
+        """Return the numbers of a source's rows in a split: int64, ascending."""
         chosen = pc.and_(pc.equal(self._table["split"], split), pc.equal(self._table["source"], source))
         return np.flatnonzero(chosen.to_numpy())
 
     def sequence_tokens(self, *, image_repeats: int, tokens_per_frame: int) -> np.ndarray:
-        """int64 per row: positions of its packed sequence, text and visual tokens."""
+        """int64 [rows]: length of each row's packed sequence, with text and visual tokens."""
         image = pc.equal(self._table["kind"], "image").to_numpy()
         return self.n_tokens + self.n_frames.astype(np.int64) * np.where(image, image_repeats, 1) * tokens_per_frame
 
@@ -103,7 +106,7 @@ class ShardSet:
         return self._table.drop_columns(list(MEMBER_COLUMNS)).to_pandas()
 
     def rows(self, split: Split, source: str | None = None) -> "pd.DataFrame":
-        """Rows of a split (and source) in shard order; its index holds the row numbers that `read` and `record` take.
+        """Return the rows of a split (and source) in shard order. The DataFrame's index holds the row numbers for `read` and `record`.
 
         Columns: split, source, kind, task, shard, key, conversation, n_frames, n_tokens, n_answer_tokens, duration_s.
         """
@@ -111,14 +114,15 @@ class ShardSet:
         return self._frame.loc[chosen & (self._frame["source"] == source) if source else chosen]
 
     def record(self, row: int) -> dict[str, Any]:
-        """The sample's JSON. Raises CorruptSampleError."""
+        """Return the sample's JSON. Raises CorruptSampleError."""
         content = self._file(row).read(int(self._json_offsets[row]), int(self._json_sizes[row]))
         return _parse(content)
 
     def fetch(self, rows: Iterable[int]) -> dict[int, Bytes]:
-        """The bytes of samples, by row; neighbours in a shard come by one request, and all requests are announced before the first waits.
+        """Return the bytes of samples, by row.
 
-        What cannot be read is left out: `read` says why.
+        Neighbours in a shard are read with one request, and all requests are announced before the first read blocks. Samples that cannot
+        be read are left out; `read` raises the reason.
         """
         by_shard: dict[int, dict[int, tuple[int, int]]] = {}
         for row in dict.fromkeys(rows):
@@ -145,10 +149,10 @@ class ShardSet:
         content: Bytes | None = None,
         frames: Callable[[int], np.ndarray] | np.ndarray | None = None,
     ) -> Sample:
-        """The row's conversation with its frames; an image is shown `image_repeats` times. Raises CorruptSampleError.
+        """Return the row's conversation with its frames; an image is shown `image_repeats` times. Raises CorruptSampleError.
 
-        `content`: the sample's bytes, where `fetch` has them. `frames`: the frames, where another conversation about them was read
-        before, or what gives the uint8 [n, S, S, 3] to decode n of them into.
+        `content`: the sample's bytes, if `fetch` returned them. `frames`: the decoded frames, if another conversation about them was read
+        before, or a function that returns the array, uint8 [n, S, S, 3], into which n frames are decoded.
         """
         offsets, sizes = self._offsets[row].values.to_numpy(), self._sizes[row].values.to_numpy()
         first, end = self._place(row)
@@ -173,7 +177,10 @@ class ShardSet:
         return Sample(key, source, frames, shown if len(frames) else [], turns, question_first, label_questions)
 
     def read_tiled(self, row: int, *, image_repeats: int, small_px: int) -> Sample:
-        """As `read`; where frames were stored as tiles beside small ones of `small_px`, a TiledSample, of which only those are decoded."""
+        """Like `read`, but returns a TiledSample, with only its small frames decoded, if the frames are stored as tiles.
+
+        This requires small frames of `small_px`; otherwise the frames are decoded in full.
+        """
         first, end = self._place(row)
         content = self._file(row).read(first, end - first)
         places = zip((self._offsets[row].values.to_numpy() - first).tolist(), self._sizes[row].values.to_numpy().tolist(), strict=True)
@@ -195,13 +202,13 @@ class ShardSet:
         return self._open(int(self.shard_numbers[row]))
 
     def _place(self, row: int) -> tuple[int, int]:
-        """Where a sample's members start and end in its shard; they are neighbours, its JSON the last."""
+        """Byte range of a sample's members in its shard: they are consecutive, with the JSON last."""
         start = int(self._json_offsets[row])
         first = self._offsets[row].values
         return (first[0].as_py() if len(first) else start), start + int(self._json_sizes[row])
 
     def longest_sequence(self, data: DataSettings, *, tokens_per_frame: int) -> int:
-        """Tokens of the longest packed sample of what is trained and validated on; to be checked against a model's context."""
+        """Return the tokens of the longest packed sample of the training and validation mixtures, to check against a model's context."""
         chosen = [part.source for part in [*data.mixture, *data.held_out.mixture] if part.share > 0]
         known = pc.is_in(self._table["source"], pa.array(chosen)).to_numpy()
         tokens = self.sequence_tokens(image_repeats=data.image_repeats, tokens_per_frame=tokens_per_frame)
@@ -216,7 +223,7 @@ def _parse(content: Bytes) -> dict[str, Any]:
 
 
 def _decode(jpeg: Bytes, out: np.ndarray) -> None:
-    """Decode into `out`, uint8 [S, S, 3]; all tiles of a frame that was stored as such."""
+    """Decode a stored frame, with all its tiles if it has any, into `out`, uint8 [S, S, 3]."""
     try:
         tiles = TiledFrame.parse(jpeg)
         height, width = (tiles.side, tiles.side) if tiles else simplejpeg.decode_jpeg_header(jpeg)[:2]

@@ -1,9 +1,8 @@
-"""Makes the shards that training reads out of downloads and text: duplicates, splits, tokens, order, index.
+"""Builds the shards that training reads from downloads and texts: drops duplicates, splits, tokenises, orders and indexes.
 
-`python -m fvlm_core.data.shards job.yaml`. Everything written is a function of the settings and of the inputs' content: byte
-for byte the same, whatever the order in which videos arrived and however many processes write. The plan (`shard_plan`) is made first, on
-disk; every shard is then written by itself, so a job that is killed goes on with the shards that are missing, and memory does not grow
-with the number of samples.
+`python -m fvlm_core.data.shards job.yaml`. The output depends only on the settings and the inputs' content: it is byte-identical,
+regardless of the order in which videos arrived and of the number of processes. The plan (`shard_plan`) is made first, on disk. Each shard
+is then written separately, so a killed job resumes with the missing shards, and memory does not grow with the number of samples.
 """
 
 import json
@@ -50,16 +49,16 @@ from fvlm_core.progress import Progress
 from fvlm_core.settings import hash_json
 
 WORK, PLAN, PLANNED = "work", "plan.sqlite", "planned.json"
-"""In the job's folder while it runs: the plan, what it is a plan of (written when it is complete), and what is known of finished shards."""
+"""In the job's folder while it runs: the work folder, with the plan, the plan's identity (written last), and a file per finished shard."""
 TOKENIZER_CHATS = 100_000
-"""Conversations that a tokenizer is trained on, at most."""
+"""Maximum number of conversations that a tokenizer is trained on."""
 AHEAD = 2
-"""Shards given to each process at a time."""
+"""Shards queued per process."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One shard to write: some consecutive samples of the plan."""
+    """A shard to write: consecutive samples of the plan."""
 
     split: Split
     name: str
@@ -68,7 +67,7 @@ class Task:
 
 
 def make_shards(job: ShardJob) -> ShardManifest:
-    """Write the folder of shards. Raises UserError for downloads that do not fit together or leave nothing."""
+    """Write the folder of shards. Raises UserError if the downloads do not fit together or contain no samples."""
     started = time.monotonic()
     inputs, rule = _inputs(job)
     job.output.mkdir(parents=True, exist_ok=True)
@@ -139,7 +138,7 @@ def make_shards(job: ShardJob) -> ShardManifest:
 
 
 def _inputs(job: ShardJob) -> tuple[dict[str, str], FrameRule]:
-    """Digests of what the shards are made of, and the rule of their frames. Raises UserError where downloads differ in it."""
+    """Return the digests of the inputs, and the rule that chose their frames. Raises UserError if downloads differ in that rule."""
     digests: dict[str, str] = {}
     rules: set[FrameRule] = set()
     for number, folder in enumerate(job.downloads):
@@ -163,7 +162,7 @@ def _inputs(job: ShardJob) -> tuple[dict[str, str], FrameRule]:
 
 
 def _plan(job: ShardJob, inputs: dict[str, str]) -> None:
-    """Make the plan, unless one of the same samples and settings is there, and shards of it perhaps too."""
+    """Make the plan, unless an interrupted job with the same inputs and settings left one, perhaps with finished shards."""
     work = job.output / WORK
     identity = hash_json([inputs, job.hash(exclude={"output", "downloads", "texts"})]).encode()
     if (work / PLANNED).is_file() and (work / PLANNED).read_bytes() == identity:
@@ -189,7 +188,7 @@ def _plan(job: ShardJob, inputs: dict[str, str]) -> None:
 
 
 def _chats(folder: Path) -> Iterator[tuple[str, str, None, list[dict[str, str]]]]:
-    """The chats of a text source's record, each named by its text."""
+    """Yield the chats of a text source's record, each identified by its text."""
     for batch in read_rows(folder, ["source", "split", "conversations"]):
         for row in batch.to_pylist():
             for chat in json.loads(row["conversations"]):
@@ -197,7 +196,7 @@ def _chats(folder: Path) -> Iterator[tuple[str, str, None, list[dict[str, str]]]
 
 
 def _tasks(plan: Plan, job: ShardJob) -> Iterator[Task]:
-    """The shards, in the order of the index."""
+    """Yield the shards in the order of the index."""
     for source, split, first, samples in plan.groups():
         for number, start in enumerate(range(0, samples, job.samples_per_shard)):
             name = shard_name(split, source, number)
@@ -205,7 +204,7 @@ def _tasks(plan: Plan, job: ShardJob) -> Iterator[Task]:
 
 
 def _tokenizer(job: ShardJob, plan: Plan) -> int:
-    """Save the tokenizer, taken or trained, into the folder; returns its size."""
+    """Load or train the tokenizer and save it in the folder; returns its size."""
     if job.tokenizer is not None:
         tokenizer = load_tokenizer(job.tokenizer)
     else:
@@ -218,7 +217,7 @@ def _tokenizer(job: ShardJob, plan: Plan) -> int:
 
 
 def _write(job: ShardJob, tasks: list[Task]) -> Iterator[tuple[Task, ShardPart]]:
-    """Write the shards that are not there yet; every shard with what is known of it, in their order."""
+    """Write the missing shards. Yields all shards in order, with what is known about them."""
     if job.processes == 1:
         for task in tasks:
             yield task, _finished(job, task) or _write_one(job, task)
@@ -243,7 +242,7 @@ def _finished(job: ShardJob, task: Task) -> ShardPart | None:
 
 
 def _part(job: ShardJob, task: Task) -> Path:
-    """Where what is known of a finished shard is kept."""
+    """Path of the file that describes a finished shard."""
     return job.output / WORK / f"{task.name}.parquet"
 
 
@@ -262,7 +261,7 @@ def _loaded(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _sample(job: ShardJob, planned: Planned) -> ShardSample:
-    """The planned sample, read from where it is."""
+    """Read a planned sample."""
     origin = numbered(planned.origin, planned.copy)
     if planned.chat is not None:
         return ShardSample(planned.source, "text", planned.split, origin, [json.loads(planned.chat)], [None])
@@ -286,7 +285,7 @@ def _sample(job: ShardJob, planned: Planned) -> ShardSample:
 
 
 def _frames(job: ShardJob, jpegs: list[bytes], where: str) -> list[bytes]:
-    """A sample's frames as they are stored."""
+    """Return a sample's frames as they are stored in the shard."""
     if job.tiles is None:
         return jpegs
     try:

@@ -1,4 +1,4 @@
-"""Which frames of a video a model was trained with: written beside its weights, so that it is shown the same wherever it is used."""
+"""Which frames of a video a model was trained on. Written beside its weights, so that it gets the same frames wherever it is used."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,21 +11,21 @@ from fvlm_core.data.jobs import ShardManifest
 from fvlm_core.settings import Settings
 
 SHOWN_FILE = "frames.yaml"
-"""In a run's folder of the model."""
+"""File name in the folder of the model."""
 
 
 class ShownFrames(Settings):
-    """What `frames.yaml` holds."""
+    """Content of `frames.yaml`."""
 
     frame_px: Positive
     fps: Annotated[float, Field(gt=0)] = FrameRule.fps
     max_frames: Positive = FrameRule.max_frames
     image_repeats: Positive = 8
-    """How often an image is shown (8 is the original's number)."""
+    """How often an image is shown (8 in the original fVLM)."""
 
     @classmethod
     def of_training(cls, shards: ShardManifest, image_repeats: int) -> "ShownFrames":
-        """As a run sees the shards."""
+        """Return the frames that a run on these shards sees."""
         return cls(
             frame_px=shards.frame_px,
             fps=shards.fps,
@@ -35,10 +35,13 @@ class ShownFrames(Settings):
 
     @classmethod
     def of_model(cls, folder: Path, frame_px: int) -> "ShownFrames":
-        """As the model in the folder was trained; the defaults for one that was not trained here. Raises UserError for a damaged file."""
+        """Return the frames that the model in `folder` was trained on; the defaults if it has no `frames.yaml`.
+
+        Raises UserError if the file is damaged.
+        """
         return cls.from_yaml(folder / SHOWN_FILE) if (folder / SHOWN_FILE).is_file() else cls(frame_px=frame_px)
 
     @property
     def rule(self) -> FrameRule:
-        """Which frames are taken out of a video."""
+        """Which frames are taken from a video."""
         return FrameRule(self.frame_px, self.fps, self.max_frames)

@@ -1,7 +1,7 @@
-"""Copies of shards on a local disk: a network volume answers many small reads slowly, and one large one fast.
+"""Copies of shards on a local disk: a network volume is slow for many small reads, and fast for one large read.
 
-A shard is copied when a sample of it is first wanted, or before (`ahead`), checked against the manifest's sha256, and shared by all ranks
-and loader processes of the machine. Above the cap, the least recently used copies go.
+A shard is copied when one of its samples is first needed, or ahead of time (`stage`). The copy is checked against the manifest's sha256,
+and shared by all ranks and loader processes of the machine. Above the size limit, the least recently used copies are deleted.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 8 * 1024 * 1024
 ABANDONED_S = 600
-"""An unfinished copy that nobody has written to for so long was left by a process that was killed."""
+"""Seconds without a write after which an unfinished copy is considered left by a killed process."""
 
 
 class Staging:
@@ -34,12 +34,12 @@ class Staging:
         self.max_bytes = int(settings.max_gb * 1e9)
         self.digests = {entry.path: entry.sha256 for entry in manifest.files}
         self.refused: set[str] = set()
-        """Shards that are read where they are, each for a reason that was logged."""
+        """Shards that are read in place; each reason was logged."""
 
     def open(self, path: Path) -> int | None:
-        """A descriptor of the local copy, made where there is none; None: read the shard where it is. Close it soon."""
+        """Return a file descriptor of the local copy, made if needed; None: read the shard in place. Close it soon."""
         name = path.relative_to(self.shards).as_posix()
-        for _ in range(2):  # between making and opening, another process may evict it
+        for _ in range(2):  # another process may evict the copy before it is opened
             if name in self.refused:
                 return None
             local = self._local(name)
@@ -53,7 +53,7 @@ class Staging:
         return None
 
     def stage(self, name: str) -> None:
-        """Copy a shard, unless its copy is there. Whatever prevents it is logged, and the shard is read where it is."""
+        """Copy a shard unless a copy exists. If that fails, the reason is logged, and the shard is read in place."""
         local = self._local(name)
         if name in self.refused or local.is_file():
             return
@@ -63,20 +63,20 @@ class Staging:
                     return
                 size = (self.shards / name).stat().st_size
                 part = local.with_suffix(".part")
-                part.unlink(missing_ok=True)  # of a killed process: the lock is ours
+                part.unlink(missing_ok=True)  # left by a killed process, since the lock is ours
                 if not self._make_place(part, size):
                     self._refuse(name, f"its {size / 1e9:.2f} GB do not fit")
                     return
                 try:
                     digest = _copy(self.shards / name, part)
                     if digest != self.digests.get(name, digest):
-                        digest = _copy(self.shards / name, part)  # a file system that lies once may be right the second time
+                        digest = _copy(self.shards / name, part)  # a file system that returned wrong data once may be right the second time
                 except OSError:
-                    part.unlink(missing_ok=True)  # it would count against the cap
+                    part.unlink(missing_ok=True)  # it would count towards the limit
                     raise
                 if digest != self.digests.get(name, digest):
                     part.unlink()
-                    self._refuse(name, "what was read is not what the manifest says")
+                    self._refuse(name, "its sha256 differs from the manifest's")
                     return
                 part.replace(local)
         except OSError as error:
@@ -87,12 +87,12 @@ class Staging:
 
     def _refuse(self, name: str, reason: str) -> None:
         self.refused.add(name)
-        logger.warning("%s is read where it is, not from a copy in %s: %s", self.shards / name, self.folder, reason)
+        logger.warning("%s is read in place, not from a copy in %s: %s", self.shards / name, self.folder, reason)
 
     def _make_place(self, part: Path, size: int) -> bool:
-        """Evict copies, of other sets of shards too, until `part` of `size` bytes fits under the cap and on the disk, and take that place.
+        """Evict copies, also of other sets of shards, until `size` bytes fit under the limit and on the disk, and reserve them in `part`.
 
-        False where that is not enough.
+        Returns False if there is not enough space even then.
         """
         with FileLock(self.root / "eviction.lock"):
             files = sorted(_files(self.root), key=lambda file: file[1].st_mtime)
@@ -105,7 +105,7 @@ class Staging:
                 if fits():
                     break
                 if path.suffix == ".tar" or time.time() - stat.st_mtime > ABANDONED_S:
-                    path.unlink(missing_ok=True)  # whoever has it open reads on
+                    path.unlink(missing_ok=True)  # processes that have it open can still read it
                     held -= stat.st_size
             if not fits():
                 return False
@@ -115,7 +115,7 @@ class Staging:
 
 
 def _files(root: Path) -> list[tuple[Path, os.stat_result]]:
-    """All copies, those that are being made too; one that goes meanwhile is none."""
+    """List all copies, also unfinished ones, without those that disappear meanwhile."""
     found = []
     for path in root.glob("shards-*/*"):
         if path.suffix in (".tar", ".part"):

@@ -1,4 +1,4 @@
-"""What a folder of shards holds, as tables and pictures: sources, durations, frames, tokens, and what was left out."""
+"""Statistics of a folder of shards, as tables and figures: sources, durations, frames, tokens, and what was left out."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +14,11 @@ from fvlm_core.figures import Figure
 from fvlm_core.tables import Table
 
 Frame = Any
-"""A pandas.DataFrame: what its groups and columns are, no type checker knows."""
+"""A pandas.DataFrame. Type checkers do not know its groups and columns."""
 QUANTILES = {"least": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "most": 1.0}
 BINS = 40
 SHOWN_REASONS = 20
-"""Of what was left out, the most frequent first."""
+"""Reasons listed for samples that were left out, most frequent first."""
 FIGURES = (
     Figure(file="sources.png", caption="Samples of each source, in training and in validation (logarithmic)."),
     Figure(file="durations.png", caption="How long the videos of each source are."),
@@ -28,7 +28,7 @@ FIGURES = (
 
 
 def tables(shards: ShardSet) -> list[Table]:
-    """Per source and split; quantiles of frames, seconds and tokens; reasons of loss."""
+    """Return the tables: counts per source and split; quantiles of seconds, frames and tokens; why samples were left out."""
     rows = _rows(shards)
     made = [_sources(rows), _quantiles(rows)]
     if lost := sorted(shards.manifest.lost, key=lambda loss: -loss.samples):
@@ -94,12 +94,12 @@ def _quantiles(rows: Frame) -> Table:
         title="Sizes",
         head=["source", "of", *QUANTILES],
         rows=made,
-        note="Seconds: of videos; frames: of samples; tokens: of conversations.",
+        note="Seconds are per video, frames per sample, tokens per conversation.",
     )
 
 
 def _histograms(path: Path, rows: Frame, column: str, unit: str) -> None:
-    """One line per source over common bins: share of its samples."""
+    """Plot a histogram per source over common bins, as shares of the source."""
     names: Sequence[str] = sorted(rows["source"].unique())
     with canvas(path, (WIDTH, 4.5)) as figure:
         axes = figure.add_subplot()

@@ -1,7 +1,7 @@
-"""Generated text-only chats: small exercises on digits and words, so that a tiny model keeps reading and writing text.
+"""Generated text-only chats: short exercises on digits and words, so that a tiny model keeps reading and writing text.
 
-A pure function of the seed; a real run mixes in SmolTalk instead (`fvlm_core.data.sources.smoltalk`). A question belongs
-to one split for ever, by its hash, so validation never asks what training has answered.
+A pure function of the seed. Real runs mix in SmolTalk instead (`fvlm_core.data.sources.smoltalk`). The hash of a question decides its
+split, so validation never asks a question that training has answered.
 """
 
 from collections.abc import Iterator
@@ -14,14 +14,14 @@ from fvlm_core.data.rows import Split
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 VAL_ONE_IN = 8
-"""Of all possible questions, one in so many is kept for validation."""
+"""Of all possible questions, one in this many is kept for validation."""
 
 Turn = dict[str, str]
 """`{"question", "answer"}`"""
 
 
 def text_chats(seed: int, train: int, val: int) -> Iterator[tuple[Split, int, Turn]]:
-    """Split, number within the split, and exercise, for so many of each split. Questions may repeat within a split."""
+    """Yield split, number within the split, and exercise: `train` and `val` of them. Questions may repeat within a split."""
     rng = np.random.default_rng([seed, len(EXERCISES)])
     wanted: dict[Split, int] = {"train": train, "val": val}
     made: dict[Split, int] = {"train": 0, "val": 0}
@@ -36,7 +36,7 @@ def text_chats(seed: int, train: int, val: int) -> Iterator[tuple[Split, int, Tu
 
 
 def split_of(question: str) -> Split:
-    """The split that a question belongs to."""
+    """Return the split that a question belongs to."""
     return "val" if blake2b(question.encode(), digest_size=4).digest()[0] % VAL_ONE_IN == 0 else "train"
 
 

@@ -1,8 +1,8 @@
-"""Large frames stored as tiles, so that a part of one is decoded without the rest: gaze before encode opens a few squares of a frame.
+"""Large frames stored as tiles, so that a part can be decoded without the rest: gaze before encode opens only a few squares of a frame.
 
-A frame is a small JPEG of all of it, then a JPEG per tile, row by row, then where they end (`_END`). What reads JPEGs takes it for the
-small picture, because it looks at nothing behind a picture's end; so it stands in a shard as any frame does. Tiles are encoded from a
-frame that was a JPEG already: the second encoding loses a little once more, and pixels beside a tile's edge know nothing of each other.
+A stored frame is a small JPEG of the whole frame, then one JPEG per tile, row by row, then a trailer with their sizes (`_END`). JPEG
+readers ignore everything after the end of the first picture and see the small frame, so shards can contain it like any other frame. Tiles
+are encoded from a frame that already was a JPEG: the second encoding loses a little more, and each tile is encoded independently.
 """
 
 import struct
@@ -20,13 +20,13 @@ from fvlm_core.errors import UserError
 
 MARK = b"fvlm"
 _END = struct.Struct("<HH4s")
-"""After a uint32 for the size of every JPEG: tiles along a side, pixels along a tile's side, the mark. Little-endian."""
+"""End of the trailer, after a uint32 with the size of each JPEG: tiles per side, pixels per side of a tile, the mark. Little-endian."""
 
 Bytes = bytes | memoryview
 
 
 def tiled(jpeg: bytes, tile_px: int, small_px: int) -> bytes:
-    """A square JPEG as tiles of `tile_px`, with a small one of `small_px`. Raises ValueError where these do not divide its side."""
+    """Convert a square JPEG to tiles of `tile_px` and a small frame of `small_px`. Raises ValueError if these do not divide its side."""
     frame = simplejpeg.decode_jpeg(jpeg, "RGB")
     side = frame.shape[0]
     if frame.shape[1] != side or side % tile_px or side % small_px:
@@ -41,7 +41,7 @@ def tiled(jpeg: bytes, tile_px: int, small_px: int) -> bytes:
 
 @dataclass(frozen=True)
 class TiledFrame:
-    """A frame that was stored as tiles."""
+    """A frame stored as tiles."""
 
     small: Bytes
     tiles: list[Bytes]
@@ -50,7 +50,7 @@ class TiledFrame:
 
     @classmethod
     def parse(cls, content: Bytes) -> "TiledFrame | None":
-        """The parts of a stored frame; None for one that is a JPEG of its own. Raises ValueError for one that is cut off."""
+        """Parse a stored frame; returns None for a plain JPEG. Raises ValueError if it is truncated."""
         if bytes(content[-len(MARK) :]) != MARK:
             return None
         n, tile_px, _ = _END.unpack(content[-_END.size :])
@@ -69,14 +69,14 @@ class TiledFrame:
         return round(len(self.tiles) ** 0.5) * self.tile_px
 
     def decode(self, out: np.ndarray) -> None:
-        """All of it into uint8 [side, side, 3]. Raises ValueError for a damaged tile."""
+        """Decode the whole frame into `out`, uint8 [side, side, 3]. Raises ValueError for a damaged tile."""
         n = self.side // self.tile_px
         for number in range(len(self.tiles)):
             row, column = (at * self.tile_px for at in divmod(number, n))
             out[row : row + self.tile_px, column : column + self.tile_px] = self.tile(number)
 
     def tile(self, number: int) -> np.ndarray:
-        """One tile, uint8 [tile_px, tile_px, 3]. Raises ValueError where it is damaged."""
+        """Decode one tile, uint8 [tile_px, tile_px, 3]. Raises ValueError if it is damaged."""
         found = simplejpeg.decode_jpeg(self.tiles[number], "RGB")
         if found.shape[:2] != (self.tile_px, self.tile_px):
             raise ValueError(f"a tile is {found.shape[1]}x{found.shape[0]}, not {self.tile_px}x{self.tile_px}")
@@ -85,15 +85,15 @@ class TiledFrame:
 
 @dataclass(frozen=True)
 class TiledFrames:
-    """F frames, of which nothing is decoded but what is asked for; a tile once."""
+    """F frames whose tiles are decoded on demand, each at most once."""
 
     frames: Sequence[TiledFrame]
     where: str
-    """What they are of, for whoever has to mend it."""
+    """Where the frames come from, for error messages."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    """Where squares are wanted."""
+    """Device of the squares that are returned."""
     decoded: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
-    """By frame (its `id`) and tile."""
+    """Decoded tiles, by the frame's `id` and the number of the tile."""
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -104,13 +104,14 @@ class TiledFrames:
         return self.frames[0].side
 
     def select(self, frames: Tensor) -> "TiledFrames":
-        """Some of them, int64 [f]."""
+        """Return some of the frames, by their indexes, int64 [f]."""
         return TiledFrames([self.frames[number] for number in frames.tolist()], self.where, self.device, self.decoded)
 
     def squares(self, frame: Tensor, down: Tensor, right: Tensor, side: int) -> Tensor:
-        """The squares of `side` px in row `down` and column `right` [R, n] of the frames cut into such: uint8 [R * n, side, side, 3].
+        """Return squares of `side` px from frames divided into a grid of such squares: uint8 [R * n, side, side, 3].
 
-        `frame` int64 [R]: the frame of each row. Raises UserError for a damaged tile.
+        `frame` int64 [R]: the frame of each group of n squares; `down` and `right` int64 [R, n]: their rows and columns in the grid. Raises
+        UserError for a damaged tile.
         """
         out = np.empty((down.numel(), side, side, 3), np.uint8)
         places = zip(frame.tolist(), down.tolist(), right.tolist(), strict=True)
@@ -120,11 +121,11 @@ class TiledFrames:
         return torch.from_numpy(out).to(self.device)
 
     def to(self, device: torch.device) -> "TiledFrames":
-        """The same, with squares on a device."""
+        """Return the same frames, with squares on a device."""
         return replace(self, device=device)
 
     def _copy(self, frame: TiledFrame, top: int, left: int, into: np.ndarray) -> None:
-        """The square at `top`, `left` out of the tiles that it lies in."""
+        """Copy the square at `top`, `left` from the tiles that it overlaps."""
         px, side, n = frame.tile_px, len(into), frame.side // frame.tile_px
         for row in range(top // px, -(-(top + side) // px)):
             for column in range(left // px, -(-(left + side) // px)):
@@ -147,16 +148,16 @@ class TiledFrames:
 
 @dataclass(frozen=True)
 class TiledSample(Sample):
-    """A sample whose `frames` are the small ones."""
+    """A sample whose `frames` are only the small frames."""
 
     tiles: TiledFrames | None = None
-    """The frames themselves, as many."""
+    """The full frames, in the same order."""
 
 
 def tiles_of(samples: Sequence[Sample]) -> TiledFrames | None:
-    """The tiles of a batch's frames in its order: those of its samples one after the other, an array that several hold once.
+    """Return the tiles of a batch's frames in the order of its samples. Frames that several samples share occur once.
 
-    None where a sample's frames are there in full.
+    Returns None if the frames of a sample are decoded in full.
     """
     distinct = {id(sample.frames): sample for sample in samples if len(sample.frames)}
     tiles = [sample.tiles for sample in distinct.values() if isinstance(sample, TiledSample) and sample.tiles is not None]

@@ -1,7 +1,7 @@
 """The tokenizer and the chat format.
 
-A tiny model gets a byte-level BPE trained on its own text, with SmolLM2's special tokens and digits split one by one; a
-real one loads SmolLM2's. Both get our chat template: SmolLM2's, with a system prompt that says what the model is.
+A tiny model gets a byte-level BPE trained on its own text, with SmolLM2's special tokens and each digit as a separate token; a real
+model loads SmolLM2's tokenizer. Both use our chat template: SmolLM2's, with our own system prompt.
 """
 
 from collections.abc import Iterable
@@ -30,7 +30,10 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `vocab_size` tokens; deterministic. Raises ValueError if that is less than bytes and specials."""
+    """Train a byte-level BPE tokenizer of at most `vocab_size` tokens. Deterministic.
+
+    Raises ValueError if `vocab_size` is less than the number of bytes and special tokens.
+    """
     if vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(f"vocab_size must be at least {SMALLEST_VOCABULARY}, not {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
@@ -57,7 +60,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """A tokenizer by folder or hub name, with our chat template.
+    """Load a tokenizer by folder or hub name, with our chat template.
 
     Raises UserError if it cannot be loaded or lacks SmolLM2's chat tokens.
     """
@@ -75,9 +78,9 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 
 
 def require_same_tokenizer(tokenizer: PreTrainedTokenizerBase, checkpoint: str, *, where: str) -> None:
-    """Raise UserError if a checkpoint (folder or hub name) has a tokenizer of its own that gives other ids than `tokenizer`.
+    """Raise UserError if the checkpoint (folder or hub name) has its own tokenizer, with other token ids than `tokenizer`.
 
-    A folder without one says nothing.
+    A folder without a tokenizer passes.
     """
     if Path(checkpoint).is_dir() and not (Path(checkpoint) / TOKENIZER_FILE).is_file():
         return
@@ -86,17 +89,17 @@ def require_same_tokenizer(tokenizer: PreTrainedTokenizerBase, checkpoint: str, 
     if different := [token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)]:
         example = min(different)
         raise UserError(
-            f"the shards' tokenizer is not that of the language model: {len(different)} tokens differ, e.g. {example!r}, which is "
-            f"{ours.get(example, 'not there')} in the shards and {theirs.get(example, 'not there')} in the model",
+            f"the shards' tokenizer differs from the language model's: {len(different)} tokens differ, e.g. {example!r}, which is "
+            f"{ours.get(example, 'missing')} in the shards and {theirs.get(example, 'missing')} in the model",
             where=f"{where} and {checkpoint}",
             fix="make the shards with precompute.shards.tokenizer set to the checkpoint, or train on a checkpoint of the shards' tokenizer",
         )
 
 
 def chat_format(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
-    """Token ids of the chat template's fixed parts, the only place that makes control tokens.
+    """Return the token ids of the chat template's fixed parts. Control tokens are made nowhere else.
 
-    Joined with the ids of stripped texts without chat markers they equal `apply_chat_template`.
+    Concatenated with the ids of texts that are stripped and free of chat markers, they equal the output of `apply_chat_template`.
     """
     markup = partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=False)
     return ChatFormat(
@@ -109,12 +112,12 @@ def chat_format(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text as it stands: nothing is added, and a chat marker in it is ordinary characters, never a control token."""
+    """Return the token ids of a text. No special tokens are added, and chat markers in the text never become control tokens."""
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
 def render_chat(turns: Iterable[dict[str, str]]) -> str:
-    """A conversation of `{"question", "answer"}` turns as the text the model sees, for training a tokenizer."""
+    """Render `{"question", "answer"}` turns as the text that the model sees. Used to train a tokenizer."""
     parts = [f"{TURN_START}system\n{SYSTEM_PROMPT}{TURN_END}\n"]
     for turn in turns:
         parts.append(f"{TURN_START}user\n{turn['question']}{TURN_END}\n{TURN_START}assistant\n{turn['answer']}{TURN_END}\n")

@@ -1,4 +1,4 @@
-"""Checks a folder of shards completely: every digest, every entry of the index, every frame and text behind it."""
+"""Verifies a folder of shards completely: every file's digest, every entry of the index, and every frame and text."""
 
 import tarfile
 from collections.abc import Iterator
@@ -16,24 +16,24 @@ from fvlm_core.errors import UserError
 from fvlm_core.settings import Settings
 
 Frame = Any
-"""A pandas.DataFrame: what its groups and columns are, no type checker knows."""
+"""A pandas.DataFrame. Type checkers do not know its groups and columns."""
 PLACES = ("json_offset", "json_size", "frame_offsets", "frame_sizes")
 
 
 class Verified(Settings):
-    """What was looked at, and what is wrong with it."""
+    """What was checked, and the problems found."""
 
     files: int
     shards: int
     samples: int
     problems: list[str]
-    """A line each: the file, the sample where it is one, and the reason."""
+    """One line each: the file, the sample if it concerns only one, and the reason."""
 
 
 def verify(folder: Path) -> Verified:
-    """Read everything in a folder of shards.
+    """Read and check everything in a folder of shards.
 
-    Raises UserError for a folder without a manifest, or without an index that can be read at all.
+    Raises UserError if the folder has no manifest or no readable index.
     """
     manifest = ShardManifest.read(folder)
     problems = manifest.problems(folder)
@@ -50,7 +50,7 @@ def verify(folder: Path) -> Verified:
 
 
 def _count_problems(manifest: ShardManifest, rows: Frame) -> Iterator[str]:
-    """Counts of the manifest that the index does not have."""
+    """Yield the counts in which the manifest and the index differ."""
     for source in manifest.sources:
         mine = rows[(rows["source"] == source.name) & (rows["split"] == source.split)]
         found = {"samples": mine["key"].nunique(), "conversations": len(mine), "tokens": int(mine["n_tokens"].sum())}
@@ -91,7 +91,7 @@ def _shard_problems(shards: ShardSet, name: str, rows: Frame, places: Any) -> It
 
 
 def _record_problems(record: dict[str, Any], rows: Frame, chat: ChatFormat) -> Iterator[str]:
-    """How a sample's index rows differ from its JSON."""
+    """Yield the differences between a sample's index rows and its JSON."""
     head = rows.iloc[0]
     for name in ("key", "source", "kind", "duration_s"):
         if record.get(name) != head[name]:

@@ -1,8 +1,8 @@
-"""Runs video2dataset's download stage with our own reader and frame extraction. For video2dataset's environment only.
+"""Runs video2dataset's download stage with our own reader and frame extraction. Runs in video2dataset's environment only.
 
-Release 1.3.0 (2024) has faults in the two parts that are replaced here: its reader takes any HTTP answer for a video, whatever its
-status, and loses yt-dlp's reasons; its subsamplers crash, re-encode twice and fail on portrait video. Sharding, threads, processes,
-incremental restart and statistics stay video2dataset's own.
+Two parts of release 1.3.0 (2024) are replaced here because of bugs: its reader accepts any HTTP response as a video, whatever its
+status, and drops yt-dlp's error messages; its subsamplers crash, encode twice and fail on portrait video. Sharding, threads, processes,
+incremental restart and statistics are still video2dataset's.
 
 `python -m fvlm_core.data.video2dataset_plugin settings.json`
 """
@@ -35,7 +35,7 @@ from fvlm_core.data.parent import end_with_parent
 from fvlm_core.data.rows import CARRIED, LOCAL, ORIGIN, STORES
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".avi", ".mkv", ".m4v")
-"""Of addresses that are files whatever they answer; behind others there may be a page that yt-dlp knows."""
+"""Suffixes of URLs that always mean a file. For any other URL that returns a page, yt-dlp is tried."""
 PAGE_TYPES = (
     "text/html",
     "application/xhtml+xml",
@@ -44,28 +44,28 @@ PAGE_TYPES = (
     "application/dash+xml",
     "application/json",
 )
-"""Content types of what is no video but may lead to one."""
+"""Content types of responses that are not videos, but in which yt-dlp may find one."""
 PAGE_MARKS = (*HTML_MARKS, b"#extm3u")
 VIDEO_MARKS = (b"\x1a\x45\xdf\xa3", b"RIFF")
-"""How Matroska, WebM and AVI files begin."""
+"""First bytes of Matroska and WebM files, and of AVI files."""
 REFUSED_TO_PROGRAMS = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS)
-"""Answers that sites give to programs, where yt-dlp may know better."""
+"""Statuses with which sites refuse scripts; yt-dlp may still succeed."""
 FORMAT = "wv*[height>=360][ext=mp4]/w[height>=360][ext=mp4]/bv/b[ext=mp4]"
-"""yt-dlp's: the smallest of at least 360 lines, without sound where possible."""
+"""yt-dlp's format selector: the smallest video of at least 360 lines, without audio if possible."""
 BLOCK_BYTES = 1 << 18
 LEAST_BYTES_PER_S = 50_000
-"""What an answer has to bring on average once `timeout_s` is over: one that never ends would hold its thread for good."""
+"""Minimum average rate of a download after `timeout_s`. Without it, an endless response would block its thread forever."""
 REASON_CHARACTERS = 200
-"""Of an error of the network, which may quote a complete URL."""
+"""Maximum length of a failure reason; network errors may quote a complete URL."""
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 _local = threading.local()
 
 
 class Held:
-    """How many fetched videos wait for their frames in this process, which is no more than `threads`.
+    """Limits how many downloaded videos of this process wait in memory for frame extraction, to `threads`.
 
-    video2dataset means to limit them, but counts a failed one twice: each would let one more into memory.
+    video2dataset's own limit counts a failed video twice, so each failure would let one more video into memory.
     """
 
     places: threading.Semaphore | None = None
@@ -73,42 +73,42 @@ class Held:
 
     @classmethod
     def take(cls, most: int) -> None:
-        """Wait for a place."""
+        """Wait for a free place, out of `most`."""
         with cls._lock:
             cls.places = cls.places or threading.Semaphore(most)
         cls.places.acquire()
 
     @classmethod
     def give_back(cls) -> None:
-        """Call once for every `take`."""
+        """Free a place. Call once for every `take`."""
         if cls.places is not None:
             cls.places.release()
 
 
 class PageError(ClipError):
-    """What answers is no video, but yt-dlp may find one behind it."""
+    """The response is not a video, but yt-dlp may find one at that URL."""
 
 
 class Reader:
-    """Fetches one video: a file, an object of a store, whatever an address of the web answers if that is a video, else what yt-dlp finds
-    there."""
+    """Fetches one video: a local file, an object in a store, or the response of a web address. If the response is not a video, yt-dlp is
+    tried."""
 
     max_bytes, threads = 0, 1
-    """Size above which a video is left out, and how many are held at a time."""
+    """Maximum size of a video, and how many are held in memory at a time."""
 
     def __init__(self, encode_formats: dict[str, str], tmp_dir: str, reading_config: dict[str, Any]) -> None:
         self.timeout_s, self.temporary = reading_config["timeout"], tmp_dir
-        self.max_bytes, self.threads = Reader.max_bytes, Reader.threads  # they go to other processes with it
+        self.max_bytes, self.threads = Reader.max_bytes, Reader.threads  # on the instance, so that they are pickled with it
 
     def __call__(self, row: tuple[int, str]) -> tuple[int, dict[str, bytes], dict[str, Any] | None, str | None]:
-        """(number, url) -> number, streams, metadata, error."""
+        """Fetch `(number, url)`; returns number, streams, metadata and error."""
         number, url = row
-        Held.take(self.threads)  # until its frames are made
+        Held.take(self.threads)  # given back when its frames are extracted
         try:
             return number, {"video": self._read(url)}, None, None
         except ClipError as error:
             reason = str(error)
-        except Exception as error:  # one that gets out (of yt-dlp's, say) ends the complete shard, every time
+        except Exception as error:  # an uncaught one, e.g. from yt-dlp, fails the whole shard on every run
             reason = f"{type(error).__name__}: {error}"
         Held.give_back()
         return number, {}, None, reason[:REASON_CHARACTERS]
@@ -129,7 +129,7 @@ class Reader:
                 raise ClipError(f"{error}; {second}") from second
 
     def _read_local(self, reference: str) -> bytes:
-        """A file, or what an archive or a table holds."""
+        """Read a file, a member of an archive or a cell of a table."""
         try:
             stream, size = open_media(reference)
         except MediaError as error:
@@ -148,7 +148,7 @@ class Reader:
             raise ClipError("file not found") from error
 
     def _fetch(self, url: str) -> bytes:
-        """The answer's content. Raises PageError where that is no video."""
+        """Return the content of the response. Raises PageError if it is not a video."""
         if not hasattr(_local, "session"):
             _local.session = requests.Session()
         with _local.session.get(url, timeout=self.timeout_s, stream=True) as answer:
@@ -174,9 +174,9 @@ class Reader:
             raise ClipError(f"too slow: {size:,} bytes in {seconds:.0f} s")
 
     def _extract(self, url: str) -> bytes:
-        """The video that yt-dlp finds at an address. Raises ClipError with its reason."""
+        """Return the video that yt-dlp finds at a URL. Raises ClipError with its reason."""
 
-        def hook(state: dict[str, Any]) -> None:  # of a list of segments, yt-dlp knows no size beforehand
+        def hook(state: dict[str, Any]) -> None:  # yt-dlp does not know the size of a segmented stream in advance
             size = state.get("downloaded_bytes") or 0
             try:
                 self._require_size(size)
@@ -210,7 +210,7 @@ class Reader:
 
 
 def _blocks(answer: requests.Response) -> Iterator[bytes]:
-    """The answer's content as it arrives; `iter_content` waits until a block is complete, with no limit on how long."""
+    """Yield the content as it arrives. `iter_content` waits for a complete block, with no time limit."""
     try:
         while block := answer.raw.read1(BLOCK_BYTES, decode_content=True):
             yield block
@@ -221,14 +221,14 @@ def _blocks(answer: requests.Response) -> Iterator[bytes]:
 
 
 def _is_page(content_type: str, start: bytes) -> bool:
-    """Whether an answer that begins so is a page (or a list of streams), not a video."""
-    if start[4:8] == b"ftyp" or start.startswith(VIDEO_MARKS):  # mp4 and mov, and others: servers that call them pages are wrong
+    """Whether a response that begins with `start` is a page (or a list of streams), not a video."""
+    if start[4:8] == b"ftyp" or start.startswith(VIDEO_MARKS):  # video files, even if the server declares them as pages
         return False
     return content_type.lower().startswith(PAGE_TYPES) or start[:256].lstrip().lower().startswith(PAGE_MARKS)
 
 
 class FrameSubsampler:
-    """Replaces a video by its JPEG frames, `000000.jpg`, `000001.jpg`, ...: they are written sorted by name."""
+    """Replaces a video by its JPEG frames, `000000.jpg`, `000001.jpg`, ...; video2dataset writes them sorted by name."""
 
     encode_formats = {"video": "mp4"}
 
@@ -243,7 +243,7 @@ class FrameSubsampler:
             frames = extract_frames(streams["video"][0], self.rule, time_window(metadata[0][ORIGIN]))
         except ClipError as error:
             return {}, metadata, str(error)
-        except Exception as error:  # one that gets out leaves the video without a reason
+        except Exception as error:  # an uncaught one would leave the failure without a reason
             return {}, metadata, f"{type(error).__name__}: {error}"
         finally:
             Held.give_back()
@@ -252,22 +252,25 @@ class FrameSubsampler:
 
 
 def main(settings: dict[str, Any]) -> None:
-    """Download `table` (parquet of rows.DOWNLOAD_SCHEMA) into `output`, which holds nothing else; on Spark where a master is given."""
+    """Download the videos of `table` (parquet of rows.DOWNLOAD_SCHEMA) into the folder `output`, on Spark if a master is given.
+
+    `output` must not contain anything else.
+    """
     spark = start_spark(settings["spark_master"]) if settings["spark_master"] else nullcontext()
     with spark:
         download(settings)
 
 
 def start_spark(master: str) -> Any:
-    """The session that video2dataset's distributor takes: its workers are this environment's Python, with this package."""
-    from pyspark.sql import SparkSession  # only where it is asked for
+    """Start the Spark session for video2dataset's distributor. Its workers run this environment's Python, with this package."""
+    from pyspark.sql import SparkSession  # imported only if Spark is used
 
     os.environ["PYSPARK_PYTHON"] = sys.executable
     session = SparkSession.builder.master(master).appName("fvlm precompute")
     settings = {
         "spark.executorEnv.PYTHONPATH": os.environ["PYTHONPATH"],
         "spark.ui.enabled": "false",
-        "spark.task.maxFailures": "1",  # what is undone is done when the job runs again, in its own order
+        "spark.task.maxFailures": "1",  # unfinished shards are left to the next run of the job
     }
     for name, value in settings.items():
         session = session.config(name, value)
@@ -275,7 +278,7 @@ def start_spark(master: str) -> Any:
 
 
 def download(settings: dict[str, Any]) -> None:
-    """video2dataset's download stage with our reader and frames."""
+    """Run video2dataset's download stage with our reader and frame extraction."""
     Reader.max_bytes, Reader.threads = settings["max_bytes"], settings["threads"]
     download_worker.VideoDataReader = Reader
     download_worker.FrameSubsampler = FrameSubsampler
@@ -313,7 +316,7 @@ def download(settings: dict[str, Any]) -> None:
 if __name__ in ("__main__", "__mp_main__"):  # the command itself and the children it spawns
     end_with_parent()
 if __name__ == "__main__":
-    # by its name: Spark sends the classes of a main program by value, which a lock of this one does not allow
+    # imported by name: Spark pickles the classes of __main__ by value, which fails for Held's lock
     from fvlm_core.data import video2dataset_plugin
 
     video2dataset_plugin.main(json.loads(Path(sys.argv[1]).read_text()))

@@ -1,7 +1,7 @@
-"""Empty stand-ins for what `import video2dataset` pulls in but its download stage never uses: torch, decord, wandb and more.
+"""Empty stand-ins for modules that `import video2dataset` loads but its download stage never uses: torch, decord, wandb and more.
 
-Imported at the start of every interpreter of video2dataset's environment by a `.pth` file (infra/video2dataset_env.sh), so
-that its child processes, which import it anew, find them too.
+A `.pth` file (infra/video2dataset_env.sh) imports this at the start of every interpreter in video2dataset's environment, so that its
+child processes, which import video2dataset again, find them too.
 """
 
 import sys
@@ -17,7 +17,7 @@ UNUSED = (
 
 
 class Stub(ModuleType):
-    """A module in which every public name exists, and is None."""
+    """A module in which every public name exists and is None."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

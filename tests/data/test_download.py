@@ -260,7 +260,7 @@ def test_too_many_bad_videos_are_refused_by_reason_and_the_good_ones_kept(clips,
     late = Path(frame["url"][0]).name
     site.broken = (late,)
     settings = job(tmp_path / "download", table, media=clips)
-    with pytest.raises(UserError, match=r"7 of 26 videos failed; 10% may") as caught:
+    with pytest.raises(UserError, match=r"7 of 26 videos failed; at most 10% may") as caught:
         download(settings)
     reasons = [
         r"2 x not a readable video, e\.g\. clips/noise\.mp4",

@@ -143,7 +143,7 @@ def test_tables_of_a_store_are_copied_once_and_again_when_they_change(store: pya
         return [caption for batch in read_rows(record_folder(source, tmp_path), ["caption"]) for caption in batch.column(0).to_pylist()]
 
     source = Source.model_validate({"name": "videos", "stored": ["s3://fvlm/tables/train-*.parquet"]})
-    with pytest.raises(UserError, match="no file is called so"):
+    with pytest.raises(UserError, match="no file in the object store matches"):
         record(source, tmp_path)
     put("train-0.parquet", "one", "two")
     put("train-1.parquet", "three")

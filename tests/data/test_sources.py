@@ -140,9 +140,9 @@ GOOD = {"url": "a.mp4", "caption": "a"}
         ([GOOD | {"conversations": '[[{"question": "q"}]]'}], "conversations, probes or extra are wrong"),
         ([GOOD | {"probes": "[null, null]"}], "conversations, probes or extra are wrong"),
         ([GOOD | {"extra": "[]"}], "extra must be a JSON object"),
-        ([GOOD | {"extra": '{"key": "a", "source": "b"}'}], "extra has key, source, which every sample has of its own"),
+        ([GOOD | {"extra": '{"key": "a", "source": "b"}'}], "extra has key, source, which every sample already has"),
         ([GOOD | {"probes": '[{"choices": ["a", "b"], "answer_index": 0}]'}], "task; Field required"),
-        ([GOOD | {"probes": '[{"task": "t", "choices": ["a", "b"], "answer_index": 2}]'}], "answer_index is 2, of 2 choices"),
+        ([GOOD | {"probes": '[{"task": "t", "choices": ["a", "b"], "answer_index": 2}]'}], "answer_index is 2, but the 2 choices"),
         ([GOOD, GOOD | {"url": "az://bucket/a.mp4"}], r"az:// cannot be fetched: 'az://bucket/a\.mp4' \(row 2\)"),
         ([GOOD | {"url": "GS://b/a.mp4"}, GOOD | {"url": "az://b/a.mp4"}], r"az://, gs:// cannot be fetched: .*row 1.*row 2"),
         ([GOOD | {"url": "file://clips/a.mp4"}], r"must be absolute(.|\n)*row 1"),
@@ -171,7 +171,7 @@ def test_bad_rows_are_refused_by_their_number(tmp_path: Path, rows: list[dict[st
         ("videos.parquet", b"no parquet", "not a readable file"),
         ("videos.xlsx", b"", r"its suffix is '\.xlsx'"),
         ("missing.csv", None, "does not exist"),
-        ("part-*.csv", None, "no file is called so"),
+        ("part-*.csv", None, "no file matches"),
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
@@ -225,7 +225,7 @@ def test_a_filter_says_something(condition: dict[str, Any]) -> None:
 
 
 def test_an_unknown_format_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ValidationError, match="there are: cauldron, finevideo"):
+    with pytest.raises(ValidationError, match="choose one of: cauldron, finevideo"):
         source(Path("a.csv"), format="webvid10m")
 
 

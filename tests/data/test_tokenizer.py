@@ -106,5 +106,5 @@ def test_another_tokenizer_than_the_models_is_an_error(tmp_path):
     (tmp_path / "none").mkdir()
     require_same_tokenizer(TOKENIZER, str(tmp_path / "same"), where="shards")
     require_same_tokenizer(TOKENIZER, str(tmp_path / "none"), where="shards")
-    with pytest.raises(UserError, match=r"is not that of the language model: \d+ tokens differ"):
+    with pytest.raises(UserError, match=r"differs from the language model's: \d+ tokens differ"):
         require_same_tokenizer(TOKENIZER, str(tmp_path / "other"), where="shards")

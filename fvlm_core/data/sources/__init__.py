@@ -1,6 +1,6 @@
-"""The datasets that can be read: a file each, and a line each here. A profile names them by their format (`precompute.sources`).
+"""The datasets that can be read: one module each, and one import each here. A profile selects them by format (`precompute.sources`).
 
-An adapter (`adapter.Adapter`) says how a dataset's published files become rows; what is common to all (defaults, filters, checks, the
+An adapter (`adapter.Adapter`) defines how a dataset's published files become rows. What all have in common (defaults, filters, checks, the
 record on the volume) is in `normalise` and `record`.
 """
 
@@ -23,4 +23,4 @@ from fvlm_core.data.sources.adapter import Adapter
 
 _MODULES = [value for value in list(globals().values()) if isinstance(value, ModuleType) and hasattr(value, "ADAPTER")]
 ADAPTERS: dict[str, Adapter] = {module.ADAPTER.name: module.ADAPTER for module in _MODULES}
-"""Every module that is imported above, by its format's name."""
+"""The adapter of every module imported above, by the name of its format."""

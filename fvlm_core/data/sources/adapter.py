@@ -1,4 +1,4 @@
-"""What an adapter says about a dataset's format, and the reader of csv, parquet and JSON files that most of them share."""
+"""The definition of an adapter for a dataset's format, and the reader of csv, parquet and JSON files that most adapters share."""
 
 import csv
 from collections.abc import Callable, Collection, Iterator
@@ -14,22 +14,22 @@ from fvlm_core.data.rows import Kind
 from fvlm_core.data.sources.json_files import read_json
 
 OF = "of"
-"""Optional column of `Adapter.rows`, int64: the place in the batch of the published row that each row is made of. A published row may
+"""Optional column of `Adapter.rows`, int64: index in the batch of the published row from which each row is made. A published row may
 become several rows, or none: then it is left out, and counted."""
 CSV_BLOCK_BYTES = 8 << 20
-"""Read at a time; no row may be longer."""
+"""Bytes read at a time; no row may be longer."""
 PARQUET_ROWS, PARQUET_NESTED_ROWS, PARQUET_MEDIA_ROWS = 1 << 16, 1 << 10, 64
-"""Read at a time: flat columns, nested ones, and media that have to be read to be counted."""
+"""Rows read at a time: of flat columns, of nested columns, and of media that have to be read to be counted."""
 SHOWN_CHARACTERS = 120
-"""Of a row that an error quotes."""
+"""Maximum length of a row quoted in an error."""
 DEFAULT_PROMPT = "What is the caption of this video?"
 
 
 def read_table(path: Path, columns: Collection[str], embedded: Collection[str] = ()) -> Iterator[pa.RecordBatch]:
-    """Those of the `columns` that a csv, parquet, json or jsonl file has, in its order; a csv's values are text.
+    """Yield those of `columns` that a csv, parquet, json or jsonl file has, in the file's order. Values of a csv are strings.
 
-    Of `embedded` columns, which hold media, a parquet file gives how many are in each row, without reading them where it can.
-    Raises ValueError (as pyarrow does) for what is not such a file, and for a csv row that has too many or too few values.
+    For `embedded` columns of a parquet file, which hold media, the number of media in each row is returned, if possible without reading
+    them. Raises ValueError (as pyarrow does) for any other file, and for a csv row that has too many or too few values.
     """
     if path.suffix == ".parquet":
         yield from _read_parquet(path, columns, embedded)
@@ -42,27 +42,27 @@ def read_table(path: Path, columns: Collection[str], embedded: Collection[str] =
 
 
 def embedded_media(path: Path, embedded: Collection[str]) -> tuple[str, bool] | None:
-    """The first of the columns that holds media in a parquet file, and whether in lists; None where none does, or for other files."""
+    """Return the first of these columns that holds media in a parquet file, and whether it holds lists; else None."""
     return _media_column(pq.read_schema(path), embedded) if embedded and path.suffix == ".parquet" else None
 
 
 @dataclass(frozen=True)
 class Published:
-    """What a dataset's authors say of its size. None is what they do not say."""
+    """Size of a dataset as published by its authors; None for numbers that they do not publish."""
 
     samples: int
-    """Rows that its adapter makes of all its files."""
+    """Rows that its adapter makes from all files."""
     gigabytes: float | None
-    """Of all its files, media included (10^9 bytes): to be downloaded, however few of the rows are used."""
+    """Size of all files with media, in units of 10^9 bytes. All are downloaded, however few of the rows are used."""
     hours: float | None
-    """Of video in all its samples: a video counts in each."""
+    """Hours of video in all samples; a video counts once per sample."""
     source: str
-    """Where that is published."""
+    """Where the numbers are published."""
     parts: dict[str, int] = field(default_factory=dict)
-    """Samples of what can be had alone, by its folder's name, or by a part of its files' names that starts with `_`."""
+    """Samples of each part that can be used alone. Its key is a folder's name, or a part of file names that starts with `_`."""
 
     def samples_of(self, files: Collection[PurePath]) -> int:
-        """Samples in files of such names; all where the names do not say."""
+        """Return the number of samples in these files; all samples if the names do not say."""
         named = [
             number
             for part, number in self.parts.items()
@@ -71,7 +71,10 @@ class Published:
         return sum(named) or self.samples
 
     def share(self, files: Collection[PurePath], *, every: int, limit: int | None) -> "Published":
-        """Of what is used of those files: every so many rows, up to a limit. Hours and bytes in proportion, bytes to the files only."""
+        """Return the size of what is used of these files: one in `every` rows, up to `limit`.
+
+        Hours are scaled to the rows that are used, bytes only to the files.
+        """
         of_files = self.samples_of(files)
         used = -(-of_files // every)
         used = min(used, limit or used)
@@ -81,40 +84,40 @@ class Published:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A dataset's published form, and how it becomes rows (`fvlm_core.data.rows`)."""
+    """A dataset's published format, and how it becomes rows (`fvlm_core.data.rows`)."""
 
     name: str
     """The format's name in a profile: lower-case letters, digits and _."""
     title: str
     kind: Kind
-    """Of its samples; a table's own column `kind` wins."""
+    """Kind of its samples; a column `kind` in the table takes precedence."""
     prompt: str
-    """What is asked when a caption is the answer: captions in a dataset's own manner are not passed off as descriptions. Empty where the
-    dataset brings its own questions."""
+    """The question to which a caption is the answer. It should name the dataset, so that the model does not take the style of its captions
+    for that of descriptions in general. Empty if the dataset has its own questions."""
     homepage: str
     licence: str
     citation: str
     required: tuple[str, ...]
     """Published columns that `rows` needs."""
     rows: Callable[[pa.RecordBatch], pa.RecordBatch]
-    """From published columns to those of `rows.COLUMNS` that the dataset knows (the others get their defaults), as many rows unless a
-    column `OF` says otherwise."""
+    """Converts published columns to those of `rows.COLUMNS` that the dataset has (the others get defaults). Without a column `OF`, the
+    number of rows must stay the same."""
     instead: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Columns that one of `required` may be replaced by, by its name."""
+    """Alternative columns for one of `required`, by its name."""
     optional: tuple[str, ...] = ()
-    """Published columns that `rows` uses where they are."""
+    """Published columns that `rows` uses if they exist."""
     embedded: tuple[str, ...] = ()
-    """Published columns that hold the media themselves (bytes, `{bytes, path}`, or lists of them) in parquet files; the first that a file
-    has is used. `rows` and filters get the number of media in its place; `url` may say which seconds are meant: `t=START,END`."""
+    """Published columns of parquet files that hold the media themselves (bytes, `{bytes, path}`, or lists of them); the first that a file
+    has is used. `rows` and filters see the number of media in its place; `url` may select seconds of a video: `t=START,END`."""
     read: Callable[..., Iterator[pa.RecordBatch]] = read_table
-    """Called as `read_table`: gives those of the named published columns that a file has, a batch at a time (at least one, perhaps
-    without rows)."""
+    """Function with the signature of `read_table`: yields those of the named columns that a file has, in at least one batch, which may be
+    empty."""
     published: Published | None = None
-    """Its size, for a plan before anything is downloaded."""
+    """Its published size, to plan a run before anything is downloaded."""
 
 
 def renamed(columns: dict[str, str]) -> Callable[[pa.RecordBatch], pa.RecordBatch]:
-    """`Adapter.rows` of a dataset whose columns only have other names: published name to ours."""
+    """Return `Adapter.rows` for a dataset that only needs its columns renamed, from published names to ours."""
     return lambda batch: batch.select(list(columns)).rename_columns(list(columns.values()))
 
 
@@ -149,14 +152,14 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 
 
 def _light_leaf(file: pq.ParquetFile, name: str) -> str:
-    """The smallest part of a nested column that says how many values it has: a file name beside the bytes; else all of it."""
+    """Return the smallest part of a nested column from which its values can be counted: the path beside the bytes, else all of it."""
     leaves = [file.schema.column(number).path for number in range(len(file.schema.names))]
     paths = [leaf for leaf in leaves if leaf.split(".")[0] == name and leaf.split(".")[-1] == "path"]
     return paths[0] if paths else name
 
 
 def _number_of(column: pa.Array) -> pa.Array:
-    """How many media are in each row: of a list its length, else 1, or 0 where there is nothing."""
+    """Return the number of media in each row: the length of a list, else 1, or 0 for null."""
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         return pc.fill_null(pc.list_value_length(column), 0).cast(pa.int64())
     return pc.is_valid(column).cast(pa.int64())
@@ -198,7 +201,7 @@ def _read_csv(path: Path, columns: Collection[str]) -> Iterator[pa.RecordBatch]:
 
 
 def _never_empty(batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """The batches, or one without rows."""
+    """Yield the batches, or an empty one if there are none."""
     empty = True
     for batch in batches:
         empty = False
@@ -208,12 +211,12 @@ def _never_empty(batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> Iterat
 
 
 def _require_closed_quotes(path: Path) -> None:
-    """Raises ValueError where the last quote is never closed: pyarrow takes all that follows it for one value."""
+    """Raise ValueError if the last quote is never closed: pyarrow reads everything after it as one value."""
     with path.open("rb") as stream:
         quotes = 0
         while block := stream.read(CSV_BLOCK_BYTES):
             quotes += block.count(b'"')
-    if quotes % 2:  # may be a quote within a value, which is fine; only a strict look can tell
+    if quotes % 2:  # may be a quote within a value, which is valid; only a strict parser can tell
         csv.field_size_limit(max(csv.field_size_limit(), path.stat().st_size))
         with path.open(encoding="utf-8-sig", newline="") as stream:
             try:

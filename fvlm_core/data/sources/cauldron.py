@@ -1,7 +1,7 @@
 """The Cauldron: 50 configurations of parquet with `images` (their bytes) and `texts`, a list of {user, assistant, source}.
 
-What is said about the same images becomes one conversation of several turns, as in Idefics2's training. Filters see `images` as the
-number of images in a row.
+All questions about the same images become one conversation of several turns, as in Idefics2's training. Filters see `images` as the
+number of images in the row.
 """
 
 import pyarrow as pa
@@ -61,11 +61,11 @@ SAMPLES = {
     "vsr": 2157,
     "websight": 10000,
 }
-"""Rows of each configuration."""
+"""Number of rows of each configuration."""
 
 
 def rows(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """A row per published one; one without images, or whose questions or answers are missing, is left out."""
+    """Return a row per published row. Rows without images, or with missing questions or answers, are left out."""
     made = []
     for number, texts in enumerate(batch.column("texts").to_pylist()):
         questions = [(turn["user"] or "").strip() for turn in texts or ()]

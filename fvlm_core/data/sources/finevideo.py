@@ -1,7 +1,7 @@
 """FineVideo: parquet with complete films in `mp4` (bytes) and a struct `json` about each: a description, questions and answers, scenes.
 
-A film is asked for its description, and in a second conversation the published questions. A description in parts by scene is the format
-`finevideo_scenes`. Filters may use the simple fields of `json`, such as `content_parent_category` or `duration_seconds`.
+Each film has one conversation that asks for its description, and another with the published questions. The format `finevideo_scenes`
+has descriptions per scene. Filters may use the simple fields of `json`, such as `content_parent_category` or `duration_seconds`.
 """
 
 from collections.abc import Collection, Iterator
@@ -19,7 +19,7 @@ PROMPT = "What would be the FineVideo description of this video?"
 
 
 def read(path: Path, columns: Collection[str], embedded: Collection[str] = ()) -> Iterator[pa.RecordBatch]:
-    """As `read_table`; of the struct, its metadata as `json` and every other field that is asked for as a column."""
+    """Like `read_table`, with the struct's metadata as `json`, and its other requested fields as columns."""
     for batch in read_table(path, columns, embedded):
         if ABOUT not in batch.schema.names or METADATA not in _fields(batch.schema.field(ABOUT).type):
             if ABOUT in batch.schema.names:
@@ -33,7 +33,7 @@ def read(path: Path, columns: Collection[str], embedded: Collection[str] = ()) -
 
 
 def rows(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """A row per film; one without a description and without questions is left out."""
+    """Return a row per film. Films with neither a description nor questions are left out."""
     made = []
     for number, about in enumerate(batch.column(ABOUT).to_pylist()):
         about = about or {}

@@ -1,4 +1,4 @@
-"""FineVideo cut by scene: a row per scene of a film, with its seconds and what happens in it."""
+"""FineVideo split into scenes: a row per scene of a film, with its time range and what happens in it."""
 
 import re
 from dataclasses import replace
@@ -11,11 +11,11 @@ from fvlm_core.data.sources.adapter import OF, Published
 from fvlm_core.data.sources.turns import batch_of
 
 TIME = re.compile(r"(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)")
-"""`00:01:05.250`, or without hours."""
+"""`00:01:05.250`; the hours are optional."""
 
 
 def rows(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """A row per scene that says when it is and what happens."""
+    """Return a row per scene that has a time range and a description."""
     made = []
     for number, about in enumerate(batch.column(finevideo.ABOUT).to_pylist()):
         for scene in (about or {}).get("scenes") or []:
@@ -29,7 +29,7 @@ def rows(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 
 def _window(stamps: list[dict[str, Any] | None]) -> tuple[float, float] | None:
-    """The scene's own seconds, else from its first activity's start to the last one's end; None where that is no stretch of time."""
+    """Return the scene's own time range, else that of all its activities; None if it is empty."""
     own, *inner = [_seconds(stamp) for stamp in stamps]
     found = [own] if own else [stamp for stamp in inner if stamp]
     start, end = (min(s for s, _ in found), max(e for _, e in found)) if found else (0.0, 0.0)

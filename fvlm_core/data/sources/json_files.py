@@ -1,4 +1,4 @@
-"""Readers of JSON files, a batch of records at a time: a file with a list of records (`.json`), or a record a line (`.jsonl`)."""
+"""Reads JSON files in batches of records: a list of records (`.json`), or one record per line (`.jsonl`)."""
 
 import json
 from collections.abc import Collection, Iterator
@@ -9,23 +9,23 @@ from typing import Any, TextIO
 import pyarrow as pa
 
 RECORDS = 2048
-"""In a batch."""
+"""Records per batch."""
 BLOCK_CHARACTERS = 1 << 20
 
 Records = Iterator[dict[str, Any]]
 
 
 def read_json(path: Path, columns: Collection[str]) -> Iterator[pa.RecordBatch]:
-    """Those of the `columns` that any record has had so far; a record that lacks one has null. At least one batch.
+    """Yield at least one batch with those of `columns` that any record had so far; a record without one gets null.
 
-    Raises ValueError for what is not such a file.
+    Raises ValueError for a file in another format.
     """
     with path.open(encoding="utf-8-sig") as stream:
         yield from batches_of(_lines(stream) if path.suffix == ".jsonl" else _items(stream), columns)
 
 
 def batches_of(records: Records, columns: Collection[str]) -> Iterator[pa.RecordBatch]:
-    """Records as batches, as `read_json` gives them."""
+    """Yield records as batches, like `read_json`."""
     seen: dict[str, None] = {}
     empty = True
     while some := list(islice(records, RECORDS)):
@@ -40,7 +40,7 @@ def batches_of(records: Records, columns: Collection[str]) -> Iterator[pa.Record
 
 
 def _array(values: list[Any]) -> pa.Array:
-    """A column; values of several types, or integers beyond 64 bits, as their JSON text."""
+    """Return a column. Values of mixed types, or integers beyond 64 bits, become JSON text."""
     try:
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
@@ -58,10 +58,10 @@ def _lines(stream: TextIO) -> Records:
 
 
 def _items(stream: TextIO) -> Records:
-    """The items of a JSON list, or the objects that follow one another, without ever holding all of the file."""
+    """Yield the items of a JSON list, or consecutive objects, without holding the whole file in memory."""
     decoder = json.JSONDecoder()
     text, place, listed, more = "", 0, False, True
-    begun = ended = False  # an item, or the list
+    begun = ended = False  # whether an item or the list has begun, and the list has ended
     while True:
         while place < len(text) and (text[place].isspace() or (listed and text[place] == ",")):
             place += 1
@@ -86,5 +86,5 @@ def _items(stream: TextIO) -> Records:
             if listed and not ended:
                 raise ValueError("the file ends within its list")
             return
-        block = stream.read(max(BLOCK_CHARACTERS, len(text) - place))  # doubles for an item of many blocks
+        block = stream.read(max(BLOCK_CHARACTERS, len(text) - place))  # doubles for an item of several blocks
         text, place, more = text[place:] + block, 0, bool(block)

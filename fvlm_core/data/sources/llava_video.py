@@ -1,4 +1,4 @@
-"""LLaVA-Video-178K: JSON lists of {id, conversations, data_source, video} per length and origin, and tar.gz archives of the videos.
+"""LLaVA-Video-178K: JSON lists of {id, conversations, data_source, video}, by length and origin, and tar.gz archives of the videos.
 
 Files whose names have `_cap_` hold captions, `_oe_` open questions, `_mc_` multiple choice. `conversations` are in LLaVA's format. The
 archives are compressed: unpack each once with gunzip and give the tars as `archives`, or unpack them and give the folder as `media`.

@@ -1,4 +1,4 @@
-"""From a dataset's batches to complete rows: filters, defaults and checks, a column at a time wherever pyarrow can."""
+"""Turns a dataset's batches into complete rows: filters, defaults and checks, by column wherever pyarrow can."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from fvlm_core.data.sources.adapter import Adapter
 
 
 class TurnText(BaseModel):
-    """A question and its answer, and perhaps one that is worse."""
+    """A question and its answer, and optionally a rejected answer."""
 
     model_config = ConfigDict(extra="forbid")
     question: str
@@ -25,7 +25,7 @@ class TurnText(BaseModel):
 
 
 class Probe(BaseModel):
-    """What a conversation tests, as multiple choice; it may say more."""
+    """The multiple-choice question of a conversation. Further fields are allowed."""
 
     model_config = ConfigDict(extra="allow")
     task: str
@@ -35,7 +35,7 @@ class Probe(BaseModel):
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
         if self.answer_index >= len(self.choices):
-            raise ValueError(f"answer_index is {self.answer_index}, of {len(self.choices)} choices counted from 0")
+            raise ValueError(f"answer_index is {self.answer_index}, but the {len(self.choices)} choices are counted from 0")
         return self
 
 
@@ -45,7 +45,7 @@ NO_PROBE, NO_EXTRA = "[null]", "{}"
 
 
 class RowError(Exception):
-    """Rows that cannot be used. `rows` are their places in the batch; `values` what stands there, where that says more."""
+    """Rows that cannot be used. `rows` are their indexes in the batch; `values` are the offending values, if they help."""
 
     def __init__(self, what: str, rows: Sequence[int], *, values: Sequence[str] = (), fix: str) -> None:
         super().__init__(what)
@@ -53,11 +53,11 @@ class RowError(Exception):
 
 
 class FilterError(Exception):
-    """A condition that cannot be looked at in these columns."""
+    """A condition that cannot be checked on these columns."""
 
 
 def meets(batch: pa.RecordBatch, conditions: Sequence[Condition]) -> pa.Array:
-    """Boolean [rows]: whether each row meets every condition. Raises FilterError."""
+    """Return whether each row meets every condition, bool [rows]. Raises FilterError."""
     met = pa.array([True] * batch.num_rows, pa.bool_())
     for condition in conditions:
         if condition.column not in batch.schema.names:
@@ -77,7 +77,7 @@ def meets(batch: pa.RecordBatch, conditions: Sequence[Condition]) -> pa.Array:
 
 
 def complete(batch: pa.RecordBatch, adapter: Adapter, name: str) -> pa.RecordBatch:
-    """Rows of SCHEMA with all defaults, of a source called `name`. Raises RowError for what is not allowed."""
+    """Return rows of SCHEMA with all defaults, for a source called `name`. Raises RowError for invalid values."""
     columns = {column: _column(batch, column) for column in COLUMNS}
     columns["source"] = _filled(columns["source"], name)
     columns["kind"] = _filled(columns["kind"], adapter.kind)
@@ -97,7 +97,7 @@ def complete(batch: pa.RecordBatch, adapter: Adapter, name: str) -> pa.RecordBat
 
 
 def prompt_of(source: str, adapter: Adapter) -> str:
-    """The honest question to a caption: that of the dataset which the source is called after, else the format's."""
+    """Return the question to which a caption is the answer: that of the dataset with the source's name, else that of the format."""
     named = ADAPTERS.get(source)
     return named.prompt if named and named.prompt else adapter.prompt
 
@@ -134,7 +134,7 @@ def _require(column: pa.Array, allowed: pa.Array, name: str, fix: str) -> None:
 
 
 def _caption_conversations(captions: pa.Array, sources: pa.Array, adapter: Adapter) -> pa.Array:
-    """`[[{"question": PROMPT, "answer": CAPTION}]]` of each row, as `json.dumps` writes it."""
+    """Return `[[{"question": PROMPT, "answer": CAPTION}]]` for each row, as `json.dumps` writes it."""
     encoded = cast(pa.DictionaryArray, sources.dictionary_encode())
     prompts = pa.array([json.dumps(prompt_of(source, adapter)) for source in encoded.dictionary.to_pylist()], pa.string())
     answers = pa.array([json.dumps(caption) for caption in captions.to_pylist()], pa.string())
@@ -143,7 +143,7 @@ def _caption_conversations(captions: pa.Array, sources: pa.Array, adapter: Adapt
 
 
 def _check_json(columns: dict[str, pa.Array], rows: pa.Array) -> None:
-    """Check what the given rows have in JSON_COLUMNS, and give them the probes that they leave out."""
+    """Check JSON_COLUMNS of the given rows, and fill in missing probes."""
     if not len(rows):
         return
     probes: list[str] = []
@@ -158,7 +158,7 @@ def _check_json(columns: dict[str, pa.Array], rows: pa.Array) -> None:
             if not isinstance(extra, dict):
                 raise ValueError("extra must be a JSON object")
             if own := [name for name in SAMPLE_FIELDS if name in extra]:
-                raise ValueError(f"extra has {', '.join(own)}, which every sample has of its own")
+                raise ValueError(f"extra has {', '.join(own)}, which every sample already has")
         except (ValidationError, ValueError) as error:
             reason = re.sub(r"\s*\n\s*", "; ", str(error))
             fix = "see the columns in fvlm_core/data/sources/user.py"

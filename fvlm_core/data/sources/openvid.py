@@ -1,8 +1,8 @@
-"""OpenVid-1M: its csv (`OpenVid-1M.csv`, `OpenVidHD.csv`) names the files of its unpacked zip archives in `video`.
+"""OpenVid-1M: its csv (`OpenVid-1M.csv`, `OpenVidHD.csv`) names in `video` the files of its zip archives.
 
-Give the archives as the source's `archives`: nothing has to be unpacked, and those that were cut into parts
-(`OpenVid_part73_partaa`, ...) need not be joined. Or give the folder they were unpacked into as `media`. Filters may use its other columns,
-such as `aesthetic score` or `seconds`.
+Give the archives as the source's `archives`: they need not be unpacked, and split archives (`OpenVid_part73_partaa`, ...) need not be
+joined. Or give the folder that they were unpacked into as `media`. Filters may use the other columns, such as `aesthetic score` or
+`seconds`.
 """
 
 from fvlm_core.data.sources.adapter import Adapter, Published, renamed

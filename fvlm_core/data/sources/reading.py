@@ -1,4 +1,4 @@
-"""From a source's published files to complete rows, a batch at a time, with errors that name the file and the row."""
+"""Reads a source's published files into complete rows, in batches, with errors that name the file and the row."""
 
 import hashlib
 import json
@@ -23,30 +23,30 @@ from fvlm_core.errors import UserError
 from fvlm_core.settings import hash_json
 
 EXAMPLES = 3
-"""Offending rows that an error names."""
+"""Maximum number of rows listed in an error."""
 LIST_MARK = '["'
-"""How an address begins that is a JSON list of several."""
+"""Start of an address that is a JSON list of several."""
 
 
 class Part(NamedTuple):
-    """Some rows of a source, in order."""
+    """Consecutive rows of a source."""
 
     file: Path
     rows: pa.RecordBatch
-    """SCHEMA, complete."""
+    """Complete rows of SCHEMA."""
     numbers: pa.Array
     """int64: the rows' numbers in their file, from 1."""
     paths: pa.Array
-    """string: references to the local media that their urls mean (`fvlm_core.data.media`), null for addresses of the web."""
+    """string: references of the local media that their urls refer to (`fvlm_core.data.media`), null for web addresses."""
     read: int
-    """Rows of the file that were looked at for these."""
+    """Number of rows read from the file for this part."""
     filtered: int
-    """Of these, left out by the source's filter."""
+    """Number of these left out by the source's filter."""
     left_out: int
-    """Left out by the format."""
+    """Number of these left out by the format."""
 
     def first(self, number: int) -> "Part":
-        """The first rows only, as if no more had been looked at."""
+        """Return only the first `number` rows, as if no more had been read."""
         if number >= self.rows.num_rows:
             return self
         numbers = self.numbers.slice(0, number)
@@ -59,9 +59,9 @@ class Part(NamedTuple):
 
 
 def read_source(source: Source, files: Sequence[Path], archives: Archives | None = None) -> Iterator[Part]:
-    """The rows that the source's filter and limit let through. Raises UserError for what cannot be read or used.
+    """Yield the rows within the source's filter and limit. Raises UserError for files or rows that cannot be read or used.
 
-    `archives`: those of the source, where its media are looked for first.
+    `archives`: the source's archives, which are searched for its media first.
     """
     adapter, left, places, before = ADAPTERS[source.format], source.limit, _places(files), 0
     for file in files:
@@ -77,9 +77,9 @@ def read_source(source: Source, files: Sequence[Path], archives: Archives | None
 
 
 def _places(files: Sequence[Path]) -> dict[Path, str]:
-    """What addresses of media in the files call each: its folder and name only, so that it is the same wherever the dataset lies.
+    """Return the name of each file in its media's addresses: only folder and name, so that it is independent of the dataset's location.
 
-    Where these are the same for two files, each has its path below the folder that they are all in.
+    If two files have the same folder and name, each file is named by its path relative to their common folder.
     """
     whole = {file: file.absolute() for file in files}
     places = {file: f"{path.parent.name}/{path.name}" for file, path in whole.items()}
@@ -90,7 +90,7 @@ def _places(files: Sequence[Path]) -> dict[Path, str]:
 
 
 def _read_file(source: Source, adapter: Adapter, file: Path, place: str, archives: Archives | None, before: int) -> Iterator[Part]:
-    """`before`: rows of the files before it, which `every` counts too."""
+    """Yield the rows of one file. `before`: number of rows in the files before it, which `every` also counts."""
     replacing = [name for names in adapter.instead.values() for name in names]
     wanted = dict.fromkeys([*adapter.required, *replacing, *adapter.optional, *(condition.column for condition in source.filter)])
     first, media = 1, None
@@ -129,14 +129,14 @@ def _read_file(source: Source, adapter: Adapter, file: Path, place: str, archive
 
 
 def _require_columns(batch: pa.RecordBatch, adapter: Adapter, file: Path) -> None:
-    """Raises UserError that names the columns which the file lacks."""
+    """Raise UserError, naming them, if the file lacks required columns."""
     names = batch.schema.names
     missing = [name for name in adapter.required if not {name, *adapter.instead.get(name, ())} & set(names)]
     if missing:
         wanted = [" or ".join([name, *adapter.instead.get(name, ())]) for name in adapter.required]
         raise UserError(
             f"not a file of the format {adapter.name}: it lacks the column{'s' * (len(missing) > 1)} {' and '.join(missing)}",
-            where=f"{file}, which has of those that are needed: {', '.join(names) or 'none'}",
+            where=f"{file}; of the needed columns, it has: {', '.join(names) or 'none'}",
             fix=f"name the columns {' and '.join(wanted)}, or give the source another format ({', '.join(sorted(ADAPTERS))})",
         )
 
@@ -144,7 +144,7 @@ def _require_columns(batch: pa.RecordBatch, adapter: Adapter, file: Path) -> Non
 def _embedded(
     ours: pa.RecordBatch, numbers: pa.Array, counts: pa.Array, column: str, listed: bool, file: Path, place: str
 ) -> tuple[pa.RecordBatch, pa.Array]:
-    """The rows with addresses of their media in the parquet file, which these call `place`, and the references."""
+    """Return the rows with addresses of their media in the parquet file, called `place` in them, and the references."""
     where = str(file.absolute())
     windows = ours.column("url").to_pylist() if "url" in ours.schema.names else [""] * ours.num_rows
     urls, references = [], []
@@ -157,7 +157,7 @@ def _embedded(
 
 
 def _published(adapter: Adapter, file: Path, wanted: Collection[str]) -> Iterator[pa.RecordBatch]:
-    """What the adapter reads, with its errors as UserError."""
+    """Yield what the adapter reads; its errors become UserError."""
     try:
         yield from adapter.read(file, wanted, adapter.embedded)
     except (OSError, KeyError, TypeError, AttributeError, ValueError, pa.ArrowException) as error:
@@ -170,7 +170,7 @@ def _unreadable(error: Exception, file: Path, adapter: Adapter) -> UserError:
 
 
 def _user_error(fault: RowError, file: Path, numbers: pa.Array) -> UserError:
-    """The fault with the rows' numbers in their file."""
+    """Return the fault as a UserError, with the numbers of the rows in their file."""
     named = [f"row {numbers[row].as_py()}" for row in fault.rows[:EXAMPLES]]
     if not fault.values:
         return UserError(fault.what, where=f"{file}, {', '.join(named)}", fix=fault.fix)
@@ -180,9 +180,9 @@ def _user_error(fault: RowError, file: Path, numbers: pa.Array) -> UserError:
 
 
 def _paths(rows: pa.RecordBatch, numbers: pa.Array, media: Path, file: Path, archives: Archives | None) -> pa.Array:
-    """The reference of each row's media. Raises UserError that names rows whose address cannot be fetched."""
+    """Return the reference of each row's media. Raises UserError, naming the rows, if an address cannot be fetched."""
     urls = rows.column("url")
-    fix = "give http(s) addresses or files; fetch others first, e.g. to the volume"
+    fix = "give http(s) addresses or files; download others first, e.g. to the volume"
     try:
         whole = pc.replace_substring_regex(urls, SECONDS.pattern, "")
         several = pc.starts_with(urls, LIST_MARK)
@@ -201,7 +201,7 @@ def _paths(rows: pa.RecordBatch, numbers: pa.Array, media: Path, file: Path, arc
 
 
 def _reference(row: int, url: str, media: Path, archives: Archives | None) -> str:
-    """The reference of one file, or those of a list of images: in an archive, or where the address says. Raises AddressError."""
+    """Return the reference of a file, or those of a list of images, in an archive or at their own address. Raises AddressError."""
     addresses = [without_window(url)]
     if url.startswith(LIST_MARK):
         try:
@@ -219,13 +219,13 @@ def _reference(row: int, url: str, media: Path, archives: Archives | None) -> st
         except AddressError as error:
             raise AddressError(str(error), [row]) from error
         if found is None:
-            raise AddressError("several images of one sample must be files", [row])
+            raise AddressError("several images of one sample must be local files", [row])
         references.append(found)
     return NEXT.join(references)
 
 
 class RowsDigest:
-    """sha256 of the rows' texts, column by column: equal however the rows were cut into batches."""
+    """sha256 of the rows' texts, column by column. It does not depend on how the rows are split into batches."""
 
     def __init__(self) -> None:
         self.hashes = [(hashlib.sha256(), hashlib.sha256()) for _ in SCHEMA]
@@ -242,5 +242,5 @@ class RowsDigest:
             sizes.update(pc.binary_length(column).to_numpy().tobytes())
 
     def hexdigest(self) -> str:
-        """Of all rows so far."""
+        """Return the digest of all rows so far."""
         return hash_json([[texts.hexdigest(), sizes.hexdigest()] for texts, sizes in self.hashes])

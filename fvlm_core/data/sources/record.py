@@ -1,8 +1,8 @@
-"""The record of a source: its files are read once, into complete rows and what is known about them; everything after reads the record.
+"""The record of a source: its files are read once into complete rows and statistics; all later steps read the record.
 
-`record(source, volume)` looks at the source as it is now; `recorded(source, volume)` trusts the last look as long as the source's files are
-the same. A record is a folder `sources/NAME-KEY/` of `rows.parquet` and `record.json`, written last; KEY is made of the files' names, sizes
-and times of change, of the source's settings, and of the code that reads sources.
+`record(source, volume)` checks the source's current state; `recorded(source, volume)` trusts the last check while the source's files are
+unchanged. A record is a folder `sources/NAME-KEY/` with `rows.parquet` and `record.json`, which is written last. KEY is a hash of the
+files' names, sizes and modification times, of the source's settings, and of the code that reads sources.
 """
 
 import glob
@@ -35,25 +35,25 @@ from fvlm_core.manifest import sha256_file, write_atomically
 from fvlm_core.settings import Settings, hash_json
 
 SOURCES = "sources"
-"""Folder of the volume that holds a folder per record."""
+"""Folder on the volume, with one subfolder per record."""
 ROWS, RECORD = "rows.parquet", "record.json"
 FILE, FILE_ROW, PATH = "file", "file_row", "path"
 RECORD_SCHEMA = pa.schema(
     [*SCHEMA, (FILE, pa.dictionary(pa.int32(), pa.string())), (FILE_ROW, pa.int64()), (PATH, pa.string())],
 )
-"""The row; the file it comes from and its number there, from 1; a reference to the local media that its url means
-(`fvlm_core.data.media`), null for an address of the web."""
+"""The row; the file that it comes from, and its number there, from 1; the reference of the local media that its url refers to
+(`fvlm_core.data.media`), null for web addresses."""
 KEY_LENGTH = 12
 EXAMPLES = 3
-"""Missing files that are named."""
+"""Maximum number of missing files listed."""
 PROBED = 16
-"""Addresses of the web that a record names for trying whether they answer."""
+"""Web addresses that a record lists for a check of whether they respond."""
 STAT_BLOCK, STAT_THREADS = 1024, 16
-"""Files looked at by a thread at a time; on a network volume a look waits for the network."""
+"""Files per block of `stat` calls, and threads: on a network volume, each call waits for the network."""
 
 
 class RowCount(Settings):
-    """Rows of a source in a split (empty: not decided yet)."""
+    """Number of rows of a source in a split (empty: not decided yet)."""
 
     source: str
     split: str
@@ -61,49 +61,49 @@ class RowCount(Settings):
 
 
 class Record(Settings):
-    """What is known about a source without reading its rows: `record.json`."""
+    """Statistics of a source that need no reading of its rows: `record.json`."""
 
     name: str
     kind: Kind
     read: int
-    """Rows of the files that were looked at."""
+    """Rows read from the files."""
     filtered: int
-    """Of these, left out by the source's filter."""
+    """Rows left out by the source's filter."""
     left_out: int
-    """Left out by its format, e.g. chats with a system message."""
+    """Rows left out by its format, e.g. chats with a system message."""
     rows: int
-    """Kept."""
+    """Rows kept."""
     counts: list[RowCount]
     rows_digest: str
-    """Identity of the rows, whatever file format they came in."""
+    """Digest of the rows; it does not depend on their file format."""
     rows_bytes: int
     """Size of `rows.parquet`."""
     files_digest: str = ""
-    """Identity of the local files among the videos, by size and time of change."""
+    """Digest of the sizes and modification times of the videos that are local files."""
     local: int = 0
-    """Videos that are local files."""
+    """Number of videos that are local files."""
     missing: int = 0
-    """Of these, not there."""
+    """Number of local files that do not exist."""
     missing_examples: list[str] = Field(default_factory=list)
     remote: int = 0
     probe: list[str] = Field(default_factory=list)
-    """Some addresses of the web, evenly spread."""
+    """Some web addresses, evenly spaced."""
     distinct: int = 0
-    """Different addresses, counted up to two."""
+    """Number of different addresses, counted up to two."""
 
     @property
     def digest(self) -> str:
-        """Identity of what the source holds."""
+        """Digest of the source's rows and local files."""
         return hash_json([self.rows_digest, self.files_digest])
 
     @property
     def sources(self) -> set[str]:
-        """Names of the sources that its rows are of."""
+        """Names of the sources that its rows belong to."""
         return {count.source for count in self.counts}
 
     @classmethod
     def read_folder(cls, folder: Path) -> Self:
-        """Raises UserError where the folder holds no record, or a damaged one."""
+        """Read the record in a folder. Raises UserError if there is none, or if it is damaged."""
         if (found := cls._found(folder)) is None:
             raise UserError("there is no record of a source", where=str(folder), fix="record the source again")
         return found
@@ -118,9 +118,9 @@ class Record(Settings):
 
 
 def record(source: Source, volume: Path) -> Record:
-    """The source's record, made if there is none; local videos are looked at anew.
+    """Return the source's record, made if there is none. Local videos are checked again.
 
-    Raises UserError for files that are missing or not of the source's format, and for rows that cannot be used; it names them.
+    Raises UserError, naming them, for files that are missing or not in the source's format, and for rows that cannot be used.
     """
     fetch(source.stored, volume / SOURCES)
     files = source_files(source, volume)
@@ -135,22 +135,22 @@ def record(source: Source, volume: Path) -> Record:
 
 
 def recorded(source: Source, volume: Path) -> Record:
-    """The source's record as it was last looked at, if its files are still the same; else as `record`."""
+    """Return the source's record as of the last check if its files are unchanged, else call `record`."""
     return Record._found(record_folder(source, volume)) or record(source, volume)
 
 
 def record_folder(source: Source, volume: Path) -> Path:
-    """Where the source's record is, or will be. Raises UserError for files that are missing."""
+    """Return the folder of the source's record, which may not exist yet. Raises UserError for missing files."""
     return _folder(source, source_files(source, volume), volume)
 
 
 def read_rows(folder: Path, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """The rows of a record (RECORD_SCHEMA), or some of their columns."""
+    """Yield the rows of a record (RECORD_SCHEMA), or some of their columns, in batches."""
     yield from pq.ParquetFile(folder / ROWS).iter_batches(columns=columns)
 
 
 def source_files(source: Source, volume: Path) -> list[Path]:
-    """The source's files, patterns resolved, and the copies of those in an object store. Raises UserError for what is not there."""
+    """Return the source's files, with wildcards expanded, and its copies from an object store. Raises UserError if some are missing."""
     fetched = copies(source.stored, volume / SOURCES)
     if source.stored and not fetched:
         raise UserError("its files were not fetched yet", where=f"source {source.name}", fix="run precompute, or `fvlm data prepare`")
@@ -162,7 +162,7 @@ def _resolved(source: Source, paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         found = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(str(path))) if Path(name).is_file()]
         if not found:
-            what = "no file is called so" if glob.has_magic(str(path)) else "the file does not exist"
+            what = "no file matches" if glob.has_magic(str(path)) else "the file does not exist"
             raise UserError(f"{what}: {path}", where=f"source {source.name}", fix=f"check the path (looked for {path.absolute()})")
         files += found
     return files
@@ -177,7 +177,7 @@ def _folder(source: Source, files: Sequence[Path], volume: Path) -> Path:
 
 @cache
 def _code() -> str:
-    """Identity of the code that turns files into rows: rows of an adapter that was corrected since are not used."""
+    """Digest of the code that turns files into rows, so that records are made again after an adapter has changed."""
     folder = Path(__file__).parent
     beside = [folder.with_name(f"{name}.py") for name in ("rows", "addresses", "media", "archives")]
     return hash_json([sha256_file(path) for path in sorted([*folder.glob("*.py"), *beside])])
@@ -185,7 +185,7 @@ def _code() -> str:
 
 @contextmanager
 def _locked(folder: Path) -> Generator[None]:
-    """One process at a time makes a record; the lock ends with its process."""
+    """Let one process at a time make a record. The lock ends with its process."""
     with (folder / ".lock").open("w") as stream:
         flock(stream, LOCK_EX)
         yield
@@ -233,7 +233,7 @@ def _pairs(rows: pa.RecordBatch) -> dict[tuple[str, str], int]:
 
 
 def _look(known: Record, folder: Path) -> Record:
-    """The record with what the local files and the addresses are now."""
+    """Return the record with the current state of its local files and addresses."""
     if known.kind == "text":
         return known
     digest = hashlib.sha256()
@@ -273,11 +273,11 @@ def _look(known: Record, folder: Path) -> Record:
 
 
 def stat_files(references: list[str]) -> list[list[int] | None]:
-    """Size and time of change of the file behind each reference, of several one after the other; None where one is not there.
+    """Return size and modification time of the files behind each reference, concatenated; None if one of them is missing.
 
-    Of an archive on the web nothing is asked.
+    Archives on the web are not checked.
     """
-    known: dict[str, list[int] | None] = {}  # an archive holds many
+    known: dict[str, list[int] | None] = {}  # many references are to the same archive
     found: list[list[int] | None] = []
     for reference in references:
         stats: list[list[int] | None] = []

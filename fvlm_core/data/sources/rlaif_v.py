@@ -14,7 +14,7 @@ from fvlm_core.data.sources.turns import batch_of
 
 
 def rows(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """A row per pair; one with an empty text, or with two equal answers, is left out."""
+    """Return a row per pair. Pairs with an empty text, or with two equal answers, are left out."""
     question = "question" if "question" in batch.schema.names else "prompt"
     made = []
     for number, record in enumerate(batch.select([question, "chosen", "rejected"]).to_pylist()):
@@ -26,7 +26,7 @@ def rows(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 
 def _text(said: str | list[dict[str, Any]] | None) -> str:
-    """Words of either layout, without placeholders for the image."""
+    """Return the text in either layout, without placeholders for the image."""
     if said is None or isinstance(said, str):
         return (said or "").strip()
     parts = [part for message in said for part in message["content"]]

@@ -1,6 +1,6 @@
 """ShareGPT4Video: `sharegpt4video_40k.jsonl` of {video_id, video_path, zip_folder, captions: [{idx, content}], ...}, videos in zips.
 
-The entry with idx -1 is the caption of the complete video; the others, of sliding windows, are not used. Give the zips as `archives`.
+The entry with idx -1 is the caption of the whole video; the others describe sliding windows and are not used. Give the zips as `archives`.
 """
 
 import pyarrow as pa
@@ -12,7 +12,7 @@ COMPLETE = "-1"
 
 
 def rows(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """A row per video that has a caption of all of it."""
+    """Return a row per video with a caption of the whole video."""
     made = []
     for number, (path, captions) in enumerate(
         zip(batch.column("video_path").to_pylist(), batch.column("captions").to_pylist(), strict=True)

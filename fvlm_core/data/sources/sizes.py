@@ -1,4 +1,4 @@
-"""What a profile's sources hold, as their authors publish it: for a plan before anything is downloaded."""
+"""Published sizes of a profile's sources, to plan a run before anything is downloaded."""
 
 import glob
 from collections.abc import Sequence
@@ -12,22 +12,22 @@ HEAD = ["source", "dataset", "samples", "of", "GB", "hours of video", "licence",
 
 
 def sources_table(sources: Sequence[Source]) -> Table:
-    """A row per source: what is used of it, and whether its files are there."""
+    """Return a table with a row per source: how much of it is used, and whether its files exist."""
     rows = [_row(source) for source in sources]
     known = [size for source in sources if (size := source.published)]
     sizes = ([one.samples for one in known], [one.gigabytes for one in known], [one.hours for one in known])
     samples, size, hours = (sum(filter(None, column)) for column in sizes)
     total = ["all", "", _number(samples), "", _number(size), _number(hours), "", ""]
     unknown = [name for name, column in zip(("bytes", "hours"), sizes[1:], strict=True) if None in column]
-    note = "Samples, bytes and hours as published, in proportion to what is used (bytes: to the files, which are needed complete); \
-what a filter leaves out is not known before it is read."
+    note = "Samples, bytes and hours are published numbers, scaled to what is used (bytes: to the files, which are needed in full). \
+What a filter leaves out is not known in advance."
     if unknown:
-        note += f" Not all authors publish {' and '.join(unknown)}: the sum is of those that do."
+        note += f" Not all authors publish {' and '.join(unknown)}: the sum covers those that do."
     return Table(title="Sources", head=HEAD, rows=[*rows, total] if len(known) > 1 else rows, note=note)
 
 
 def too_large(sources: Sequence[Source], volume_gb: int) -> str | None:
-    """What to say where the sources' files are known to need more space than a volume has; None where they are not known to."""
+    """Return a warning if the sources' files are known to need more space than the volume has, else None."""
     here = [source for source in sources if not source.web_archives]
     known = {source.name: size.gigabytes for source in here if (size := source.published) and size.gigabytes is not None}
     if (needed := sum(known.values())) <= volume_gb:
@@ -39,7 +39,7 @@ raise machine.rental.volume_gb, or name fewer files."
 
 
 def missing_files(source: Source) -> list[Path]:
-    """The source's files, archives and folder that are not there; of a pattern, the pattern."""
+    """Return the source's files, archives and media folder that do not exist; for a pattern without matches, the pattern."""
     named = [*source.files, *source.archives, *([source.media] if source.media else [])]
     return [path for path in named if not path.exists() and not glob.glob(str(path))]
 

@@ -1,4 +1,4 @@
-"""smol-smoltalk: the selection of SmolTalk that was made for models of 135M and 360M parameters; the same format."""
+"""smol-smoltalk: the subset of SmolTalk for models of 135M and 360M parameters, in the same format."""
 
 from dataclasses import replace
 

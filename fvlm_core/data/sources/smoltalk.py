@@ -1,6 +1,6 @@
 """SmolTalk and datasets like it: parquet or jsonl with `messages`, a list of {role, content}.
 
-A chat with a system message of its own is left out, since every sample has ours.
+Chats with their own system message are left out, because every sample has ours.
 """
 
 import pyarrow as pa
@@ -10,7 +10,7 @@ from fvlm_core.data.sources.turns import conversations, turns_of
 
 
 def rows(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """A row per chat; one that is not of turns of a user and an assistant is left out."""
+    """Return a row per chat. Chats that do not alternate between user and assistant are left out."""
     chats = [turns_of(messages) for messages in batch.column("messages").to_pylist()]
     kept = [number for number, turns in enumerate(chats) if turns]
     return pa.RecordBatch.from_pydict(

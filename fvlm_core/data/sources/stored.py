@@ -1,6 +1,6 @@
-"""Files of a source that lie in an object store (`s3://bucket/folder/*.parquet`): copied to the volume once, and again when they change.
+"""Files of a source in an object store (`s3://bucket/folder/*.parquet`): copied to the volume once, and again when they change.
 
-A copy has the time of change of the original, so the record of a source notices a new one as it does with any file.
+A copy has the modification time of the original, so the record of a source notices a new version as with any file.
 """
 
 import fnmatch
@@ -16,23 +16,23 @@ from fvlm_core.errors import UserError
 from fvlm_core.settings import hash_json
 
 COPIES = "files"
-"""Folder, among the records of sources, of the copies."""
+"""Folder of the copies, beside the records of sources."""
 KEY_LENGTH = 12
 PARALLEL = 4
-"""Files on their way at a time."""
+"""Files copied at a time."""
 FIX = "check the address, AWS_ENDPOINT_URL and the credentials in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
 
 
 def copies(addresses: Sequence[str], sources: Path) -> list[Path]:
-    """The copies of the files behind the addresses, as they were last fetched, in order; none before."""
+    """Return the copies of the files at these addresses as of the last `fetch`, in order; empty before the first."""
     folder = _folder(addresses, sources)
     return sorted(path for path in folder.glob("*/*") if path.is_file() and not path.name.startswith("."))
 
 
 def fetch(addresses: Sequence[str], sources: Path) -> None:
-    """Copy what is new or has changed, and delete copies of what is no longer there.
+    """Copy files that are new or have changed, and delete copies of files that no longer exist.
 
-    Raises UserError where the store does not answer, or has no file of that name.
+    Raises UserError if the store does not respond, or if no file matches an address.
     """
     if not addresses:
         return
@@ -44,7 +44,7 @@ def fetch(addresses: Sequence[str], sources: Path) -> None:
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"the object store cannot be read: {error}", where=address, fix=FIX) from error
         if not found:
-            raise UserError("no file is called so in the object store", where=address, fix="check the name; `*` and `?` stand for several")
+            raise UserError("no file in the object store matches", where=address, fix="check the name; `*` and `?` are wildcards")
         wanted |= {folder / f"{number:03d}" / info.base_name: (store, info) for info in found}
     for path in copies(addresses, sources):
         if path not in wanted:
@@ -59,7 +59,7 @@ def _folder(addresses: Sequence[str], sources: Path) -> Path:
 
 
 def _listed(address: str) -> tuple[FileSystem, list[FileInfo]]:
-    """The files that an address means, sorted; patterns are allowed in the last part of it."""
+    """Return the store and the files that match an address, sorted. Wildcards are allowed in its last part."""
     folder, _, pattern = address.rpartition("/")
     store, prefix = FileSystem.from_uri(folder)
     infos = store.get_file_info(FileSelector(prefix, allow_not_found=True))

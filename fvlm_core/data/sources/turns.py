@@ -1,4 +1,4 @@
-"""Chats as datasets publish them, to the turns of our rows."""
+"""Converts chats in the formats of published datasets to the turns of our rows."""
 
 import json
 import re
@@ -11,12 +11,12 @@ from fvlm_core.data.sources.adapter import OF
 
 Turn = dict[str, str]
 PLACEHOLDER = re.compile(r"\s*<(?:image|video)>\s*")
-"""Where LLaVA's format shows the picture; ours has its own rule for that."""
+"""Marks the image's place in LLaVA's format. It is removed, because our format has its own rule for that."""
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
 def turns_of(messages: Any, *, role: str = "role", text: str = "content") -> list[Turn] | None:
-    """Question and answer pairs of messages like `{role: user, content: ...}`; None unless both take turns and say something."""
+    """Return question and answer pairs of messages like `{role: user, content: ...}`; None unless roles alternate and no text is empty."""
     said = _said(messages, role, text)
     roles = [ROLES.get(who) for who, _ in said or ()]
     if not said or roles != ["user", "assistant"] * (len(roles) // 2):
@@ -25,7 +25,10 @@ def turns_of(messages: Any, *, role: str = "role", text: str = "content") -> lis
 
 
 def _said(messages: Any, role: str, text: str) -> list[tuple[str, str]] | None:
-    """Who says what; None for what is no list of messages. One that JSON has in a file with others of another form comes as its text."""
+    """Return role and text of each message; None for a value that is not a list of messages.
+
+    A list may be given as JSON text, because `read_json` returns columns of mixed types as such.
+    """
     if isinstance(messages, str):
         try:
             messages = json.loads(messages)
@@ -39,28 +42,29 @@ def _said(messages: Any, role: str, text: str) -> list[tuple[str, str]] | None:
 
 
 def pairs(questions: Sequence[str], answers: Sequence[str]) -> list[Turn] | None:
-    """Questions with their answers; None where there are none, or one is empty."""
+    """Return questions with their answers; None if there are none, or if a text is empty."""
     if not questions or not all([*questions, *answers]):
         return None
     return [{"question": question, "answer": answer} for question, answer in zip(questions, answers, strict=True)]
 
 
 def conversations(*chats: Sequence[Turn] | None) -> str:
-    """The column `conversations` of a row: the chats that there are."""
+    """Return the value of a row's column `conversations`, without empty chats."""
     return json.dumps([list(chat) for chat in chats if chat])
 
 
 def batch_of(rows: Sequence[dict[str, Any]]) -> pa.RecordBatch:
-    """Rows, each with the place of its published row in `OF`; texts that a row lacks are empty."""
+    """Return the rows as a batch. Each has the index of its published row in `OF`; missing texts become empty."""
     names = dict.fromkeys(name for row in rows for name in row if name != OF)
     columns: dict[str, Any] = {name: pa.array([row.get(name) or "" for row in rows], pa.string()) for name in names}
     return pa.RecordBatch.from_pydict(columns | {OF: pa.array([row[OF] for row in rows], pa.int64())})
 
 
 def llava_rows(batch: pa.RecordBatch, media: Sequence[str]) -> pa.RecordBatch:
-    """Rows of LLaVA's format: `conversations` of {from: human or gpt, value}, and the file's name in one of the columns `media`.
+    """Convert rows in LLaVA's format: `conversations` of {from: human or gpt, value}, and the file's name in one of the columns `media`.
 
-    What has no file, or is not question and answer in turn, is left out. Several files of one sample become a JSON list.
+    Rows without a file, or that do not alternate between question and answer, are left out. Several files of one sample become a JSON
+    list.
     """
     names = [name for name in media if name in batch.schema.names]
     rows = []

@@ -1,20 +1,20 @@
-"""A table of videos or images of one's own: csv, parquet or jsonl, with the columns `url` and `caption` and optional ones.
+"""A user's own table of videos or images: csv, parquet or jsonl, with the columns `url` and `caption`, and optional columns.
 
 | column | meaning | default |
 |---|---|---|
 | source | lower-case name of the source | the name in the profile |
 | kind | video or image (a still) | video |
-| split | train, val, or empty: decided by a hash of its frames | empty |
-| conversations | a list of conversations, each a list of {question, answer}; the last may have {rejected} too, an answer \
-that is worse. With it, `caption` may be left out | the source's prompt and the caption |
-| probes | per conversation null or {task, choices, answer_index (from 0)} and what else it is to carry | null |
-| extra | further fields of the sample; not `key`, `source` and the others that every sample has | {} |
+| split | train, val, or empty: a hash of its frames decides | empty |
+| conversations | a list of conversations, each a list of {question, answer}; the last turn may also have {rejected}, a \
+worse answer. With it, `caption` may be omitted | the source's prompt and the caption |
+| probes | for each conversation null or {task, choices, answer_index (from 0)}, with any further fields | null |
+| extra | further fields of the sample, other than `key`, `source` and the others that every sample has | {} |
 
-A `url` is an http(s) address or a file: `file:///...`, an absolute path, one that starts at the table's folder (or at `media`), or the name
-of a file in one of the source's `archives`. `#t=10,20` at its end means these seconds of the video. Several images of one sample are a list
-of files. A parquet file may hold the media itself, in a column `media`: bytes, {bytes, path}, or a list of them.
+A `url` is an http(s) address or a file: `file:///...`, an absolute path, a path relative to the table's folder (or to `media`), or the name
+of a file in one of the source's `archives`. `#t=10,20` at its end selects these seconds of the video. Several images of one sample are a
+list of files. A parquet file may contain the media itself, in a column `media`: bytes, {bytes, path}, or a list of them.
 
-Lists and objects are JSON text, or in parquet and jsonl lists and objects.
+Lists and objects are JSON text; parquet and jsonl files may also have native lists and objects.
 """
 
 import json
@@ -29,7 +29,7 @@ MEDIA = "media"
 
 
 def rows(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The same rows, lists and objects as JSON."""
+    """Return the same rows, with lists and objects as JSON text."""
     columns = {name: batch.column(name) for name in batch.schema.names if name in COLUMNS}
     for name, column in columns.items():
         if pa.types.is_nested(column.type):
@@ -39,7 +39,7 @@ def rows(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Columns of objects give every object the fields of all: those that are null were not there. Nulls in lists stay."""
+    """Drop null fields: in a column of objects, each object gets the fields of all others as null. Nulls in lists stay."""
     if isinstance(value, dict):
         return {name: _without_nulls(one) for name, one in value.items() if one is not None}
     return [_without_nulls(one) for one in value] if isinstance(value, list) else value

@@ -1,6 +1,6 @@
 """VISTA-400K: a JSON list per subset, and tars of its videos beside it.
 
-`conversations` are in LLaVA's format. The video's path stands in `video`, or in `image` as the authors' own loader reads it.
+`conversations` are in LLaVA's format. The video's path is in `video`, or in `image`, where the authors' own loader expects it.
 """
 
 from functools import partial

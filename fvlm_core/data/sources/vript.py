@@ -1,6 +1,6 @@
 """Vript: per video a `VIDEO_caption.json` of {meta, data: {CLIP: {video_id, clip_id, caption: {content, ...}}}}, many of them in a zip.
 
-Files are those zips, the JSON files out of them, or jsonl with a clip or a video a line. A row is a clip; the clips' mp4 files lie in
+Files are those zips, the JSON files from them, or jsonl with a clip or a video per line. A row is a clip. The clips' mp4 files are in
 further zips (`vript_long_videos_clips/*.zip`): give those as `archives`. Filters may use `video_id`, `shot_type`,
 `camera_movement` and `scene_title`.
 """
@@ -21,12 +21,12 @@ ENDING = "_caption.json"
 
 
 def read(path: Path, columns: Collection[str], embedded: Collection[str] = ()) -> Iterator[pa.RecordBatch]:
-    """Clips with the fields of their captions as columns. Raises ValueError for files of another form."""
+    """Yield clips, with the fields of their captions as columns. Raises ValueError for files of another format."""
     yield from batches_of((clip for record in _records(path) for clip in _clips(record)), columns)
 
 
 def rows(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """A row per clip that has a caption."""
+    """Return a row per clip that has a caption."""
     content = pc.fill_null(pc.utf8_trim_whitespace(batch.column("content").cast(pa.string())), "")
     kept = pc.indices_nonzero(pc.not_equal(content, "")).cast(pa.int64())
     clips, videos = (batch.column(name).cast(pa.string()).take(kept) for name in ("clip_id", "video_id"))

@@ -1,7 +1,7 @@
 """WebVid-10M: csv or parquet with `contentUrl` and `name` (columns are found by name; partitions differ in their order).
 
-Most of its addresses have been dead since 2024; whoever has a copy of the videos can point `contentUrl` at it. Filters see `duration` as
-seconds; published is `PT00H00M17S`.
+Most of its addresses have been dead since 2024; if you have a copy of the videos, point `contentUrl` at it. Filters see `duration` in
+seconds; it is published as `PT00H00M17S`.
 """
 
 from collections.abc import Collection, Iterator
@@ -17,7 +17,7 @@ DURATION = r"^PT(?P<h>\d+)H(?P<m>\d+)M(?P<s>\d+(?:\.\d+)?)S$"
 
 
 def read(path: Path, columns: Collection[str], embedded: Collection[str] = ()) -> Iterator[pa.RecordBatch]:
-    """As `read_table`, with `duration` in seconds (null where it is not a duration)."""
+    """Like `read_table`, with `duration` in seconds (null if it is not a duration)."""
     for batch in read_table(path, columns):
         if (place := batch.schema.get_field_index("duration")) >= 0:
             batch = batch.set_column(place, "duration", _seconds(batch.column(place).cast(pa.string())))
