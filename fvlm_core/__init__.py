@@ -1,7 +1,6 @@
-"""fVLM: a video language model that reads each frame as one token. The science, without orchestration or cloud.
+"""fVLM: a video language model that reads each frame as one token. This package is the science, without orchestration or cloud.
 
-`FoveatedVLM` here is the model as a user has it (`fvlm_core.use`); it is imported when it is asked for, so that importing the package costs
-nothing.
+`fvlm_core.FoveatedVLM` is the user-facing model (`fvlm_core.use`). It is imported lazily, so that importing the package is cheap.
 """
 
 from importlib import import_module
@@ -15,5 +14,6 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> object:
     if name == "FoveatedVLM":
-        return import_module("fvlm_core.use").FoveatedVLM  # by name: a job that imports the package is not made of what this needs
+        # imported by name, so that provenance does not count the dependencies of `use` among the code of every job
+        return import_module("fvlm_core.use").FoveatedVLM
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

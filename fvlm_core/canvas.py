@@ -1,4 +1,4 @@
-"""The common style of all charts: drawn on white, equal bytes for equal inputs."""
+"""The common style of all charts: a white background, and byte-identical files for identical inputs."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 COLOURS = ("#2f6fde", "#e07b39", "#2a9d6f", "#b0479a", "#8a6d3b", "#5b6770")
 STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",  # matplotlib's own: the same everywhere
+    "font.family": "DejaVu Sans",  # ships with matplotlib, so it is the same everywhere
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -20,20 +20,20 @@ STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "legend.frameon": False,
     "legend.fontsize": 9,
-    "svg.hashsalt": "fvlm",  # equal identifiers for equal pictures
+    "svg.hashsalt": "fvlm",  # makes the identifiers in SVG files deterministic
 }
 DPI = 130
 WIDTH = 11
-"""Inches; the same for all, so that text is equally large side by side."""
+"""Inches; the same for all charts, so that text has the same size side by side."""
 
 
 @contextmanager
 def canvas(path: Path, size: tuple[float, float], *, vector: bool = False) -> Generator[Figure]:
-    """A figure of `size` inches in the common style, written to `path` at the end; with `vector` as SVG beside it, too."""
+    """Yield a figure of `size` (width, height) in inches and save it to `path` on exit; `vector` also saves an SVG beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, dpi=DPI, layout="constrained")
         yield figure
-        figure.savefig(path, metadata={"Software": None})  # no version in the file
+        figure.savefig(path, metadata={"Software": None})  # matplotlib's version would change the bytes
         if vector:
             figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})

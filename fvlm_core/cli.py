@@ -1,4 +1,4 @@
-"""The entry point that every job shares: `python -m fvlm_core.<module> job.yaml`."""
+"""The common entry point of all jobs: `python -m fvlm_core.<module> job.yaml`."""
 
 import atexit
 import contextlib
@@ -18,16 +18,16 @@ from fvlm_core.settings import Settings, read_yaml
 
 Job = TypeVar("Job", bound=Settings)
 FULL = [*(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)), "database or disk is full"]
-"""What the system, every library that passes it on, and SQLite say of a full disk."""
+"""Messages of a full disk: the operating system's, which libraries pass on, and SQLite's."""
 
 
 def run_job(settings: type[Job], function: Callable[[Job], object]) -> None:
     """Read the settings file named on the command line and run the job on it.
 
-    A UserError, or a full disk, is printed without a traceback and ends the process with status 2. It is also left as `error.json` in
-    the job's output folder, where a new attempt removes it; so is that a job stopped on SIGTERM.
+    A UserError or a full disk is printed without a traceback and ends the process with status 2. It is also written to `error.json` in
+    the job's output folder, as is a stop by SIGTERM; the next attempt removes the file.
     """
-    atexit.register(gc.freeze)  # Python would look for garbage once more in a million objects: most of a second, before memory goes anyway
+    atexit.register(gc.freeze)  # skips the garbage collection at exit: most of a second with a million objects
     if len(sys.argv) != 2:
         print(f"usage: python -m {function.__module__} SETTINGS.yaml", file=sys.stderr)
         sys.exit(USER_ERROR)
@@ -40,14 +40,14 @@ def run_job(settings: type[Job], function: Callable[[Job], object]) -> None:
         _refuse(error, output)
     except SystemExit as error:
         if error.code == STOPPED:
-            _leave(output, STOPPED_KIND, UserError("stopped by SIGTERM", where=str(output), fix="start it again: it goes on from there"))
+            _leave(output, STOPPED_KIND, UserError("stopped by SIGTERM", where=str(output), fix="start it again: it resumes from there"))
         raise
     except Exception as error:
         full = next((cause for cause in _causes(error) if any(text in str(cause) for text in FULL)), None)
         if full is None:
             raise
         place = getattr(full, "filename", None) or output or Path.cwd()
-        fix = "free some space there and start it again: what is finished is kept"
+        fix = "free some space there and start it again: finished work is kept"
         _refuse(UserError("the disk is full", where=str(place), fix=fix), output)
 
 
@@ -58,7 +58,7 @@ def _refuse(error: UserError, output: Path | None) -> None:
 
 
 def _leave(output: Path | None, kind: str, error: UserError) -> None:
-    """Write `error.json`, where that is possible."""
+    """Write `error.json` if possible."""
     if output is not None:
         values = {"kind": kind, "what": error.what, "where": error.where, "fix": error.fix, "attempt": _attempt()}
         with contextlib.suppress(OSError):
@@ -66,7 +66,7 @@ def _leave(output: Path | None, kind: str, error: UserError) -> None:
 
 
 def _remove_earlier(output: Path | None) -> None:
-    """Remove an earlier attempt's `error.json`; one of this attempt is another rank's and stays."""
+    """Remove the `error.json` of an earlier attempt; one of this attempt was written by another rank and stays."""
     if output is not None:
         with contextlib.suppress(OSError, ValueError):
             if json.loads((output / ERROR_FILE).read_text())["attempt"] != _attempt():
@@ -74,23 +74,23 @@ def _remove_earlier(output: Path | None) -> None:
 
 
 def _attempt() -> str:
-    """The launcher's name for it, or one that is equal for the ranks of one torchrun."""
+    """The launcher's name for this attempt, or a name that is the same for all ranks of one torchrun."""
     run = os.environ.get("TORCHELASTIC_RUN_ID")
     return os.environ.get(ATTEMPT_VARIABLE) or (f"process {os.getpid()}" if run is None else f"torchrun {run} {os.getppid()}")
 
 
 def _output(settings: Path) -> Path | None:
-    """The output folder that a settings file names, whether or not the rest of it is valid."""
+    """The output folder named in a settings file, even if the rest of the file is invalid."""
     try:
         values: Any = read_yaml(settings)
-    except UserError:  # said again when the job's settings are read
+    except UserError:  # raised again when the job's settings are read
         return None
     output = values.get("output") if isinstance(values, dict) else None
     return Path(output) if isinstance(output, str) else None
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it came from."""
+    """An error and its chain of causes."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

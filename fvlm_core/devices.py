@@ -1,4 +1,4 @@
-"""The device that a setting or an option asks for; one that this machine lacks is an error before anything is loaded onto it."""
+"""Resolve the device named in a setting or an option; a missing device is reported before anything is loaded onto it."""
 
 import torch
 
@@ -6,9 +6,9 @@ from fvlm_core.errors import UserError
 
 
 def device_of(name: str | torch.device, *, where: str = "device", local: int = 0) -> torch.device:
-    """`auto` is a GPU where there is one; `cuda` that of number `local` on this machine.
+    """Resolve a device name: `auto` is a GPU if available, else the CPU; `cuda` without a number is GPU `local` of this machine.
 
-    Raises UserError for a device that torch does not know, or a GPU that is not there.
+    Raises UserError for a device that torch does not know, or a GPU that does not exist.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,5 +25,5 @@ def device_of(name: str | torch.device, *, where: str = "device", local: int = 0
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this machine's CPU has instructions for it (AVX-512 BF16); others convert first, which takes longer than fp32."""
+    """Whether the CPU multiplies bfloat16 natively (AVX-512 BF16); on other CPUs the conversions make it slower than fp32."""
     return bool(torch.cpu.get_capabilities().get("avx512_bf16"))

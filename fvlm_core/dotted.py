@@ -1,7 +1,7 @@
-"""Settings by dotted path, e.g. `optimizer.lr_llm` or `loss.fine.0`: the one place that reads, changes and lists them.
+"""Read, change and list settings by dotted path, e.g. `optimizer.lr_llm` or `loss.fine.0`.
 
-Values are what JSON holds: nested dicts and lists. A number in a path is an index into a list. A key may hold dots itself
-(`reports.grid-2.00e09`): the longest key that fits is meant.
+Values are JSON-like: nested dicts and lists. A number in a path is an index into a list. A key may itself contain dots
+(`reports.grid-2.00e09`): the longest matching key wins.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class UnknownPathError(KeyError):
-    """There is no value at `path`; `known` are the keys at the level where it goes astray."""
+    """There is no value at `path`; `known` lists the keys at the level where the lookup failed."""
 
     def __init__(self, path: str, known: list[str]) -> None:
         super().__init__(path)
@@ -27,7 +27,7 @@ def value_at(values: Any, path: str) -> Any:
 
 
 def with_changes(values: Any, changes: Mapping[str, Any]) -> Any:
-    """A copy of `values` with the value at each path replaced. Raises UnknownPathError for a path that is not there."""
+    """A copy of `values` with the value at each path replaced. Raises UnknownPathError for a path that does not exist."""
     values = deepcopy(values)
     for path, value in changes.items():
         node, slot = _place(values, path)
@@ -36,7 +36,7 @@ def with_changes(values: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def flatten(values: Any, *, lists: bool = False, prefix: str = "") -> dict[str, Any]:
-    """The innermost values by their paths. A list is one value, or (`lists`) a level of its own; what is empty is a value."""
+    """The leaf values by dotted path. A list is a leaf, unless `lists` is set; empty dicts and lists are always leaves."""
     items = values.items() if isinstance(values, dict) else enumerate(values) if lists and isinstance(values, list) else ()
     found: dict[str, Any] = {}
     for key, value in items:
@@ -45,7 +45,7 @@ def flatten(values: Any, *, lists: bool = False, prefix: str = "") -> dict[str, 
 
 
 def differences(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
-    """What differs, by path: the value before and after, None where there is none. Lists are compared item by item."""
+    """The (before, after) values of all paths that differ; None stands for a missing value. Lists are compared item by item."""
     old, new = flatten(before, lists=True), flatten(after, lists=True)
     missing = object()
     paths = sorted(path for path in old.keys() | new.keys() if old.get(path, missing) != new.get(path, missing))
@@ -53,7 +53,7 @@ def differences(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def _place(values: Any, path: str) -> tuple[Any, Any]:
-    """The dict or list that holds the value at `path`, and its key or index in there. Raises UnknownPathError."""
+    """The dict or list that holds the value at `path`, and the value's key or index in it. Raises UnknownPathError."""
     node, keys = values, path.split(".")
     while True:
         fitting = next((end for end in range(len(keys), 1, -1) if isinstance(node, dict) and ".".join(keys[:end]) in node), 1)
@@ -65,7 +65,7 @@ def _place(values: Any, path: str) -> tuple[Any, Any]:
 
 
 def _slot(node: Any, key: str, path: str) -> Any:
-    """The key or index that `key` means in `node`."""
+    """The key or index in `node` that the path component `key` refers to."""
     if isinstance(node, dict) and key in node:
         return key
     if isinstance(node, list) and key.isdecimal() and int(key) < len(node):

@@ -1,16 +1,16 @@
-"""Errors a user can act on: what is wrong, where, and what to do."""
+"""Errors that a user can act on: what is wrong, where, and how to fix it."""
 
 from functools import partial
 from typing import Any
 
 FIX = "\n  fix:"
-"""Begins the last line of a `UserError`."""
+"""Prefix of the last line of a `UserError`'s message."""
 
 
 class UserError(Exception):
     """Bad input or a bad environment, found before work starts; entry points print it without a traceback.
 
-    `what` is wrong, `where` it was found, and the `fix` the user can apply.
+    `what` says what is wrong, `where` where it was found, and `fix` what the user can do about it.
     """
 
     def __init__(self, what: str, *, where: str, fix: str) -> None:
@@ -18,7 +18,7 @@ class UserError(Exception):
         self.what, self.where, self.fix = what, where, fix
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """So that one raised in a process of a pool reaches the one that waits for it."""
+        """Make the error picklable, so that it can cross from a pool's worker process to its parent."""
         return partial(type(self), self.what, where=self.where, fix=self.fix), ()
 
     def __str__(self) -> str:
@@ -26,5 +26,5 @@ class UserError(Exception):
 
 
 def is_refusal(message: str) -> bool:
-    """Whether a message, of another process perhaps, is a `UserError`'s: who tries again meets it again."""
+    """Whether a message, possibly from another process, is that of a `UserError`: a retry would fail in the same way."""
     return FIX in message

@@ -1,16 +1,17 @@
-"""How a job ends: its exit status, and the file in its output folder that says more to whoever started it.
+"""How a job ends: its exit status, and a file in its output folder that tells the launcher the reason.
 
-torchrun ends with 1 whatever its ranks ended with, so that the file is what counts there. `infra/exit_status.py` is a copy, because
+torchrun exits with 1 whatever the exit status of its ranks, so only the file is reliable there. `infra/exit_status.py` is a copy, because
 neither package imports the other; a test checks that they are equal.
 """
 
 USER_ERROR = 2
-"""The job refused its input, or its surroundings: a disk that is full. Running it again as it is is of no use."""
+"""The job refused its input or its environment, e.g. a full disk. Retrying without a change is useless."""
 STOPPED = 75
-"""The job stopped on a SIGTERM and has saved what it did: started again, it goes on from there (EX_TEMPFAIL)."""
+"""The job was stopped by SIGTERM and saved its progress; a new start resumes from there (EX_TEMPFAIL)."""
 
 ERROR_FILE = "error.json"
-"""Fields kind, what, where, fix, attempt; absent where a job succeeded, or failed with a traceback."""
+"""Fields kind, what, where, fix, attempt; absent if the job succeeded or failed with a traceback."""
 USER_ERROR_KIND, STOPPED_KIND = "user_error", "stopped"
 ATTEMPT_VARIABLE = "FVLM_ATTEMPT"
-"""A launcher's name for one start of a job; its `error.json` repeats it, so that another start's is not taken for it."""
+"""Environment variable with the launcher's name for one start of a job. It is copied into `error.json`, so that the launcher can tell an
+error of this start from one of an earlier start."""

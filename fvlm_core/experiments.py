@@ -1,4 +1,4 @@
-"""The experiment log: what every run was to show, what it changed, what came out, and the verdict; negative results too."""
+"""The experiment log: the hypothesis, change, result and verdict of every run, negative results included."""
 
 from collections.abc import Sequence
 
@@ -6,11 +6,11 @@ from fvlm_core.settings import Settings
 from fvlm_core.tables import Table
 
 LOG_FILE = "knowledge.md"
-"""On the volume; the phases append to it."""
+"""File on the volume that the phases append to."""
 
 
 class Experiment(Settings):
-    """An entry."""
+    """An entry of the log."""
 
     run: str
     hypothesis: str
@@ -20,6 +20,6 @@ class Experiment(Settings):
 
 
 def log_table(experiments: Sequence[Experiment], *, title: str = "") -> Table:
-    """A row per entry."""
+    """A table with one row per entry."""
     rows = [[one.run, one.hypothesis, one.change, one.result, one.verdict] for one in experiments]
     return Table(title=title, head=["run", "hypothesis", "change", "result", "verdict"], rows=rows)

@@ -1,4 +1,4 @@
-"""A picture with what is to be seen in it: a step names its own, and report, card and artifacts show them."""
+"""Pictures with captions: a step lists its figures, and the report, the model card and the artifacts show them."""
 
 import re
 
@@ -9,17 +9,17 @@ UNESCAPED_BRACKET = re.compile(r"(?<!\\)[\[\]]")
 
 
 class Figure(Settings):
-    """A PNG."""
+    """A PNG file with a caption."""
 
     file: str
-    """Relative to the folder of whatever holds the figure: a step's result, or a report."""
+    """Path relative to the folder of the step's result or of the report that contains the figure."""
     caption: str
-    """Plain text, a sentence."""
+    """One sentence of plain text."""
     chart: bool = True
-    """A drawing on white, which dark pages may invert; otherwise frames of a video."""
+    """True for a drawing on white, which dark pages may invert; False for video frames."""
 
     def markdown(self) -> str:
-        """The picture, and its caption as a paragraph below it."""
+        """The image in markdown, with its caption as a paragraph below."""
         caption = escape(self.caption)
         described = UNESCAPED_BRACKET.sub(r"\\\g<0>", caption)
         return f"![{described}]({self.file})\n\n*{caption}*"

@@ -1,8 +1,8 @@
-"""Manifests: the one thing that flows between steps.
+"""Manifests: the records of results that are passed between steps.
 
-A step writes its files into its own folder and then, last and atomically, `manifest.json`: what was made, counts, sha256
-of every file, the settings' hash, the software versions. A manifest that exists means its files are intact; `problems`
-checks that they still are.
+A step writes its files into its own folder and finally, atomically, `manifest.json`: its results, counts, the sha256 of every
+file, the hash of the settings, and the software versions. If the manifest exists, all its files were written completely;
+`Manifest.problems` checks that they are still intact.
 """
 
 import hashlib
@@ -28,60 +28,60 @@ class FileEntry(Settings):
     """One file of a step."""
 
     path: str
-    """Relative to the manifest's folder."""
+    """Path relative to the manifest's folder."""
     bytes: int
     sha256: str
     identity: bool = True
-    """False for logs and timings: checked for damage, but not part of what the step made."""
+    """False for logs and timings: checked for damage, but excluded from the manifest's digest."""
 
 
 class Manifest(Settings):
-    """What a step made. Subclasses add the step's own results."""
+    """The result of a step. Subclasses add fields for the step's own results."""
 
     figures: ClassVar[tuple[Figure, ...]] = ()
-    """The step's pictures, in the order to show them; one that was not drawn has no file."""
+    """The step's figures in display order; a figure that was not drawn has no file."""
 
     name: str
-    """The step, e.g. `train-stage2`."""
+    """Name of the step, e.g. `train-stage2`."""
     settings_hash: str
-    """sha256 of the settings that made it."""
+    """sha256 of the step's settings."""
     inputs: dict[str, str] = Field(default_factory=dict)
-    """Digest of each input manifest, by name."""
+    """Digests of the input manifests, by name."""
     counts: dict[str, int] = Field(default_factory=dict)
     files: list[FileEntry] = Field(default_factory=list)
     commit: str = Field(default_factory=provenance.commit)
-    """The checkout's commit when it was made."""
+    """Git commit of the checkout that produced the result."""
     code: dict[str, str] = Field(default_factory=provenance.running)
-    """The repository's files that its job reaches, and their digests."""
+    """Digests, by path, of the repository's files that the job imports."""
     versions: dict[str, str] = Field(default_factory=provenance.versions)
-    """Of Python and of the libraries that a result can depend on."""
+    """Versions of Python and of the libraries that a result can depend on."""
     created_at: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     seconds: float = 0.0
-    """Wall-clock time the step took."""
+    """Wall-clock time of the step."""
 
     @property
     def digest(self) -> str:
-        """Identity of the content: equal files and counts give equal digests, whenever and wherever they were made."""
+        """Digest of the content: equal names, files and counts give equal digests, independent of time and place."""
         return hash_json([self.name, self.counts, sorted((f.path, f.sha256) for f in self.files if f.identity)])
 
     @property
     def other_code(self) -> list[str]:
-        """How the code and libraries of now differ from those that made it, a clause each."""
+        """Differences between the current code and libraries and those that produced the result, one clause each."""
         return provenance.changes(self.code, self.versions)
 
     def problems(self, folder: Path) -> list[str]:
-        """What is missing or damaged in `folder`, a line each; empty when everything is intact."""
+        """Missing and damaged files in `folder`, one line each; empty if everything is intact."""
         with ThreadPoolExecutor(max_workers=4) as pool:
             return [problem for problem in pool.map(lambda entry: _problem(folder, entry), self.files) if problem]
 
     def write(self, folder: Path) -> Self:
-        """Write `manifest.json` atomically; call it after every other file is written."""
+        """Write `manifest.json` atomically; call this after all other files are written."""
         write_atomically(folder / FILE_NAME, self.model_dump_json(indent=2).encode())
         return self
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Read `folder/manifest.json`. Raises UserError if there is none or it does not fit this class."""
+        """Read `folder/manifest.json`. Raises UserError if it is missing, damaged or does not match this class."""
         path = folder / FILE_NAME
         try:
             return cls.model_validate_json(path.read_bytes())
@@ -94,11 +94,11 @@ class Manifest(Settings):
         except ValidationError as error:
             damaged = any(fault["type"] == "json_invalid" for fault in error.errors())
             what = "the manifest is damaged" if damaged else "the manifest was written by another version of this code"
-            raise UserError(f"{what}: {error}", where=str(path), fix="run the step again, which makes it anew") from error
+            raise UserError(f"{what}: {error}", where=str(path), fix="run the step again, which rewrites it") from error
 
     @classmethod
     def read_whole(cls, folder: Path) -> Self | None:
-        """The manifest of `folder` if it exists and all its files are intact, else None."""
+        """The manifest of `folder` if it is readable and all its files are intact, else None."""
         try:
             manifest = cls.read(folder)
         except UserError:
@@ -107,13 +107,13 @@ class Manifest(Settings):
 
 
 class AnyManifest(Manifest):
-    """A manifest of whatever kind: the common fields typed, the step's own in `model_extra`."""
+    """A manifest of any class: the common fields are typed, the step's own are in `model_extra`."""
 
     model_config = ConfigDict(extra="allow")
 
 
 def file_entries(folder: Path, patterns: Iterable[str], *, identity: bool = True) -> list[FileEntry]:
-    """Entries for every file in `folder` that matches one of the glob `patterns`, sorted by path."""
+    """Entries for all files in `folder` that match any of the glob `patterns`, sorted by path."""
     paths = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
     return [
         FileEntry(path=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=sha256_file(path), identity=identity)
@@ -128,7 +128,7 @@ def sha256_file(path: Path) -> str:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write through a temporary name, fsync and rename: readers see the old file or the new one, never a part."""
+    """Write to a temporary file, fsync and rename: readers see the old file or the new one, never a partial one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

@@ -1,4 +1,4 @@
-"""Plain text inside markdown: what a model, a file or a web page says is shown as it is, never read as markup."""
+"""Escape plain text for markdown, so that the output of a model, a file or a web page is shown verbatim and not read as markup."""
 
 import re
 
@@ -12,14 +12,14 @@ SPECIAL = re.compile(
     re.VERBOSE,
 )
 NUMBERED = re.compile(r"^(\d{1,9})([.)])(?=\s|$)")
-"""The start of an item of a numbered list."""
+"""The start of a numbered list item."""
 
 
 def escape(text: str) -> str:
-    """`text` on one line, for any place in a paragraph, list item or table cell of markdown."""
+    """Escape `text` and put it on one line; valid anywhere in a paragraph, list item or table cell of markdown."""
     return NUMBERED.sub(r"\1\\\2", SPECIAL.sub(r"\\\g<0>", printable(text).strip()))
 
 
 def printable(text: str) -> str:
-    """Text on one line, with control characters shown as a dot: an untrained model says anything."""
+    """Text on one line, with non-printable characters replaced by a dot: an untrained model may output anything."""
     return "".join(character if character.isprintable() else "·" for character in text)

@@ -1,4 +1,4 @@
-"""Progress of a job as a small file its launcher can watch: no network, no orchestration, readable by anyone."""
+"""Progress of a job in a small JSON file that its launcher can watch, without network or orchestration."""
 
 import time
 from pathlib import Path
@@ -11,7 +11,7 @@ FILE_NAME = "progress.json"
 
 
 class ProgressReport(Settings):
-    """A moment of a job."""
+    """The state of a job at one moment."""
 
     step: int
     total: int
@@ -22,7 +22,7 @@ class ProgressReport(Settings):
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
-        """The last report of the job in `folder`, or None."""
+        """The last report of the job in `folder`; None if there is no valid one."""
         try:
             return cls.model_validate_json((folder / FILE_NAME).read_text())
         except (FileNotFoundError, ValueError):
@@ -30,7 +30,7 @@ class ProgressReport(Settings):
 
 
 class Progress:
-    """Writes `progress.json` into a job's folder, at most every `interval_s` seconds (the last step always)."""
+    """Writes `progress.json` into a job's folder, at most every `interval_s` seconds; the last step is always written."""
 
     def __init__(self, folder: Path, total: int, *, first_step: int = 0, interval_s: float = 0.5) -> None:
         self.folder, self.total, self.interval_s = folder, total, interval_s
@@ -50,5 +50,5 @@ class Progress:
         write_atomically(self.folder / FILE_NAME, report.model_dump_json().encode())
 
     def say(self, note: str) -> None:
-        """Report what is being done in the step that was reported last."""
+        """Update the note without advancing the step."""
         self.update(self.step, note=note)

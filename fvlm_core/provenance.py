@@ -1,7 +1,7 @@
-"""Which code a result was made by: the repository's files that a job reaches through its imports, and the versions of its libraries.
+"""The code that produced a result: the repository's files that a job imports (transitively), and the versions of its libraries.
 
-A manifest records both. Code is no part of a step's key (a changed comment would make everything again): a result made by other
-code is reported, or made again where the profile says so.
+A manifest records both. Code is not part of a step's cache key, because then a changed comment would invalidate every result. Instead, a
+result of other code is reported, or recomputed if the profile says so.
 """
 
 import ast
@@ -17,17 +17,17 @@ from pathlib import Path
 
 PACKAGE = "fvlm_core"
 ROOT = Path(__file__).resolve().parents[1]
-"""The folder that paths of code are relative to: the checkout, or where the package is installed."""
+"""The folder that code paths are relative to: the checkout, or the folder in which the package is installed."""
 LIBRARIES = ("torch", "transformers", "webdataset", "av", "numpy")
-"""Libraries whose version a result can depend on."""
+"""Libraries whose version can affect a result."""
 COMMIT_FILE = ".commit"
-"""In a copy of the checkout without .git, as rented machines have it (`infra.runpod.code`)."""
+"""Holds the commit in a copy of the checkout without .git, as used on rented machines (`infra.runpod.code`)."""
 DIGEST_LENGTH = 16
-"""Hex digits kept of a file's sha256: enough to see a change."""
+"""Number of hex digits kept of a file's sha256; enough to detect a change."""
 
 
 def running() -> dict[str, str]:
-    """Path and digest of every file of the repository that the running job's module reaches; empty outside a job."""
+    """Digests, by path, of the repository's files that the running job's module imports; empty outside a job."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     name = spec.name.removesuffix(".__main__") if spec else ""
     return {path: digest(path) for path in reached(name)} if name.split(".")[0] == PACKAGE else {}
@@ -35,7 +35,7 @@ def running() -> dict[str, str]:
 
 @cache
 def reached(module: str) -> tuple[str, ...]:
-    """Paths, relative to `ROOT`, of the repository's files that importing and running `module` can reach; functions' imports too."""
+    """Paths, relative to `ROOT`, of the repository's files that `module` imports (transitively), including imports inside functions."""
     found: dict[str, Path] = {}
     waiting = [module, f"{module}.__main__"]
     while waiting:
@@ -51,7 +51,7 @@ def reached(module: str) -> tuple[str, ...]:
 
 @cache
 def digest(path: str) -> str:
-    """Digest of a file of the repository as it is now, by its path relative to `ROOT`; empty where there is none."""
+    """Current digest of the file at `path`, relative to `ROOT`; empty if there is no such file."""
     try:
         return hashlib.sha256((ROOT / path).read_bytes()).hexdigest()[:DIGEST_LENGTH]
     except OSError:
@@ -59,7 +59,7 @@ def digest(path: str) -> str:
 
 
 def remember(module: str) -> None:
-    """Take the code that `module` reaches as it is now for that of this process and of all that are forked off it."""
+    """Cache the current digests of the code that `module` imports, for this process and all processes forked from it."""
     for path in reached(module):
         digest(path)
     versions()
@@ -74,7 +74,7 @@ def versions() -> dict[str, str]:
 
 @cache
 def commit() -> str:
-    """The checkout's commit, with `+changes` where files differ from it; empty where this is no checkout of git, nor a copy that says."""
+    """The checkout's commit, with the suffix `+changes` if files differ from it; empty if there is neither a git checkout nor `.commit`."""
     with contextlib.suppress(OSError):
         return (ROOT / COMMIT_FILE).read_text().strip()
     try:
@@ -85,14 +85,14 @@ def commit() -> str:
 
 
 def changes(code: Mapping[str, str], made_with: Mapping[str, str]) -> list[str]:
-    """How the code and the libraries of now differ from those that a result was made by, a clause each; empty where they do not."""
+    """Differences between the current code and libraries and those that produced a result, one clause each; empty if there are none."""
     lines = [f"{path} has {'changed' if digest(path) else 'gone'}" for path, before in code.items() if digest(path) != before]
     now = versions()
     return lines + [f"{name} was {before} and is {now[name]}" for name, before in made_with.items() if now.get(name, before) != before]
 
 
 def _imports(name: str, path: Path) -> Iterator[str]:
-    """Names of the package's modules that a file imports, anywhere in it but for the type checker only."""
+    """Names of the modules that a file imports anywhere, except under `if TYPE_CHECKING`."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     for node in _nodes(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Import):
@@ -101,11 +101,11 @@ def _imports(name: str, path: Path) -> Iterator[str]:
             above = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
             module = ".".join(part for part in (above, node.module) if part)
             yield module
-            yield from (f"{module}.{alias.name}" for alias in node.names)  # each may be a module or something in one
+            yield from (f"{module}.{alias.name}" for alias in node.names)  # each may be a module or an attribute of one
 
 
 def _nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    """All of a tree's, without what is under `if TYPE_CHECKING`."""
+    """All nodes of a tree, except those under `if TYPE_CHECKING`."""
     for node in ast.iter_child_nodes(tree):
         if not (isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"):
             yield node
@@ -113,7 +113,7 @@ def _nodes(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def _file_of(module: str) -> Path | None:
-    """The file of a module of the package; None for other packages' and for names that are no modules."""
+    """The file of a module of this package; None for other packages and for names that are not modules."""
     parts = module.split(".")
     if parts[0] != PACKAGE:
         return None

@@ -1,4 +1,4 @@
-"""The base of every settings class: frozen, closed to unknown keys, hashed by value, loaded from YAML with clear errors."""
+"""The base of all settings classes: frozen, without unknown keys, hashed by value, loaded from YAML with clear errors."""
 
 import hashlib
 import json
@@ -14,11 +14,11 @@ from fvlm_core.errors import UserError
 
 
 class _Execution:
-    """Marks a setting that says how a job is done, not what it makes; see `EXECUTION`."""
+    """Marks a setting that affects how a job runs but not its result; see `EXECUTION`."""
 
 
 EXECUTION = _Execution()
-"""In `Annotated[int, EXECUTION]`: the setting is no part of the settings' identity, so changing it makes nothing again."""
+"""In `Annotated[int, EXECUTION]`: excludes the field from the settings' identity, so that changing it invalidates no result."""
 
 
 def _profile_path(path: Path, info: ValidationInfo) -> Path:
@@ -34,16 +34,16 @@ def _name_or_folder(name: str, info: ValidationInfo) -> str:
 
 
 FOLDER = "folder"
-"""In pydantic's validation context: the folder of the file that the values come from."""
+"""Key in pydantic's validation context: the folder of the file that the values come from."""
 LOCAL_STARTS = ("./", "../", "~", "/")
 ProfilePath = Annotated[Path, AfterValidator(_profile_path)]
-"""A path that is relative to the profile it stands in, wherever the profile is used; where there is no profile, it stays as it is."""
+"""A path that is resolved against the folder of the profile that contains it; unchanged if the values do not come from a profile."""
 NameOrFolder = Annotated[str, AfterValidator(_name_or_folder)]
-"""A hub name, or a local folder as `ProfilePath`: one that starts with ./, ../, ~ or /, or that is a folder beside the profile."""
+"""A hub name, or a local folder that is resolved like `ProfilePath`: it starts with ./, ../, ~ or /, or exists beside the profile."""
 
 
 class Settings(BaseModel):
-    """A frozen pydantic model whose field docstrings are its documentation (and the UI form's)."""
+    """A frozen pydantic model whose field docstrings document the settings, also in the UI's form."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
 
@@ -52,7 +52,7 @@ class Settings(BaseModel):
         return hash_json({name: value for name, value in self.identity_values().items() if name not in (exclude or ())})
 
     def identity_values(self) -> dict[str, Any]:
-        """The values, as JSON holds them, without what only says how a job is done (`EXECUTION`), at any depth."""
+        """The values in JSON form, without the fields marked `EXECUTION` at any depth."""
         values = self.model_dump(mode="json")
         return {
             name: _identity(getattr(self, name), values[name])
@@ -62,12 +62,12 @@ class Settings(BaseModel):
 
     @classmethod
     def from_yaml(cls, path: Path) -> Self:
-        """Read a YAML file. Raises UserError naming the key, the file and what is allowed."""
+        """Read a YAML file. Raises UserError that names the file, the invalid key and the allowed values."""
         return cls.from_values(read_yaml(path), where=str(path))
 
     @classmethod
     def from_values(cls, values: Any, *, where: str, folder: Path | None = None) -> Self:
-        """Validate plain values that came from `where`; paths of a profile in them start at `folder` (see `ProfilePath`).
+        """Validate plain values; `where` names their origin in errors, and `folder` is the base of relative paths (see `ProfilePath`).
 
         Raises UserError as `from_yaml` does.
         """
@@ -77,10 +77,10 @@ class Settings(BaseModel):
             raise UserError(explain(error, cls), where=where, fix="correct the keys named above") from error
 
     def with_changes(self, changes: dict[str, Any], *, where: str = "changes", folder: Path | None = None) -> Self:
-        """A copy with dotted paths replaced, e.g. `{"model.temperature": 0.5}`; validated completely.
+        """A fully validated copy with the values at dotted paths replaced, e.g. `{"model.temperature": 0.5}`.
 
-        An index reaches into a list: `"loss.fine.0"`. Relative paths among the new values (see `ProfilePath`) start at `folder`, where it
-        is given. Raises UserError for a path that does not exist.
+        A number indexes a list: `"loss.fine.0"`. Relative file paths among the new values (see `ProfilePath`) are resolved against
+        `folder`, if given. Raises UserError for a dotted path that does not exist.
         """
         try:
             values = dotted.with_changes(self.model_dump(mode="json"), changes)
@@ -92,7 +92,7 @@ class Settings(BaseModel):
         changed = type(self).from_values(values, where=where, folder=folder)
         if folder is None:
             return changed
-        # once more without the folder: it is where the new values' paths start, not those that were there before
+        # validate again without the folder: only the new values' paths are relative to it, not the existing ones
         placed = changed.model_dump(mode="json")
         return type(self).from_values(dotted.with_changes(values, {path: dotted.value_at(placed, path) for path in changes}), where=where)
 
@@ -103,7 +103,7 @@ class Settings(BaseModel):
 
 
 def _identity(value: Any, dumped: Any) -> Any:
-    """`dumped` (the JSON of `value`) without settings of execution in it."""
+    """`dumped` (the JSON form of `value`) without fields marked `EXECUTION`."""
     if isinstance(value, Settings):
         return value.identity_values()
     if isinstance(value, dict):
@@ -119,7 +119,7 @@ def hash_json(value: Any) -> str:
 
 
 def read_yaml(path: Path) -> Any:
-    """Parse a YAML file. Raises UserError when it is missing or not YAML."""
+    """Parse a YAML file. Raises UserError if it is missing or not YAML."""
     try:
         return yaml.safe_load(path.read_text())
     except FileNotFoundError as error:
@@ -129,7 +129,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def explain(error: ValidationError, cls: type[BaseModel]) -> str:
-    """A line per fault: the dotted key, what was wrong, and for an unknown key the keys that exist there."""
+    """One line per validation error: the dotted key and the problem; for an unknown key, also the keys that are allowed there."""
     lines = []
     for fault in error.errors(include_url=False):
         key = ".".join(str(part) for part in fault["loc"]) or "(top level)"
@@ -141,7 +141,7 @@ def explain(error: ValidationError, cls: type[BaseModel]) -> str:
 
 
 def _allowed_keys(cls: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """The field names of the model that `loc` points at, found through the JSON schema."""
+    """The field names of the model at `loc`, from the JSON schema."""
     schema = cls.model_json_schema()
     definitions, node = schema.get("$defs", {}), schema
     for part in loc:
@@ -152,7 +152,7 @@ def _allowed_keys(cls: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]
 
 
 def _resolve(node: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
-    """Follow a `$ref`, or the one branch of an optional that is an object."""
+    """Follow a `$ref`, or the object branch of an optional."""
     for branch in node.get("anyOf", node.get("allOf", [])):
         if "$ref" in branch:
             node = branch

@@ -1,4 +1,4 @@
-"""A table as data: built once, then shown on a terminal, in markdown, in HTML, or as an artifact of the UI."""
+"""Tables as data: built once, then rendered on a terminal, in markdown, in HTML, or as a UI artifact."""
 
 import math
 import re
@@ -13,18 +13,18 @@ from fvlm_core.markdown import escape
 from fvlm_core.settings import Settings
 
 SIGNIFICANT_DIGITS = 4
-"""Of numbers that a table rounds by itself."""
+"""Significant digits of floats in `text`."""
 DIFFERENCE_DECIMALS, MOST_DECIMALS = 4, 7
-"""Of a difference of losses."""
+"""Minimum and maximum number of decimals of a loss difference."""
 _NUMBER = r"[+\-−~$]*\d[\d.,]*(e[+-]?\d+)?%?"
 _UNIT = r"(ms|s|min|h|kB|MB|GB|FLOPs|samples/s|frames/s|nats|USD)"
 NUMBER = re.compile(rf"{_NUMBER}( ?{_UNIT}( {_NUMBER} {_UNIT})?)?( \[{_NUMBER}, {_NUMBER}\]| at {_NUMBER})?[*†]*")
-"""A number, with or without a unit, an interval, a step or a mark; a sentence that begins with a digit is none."""
+"""A number with an optional unit, interval, step and footnote mark; a sentence that begins with a digit does not match."""
 NO_DIFFERENCE = "no difference"
 
 
 class Interval(Protocol):
-    """A number and the bounds it lies in."""
+    """A value with its lower and upper bound."""
 
     @property
     def value(self) -> float: ...
@@ -35,19 +35,19 @@ class Interval(Protocol):
 
 
 class Table(Settings):
-    """Rows of cells that are ready to be read, in plain text; the first column names the row."""
+    """Rows of formatted plain-text cells; the first column names the row."""
 
     title: str = ""
     head: list[str]
     rows: list[list[str]]
     marked: list[int] = Field(default_factory=list)
-    """Rows to stress, such as a winner."""
+    """Indices of rows to highlight, such as a winner."""
     note: str = ""
-    """What the numbers are, in one or two sentences of markdown."""
+    """Explanation of the numbers, one or two sentences of markdown."""
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, JsonValue]], *, title: str = "", note: str = "") -> "Table":
-        """A table of records: a column per key in order of appearance, numbers rounded, what a record lacks left empty."""
+        """A table of records: one column per key in order of appearance, floats rounded, missing values left empty."""
         names = list(dict.fromkeys(name for row in rows for name in row))
         return cls(
             title=title, head=[words(name) for name in names], rows=[[text(row.get(name)) for name in names] for row in rows], note=note
@@ -55,12 +55,12 @@ class Table(Settings):
 
     @property
     def numeric(self) -> list[bool]:
-        """Per column, whether all its cells are numbers (with or without an interval or unit): set flush right."""
+        """Per column, whether all its cells are numbers (with or without an interval or unit); such columns are right-aligned."""
         columns = [[row[place] for row in self.rows if row[place]] for place in range(len(self.head))]
         return [place > 0 and bool(cells) and all(_is_number(cell) for cell in cells) for place, cells in enumerate(columns)]
 
     def markdown(self) -> str:
-        """The table in markdown, with its note; without its title, which is the caller's heading."""
+        """The table and its note in markdown. The title is left out: the caller writes it as a heading."""
         rows = [[escape(cell) for cell in row] for row in self.rows]
         stressed = [[f"**{cell}**" if cell and number in self.marked else cell for cell in row] for number, row in enumerate(rows)]
         rule = ["---:" if numeric else "---" for numeric in self.numeric]
@@ -86,17 +86,17 @@ class Table(Settings):
         return shown
 
     def records(self) -> list[dict[str, str]]:
-        """A dict per row, as Prefect's table artifacts want them."""
+        """One dict per row, the format of Prefect's table artifacts."""
         return [dict(zip(self.head, row, strict=True)) for row in self.rows]
 
 
 def words(name: str) -> str:
-    """A field's name for a person: `loss_fine1` -> `loss fine1`."""
+    """A field name as readable words: `loss_fine1` -> `loss fine1`."""
     return name.replace("_", " ")
 
 
 def text(value: JsonValue) -> str:
-    """A value for a person: numbers with four significant digits, nothing for None."""
+    """A value as readable text: floats with four significant digits, integers with thousands separators, empty for None."""
     if value is None:
         return ""
     if isinstance(value, float):
@@ -105,7 +105,7 @@ def text(value: JsonValue) -> str:
 
 
 def number(value: Interval | float | None, decimals: int = 3) -> str:
-    """E.g. `0.512 [0.480, 0.541]`, or `0.512` where there is no interval; empty for None."""
+    """Format a value, e.g. `0.512 [0.480, 0.541]`, or `0.512` without an interval; empty for None."""
     if value is None:
         return ""
     if isinstance(value, int | float):
@@ -114,7 +114,7 @@ def number(value: Interval | float | None, decimals: int = 3) -> str:
 
 
 def difference(value: Interval) -> str:
-    """E.g. `+0.0310 [+0.0280, +0.0343]`, with as many decimals as it takes to see it; `no difference` where nothing differs at all."""
+    """Format a difference, e.g. `+0.0310 [+0.0280, +0.0343]`, with enough decimals to show it; `no difference` if all three are 0."""
     shown = value.value or max(abs(value.low), abs(value.high))
     if shown == 0:
         return NO_DIFFERENCE
@@ -123,7 +123,7 @@ def difference(value: Interval) -> str:
 
 
 def signed(difference: float) -> str:
-    """A difference with its sign and four decimals, or as many as two digits of it take: only 0 reads as 0."""
+    """A signed difference with four decimals, or enough to show two significant digits, so that only 0 is shown as 0."""
     if difference == 0:
         return "0"
     decimals = decimals_for(difference)
@@ -131,7 +131,7 @@ def signed(difference: float) -> str:
 
 
 def decimals_for(value: float, least: int = DIFFERENCE_DECIMALS) -> int:
-    """Decimals that show two digits of a number other than 0, but no fewer than `least`."""
+    """Number of decimals that shows two significant digits of a nonzero number; at least `least`."""
     return max(least, 1 - math.floor(math.log10(abs(value))))
 
 

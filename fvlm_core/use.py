@@ -1,4 +1,4 @@
-"""A model in three lines of Python.
+"""Use a model in three lines of Python.
 
 from fvlm_core import FoveatedVLM
 model = FoveatedVLM.from_pretrained("release/model")  # or a run, OWNER/NAME on the hub, a checkpoint of the original
@@ -20,7 +20,7 @@ from fvlm_core.serve.session import Session, gaze, open_media
 
 
 class FoveatedVLM:
-    """A model that is asked about videos; conversations with follow-up questions: `fvlm_core.serve.session.Session`."""
+    """A model that answers questions about videos. For conversations with follow-up questions, see `fvlm_core.serve.session.Session`."""
 
     def __init__(self, answerer: FoveatedAnswerer) -> None:
         self.answerer = answerer
@@ -40,14 +40,14 @@ class FoveatedVLM:
 
         Args:
             model: Folder, file or hub name.
-            device: `auto` takes a GPU where there is one.
-            int8: 8-bit weights, on the CPU: smaller, and a little other in its numbers; see `fvlm_core.release.int8`.
-            vision: For the original's checkpoints: hub name or folder of the DINOv2 it was built with; only the configuration is read.
-            llm: The same of the SmolLM2.
-            frame_px: The same: side of its frames, 224 px where it is not given.
+            device: `auto` uses a GPU if available.
+            int8: Use 8-bit weights on the CPU: smaller, with slightly different outputs; see `fvlm_core.release.int8`.
+            vision: For checkpoints of the original only: hub name or folder of their DINOv2; only its configuration is read.
+            llm: For checkpoints of the original only: hub name or folder of their SmolLM2; only its configuration is read.
+            frame_px: For checkpoints of the original only: side of the frames in pixels, 224 by default.
 
         Raises:
-            UserError: There is none, or it is of another kind.
+            UserError: There is no model, or it is of an unknown kind.
         """
         answerer = load(model, "cpu" if int8 else device, original=Original(vision=vision, llm=llm, frame_px=frame_px))
         if int8:
@@ -65,19 +65,19 @@ class FoveatedVLM:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> str:
-        """The answer to a question about a video, a picture or a folder of frames.
+        """Answer a question about a video, an image or a folder of frames.
 
         Args:
-            video: Path.
-            question: Text.
-            mode: `coarse`, `fine` or `autoregressive`; by default `fine` where the model looks at all.
-            question_first: The model reads the question before the video, and can look for what is asked.
-            max_new_tokens: The most tokens of the answer.
-            temperature: Above 0 the answer is drawn, with `seed`.
-            seed: Of the drawing.
+            video: Path of the video, image or folder.
+            question: The question.
+            mode: `coarse`, `fine` or `autoregressive`; by default `fine` if the model has queries.
+            question_first: Put the question before the video, so that the model can look for what is asked.
+            max_new_tokens: Maximum number of tokens in the answer.
+            temperature: Sampling temperature; 0 decodes greedily.
+            seed: Random seed for sampling.
 
         Raises:
-            UserError: The video cannot be shown, or the model lacks the mode.
+            UserError: The video cannot be read, or the model does not support the mode.
         """
         session = Session(self.answerer, open_media(Path(video), self.answerer))
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
@@ -85,9 +85,9 @@ class FoveatedVLM:
         return "".join(pieces).strip()
 
     def gaze(self, video: str | Path, question: str, *, mode: str | None = None, question_first: bool = True) -> np.ndarray:
-        """Where the model looks, float [frames, rows, columns], each frame's adding up to 1.
+        """The model's attention over each frame's patches, float [frames, rows, columns]; each frame sums to 1.
 
-        Raises UserError for a model that does not look.
+        Raises UserError for a model without queries, or the mode `coarse`.
         """
         session = Session(self.answerer, open_media(Path(video), self.answerer))
         return gaze(session, question, mode=checked_mode(self.answerer, mode or "fine"), question_first=question_first).fine

@@ -1,6 +1,6 @@
-"""Annotation files of benchmarks: rows of parquet, JSON lines, JSON and CSV, with a clear word where a column is missing.
+"""Read annotation files of benchmarks (Parquet, JSON lines, JSON, CSV, TSV), with clear errors for missing columns.
 
-Pictures inside parquet files are not read with the rows: a row holds where its picture is, and reads it when it is decoded.
+Images inside Parquet files are not read with the rows: a row stores a reference to its image, which is read when it is decoded.
 """
 
 import csv
@@ -24,19 +24,19 @@ SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
 
 @dataclass(frozen=True)
 class Cell:
-    """A picture inside a parquet file."""
+    """A reference to an image inside a Parquet file."""
 
     path: Path
     root: Path
     """The benchmark's folder."""
     group: int
-    """Row group."""
+    """Index of the row group."""
     place: int
-    """Row within the group."""
+    """Index of the row within the group."""
     column: str
 
     def read_bytes(self) -> bytes:
-        """The picture's file. Raises OSError where the cell is empty."""
+        """The bytes of the image file. Raises OSError if the cell is empty."""
         value = _pictures(self.path, self.group, self.column)[self.place].as_py()
         if not value or not value.get("bytes"):
             raise OSError(0, "the cell holds no picture")
@@ -44,7 +44,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of this cell and no other."""
+        """A name that is unique to this cell."""
         return f"{place_below(self.root, self.path)}:{self.group}:{self.place}:{self.column}"
 
 
@@ -60,38 +60,41 @@ class Row:
     values: dict[str, Any]
     file: Path
     number: int
-    """In its file."""
+    """Index of the row in its file."""
     root: Path
-    """The benchmark's folder, where its media are."""
+    """The benchmark's folder, which contains its media."""
 
     def __getitem__(self, column: str) -> Any:
-        """Raises UnreadableItemError where the row lacks it."""
+        """The value of a column. Raises UnreadableItemError if it is missing."""
         value = self.values.get(column)
         if value is None:
             raise UnreadableItemError(f"no {column!r}")
         return value
 
     def get(self, column: str, default: Any = None) -> Any:
-        """The value, or the default where there is none."""
+        """The value of a column, or the default if it is missing."""
         value = self.values.get(column)
         return default if value is None else value
 
     def text(self, column: str) -> str:
-        """A value as text. Raises UnreadableItemError for an empty one."""
+        """The value of a column as text. Raises UnreadableItemError if it is missing or empty."""
         value = str(self[column]).strip()
         if not value:
             raise UnreadableItemError(f"{column!r} is empty")
         return value
 
     def texts(self, column: str) -> list[str]:
-        """A list of texts. Raises UnreadableItemError for anything else."""
+        """The value of a column as a list of texts. Raises UnreadableItemError if it is not a non-empty list."""
         value = self[column]
         if not isinstance(value, list | tuple) or not value:
             raise UnreadableItemError(f"{column!r} is no list")
         return [str(one) for one in value]
 
     def picture(self, column: str) -> Cell | Path | None:
-        """A picture: inside the file, or a file of its own. None where the row has none. Raises UnreadableItemError for anything else."""
+        """The image in a column: a cell of the Parquet file, or the path of a file; None if there is none.
+
+        Raises UnreadableItemError for any other value.
+        """
         value = self.values.get(column)
         if value is None or isinstance(value, Cell):
             return value
@@ -101,7 +104,7 @@ class Row:
 
 
 def annotation_files(root: Path, patterns: Sequence[str], *, where: str) -> list[Path]:
-    """The files of the first pattern that matches any, in order. Raises UserError where none does."""
+    """The files that match the first pattern with any match, sorted. Raises UserError if no pattern matches."""
     for pattern in patterns:
         if files := sorted(file for file in root.glob(pattern) if file.is_file()):
             return files
@@ -110,7 +113,7 @@ def annotation_files(root: Path, patterns: Sequence[str], *, where: str) -> list
 
 
 def read_rows(file: Path, root: Path, columns: Sequence[str], *, where: str) -> Iterator[Row]:
-    """The rows of a file. Raises UserError where it cannot be read or lacks a column."""
+    """The rows of a file. Raises UserError if it cannot be read or lacks a column."""
     try:
         if file.suffix == ".parquet":
             yield from _parquet(file, root, columns, where)
@@ -126,7 +129,7 @@ def read_rows(file: Path, root: Path, columns: Sequence[str], *, where: str) -> 
 def _records(file: Path) -> list[dict[str, Any]]:
     text = file.read_text()
     if file.suffix == ".jsonl":
-        # not `splitlines`: characters that it splits at, such as U+2028, may stand inside JSON
+        # not `splitlines`: it splits at characters such as U+2028, which JSON may contain unescaped
         values = [json.loads(line) for line in text.split("\n") if line.strip()]
     elif file.suffix == ".json":
         values = json.loads(text)
@@ -153,7 +156,7 @@ def _parquet(file: Path, root: Path, columns: Sequence[str], where: str) -> Iter
 
 
 def _check(columns: Sequence[str], found: set[str], file: Path, where: str) -> None:
-    """Alternatives are written `a|b`."""
+    """Raise UserError if a required column is missing; `a|b` means that either is enough."""
     missing = [column for column in columns if not found & set(column.split("|"))]
     if missing:
         raise UserError(
@@ -166,9 +169,9 @@ def _check(columns: Sequence[str], found: set[str], file: Path, where: str) -> N
 def find_media(
     root: Path, name: str, folders: Sequence[str] = ("",), suffixes: Sequence[str] = ("", *VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
 ) -> Path:
-    """The file (or folder) `name` in the first of `folders` that has it, with or without a suffix.
+    """The path of the file (or folder) `name`, with any of `suffixes`, in the first of `folders` that contains it.
 
-    Where none has it, the place where it was looked for first.
+    If none does, returns the first path that was tried.
     """
     places = [root / folder / f"{name}{suffix}" for folder in folders for suffix in suffixes]
     return next((place for place in places if place.exists()), places[0])

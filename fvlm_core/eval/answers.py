@@ -1,6 +1,6 @@
-"""How right a text is: parsed choices, exact answers, ANLS, VQA accuracy, numbers. Nothing here guesses: what cannot be read is wrong.
+"""Score generated text: parsed choices, exact answers, ANLS, VQA accuracy, numbers. Nothing is guessed: an unparsable answer is wrong.
 
-`5285123` is not `528`: answers are compared as wholes, never as parts of what is said.
+Answers are compared as a whole, never by substring: `5285123` does not match `528`.
 """
 
 import re
@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from fvlm_core.eval.benchmarks.benchmark import LETTERS, AnswerKind
 
 ANLS_THRESHOLD = 0.5
-"""A similarity below this counts as none (Biten et al. 2019, https://arxiv.org/abs/1905.13648)."""
+"""Similarities below this count as 0 (Biten et al. 2019, https://arxiv.org/abs/1905.13648)."""
 VQA_AGREEING = 3
-"""So many annotators with the same answer make it fully right (Antol et al. 2015, https://arxiv.org/abs/1505.00468)."""
+"""Number of agreeing annotators that makes an answer fully correct (Antol et al. 2015, https://arxiv.org/abs/1505.00468)."""
 
 _LETTER = re.compile(r"^\W*([A-Z])(?:\W*$|[.):,\]])")
 _NAMED = re.compile(r"\b(?i:(?:answer|option|choice)(?:\s+is)?)\s*:?\s*\(?([A-Z](?=\W|$)|[a-z](?=\)|\W*$))")
-"""A small letter only in brackets or at the end, since `a` is a word too."""
+"""A lowercase letter counts only before a bracket or at the end, because `a` is also a word."""
 _BRACKETED = re.compile(r"\(([A-Z])\)")
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?")
 _ONLY_NUMBER = re.compile(r"[-+$]?\s*[\d,]*\.?\d+(?:[eE][-+]?\d+)?\s*%?")
@@ -112,9 +112,9 @@ _CONTRACTIONS = {
 
 
 def parse_choice(said: str, choices: Sequence[str]) -> int | None:
-    """The choice that a text names, by its words or its letter; None where it names none.
+    """Index of the choice that a text names by its text or its letter; None if it names none.
 
-    A letter counts alone, before punctuation, in brackets, or after `answer`, `option`, `choice`. "A dog" is no letter A.
+    A letter counts if it is alone, before punctuation, in brackets, or after `answer`, `option` or `choice`. "A dog" does not name A.
     """
     exact = [place for place, choice in enumerate(choices) if plain(choice) == plain(said)]
     if len(exact) == 1:
@@ -127,13 +127,13 @@ def parse_choice(said: str, choices: Sequence[str]) -> int | None:
 
 
 def parse_yes_no(said: str) -> int | None:
-    """0 for yes, 1 for no, by the first word; None for neither."""
+    """0 if the first word is yes, 1 if it is no, else None."""
     word = re.match(r"\W*(\w+)", said.lower())
     return {"yes": 0, "no": 1}.get(word[1]) if word else None
 
 
 def score(said: str, accepted: Sequence[str], kind: AnswerKind, hints: Mapping[str, str]) -> float:
-    """How right a text is, 0..1."""
+    """Score of an answer against the accepted answers, 0..1."""
     if kind == "anls":
         return anls(said, accepted)
     if kind == "vqa":
@@ -144,12 +144,12 @@ def score(said: str, accepted: Sequence[str], kind: AnswerKind, hints: Mapping[s
 
 
 def plain(text: str) -> str:
-    """For comparing: lower case, single spaces, without punctuation around."""
+    """Normalise text for comparison: lowercase, single spaces, no surrounding punctuation."""
     return " ".join(text.lower().split()).strip(" .,;:!?\"'")
 
 
 def anls(said: str, accepted: Sequence[str]) -> float:
-    """Average normalised Levenshtein similarity to the closest answer, 0 below `ANLS_THRESHOLD`."""
+    """Normalised Levenshtein similarity to the closest accepted answer, 0 below `ANLS_THRESHOLD`; its average over questions is ANLS."""
     best = 0.0
     for answer in accepted:
         ours, theirs = " ".join(said.lower().split()), " ".join(answer.lower().split())
@@ -159,7 +159,7 @@ def anls(said: str, accepted: Sequence[str]) -> float:
 
 
 def levenshtein(a: str, b: str) -> int:
-    """Insertions, deletions and replacements that make one the other."""
+    """Levenshtein distance: the fewest insertions, deletions and substitutions that turn one text into the other."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, start=1):
         diagonal, row[0] = row[0], i
@@ -169,14 +169,17 @@ def levenshtein(a: str, b: str) -> int:
 
 
 def vqa_accuracy(said: str, accepted: Sequence[str]) -> float:
-    """Mean over the annotators of min(1, others that agree / 3), after the normalisation of the VQA evaluation."""
+    """VQA accuracy: the mean, over leaving out each annotator in turn, of min(1, matching answers among the others / 3).
+
+    Answers are normalised by `vqa_plain`.
+    """
     ours, theirs = vqa_plain(said), [vqa_plain(answer) for answer in accepted]
     agreeing = [sum(answer == ours for place, answer in enumerate(theirs) if place != left_out) for left_out in range(len(theirs))]
     return sum(min(1.0, count / VQA_AGREEING) for count in agreeing) / len(agreeing)
 
 
 def vqa_plain(text: str) -> str:
-    """An answer as the VQA evaluation compares it: without articles and punctuation, number words as digits, apostrophes restored."""
+    """Normalise an answer as the VQA evaluation does: no articles or punctuation, number words as digits, apostrophes restored."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
     number = re.search(r"\d,\d", text) is not None
@@ -189,7 +192,10 @@ def vqa_plain(text: str) -> str:
 
 
 def same_number(said: str, answer: str, precision: str | None = None) -> bool:
-    """Whether the last number in a text is the answer, to `precision` decimals (default: those of the answer); words exactly."""
+    """Whether the last number in a text equals the answer to `precision` decimals (default: those of the answer).
+
+    An answer that is not a number has to match exactly.
+    """
     if not _is_number(answer):
         return plain(said) == plain(answer)
     wanted, found = _numbers(answer)[0], _numbers(said)

@@ -1,7 +1,7 @@
-"""Puts a benchmark's items to a model in every condition, in shards that survive being killed.
+"""Ask a model the items of a benchmark under every condition, in resumable shards.
 
-Items about the same media stand together and are opened once. A shard is a file: a later run takes the finished ones as they are, whatever
-the number of ranks was, and shards do not depend on that number, so one rank or four write the same bytes.
+Items about the same media are grouped, and the media opened once. Each shard is a file; a later run reuses the finished ones. Shards do not
+depend on the number of ranks, so one rank or four write the same bytes.
 """
 
 import time
@@ -24,44 +24,44 @@ from fvlm_core.eval.records import ItemRecord, Said, read_shard, rounded, write_
 from fvlm_core.settings import Settings, hash_json
 
 SHARD_ITEMS = 32
-"""Items of a shard, or those of one video where it has more: what a killed evaluation loses."""
+"""Items per shard (or those of one video, if it has more): the most work that a killed evaluation loses."""
 ANSWER_TOKENS = 24
-"""Longest generated answer to an open question."""
+"""Maximum length of a generated answer, in tokens."""
 FORMAT = 1
-"""Of the records; raised when they change, so that old shards are not taken."""
+"""Version of the record format; increase it with every change, so that old shards are not reused."""
 
 
 class AskSettings(Settings):
     """How items are asked."""
 
     orders: list[Order] = list(ORDERS)
-    """Question before or after the video; the first is the headline's and the controls'."""
+    """Question before the video, after it, or both; the headline and the controls use the first."""
     modes: list[str] | None = None
-    """None is every mode the model has."""
+    """Modes to run; None runs all modes of the model."""
     controls: bool = True
-    """Shuffled frames, no frames, random queries, queries of the question alone."""
+    """Also measure the controls: shuffled frames, no frames, random queries, and a single query made from the question."""
     options_text: bool = True
-    """Likelihood of the options' texts."""
+    """Compute the likelihoods of the options' texts."""
     letters: bool = True
-    """Likelihood of the options' letters."""
+    """Compute the likelihoods of the options' letters."""
     generate: bool = False
-    """Generate answers to multiple-choice questions too, and parse them; open questions always are."""
+    """Also generate and parse answers to multiple-choice questions; answers to open questions are always generated."""
     answer_tokens: int = ANSWER_TOKENS
-    """Longest generated answer."""
+    """Maximum length of a generated answer, in tokens."""
     generation: Generation = GREEDY
     """How answers are generated."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Some items."""
+    """Items whose records are stored in one file."""
 
     number: int
     items: list[Item]
 
 
 def shards_of(items: Sequence[Item], size: int = SHARD_ITEMS) -> list[Shard]:
-    """Items in shards of about `size`, those with the same media together, in the order of each medium's first item."""
+    """Split items into shards of about `size`, keeping items with the same media together, in the order of their first items."""
     together: dict[str, list[Item]] = {}
     for place, item in enumerate(items):
         together.setdefault(f"text:{place}" if item.media is NO_MEDIA else item.media.key, []).append(item)
@@ -83,9 +83,9 @@ def ask_all(
     max_missing_share: float = 0.01,
     done: Callable[[int], None] = lambda items: None,
 ) -> None:
-    """Ask the shards of this rank that are not finished yet, each into a file of `folder`; `done` is called with every shard's items.
+    """Ask the unfinished shards of this rank and write each to a file in `folder`; call `done` with the number of items after each shard.
 
-    Raises UserError where the model lacks a mode or a way to generate, or more than `max_missing_share` of the items could not be decoded.
+    Raises UserError if the model lacks a mode or a generation method, or if more than `max_missing_share` of the items cannot be decoded.
     """
     conditions = answerer.conditions(settings.orders, settings.modes, controls=settings.controls)
     if settings.generation.method not in answerer.methods:
@@ -104,7 +104,7 @@ def ask_all(
 
 
 def wait_for_all(answerer: Answerer, loaded: Loaded, settings: AskSettings, folder: Path, *, poll_s: float = 0.5) -> None:
-    """Until the other processes have written their shards; torchrun ends all processes where one of them fails."""
+    """Wait until the other ranks have written their shards; torchrun ends all ranks if one of them fails."""
     for shard in shards_of(loaded.items):
         key = shard_key(answerer, loaded.benchmark, settings, shard)
         while read_shard(shard_place(folder, shard), key) is None:
@@ -112,14 +112,14 @@ def wait_for_all(answerer: Answerer, loaded: Loaded, settings: AskSettings, fold
 
 
 def collect(answerer: Answerer, loaded: Loaded, settings: AskSettings, folder: Path, *, max_missing_share: float) -> list[ItemRecord]:
-    """The records of all shards. Raises UserError where one is not finished, or too many items could not be decoded."""
+    """The records of all shards. Raises UserError if a shard is not finished, or too many items could not be decoded."""
     found = []
     for shard in shards_of(loaded.items):
         path = shard_place(folder, shard)
         records = read_shard(path, shard_key(answerer, loaded.benchmark, settings, shard))
         if records is None:
             raise UserError(
-                "a shard of the evaluation is not finished", where=str(path), fix="run the evaluation again: it goes on from there"
+                "a shard of the evaluation is not finished", where=str(path), fix="run the evaluation again: it resumes from there"
             )
         found += [_scored_by(item, record) for item, record in zip(shard.items, records, strict=True)]
     _check_decoded({record.id: record.error for record in found if record.error}, loaded, max_missing_share)
@@ -129,7 +129,7 @@ def collect(answerer: Answerer, loaded: Loaded, settings: AskSettings, folder: P
 def ask_shard(
     answerer: Answerer, benchmark: Benchmark, settings: AskSettings, conditions: Sequence[Condition], items: Sequence[Item]
 ) -> list[ItemRecord]:
-    """The records of some items; neighbours with the same media are opened once, and the next ones are decoded meanwhile."""
+    """The records of some items. Media of adjacent items are opened once, and the next media are decoded in the background."""
     together = [list(some) for _, some in groupby(items, key=lambda item: item.media.key)]
     records: list[ItemRecord] = []
     for some, media in zip(together, ahead(partial(_load, answerer), together, 1), strict=True):
@@ -141,7 +141,7 @@ def ask_shard(
 
 
 def _load(answerer: Answerer, items: Sequence[Item]) -> Media | ClipError:
-    """The media of some items, or why they could not be decoded."""
+    """The media that the items share, or the error if they could not be decoded."""
     try:
         return items[0].media.load(answerer.rule, answerer.image_repeats)
     except ClipError as error:
@@ -149,12 +149,12 @@ def _load(answerer: Answerer, items: Sequence[Item]) -> Media | ClipError:
 
 
 def shard_place(folder: Path, shard: Shard) -> Path:
-    """A shard's file."""
+    """The file of a shard."""
     return folder / f"{shard.number:05d}.jsonl"
 
 
 def shard_key(answerer: Answerer, benchmark: Benchmark, settings: AskSettings, shard: Shard) -> str:
-    """What a shard's records depend on."""
+    """Hash of everything that a shard's records depend on."""
     items = [[item.id, item.question, item.choices, item.media.key] for item in shard.items]
     rule = [answerer.rule.frame_px, answerer.rule.fps, answerer.rule.max_frames, answerer.image_repeats]
     return hash_json([FORMAT, answerer.checkpoint, benchmark.name, benchmark.prompt.hash, settings.hash(), rule, items])
@@ -168,7 +168,7 @@ def _ask(
     items: Sequence[Item],
     media: Media,
 ) -> list[ItemRecord]:
-    """Every item about the same media, in every condition."""
+    """Ask all items about the same media, under every condition."""
     asks, owners = _asks(benchmark, settings, items)
     opened = answerer.open(media, items[0].media.key)
     said: list[dict[str, Said]] = [{} for _ in items]
@@ -192,7 +192,7 @@ def _ask(
 
 
 def _asks(benchmark: Benchmark, settings: AskSettings, items: Sequence[Item]) -> tuple[list[Ask], list[tuple[int, str]]]:
-    """All questions about some media, and whose (place of the item) and what each is."""
+    """The questions of all items, and for each question its owner: (index of the item, field of the record)."""
     asks: list[Ask] = []
     owners: list[tuple[int, str]] = []
     for place, item in enumerate(items):
@@ -218,12 +218,12 @@ def _record(item: Item, frames: int, **more: object) -> ItemRecord:
 
 
 def _known(item: Item) -> dict[str, object]:
-    """What a record takes from its item for scoring, which changes nothing about what is asked."""
+    """The fields of a record that come from the item and affect scoring only, not what is asked."""
     return {"gold": item.gold, "answers": item.answers, "hints": item.hints, "groups": item.groups, "clip": item.clip}
 
 
 def _scored_by(item: Item, record: ItemRecord) -> ItemRecord:
-    """What was said once, with the right answer as it is known now: an annotation may have been corrected since."""
+    """The record with the item's current annotations, which may have been corrected since the model was asked."""
     return record.model_copy(update=_known(item))
 
 

@@ -1,6 +1,6 @@
-"""What a benchmark's records add up to: its numbers in every condition, beside what they have to be compared with.
+"""Aggregate the records of a benchmark: its numbers in every condition, with baselines and paired differences.
 
-Made from the records alone, so it can be made again without a model. Nothing here needs torch.
+Results are computed from the records alone, so they can be recomputed without a model. This module does not import torch.
 """
 
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ from fvlm_core.settings import Settings
 
 SIGNIFICANT = 0.05
 GENERATED = "generated"
-"""The scorer that parses what was said."""
+"""Scoring method that parses the generated answer."""
 MOST_GROUP_VALUES = 60
-"""A group with more values than that is not broken down by: ids are no groups."""
+"""Results are not broken down by a group with more values than this: such values are identifiers."""
 
 
 class ConditionScores(Settings):
-    """One condition."""
+    """Scores in one condition."""
 
     mode: str
     order: Order
@@ -33,100 +33,103 @@ class ConditionScores(Settings):
     score: Estimate
     """The headline metric over questions."""
     macro: Estimate | None = None
-    """Its mean over the benchmark's tasks, where that is the headline."""
+    """Mean of the metric's means over the benchmark's tasks, if that is the headline."""
     by_scorer: dict[str, Estimate] = {}
-    """Accuracy by every way to read a choice."""
+    """Accuracy by scoring method."""
     by_group: dict[str, dict[str, Estimate]] = {}
     positions: list[int] = []
-    """How often each letter or position was chosen by the headline scorer."""
+    """How often the headline scorer chose each letter or position."""
     unparsed: int = 0
-    """Generated answers that name no choice: wrong."""
+    """Number of generated answers that name no choice; they count as wrong."""
     yes_no: dict[str, float] = {}
     """precision, recall, f1 and yes_share (of the predictions), with yes as the positive class."""
 
     @property
     def headline(self) -> Estimate:
-        """The number of the result table."""
+        """The number in the result table."""
         return self.macro or self.score
 
 
 class Difference(Settings):
-    """Two conditions on the same questions."""
+    """Paired difference between two conditions on the same questions."""
 
     a: str
     b: str
     value: Estimate
-    """a minus b, of the metric over questions."""
+    """Metric over questions in `a` minus that in `b`."""
     p_value: float
-    """Two-sided sign-flip test by clip."""
+    """p-value of a two-sided sign-flip test by clip."""
     p_holm: float
-    """Adjusted for all tests of the benchmark."""
+    """p-value, Holm-adjusted over all tests of the benchmark."""
 
     @property
     def noise(self) -> bool:
-        """Whether it cannot be distinguished from no difference."""
+        """Whether the difference is not significant."""
         return self.p_holm >= SIGNIFICANT
 
 
 class BenchmarkResult(Settings):
-    """One benchmark."""
+    """Result of one benchmark."""
 
     name: str
     title: str
     dataset: str
-    """Hub identifier of its dataset, or its name."""
+    """Hub identifier of the dataset, or a slug made from the benchmark's name."""
     split: str
     metric: str
     """accuracy, anls, vqa, number or exact."""
     scorer: str
-    """How a choice is read off the model for the headline; empty for open questions."""
+    """Scoring method of the headline; empty for open questions."""
     macro: str = ""
-    """The group whose values' mean is the headline; empty for the mean over questions."""
+    """The headline is the mean over the values of this group; empty: the mean over questions."""
     note: str = ""
     prompt: str
-    """Hash of the text around the questions."""
+    """Hash of the prompt template."""
     rows: int
-    """Rows considered."""
+    """Number of rows considered."""
     questions: int
-    """Asked and counted."""
+    """Number of questions that were asked and scored."""
     clips: int
     missing: int
-    """Items whose media are not there."""
+    """Number of items without media."""
     unreadable: int
-    """Rows that are no items."""
+    """Number of rows that could not be converted to items."""
     undecodable: dict[str, str] = {}
-    """Items whose media could not be decoded, and why."""
+    """Errors of the items whose media could not be decoded, by item."""
     frames: float
-    """Shown frames of an item, mean."""
+    """Mean number of shown frames per item."""
     most_frames: int
     fps: float
     frame_px: int
     chance: float | None = None
     majority: float | None = None
-    """Always the most frequent gold position."""
+    """Accuracy of always choosing the most frequent gold position."""
     gold_positions: list[int] = []
     conditions: dict[str, ConditionScores]
     differences: list[Difference] = []
 
     def of(self, order: Order, view: str = "shown") -> dict[str, ConditionScores]:
-        """By mode, in an order and view."""
+        """Scores by mode, for one order and view."""
         return {one.mode: one for one in self.conditions.values() if one.order == order and one.view == view}
 
     @property
     def main_order(self) -> Order:
-        """The order of the headline."""
+        """The question order of the headline."""
         return next(iter(self.conditions.values())).order
 
     @property
     def blind(self) -> Estimate | None:
-        """Without frames."""
+        """The headline number without frames."""
         return self.conditions["blind"].headline if "blind" in self.conditions else None
 
 
 def benchmark_result(
     loaded: Loaded, records: Sequence[ItemRecord], bootstrap: Bootstrap, *, fps: float, frame_px: int, scorer: Scorer | None = None
 ) -> BenchmarkResult:
-    """Add up. At least one record must be without an error. `scorer` reads off the headline's choices; None is the benchmark's own."""
+    """Aggregate records, at least one of which must be without an error.
+
+    `scorer` is the scoring method of the headline; None uses the benchmark's default.
+    """
     benchmark = loaded.benchmark
     good = [record for record in records if not record.error]
     undecodable = {record.id: record.error for record in records if record.error}
@@ -165,13 +168,16 @@ def benchmark_result(
 
 
 def headline_scorer(benchmark: Benchmark, records: Sequence[ItemRecord], wanted: Scorer | None = None) -> str:
-    """The wanted way to read a choice, else the benchmark's own, or the first that was asked for; empty where all questions are open."""
+    """The scoring method of the headline: the wanted one, else the benchmark's default, else the first available.
+
+    Empty if all questions are open.
+    """
     asked = _scorers(records, next(iter(records[0].said)))
     return next((name for name in (wanted, benchmark.scorer, *asked) if name in asked), "") or ""
 
 
 def chosen(record: ItemRecord, condition: str, scorer: str, *, yes_no: bool = False) -> int | None:
-    """The chosen option, the first of equals; None where a generated answer names none."""
+    """Index of the chosen option (the first one of a tie); None if a generated answer names no option."""
     if scorer == GENERATED:
         text = record.said[condition].text or ""
         return parse_yes_no(text) if yes_no else parse_choice(text, record.choices)
@@ -180,7 +186,7 @@ def chosen(record: ItemRecord, condition: str, scorer: str, *, yes_no: bool = Fa
 
 
 def _value(record: ItemRecord, condition: str, benchmark: Benchmark, scorer: str) -> float:
-    """How right the model is, 0..1."""
+    """Score of the model's answer, 0..1."""
     if record.choices:
         return float(chosen(record, condition, scorer, yes_no=benchmark.answers == "yes_no") == record.gold)
     return score(record.said[condition].text or "", record.answers, benchmark.answers, record.hints)
@@ -215,13 +221,13 @@ def _condition(
 
 
 def estimate_of(values: np.ndarray, clips: Sequence[str], bootstrap: Bootstrap) -> Estimate:
-    """The mean; of rights and wrongs as a share."""
+    """Mean of the values; if all are 0 or 1, as a share (see `Bootstrap.share`)."""
     is_share = bool(np.isin(values, (0.0, 1.0)).all())
     return bootstrap.share(values == 1, clips) if is_share else bootstrap.mean(values, clips)
 
 
 def yes_no_scores(predicted: Sequence[int], gold: Sequence[int], asked: int) -> dict[str, float]:
-    """Precision, recall and F1 of yes (0), and the share of yes among all that was asked; what is undefined is 0."""
+    """Precision, recall and F1 with yes (index 0) as the positive class, and the share of yes among all questions; 0 if undefined."""
     said_yes, is_yes = np.array(predicted, int) == 0, np.array(gold, int) == 0
     both = int((said_yes & is_yes).sum())
     precision = both / int(said_yes.sum()) if said_yes.any() else 0.0
@@ -232,7 +238,7 @@ def yes_no_scores(predicted: Sequence[int], gold: Sequence[int], asked: int) -> 
 
 
 def _parts(first: str, rest: str, records: Sequence[ItemRecord]) -> tuple[Order, str, str]:
-    """Order, mode and view of a condition's name; the controls are in the order of the headline."""
+    """Order, mode and view from a condition's name; controls have the headline's order."""
     main: Order = "question_after" if next(iter(records[0].said)).startswith("question_after") else "question_first"
     if first == "question_first" or first == "question_after":
         return first, rest, "shown"
@@ -240,7 +246,7 @@ def _parts(first: str, rest: str, records: Sequence[ItemRecord]) -> tuple[Order,
 
 
 def _scorers(records: Sequence[ItemRecord], condition: str) -> list[str]:
-    """Ways to read a choice that were asked for."""
+    """Scoring methods for which the records have data."""
     one = next((record for record in records if record.choices), None)
     if one is None:
         return []
@@ -249,7 +255,7 @@ def _scorers(records: Sequence[ItemRecord], condition: str) -> list[str]:
 
 
 def _by_group(records: Sequence[ItemRecord], values: np.ndarray, bootstrap: Bootstrap) -> dict[str, dict[str, Estimate]]:
-    """By every group that has more than one value and not one for nearly every item."""
+    """Results by every group that has more than one and at most `MOST_GROUP_VALUES` values."""
     tables: dict[str, dict[str, Estimate]] = {}
     for group in dict.fromkeys(name for record in records for name in record.groups if name != "clip"):
         of = [record.groups.get(group, "") for record in records]
@@ -264,7 +270,7 @@ def _by_group(records: Sequence[ItemRecord], values: np.ndarray, bootstrap: Boot
 
 
 def _macro(values: np.ndarray, tasks: Sequence[str], clips: Sequence[str], bootstrap: Bootstrap) -> Estimate:
-    """Mean of the tasks' means; tasks count alike however many questions they have."""
+    """Mean of the tasks' means: every task has the same weight, regardless of its number of questions."""
     names = sorted(set(tasks))
     rows = np.zeros((len(values), 2 * len(names)))
     for place, (task, value) in enumerate(zip(tasks, values, strict=True)):
@@ -278,7 +284,7 @@ def _macro(values: np.ndarray, tasks: Sequence[str], clips: Sequence[str], boots
 
 
 def _differences(values: dict[str, np.ndarray], clips: Sequence[str], bootstrap: Bootstrap) -> list[Difference]:
-    """Modes against each other in each order, and against no frames and shuffled frames in the headline's order."""
+    """All pairs of modes in each order; in the headline's order, also each mode against no frames and against shuffled frames."""
     shown = [name for name in values if name.startswith("question_")]
     main = [name for name in shown if name.split("/")[0] == shown[0].split("/")[0]]
     pairs = [(a, b) for a, b in combinations(shown, 2) if a.split("/")[0] == b.split("/")[0]]

@@ -1,4 +1,4 @@
-"""A benchmark's tables: each mode beside its controls and baselines, and whether differences are more than noise."""
+"""Tables of a benchmark: each mode with its controls and baselines, and significance tests of the differences."""
 
 from fvlm_core.eval.answerers.answerer import ORDERS
 from fvlm_core.eval.benchmark_result import BenchmarkResult, ConditionScores
@@ -8,13 +8,13 @@ from fvlm_core.tables import Table, difference, number, words
 
 CONTROLS = {
     "random_query": "random queries",
-    "question_query": "one query, of the question, for all frames",
+    "question_query": "one query, from the question, for all frames",
     "blind": "no frames (blind)",
 }
 
 
 def benchmark_tables(result: BenchmarkResult) -> list[Table]:
-    """All numbers of one benchmark."""
+    """All tables of one benchmark."""
     tables = [_main(result), *_reading(result), *_orders(result), *_groups(result)]
     return [*tables, *([_differences(result)] if result.differences else [])]
 
@@ -56,28 +56,28 @@ def _note(result: BenchmarkResult) -> str:
     text += "".join(f", {count} {what}" for what, count in lost.items() if count)
     text += f"; {words(result.main_order)}; {result.frames:.1f} frames on average (at most {result.most_frames}, {result.fps:g} a second)"
     if result.scorer:
-        text += f"; choices read off by {result.scorer}"
+        text += f"; choices scored by {result.scorer}"
     if result.macro:
         text += f"; the mean over {words(result.macro)}s"
     unparsed = sum(one.unparsed for one in result.conditions.values())
-    text += f"; {unparsed} answers named no choice and are wrong" if unparsed else ""
+    text += f"; {unparsed} answers named no choice and count as wrong" if unparsed else ""
     return f"{text}. Prompt `{result.prompt}`.{' ' + result.note if result.note else ''}"
 
 
 def _reading(result: BenchmarkResult) -> list[Table]:
-    """Accuracy by every way to read a choice."""
+    """Accuracy by scoring method."""
     shown = result.of(result.main_order)
     scorers = list(dict.fromkeys(scorer for one in shown.values() for scorer in one.by_scorer))
     if len(scorers) < 2:
         return []
     columns = dict(shown) | {name: result.conditions[name] for name in ("blind",) if name in result.conditions}
     rows = {scorer: {name: one.by_scorer.get(scorer) for name, one in columns.items()} for scorer in scorers}
-    note = "Over questions. letter: likelihood of the letter; sum, mean, pmi: of the option's text; generated: parsed from what was said."
-    return [by_mode(f"{result.title} by way of reading", "", list(columns), rows, note=note)]
+    note = "Over questions. letter: likelihood of the letter; sum, mean, pmi: likelihood of the option's text; generated: parsed answer."
+    return [by_mode(f"{result.title} by scoring method", "", list(columns), rows, note=note)]
 
 
 def _orders(result: BenchmarkResult) -> list[Table]:
-    """Question before or after the video, in every mode."""
+    """Accuracy with the question before and after the video, in every mode."""
     rows = {words(order): {mode: one.headline for mode, one in result.of(order).items()} for order in ORDERS if result.of(order)}
     if len(rows) < 2:
         return []
@@ -106,5 +106,5 @@ def _differences(result: BenchmarkResult) -> Table:
         ]
         for one in result.differences
     ]
-    note = "Paired on the same questions; sign-flip test whose unit is the clip; Holm's adjustment for all rows of the table."
+    note = "Paired on the same questions; sign-flip test by clip; p-values Holm-adjusted over all rows of the table."
     return Table(title=f"{result.title}, differences", head=["difference", "value", "p", "p (Holm)", "verdict"], rows=rows, note=note)

@@ -1,8 +1,8 @@
-"""Caption metrics: BLEU-1..4, ROUGE-L and CIDEr-D as the COCO caption tools define them, without java.
+"""Caption metrics: BLEU-1..4, ROUGE-L and CIDEr-D as defined by the COCO caption tools, without Java.
 
-Every metric is computed from per-caption numbers (`CaptionStats`) whose sums over a corpus give the corpus score, so an
-interval comes from resampling captions without scoring them again. CIDEr-D's document frequencies come from the references of
-the complete evaluated set and stay fixed while resampling.
+Every metric is computed from per-caption numbers (`CaptionStats`) whose sums over a corpus give the corpus score, so captions can be
+resampled for an interval without scoring them again. CIDEr-D's document frequencies come from the references of the complete evaluated
+set and stay fixed while resampling.
 """
 
 import re
@@ -15,9 +15,9 @@ from importlib.util import find_spec
 import numpy as np
 
 MAX_N = 4
-"""Longest n-gram of BLEU and CIDEr."""
+"""Maximum n-gram length of BLEU and CIDEr."""
 CIDER_SIGMA = 6.0
-"""Width, in words, of CIDEr-D's penalty on a length that differs from the reference's."""
+"""Standard deviation, in words, of CIDEr-D's Gaussian penalty on the difference from the reference's length."""
 CIDER_SCALE = 10.0
 ROUGE_BETA = 1.2
 """Recall counts beta^2 times as much as precision in ROUGE-L."""
@@ -26,7 +26,7 @@ PUNCTUATION = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--
 """Tokens that the COCO tools drop after tokenisation."""
 
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-"""The treebank's names; the COCO tools lower their case first, so their upper-case list of dropped tokens never matches them."""
+"""Penn Treebank names of brackets. The COCO tools lowercase them before filtering, so their uppercase drop list never matches them."""
 
 _TOKEN = re.compile(
     r"""
@@ -44,17 +44,17 @@ _TOKEN = re.compile(
 
 
 def tokenize(caption: str) -> list[str]:
-    """Treebank tokens in lower case without punctuation, as the COCO tools' java tokeniser gives for captions."""
+    """Lowercase Penn Treebank tokens without punctuation, as produced by the COCO tools' Java tokeniser for captions."""
     tokens = [str(token) for token in _TOKEN.findall(caption.lower())]
     return [_BRACKETS.get(token, token) for token in tokens if token not in PUNCTUATION]
 
 
 @dataclass(frozen=True)
 class CaptionStats:
-    """Per-caption numbers of C captions, float64; sums over captions (or over a resample of them) give the scores."""
+    """Statistics of C captions, float64; their sums over captions (or over a resample of them) give the scores."""
 
     bleu: np.ndarray
-    """[C, 2 + 2 * MAX_N]: hypothesis length, closest reference length, then n-grams matched and possible for n = 1..MAX_N."""
+    """[C, 2 + 2 * MAX_N]: hypothesis length, closest reference length, matched n-grams for n = 1..MAX_N, then possible n-grams."""
     rouge_l: np.ndarray
     """[C]."""
     cider_d: np.ndarray
@@ -62,7 +62,7 @@ class CaptionStats:
 
 
 def caption_stats(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> CaptionStats:
-    """Score each hypothesis against its one or more references. Raises ValueError unless each has one."""
+    """Score each hypothesis against its references. Raises ValueError if a hypothesis has no reference."""
     if len(hypotheses) != len(references) or not all(references):
         raise ValueError("every hypothesis needs at least one reference")
     hypothesis_tokens = [tokenize(text) for text in hypotheses]
@@ -86,7 +86,7 @@ def bleu_from_sums(sums: np.ndarray, n: int) -> np.ndarray:
 
 
 def meteor(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """METEOR 1.5 of the corpus by pycocoevalcap's jar; only where `meteor_absence` is None."""
+    """METEOR 1.5 of the corpus, computed by pycocoevalcap's jar; call it only if `meteor_absence` returns None."""
     from pycocoevalcap.meteor.meteor import Meteor  # optional, heavy
 
     tokenized = {i: [" ".join(tokenize(text))] for i, text in enumerate(hypotheses)}
@@ -95,7 +95,7 @@ def meteor(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> fl
 
 
 def meteor_absence() -> str | None:
-    """Why METEOR cannot be computed here, or None if it can."""
+    """The reason why METEOR cannot be computed here; None if it can."""
     missing = [name for name, there in (("java", shutil.which("java")), ("pycocoevalcap", find_spec("pycocoevalcap"))) if not there]
     return f"not installed: {', '.join(missing)} (the extra `meteor`, and a Java)" if missing else None
 
@@ -152,7 +152,7 @@ def _cider_d(hypotheses: list[list[str]], references: list[list[list[str]]]) -> 
             norms = np.sqrt(sum(w * w for w in ours.values())) * np.sqrt(sum(w * w for w in theirs.values()))
             if norms:
                 total += sum(min(w, theirs[gram]) * theirs[gram] for gram, w in ours.items() if gram in theirs) / norms
-        # the COCO tools measure length in bigrams; the difference is the same as in words except for captions of no word
+        # the COCO tools measure length in bigrams; the difference equals that in words, except for empty captions
         difference = max(0, len(hypothesis) - 1) - max(0, len(ref) - 1)
         return total / MAX_N * float(np.exp(-(difference**2) / (2 * CIDER_SIGMA**2)))
 

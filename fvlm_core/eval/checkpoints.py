@@ -1,4 +1,4 @@
-"""A checkpoint as a model that can be asked: a run or model folder of ours, one of the original fVLM, or a SmolVLM2 folder."""
+"""Open a checkpoint as an `Answerer`: a run or model folder of this package, a checkpoint of the original fVLM, or a SmolVLM2 folder."""
 
 import json
 from pathlib import Path
@@ -24,13 +24,16 @@ FORMS = (
 )
 SMOLVLM_TYPES = ("smolvlm",)
 ORIGINAL_PX = 224
-"""Side of the original's frames."""
+"""Side of the original fVLM's frames, in pixels."""
 
 
 def open_checkpoint(
     path: Path, device: torch.device, *, original: Original | None = None, batch_samples: int = 64, seed: int = 0
 ) -> Answerer:
-    """Load a checkpoint of whatever form. Raises UserError where it is of none, or `original` is about one of ours or a SmolVLM2."""
+    """Load a checkpoint of any supported form.
+
+    Raises UserError if the form is not supported, or if `original` is given for a checkpoint that is not of the original fVLM.
+    """
     folder = path / MODEL_FOLDER if (path / MODEL_FOLDER / SETTINGS_FILE).is_file() else path
     original = original or Original()
     if (folder / SETTINGS_FILE).is_file():
@@ -50,7 +53,7 @@ def open_checkpoint(
 
 
 def says_itself(path: Path, original: Original) -> None:
-    """Refuse what is said of a checkpoint that says it itself. Raises UserError."""
+    """Raise UserError if `original` sets options for a checkpoint that stores these properties itself."""
     if given := [f"--{name.replace('_', '-')}" for name, value in original if value is not None]:
         fix = f"leave out {', '.join(given)}: for checkpoints of the original fVLM only"
         raise UserError("this model says itself what it was built with", where=str(path), fix=fix)
@@ -60,7 +63,7 @@ def _ours(folder: Path, run: Path, device: torch.device, batch_samples: int, see
     model = load_model(folder).eval().requires_grad_(False)
     tokenizer = load_tokenizer(folder)
     shown = ShownFrames.of_model(folder, model.settings.vision.frame_px)
-    # as it stands: a model can be asked whatever version of the code its recipe was written for
+    # plain YAML, not validated: a model can be used even if its recipe was written for another version of the code
     recipe = read_yaml(run / RECIPE_FILE) if (run / RECIPE_FILE).is_file() else {}
     subject = Subject(model.to(device), tokenizer, chat_format(tokenizer), device, batch_samples)
     return FoveatedAnswerer(
@@ -89,7 +92,7 @@ def _original(path: Path, device: torch.device, original: Original, batch_sample
 
 
 def _model_type(path: Path) -> str:
-    """What a transformers folder says that it is; empty where there is no config.json."""
+    """The `model_type` in a transformers folder's config.json; empty if there is no such file."""
     try:
         return str(json.loads((path / "config.json").read_text()).get("model_type", "unknown"))
     except (OSError, ValueError):

@@ -1,6 +1,6 @@
-"""What measurements are made of: estimates with intervals, paired tests, and the numbers that a part puts into the result table.
+"""The building blocks of results: estimates with intervals, paired tests, and the metrics in the result table.
 
-Nothing here needs torch, so flows and reports can read results cheaply.
+This module does not import torch, so flows and reports can read results cheaply.
 """
 
 from typing import Literal
@@ -9,40 +9,40 @@ from fvlm_core.model.names import Mode
 from fvlm_core.settings import Settings
 
 CLIP, TASK = "clip", "task"
-"""Groups that every question has: the unit of resampling, and its kind."""
+"""Groups that every question has: `clip`, the resampling unit, and `task`, the kind of question."""
 
 
 class Estimate(Settings):
-    """A measured number with its 95 % interval (over clips: questions about one clip are not independent)."""
+    """A measured number with its 95 % confidence interval, by clip because questions about one clip are not independent."""
 
     value: float
     low: float
     high: float
     n: int
-    """Independent units that were resampled: clips (or texts)."""
+    """Number of independent units: clips (or texts)."""
     count: int
-    """What was averaged or pooled: labelled tokens, captions, questions, answer words or frames."""
+    """Number of averaged values: labelled tokens, captions, questions, answer words or frames."""
     exact: bool = False
-    """Whether the interval is exact (few clips) instead of a bootstrap."""
+    """Whether the interval is exact (few clips) instead of bootstrapped."""
 
 
 class PairedTest(Settings):
-    """Two modes on the same samples."""
+    """Comparison of two modes on the same samples."""
 
     a: Mode
     b: Mode
     metric: Literal["loss", "multiple_choice_accuracy"]
     difference: Estimate
-    """a minus b; its interval comes from resampling clips with both modes together."""
+    """a minus b; the interval comes from resampling clips, with both modes together."""
     only_a: int | None = None
-    """Questions only `a` answers rightly (accuracy only)."""
+    """Number of questions that only `a` answers correctly (accuracy only)."""
     only_b: int | None = None
     p_value: float | None = None
-    """Two-sided sign-flip test by clip, adjusted for the tests beside it by Holm's method (accuracy only)."""
+    """Holm-adjusted p-value of a two-sided sign-flip test by clip (accuracy only)."""
 
 
 class Dataset(Settings):
-    """What a part measures on, as the model card's metadata name it."""
+    """The dataset of a measurement, as named in the model card's metadata."""
 
     type: str
     """Hub identifier of the dataset, or a slug."""
@@ -51,16 +51,16 @@ class Dataset(Settings):
 
 
 class Metric(Settings):
-    """One number of the result table in every mode, and what it has to be compared with."""
+    """One row of the result table: a metric in every mode, with its baselines."""
 
     name: str
-    """As a person reads it, with its unit: `loss (nats/token)`."""
+    """Display name with unit, e.g. `loss (nats/token)`."""
     values: dict[str, Estimate | float]
-    """By mode: `MODES`, or those of another architecture."""
+    """Values by mode (`MODES`, or the modes of another architecture)."""
     baselines: dict[str, Estimate | float] = {}
-    """What a model that sees nothing, guesses, or always says the same gets, by name."""
+    """Scores, by name, of a model that sees nothing, guesses, or always gives the same answer."""
     decimals: int = 3
     hub_type: str = ""
-    """The metric's identifier in the model card's metadata, e.g. `accuracy`; empty leaves it out of the card."""
+    """Identifier of the metric in the model card's metadata, e.g. `accuracy`; empty leaves it out of the card."""
     dataset: Dataset | None = None
-    """What it was measured on, where that is not the part's own dataset."""
+    """Dataset of the metric, if it differs from the part's."""

@@ -1,4 +1,4 @@
-"""The evaluation of one run: every part of the registry measured in turn, then `results.json`, the tables, and the manifest last."""
+"""Evaluate one training run: measure all parts of the registry, then write `results.json`, the tables, and finally the manifest."""
 
 import time
 
@@ -29,9 +29,9 @@ from fvlm_core.train.jobs import MODEL_FOLDER, RECIPE_FILE, RunManifest
 
 
 def evaluate(job: EvalJob, ranks: Ranks = ALONE) -> EvalReport | None:
-    """Run a job; other processes than the first only ask items of benchmarks, and return None.
+    """Run an evaluation job. Ranks other than 0 only ask benchmark items, and return None.
 
-    Raises UserError where the run, the shards, the modes or the files from outside do not fit or are missing.
+    Raises UserError if the run, the shards, the modes or the external files are missing or do not match.
     """
     started = time.monotonic()
     run = RunManifest.read(job.run)
@@ -103,7 +103,7 @@ def evaluate(job: EvalJob, ranks: Ranks = ALONE) -> EvalReport | None:
 
 
 def measure(parts: dict[str, Part], context: Context, progress: Progress) -> tuple[dict[str, PartResult], dict[str, str]]:
-    """The parts' results by name, and why the others have none."""
+    """Measure the parts; return the results by name, and the reasons why the other parts have none."""
     results: dict[str, PartResult] = {}
     absent: dict[str, str] = {}
     for number, (name, part) in enumerate(parts.items()):
@@ -118,7 +118,7 @@ def measure(parts: dict[str, Part], context: Context, progress: Progress) -> tup
 
 
 def load_subject(job: EvalJob, ranks: Ranks = ALONE) -> Subject:
-    """The run's model, with the tokenizer of the shards. Raises UserError where model, modes and shards do not fit together."""
+    """Load the run's model, with the tokenizer of the shards. Raises UserError if model, modes and shards do not match."""
     if job.threads:
         torch.set_num_threads(job.threads)
     shards = ShardSet(job.shards)

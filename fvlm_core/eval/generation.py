@@ -1,4 +1,4 @@
-"""How the evaluation generates text: greedily, by sampling with a seed, or by beam search. Importing it imports no torch."""
+"""Text generation for the evaluation: greedy, seeded sampling, or beam search. Importing this module does not import torch."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -22,20 +22,20 @@ class Generation(Settings):
     """How answers are generated."""
 
     method: Method = "greedy"
-    """Always the likeliest token, a draw, or the likeliest of several answers that are followed at a time."""
+    """Decoding method: greedy, sampling, or beam search."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Of a draw: logits are divided by it."""
+    """Sampling temperature: logits are divided by it."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Of a draw: from the likeliest tokens whose probabilities add up to that."""
+    """Nucleus sampling: sample from the most likely tokens whose probabilities add up to this."""
     seed: int = 0
-    """Of a draw. Every question has draws of its own, whatever is asked beside it."""
+    """Seed for sampling. A question's samples do not depend on the other questions asked."""
     beams: Positive = 4
-    """Answers followed at a time."""
+    """Number of beams in beam search."""
     length_penalty: float = 1.0
-    """Of beam search: an answer's log-likelihood counts per (number of its tokens to that power)."""
+    """Beam search divides an answer's log-likelihood by its number of tokens to this power."""
 
     def seed_of(self, name: str, question: Sequence[int]) -> int:
-        """The seed of one question's draws, by what it is about and its token ids."""
+        """The sampling seed of one question, from the name of its media and its token ids."""
         return crc32(f"{self.seed} {name} {list(question)}".encode())
 
 
@@ -52,7 +52,10 @@ def go_on(
     stop_ids: Sequence[int],
     seeds: Sequence[int],
 ) -> list[list[int]]:
-    """Answers from the last hidden states [N, llm width] of the samples in a cache, without the stop token; `seeds`: one a sample."""
+    """Continue N samples in a KV cache from their last hidden states [N, llm width]; return token ids without the stop token.
+
+    `seeds` holds one seed per sample.
+    """
     from fvlm_core.model.decoding import continue_sampling, continue_with_beams
     from fvlm_core.model.inference import continue_greedily
 

@@ -1,7 +1,7 @@
-"""What an item shows: a video, a folder of frames, images, or frames at hand; decoded only when the item's turn comes.
+"""Media of benchmark items: a video, a folder of frames, images, or frames in memory; decoded only when needed.
 
-Videos give frames as training does (`fvlm_core.data.frames`): one per second, at most 64, short side scaled and the centre cut out.
-Images are scaled and cut alike and shown several times, as training shows them.
+Frames of videos are extracted as in training (`fvlm_core.data.frames`): one per second, at most 64, the short side resized, then
+center-cropped. Images are resized and cropped in the same way and shown several times, as in training.
 """
 
 import io
@@ -21,35 +21,35 @@ from fvlm_core.eval.stills import as_shown
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 VIDEO_SUFFIXES = (".mp4", ".MP4", ".mkv", ".webm", ".avi", ".mov", ".gif")
 ANNOTATED_FPS = 3.0
-"""Frames per second of a folder of frames, where the benchmark does not say (MVBench's TVQA clips)."""
+"""Frame rate of a folder of frames if the benchmark does not give one (MVBench's TVQA clips)."""
 
 
 @dataclass(frozen=True)
 class Media:
-    """Decoded frames, and in which order they are shown."""
+    """Decoded frames, and the order in which they are shown."""
 
     frames: np.ndarray
     """uint8 [F, H, W, 3]: the distinct frames."""
     shown: list[list[int]]
-    """Per video or image, the frames to show in order, as indexes into `frames`."""
+    """Per video or image, indices into `frames` in the order shown."""
 
     @property
     def n_shown(self) -> int:
-        """Shown frames."""
+        """Number of shown frames."""
         return sum(map(len, self.shown))
 
     @property
     def key(self) -> str:
-        """Equal for equal frames in equal order."""
+        """Hash of the frames and their order."""
         return blake2b(self.frames.tobytes() + repr(self.shown).encode(), digest_size=12).hexdigest()
 
     def shuffled(self, seed: int, name: str) -> "Media":
-        """The frames of each video in another order (a video whose frames are all equal, or alone, stays as it is)."""
+        """A copy with the frames of each video in another order; a video with a single distinct frame is unchanged."""
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         return Media(self.frames, [_other_order(indexes, rng) for indexes in self.shown])
 
     def load(self, rule: FrameRule, image_repeats: int) -> "Media":
-        """Itself, in the size asked for."""
+        """The media, with frames resized to `rule.frame_px`."""
         if not len(self.frames) or self.frames.shape[1:3] == (rule.frame_px, rule.frame_px):
             return self
         return Media(np.stack([_square(Image.fromarray(frame), rule.frame_px) for frame in self.frames]), self.shown)
@@ -64,31 +64,31 @@ class Source(Protocol):
 
     @property
     def key(self) -> str:
-        """Equal for items that show the same: they are encoded once, and are one unit of resampling."""
+        """Identifies the media: items with the same key share the encoding and form one resampling unit."""
         ...
 
     def load(self, rule: FrameRule, image_repeats: int) -> Media:
-        """Decode. Raises ClipError, in words for its owner."""
+        """Decode the media. Raises ClipError with a user-readable reason."""
         ...
 
 
 def place_below(root: Path, path: Path) -> str:
-    """A file's place in a benchmark: unlike its name of this file only, and unlike its full path the same on every machine.
+    """The path relative to a benchmark's folder: unique within the benchmark, and the same on every machine.
 
-    A file that is not below `root` has its own path.
+    A path outside `root` is returned unchanged.
     """
     return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
 
 
 @dataclass(frozen=True)
 class VideoFile:
-    """A video, or the part of it between two times."""
+    """A video, or its part between two times."""
 
     path: Path
     start_s: float | None = None
     end_s: float | None = None
     root: Path = field(default=Path(), compare=False)
-    """The benchmark's folder, below which the video is known by its place."""
+    """The benchmark's folder; the key is the path relative to it."""
 
     @property
     def key(self) -> str:
@@ -96,7 +96,7 @@ class VideoFile:
         return f"{place_below(self.root, self.path)}{part}"
 
     def load(self, rule: FrameRule, image_repeats: int) -> Media:
-        """Decode the file. Raises ClipError where it is no intact video."""
+        """Decode the file. Raises ClipError if it is not an intact video."""
         part = _Part(rule.frame_px, rule.fps, rule.max_frames, rule.square_pixels, self.start_s or 0.0, self.end_s)
         frames = extract_frames(_content(self.path), part).pixels
         return Media(frames, [list(range(len(frames)))])
@@ -104,21 +104,21 @@ class VideoFile:
 
 @dataclass(frozen=True)
 class FrameFolder:
-    """A video as a folder of pictures, in the order of their names."""
+    """A video stored as a folder of images, ordered by name."""
 
     path: Path
     fps: float = ANNOTATED_FPS
     start_s: float | None = None
     end_s: float | None = None
     root: Path = field(default=Path(), compare=False)
-    """The benchmark's folder, below which the folder is known by its place."""
+    """The benchmark's folder; the key is the path relative to it."""
 
     @property
     def key(self) -> str:
         return f"{place_below(self.root, self.path)}[{self.start_s}-{self.end_s}]"
 
     def load(self, rule: FrameRule, image_repeats: int) -> Media:
-        """Decode the pictures that are shown at the rule's times. Raises ClipError where there are none."""
+        """Decode the images at the rule's times. Raises ClipError if there are none."""
         files = sorted(file for file in self.path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
         first, last = (int((time or 0) * self.fps) for time in (self.start_s, self.end_s))
         files = files[first : last or None]
@@ -144,9 +144,9 @@ class Images:
 
     images: tuple["bytes | Picture", ...]
     name: str = ""
-    """Equal for equal images, where the benchmark says which are; by default their files' places."""
+    """The benchmark's identifier of the images, if it has one; by default, the key is made from the files' paths."""
     root: Path = field(default=Path(), compare=False)
-    """The benchmark's folder, below which the files are known by their place."""
+    """The benchmark's folder; the key uses paths relative to it."""
 
     @property
     def key(self) -> str:
@@ -155,7 +155,7 @@ class Images:
         return blake2b(b"\0".join(map(self._identity, self.images)), digest_size=12).hexdigest()
 
     def load(self, rule: FrameRule, image_repeats: int) -> Media:
-        """Decode every image; each is shown `image_repeats` times. Raises ClipError where one is no image."""
+        """Decode every image; each is shown `image_repeats` times. Raises ClipError if one cannot be decoded."""
         contents = [image if isinstance(image, bytes) else _content(image) for image in self.images]
         frames = np.stack([_picture(content, rule.frame_px) for content in contents])
         return Media(frames, [[index] * image_repeats for index in range(len(frames))])
@@ -168,15 +168,15 @@ class Images:
 
 @dataclass(frozen=True)
 class Rendered:
-    """Frames that are made when they are needed."""
+    """Frames that are generated when needed."""
 
     key: str
     make: Callable[[int], np.ndarray]
-    """Side in pixels -> uint8 [T, side, side, 3]."""
+    """Maps the side in pixels to frames, uint8 [T, side, side, 3]."""
     image: bool = False
 
     def load(self, rule: FrameRule, image_repeats: int) -> Media:
-        """Make them."""
+        """Generate the frames."""
         frames = self.make(rule.frame_px)
         shown = [[index] * image_repeats for index in range(len(frames))] if self.image else [list(range(len(frames)))]
         return Media(frames, shown)
@@ -184,13 +184,13 @@ class Rendered:
 
 @dataclass(frozen=True)
 class _Part(FrameRule):
-    """The frames of a part of a video."""
+    """The frame rule for a part of a video."""
 
     start_s: float = 0.0
     end_s: float | None = None
 
     def times_s(self, duration_s: float) -> list[float]:
-        """As for a video that begins at `start_s` and ends at `end_s`."""
+        """Frame times in the part from `start_s` to `end_s`, as if it were a video of its own."""
         end_s = min(duration_s, self.end_s or duration_s)
         if self.start_s >= end_s:
             raise ClipError(f"the part from {self.start_s:g} to {end_s:g} s is empty")
@@ -213,7 +213,7 @@ def _picture(content: bytes, side: int) -> np.ndarray:
 
 
 def _square(image: Image.Image, side: int) -> np.ndarray:
-    """Short side scaled to `side`, centre cut out: uint8 [side, side, 3], as `fvlm_core.data.frames` does for videos."""
+    """Resize the short side to `side` and center-crop, as `fvlm_core.data.frames` does for videos: uint8 [side, side, 3]."""
     scale = side / min(image.size)
     width, height = (max(side, round(length * scale)) for length in image.size)
     scaled = image.resize((width, height), Image.Resampling.BOX if scale < 1 else Image.Resampling.BILINEAR)

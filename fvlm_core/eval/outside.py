@@ -1,4 +1,4 @@
-"""Files and folders from outside that benchmarks read: that they are there, and what would make them others."""
+"""External files and folders that benchmarks read: existence checks and digests."""
 
 from pathlib import Path
 
@@ -13,19 +13,19 @@ SMALL_BYTES = 64 * 2**20
 
 
 def check_outside(settings: EvalSettings) -> None:
-    """Raises UserError where something is missing. A dataset's name on the hub is looked up when it is read."""
+    """Raise UserError if a file or folder is missing. Dataset names on the hub are not checked until the dataset is read."""
     for (part, setting), path in settings.outside().items():
         if not path.exists() and not HUB_NAME.match(str(path)):
             raise UserError(f"{part}: its {setting} is missing", where=str(path), fix=f"correct evaluation.{part}.{setting}")
 
 
 def quick_digest(path: Path) -> str:
-    """Identity of what is there: `digest`, but of large files size and time of change instead of their content."""
+    """Like `digest`, but files above `SMALL_BYTES` are identified by size and modification time instead of their content."""
     return _digest(path, _quick)
 
 
 def digest(path: Path) -> str:
-    """Identity of a file: its content; of a folder: its annotation files, not its media. The path itself where nothing is there."""
+    """Digest of a file's content, or of a folder's annotation files (not its media); the path itself if nothing exists there."""
     return _digest(path, sha256_file)
 
 

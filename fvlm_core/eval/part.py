@@ -1,10 +1,11 @@
-"""The door for measurements: a part of the evaluation is one file in `parts/` with two classes, and one line in `parts/__init__.py`.
+"""Base classes for the parts of the evaluation. To add a part, write one file in `parts/` with two classes, and one line in
+`parts/__init__.py`.
 
-* A `Part` is the part's settings, as the profile's `evaluation:` shows them, and `measure`, which makes its result.
-* A `PartResult` is what `results.json` keeps of it, and how that is shown: its tables, its lines of the result table and of the model
-  card, its pictures. Everything that prints results asks for these and knows no part by name.
+* A `Part` holds the part's settings, found under `evaluation:` in a profile, and its `measure` method, which returns the result.
+* A `PartResult` is the part's entry in `results.json` and knows how to show itself: its tables, its rows of the result table and of the
+  model card, and its figures. The code that prints results uses only these methods and knows no part by name.
 
-Importing a part imports no torch: what only measuring needs is imported in `measure`.
+Importing a part must not import torch: dependencies of the measurement are imported inside `measure`.
 """
 
 from abc import abstractmethod
@@ -33,79 +34,79 @@ OWN_SPLIT = Dataset(type="fvlm-validation", name="fVLM validation split")
 
 
 class NotMeasuredError(Exception):
-    """Raised by `measure`: why the part has no result. Not a fault; the reason becomes part of the results."""
+    """Raised by `measure` if the part has no result. Not a failure: the reason is recorded in the results."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a part can measure with."""
+    """The inputs of a measurement."""
 
     subject: "Subject"
     answerer: "FoveatedAnswerer"
     """The same model, for multiple choice and benchmarks."""
     split: "ValidationSplit"
     modes: list[Mode]
-    """To measure, in the order of `MODES`."""
+    """Modes to measure, in the order of `MODES`."""
     bootstrap: "Bootstrap"
-    """Makes every estimate; its seed is the evaluation's."""
+    """Computes all estimates, with the evaluation's seed."""
     output: Path
-    """The evaluation's folder, for pictures."""
+    """The evaluation's output folder, for figures."""
     ranks: Ranks = ALONE
     note: Callable[[str], None] = lambda text: None
-    """Reports what is being done."""
+    """Reports progress."""
 
 
 class PartResult(Settings):
-    """What one part measured. Subclasses add its numbers, and show as much of themselves as they have to show."""
+    """The result of one part. Subclasses add fields for its numbers and override the methods that show them."""
 
     title: ClassVar[str]
-    """Names the part in reports and above its tables."""
+    """Name of the part in reports and above its tables."""
     dataset: ClassVar[Dataset] = OWN_SPLIT
     timing: ClassVar[bool] = False
-    """Numbers of the machine, which differ from run to run: kept in a file of their own, outside the evaluation's identity."""
+    """True for timings, which differ from run to run: they are stored in a separate file, outside the evaluation's identity."""
 
     absent: dict[str, str] = {}
-    """What of the part was not measured, and why."""
+    """Measurements of this part that were not made, with the reasons."""
 
     @abstractmethod
     def count(self) -> int:
-        """How many samples (clips, questions) were measured."""
+        """Number of measured samples (clips, questions)."""
 
     def headline(self) -> list[Metric]:
-        """Its lines of the result table."""
+        """Rows of the result table."""
         return []
 
     def tables(self) -> list[Table]:
-        """All its numbers, to be read."""
+        """Tables of all numbers."""
         return []
 
     def figures(self) -> list[Figure]:
-        """What it drew."""
+        """Figures drawn by the part."""
         return []
 
     def card_results(self) -> list[Metric]:
-        """Its entries in the model card's metadata."""
+        """Entries in the model card's metadata."""
         return [metric for metric in self.headline() if metric.hub_type]
 
 
 class Part(Settings):
-    """The settings of one part of the evaluation, and its measuring."""
+    """Settings and measurement of one part of the evaluation."""
 
     result: ClassVar[type[PartResult]]
-    """What `measure` returns and `results.json` holds."""
+    """The class that `measure` returns and `results.json` stores."""
     needs_queries: ClassVar[bool] = False
-    """Whether only a model that looks somewhere can be measured (not one that pools its patches)."""
+    """Whether the part can only measure models with queries, not those that pool their patches."""
 
     @abstractmethod
     def measure(self, context: Context) -> PartResult:
-        """Measure. Raises NotMeasuredError where there is nothing to measure on."""
+        """Run the measurement. Raises NotMeasuredError if there is nothing to measure."""
 
     def outside(self) -> dict[str, Path]:
-        """Files and folders from outside that it reads, by the dotted path of the setting that names them."""
+        """External files and folders that the part reads, by the dotted path of the setting that names them."""
         return {}
 
 
 def require(found: int, wanted: int, what: str) -> None:
-    """Raises NotMeasuredError where nothing was found to measure on. `wanted`: how many the settings ask for."""
+    """Raise NotMeasuredError if no samples were found; `wanted` is the number that the settings ask for (0: switched off)."""
     if not found:
         raise NotMeasuredError(f"the validation split has no {what}" if wanted else "switched off")

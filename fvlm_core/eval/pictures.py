@@ -1,4 +1,4 @@
-"""Heat maps: where the model looks in each frame, drawn over the frame. Equal inputs give equal files."""
+"""Heat maps of the model's attention, drawn over the frames. Identical inputs give identical files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,44 +14,44 @@ from matplotlib.patches import Rectangle
 from fvlm_core.data.gaze import GRID
 
 MAX_COLUMNS = 8
-"""Frames drawn of a longer clip, evenly spaced."""
+"""Maximum number of frames drawn; of a longer clip, evenly spaced ones."""
 CELL_INCHES, LABEL_INCHES, SCALE_INCHES = 1.5, 1.7, 0.6
 DPI = 100
 HEAT_COLOUR = (1.0, 0.45, 0.0)
 HEAT_OPACITY, SHADE_OPACITY = 0.35, 0.75
-"""Where attention peaks, the frame is tinted that much; where there is none, it is darkened that much."""
+"""Opacity of the tint at the peak of attention, and of the shade where there is no attention."""
 SCALE_STEPS = 64
 TITLE_CHARACTERS_PER_INCH, LABEL_CHARACTERS_PER_INCH = 11, 14
 
 
 @dataclass(frozen=True)
 class HeatRow:
-    """One row of a picture: a clip's frames, and the attention over them."""
+    """One row of a picture: the frames of a clip, and the attention over them."""
 
     label: str
     frames: np.ndarray
-    """uint8 [T, H, W, 3], as shown."""
+    """uint8 [T, H, W, 3], in the order shown."""
     attention: np.ndarray | None
-    """[T, rows, columns], or None for the bare frames."""
+    """[T, rows, columns]; None draws the bare frames."""
     cells: list[tuple[int, int]] | None = None
-    """The asked cell of each frame, outlined."""
+    """Row and column of the asked cell of each frame, which is outlined."""
 
 
 def draw(path: Path, rows: Sequence[HeatRow], title: str) -> None:
-    """Write a grid of frames, a row per `HeatRow`, as PNG."""
+    """Write a grid of frames as PNG, one row per `HeatRow`."""
     columns = min(MAX_COLUMNS, max(len(row.frames) for row in rows))
     width = LABEL_INCHES + columns * CELL_INCHES
     heading = fill(title, int(width * TITLE_CHARACTERS_PER_INCH))
     title_inches = 0.25 + 0.2 * (heading.count("\n") + 1)
     scale_inches = SCALE_INCHES if any(row.attention is not None for row in rows) else 0.0
     height = title_inches + len(rows) * CELL_INCHES + scale_inches
-    with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 9}):  # matplotlib's own font: the same everywhere
+    with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 9}):  # ships with matplotlib, so it is the same everywhere
         figure = Figure(figsize=(width, height), dpi=DPI)
         figure.text(0.01, 1 - 0.1 / height, heading, va="top", fontsize=10, parse_math=False)
         for number, row in enumerate(rows):
             top = 1 - (title_inches + number * CELL_INCHES) / height
             label = fill(row.label, int(LABEL_INCHES * LABEL_CHARACTERS_PER_INCH))
-            figure.text(0.01, top - CELL_INCHES / height / 2, label, va="center", fontsize=8, parse_math=False)  # a $ is a dollar
+            figure.text(0.01, top - CELL_INCHES / height / 2, label, va="center", fontsize=8, parse_math=False)  # $ is no math mode
             picked = np.unique(np.linspace(0, len(row.frames) - 1, columns).round().astype(int))
             for column, t in enumerate(picked):
                 left = (LABEL_INCHES + column * CELL_INCHES) / width
@@ -59,7 +59,7 @@ def draw(path: Path, rows: Sequence[HeatRow], title: str) -> None:
                 _frame(figure.add_axes(box), row, int(t))
         if scale_inches:
             _scale(figure.add_axes((LABEL_INCHES / width, 0.34 / height, 0.94 * CELL_INCHES / width, 0.12 / height)))
-        figure.savefig(path, metadata={"Software": None})  # no version in the file
+        figure.savefig(path, metadata={"Software": None})  # matplotlib's version would change the bytes
 
 
 def _frame(axes: Any, row: HeatRow, t: int) -> None:
@@ -77,14 +77,14 @@ def _frame(axes: Any, row: HeatRow, t: int) -> None:
 
 
 def _tint(axes: Any, weight: np.ndarray, extent: tuple[float, float, float, float]) -> None:
-    """Colour what is drawn already by a weight [rows, columns] in 0..1."""
+    """Overlay the heat colour and the shade according to a weight [rows, columns] in 0..1."""
     for colour, opacity in (((0.0, 0.0, 0.0), SHADE_OPACITY * (1 - weight)), (HEAT_COLOUR, HEAT_OPACITY * weight)):
         tint = np.concatenate([np.broadcast_to(colour, (*weight.shape, 3)), opacity[..., None]], -1)
         axes.imshow(tint, extent=extent, interpolation="nearest", aspect="auto")
 
 
 def _scale(axes: Any) -> None:
-    """The colours of attention from none to a frame's peak, over mid grey."""
+    """Draw the colour scale from no attention to a frame's peak, over mid grey."""
     extent = (0.0, 1.0, 0.0, 1.0)
     axes.imshow(np.full((1, 1, 3), 0.5), extent=extent, aspect="auto")
     _tint(axes, np.linspace(0, 1, SCALE_STEPS)[None], extent)

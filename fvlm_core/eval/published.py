@@ -1,6 +1,6 @@
-"""Published numbers of other models (`published.yaml`) beside ours: a table and a plot, of benchmarks that were run and of no others.
+"""Compare results with published numbers of other models (`published.yaml`): a table and a plot of the benchmarks that were run.
 
-Nothing in that file was measured here; every row says where it stands.
+The numbers in that file were not measured here; every row names its source.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from fvlm_core.model.names import Mode
 from fvlm_core.settings import Settings
 from fvlm_core.tables import Table
 
-if TYPE_CHECKING:  # it is made where a model is
+if TYPE_CHECKING:
     from fvlm_core.eval.answerers.answerer import Answerer
 
 FILE = Path(__file__).with_name("published.yaml")
@@ -27,26 +27,26 @@ OTHERS = "Models with another number of frames, another prompt or another way to
 
 
 class Published(Settings):
-    """Numbers of one model at one place."""
+    """Numbers of one model from one source."""
 
     model: str
     tokens: int | None
-    """Visual tokens that the language model reads per frame; None where that is no fixed number."""
+    """Visual tokens per frame that the language model reads; None if the number varies."""
     mode: Mode | None = None
-    """Of a foveated model."""
+    """Inference mode of a foveated model."""
     source: Annotated[str, Field(pattern=r"^https://")]
     scores: dict[str, Annotated[float, Field(ge=0, le=100)]]
-    """In percent, by the benchmark's name here."""
+    """Scores in percent, by the name of the benchmark in this package."""
 
 
 @cache
 def published() -> list[Published]:
-    """All of them."""
+    """All published numbers in `published.yaml`."""
     return TypeAdapter(list[Published]).validate_python(yaml.safe_load(FILE.read_text()))
 
 
 def comparison_table(found: Mapping[str, BenchmarkResult], name: str, tokens: int) -> Table | None:
-    """Our modes and the published models on the benchmarks that were run; None where nothing is published of any of them."""
+    """The measured modes and the published models on the benchmarks that were run; None if none of them has published numbers."""
     others = [one for one in published() if any(known in found for known in one.scores)]
     if not others:
         return None
@@ -73,14 +73,14 @@ def comparison_table(found: Mapping[str, BenchmarkResult], name: str, tokens: in
 
 
 def comparison(found: Mapping[str, BenchmarkResult], answerer: "Answerer", output: Path) -> Figure | None:
-    """Draw accuracy over visual tokens per frame, a panel per benchmark that was run and has published numbers."""
+    """Plot accuracy over visual tokens per frame, with one panel per benchmark that was run and has published numbers."""
     known = [name for name in found if any(name in one.scores and one.tokens for one in published())]
     if not known:
         return None
     import matplotlib
     from matplotlib.figure import Figure as Canvas
 
-    with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 8}):  # matplotlib's own font: the same everywhere
+    with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 8}):  # ships with matplotlib, so it is the same everywhere
         canvas = Canvas(figsize=(3.6 * len(known), 3.2), dpi=110, layout="constrained")
         for place, (axes, name) in enumerate(zip(canvas.subplots(1, len(known), squeeze=False)[0], known, strict=True)):
             _panel(axes, name, found[name], answerer)

@@ -1,4 +1,4 @@
-"""Questions as the model takes them: packed samples up to where the answer begins, and the validation split's with their answers."""
+"""Questions as model input: samples that end where the answer begins, and questions of the validation split with their answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,14 +9,14 @@ from fvlm_core.eval.media import Media
 
 @dataclass(frozen=True)
 class ClipQuestion:
-    """A question with a free answer, as the shards hold it."""
+    """A question with a free-form answer from the shards."""
 
     sample: Sample
-    """With its answer; labels on the answer only."""
+    """The sample with its answer; only the answer is labelled."""
     question: str
     answer: str
     cells: list[tuple[int, int]] | None = None
-    """Row and column of the asked cell in each frame, where the question is about a place; the answer then has one character a frame."""
+    """For a question about a place: row and column of the asked cell in each frame; the answer then has one character per frame."""
 
     @property
     def clip(self) -> str:
@@ -24,11 +24,11 @@ class ClipQuestion:
 
 
 def without_answer(sample: Sample, *, question_first: bool) -> Sample:
-    """The sample up to where the answer begins, for generation."""
+    """The sample without its last answer, for generation."""
     *before, last = sample.turns
     return replace(sample, turns=[*before, Turn(last.question_ids, [])], question_first=question_first)
 
 
 def question_sample(key: str, media: Media, question_ids: Sequence[int], *, question_first: bool) -> Sample:
-    """A question about media, up to where the answer begins."""
+    """A sample that asks a question about media, without an answer."""
     return Sample(key, "benchmark", media.frames, media.shown, [Turn(list(question_ids), [])], question_first=question_first)

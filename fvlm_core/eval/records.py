@@ -1,6 +1,6 @@
-"""What is kept of every item, a JSON line each: likelihoods and texts in every condition. Every number of a benchmark is made from these.
+"""The stored records of benchmark items, one JSON line per item: likelihoods and generated texts in every condition.
 
-An item that could not be decoded is there too, with the reason.
+All numbers of a benchmark are computed from these records. Items that could not be decoded are recorded too, with the reason.
 """
 
 from pathlib import Path
@@ -17,18 +17,18 @@ SCORERS: tuple[Scorer, ...] = ("letter", "sum", "mean", "pmi")
 
 
 class Said(Settings):
-    """One item in one condition."""
+    """The model's output for one item in one condition."""
 
     letters: list[float] = []
     """Log-likelihood of each choice's letter."""
     options: list[tuple[float, int, float]] = []
-    """Per choice: log-likelihood of its text, its tokens, log-likelihood of the end of the turn after it."""
+    """Per choice: log-likelihood of its text, number of its tokens, log-likelihood of the end-of-turn token after it."""
     text: str | None = None
-    """What was generated."""
+    """The generated answer."""
 
 
 class ItemRecord(Settings):
-    """One item."""
+    """The record of one item."""
 
     id: str
     clip: str
@@ -38,25 +38,26 @@ class ItemRecord(Settings):
     answers: list[str] = []
     hints: dict[str, str] = {}
     frames: int = 0
-    """Shown frames."""
+    """Number of shown frames."""
     unconditional: list[float] = []
-    """Log-likelihood of each choice's text with its end, as the answer to nothing."""
+    """Log-likelihood of each choice's text and end of turn without media and question."""
     said: dict[str, Said] = {}
-    """By condition."""
+    """Outputs by condition name."""
     error: str = ""
-    """Why it was not asked."""
+    """Why the item could not be asked; empty if it was."""
 
 
 def option_scores(record: ItemRecord, condition: str, scorer: Scorer) -> np.ndarray | None:
-    """What a scorer gives each choice; None where that was not asked.
+    """Score of each choice, float64 [choices]; None if the record lacks the likelihoods that the scorer needs.
 
-    * letter: the letter's log-likelihood. No length is in it; the model has to know letters.
-    * sum: the log-likelihood of the choice as the complete answer. It favours short choices.
-    * mean: of the text's tokens, against that of all the choices' tokens, times the root of its tokens. Of equally long choices it is the
-      one with the best mean per token. Without the root, a short choice wins (or loses) more often by chance, its mean being the noisier;
-      with the end of the turn among its tokens, which is easy wherever a word can end, it wins whatever it says.
-    * pmi: how much the question makes the choice more likely than it is as the answer to nothing (Holtzman et al. 2021,
-      https://arxiv.org/abs/2104.08315), per root of its tokens, in which the noise of such a sum grows.
+    * letter: log-likelihood of the choice's letter. Independent of length, but the model has to know multiple-choice letters.
+    * sum: log-likelihood of the choice as the complete answer, including the end of the turn. Favours short choices.
+    * mean: (mean log-likelihood of the choice's tokens - mean over the tokens of all choices) x sqrt(number of its tokens). Among choices
+      of equal length, this ranks by the mean per token. Without the square root, a short choice would win (or lose) more often by chance,
+      because its mean is noisier. The end of the turn is excluded: it is easy to predict wherever a word can end, and would make a short
+      choice win regardless of its text.
+    * pmi: log-likelihood given the question minus the unconditional log-likelihood (Holtzman et al. 2021,
+      https://arxiv.org/abs/2104.08315), divided by sqrt(number of its tokens), with which the noise of such a sum grows.
     """
     said = record.said.get(condition)
     if said is None or not (said.letters if scorer == "letter" else said.options) or (scorer == "pmi" and not record.unconditional):
@@ -72,20 +73,20 @@ def option_scores(record: ItemRecord, condition: str, scorer: Scorer) -> np.ndar
 
 
 def rounded(reply: Reply) -> list[tuple[float, int, float]]:
-    """A reply's sums as they are kept."""
+    """A reply's sums, rounded for storage."""
     return [(round(float(text), DECIMALS), int(tokens), round(float(end), DECIMALS)) for text, tokens, end in reply.sums]
 
 
 def write_shard(path: Path, key: str, records: list[ItemRecord]) -> None:
-    """Write a shard of items, complete or not at all; its first line is what the records depend on."""
+    """Write a shard of records atomically; its first line is `key`, the hash of everything that the records depend on."""
     lines = [key, *(record.model_dump_json(exclude_defaults=True) for record in records)]
     write_atomically(path, ("\n".join(lines) + "\n").encode())
 
 
 def read_shard(path: Path, key: str) -> list[ItemRecord] | None:
-    """A finished shard's records; None where there is none that can be read, or one of something else."""
+    """Read the records of a finished shard; None if it is missing, unreadable or has another key."""
     try:
-        # not `splitlines`: characters that it splits at, such as U+2028, stand in JSON as they are
+        # not `splitlines`: it splits at characters such as U+2028, which JSON may contain unescaped
         first, *lines = [line for line in path.read_text().split("\n") if line]
         return [ItemRecord.model_validate_json(line) for line in lines] if first == key else None
     except (OSError, ValueError):

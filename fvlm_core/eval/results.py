@@ -1,6 +1,6 @@
-"""The schema of `results.json`, the single source of every number a table, card or report prints; and the step's manifest.
+"""The schema of `results.json`, the single source of every number in tables, cards and reports; and the manifest of the evaluation step.
 
-Nothing here needs torch. Which parts there are, and what each holds, is in `parts/`.
+This module does not import torch. The parts and their result classes are in `parts/`.
 """
 
 import json
@@ -22,40 +22,40 @@ from fvlm_core.tables import Table
 
 FILE_NAME = "results.json"
 TIMINGS_FILE = "timings.json"
-"""The results of parts that time the machine, by name: no part of the evaluation's identity."""
+"""Results of the parts that measure time, by name; excluded from the evaluation's identity."""
 TABLES_FILE = "tables.md"
 
 AnyResult = TypeVar("AnyResult", bound=PartResult)
 
 
 class Results(Settings):
-    """`results.json`: equal for equal checkpoint, shards, outside files, job and code. In memory it holds the timings too."""
+    """`results.json`: the same for the same checkpoint, shards, external files, job and code. In memory it also holds the timings."""
 
     run: str
     """Name of the training run's recipe, or of the checkpoint."""
     checkpoint: str
     """sha256 of the model's `model.safetensors`."""
     shards: str = ""
-    """Digest of the shards' manifest; empty where no shards were read."""
+    """Digest of the shards' manifest; empty if no shards were read."""
     code: str = ""
-    """Digest of the code that measures."""
+    """Digest of the evaluation code."""
     versions: dict[str, str] = {}
-    """Of Python and the libraries that a number can depend on."""
+    """Versions of Python and of the libraries that a number can depend on."""
     outside: dict[str, str] = {}
-    """Digest of each file from outside, by `PART.NAME`."""
+    """Digests of the external files, by `PART.NAME`."""
     seed: int
     resamples: int
-    """Bootstrap resamples behind every interval."""
+    """Number of bootstrap resamples behind each interval."""
     frame_px: int
     tokens_per_frame: int
     looks: bool
-    """Whether the model looks anywhere; one that pools its patches does not."""
+    """Whether the model has queries; a model that pools its patches does not."""
     modes: list[Mode]
-    """The modes evaluated, in the order of `MODES`."""
+    """The evaluated modes, in the order of `MODES`."""
     parts: dict[str, SerializeAsAny[PartResult]] = Field(default_factory=dict)
-    """What each part measured, in the registry's order."""
+    """Results by part, in the order of the registry."""
     absent: dict[str, str] = {}
-    """Parts that were not measured, and why."""
+    """Parts that were not measured, with the reasons."""
 
     @field_validator("parts", mode="before")
     @classmethod
@@ -66,23 +66,23 @@ class Results(Settings):
         return {name: one if isinstance(one, PartResult) else kind.model_validate(one) for name, (kind, one) in given.items()}
 
     def part(self, kind: type[AnyResult]) -> AnyResult | None:
-        """The result of exactly that class, if it was measured."""
+        """The result of exactly this class; None if it was not measured."""
         return cast(AnyResult | None, next((part for part in self.parts.values() if type(part) is kind), None))
 
     def headline(self) -> list[Metric]:
-        """Every part's lines of the result table."""
+        """The rows of the result table, of all parts."""
         return [metric for part in self.parts.values() for metric in part.headline()]
 
     def tables(self) -> list[Table]:
-        """Every part's tables."""
+        """The tables of all parts."""
         return [table for part in self.parts.values() for table in part.tables()]
 
     def figures(self) -> list[Figure]:
-        """Every part's pictures."""
+        """The figures of all parts."""
         return [figure for part in self.parts.values() for figure in part.figures()]
 
     def not_measured(self) -> dict[str, str]:
-        """Parts, and things within parts, that were not measured, and why."""
+        """The reasons why parts, or measurements within parts, are missing, by name."""
         within = {what: why for part in self.parts.values() for what, why in part.absent.items()}
         return self.absent | within
 
@@ -90,7 +90,7 @@ class Results(Settings):
     def read(cls, folder: Path) -> Self:
         """Read `folder/results.json` and the timings beside it.
 
-        Raises UserError if there is no such file, it does not fit, or it has parts that this version does not know.
+        Raises UserError if the file is missing, does not match the schema, or has parts that this version does not know.
         """
         path, timings = folder / FILE_NAME, folder / TIMINGS_FILE
         try:
@@ -105,28 +105,28 @@ class Results(Settings):
             raise UserError(f"the results cannot be read: {error}", where=str(path), fix=fix) from error
 
     def write(self, folder: Path) -> list[str]:
-        """Write `folder/results.json` and, where something was timed, the timings, each atomically; returns the timings' file, if any."""
+        """Write `folder/results.json` and, if there are any, the timings, each atomically; return the name of the timings file, if any."""
         values = self.model_dump(mode="json")
         timed = {name: values["parts"].pop(name) for name, part in self.parts.items() if part.timing}
         write_atomically(folder / FILE_NAME, json.dumps(values, indent=2, ensure_ascii=False).encode())
         if timed:
             write_atomically(folder / TIMINGS_FILE, json.dumps(timed, indent=2).encode())
         else:
-            (folder / TIMINGS_FILE).unlink(missing_ok=True)  # an earlier evaluation's
+            (folder / TIMINGS_FILE).unlink(missing_ok=True)  # left by an earlier evaluation
         return [TIMINGS_FILE] if timed else []
 
 
 def measuring_code() -> str:
-    """Digest of all files of this package that the evaluation reaches, whichever program runs it."""
+    """Digest of all files of this package that the evaluation imports, independent of the program that runs it."""
     return hash_json([[path, provenance.digest(path)] for path in provenance.reached("fvlm_core.eval.evaluate")])[:16]
 
 
 class EvalReport(Manifest):
-    """What the evaluation step made: `results.json`, pictures; `timings.json` and `tables.md` are no part of its identity."""
+    """Manifest of the evaluation step: `results.json` and figures; `timings.json` and `tables.md` are excluded from its identity."""
 
     model_step: int
-    """Step of the run that its model is of."""
+    """Training step of the evaluated model."""
     verdict: str
-    """One line: does looking help?"""
+    """One line that says whether looking helps."""
     headline: Table
-    """The result table, for displays; numbers for print come from `results.json`."""
+    """The result table, for display; take exact numbers from `results.json`."""

@@ -1,9 +1,9 @@
-"""Intervals and paired tests.
+"""Confidence intervals and paired tests.
 
-Units of resampling are clips: nine questions about one clip are not nine independent facts. Every statistic here is a
-function of sums over clips, so a resample is a row of multinomial counts and all of them are one matrix product.
+The resampling unit is the clip, because questions about the same clip are not independent. Every statistic here is a function of
+sums over clips, so a resample is a row of multinomial counts, and all resamples are one matrix product.
 
-Shares of few clips get an exact interval instead: a bootstrap of 0 of 5 says that the share is certainly 0.
+Shares from few clips get an exact interval instead: a bootstrap of 0 of 5 would claim that the share is certainly 0.
 """
 
 import zlib
@@ -16,27 +16,27 @@ from fvlm_core.eval.estimates import Estimate
 
 INTERVAL = 0.95
 DECIMALS = 6
-"""Numbers are stored with this many decimals: more would be rounding noise of the machine."""
+"""Number of decimals in stored results; further ones are floating-point noise."""
 
 FEW_CLIPS = 100
-"""Below so many clips a share's interval is exact."""
+"""With fewer clips than this, the interval of a share is exact instead of bootstrapped."""
 ENUMERATED = 14
-"""Up to so many clips that differ, all of the paired test's sign flips are tried, which is exact."""
+"""With at most this many differing clips, the paired test enumerates all sign flips and is exact."""
 FLIPS = 20_000
-"""Sign flips that are drawn where there are more."""
+"""Number of random sign flips otherwise."""
 
 Statistic = Callable[[np.ndarray], np.ndarray]
-"""Sums [..., d] -> values [...]."""
+"""Maps sums [..., d] to values [...]."""
 
 
 def ratio(sums: np.ndarray) -> np.ndarray:
-    """First column over second: a mean, token-weighted if the second counts tokens."""
+    """First column divided by the second: a mean, which is token-weighted if the second column counts tokens."""
     return sums[..., 0] / sums[..., 1]
 
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Makes every estimate of an evaluation."""
+    """Computes estimates with confidence intervals by a cluster bootstrap."""
 
     resamples: int
     seed: int
@@ -44,9 +44,10 @@ class Bootstrap:
     def estimate(self, rows: np.ndarray, clusters: Sequence[str], statistic: Statistic = ratio, *, count: int | None = None) -> Estimate:
         """The statistic of the sum of `rows` [n, d], with its expanded percentile interval over resampled clusters.
 
-        Percentiles alone are too narrow for few clusters; expanded, they are as wide as Student's t interval of a mean (Hesterberg 2015,
-        The American Statistician 69(4), 371-386). The interval is widened where needed to hold the estimate itself, which percentiles of
-        a biased statistic may miss. `count` says what was averaged (default: the rows). Raises ValueError for no rows.
+        Plain percentile intervals are too narrow for few clusters; expanded, they are as wide as Student's t interval of a mean
+        (Hesterberg 2015, The American Statistician 69(4), 371-386). The interval is widened if needed to contain the estimate itself,
+        which the percentiles of a biased statistic may miss. `count` is the number of averaged values (default: the number of rows).
+        Raises ValueError for no rows.
         """
         rows = np.asarray(rows, np.float64)
         if len(rows) == 0:
@@ -56,7 +57,7 @@ class Bootstrap:
         np.add.at(sums, members, rows)
         value = float(statistic(sums.sum(0)))
         picks = np.random.default_rng(self.seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=self.resamples)
-        with np.errstate(divide="ignore", invalid="ignore"):  # a resample can lack what the statistic divides by
+        with np.errstate(divide="ignore", invalid="ignore"):  # the statistic's denominator can be 0 in a resample
             values = statistic(picks @ sums)
         low, high = np.nanquantile(values, _levels(len(names)))
         return Estimate(
@@ -68,12 +69,12 @@ class Bootstrap:
         )
 
     def mean(self, values: Sequence[float] | np.ndarray, clusters: Sequence[str]) -> Estimate:
-        """Mean of one number (or truth) per row."""
+        """Mean of one number (or boolean) per row."""
         numbers = np.asarray(values, np.float64)
         return self.estimate(np.stack([numbers, np.ones_like(numbers)], 1), clusters)
 
     def share(self, truths: Sequence[bool] | np.ndarray, clusters: Sequence[str]) -> Estimate:
-        """Share of truths. With fewer than `FEW_CLIPS` clusters the interval is `exact_interval`."""
+        """Share of true values. With fewer than `FEW_CLIPS` clusters, the interval is `exact_interval`."""
         estimate = self.mean(truths, clusters)
         if estimate.n >= FEW_CLIPS:
             return estimate
@@ -81,13 +82,13 @@ class Bootstrap:
         return estimate.model_copy(update={"low": round(low, DECIMALS), "high": round(high, DECIMALS), "exact": True})
 
     def weighted_mean(self, sums: np.ndarray, clusters: Sequence[str]) -> Estimate:
-        """Of rows (sum, weight) [n, 2], the total sum over the total weight; counts the weight, e.g. labelled tokens."""
+        """Total sum divided by total weight, for rows (sum, weight) [n, 2]; `count` is the total weight, e.g. labelled tokens."""
         return self.estimate(sums, clusters, count=int(sums[:, 1].sum()))
 
 
 def _levels(clusters: int) -> tuple[float, float]:
-    """The expanded percentiles: the normal distribution's at t's quantile times the square root of n / (n - 1)."""
-    from scipy.special import ndtr, stdtrit  # not before it is needed, as below
+    """Levels of the expanded percentile interval: the normal CDF at Student's t quantile times sqrt(n / (n - 1))."""
+    from scipy.special import ndtr, stdtrit  # imported lazily, as below
 
     if clusters == 1:
         return 0.0, 1.0
@@ -96,13 +97,13 @@ def _levels(clusters: int) -> tuple[float, float]:
 
 
 def exact_interval(truths: np.ndarray, clusters: Sequence[str]) -> tuple[float, float]:
-    """Clopper and Pearson's 95 % interval of a share, with the number of questions that the clusters are worth in place of their number.
+    """Clopper-Pearson 95 % interval of a share, with the effective sample size of clustered questions in place of their number.
 
-    Korn and Graubard 1998, Survey Methodology 24(2), 193-201: n over the design effect, times (t of n - 1 over t of the clusters - 1)^2.
-    Where every cluster is one question it is Clopper and Pearson's own. Where all questions agree, no design effect can be seen, and a
-    cluster counts as one question.
+    The effective sample size is that of Korn and Graubard 1998, Survey Methodology 24(2), 193-201: n divided by the design effect, times
+    (t quantile with n - 1 degrees of freedom / t quantile with clusters - 1)^2. If every cluster is one question, this is the
+    Clopper-Pearson interval itself. If all questions agree, the design effect cannot be estimated, and a cluster counts as one question.
     """
-    from scipy.stats import beta, t  # half a second that only this needs
+    from scipy.stats import beta, t  # imported lazily: half a second
 
     n, p = len(truths), float(np.mean(truths))
     names, members = np.unique(np.asarray(clusters), return_inverse=True)
@@ -124,11 +125,11 @@ def exact_interval(truths: np.ndarray, clusters: Sequence[str]) -> tuple[float, 
 
 
 def sign_flip(differences: Sequence[float] | np.ndarray, clusters: Sequence[str], *, seed: int = 0) -> float:
-    """Two-sided p-value that two methods score alike, from their differences on the same questions.
+    """Two-sided p-value of the null hypothesis that two methods score alike, from their differences on the same questions.
 
-    A permutation test whose unit is the cluster: were the methods alike, each cluster's summed difference could as well have the other
-    sign. Exact up to `ENUMERATED` clusters that differ, else from `FLIPS` draws with the observed one counted in (Phipson and Smyth
-    2010, https://doi.org/10.2202/1544-6115.1585), so it never falls below 1 / (FLIPS + 1).
+    A permutation test by cluster: under the null hypothesis, the summed difference of each cluster could as well have the opposite sign.
+    Exact for up to `ENUMERATED` clusters that differ; otherwise from `FLIPS` random draws, counting the observed one (Phipson and Smyth
+    2010, https://doi.org/10.2202/1544-6115.1585), so the p-value is never below 1 / (FLIPS + 1).
     """
     _, members = np.unique(np.asarray(clusters), return_inverse=True)
     sums = np.bincount(members, weights=np.asarray(differences, np.float64))
@@ -145,7 +146,7 @@ def sign_flip(differences: Sequence[float] | np.ndarray, clusters: Sequence[str]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's (1979) adjusted p-values of a family of tests: below 0.05 where a difference holds with all of them looked at."""
+    """Holm-adjusted p-values (Holm 1979) of a family of tests, which control the family-wise error rate."""
     order = np.argsort(p_values, kind="stable")
     adjusted, running = [1.0] * len(p_values), 0.0
     for rank, place in enumerate(order.tolist()):

@@ -1,4 +1,4 @@
-"""Still pictures as training decodes them: upright, in RGB, 8 bits a channel."""
+"""Convert still images to the form in which training decodes them: upright, RGB, 8 bits per channel."""
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -12,20 +12,20 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes a picture upright, by its EXIF orientation: phones store what the sensor saw and say how it was held."""
+"""The operation that makes an image upright, by its EXIF orientation."""
 
 
 def as_shown(image: Image.Image) -> Image.Image:
-    """A picture as viewers show it."""
-    image.load()  # a PNG may say at its end how it was held
-    # not ImageOps.exif_transpose: it writes the other tags anew, and fails where one of them is damaged
+    """The image as a viewer shows it: upright RGB, 8 bits per channel."""
+    image.load()  # a PNG may have its EXIF data at the end
+    # not ImageOps.exif_transpose: it rewrites the other tags too, and fails if one of them is damaged
     try:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except SyntaxError:  # what stands there is no EXIF
+    except SyntaxError:  # invalid EXIF data
         turn = None
     if turn is not None:
         image = image.transpose(turn)
-    if image.mode.startswith("I;16"):  # Pillow would make all above 255 white; rounded as ffmpeg does
+    if image.mode.startswith("I;16"):  # Pillow would clip all values above 255 to white; round as ffmpeg does
         levels = (np.asarray(image).astype(np.uint32) + 128) >> 8
         image = Image.fromarray(np.minimum(levels, 255).astype(np.uint8))
     return image.convert("RGB")

@@ -1,7 +1,7 @@
-"""The model under evaluation and what turns text and frames into its input: every scorer talks to the model through this.
+"""The model under evaluation with its tokenizer: all scorers run the model through `Subject`.
 
-Samples go through in packed batches; a batch encodes equal frames once, so all options of all questions about a clip that
-fall into one batch share its encoding. A sample's numbers do not depend on what else is in its batch.
+Samples are processed in packed batches. A batch encodes equal frames once, so all options of all questions about a clip in one batch
+share the encoding. The numbers of a sample do not depend on the other samples in its batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,27 +30,27 @@ class Subject:
     chat: ChatFormat
     device: torch.device
     batch_samples: int
-    """Sequences in a packed batch."""
+    """Number of sequences in a packed batch."""
 
     @property
     def gazes(self) -> bool:
-        """Whether the model looks anywhere: pooled patches are not queried."""
+        """Whether the model has queries, and so attention maps; a model that pools its patches does not."""
         return len(self.model.modes) > 1
 
     def autocast(self) -> torch.autocast:
-        """Around the model's passes: bf16 on a GPU, as in training, which the packed attention kernel needs; fp32 on a CPU."""
+        """Autocast context for forward passes: bf16 on a GPU, which the packed attention kernel needs; fp32 on a CPU."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text, without any template or control token."""
+        """Token ids of plain text, without chat template or special tokens."""
         return encode(self.tokenizer, text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of generated tokens."""
+        """Text of generated tokens, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
     def pack(self, samples: Sequence[Sample]) -> PackedBatch:
-        """One packed batch on the model's device."""
+        """Pack samples into one batch on the model's device."""
         batch = pack(samples, self.chat, tokens_per_frame=self.model.settings.tokens_per_frame)
         return (batch.pin_memory() if self.device.type == "cuda" else batch).to(self.device)
 
@@ -61,7 +61,7 @@ class Subject:
 
     @torch.inference_mode()
     def losses(self, batch: PackedBatch, modes: Sequence[Mode]) -> dict[Mode, np.ndarray]:
-        """Per mode and sample of a batch, the summed cross-entropy and the number of labelled tokens: float64 [N, 2].
+        """Summed cross-entropy and number of labelled tokens of each sample, per mode: float64 [N, 2].
 
         The frames are encoded once for all modes.
         """
@@ -78,19 +78,19 @@ class Subject:
         return result
 
     def sample_losses(self, samples: Sequence[Sample], modes: Sequence[Mode]) -> dict[Mode, np.ndarray]:
-        """`losses` of any number of samples."""
+        """`losses` for any number of samples, in batches."""
         parts = [self.losses(batch, modes) for batch in self.batches(samples)]
         return {mode: np.concatenate([np.zeros((0, 2)), *(part[mode] for part in parts)]) for mode in modes}
 
     @torch.inference_mode()
     def generate(self, samples: Sequence[Sample], mode: Mode, *, max_new_tokens: int, generation: Generation = GREEDY) -> list[str]:
-        """Answers, as text, to samples whose last turn has none."""
+        """Generate the missing answers of the samples' last turns, as text."""
         tokens: list[list[int]] = []
         for start in range(0, len(samples), self.batch_samples):
             some = samples[start : start + self.batch_samples]
             with self.autocast():
                 batch = self.pack(some)
-                tiles = tiles_of(some)  # then the batch's frames are the small ones
+                tiles = tiles_of(some)  # if there are tiles, the batch's frames are the small ones
                 features = look_at(self.model.encoder, batch.frames, tiles.to(self.device)) if tiles else None
                 context = inference.read_batch(self.model, batch, mode, features=features, room=max_new_tokens)
                 assert context.cache is not None
@@ -107,7 +107,7 @@ class Subject:
 
     @torch.inference_mode()
     def gaze(self, samples: Sequence[Sample], mode: Mode) -> list[np.ndarray]:
-        """Per sample, where each shown frame is looked at: float64 [frames, rows, columns], each adding up to 1 (mean of the k queries)."""
+        """Attention maps over the shown frames of each sample: float64 [frames, rows, columns]; each sums to 1 (mean of the k queries)."""
         maps: list[np.ndarray] = []
         for batch in self.batches(samples):
             with self.autocast():

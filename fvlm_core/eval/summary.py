@@ -1,4 +1,4 @@
-"""What an evaluation found, for reading: the verdict on looking, and `tables.md`, made from the results alone."""
+"""A readable summary of an evaluation: the verdict on whether looking helps, and `tables.md`. Both are made from the results alone."""
 
 from typing import Literal, NamedTuple
 
@@ -12,26 +12,26 @@ from fvlm_core.tables import Table, decimals_for, difference
 
 
 class Verdict(NamedTuple):
-    """Does looking help?"""
+    """Whether looking helps."""
 
     text: str
     tone: Literal["good", "neutral", "bad"]
     note: str
-    """The numbers it rests on."""
+    """The numbers behind the verdict."""
 
     @property
     def line(self) -> str:
-        """Both as one paragraph."""
+        """Text and note as one paragraph."""
         return f"{self.text} {self.note}"
 
 
 def verdict(results: Results) -> Verdict:
-    """From the loss of coarse-only minus that of coarse->fine on the same samples."""
+    """Whether looking helps, from the loss in mode coarse-only minus the loss in coarse->fine on the same samples."""
     losses = results.part(LossResult)
     if not results.looks:
         return Verdict("This model pools its frames and does not look anywhere.", "neutral", "There is no finer pass to compare with.")
     if losses is None or losses.foveation_gain is None:
-        return Verdict("Whether looking helps was not measured.", "neutral", "That takes the losses of coarse_only and coarse_fine.")
+        return Verdict("Whether looking helps was not measured.", "neutral", "This needs the losses of coarse_only and coarse_fine.")
     gain, gap = losses.foveation_gain.difference, losses.train_inference_gap
     note = f"Loss of coarse-only minus coarse→fine: {difference(gain)} nats per token, over {gain.n} clips and texts."
     if gap is not None:
@@ -46,16 +46,16 @@ def verdict(results: Results) -> Verdict:
 
 
 def published_tables(results: Results) -> list[Table]:
-    """Ours beside published models, where a benchmark that they report was run."""
+    """The comparison with published models, if a benchmark that they report was run."""
     part = results.part(BenchmarksResult)
     table = comparison_table(part.benchmarks, results.run, results.tokens_per_frame) if part else None
     return [table] if table else []
 
 
 def summary(results: Results) -> str:
-    """`tables.md`."""
+    """The content of `tables.md`."""
     head = f"Checkpoint `{results.checkpoint[:12]}`, {results.frame_px} px frames, {results.tokens_per_frame} token(s) per frame. "
-    head += "Square brackets: 95 % interval over clips."
+    head += "Square brackets: 95 % confidence interval, by clip."
     found = verdict(results)
     parts = [f"# Evaluation of {escape(results.run)}", head, f"**{found.text}** {found.note}"]
     for table in (headline_table(results.headline()), *results.tables(), *published_tables(results)):

@@ -1,4 +1,4 @@
-"""The shapes of tables that parts of the evaluation share: rows by mode, paired differences, and the result table."""
+"""Tables that parts of the evaluation share: one column per mode, paired differences, and the result table."""
 
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
@@ -8,16 +8,16 @@ from fvlm_core.tables import Table, difference, number
 
 AnyMode = TypeVar("AnyMode", bound=str)
 BASELINES = (
-    "Compare with: chance, which is guessing; no frames, the same model without frames; constant, the best of the answers, positions or "
-    "captions that are always the same; uniform, looking everywhere."
+    "Compare with: chance, which is guessing; no frames, the same model without frames; constant, the best single answer, position or "
+    "caption given every time; uniform, attention spread evenly over the frame."
 )
-"""What the usual names of `Metric.baselines` mean."""
+"""Explains the usual names in `Metric.baselines`."""
 
 
 def by_mode(
     title: str, what: str, modes: Sequence[AnyMode], rows: Mapping[str, Mapping[AnyMode, Estimate | float | None]], *, note: str = ""
 ) -> Table:
-    """A row per name and a column per mode; `what` heads the names."""
+    """A table with one row per name and one column per mode; `what` is the heading of the first column."""
     return Table(
         title=title,
         head=[what, *modes],
@@ -27,7 +27,7 @@ def by_mode(
 
 
 def paired_table(title: str, tests: Sequence[PairedTest]) -> Table:
-    """Differences between modes on the same samples, with the test by clip where it applies."""
+    """Differences between modes on the same samples, with p-values where a test was made."""
     tested = any(test.p_value is not None for test in tests)
     head = ["difference", "value", *(["p (Holm)"] if tested else [])]
     rows = [[f"{test.a} - {test.b}", difference(test.difference), *([_p(test)] if tested else [])] for test in tests]
@@ -35,9 +35,9 @@ def paired_table(title: str, tests: Sequence[PairedTest]) -> Table:
 
 
 def headline_table(metrics: Sequence[Metric], *, compact: bool = False) -> Table:
-    """The result table: a row per number, a column per mode, and what each number has to be compared with.
+    """The result table: one row per metric, one column per mode, and the baselines of each metric.
 
-    `compact` is for a terminal: no intervals, and each baseline on a line of its own.
+    `compact` is for a terminal: without intervals, and with each baseline on its own line.
     """
     modes = list(dict.fromkeys(mode for metric in metrics for mode in metric.values))
 

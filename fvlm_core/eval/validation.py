@@ -1,4 +1,4 @@
-"""What is evaluated: samples of the validation split, picked once from the seed and the same for every run and mode."""
+"""The samples to evaluate, selected from the validation split by the seed; the same for every run and mode."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -21,15 +21,15 @@ from fvlm_core.eval.media import Media, Rendered
 from fvlm_core.eval.questions import ClipQuestion
 
 UNPROBED_TASKS = ("caption", "chat")
-"""Tasks of the index that ask for free text."""
+"""Tasks with free-form answers."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One conversation about one sample, as the index has it."""
+    """One conversation about one sample, from the shards' index."""
 
     number: int
-    """What `ShardSet.read` and `.record` take."""
+    """Row number, the argument of `ShardSet.read` and `ShardSet.record`."""
     source: str
     kind: str
     task: str
@@ -45,7 +45,7 @@ class ValidationSplit:
     """The validation split of a set of shards."""
 
     def __init__(self, shards: ShardSet, *, image_repeats: int, seed: int, workers: int = 0) -> None:
-        """`workers`: processes that read batches. Raises UserError if there is nothing to evaluate on."""
+        """`workers` is the number of processes that read batches. Raises UserError if the shards have no validation samples."""
         self.shards, self.image_repeats, self.seed, self.workers = shards, image_repeats, seed, workers
         table = shards.rows("val")
         columns = zip(table.index, table["source"], table["kind"], table["task"], table["key"], table["conversation"], strict=True)
@@ -55,7 +55,8 @@ class ValidationSplit:
             raise UserError("the shards have no validation samples", where=str(shards.folder), fix="make shards with a validation split")
 
     def loss_batches(self, n_samples: int, *, tokens_per_frame: int, batch_samples: int) -> Iterator[PackedBatch]:
-        """Every source equally often, questions first for half of the questions, labels on answers: the same for every recipe."""
+        """Batches for the validation loss, the same for every recipe: equal shares of all sources, half of the questions before the frames,
+        labels on answers only."""
         sources = sorted({row.source for row in self.rows})
         data = DataSettings(
             mixture=[SourceShare(source=source, share=1 / len(sources)) for source in sources],
@@ -66,14 +67,15 @@ class ValidationSplit:
         return val_batches(self.shards, n_samples, data, tokens_per_frame=tokens_per_frame, batch_samples=batch_samples)
 
     def captions(self, n: int, *, small_px: int | None = None) -> list[ClipQuestion]:
-        """Up to `n` clips and images with captions as their answers, evenly over their sources.
+        """Up to `n` clips and images with captions as answers, spread evenly over their sources.
 
-        `small_px`: frames that are stored as tiles beside small ones of that size stay so (`fvlm_core.data.tiles.TiledSample`).
+        With `small_px`, frames that the shards store as tiles plus a small frame of this size are not assembled
+        (`fvlm_core.data.tiles.TiledSample`).
         """
         return [self._question(row, small_px) for row in self._pick((row for row in self.rows if row.task == "caption"), n)]
 
     def items(self, n: int) -> list[Item]:
-        """Up to `n` multiple-choice questions, evenly over their sources, those about one clip together."""
+        """Up to `n` multiple-choice questions, spread evenly over their sources; questions about one clip are adjacent."""
         items = []
         for row in self._pick((row for row in self.rows if row.probed), n):
             turn, probe = self._conversation(row)
@@ -90,7 +92,7 @@ class ValidationSplit:
         return [question for question in questions if question.cells]
 
     def places_of_one_clip(self, n: int) -> list[ClipQuestion]:
-        """Up to `n` questions about different places in one clip: the first clip of the split that has as many as any."""
+        """Up to `n` questions about different places in one clip: the first clip with `n` such questions, or with the most."""
         rows = self._asked_videos()
         counts = Counter(row.key for row in rows)
         enough = min(n, max(counts.values(), default=0))
@@ -99,7 +101,7 @@ class ValidationSplit:
         return [question for question in questions if question.cells]
 
     def clips(self, n: int) -> list[ClipQuestion]:
-        """Up to `n` different videos, evenly over their sources, each with one of its questions."""
+        """Up to `n` different videos, spread evenly over their sources, each with one of its questions."""
         order = np.random.default_rng(self.seed).permutation(len(self.rows))
         one_each = {row.key: row for row in (self.rows[index] for index in order) if row.kind == "video"}
         return [self._question(row) for row in self._pick(one_each.values(), n)]
@@ -108,7 +110,7 @@ class ValidationSplit:
         return [row for row in self.rows if row.probed and row.kind == "video"]
 
     def _question(self, row: Row, small_px: int | None = None) -> ClipQuestion:
-        """A row as it stands, its question first unless it asks for a caption: that says nothing about where to look."""
+        """A row as a question, which comes before the frames unless it asks for a caption and so does not say where to look."""
         turn, probe = self._conversation(row)
         cells = [(int(r), int(c)) for r, c in (probe or {}).get("cells") or []]
         return ClipQuestion(
@@ -119,20 +121,20 @@ class ValidationSplit:
         )
 
     def _pick(self, rows: Iterable[Row], n: int) -> list[Row]:
-        """Up to `n` rows, evenly over sources, at random within each, in shard order."""
+        """Up to `n` rows, spread evenly over sources, drawn at random within each source, returned in shard order."""
         by_source: dict[str, list[Row]] = {}
         for row in sorted(rows, key=lambda row: row.number):
             by_source.setdefault(row.source, []).append(row)
         groups = [by_source[source] for source in sorted(by_source)]
         rng = np.random.default_rng(self.seed)
         chosen: list[Row] = []
-        for index, group in enumerate(sorted(groups, key=len)):  # small sources first: what they lack, the larger ones give
+        for index, group in enumerate(sorted(groups, key=len)):  # small sources first: larger ones make up for their shortfall
             wanted = (n - len(chosen)) // (len(groups) - index)
             chosen.extend(group[place] for place in rng.permutation(len(group))[:wanted])
         return sorted(chosen, key=lambda row: row.number)
 
     def _conversation(self, row: Row) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """The last turn of a row's conversation, and its probe."""
+        """The last turn of a row's conversation, and its probe (choices, answer and cells), if any."""
         try:
             record = self.shards.record(row.number)
         except CorruptSampleError as error:
@@ -140,7 +142,7 @@ class ValidationSplit:
         return record["conversations"][row.conversation][-1], record["probes"][row.conversation]
 
     def _frames(self, row: Row, side: int) -> np.ndarray:
-        """A row's frames, uint8 [T, side, side, 3]."""
+        """The frames of a row, uint8 [T, side, side, 3]."""
         try:
             frames = self.shards.read(row.number, image_repeats=1).frames
         except CorruptSampleError as error:
@@ -148,7 +150,7 @@ class ValidationSplit:
         return Media(frames, []).load(FrameRule(side), 1).frames
 
     def _read(self, row: Row) -> Sample:
-        """Questions about a clip, read one after the other, share its frames: a batch encodes those once."""
+        """Read a sample. Consecutive questions about the same clip share its frames array, so that a batch encodes them once."""
         key, frames = self._last
         try:
             sample = self.shards.read(row.number, image_repeats=self.image_repeats, frames=frames if key == row.key else None)

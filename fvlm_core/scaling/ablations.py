@@ -1,9 +1,8 @@
-"""The ablation table: every run against the baseline, one change each, nothing hidden.
+"""The ablation table: every run compared with the baseline, with one change each, including runs that turned out worse or diverged.
 
-`python -m fvlm_core.scaling.ablations job.yaml` writes the table as CSV and markdown and a plot of the sorted differences, says of each
-whether it is better, worse, or not distinguishable from noise (`comparison`), and names the winner: the comparable run that is better by
-most, or the baseline where none is. Runs that turned out worse, or diverged, stay in. Beside the losses stand the outcomes of
-`fvlm_core.scaling.outcomes`, with the same statistics.
+`python -m fvlm_core.scaling.ablations job.yaml` writes the table as CSV and markdown, and a plot of the sorted differences. Each run is
+classified as better, worse, or not distinguishable from noise (`comparison`). The winner is the comparable run with the largest
+improvement, or the baseline if no run is better. The table also has the outcomes of `fvlm_core.scaling.outcomes`, with the same statistics.
 """
 
 import time
@@ -35,11 +34,11 @@ from fvlm_core.scaling.tables import ablations_csv, ablations_text
 
 SIGNIFICANCE = 0.05
 Runs = dict[int, FinishedRun]
-"""By seed."""
+"""Finished runs by seed."""
 
 
 def compare(job: AblationJob) -> AblationReport:
-    """Compare the runs. Raises UserError for a missing baseline or run, one given twice, or runs that cannot be compared."""
+    """Compare the runs. Raises UserError for a missing baseline or run, a duplicate run, or runs that cannot be compared."""
     started = time.monotonic()
     names = [(run.name, run.seed) for run in job.runs]
     if len(set(names)) < len(names) or job.baseline not in {name for name, _ in names}:
@@ -58,7 +57,7 @@ def compare(job: AblationJob) -> AblationReport:
     if not _healthy(finished[job.baseline]):
         fix = "train it with a lower learning rate: there is nothing to compare with"
         raise UserError(f"the baseline {job.baseline!r} diverged with every seed", where="runs", fix=fix)
-    # the loss of a run that diverged is that of its last good checkpoint: as noise it would drown every difference
+    # exclude runs that diverged: their loss is that of the last good checkpoint, and would inflate the noise estimate
     losses = {name: {seed: run.manifest.final_loss for seed, run in _healthy(runs).items()} for name, runs in finished.items()}
     comparison = compare_losses({name: by_seed for name, by_seed in losses.items() if by_seed}, job.baseline)
     first = {run.name: run for run in reversed(job.runs)}
@@ -93,7 +92,7 @@ def compare(job: AblationJob) -> AblationReport:
 
 
 def _outcomes(job: AblationJob, finished: dict[str, Runs], progress: Progress) -> tuple[dict[str, dict[str, Outcome]], int]:
-    """By name, then by outcome, and how many questions are behind them."""
+    """The outcomes by run name and outcome name, and the number of questions."""
     if job.shards is None:
         return {}, 0
     from fvlm_core.scaling.outcomes import Questions  # needs torch
@@ -159,7 +158,7 @@ def _row(run: AblationRun, runs: Runs, baseline: Runs, comparison: Comparison, j
 
 
 def _healthy(runs: Runs) -> Runs:
-    """Those that did not diverge."""
+    """The runs that did not diverge."""
     return {seed: run for seed, run in runs.items() if not run.manifest.divergences}
 
 
@@ -176,7 +175,10 @@ def _verdict(row: AblationRow, reference: float, relevance: float) -> Verdict:
 
 
 def _at_equal_flops(runs: Runs, baseline: Runs) -> float | None:
-    """Mean difference over the pairs at the FLOPs of the cheaper run, interpolated along the other's curve in log FLOPs."""
+    """Mean loss difference over pairs of equal seeds at the FLOPs of the cheaper run; validation curves are interpolated in log FLOPs.
+
+    None if a curve is missing or does not reach those FLOPs.
+    """
     found = []
     for seed in runs.keys() & baseline.keys():
         curves = [

@@ -1,8 +1,8 @@
-"""The size to train: the lowest loss that the grid's runs predict at the final budget, with the runner-up and how sure that is.
+"""Choose the size to train: the one with the lowest predicted loss at the final budget, with the runner-up and the confidence.
 
-The rule was chosen by simulation (`python -m benchmarks.scaling_coverage` prints its regret beside that of others): the joint law where
-the runs determine it; else each size's own law over data, which needs no fourth size; else, and only then, the measured losses at the
-largest budget that all sizes share, which favour sizes that are too small for a larger budget.
+The rule was selected by simulation (`python -m benchmarks.scaling_coverage` compares its regret with that of other rules): the joint law
+if the runs determine it; else a law over data per size, which works with fewer than four sizes; else the measured losses at the largest
+budget that all sizes share. The last is used only as a fallback, because it favours sizes that are too small for a larger budget.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,39 +15,42 @@ from fvlm_core.scaling.fits import Grid, Law, NotIdentifiableError, fit_data_law
 from fvlm_core.scaling.jobs import GridPoint, Weights
 
 RESAMPLES = 100
-"""Of the fit's residuals, behind the share of them in which the chosen size stays the best."""
+"""Number of bootstrap resamples of the fit's residuals behind `Choice.share`."""
 SEED = 0
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A size, and what speaks for it."""
+    """The chosen size, with the evidence."""
 
     size: str
     reason: str
     runner_up: str = ""
-    """The second best; empty where there is one size."""
+    """The second-best size; empty if there is only one."""
     margin: float | None = None
-    """Loss of the runner-up minus that of the chosen size, nats per labelled token."""
+    """Loss of the runner-up minus that of the chosen size, in nats per labelled token."""
     share: float | None = None
-    """Share of the resamples in which the chosen size beats the runner-up; None where losses were compared as measured."""
+    """Share of resamples in which the chosen size beats the runner-up; None if measured losses were compared."""
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Losses that are expected of the sizes, in the order of the tokens that were asked for."""
+    """Predicted losses of S sizes, from a fit to M runs."""
 
     basis: str
+    """Name of the law."""
     losses: np.ndarray
+    """[S]"""
     refit: Callable[[np.ndarray], np.ndarray] | None = None
-    """Losses of the runs -> the expected losses again; None where nothing was fitted."""
+    """Refits the law to other losses of the runs [M] and returns new predictions [S]; None if nothing was fitted."""
     fitted: np.ndarray | None = None
-    """What the fit says of the runs, [M]."""
+    """The fit's losses of the runs, [M]."""
     degrees: int = 0
+    """Number of fitted parameters."""
 
 
 def rank(grid: Grid, params: np.ndarray, tokens: np.ndarray, weights: Weights = "relative") -> Ranking:
-    """The losses expected of sizes (`params` [S]) after so many `tokens` [S]. Raises NotIdentifiableError where no law is determined."""
+    """Predict the losses of sizes `params` [S] after `tokens` [S]. Raises NotIdentifiableError if the runs determine no law."""
     try:
         law = fit_law(grid, weights)
     except NotIdentifiableError:
@@ -69,9 +72,9 @@ def rank(grid: Grid, params: np.ndarray, tokens: np.ndarray, weights: Weights = 
 
 
 def choose(points: list[GridPoint], grid: Grid, *, target_flops: float | None, weights: Weights = "relative") -> Choice:
-    """The size to train for `target_flops` (None: the largest budget of the grid), from one variant's runs.
+    """Choose the size to train for `target_flops` (None: the largest budget of the grid), from the runs of one variant.
 
-    Raises UserError where nothing can be fitted and no budget was run at every size.
+    Raises UserError if no law can be fitted and no budget was run at every size.
     """
     params = {point.size: point.params for point in sorted(points, key=lambda point: point.params)}
     target = target_flops or float(grid.budget.max())
@@ -96,7 +99,7 @@ def choose(points: list[GridPoint], grid: Grid, *, target_flops: float | None, w
 
 
 def _share(ranking: Ranking, grid: Grid, weights: Weights, first: int, second: int) -> float | None:
-    """Share of the resamples of the residuals in which `first` stays better than `second`."""
+    """Share of residual resamples in which size `first` has a lower predicted loss than size `second`."""
     if ranking.refit is None or ranking.fitted is None or len(grid) <= ranking.degrees:
         return None
     weight = weight_of(grid, weights)

@@ -1,9 +1,9 @@
-"""Which differences to a baseline are more than noise: losses of several runs, several seeds each.
+"""Test which differences to a baseline are significant, from the losses of several runs with several seeds each.
 
-Runs of equal seeds see the same samples in the same order, so seeds are blocks: loss = run + seed + noise, by least squares. The noise is
-what that leaves over; differences have t tests with it, adjusted for their number by Holm's method. Where blocks leave nothing over (one
-seed of all but the baseline), or a run shares no seed with the others, the noise is the seeds' own scatter within a run and pairs are
-given up. With one seed of everything there is no noise to compare with, and so no verdict.
+Runs with the same seed see the same samples in the same order, so seeds are blocks: loss = run + seed + noise, fitted by least squares.
+The noise is estimated from the residuals; differences are tested by t tests with Holm's adjustment. If the block design leaves no degrees
+of freedom (e.g. only the baseline has more than one seed), or a run shares no seeds with the others, pairing is dropped and the noise is
+the scatter of seeds within runs. With one seed per run, noise cannot be estimated and there is no verdict.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ NOT_MEASURED = "noise not measured: no verdict (one seed of every run)"
 
 @dataclass(frozen=True)
 class Difference:
-    """A run against the baseline."""
+    """Difference of a run to the baseline; see `fvlm_core.scaling.jobs.AblationRow` for the fields."""
 
     delta: float
     low: float | None = None
@@ -31,18 +31,18 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All of them."""
+    """The differences of all runs to the baseline, with the noise estimate."""
 
     differences: dict[str, Difference]
     noise: Quantity
-    """Standard deviation of one run's loss, nats."""
+    """Standard deviation of one run's loss, in nats."""
     method: str
     degrees: int = 0
-    """Of freedom, of the noise."""
+    """Degrees of freedom of the noise estimate."""
 
 
 def compare_losses(losses: dict[str, dict[int, float]], baseline: str) -> Comparison:
-    """Losses by run and seed, against the run called `baseline`."""
+    """Compare losses, given by run and seed, with those of the run called `baseline`."""
     names, cells = list(losses), [(name, seed, loss) for name, runs in losses.items() for seed, loss in runs.items()]
     others = [name for name in names if name != baseline]
     means = {name: float(np.mean(list(runs.values()))) for name, runs in losses.items()}
@@ -56,7 +56,7 @@ def compare_losses(losses: dict[str, dict[int, float]], baseline: str) -> Compar
         contrasts = {name: np.zeros(design.shape[1]) for name in others}
         for name, contrast in contrasts.items():
             contrast[[names.index(name), names.index(baseline)]] = 1, -1
-        # runs that share seeds with the baseline neither themselves nor through others: blocks say nothing about the difference
+        # in the block design, a difference is not estimable if run and baseline share no seeds, directly or through other runs
         estimable = all(np.allclose(contrast @ inverse @ design.T @ design, contrast) for contrast in contrasts.values())
         if spare < 1 or not estimable:
             continue

@@ -1,7 +1,8 @@
-"""The winner of the ablations once more, beside the baseline, with seeds that did not choose it.
+"""Confirm the winner of the ablations: train it and the baseline again with new seeds.
 
-The best of many is better than it looks where it was chosen, so only a gain that new seeds show too is adopted. Runs of
-`python -m fvlm_core.scaling.confirm job.yaml` are trained here one after the other, each resumable; where the baseline won, nothing is.
+The best of many runs looks better than it is on the seeds that selected it (winner's curse), so a change is adopted only if new seeds
+confirm the gain. `python -m fvlm_core.scaling.confirm job.yaml` trains the runs one after the other, each resumable. If the baseline won,
+nothing is trained.
 """
 
 import json
@@ -19,11 +20,11 @@ from fvlm_core.train.__main__ import train
 from fvlm_core.train.jobs import RunManifest
 
 RUNS, LOSSES_FILE = "runs", "losses.json"
-"""In the job's folder: the runs' folders, and their losses by name and seed."""
+"""In the job's output folder: the folder of the runs, and the file of their losses by name and seed."""
 
 
 def confirm(job: ConfirmJob) -> Confirmation:
-    """Train the pairs that are missing and compare them."""
+    """Train the runs that are not finished yet, and compare winner and baseline."""
     started = time.monotonic()
     report = AblationReport.read(job.report)
     winner, progress = report.winner, Progress(job.output, max(1, 2 * len(job.seeds)))
@@ -52,7 +53,7 @@ def confirm(job: ConfirmJob) -> Confirmation:
 
 
 def _loss(job: ConfirmJob, name: str, seed: int) -> float | None:
-    """None where the run diverged."""
+    """Train one run and return its final loss; None if it diverged."""
     recipe = job.recipes[name]
     changes = {"name": f"confirm-{name}-seed{seed}", "output": str(job.output / RUNS / f"{name}-seed{seed}"), "run.seed": seed}
     manifest: RunManifest = train(recipe.with_changes(changes))
@@ -60,7 +61,7 @@ def _loss(job: ConfirmJob, name: str, seed: int) -> float | None:
 
 
 def _verdict(pairs: list[tuple[float, float]], report: AblationReport, min_gain: float) -> dict:
-    """The mean difference and its interval by the comparison's noise, which more runs than these have measured."""
+    """The mean difference and its interval. The noise estimate is the comparison's, which is based on more runs."""
     delta, noise = mean(ours - theirs for ours, theirs in pairs), report.noise.value
     if noise is None or not report.noise_degrees:
         return {"delta": delta, "confirmed": False}

@@ -1,4 +1,4 @@
-"""Training curves: the metrics of one run, or of several that go on from each other.
+"""Training curves: the metrics of one run, or of consecutive runs that start from each other.
 
 `python -m fvlm_core.scaling.curves job.yaml` draws those of a phase's runs.
 """
@@ -16,7 +16,7 @@ from fvlm_core.scaling.runs import FinishedRun, metrics_rows
 
 CURVES = "curves.png"
 PASSES = "validation loss by pass"
-"""Its columns are those of the run's own passes."""
+"""This panel's columns depend on the passes of the run."""
 PANELS = {
     "validation loss (nats/token)": ("val_loss",),
     "gradient norm": ("grad_norm_connector", "grad_norm_vision", "grad_norm_llm"),
@@ -25,18 +25,18 @@ PANELS = {
     "frames/s": ("frames_per_s",),
     PASSES: (),
 }
-"""Columns of `metrics.csv` by panel."""
+"""Columns of `metrics.csv`, by panel."""
 LINES: tuple[dict[str, Any], ...] = (
     {"color": COLOURS[0], "linestyle": "-", "linewidth": 5, "alpha": 0.4, "marker": "o", "markersize": 7},
     {"color": COLOURS[1], "linestyle": "-", "linewidth": 2.2, "marker": "s", "markersize": 4},
     {"color": "black", "linestyle": ":", "linewidth": 1.4, "marker": "x", "markersize": 5},
 )
-"""Of the columns of a panel: each narrower than the one below it, so that equal curves are all seen."""
+"""Line styles of a panel's columns: each is narrower than the one below it, so that coinciding curves stay visible."""
 ALONE: dict[str, Any] = {"color": COLOURS[0], "marker": ".", "markersize": 5}
 
 
 def plot_curves(stages: dict[str, FinishedRun], path: Path) -> bool:
-    """The stages' metrics one after another over their steps; False where no run has any."""
+    """Draw the metrics of the stages one after another over the steps. Returns False if no run has metrics."""
     series: dict[str, list[tuple[str, list[float], list[float]]]] = {panel: [] for panel in PANELS}
     borders, offset = [], 0
     for run in stages.values():
@@ -76,7 +76,7 @@ def plot_curves(stages: dict[str, FinishedRun], path: Path) -> bool:
 
 
 def draw(job: CurvesJob) -> CurvesManifest:
-    """Draw the runs' curves one after another."""
+    """Run the job: draw the curves of its runs one after another."""
     runs = {name: FinishedRun.read(folder) for name, folder in job.runs.items()}
     plot_curves(runs, job.output / CURVES)
     return CurvesManifest(
@@ -84,7 +84,7 @@ def draw(job: CurvesJob) -> CurvesManifest:
         settings_hash=job.hash(exclude={"output", "runs"}),
         inputs={name: run.manifest.digest for name, run in runs.items()},
         counts={"runs": len(runs)},
-        files=file_entries(job.output, [CURVES], identity=False),  # speeds and times are among them
+        files=file_entries(job.output, [CURVES], identity=False),  # the curves include speeds
     ).write(job.output)
 
 

@@ -1,10 +1,11 @@
-"""Scaling laws of a grid of runs: what can be fitted is fitted, with an interval; what cannot is said plainly.
+"""Fit scaling laws to a grid of runs: quantities that the runs determine get an interval, the others a reason why they cannot be fitted.
 
-The joint law is L(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, https://arxiv.org/abs/2203.15556), by variable projection
-(`varpro`), on relative errors (`weights: relative`, of the losses' logarithms to first order) or on nats (`unit`). The original's own
-measure, Huber loss on logarithms, is the cross-check; it sums and tightens tolerances, since the original stopped early (Besiroglu et al.
-2024, https://arxiv.org/abs/2404.10102). IsoFLOP parabolas give the best size per budget without any law; the exponent through their
-vertices is biased (Czech et al. 2026, https://arxiv.org/abs/2603.22339), so it has no interval, and the law's own stands beside it.
+The joint law is L(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, https://arxiv.org/abs/2203.15556), fitted by variable
+projection (`varpro`) to relative errors (`weights: relative`; to first order, errors of the logarithms) or to errors in nats (`unit`). The
+original method, Huber loss on logarithms, is a cross-check; unlike the original, whose optimiser stopped early, it sums the losses and uses
+tighter tolerances (Besiroglu et al. 2024, https://arxiv.org/abs/2404.10102). IsoFLOP parabolas give the best size per budget without a law;
+the exponent through their vertices is biased (Czech et al. 2026, https://arxiv.org/abs/2603.22339), so it has no interval and is reported
+beside that of the law.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,20 +23,20 @@ from fvlm_core.scaling.jobs import Quantity, Weights
 from fvlm_core.scaling.varpro import BOUND_MARGIN, EXPONENT_BOUNDS, EXPONENT_GRID, Held, Minimum, Name, Projection
 
 MIN_SIZES = MIN_AMOUNTS = 4
-"""Distinct values that an exponent takes: with three, E, a factor and an exponent fit anything."""
+"""Number of distinct values needed to fit an exponent: with three, E, a factor and an exponent fit any data."""
 SPARE_RUNS = 3
-"""Runs above the number of fitted numbers: with fewer, their scatter says nothing of the noise."""
+"""Number of runs needed beyond the number of fitted parameters: with fewer, the residuals say nothing about the noise."""
 MIN_TERM_SHARE = 0.01
-"""A term that varies by less than this share of the losses' range says nothing about its exponent."""
+"""A term whose range is below this share of the losses' range does not determine its exponent."""
 HUBER_DELTA = 1e-3
 HUBER_STARTS, HUBER_EVALUATIONS = 3, 150
 MIN_VERTICES = 3
-"""Budgets with a best size inside the grid, for a power law through them."""
+"""Number of budgets with a best size inside the grid that the power law through them needs."""
 NO_PARABOLA_INTERVAL = "no interval: the exponent through parabolas' vertices is biased; the joint law's has one"
 
 
 class NotIdentifiableError(ValueError):
-    """The points do not determine the law; says why."""
+    """The points do not determine the law; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Grid:
     """Nominal training FLOPs."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for numbers that no law can have."""
+        """Raise ValueError for values that are not finite and positive."""
         for name, values in (("params", self.params), ("tokens", self.tokens), ("loss", self.loss), ("budget", self.budget)):
             if not (np.isfinite(values).all() and (values > 0).all()):
                 raise ValueError(f"{name} must be finite and above 0, got {values[~(np.isfinite(values) & (values > 0))][:3].tolist()}")
@@ -71,13 +72,13 @@ class Law:
     B: float
     beta: float
     projection: Projection | None = field(default=None, repr=False, compare=False)
-    """The fit it comes from, to fit resamples of its runs."""
+    """The fit's problem, for refitting resampled runs."""
 
     DEGREES: ClassVar[int] = 5
 
     @classmethod
     def of(cls, best: Minimum, projection: Projection) -> "Law":
-        """A fit's minimum as a law."""
+        """Convert the minimum of a fit to a law."""
         e, a, b = (float(factor) for factor in best.factors)
         scaled_a, scaled_b = a * np.exp(best.alpha * projection.scale_n), b * np.exp(best.beta * projection.scale_d)
         return cls(e, float(scaled_a), best.alpha, float(scaled_b), best.beta, projection)
@@ -88,49 +89,49 @@ class Law:
         return self.beta / (self.alpha + self.beta)
 
     def loss(self, params: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """Predicted loss of any sizes and amounts of data."""
+        """Predicted losses for any sizes and amounts of data."""
         return self.E + self.A * np.power(params, -self.alpha) + self.B * np.power(tokens, -self.beta)
 
 
 @dataclass(frozen=True)
 class DataLaw:
-    """Per size L = E + B / D^beta, with one exponent for all sizes."""
+    """L = E + B / D^beta for each of S sizes, with one exponent for all of them."""
 
     beta: float
     sizes: np.ndarray
-    """Parameters, ascending."""
+    """[S]: parameter counts, ascending."""
     E: np.ndarray
     B: np.ndarray
 
     @property
     def degrees(self) -> int:
-        """Fitted numbers."""
+        """Number of fitted parameters."""
         return 1 + 2 * len(self.sizes)
 
     def loss(self, params: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """Predicted loss of fitted sizes and any amounts of data."""
+        """Predicted losses for fitted sizes and any amounts of data."""
         which = np.searchsorted(self.sizes, params)
         return self.E[which] + self.B[which] * np.power(tokens, -self.beta)
 
 
 @dataclass(frozen=True)
 class Parabola:
-    """One budget's losses over log N."""
+    """A parabola through the losses of one budget over log N."""
 
     budget: float
     curve: np.poly1d
-    """Loss over log N minus `centre`."""
+    """Loss as a function of log N - `centre`."""
     centre: float
     sizes: tuple[float, float]
-    """Smallest and largest N tried."""
+    """Smallest and largest N of the grid."""
 
     def loss(self, params: np.ndarray) -> np.ndarray:
-        """Predicted loss of sizes at this budget."""
+        """Predicted losses of sizes at this budget."""
         return self.curve(np.log(params) - self.centre)
 
     def optimum(self) -> float:
-        """The best size, in parameters. Raises NotIdentifiableError where the grid does not enclose one."""
-        bend, slope = self.curve[2], self.curve[1]  # by power: poly1d drops leading zeros
+        """The best size, in parameters. Raises NotIdentifiableError if it is not inside the grid."""
+        bend, slope = self.curve[2], self.curve[1]  # indexed by power, because poly1d drops leading zeros
         if bend <= 0:
             raise NotIdentifiableError("the losses do not bend upwards: no best size between the smallest and the largest")
         best = float(np.exp(self.centre - slope / (2 * bend)))
@@ -141,7 +142,7 @@ class Parabola:
 
 @dataclass(frozen=True)
 class Allocation:
-    """N* ~ C^exponent through the best sizes of the budgets."""
+    """The power law N* ~ C^exponent through the best sizes of the budgets."""
 
     exponent: float
     factor: float
@@ -150,20 +151,20 @@ class Allocation:
 
 
 def fit_law(grid: Grid, weights: Weights = "relative") -> Law:
-    """The joint law by variable projection. Raises NotIdentifiableError."""
+    """Fit the joint law by variable projection. Raises NotIdentifiableError."""
     return _law(grid, _projection(grid, weights))
 
 
 def law_quantities(grid: Grid, weights: Weights = "relative") -> tuple[Law, dict[str, Quantity]]:
-    """The joint law, and its numbers with 95 % intervals; `ratio` is the exponent of the best size over the budget.
+    """Fit the joint law; return it and its parameters with 95 % intervals. `ratio` is the exponent of the best size over the budget.
 
-    Raises NotIdentifiableError where the runs do not determine the law: also where any value of an exponent fits as well.
+    Raises NotIdentifiableError if the runs do not determine the law, including when every value of an exponent fits equally well.
     """
     projection = _projection(grid, weights)
     law, best = _law(grid, projection), projection.best
     allowed = allowed_squares(best.squares, len(grid), Law.DEGREES)
     found: dict[str, Quantity] = {}
-    for name in ("alpha", "beta", "ratio", "E", "A", "B"):  # exponents first: without them the rest is not asked for
+    for name in ("alpha", "beta", "ratio", "E", "A", "B"):  # exponents first: if they are not identifiable, the rest is skipped
         low, high = {"E": (0.0, float(grid.loss.max())), "A": (1e-300, 1e300), "B": (1e-300, 1e300), "ratio": (0.001, 0.999)}.get(
             name, EXPONENT_BOUNDS
         )
@@ -176,7 +177,7 @@ def law_quantities(grid: Grid, weights: Weights = "relative") -> tuple[Law, dict
 
 
 def _profile(projection: Projection, name: Name) -> Callable[[float], float]:
-    """Value -> the sum of squares of the best law with the number held there; each search starts where the last one ended."""
+    """A function that maps a fixed value of a parameter to the minimal sum of squares; each search starts from the previous result."""
     near = (projection.best.alpha, projection.best.beta)
 
     def squares(value: float) -> float:
@@ -203,7 +204,7 @@ def _projection(grid: Grid, weights: Weights) -> Projection:
 
 
 def weight_of(grid: Grid, weights: Weights) -> np.ndarray:
-    """What a run's error is multiplied with, [M]."""
+    """The weights of the runs' errors, [M]."""
     return 1 / grid.loss if weights == "relative" else np.ones_like(grid.loss)
 
 
@@ -215,15 +216,15 @@ def _enough_for_a_law(grid: Grid) -> None:
 
 
 def fit_law_huber(grid: Grid) -> Law:
-    """The joint law by Huber loss on log L (Hoffmann et al.'s): the cross-check. Raises NotIdentifiableError.
+    """Fit the joint law by Huber loss on log L, as Hoffmann et al. do; a cross-check. Raises NotIdentifiableError.
 
-    Starts are the best of a grid of their own; the search is SciPy's trust region, which ends where L-BFGS does in a tenth of the time.
+    Starts from the best points of a grid; SciPy's trust-region solver finds the same optimum as L-BFGS in a tenth of the time.
     """
     _enough_for_a_law(grid)
     n, d, target = _centred(grid.params), _centred(grid.tokens), np.log(grid.loss)
 
     def terms(x: np.ndarray) -> np.ndarray:
-        """Logarithms of the law's terms [3, M], of x = (log E, log A, log B, alpha, beta)."""
+        """Logarithms of the law's terms [3, M], for x = (log E, log A, log B, alpha, beta)."""
         return np.stack([np.full_like(n, x[0]), x[1] - x[3] * n, x[2] - x[4] * d])
 
     def residuals(x: np.ndarray) -> np.ndarray:
@@ -253,14 +254,14 @@ def fit_law_huber(grid: Grid) -> Law:
 
 
 def fit_data_law(grid: Grid, weights: Weights = "relative") -> DataLaw:
-    """Loss against data with one exponent for all sizes. Raises NotIdentifiableError."""
+    """Fit loss over data for each size, with one exponent for all sizes. Raises NotIdentifiableError."""
     return data_law_quantities(grid, weights)[0]
 
 
 def data_law_quantities(grid: Grid, weights: Weights = "relative") -> tuple[DataLaw, dict[str, Quantity]]:
-    """The law of data at every size, and its exponent `beta` with its 95 % interval. Raises NotIdentifiableError.
+    """Fit loss over data for each size; return the law, and its exponent `beta` with a 95 % interval. Raises NotIdentifiableError.
 
-    Sizes share the exponent, so one with `MIN_AMOUNTS` amounts of data determines it for those with two.
+    All sizes share the exponent, so one size with `MIN_AMOUNTS` amounts of data determines it for sizes with only two.
     """
     sizes, which = np.unique(grid.params, return_inverse=True)
     amounts = [len(np.unique(grid.tokens[which == number])) for number in range(len(sizes))]
@@ -272,7 +273,7 @@ def data_law_quantities(grid: Grid, weights: Weights = "relative") -> tuple[Data
     d = np.log(grid.tokens) - scale
 
     def solve(beta: float) -> tuple[np.ndarray, float]:
-        """E and B of every size [S, 2], and the sum of squares."""
+        """E and B of each size [S, 2], and the sum of squares."""
         factors, squares = np.empty((len(sizes), 2)), 0.0
         for number in range(len(sizes)):
             here = which == number
@@ -300,7 +301,7 @@ def data_law_quantities(grid: Grid, weights: Weights = "relative") -> tuple[Data
 
 
 def fit_parabola(grid: Grid, budget: float) -> Parabola:
-    """The IsoFLOP curve of one budget. Raises NotIdentifiableError for fewer than three sizes."""
+    """Fit the IsoFLOP curve of one budget. Raises NotIdentifiableError for fewer than three sizes."""
     here = grid.take(np.flatnonzero(grid.budget == budget))
     _enough(here.params, 3, "model sizes at this budget")
     x = np.log(here.params)
@@ -309,7 +310,7 @@ def fit_parabola(grid: Grid, budget: float) -> Parabola:
 
 
 def fit_allocation(grid: Grid) -> Allocation:
-    """The power law through the budgets' best sizes. Raises NotIdentifiableError for fewer than three of them."""
+    """Fit the power law through the best sizes of the budgets. Raises NotIdentifiableError for fewer than three of them."""
     parabolas, best = [], []
     for budget in np.unique(grid.budget):
         try:
@@ -325,9 +326,9 @@ def fit_allocation(grid: Grid) -> Allocation:
 
 
 def crossover(budgets: Sequence[float], difference: Sequence[float]) -> float:
-    """The budget at which a difference between two variants changes its sign, interpolated in log C.
+    """The budget at which the difference between two variants changes its sign, interpolated in log C.
 
-    Raises NotIdentifiableError where it never does, or more than once.
+    Raises NotIdentifiableError if it never does, or does more than once.
     """
     if len(budgets) < 2:
         raise NotIdentifiableError("fewer than two budgets have runs of both variants")
@@ -343,7 +344,7 @@ def crossover(budgets: Sequence[float], difference: Sequence[float]) -> float:
 
 
 def _centred(values: np.ndarray) -> np.ndarray:
-    """log of values, minus its mean: keeps the factors on the scale of the loss."""
+    """Centred logarithms, which keep the factors on the scale of the loss."""
     logarithms = np.log(values)
     return logarithms - logarithms.mean()
 

@@ -1,6 +1,6 @@
-"""The scaling study: `python -m fvlm_core.scaling.grid job.yaml` fits, plots and chooses from the finished runs of a grid.
+"""The scaling study: `python -m fvlm_core.scaling.grid job.yaml` fits laws to the finished runs of a grid, plots them and chooses a size.
 
-The grid is sizes x budgets x variants; what is fitted is in `study`, the schema of `fits.json` in `results`.
+The grid is sizes x budgets x variants. The fits are in `study`, the schema of `fits.json` in `results`.
 """
 
 import hashlib
@@ -33,11 +33,11 @@ from fvlm_core.scaling.study import Study, crossover_of, token_ratio_of
 from fvlm_core.scaling.tables import points_csv, scaling_text
 
 SIGNIFICANT_DIGITS = 9
-"""Of fitted numbers in files: fewer than a double has, so that files do not depend on the order of a sum."""
+"""Significant digits of fitted numbers in files: fewer than a double has, so that files do not depend on the order of summation."""
 
 
 def study(job: GridJob) -> ScalingReport:
-    """Fit, plot, choose. Raises UserError for runs that are missing, given twice, or cannot be compared."""
+    """Fit, plot and choose. Raises UserError for missing or duplicate runs, or runs that cannot be compared."""
     started = time.monotonic()
     finished = _read(job)
     diverged = [name for name, run in finished.items() if run.manifest.divergences]
@@ -144,7 +144,7 @@ def _point(run: GridRun, finished: FinishedRun) -> GridPoint:
 
 
 def _rounded(value: Any) -> Any:
-    """Floats to `SIGNIFICANT_DIGITS`, in nested values."""
+    """Round all floats in nested values to `SIGNIFICANT_DIGITS`."""
     if isinstance(value, dict):
         return {key: _rounded(part) for key, part in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Jobs and manifests of the comparisons of runs: light to import, so flows and the release read them without torch or SciPy."""
+"""Jobs and manifests of run comparisons. This module imports neither torch nor SciPy, so flows and the release can use it cheaply."""
 
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -13,7 +13,7 @@ from fvlm_core.tables import signed
 
 Variant = Literal["foveated", "baseline"]
 Weights = Literal["relative", "unit"]
-"""What a fit makes small: errors as shares of the losses, or errors in nats."""
+"""The errors that a fit minimises: relative errors of the losses, or absolute errors in nats."""
 VARIANTS: tuple[Variant, ...] = ("foveated", "baseline")
 
 ABLATIONS_TABLE, ABLATIONS_TEXT, ABLATIONS_PLOT = "ablations.csv", "ablations.md", "ablations.png"
@@ -30,14 +30,15 @@ VECTOR_PLOTS = tuple(name.replace(".png", ".svg") for name in PLOTS)
 
 
 class Quantity(Settings):
-    """A fitted number, or plainly why there is none."""
+    """A fitted number with its 95 % interval, or the reason why it is missing."""
 
     value: float | None
     low: float | None = None
-    """Lower end of the 95 % interval; None where it has none, and where there is no interval."""
+    """Lower end of the 95 % interval; None if the interval is open below, or if there is none."""
     high: float | None = None
+    """Upper end of the 95 % interval; None if the interval is open above, or if there is none."""
     reason: str = ""
-    """Why there is no value, or no interval, or no end of it."""
+    """Why the value, the interval, or one of its ends is missing."""
 
 
 class AblationRun(Settings):
@@ -45,17 +46,17 @@ class AblationRun(Settings):
 
     name: str
     change: str = ""
-    """Dotted path of the one setting that differs from the baseline's; empty for the baseline."""
+    """Dotted path of the one setting that differs from the baseline; empty for the baseline."""
     value: JsonValue = None
-    """Its value in this run."""
+    """Value of that setting in this run."""
     hypothesis: str = ""
-    """What was expected of it, and why."""
+    """The expected effect, and why."""
     seed: int = 0
-    """A name may have several seeds; runs of equal seeds are pairs."""
+    """Runs with the same name are repetitions with different seeds; runs with the same seed are compared as pairs."""
     run: Path
     """Folder of the finished run."""
     control: bool = False
-    """A control: compared, but never the winner."""
+    """Whether this is a control, which is compared but can never win."""
 
 
 class AblationJob(Settings):
@@ -66,141 +67,141 @@ class AblationJob(Settings):
     """Name of the run that the others are compared with."""
     runs: Annotated[list[AblationRun], Field(min_length=2)]
     relevance: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """A difference below this share of the baseline's loss is called neither better nor worse, however sure it is."""
+    """A difference below this share of the baseline's loss counts as neither better nor worse, even if it is significant."""
     min_gain: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """A run that is better is adopted only with a loss below the baseline's by more than this share."""
+    """A better run wins only if it lowers the loss by more than this share of the baseline's."""
     shards: Path | None = None
-    """Those of the runs, for questions about places; None: outcomes beside the loss are not measured."""
+    """Shards of the runs, for questions about places; None measures no outcomes other than the loss."""
     questions: Annotated[int, Field(gt=0)] = 64
-    """About places in videos, the same for every run."""
+    """Number of questions about places in videos; the same questions for every run."""
 
 
 Verdict = Literal["baseline", "better", "worse", "no evidence", "no verdict", "diverged", "other validation"]
-"""no evidence: the difference is within the threshold, or below what is relevant; no verdict: the noise was not measured."""
+"""no evidence: the difference is not significant, or below `relevance`; no verdict: the noise was not measured."""
 
 
 class Outcome(Settings):
-    """Something beside the loss, as the runs of one name have it: the mean over seeds, and the difference to the baseline."""
+    """A measurement other than the loss: the mean over seeds, and the difference to the baseline."""
 
     value: float
     delta: float | None = None
-    """None for the baseline, and where the baseline has no such outcome."""
+    """None for the baseline, or if the baseline lacks this outcome."""
     low: float | None = None
-    """95 % interval of the difference; None where the noise was not measured."""
+    """Lower end of the difference's 95 % interval; None if the noise was not measured."""
     high: float | None = None
 
 
 class AblationRow(Settings):
-    """A line of the table: the runs of one name."""
+    """One row of the table: all runs of one name."""
 
     name: str
     hypothesis: str = ""
     change: str
     value: JsonValue
     seeds: int
-    """Runs behind the numbers."""
+    """Number of runs (seeds)."""
     loss: float
-    """Validation loss of the last pass, in nats per labelled token; the mean over seeds."""
+    """Validation loss of the last pass, in nats per labelled token; mean over seeds."""
     by_seed: dict[int, float]
     delta: float
-    """Difference to the baseline over pairs of equal seeds: below 0 is better."""
+    """Difference to the baseline over pairs of equal seeds; below 0 is better."""
     low: float | None = None
-    """95 % interval of the difference; None where the noise was not measured."""
+    """Lower end of the difference's 95 % interval; None if the noise was not measured."""
     high: float | None = None
     p_value: float | None = None
-    """Two-sided t test of the difference, adjusted for all comparisons by Holm's method."""
+    """p-value of a two-sided t test of the difference, Holm-adjusted over all comparisons."""
     threshold: float | None = None
-    """The smallest difference that would count with as many comparisons (Bonferroni's, Holm's first step)."""
+    """Smallest significant difference with this number of comparisons (Bonferroni, which is Holm's first step)."""
     verdict: Verdict
     delta_equal_flops: float | None = None
-    """Difference at the FLOPs of the cheaper of the two, along the validation curves; None where the curves do not reach it."""
+    """Difference at the FLOPs of the cheaper run, from the validation curves; None if a curve does not reach them."""
     losses: dict[str, float]
-    """Validation loss of every pass (`coarse`, `fine1`, ...), means over seeds."""
+    """Validation loss of each pass (`coarse`, `fine1`, ...), mean over seeds."""
     mode_gain: float | None = None
-    """Loss of the coarse pass minus that of the last fine one: what looking brings, with questions in both orders."""
+    """Loss of the coarse pass minus loss of the last fine pass: the gain from looking, with questions in both orders."""
     drift: float | None = None
-    """Loss of the last pass minus that of the one before: queries made of fine instead of earlier hidden states."""
+    """Loss of the last pass minus loss of the second-to-last: the effect of queries made from the hidden states of a fine pass."""
     order_gain: Outcome | None = None
-    """Nats per answer token that fine passes gain over the coarse one with the question first, less the same with it after."""
+    """Gain of the fine over the coarse pass with the question first, minus that with the question after, in nats per answer token."""
     on_target: Outcome | None = None
-    """Share of frames whose attention peak is on the asked place, fine, question first."""
+    """Share of frames whose attention peak is on the asked place, in the fine pass with the question first."""
     order_drift: Outcome | None = None
-    """Nats per answer token, autoregressive less fine, question first."""
+    """Autoregressive loss minus loss of the fine pass, question first, in nats per answer token."""
     params: int
     flops: float
-    """Training FLOPs of a run."""
+    """Training FLOPs of one run."""
     samples: int
     frames_per_s: float | None
-    """Median over the run's evaluation points; None where the run did not log it."""
+    """Median over the evaluation points of one run; None if it was not logged."""
     seconds: float
-    """Of a run, the mean."""
+    """Mean duration of a run."""
     control: bool = False
     other_validation: bool = False
-    """The change alters the validation set too (mixture, question order, labels), so the delta compares different questions."""
+    """Whether the change also alters the validation set (mixture, question order, labels), so that losses are not comparable."""
     also_changed: list[str] = Field(default_factory=list)
-    """Other settings that differ from the baseline's, such as those that the change implies."""
+    """Other settings that differ from the baseline, e.g. because the change implies them."""
     divergences: int = 0
 
     @property
     def can_win(self) -> bool:
-        """Whether the row's loss is comparable with the baseline's and meant to be adopted."""
+        """Whether the row may win: it is no control, its loss is comparable with the baseline's, and no run diverged."""
         return not (self.control or self.other_validation or self.divergences)
 
 
 class AblationReport(Manifest):
-    """`ablations.csv`, and for reading `ablations.md` and `ablations.png`, which are no part of its identity."""
+    """Manifest of `ablations.csv`, and of `ablations.md` and `ablations.png`, which are excluded from its identity."""
 
     figures: ClassVar[tuple[Figure, ...]] = (Figure(file=ABLATIONS_PLOT, caption="Difference in validation loss to the baseline."),)
     baseline: str
     rows: list[AblationRow]
-    """In the order of the job."""
+    """Rows in the order of the job."""
     method: str
-    """How verdicts were made, or why there are none."""
+    """Statistical method of the verdicts, or the reason why there are none."""
     noise: Quantity
-    """Standard deviation of a run's loss over seeds, nats."""
+    """Standard deviation of a run's loss over seeds, in nats."""
     noise_degrees: int = 0
-    """Degrees of freedom of the noise; 0 where it was not measured."""
+    """Degrees of freedom of the noise estimate; 0 if it was not measured."""
     questions: int = 0
-    """Behind the outcomes beside the loss; 0: they were not measured."""
+    """Number of questions behind the outcomes other than the loss; 0 if these were not measured."""
     winner: str
-    """Name of the comparable run that is better by most; the baseline's where none is."""
+    """Name of the comparable run with the largest improvement; the baseline's name if there is none."""
     winner_change: str
     """The winner's changed setting; empty for the baseline."""
     winner_value: JsonValue
 
 
 class ConfirmJob(Settings):
-    """Train an ablation's winner and the baseline once more, with other seeds."""
+    """Train the winner of an ablation and the baseline again, with new seeds."""
 
     output: Path
     report: Path
-    """Folder of the comparison."""
+    """Folder of the `AblationReport`."""
     recipes: dict[str, Recipe]
-    """The baseline's and those of the ablations that could win, by name."""
+    """Recipes of the baseline and of the ablations that could win, by name."""
     seeds: Annotated[list[int], Field(min_length=1)]
-    """That the comparison did not use."""
+    """Seeds that the comparison did not use."""
     min_gain: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """As the comparison's."""
+    """As `AblationJob.min_gain`."""
 
 
 class Confirmation(Manifest):
-    """What the new seeds say."""
+    """Result of the confirmation with new seeds."""
 
     winner: str
-    """The comparison's; where it is the baseline there was nothing to confirm."""
+    """Winner of the comparison; if it is the baseline, there was nothing to confirm."""
     losses: dict[str, dict[int, float | None]]
-    """By run and seed, nats; None of a run that diverged."""
+    """Loss by run and seed, in nats; None for a run that diverged."""
     delta: float | None = None
-    """Winner less baseline, the mean over pairs of equal seeds; None where there was nothing to confirm, or the winner diverged."""
+    """Winner minus baseline, mean over pairs of equal seeds; None if there was nothing to confirm or the winner diverged."""
     low: float | None = None
-    """95 % interval, by the comparison's noise."""
+    """Lower end of the 95 % interval, which uses the comparison's noise estimate."""
     high: float | None = None
     confirmed: bool = False
-    """Whether the interval is below 0 and the gain above `min_gain`."""
+    """Whether the interval is below 0 and the gain exceeds `min_gain`."""
 
     @property
     def text(self) -> str:
-        """A sentence; empty where there was nothing to confirm."""
+        """The result in a sentence or two; empty if there was nothing to confirm."""
         if not self.losses:
             return ""
         lost = [f"{name} with seed {seed}" for name, runs in self.losses.items() for seed, loss in runs.items() if loss is None]
@@ -211,7 +212,7 @@ class Confirmation(Manifest):
         said = "confirmed and adopted" if self.confirmed else "not confirmed, so not adopted"
         pairs = sum(None not in pair for pair in zip(*(runs.values() for runs in self.losses.values()), strict=True))
         return (
-            f"On {pairs} seeds that did not choose it, **{self.winner}** differs by {signed(self.delta)}{interval} nats: {said}.{diverged}"
+            f"On {pairs} new seeds, **{self.winner}** differs from the baseline by {signed(self.delta)}{interval} nats: {said}.{diverged}"
         )
 
 
@@ -223,20 +224,20 @@ class GridRun(Settings):
     budget_flops: Annotated[float, Field(gt=0)]
     variant: Variant
     seed: int = 0
-    """Of the run: a cell of the grid may have several, which show the noise."""
+    """Seed of the run; several seeds in a cell of the grid measure the noise."""
     run: Path
     """Folder of the finished run."""
 
 
 class GridJob(Settings):
-    """Fit, plot and choose from a grid of runs."""
+    """Fit scaling laws to a grid of runs, plot them, and choose a size."""
 
     output: Path
     runs: Annotated[list[GridRun], Field(min_length=1)]
     target_flops: Annotated[float, Field(gt=0)] | None = None
-    """Budget of the final training; None chooses for the grid's largest budget."""
+    """FLOP budget of the final training; None uses the grid's largest budget."""
     weights: Weights = "relative"
-    """What the fits make small: errors as shares of the losses, or in nats (`unit`)."""
+    """The errors that the fits minimise: relative errors, or absolute errors in nats (`unit`)."""
 
 
 class GridPoint(Settings):
@@ -249,10 +250,10 @@ class GridPoint(Settings):
     params: int
     budget_flops: float
     flops: float
-    """Spent, from the configuration."""
+    """Training FLOPs spent, computed from the configuration."""
     samples: int
     frames: int
-    """Shown frames."""
+    """Number of shown frames."""
     tokens_per_frame: int
     tokens: int
     """D of the scaling law: labelled text tokens."""
@@ -262,38 +263,38 @@ class GridPoint(Settings):
 
     @property
     def visual_tokens(self) -> int:
-        """Visual tokens that the language model read."""
+        """Number of visual tokens that the language model read."""
         return self.frames * self.tokens_per_frame
 
 
 class ScalingReport(Manifest):
-    """`points.csv`, `fits.json`, and for reading five plots and `scaling.md`, which are no part of its identity."""
+    """Manifest of `points.csv` and `fits.json`, and of five plots and `scaling.md`, which are excluded from its identity."""
 
     figures: ClassVar[tuple[Figure, ...]] = SCALING_FIGURES
     points: list[GridPoint]
     exponents: dict[str, Quantity]
-    """Headline exponents by `variant.name`, a copy of what `fits.json` holds."""
+    """Headline exponents by `variant.name`, copied from `fits.json`."""
     crossover_flops: Quantity
-    """Budget at which the better variant changes."""
+    """FLOP budget at which the better variant changes."""
     chosen: str
     """Name of the chosen size."""
     chosen_reason: str
     runner_up: str = ""
     margin_nats: float | None = None
     wins_share: float | None = None
-    """As in `fits.json`."""
+    """As `Fits.wins_share`."""
 
 
 class CurvesJob(Settings):
-    """Draw the training curves of runs that go on from each other."""
+    """Draw the training curves of consecutive runs, each of which starts from the previous one."""
 
     output: Path
     runs: dict[str, Path]
-    """Folders of finished runs by name, in order."""
+    """Folders of finished runs, by name, in order."""
 
 
 class CurvesManifest(Manifest):
-    """`curves.png`."""
+    """Manifest of `curves.png`."""
 
     figures: ClassVar[tuple[Figure, ...]] = (
         Figure(file="curves.png", caption="The stages one after another: losses, gradient norms, learning rates, entropy, speed."),

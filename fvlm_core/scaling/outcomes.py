@@ -1,6 +1,6 @@
-"""What a run does beside its loss: whether it looks where it is asked to, and what that brings, on questions about places in videos.
+"""Outcomes of a run other than its loss: whether it looks at the asked place, and whether that helps, on questions about places in videos.
 
-The validation loss pools captions, questions in both orders and text, so a model that looks and one that does not can share it.
+The validation loss pools captions, questions in both orders and text, so a model that looks and one that does not can have the same loss.
 """
 
 from collections.abc import Sequence
@@ -24,27 +24,27 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Outcomes:
-    """Of one run; None where the model has no such pass."""
+    """Outcomes of one run; None for a model without queries."""
 
     order_gain: float | None
-    """Nats per answer token that fine passes gain over the coarse one, with the question first less with it after: the interaction of
-    order and mode. Above 0: looking helps where the question is known in time."""
+    """Gain of the fine over the coarse pass with the question first, minus that with the question after, in nats per answer token: the
+    interaction of order and mode. Above 0, looking helps if the question is known in time."""
     on_target: float | None
-    """Share of frames whose attention peak is on the asked place, fine, question first."""
+    """Share of frames whose attention peak is on the asked place, in the fine pass with the question first."""
     order_drift: float | None
-    """Nats per answer token, autoregressive less fine, question first."""
+    """Autoregressive loss minus loss of the fine pass, question first, in nats per answer token."""
 
 
 class Questions:
     """The same questions for every run of a comparison."""
 
     def __init__(self, shards: Path, count: int, *, seed: int = 0) -> None:
-        """`count` questions about places in videos of the validation split; there may be fewer, or none."""
+        """Select up to `count` questions about places in videos of the validation split; there may be none."""
         self.shards = ShardSet(shards)
         self.asked = ValidationSplit(self.shards, image_repeats=1, seed=seed).places(count)
 
     def outcomes(self, run: Path) -> Outcomes:
-        """Of a finished run."""
+        """Measure the outcomes of a finished run."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = load_model(run / MODEL_FOLDER).eval().requires_grad_(False).to(device)
         subject = Subject(model, self.shards.tokenizer, self.shards.chat, device, BATCH)
@@ -54,7 +54,7 @@ class Questions:
 
 
 def outcomes_of(subject: Subject, asked: Sequence[ClipQuestion]) -> Outcomes:
-    """Of a model that looks."""
+    """Measure the outcomes of a model with queries."""
     samples = {first: [replace(one.sample, question_first=first) for one in asked] for first in (True, False)}
     modes: list[Mode] = ["coarse_only", "coarse_fine", "autoregressive"]
     first = _losses(subject, samples[True], modes)

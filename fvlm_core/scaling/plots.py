@@ -1,4 +1,4 @@
-"""The pictures of comparisons and of the scaling study. Equal inputs give equal files; losses are in nats per labelled token."""
+"""Plots of run comparisons and of the scaling study. Identical inputs give identical files; losses are in nats per labelled token."""
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ LOSS = "validation loss (nats/token)"
 
 
 def plot_deltas(path: Path, rows: Sequence[AblationRow], baseline: AblationRow) -> None:
-    """Deltas against the baseline, best first; worse ones stay."""
+    """Plot the differences to the baseline, best first, including runs that are worse."""
     ordered = sorted((row for row in rows if row.name != baseline.name), key=lambda row: row.delta, reverse=True)
     with _figure(path, (WIDTH, 1.2 + 0.36 * len(ordered))) as axes:
         deltas = [row.delta for row in ordered]
@@ -44,12 +44,12 @@ def plot_deltas(path: Path, rows: Sequence[AblationRow], baseline: AblationRow) 
         axes.set_xlim(low - (0.3 * reach if low < 0 else 0.05 * reach), high + (0.3 * reach if high > 0 else 0.05 * reach))
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(f"difference in validation loss to {baseline.name} ({baseline.loss:.4f} nats/token); left is better")
-        title = "grey: within the noise; lines: 95 % intervals; *: control; †: another validation set"
+        title = "grey: neither better nor worse; lines: 95 % intervals; *: control; †: another validation set"
         axes.set_title(title, fontsize=9, loc="right", color="#5b6770")
 
 
 def plot_grid(output: Path, points: Sequence[GridPoint], studies: dict[Variant, Study], crossing: float | None) -> None:
-    """The five plots of a grid (`PLOTS`), each as PNG and SVG."""
+    """Draw the five plots of a grid (`PLOTS`), each as PNG and SVG."""
     iso_flop, crossover, efficiency, data, allocation = (output / name for name in PLOTS)
     plot_iso_flop(iso_flop, points, {variant: one.parabolas for variant, one in studies.items()})
     plot_crossover(crossover, points, {variant: one.best for variant, one in studies.items()}, crossing)
@@ -66,7 +66,7 @@ def plot_grid(output: Path, points: Sequence[GridPoint], studies: dict[Variant, 
 
 
 def plot_iso_flop(path: Path, points: Sequence[GridPoint], parabolas: dict[Variant, list[Parabola]]) -> None:
-    """Loss over size, a curve per budget; a star where a budget's best size lies inside the grid."""
+    """Plot loss over size, with one curve per budget; a star marks a budget's best size if it lies inside the grid."""
     with _panels(path) as panels:
         for axes, variant in zip(panels, VARIANTS, strict=True):
             budgets = sorted({point.budget_flops for point in points if point.variant == variant})
@@ -88,7 +88,7 @@ def plot_iso_flop(path: Path, points: Sequence[GridPoint], parabolas: dict[Varia
 
 
 def plot_crossover(path: Path, points: Sequence[GridPoint], best: dict[Variant, dict[float, float]], crossing: float | None) -> None:
-    """Left: the best loss of every budget. Right: foveated minus baseline, per size and for the best."""
+    """Plot the best loss of each budget (left), and foveated minus baseline per size and for the best size (right)."""
     with _panels(path) as (left, right):
         for colour, variant in zip(COLOURS, VARIANTS, strict=False):
             if variant not in best:
@@ -98,7 +98,7 @@ def plot_crossover(path: Path, points: Sequence[GridPoint], best: dict[Variant, 
             left.plot(budgets, losses, LINES[variant] + MARKERS[variant], color=colour, label=f"{variant}, best size")
         ours, theirs = (best.get(variant, {}) for variant in VARIANTS)
         shared = sorted(ours.keys() & theirs.keys())
-        if shared:  # broad and below: it is one of the sizes' lines where the same size is best in both
+        if shared:  # a wide line in the background: it coincides with a size's line if that size is best in both variants
             right.plot(shared, [ours[c] - theirs[c] for c in shared], color="black", linewidth=7, alpha=0.25, label="best of each")
             right.axhline(0, color="#30363d", linewidth=1)
         sizes = _sizes(points)
@@ -114,10 +114,10 @@ def plot_crossover(path: Path, points: Sequence[GridPoint], best: dict[Variant, 
 
 
 def plot_token_efficiency(path: Path, points: Sequence[GridPoint], frontiers: dict[Variant, list[GridPoint]]) -> None:
-    """Loss over the visual tokens that the language model read in training, with the frontier of each variant."""
+    """Plot loss over the visual tokens that the language model read in training, with the Pareto frontier of each variant."""
     with _figure(path, (WIDTH, 4.6)) as axes:
         for colour, variant in zip(COLOURS, VARIANTS, strict=False):
-            here = [point for point in _of(points, variant) if point.visual_tokens]  # points of others may have none
+            here = [point for point in _of(points, variant) if point.visual_tokens]  # points from a user's table have none
             if not here:
                 continue
             tokens = sorted({point.tokens_per_frame for point in here})
@@ -129,7 +129,7 @@ def plot_token_efficiency(path: Path, points: Sequence[GridPoint], frontiers: di
 
 
 def plot_data_scaling(path: Path, points: Sequence[GridPoint], laws: dict[Variant, DataLaw | None]) -> None:
-    """Loss over data, a curve per size, fitted where it could be."""
+    """Plot loss over data, with one curve per size: the fitted law, or the measured losses if there is no fit."""
     with _panels(path) as panels:
         for axes, variant in zip(panels, VARIANTS, strict=True):
             for colour, size in _coloured(_sizes(points)):
@@ -155,9 +155,9 @@ def plot_allocation(
     parabolas: dict[Variant, list[Parabola]],
     costs: dict[Variant, np.ndarray],
 ) -> None:
-    """Best size over budget: measured (lowest loss), by parabola, and by the joint law where there is one.
+    """Plot the best size over the budget: measured (lowest loss), from parabolas, and from the joint law if there is one.
 
-    `costs`: per variant, coefficients of log(FLOPs per labelled token) over log N, for the law.
+    `costs` holds, per variant, the polynomial coefficients of log(FLOPs per labelled token) over log N, for the law.
     """
     with _panels(path) as panels:
         for axes, variant in zip(panels, VARIANTS, strict=True):
@@ -202,7 +202,7 @@ def _panels(path: Path) -> Generator[tuple[Axes, Axes]]:
 
 
 def _finish(axes: Axes, title: str, x: str, y: str) -> None:
-    """Titles, a logarithmic x axis, a legend; or the word that there is nothing."""
+    """Set titles, a logarithmic x axis and a legend; or print `no runs` if the axes are empty."""
     axes.set_title(title)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -236,7 +236,7 @@ def _sizes(points: Sequence[GridPoint]) -> list[str]:
 
 
 def _pairs(points: Sequence[GridPoint], size: str) -> list[tuple[float, float]]:
-    """(budget, foveated minus baseline) of a size."""
+    """Pairs (budget, loss of foveated minus loss of baseline) of one size."""
     own = [point for point in points if point.size == size]
     budgets = sorted({point.budget_flops for point in own})
     found = [(budget, *(_of(own, variant, budget=budget) for variant in ("foveated", "baseline"))) for budget in budgets]
@@ -244,7 +244,7 @@ def _pairs(points: Sequence[GridPoint], size: str) -> list[tuple[float, float]]:
 
 
 def _best_params(points: Sequence[GridPoint]) -> int:
-    """Of the size whose seeds have the lowest mean loss."""
+    """Number of parameters of the size with the lowest mean loss over seeds."""
     sizes = {point.params for point in points}
     return min(sizes, key=lambda params: _mean_loss([point for point in points if point.params == params]))
 
@@ -259,7 +259,7 @@ def _coloured(items: Sequence[Item]) -> Iterator[tuple[str, Item]]:
 
 
 def _short(count: float) -> str:
-    """E.g. 1.4M."""
+    """Format a number with a unit suffix, e.g. 1.4M."""
     for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= scale:
             return f"{count / scale:.3g}{unit}"

@@ -1,4 +1,4 @@
-"""Scaling laws of points that anyone brings: a CSV in, tables out; what cannot be fitted is refused or said, never guessed."""
+"""Fit scaling laws to the points in a user's CSV file. What cannot be fitted is refused or reported, never guessed."""
 
 import csv
 import hashlib
@@ -18,24 +18,24 @@ from fvlm_core.tables import Table
 
 NEEDED = ("run_id", "size", "params", "loss")
 DATA = ("tokens", "samples")
-"""Columns that say how much a run was trained on; the first that is there is used."""
+"""Columns for the amount of training data; the first that exists is used."""
 FLOPS_PER_PARAM_AND_TOKEN = 6.0
-"""Of training, where a table has no `flops` (Kaplan et al. 2020)."""
+"""Training FLOPs per parameter and token, used if a table has no `flops` (Kaplan et al. 2020)."""
 ROUNDED = 1e-3
-"""By so much of itself may a count be off a whole number: one that was computed is."""
+"""Maximum relative deviation of a count from a whole number; computed counts may deviate slightly."""
 SAME_BUDGET = 0.02
-"""Runs whose FLOPs differ by less than this share are of one budget."""
+"""Runs whose FLOPs differ by less than this share belong to one budget."""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a table of points gave."""
+    """The fits to a table of points, and the text and tables to show."""
 
     study: Study
     shown: list[Table | str]
 
     def require_law(self) -> None:
-        """Raises UserError where the joint law was not determined."""
+        """Raise UserError if the points do not determine the joint law."""
         if self.study.law is None:
             reason = self.study.fits.law["alpha"].reason.removeprefix("not identifiable: ")
             raise UserError(
@@ -46,7 +46,7 @@ class Fitted:
 
 
 def read_points(path: Path) -> tuple[list[GridPoint], str]:
-    """The runs of a table, and which column is D; of a grid's own `points.csv` the foveated ones.
+    """Read the runs in a table; return them and the name of the column that is D. Of a grid's `points.csv`, only foveated runs are read.
 
     Raises UserError that names the row and the column.
     """
@@ -61,14 +61,14 @@ def read_points(path: Path) -> tuple[list[GridPoint], str]:
         )
     numbered = [(number, row) for number, row in enumerate(rows, 2) if "variant" not in columns or row["variant"] == "foveated"]
     if not numbered:
-        raise UserError("there is no run in it", where=str(path), fix="give a row per finished run")
+        raise UserError("the table has no runs", where=str(path), fix="give a row per finished run")
     twice = [name for name, count in Counter(row["run_id"] for _, row in numbered).items() if count > 1]
     if twice:
         raise UserError(
             f"several rows are of one run: {', '.join(twice[:5])}",
             where=f"{path}, run_id",
-            fix="keep the last row of each run: while the learning rate is high the loss is above what the same tokens give at a decayed "
-            "one, so points along a run bend the law",
+            fix="keep the last row of each run: before the learning rate has decayed, the loss is higher than that of a finished run with "
+            "the same tokens, so intermediate points bias the law",
         )
     points = [_point(row, data, where=f"{path}, line {number}") for number, row in numbered]
     names: dict[int, set[str]] = {}
@@ -84,7 +84,7 @@ def read_points(path: Path) -> tuple[list[GridPoint], str]:
 
 
 def fit_points(path: Path, *, weights: Weights = "relative", target_flops: float | None = None, output: Path | None = None) -> Fitted:
-    """Fit the law and the laws of each size to a table, and write them where `output` is given. Raises UserError for unusable points."""
+    """Fit the joint law and each size's own law to a table, and write them to `output` if given. Raises UserError for unusable points."""
     points, data = read_points(path)
     study = Study(points, weights=weights)
     shown: list[Table | str] = [_law_table(study, data), _size_table(study)]
@@ -153,7 +153,7 @@ def _point(row: dict[str, str], data: str, *, where: str) -> GridPoint:
 
 
 def _budgets(points: list[GridPoint]) -> list[GridPoint]:
-    """The points with budgets that are nearly equal made equal, so that they form IsoFLOP curves."""
+    """Merge nearly equal budgets, so that the points form IsoFLOP curves."""
     budgets: list[float] = []
     for point in sorted(points, key=lambda point: point.budget_flops):
         if not budgets or point.budget_flops > budgets[-1] * (1 + SAME_BUDGET):
@@ -182,7 +182,7 @@ def _huber(study: Study, name: str) -> str:
 
 
 def _size_table(study: Study) -> Table:
-    """E and B of every size, where its points give them."""
+    """E and B of each size, if the fit determines them."""
     data, sizes = study.fits.data, {point.size: point.params for point in sorted(study.points, key=lambda point: point.params)}
     beta = data["beta"]
     rows = []

@@ -1,4 +1,4 @@
-"""Finished training runs, as comparisons read them."""
+"""Read finished training runs for comparisons."""
 
 import csv
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from fvlm_core.errors import UserError
 from fvlm_core.train.jobs import METRICS_FILE, RECIPE_FILE, RunManifest
 
 NOT_SCIENCE = ("name", "phase", "output", "shards", "init_from")
-"""Recipe keys that say where a run is, not what it does."""
+"""Recipe keys with names and paths, which are not compared between runs."""
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run's manifest and recipe."""
+    """A finished run with its manifest and recipe."""
 
     folder: Path
     manifest: RunManifest
@@ -25,28 +25,28 @@ class FinishedRun:
 
     @classmethod
     def read(cls, folder: Path) -> "FinishedRun":
-        """Raises UserError where the run has not finished."""
+        """Read a run's folder. Raises UserError if the run has not finished."""
         return cls(folder, RunManifest.read(folder), Recipe.from_yaml(folder / RECIPE_FILE))
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the run does, flat: dotted path -> value."""
+        """The recipe's settings without names and paths, by dotted path."""
         return flatten(self.recipe.model_dump(mode="json", exclude=set(NOT_SCIENCE)))
 
     @property
     def validated_on(self) -> dict[str, Any]:
-        """What its validation losses are of, on equal shards."""
+        """The settings that determine the validation samples, given the shards."""
         samples = self.recipe.data.held_out.model_dump(include={"mixture", "question_first", "loss_on", "image_repeats"})
         return samples | {"eval_samples": self.recipe.run.eval_samples}
 
     def frames_per_s(self) -> float | None:
-        """Median over the evaluation points of `metrics.csv`; None where it has none."""
+        """Median over the evaluation points in `metrics.csv`; None if it was not logged."""
         values = [float(row["frames_per_s"]) for row in metrics_rows(self.folder) if row.get("frames_per_s")]
         return median(values) if values else None
 
 
 def metrics_rows(folder: Path) -> list[dict[str, str]]:
-    """Rows of a run's `metrics.csv`, empty where there is none."""
+    """Rows of a run's `metrics.csv`; empty if there is no such file."""
     path = folder / METRICS_FILE
     if not path.is_file():
         return []
@@ -62,7 +62,7 @@ def differences(run: FinishedRun, baseline: FinishedRun) -> list[str]:
 
 
 def same_shards(runs: dict[str, FinishedRun]) -> None:
-    """Raises UserError where runs were validated on different shards: their losses cannot be compared."""
+    """Raise UserError if the runs used different shards, because then their losses cannot be compared."""
     digests = {name: run.manifest.inputs.get("shards") for name, run in runs.items()}
     if len(set(digests.values())) > 1:
         first, *rest = digests

@@ -1,6 +1,6 @@
-"""The fits of one variant's runs, and what two variants say of each other.
+"""All fits to the runs of one variant, and comparisons between two variants.
 
-Every fit is tried and reported; one that the runs do not determine has no value and says why.
+Every fit is attempted and reported; one that the runs do not determine has a reason instead of a value.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +35,7 @@ Fit = TypeVar("Fit")
 
 
 class Study:
-    """The fits of one variant, with the objects that plots draw."""
+    """The fits of one variant, with the fitted objects for plots."""
 
     def __init__(self, points: Sequence[GridPoint], *, weights: Weights) -> None:
         self.points = points
@@ -65,7 +65,7 @@ class Study:
 
     @property
     def best(self) -> dict[float, float]:
-        """Lowest loss of every budget, of the means of its cells: the best of several seeds would be luck."""
+        """Lowest mean loss of each budget's cells; the minimum over single seeds would favour cells with more seeds."""
         return best_of(self.cells)
 
     @property
@@ -78,7 +78,7 @@ class Study:
 
     @property
     def frontier(self) -> list[GridPoint]:
-        """Runs that no other run beats with as few visual tokens."""
+        """The Pareto frontier: runs with a lower loss than every run that read at most as many visual tokens."""
         kept: list[GridPoint] = []
         for point in sorted(self.points, key=lambda point: (point.visual_tokens, point.loss)):
             if not kept or point.loss < kept[-1].loss:
@@ -87,7 +87,7 @@ class Study:
 
     @property
     def cost_per_token(self) -> np.ndarray:
-        """Coefficients of log(FLOPs per labelled token) over log N: the encoder costs too, so it is not 6 N."""
+        """Polynomial coefficients of log(FLOPs per labelled token) over log N; not simply 6 N, because the encoder's FLOPs count too."""
         spent = np.array([point.flops for point in self.points]) / self.grid.tokens
         degree = min(2, len(np.unique(self.grid.params)) - 1)
         return np.polyfit(np.log(self.grid.params), np.log(spent), degree)
@@ -125,7 +125,7 @@ class Study:
             return Quantity(value=None, reason=str(error))
 
     def _held_out(self) -> HeldOut | None:
-        """None where there is one budget only."""
+        """Errors at the largest budget of a law fitted without it; None if there is only one budget."""
         budget = float(self.grid.budget.max())
         known, test = self.grid.take(np.flatnonzero(self.grid.budget < budget)), self.grid.take(np.flatnonzero(self.grid.budget == budget))
         if not len(known):
@@ -144,7 +144,7 @@ class Study:
 
     @staticmethod
     def _errors(law: Law | DataLaw, test: Grid) -> np.ndarray:
-        """Relative errors [M] of what a law says of runs; those of a size that it does not know are left out."""
+        """Relative prediction errors of a law, one per run; runs of a size that the law does not cover are left out."""
         known = np.isin(test.params, law.sizes) if isinstance(law, DataLaw) else np.full(len(test), True)
         if not known.any():
             raise NotIdentifiableError("no size of the largest budget was run at another")
@@ -153,7 +153,7 @@ class Study:
 
 
 def noise_of(points: Sequence[GridPoint]) -> Quantity:
-    """Standard deviation of the loss over seeds, as a share of the mean, pooled over the cells with several."""
+    """Relative standard deviation of the loss over seeds, pooled over the cells with several seeds."""
     cells: dict[tuple[str, float], list[float]] = {}
     for point in points:
         cells.setdefault((point.size, point.budget_flops), []).append(point.loss)
@@ -172,18 +172,18 @@ def noise_of(points: Sequence[GridPoint]) -> Quantity:
 
 
 def to_grid(points: Sequence[GridPoint]) -> Grid:
-    """Points as arrays."""
+    """Convert points to arrays."""
     columns = zip(*((point.params, point.tokens, point.loss, point.budget_flops) for point in points), strict=True)
     return Grid(*(np.array(column, dtype=np.float64) for column in columns))
 
 
 def best_of(cells: Mapping[tuple[float, str], float]) -> dict[float, float]:
-    """The lowest loss of every budget, of losses by budget and size."""
+    """The lowest loss of each budget, from losses by budget and size."""
     return {budget: min(loss for (one, _), loss in cells.items() if one == budget) for budget in sorted({budget for budget, _ in cells})}
 
 
 def crossover_of(studies: dict[Variant, Study]) -> Quantity:
-    """The budget at which the better variant changes, of the sizes that both have there: one may have diverged."""
+    """The budget at which the better variant changes. Only cells that both variants have are compared, because runs may have diverged."""
     if len(studies) < len(VARIANTS):
         return Quantity(value=None, reason="only one variant was run")
     cells = [studies[variant].cells for variant in VARIANTS]
@@ -200,7 +200,10 @@ def crossover_of(studies: dict[Variant, Study]) -> Quantity:
 
 
 def token_ratio_of(studies: dict[Variant, Study]) -> Quantity:
-    """At the lowest loss that both variants reach, interpolated along the frontiers in log tokens."""
+    """Visual tokens of the baseline divided by those of the foveated variant, at the lowest loss that both reach.
+
+    Interpolated along the frontiers in log tokens.
+    """
     if len(studies) < len(VARIANTS):
         return Quantity(value=None, reason="only one variant was run")
     fronts = [studies[variant].frontier for variant in VARIANTS]

@@ -1,4 +1,4 @@
-"""The tables of comparisons and of the scaling study: CSV for machines, `Table` for everything that is read."""
+"""Tables of run comparisons and of the scaling study: CSV for machines, `Table` for people."""
 
 import csv
 import io
@@ -14,11 +14,11 @@ from fvlm_core.scaling.results import Fits
 from fvlm_core.tables import Table, signed
 
 OUTCOMES = {"order_gain": "order x mode", "on_target": "gaze on target", "order_drift": "autoregressive drift"}
-"""Columns of what is measured beside the loss."""
+"""Column titles of the outcomes other than the loss."""
 
 
 def ablations_csv(rows: list[AblationRow]) -> str:
-    """The table without timings: equal runs give equal bytes."""
+    """The table as CSV, without timings, so that identical runs give identical bytes."""
     passes = list(dict.fromkeys(name for row in rows for name in row.losses))
     columns = ["name", "hypothesis", "change", "value", "seeds", "loss", "delta", "low", "high", "p_value", "threshold", "verdict"]
     columns += ["delta_equal_flops", *(f"loss_{name}" for name in passes), "mode_gain", "drift", *OUTCOMES, "params", "flops", "samples"]
@@ -35,23 +35,23 @@ def ablations_csv(rows: list[AblationRow]) -> str:
 
 
 def ablations_table(report: AblationReport) -> Table:
-    """Every run, best first, worse ones too."""
+    """A table of all runs, best first."""
     ordered = sorted(report.rows, key=lambda row: row.loss)
     passes = list(dict.fromkeys(name for row in report.rows for name in row.losses))
-    note = f"Losses in nats per labelled token, means over seeds (n); one change each. {report.method}."
+    note = f"Losses in nats per labelled token, means over n seeds; one change each. {report.method}."
     if report.noise.value is not None:
-        note += f" A run's loss scatters by {report.noise.value:.4f} over seeds."
-    note += " Equal FLOPs: along validation curves, where the longer run's rate had not decayed."
+        note += f" The standard deviation of a run's loss over seeds is {report.noise.value:.4f}."
+    note += " Equal FLOPs: from the validation curves, at a point where the learning rate of the longer run had not decayed."
     if report.questions:
         note += (
-            f" The last three outcomes are of {report.questions} questions about places, with the difference to the baseline in brackets:"
-            " order x mode is what fine passes gain over the coarse one with the question first, less the same with it after, in nats;"
-            " gaze is with the question first; autoregressive drift is against the fine pass."
+            f" The last three outcomes are from {report.questions} questions about places, with the difference to the baseline in brackets:"
+            " order x mode is the gain of fine passes over the coarse one with the question first, minus that with it after, in nats;"
+            " gaze is with the question first; autoregressive drift is relative to the fine pass."
         )
     if any(row.control for row in report.rows):
-        note += " With a star: a control, compared, never adopted."
+        note += " Runs with a star are controls, compared but never adopted."
     if any(row.other_validation for row in report.rows):
-        note += " With a dagger: changes the validation set too, so its loss is of other samples and cannot win."
+        note += " Runs with a dagger also change the validation set, so their losses are not comparable and they cannot win."
     cells = [
         [
             marked_name(row),
@@ -83,23 +83,23 @@ def ablations_table(report: AblationReport) -> Table:
 
 
 def ablations_summary(report: AblationReport) -> str:
-    """The first lines: a control that beats the baseline, then the winner."""
+    """The summary: controls that beat the baseline, diverged runs, and the winner."""
     controls = [row for row in report.rows if row.control and row.delta < 0 and row.verdict in ("better", "no verdict")]
     sure = "" if report.noise.value is not None else f" ({report.noise.reason})"
     lines = [
-        f"**The control {row.name} beats the baseline** by {-row.delta:.4f} nats{sure}: what it leaves out brought nothing here."
+        f"**The control {row.name} beats the baseline** by {-row.delta:.4f} nats{sure}: the component that it removes did not help here."
         for row in controls
     ]
     diverged = [row.name for row in report.rows if row.divergences]
     if diverged:
         lines.append(f"Diverged: {', '.join(diverged)}.")
-    why = report.noise.reason if report.noise.value is None else f"no other run was shown to be better by enough; {report.method}"
+    why = report.noise.reason if report.noise.value is None else f"no other run is better by a sufficient margin; {report.method}"
     lines.append(f"Winner: **{report.winner}**" + (f" ({why})." if report.winner == report.baseline else "."))
     return " ".join(lines)
 
 
 def _outcome(one: Outcome | None) -> str:
-    """Value, difference and its interval, e.g. `0.31 (+0.2 [0.1, 0.3])`."""
+    """Format value, difference and interval, e.g. `0.31 (+0.2 [0.1, 0.3])`."""
     if one is None:
         return ""
     if one.delta is None:
@@ -109,23 +109,23 @@ def _outcome(one: Outcome | None) -> str:
 
 
 def difference_text(row: AblationRow) -> str:
-    """The difference to the baseline, with its interval where there is one."""
+    """The difference to the baseline, with its interval if there is one."""
     interval = "" if row.low is None or row.high is None else f" [{signed(row.low)}, {signed(row.high)}]"
     return signed(row.delta) + interval
 
 
 def marked_name(row: AblationRow) -> str:
-    """The run's name, with a mark where it cannot win."""
+    """The run's name, with a mark if it cannot win."""
     return row.name + ("*" if row.control else "") + ("†" if row.other_validation else "")
 
 
 def change_text(row: AblationRow, baseline: str) -> str:
-    """E.g. `optimizer.lr_llm = 0.0`."""
+    """The change as text, e.g. `optimizer.lr_llm = 0.0`."""
     return "baseline" if row.name == baseline else f"{row.change} = {show_value(row.value)}"
 
 
 def show_value(value: JsonValue) -> str:
-    """A setting's value as a person would write it; a mixture as its shares."""
+    """A setting's value as readable text; a mixture as its shares."""
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
         shares = TypeAdapter(SourceShares).validate_python(value)
         return ", ".join(f"{part.source} {part.share:.0%}" for part in shares)
@@ -133,7 +133,7 @@ def show_value(value: JsonValue) -> str:
 
 
 def points_csv(points: Sequence[GridPoint]) -> str:
-    """`points.csv`: everything the fits use."""
+    """The content of `points.csv`: all inputs of the fits."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, [*GridPoint.model_fields, "visual_tokens"], lineterminator="\n")
     writer.writeheader()
@@ -142,7 +142,7 @@ def points_csv(points: Sequence[GridPoint]) -> str:
 
 
 def losses_table(points: Sequence[GridPoint]) -> Table:
-    """Losses of the grid, a row per variant and size, a column per budget; the mean where a cell has several seeds."""
+    """Losses of the grid: one row per variant and size, one column per budget, means over the seeds of a cell."""
     budgets = sorted({point.budget_flops for point in points})
     cells: dict[tuple[str, str, float], list[float]] = {}
     for point in points:
@@ -154,7 +154,7 @@ def losses_table(points: Sequence[GridPoint]) -> Table:
     head = ["variant", "size", "parameters", *(f"{budget:.1e} FLOPs" for budget in budgets)]
     note = "Losses in nats per labelled token."
     if any(len(losses) > 1 for losses in cells.values()):
-        note += " ± is the standard deviation over the seeds of a cell; the others have one seed."
+        note += " ± is the standard deviation over the seeds of a cell; cells without it have one seed."
     return Table(title="Validation losses of the grid", head=head, rows=rows, note=note)
 
 
@@ -165,13 +165,13 @@ def _cell(losses: list[float]) -> str:
 
 
 def fits_table(fits: Fits) -> Table:
-    """What the runs determine."""
+    """The fitted quantities that the runs determine."""
     found = [[name, f"{q.value:.4g}", show_interval(q), q.reason] for name, q in fit_rows(fits) if q.value is not None]
     return Table(title=f"Fits, by {fits.weights} errors", head=["fit", "value", "95 % interval", "note"], rows=found)
 
 
 def undetermined(fits: Fits) -> dict[str, list[str]]:
-    """What the runs do not determine: the fits' names by the reason."""
+    """The quantities that the runs do not determine: names by reason."""
     reasons: dict[str, list[str]] = {}
     for name, quantity in fit_rows(fits):
         if quantity.value is None:
@@ -180,12 +180,12 @@ def undetermined(fits: Fits) -> dict[str, list[str]]:
 
 
 def fit_rows(fits: Fits) -> list[tuple[str, Quantity]]:
-    """The headline fits with their names, for tables."""
+    """The headline quantities with their display names."""
     rows = []
     for variant, one in fits.variants.items():
         rows += [(f"{variant}: {name} of the joint law", one.law[name]) for name in ("E", "A", "alpha", "B", "beta")]
         rows += [(f"{variant}: exponent of the best size over the budget, by the law", one.law["ratio"])]
-        rows += [(f"{variant}: the same through parabolas' vertices", one.allocation["exponent"])]
+        rows += [(f"{variant}: the same, through the parabolas' vertices", one.allocation["exponent"])]
         rows += [(f"{variant}: {name} of the joint law, by Huber loss", one.law_huber[name]) for name in ("alpha", "beta")]
         rows += [(f"{variant}: beta at fixed size", one.data["beta"])]
         rows += [(f"{variant}: relative scatter around the law", one.residual), (f"{variant}: relative noise of a seed", one.noise)]
@@ -200,7 +200,7 @@ def fit_rows(fits: Fits) -> list[tuple[str, Quantity]]:
 
 
 def show_interval(quantity: Quantity) -> str:
-    """Its interval for reading: nothing but bounds."""
+    """The interval as text, e.g. `0.2 to 0.4` or `above 0.2`; empty if there is none."""
     low, high = quantity.low, quantity.high
     if quantity.value is None or (low is None and high is None):
         return ""
@@ -210,16 +210,16 @@ def show_interval(quantity: Quantity) -> str:
 
 
 def scaling_text(points: Sequence[GridPoint], fits: Fits) -> str:
-    """`scaling.md`: the grid, what was fitted, what could not be, and the choice."""
+    """The content of `scaling.md`: the choice, the grid, the fits, and what could not be fitted."""
     parts = [f"Chosen size: **{fits.chosen}** ({fits.chosen_reason}).", losses_table(points).markdown()]
     if (found := fits_table(fits)).rows:
         parts.append(found.markdown())
     if reasons := undetermined(fits):
-        parts.append("What these runs do not determine:")
+        parts.append("Not determined by these runs:")
         parts.append("\n".join(f"* {'; '.join(names)}: {reason}" for reason, names in reasons.items()))
     return "\n\n".join([*parts, "\n".join(f"* {note}" for note in fits.notes)]) + "\n"
 
 
 def ablations_text(report: AblationReport) -> str:
-    """`ablations.md`."""
+    """The content of `ablations.md`."""
     return f"{ablations_summary(report)}\n\n{ablations_table(report).markdown()}\n"

@@ -1,9 +1,8 @@
-"""Variable projection for L(N, D) = E + A / N^alpha + B / D^beta: exponents are searched, the factors solved for exactly.
+"""Variable projection for L(N, D) = E + A / N^alpha + B / D^beta: a search over the exponents, with the factors solved for exactly.
 
-For given exponents the law is linear in E, A and B, none of which can be negative (Golub and Pereyra 1973; Czech et al. 2026,
-https://arxiv.org/abs/2603.22339, recommend it for scaling laws). So a search has two dimensions instead of five: a surface over a grid of
-exponents gives the start, and Levenberg-Marquardt ends it. Any one number can be held at a value, which is what
-a profile of the fit's sum of squares needs.
+For given exponents, the law is linear in E, A and B, which are constrained to be non-negative (Golub and Pereyra 1973; recommended for
+scaling laws by Czech et al. 2026, https://arxiv.org/abs/2603.22339). The search therefore has two dimensions instead of five: a grid of
+exponents provides starting points, and Levenberg-Marquardt refines them. Any one parameter can be held fixed, as profile intervals need.
 """
 
 from dataclasses import dataclass
@@ -14,15 +13,15 @@ import numpy as np
 from scipy.optimize import leastsq, nnls
 
 EXPONENT_BOUNDS = (0.02, 3.0)
-"""Searched range of exponents; an optimum at its edge is no finding."""
+"""Search range of the exponents; an optimum at a bound does not count as a fit."""
 LOG_LOW, LOG_SPAN = float(np.log(EXPONENT_BOUNDS[0])), float(np.log(EXPONENT_BOUNDS[1] / EXPONENT_BOUNDS[0]))
 EXPONENT_GRID = np.geomspace(*EXPONENT_BOUNDS, 17)[1:-1]
 MIDDLE = (0.1, 0.35, 1.2)
-"""Further starts: near a bound the way back is flat."""
+"""Additional starts after a search that ended at a bound, where the objective is too flat to return from."""
 BOUND_MARGIN = 1.02
-"""An exponent within this factor of a bound has hit it."""
+"""An exponent within this factor of a bound counts as having hit it."""
 INSIDE = 1e-4
-"""Starts lie so far inside the bounds, as a share of their logarithms' span."""
+"""Minimum distance of starts from the bounds, as a share of the log range."""
 TOLERANCE = 1e-14
 MOST_EVALUATIONS = 400
 
@@ -33,7 +32,7 @@ FACTORS = {"E": 0, "A": 1, "B": 2}
 
 @dataclass(frozen=True)
 class Held:
-    """A number of the law at a fixed value."""
+    """A parameter of the law that is held at a fixed value."""
 
     name: Name
     value: float
@@ -41,38 +40,38 @@ class Held:
 
 @dataclass(frozen=True)
 class Minimum:
-    """The best law with what is held."""
+    """A minimum of the sum of squares."""
 
     alpha: float
     beta: float
     factors: np.ndarray
-    """E, and the terms of size and data at the mean logarithms, [3]."""
+    """[3]: E, and the size and data terms at the mean log N and mean log D."""
     squares: float
     """Sum of squared weighted residuals."""
 
 
 class Projection:
-    """The runs of one fit."""
+    """The least-squares problem for one set of M runs."""
 
     def __init__(self, params: np.ndarray, tokens: np.ndarray, loss: np.ndarray, weight: np.ndarray) -> None:
-        """All [M]; residuals are (law - loss) * weight."""
+        """All arrays are [M]; residuals are (law - loss) * weight."""
         self.scale_n, self.scale_d = float(np.log(params).mean()), float(np.log(tokens).mean())
-        self.n, self.d = np.log(params) - self.scale_n, np.log(tokens) - self.scale_d  # keeps factors on the scale of the loss
+        self.n, self.d = np.log(params) - self.scale_n, np.log(tokens) - self.scale_d  # centred: keeps factors on the scale of the loss
         self.weight, self.target = weight, loss * weight
 
     def with_loss(self, loss: np.ndarray) -> "Projection":
-        """The same runs with other losses [M], as a resample has them."""
+        """The same runs with other losses [M], for resampling."""
         other = object.__new__(Projection)
         other.scale_n, other.scale_d, other.n, other.d, other.weight = self.scale_n, self.scale_d, self.n, self.d, self.weight
         other.target = loss * self.weight
         return other
 
     def terms(self, alpha: float, beta: float) -> np.ndarray:
-        """The law's columns at the centred logarithms, [M, 3]."""
+        """Design matrix [M, 3] of the linear factors, at the centred logarithms."""
         return np.stack([np.ones_like(self.n), np.exp(-alpha * self.n), np.exp(-beta * self.d)], 1)
 
     def solve(self, alpha: float, beta: float, held: Held | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Factors [3] and weighted residuals [M] for given exponents."""
+        """Optimal factors [3] and weighted residuals [M] for given exponents."""
         columns = self.terms(alpha, beta) * self.weight[:, None]
         if held is None or held.name not in FACTORS:
             factors, _ = nnls(columns, self.target)
@@ -85,11 +84,11 @@ class Projection:
         return factors, columns @ factors - self.target
 
     def slopes(self, alpha: float, beta: float, held: Held | None = None) -> np.ndarray:
-        """Derivatives of the weighted residuals by alpha and beta, [M, 2], with the factors following (Kaufman 1975): what the free
-        factors' columns span is taken out."""
+        """Jacobian [M, 2] of the weighted residuals with respect to alpha and beta, with the factors re-optimised (Kaufman 1975): the
+        component in the span of the free factors' columns is projected out."""
         factors, _ = self.solve(alpha, beta, held)
         terms, fixed = self.terms(alpha, beta), None if held is None else FACTORS.get(held.name)
-        # a factor that is held at the origin moves with its exponent; one that is solved for does not care where it is centred
+        # a held A or B is fixed at uncentred logarithms, so its centred value depends on the exponent; for a free one, centring cancels
         by_n, by_d = (self.n + (self.scale_n if fixed == 1 else 0), self.d + (self.scale_d if fixed == 2 else 0))
         found = -np.stack([factors[1] * by_n * terms[:, 1], factors[2] * by_d * terms[:, 2]], 1) * self.weight[:, None]
         free = [column for column in range(3) if column != fixed and factors[column] > 0]
@@ -97,7 +96,7 @@ class Projection:
         return found - spanned @ (spanned.T @ found)
 
     def minimum(self, start: tuple[float, float], held: Held | None = None) -> Minimum:
-        """The best law near `start` (alpha, beta)."""
+        """The local minimum reached from `start` (alpha, beta)."""
         free = _free(held)
         of_alpha = held.value / (1 - held.value) if held is not None and held.name == "ratio" else None
 
@@ -128,7 +127,7 @@ class Projection:
 
     @cached_property
     def best(self) -> Minimum:
-        """The best law of all: from the surface's lowest places, and from elsewhere where that ends at a bound."""
+        """The best minimum found from the starts on the grid, plus `MIDDLE` for an exponent that ended at a bound."""
         best = min((self.minimum(start) for start in self._starts()), key=lambda one: one.squares)
         if _at_bound(best.alpha):
             best = min((best, *(self.minimum((alpha, best.beta)) for alpha in MIDDLE)), key=lambda one: one.squares)
@@ -137,7 +136,7 @@ class Projection:
         return best
 
     def _starts(self) -> list[tuple[float, float]]:
-        """The lowest places of the surface of the sum of squares over a grid of exponents: no neighbour is lower; three at most."""
+        """Local minima of the sum of squares over a grid of exponents, lowest first, at most three."""
         surface = self._surface()
         around = np.pad(surface, 1, constant_values=np.inf)
         rows, columns = surface.shape
@@ -147,7 +146,7 @@ class Projection:
         return [(float(EXPONENT_GRID[i]), float(EXPONENT_GRID[j])) for i, j in places[:3]]
 
     def _surface(self) -> np.ndarray:
-        """The sum of squares [I, J] at every pair of the grid's exponents; normal equations would lose a small term's digits."""
+        """Sum of squares [I, J] for all pairs of grid exponents. Normal equations would be faster, but lose the digits of small terms."""
         return np.array([[np.square(self.solve(alpha, beta)[1]).sum() for beta in EXPONENT_GRID] for alpha in EXPONENT_GRID])
 
 
@@ -156,14 +155,14 @@ def _at_bound(exponent: float) -> bool:
 
 
 def _free(held: Held | None) -> list[str]:
-    """The exponents that are searched."""
+    """Names of the exponents that are searched."""
     if held is not None and held.name == "ratio":
         return ["alpha"]
     return [name for name in ("alpha", "beta") if held is None or held.name != name]
 
 
 def _bounded(value: float) -> float:
-    """An exponent within its bounds, from any number."""
+    """Map any real number to an exponent within the bounds (sigmoid on a log scale)."""
     return float(np.exp(LOG_LOW + LOG_SPAN / (1 + np.exp(-np.clip(value, -50, 50)))))
 
 

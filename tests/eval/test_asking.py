@@ -232,7 +232,7 @@ def test_a_video_that_cannot_be_decoded_is_counted_and_too_many_are_an_error(ans
     items = [Item(f"{n}", VideoFile(tmp_path / "bad.mp4") if n == 3 else good, "Which?", ["a", "b"], 0) for n in range(8)]
     few = Loaded(benchmark("own"), items, len(items), {}, {})
     settings = AskSettings(orders=["question_first"], modes=["coarse_only"], controls=False)
-    with pytest.raises(UserError, match=r"1 of 8 items of own could not be decoded; 1% may be:\n    3: not a readable video"):
+    with pytest.raises(UserError, match=r"1 of 8 items of own could not be decoded; the limit is 1%:\n    3: not a readable video"):
         ask_all(answerer, few, settings, tmp_path / "strict")
     ask_all(answerer, few, settings, tmp_path / "lax", max_missing_share=0.2)
     records = collect(answerer, few, settings, tmp_path / "lax", max_missing_share=0.2)

@@ -68,11 +68,15 @@ def cut_video(folder: Path) -> None:
         (no_parquet, "videomme: the file cannot be read: ", "test-00000-of-00001.parquet"),
         (no_json, "videomme: the file cannot be read: ", "test.jsonl"),
         (lambda folder: folder.mkdir(parents=True), "videomme: no annotation file", "videomme"),
-        (no_media, "1 of 5 items of videomme lack their media; 1% may be:\n    v4-0: ", "videomme"),
-        (no_gold, "1 of 5 rows of videomme are no items; 1% may be:\n    test-00000-of-00001.parquet:5: the right answer 'E'", "videomme"),
+        (no_media, "1 of 5 items of videomme lack their media; the limit is 1%:\n    v4-0: ", "videomme"),
+        (
+            no_gold,
+            "1 of 5 rows of videomme are invalid; the limit is 1%:\n    test-00000-of-00001.parquet:5: the right answer 'E'",
+            "videomme",
+        ),
         (no_options, "test-00000-of-00001.parquet:5: 'options' is no list", "videomme"),
-        (no_video, "1 of 5 items of videomme could not be decoded; 1% may be:\n    v4-0: not a readable video", "videomme"),
-        (cut_video, "1 of 5 items of videomme could not be decoded; 1% may be:\n    v4-0: ", "videomme"),
+        (no_video, "1 of 5 items of videomme could not be decoded; the limit is 1%:\n    v4-0: not a readable video", "videomme"),
+        (cut_video, "1 of 5 items of videomme could not be decoded; the limit is 1%:\n    v4-0: ", "videomme"),
     ],
 )
 def test_it_is_refused_with_what_where_and_a_fix(spoil: Callable[[Path], None], what: str, where: str, model_folder: Path, tmp_path: Path):

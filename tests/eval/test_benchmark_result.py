@@ -171,7 +171,7 @@ def test_results_are_kept_and_shown():
     titles = [table.title for table in result.tables()]
     assert titles == [
         "Video-MME",
-        "Video-MME by way of reading",
+        "Video-MME by scoring method",
         "Video-MME by question order",
         "Video-MME by task",
         "Video-MME, differences",

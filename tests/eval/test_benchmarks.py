@@ -317,7 +317,7 @@ def test_missing_media_and_rows_that_are_no_items_are_counted(tmp_path: Path):
     rows = [videomme_row("abc", number) for number in range(97)]
     rows += [videomme_row("gone", 1), videomme_row("abc", 98, answer="E"), videomme_row("abc", 99, question=None)]
     parquet(tmp_path / "test-0.parquet", rows)
-    with pytest.raises(UserError, match=r"2 of 100 rows of videomme are no items; 1% may be:\n.*the right answer 'E' is not among"):
+    with pytest.raises(UserError, match=r"2 of 100 rows of videomme are invalid; the limit is 1%:\n.*the right answer 'E' is not among"):
         read("videomme", tmp_path)
     loaded = read("videomme", tmp_path, max_missing_share=0.02)
     assert (len(loaded.items), loaded.rows, loaded.lost) == (97, 100, 3)
@@ -328,7 +328,7 @@ def test_missing_media_and_rows_that_are_no_items_are_counted(tmp_path: Path):
 
 def test_more_missing_media_than_allowed_is_an_error_that_says_which(tmp_path: Path):
     parquet(tmp_path / "test-0.parquet", [videomme_row("gone", number) for number in range(7)])
-    with pytest.raises(UserError, match=r"7 of 7 items of videomme lack their media; 1% may be:") as refused:
+    with pytest.raises(UserError, match=r"7 of 7 items of videomme lack their media; the limit is 1%:") as refused:
         read("videomme", tmp_path)
     assert "and 2 more" in refused.value.what
     assert "--max-missing-share" in refused.value.fix
@@ -368,7 +368,7 @@ def test_a_dataset_on_the_hub_is_fetched(tmp_path: Path):
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "abc-1"
-    assert "videomme: the hub does not give it" in done.stderr
+    assert "videomme: download from the hub failed" in done.stderr
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path):

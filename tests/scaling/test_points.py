@@ -111,5 +111,5 @@ def test_no_table_and_no_rows_are_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         read_points(tmp_path / "nothing.csv")
     (tmp_path / "empty.csv").write_text("run_id,size,params,tokens,loss\n")
-    with pytest.raises(UserError, match="there is no run in it"):
+    with pytest.raises(UserError, match="the table has no runs"):
         read_points(tmp_path / "empty.csv")

@@ -1,1 +1,1 @@
-"""Models that can be asked questions: ours, and those it is compared with, behind one interface (`answerer`)."""
+"""Models that answer questions: fVLM and the models it is compared with, behind one interface (`answerer`)."""

@@ -1,7 +1,7 @@
-"""The interface through which every model is asked: media are opened once, then asked any number of questions, in any condition.
+"""The interface of all evaluated models: media are opened once, then asked any number of questions under any condition.
 
-A question comes with continuations whose likelihood is wanted, or asks for generated text. What one opening computes once (the encoded
-frames) and what the continuations of a question share (everything before them) is the model's to keep.
+A question either lists continuations to score by likelihood, or asks for generated text. The implementation caches the encoded frames
+of opened media, and the prefix that the continuations of a question share.
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 Order = Literal["question_first", "question_after"]
 ORDERS: tuple[Order, ...] = ("question_first", "question_after")
 View = Literal["shown", "shuffled", "blind", "random_query", "question_query"]
-"""What the model gets to see: the media, their frames in another order, nothing; or the media looked at with random queries, or with one
-query that the question makes for all frames alike."""
+"""What the model sees: the media; their frames in another order; nothing; the media read with random queries; or the media read with a
+single query, made from the question, for all frames."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One way to ask."""
+    """A condition under which questions are asked."""
 
     mode: str
     order: Order = "question_first"
@@ -46,57 +46,58 @@ class Ask:
 
     text: str
     continuations: tuple[str, ...] = ()
-    """Their log-likelihoods are wanted."""
+    """Answers to score by log-likelihood."""
     first_token: bool = False
-    """Only that of each continuation's first token: letters, which need no pass of their own."""
+    """Score only the first token of each continuation; for letters, which then need no forward pass of their own."""
     max_new_tokens: int = 0
-    """Generate an answer of at most so many tokens; 0 generates none."""
+    """Maximum number of tokens of a generated answer; 0 generates none."""
     generation: Generation = GREEDY
-    """How."""
+    """How the answer is generated."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model says to a question."""
+    """A model's reply to one question."""
 
     sums: np.ndarray
-    """float64 [continuations, 3]: log-likelihood of the text's tokens, their number, log-likelihood of the end of the turn after them."""
+    """float64 [continuations, 3]: log-likelihood of the tokens, number of tokens, log-likelihood of the end-of-turn token after them."""
     said: str = ""
+    """The generated answer."""
 
 
 class Opened(Protocol):
-    """Media that a model has seen."""
+    """Media opened by a model."""
 
     def replies(self, asks: Sequence[Ask], condition: Condition) -> list[Reply]:
-        """Answer every question by itself."""
+        """Answer each question independently."""
         ...
 
 
 class Answerer(Protocol):
-    """A model."""
+    """A model that answers questions about media."""
 
     name: str
     checkpoint: str
-    """sha256 of its weights."""
+    """sha256 of the weights."""
     rule: FrameRule
     image_repeats: int
     tokens_per_frame: int
     methods: tuple[Method, ...]
-    """Ways to generate that it has."""
+    """Supported generation methods."""
 
     @property
     def device(self) -> "torch.device":
-        """Where it computes."""
+        """The model's device."""
         ...
 
     def conditions(self, orders: Sequence[Order], modes: Sequence[str] | None, *, controls: bool) -> list[Condition]:
-        """Those that this model has: each mode in each order, and the controls. Raises UserError for a mode that it lacks."""
+        """The conditions that this model supports: each mode in each order, and the controls. Raises UserError for an unsupported mode."""
         ...
 
     def open(self, media: Media, name: str) -> Opened:
-        """Look at media; `name` seeds what is random about it."""
+        """Open media; `name` seeds the random choices of the controls."""
         ...
 
     def unconditional(self, texts: Sequence[str]) -> list[Reply]:
-        """Log-likelihood of texts as answers to nothing."""
+        """Score texts as answers without media and without a question."""
         ...

@@ -1,6 +1,7 @@
-"""Our model, asked: frames are encoded once for all questions, modes and controls; a question's tokens are read once for all its options.
+"""The foveated model as an `Answerer`. Frames are encoded once for all questions, modes and controls, and a question's tokens once for all
+its options.
 
-Each option goes on from a copy of the question's keys and values, all of them in one packed pass, so an option costs its own tokens.
+Options continue from copies of the question's KV cache, in one packed pass, so an option costs only its own tokens.
 """
 
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from fvlm_core.model.names import Mode
 
 @dataclass
 class FoveatedAnswerer:
-    """A `Subject` with the rule of its frames."""
+    """An `Answerer` around a `Subject`."""
 
     subject: Subject
     name: str
@@ -45,11 +46,11 @@ class FoveatedAnswerer:
 
     @property
     def device(self) -> torch.device:
-        """The subject's."""
+        """The subject's device."""
         return self.subject.device
 
     def conditions(self, orders: Sequence[Order], modes: Sequence[str] | None, *, controls: bool) -> list[Condition]:
-        """Every mode in every order; shuffled frames in every mode, no frames, random queries, queries of the question alone."""
+        """Every mode in every order. Controls: shuffled frames in every mode, no frames, random queries, one query from the question."""
         model = self.subject.model
         if unknown := [mode for mode in modes or () if mode not in model.modes]:
             fix = f"leave modes empty, or choose of: {', '.join(model.modes)}"
@@ -67,16 +68,16 @@ class FoveatedAnswerer:
 
     @torch.inference_mode()
     def open(self, media: Media, name: str) -> "OpenedMedia":
-        """Encode the frames."""
+        """Open media; their frames are encoded when first needed."""
         return OpenedMedia(self, media, name)
 
     def unconditional(self, texts: Sequence[str]) -> list[Reply]:
-        """Without media and without a question."""
+        """Score texts as answers without media and without a question."""
         return self.open(NO_MEDIA, "").replies([Ask("", (text,)) for text in texts], Condition("coarse_only", view="blind"))
 
 
 class OpenedMedia:
-    """Media whose frames are encoded when they are first needed."""
+    """Opened media; their frames are encoded when first needed."""
 
     def __init__(self, answerer: FoveatedAnswerer, media: Media, name: str) -> None:
         self.answerer, self.media, self.name = answerer, media, name
@@ -85,7 +86,7 @@ class OpenedMedia:
 
     @torch.inference_mode()
     def replies(self, asks: Sequence[Ask], condition: Condition) -> list[Reply]:
-        """Answer every question by itself, `batch_samples` of them at a time."""
+        """Answer each question independently, `batch_samples` questions at a time."""
         media = self.media
         if condition.view == "blind":
             media = NO_MEDIA
@@ -124,7 +125,7 @@ class OpenedMedia:
         return [Reply(rows, text) for rows, text in zip(sums, said, strict=True)]
 
     def _said(self, samples: Sequence[Sample], asks: Sequence[Ask], hidden: Tensor, cache: PackedCache) -> list[str]:
-        """Generated answers; those that are generated alike, and equally long, together."""
+        """Generate answers; questions with the same generation settings and length limit are batched."""
         subject, said = self.subject, [""] * len(asks)
         kinds = dict.fromkeys((ask.max_new_tokens, ask.generation) for ask in asks if ask.max_new_tokens)
         for most, generation in kinds:
@@ -144,7 +145,10 @@ class OpenedMedia:
         return said
 
     def _continuations(self, asks: Sequence[Ask], hidden: Tensor, cache: PackedCache) -> list[np.ndarray]:
-        """Per question, float64 [continuations, 3]; see `Reply.sums`. `hidden` [N, llm width]: at the end of each question."""
+        """Score the continuations: per question, float64 [continuations, 3] as in `Reply.sums`.
+
+        `hidden` [N, llm width] are the hidden states at the end of each question.
+        """
         subject = self.subject
         ids = [[subject.encode(text) for text in ask.continuations] for ask in asks]
         first = self._log_likelihoods(hidden)
@@ -163,7 +167,10 @@ class OpenedMedia:
         return sums
 
     def _go_on(self, branches: Sequence[tuple[int, int]], tokens: Sequence[list[int]], cache: PackedCache, sums: list[np.ndarray]) -> None:
-        """Read continuations from where their questions end, and add what their further tokens and the end of the turn are worth."""
+        """Run continuations from the ends of their questions.
+
+        Adds the log-likelihoods of their tokens after the first, and of the end of the turn, to `sums` in place.
+        """
         model, end = self.subject.model, self.subject.chat.assistant_close[0]
         branched = branch(cache, [row for row, _ in branches], [len(ids) for ids in tokens])
         starts = [cache.lengths[row] for row, _ in branches]
@@ -178,7 +185,7 @@ class OpenedMedia:
             sums[row][place] += (scores[begin : stop - 1].sum(), stop - begin - 1, scores[stop - 1])
 
     def _log_likelihoods(self, states: Tensor) -> Tensor:
-        """Of the next token [n, vocabulary], logits in fp32 whatever the passes run in, as those of losses."""
+        """Next-token log-likelihoods [n, vocabulary], computed in fp32 regardless of autocast, as in the loss."""
         with torch.autocast(states.device.type, enabled=False):
             return self.subject.model.llm.lm_head(states.float()).log_softmax(-1)
 
@@ -190,7 +197,7 @@ class OpenedMedia:
         return self._features
 
     def _random_queries(self, batch: PackedBatch) -> Tensor:
-        """Queries [V, k, D] that are drawn like `q_static` at its start, the same for all questions about these media."""
+        """Random queries [V, k, D], drawn like the initial `q_static`; the same for all questions about these media."""
         static = self.subject.model.connector.q_static
         seed = int(np.random.SeedSequence([self.answerer.seed, *self.name.encode()]).generate_state(1)[0])
         frames = max(batch.shown_counts)
@@ -198,7 +205,7 @@ class OpenedMedia:
         return torch.cat([drawn[:count] for count in batch.shown_counts])
 
     def _question_queries(self, batch: PackedBatch, samples: Sequence[Sample]) -> Tensor:
-        """Queries [V, k, D] of the hidden state at each question's last token, without any frame: every frame is looked at alike."""
+        """Queries [V, k, D] from the hidden state at each question's last token, read without frames; the same for all frames."""
         subject, model = self.subject, self.subject.model
         blind = subject.pack([question_sample(self.name, NO_MEDIA, one.turns[0].question_ids, question_first=True) for one in samples])
         hidden = inference.read_batch(model, blind, "coarse_only").hidden

@@ -1,7 +1,7 @@
-"""SmolVLM2 (Marafioti et al. 2025, https://arxiv.org/abs/2504.05299) asked the same items, through transformers' own model.
+"""SmolVLM2 (Marafioti et al. 2025, https://arxiv.org/abs/2504.05299) as an `Answerer`, using the implementation in transformers.
 
-Frames are the square ones that ours gets, at its resolution; prompts are its published ones (a line per frame with its time, 64 tokens or
-so each). Frames are encoded once for all questions; options go on from the question's KV cache, one after the other.
+It gets the same square frames as fVLM, at SmolVLM2's resolution, in its published prompt format (one line with a timestamp per frame, about
+64 tokens each). Frames are encoded once for all questions; options continue from the question's KV cache, one after the other.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from fvlm_core.eval.media import NO_MEDIA, Media
 from fvlm_core.manifest import sha256_file
 
 MODE = "all_tokens"
-"""Its only mode: every frame's tokens, all at once."""
+"""The only mode of SmolVLM2: the language model reads all tokens of every frame."""
 INTRO = "You are provided the following series of {count} frames from a {duration} [H:MM:SS] video.\n"
 FRAME = "\nFrame from {time}:"
 OUTRO = "\n\n"
@@ -33,7 +33,7 @@ FAKE, GLOBAL, IMAGE = "<fake_token_around_image>", "<global-img>", "<image>"
 
 @dataclass
 class SmolVLMAnswerer:
-    """A SmolVLM2 folder."""
+    """A SmolVLM2 model."""
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
@@ -53,7 +53,7 @@ class SmolVLMAnswerer:
 
     @classmethod
     def load(cls, folder: Path, device: torch.device, *, seed: int = 0) -> "SmolVLMAnswerer":
-        """Load a folder as on the hub. Raises UserError where it cannot be loaded, or lacks the tokens of images."""
+        """Load a folder in the hub's format. Raises UserError if it cannot be loaded or lacks weights or special tokens."""
         try:
             loaded: Any = SmolVLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
             model, report = loaded
@@ -70,27 +70,27 @@ class SmolVLMAnswerer:
         return cls(model.eval().requires_grad_(False).to(device), tokenizer, folder.name, weights, FrameRule(side), device, seed)
 
     def conditions(self, orders: Sequence[Order], modes: Sequence[str] | None, *, controls: bool) -> list[Condition]:
-        """Both orders; shuffled frames and no frames."""
+        """Every order. Controls: shuffled frames, no frames."""
         if modes is not None and list(modes) != [MODE]:
             raise UserError(f"SmolVLM2 has no mode {', '.join(modes)}", where="modes", fix="leave modes empty (--mode all)")
         shown = [Condition(MODE, order) for order in orders]
         return shown + ([Condition(MODE, orders[0], "shuffled"), Condition(MODE, orders[0], "blind")] if controls else [])
 
     def open(self, media: Media, name: str) -> "OpenedForSmolVLM":
-        """Encode the frames, each once."""
+        """Open media; their frames are encoded once, when first needed."""
         return OpenedForSmolVLM(self, media, name)
 
     def unconditional(self, texts: Sequence[str]) -> list[Reply]:
-        """Without media and without a question."""
+        """Score texts as answers without media and without a question."""
         return self.open(NO_MEDIA, "").replies([Ask("", (text,)) for text in texts], Condition(MODE, view="blind"))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of text, markup included."""
+        """Token ids of text that may contain special tokens."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
 
 class OpenedForSmolVLM:
-    """Encoded frames."""
+    """Opened media; their frames are encoded when first needed."""
 
     def __init__(self, answerer: SmolVLMAnswerer, media: Media, name: str) -> None:
         self.answerer, self.media, self.name = answerer, media, name
@@ -98,7 +98,7 @@ class OpenedForSmolVLM:
 
     @torch.inference_mode()
     def replies(self, asks: Sequence[Ask], condition: Condition) -> list[Reply]:
-        """Answer the questions one after the other."""
+        """Answer each question independently, one after the other."""
         media = {"blind": NO_MEDIA, "shuffled": self.media.shuffled(self.answerer.seed, self.name)}.get(condition.view, self.media)
         return [self._reply(ask, media, condition.order) for ask in asks]
 
@@ -120,7 +120,7 @@ class OpenedForSmolVLM:
         return Reply(sums, self._generate(logits, cache, end, ask.max_new_tokens) if ask.max_new_tokens else "")
 
     def _generate(self, logits: Tensor, cache: DynamicCache, end: int, most: int) -> str:
-        """Greedily."""
+        """Generate an answer greedily."""
         said: list[int] = []
         while len(said) < most and (token := int(logits.argmax())) != end:
             said.append(token)
@@ -130,13 +130,13 @@ class OpenedForSmolVLM:
         return str(self.answerer.tokenizer.decode(said, skip_special_tokens=True)).strip()
 
     def _run(self, embedded: Tensor, cache: DynamicCache) -> Tensor:
-        """Logits [n, vocabulary] fp32 of embeddings [1, n, width] after what the cache holds."""
+        """Logits float32 [n, vocabulary] of embeddings [1, n, width] that follow the cached tokens."""
         model = self.answerer.model
         states = model.model.text_model(inputs_embeds=embedded, past_key_values=cache, use_cache=True).last_hidden_state
         return model.lm_head(states)[0].float()
 
     def _prompt(self, question: str, media: Media, order: Order) -> tuple[list[int], list[int]]:
-        """Token ids, and the frames (indexes into the media's) whose tokens stand in them, in order."""
+        """Token ids of the prompt, and the indices of the media's frames whose image tokens it contains, in order."""
         parts: list[str] = []
         shown: list[int] = []
         mark = f"{FAKE}{GLOBAL}{IMAGE * self.answerer.tokens_per_frame}{FAKE}"
@@ -155,7 +155,7 @@ class OpenedForSmolVLM:
         return self.answerer.encode(f"<|im_start|>User:{'' if seen.startswith(FAKE) else ' '}{text}{TURN_END}\nAssistant:"), shown
 
     def _embed(self, ids: Sequence[int], shown: Sequence[int]) -> Tensor:
-        """Embeddings [1, n, width] with the frames' features in place."""
+        """Token embeddings [1, n, width], with the frames' features at the image tokens."""
         model, device = self.answerer.model, self.answerer.device
         tokens = torch.tensor(ids, device=device)
         embedded = model.get_input_embeddings()(tokens)
@@ -163,7 +163,7 @@ class OpenedForSmolVLM:
             if self._features is None:
                 pixels = torch.from_numpy(self.media.frames).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
                 found = model.model.get_image_features(pixels[None])
-                pooled = getattr(found, "pooler_output", found)  # by version: the features, or a tensor or a list of them
+                pooled = getattr(found, "pooler_output", found)  # depending on transformers' version: an output object, a tensor or a list
                 flat = torch.cat(list(pooled)) if isinstance(pooled, list) else pooled.flatten(0, 1)
                 self._features = flat.unflatten(0, (len(pixels), -1))
             assert self._features is not None

@@ -1,4 +1,4 @@
-"""The registry of benchmarks: a name each, that of a file of this folder (see `benchmark`). Nothing else has to be written to add one."""
+"""The registry of benchmarks. To add one, add a file to this folder (see `benchmark`) and its name to `NAMES`."""
 
 from functools import cache
 from importlib import import_module
@@ -26,7 +26,7 @@ NAMES = (
 
 @cache
 def benchmark(name: str) -> Benchmark:
-    """A benchmark by name. Raises UserError naming those that there are."""
+    """The benchmark with the given name. Raises UserError that lists the known names if there is none."""
     if name not in NAMES:
         raise UserError(f"there is no benchmark {name!r}", where="benchmarks", fix=f"use one of {', '.join(NAMES)}")
     return import_module(f"{__name__}.{name}").BENCHMARK

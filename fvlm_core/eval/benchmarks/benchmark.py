@@ -1,6 +1,6 @@
-"""What a benchmark is: how its published rows become items, how it asks, and what is its headline number.
+"""The definition of a benchmark: how its published rows become items, its prompt, and its headline number.
 
-A benchmark is one file of this folder that ends in `BENCHMARK = Benchmark(...)`, and its name in `__init__.py`.
+Each benchmark is one file in this folder that ends with `BENCHMARK = Benchmark(...)`; its name is registered in `__init__.py`.
 """
 
 import re
@@ -18,30 +18,30 @@ from fvlm_core.eval.media import FrameFolder, Images, Source, VideoFile
 from fvlm_core.settings import hash_json
 
 AnswerKind = Literal["accuracy", "yes_no", "anls", "vqa", "number", "exact"]
-"""How right an answer is: choices by accuracy (`yes_no` adds precision, recall, F1), open answers by the others."""
+"""The metric: accuracy for choices (`yes_no` adds precision, recall and F1), the others for open answers."""
 Scorer = Literal["letter", "sum", "mean", "pmi"]
-"""How a choice is read off a model; see `fvlm_core.eval.records.option_scores`."""
+"""The method that scores the choices; see `fvlm_core.eval.records.option_scores`."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 OPTION_LINE = re.compile(r"^\s*\(?(?:(?:Option|Caption|Sentence)\s+)?([A-Z]|\d)[.):]\s+(.+?)\s*$")
 EXAMPLES = 5
-"""Rows named in an error or a table."""
+"""Number of rows named in an error."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The text around a question. Its hash is in the results: accuracies of different prompts do not compare."""
+    """The prompt template. Its hash is part of the results, because accuracies with different prompts are not comparable."""
 
     before: str = ""
     question: str = "{question}"
     option: str = "{letter}. {text}"
     after: str = "Answer with the option's letter from the given choices directly."
-    """Below the options."""
+    """Instruction below the options."""
     open_after: str = "Answer the question using a single word or phrase."
-    """Below an open question."""
+    """Instruction below an open question."""
 
     def with_letters(self, item: Item) -> str:
-        """The question with its choices by letter."""
+        """The question with its lettered choices."""
         options = [self.option.format(letter=letter, text=text) for letter, text in zip(LETTERS, item.choices, strict=False)]
         return _lines(self.before, self.question.format(question=item.question), *options, self.after)
 
@@ -51,7 +51,7 @@ class Prompt:
 
     @property
     def hash(self) -> str:
-        """Of all of it."""
+        """Hash of the whole template."""
         return hash_json([self.before, self.question, self.option, self.after, self.open_after])[:12]
 
 
@@ -60,34 +60,37 @@ class Benchmark:
     """One benchmark."""
 
     name: str
-    """As profiles and the command line call it."""
+    """Name in profiles and on the command line."""
     title: str
-    """As papers call it."""
+    """Name in papers."""
     item: Callable[[Row], Item] | None = None
-    """A row as an item. Raises UnreadableItemError."""
+    """Converts a row to an item. Raises UnreadableItemError."""
     files: tuple[str, ...] = ()
-    """Patterns of its annotation files; the first that matches any is used."""
+    """Glob patterns of annotation files; the first pattern with any match is used."""
     skip: tuple[str, ...] = ()
-    """Files with this in their path are left out."""
+    """Files whose path contains one of these are left out."""
     columns: tuple[str, ...] = ()
-    """Columns that it cannot do without; `a|b` are alternatives."""
+    """Required columns; `a|b` means that either is enough."""
     hub: tuple[str, ...] = ()
-    """Datasets on the hub that have this form."""
+    """Datasets on the hub in this format."""
     split: str = "test"
     prompt: Prompt = field(default_factory=Prompt)
     answers: AnswerKind = "accuracy"
     scorer: Scorer = "letter"
-    """What its headline accuracy is read off by."""
+    """Scoring method of the headline accuracy."""
     macro: str = ""
-    """The headline is the mean over this group's values; empty for the mean over questions."""
+    """The headline is the mean over the values of this group; empty: the mean over questions."""
     note: str = ""
-    """What a reader of its numbers has to know."""
+    """Remark that is printed with the numbers."""
     generate: Callable[[Path | None, int], Iterable[Item]] | None = None
-    """Makes its items without annotation files: given the folder, where there is one, and how many are wanted."""
+    """Generates items without annotation files, from the folder (if any) and the number of items (0: all)."""
     needs_folder: bool = True
 
     def locate(self, folder: Path | None) -> Path | None:
-        """The folder of its files: a local one, or a dataset on the hub, which is fetched. Raises UserError where it is neither."""
+        """The folder with the benchmark's files: `folder` itself, or a dataset on the hub, which is downloaded.
+
+        Raises UserError if it is neither.
+        """
         if folder is None:
             if self.needs_folder:
                 raise UserError(f"{self.name}: its data are not given", where="--data", fix=f"give a folder that holds {self.name}/")
@@ -103,42 +106,42 @@ class Benchmark:
             return Path(snapshot_download(str(folder), repo_type="dataset"))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"{self.name}: the hub does not give it: {reason}", where=str(folder), fix="download it by hand") from error
+            raise UserError(f"{self.name}: download from the hub failed: {reason}", where=str(folder), fix="download it by hand") from error
 
     def annotations(self, folder: Path) -> list[Path]:
-        """Its annotation files. Raises UserError where there are none."""
+        """The annotation files. Raises UserError if there are none."""
         files = annotation_files(folder, self.files, where=self.name)
         return [file for file in files if not any(part in file.as_posix() for part in self.skip)]
 
     def rows(self, folder: Path) -> Iterator[Row]:
-        """All its rows. Raises UserError for files of another form."""
+        """The rows of all annotation files. Raises UserError for files in another format."""
         for file in self.annotations(folder):
             yield from read_rows(file, folder, self.columns, where=self.name)
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """The items of a benchmark, and what could not be used."""
+    """The items of a benchmark, and the rows that could not be used."""
 
     benchmark: Benchmark
     items: list[Item]
     rows: int
-    """Rows that were considered."""
+    """Number of rows considered."""
     missing: dict[str, str]
-    """Items whose media are not there, and the place."""
+    """Paths of missing media, by item."""
     unreadable: dict[str, str]
-    """Rows that are no items, and why."""
+    """Errors of rows that could not be converted to items, by row."""
 
     @property
     def lost(self) -> int:
-        """Rows that gave no usable item."""
+        """Number of rows without a usable item."""
         return len(self.missing) + len(self.unreadable)
 
 
 def load(benchmark: Benchmark, folder: Path | None, *, limit: int = 0, max_missing_share: float = 0.01) -> Loaded:
-    """Read a benchmark's items, at most `limit` (0: all), spread evenly over its rows.
+    """Read the items of a benchmark, at most `limit` (0: all), spread evenly over its rows.
 
-    Raises UserError for files of another form, and where more than `max_missing_share` of the rows lack media or are no items.
+    Raises UserError for files in another format, or if more than `max_missing_share` of the rows lack media or cannot be converted.
     """
     place = benchmark.locate(folder)
     if benchmark.generate is not None:
@@ -165,20 +168,23 @@ def load(benchmark: Benchmark, folder: Path | None, *, limit: int = 0, max_missi
 
 
 def check_share(lost: dict[str, str], total: int, share: float, *, what: str, where: str, fix: str) -> None:
-    """Raises UserError where more than `share` of `total` is lost, with the first few reasons."""
+    """Raise UserError with the first few reasons if more than `share` of `total` items are lost."""
     if len(lost) > share * total:
         shown = "".join(f"\n    {name}: {why}" for name, why in list(lost.items())[:EXAMPLES])
         more = f"\n    and {len(lost) - EXAMPLES} more" if len(lost) > EXAMPLES else ""
-        raise UserError(f"{len(lost)} of {total} {what}; {share:.0%} may be:{shown}{more}", where=where, fix=fix)
+        raise UserError(f"{len(lost)} of {total} {what}; the limit is {share:.0%}:{shown}{more}", where=where, fix=fix)
 
 
 def video(path: Path, start_s: float | None = None, end_s: float | None = None) -> VideoFile | FrameFolder:
-    """A video file, or a folder of frames."""
+    """A video at `path`: a file, or a folder of frames."""
     return FrameFolder(path, start_s=start_s, end_s=end_s) if path.is_dir() else VideoFile(path, start_s, end_s)
 
 
 def inline_options(question: str) -> tuple[str, list[str]]:
-    """A question and the options that are written below it, a line each (`A. text`, `(A) text`, `Option 1: text`)."""
+    """Split a question from the options below it, one per line (`A. text`, `(A) text`, `Option 1: text`).
+
+    Raises UnreadableItemError if there are fewer than two options.
+    """
     lines = question.strip().splitlines()
     found = [(place, match) for place, line in enumerate(lines) if (match := OPTION_LINE.match(line))]
     if len(found) < 2:
@@ -188,19 +194,19 @@ def inline_options(question: str) -> tuple[str, list[str]]:
 
 
 def without_letter(option: str) -> str:
-    """`A. a cat` -> `a cat`."""
+    """Remove the leading letter of an option: `A. a cat` -> `a cat`."""
     return re.sub(r"^\s*\(?[A-Z][.):]\s*", "", option).strip()
 
 
 def _rooted(item: Item, root: Path) -> Item:
-    """An item whose media are known by their place below the benchmark's folder."""
+    """The item with `root` set on its media, so that their keys are relative to the benchmark's folder."""
     if isinstance(item.media, VideoFile | FrameFolder | Images):
         return replace(item, media=replace(item.media, root=root))
     return item
 
 
 def _absent(media: Source) -> Path | None:
-    """A file of the item that is not there."""
+    """The first missing file of the media, or None."""
     if isinstance(media, VideoFile | FrameFolder):
         return None if media.path.exists() else media.path
     if isinstance(media, Images):
@@ -213,7 +219,7 @@ def _checked(loaded: Loaded, share: float, place: Path | None) -> Loaded:
     allow = "or allow it: --max-missing-share (max_missing_share)"
     for lost, what, fix in (
         (loaded.missing, f"items of {name} lack their media", "complete the download"),
-        (loaded.unreadable, f"rows of {name} are no items", "correct them"),
+        (loaded.unreadable, f"rows of {name} are invalid", "correct them"),
     ):
         check_share(lost, loaded.rows, share, what=what, where=where, fix=f"{fix}, {allow}")
     if not loaded.items:
@@ -226,11 +232,11 @@ def _lines(*parts: str) -> str:
 
 
 def groups(clip: object, task: object, **more: object) -> dict[str, str]:
-    """An item's groups, without those that are empty."""
+    """The groups of an item, without empty ones."""
     values = {"clip": clip, "task": task} | more
     return {name: str(value) for name, value in values.items() if value not in (None, "")}
 
 
 def picked(values: Sequence[object]) -> str:
-    """The first of the values that is not empty, as text."""
+    """The first non-empty value, as text; empty if there is none."""
     return next((str(value) for value in values if value not in (None, "")), "")

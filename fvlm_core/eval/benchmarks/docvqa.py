@@ -7,7 +7,7 @@ from fvlm_core.eval.media import Images
 
 
 def item(row: Row) -> Item:
-    """A row of the `DocVQA` configuration."""
+    """Convert a row of the `DocVQA` configuration."""
     image = row.picture("image")
     if image is None:
         raise UnreadableItemError("no image")

@@ -1,7 +1,7 @@
-"""The generated benchmark of gaze (`fvlm_core.data.gaze`): which digits are in one cell of a grid that is redrawn in every frame.
+"""The generated gaze benchmark (`fvlm_core.data.gaze`): which digits appear in one cell of a grid that is redrawn in every frame?
 
-A model that does not look where it is asked cannot tell the nine cells apart. Digits of the validation split, which are never drawn in
-training; nothing has to be downloaded.
+A model that does not look at the asked cell cannot tell the nine cells apart. The digits come from the validation split, which is never
+used in training; nothing has to be downloaded.
 """
 
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ if TYPE_CHECKING:  # it needs scikit-learn
     from fvlm_core.data.gaze import GazeClip
 
 QUESTIONS = 576
-"""Where no limit is given: 64 clips of nine questions."""
+"""Number of questions without a limit: 64 clips with nine questions each."""
 FRAMES = 3
 SEED = 20_261
 
 
 def items(_folder: Path | None, limit: int) -> Iterator[Item]:
-    """`limit` questions, nine about each clip."""
+    """Generate `limit` questions (0: `QUESTIONS`), nine about each clip."""
     from fvlm_core.data import gaze
 
     made = 0
@@ -50,14 +50,14 @@ def items(_folder: Path | None, limit: int) -> Iterator[Item]:
 
 
 def clip_of(number: int, *, scale: int = 1) -> "GazeClip":
-    """A clip of the benchmark at `scale` times 42 px."""
+    """Render a clip of the benchmark at `scale` times 42 px."""
     from fvlm_core.data import gaze
 
     return gaze.render(np.random.default_rng([SEED, number]), "val", frames=FRAMES, scale=scale)
 
 
 def _frames(number: int, side: int) -> np.ndarray:
-    """The frames of `clip_of` at another side: uint8 [T, side, side, 3]."""
+    """The frames of `clip_of` at any side length: uint8 [T, side, side, 3]."""
     from fvlm_core.data import gaze
 
     return gaze.render_to_fit(np.random.default_rng([SEED, number]), "val", side, frames=FRAMES).frames

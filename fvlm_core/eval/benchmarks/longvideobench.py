@@ -5,11 +5,11 @@ from fvlm_core.eval.benchmarks.benchmark import Benchmark, groups, picked, video
 from fvlm_core.eval.items import Item, gold_index
 
 ABSENT = "N/A"
-"""What the table on the hub has in place of a fifth option."""
+"""Placeholder for a missing option in the table on the hub."""
 
 
 def item(row: Row) -> Item:
-    """A row of `lvb_val.json`, or of the table on the hub, which has a column per option."""
+    """Convert a row of `lvb_val.json`, or of the table on the hub, which has one column per option."""
     candidates = row.get("candidates") or [row.get(f"option{number}", ABSENT) for number in range(5)]
     choices = [str(choice) for choice in candidates if choice != ABSENT]
     name = picked([row.get("video_path"), row.get("video_id")])

@@ -1,7 +1,7 @@
 """MathVista (Lu et al. 2024, https://arxiv.org/abs/2310.02255), testmini: 1,000 questions, 540 of them multiple choice.
 
-Published numbers have a language model pick the answer out of what was said. Here a rule does (the last number, or the choice that is
-named), so ours are marked as not comparable with them.
+For published numbers, a language model extracts the answer from the generated text. Here a rule does (the last number, or the named
+choice), so the results are marked as not comparable with published ones.
 """
 
 from fvlm_core.eval.annotations import Row
@@ -11,7 +11,7 @@ from fvlm_core.eval.media import Images
 
 
 def item(row: Row) -> Item:
-    """A row; the answer of a multiple-choice question is the choice's text."""
+    """Convert a row; the answer to a multiple-choice question is the choice's text."""
     image = row.picture("decoded_image") if row.get("decoded_image") is not None else row.picture("image")
     if image is None:
         raise UnreadableItemError("no image")

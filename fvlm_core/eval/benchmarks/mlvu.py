@@ -1,6 +1,6 @@
 """MLVU (Zhou et al. 2024, https://arxiv.org/abs/2406.04264), the seven multiple-choice tasks of its development set.
 
-The headline, M-Avg, is the mean of the tasks' accuracies. The open tasks are judged by GPT and left out.
+The headline, M-Avg, is the mean of the tasks' accuracies. The open-ended tasks are left out, because GPT judges their answers.
 """
 
 from fvlm_core.eval.annotations import Row, find_media
@@ -10,7 +10,7 @@ from fvlm_core.eval.media import place_below
 
 
 def item(row: Row) -> Item:
-    """A row of `json/<task>.json` as first published, or of the table on the hub, which may have its options in the question."""
+    """Convert a row of `json/<task>.json` as first published, or of the table on the hub, whose questions may contain the options."""
     task = picked([row.get("task_type"), row.get("question_type"), row.file.stem])
     name = picked([row.get("video_name"), row.get("video")])
     question = row.text("question")

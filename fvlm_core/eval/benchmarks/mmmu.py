@@ -1,7 +1,7 @@
 """MMMU (Yue et al. 2024, https://arxiv.org/abs/2311.16502), validation: 900 questions of 30 subjects, some with several images.
 
-Open questions are right where a rule finds the answer in what is said. The reference code guesses at random where it finds no letter;
-here that is wrong.
+A rule checks the answers to open questions. If no letter can be parsed, the reference code picks one at random; here such an answer counts
+as wrong.
 """
 
 import ast
@@ -14,11 +14,11 @@ from fvlm_core.eval.media import Images
 MOST_IMAGES = 7
 
 DECIMALS = "2"
-"""Numbers are compared rounded to so many (MMMU's own eval_utils.py)."""
+"""Decimals to which numbers are rounded before comparison (as in MMMU's eval_utils.py)."""
 
 
 def item(row: Row) -> Item:
-    """A row; `options` is a list as text, `answer` a letter or the accepted answers of an open question."""
+    """Convert a row; `options` is a list literal as text, `answer` a letter or the accepted answers to an open question."""
     name = row.text("id")
     images = tuple(image for number in range(1, MOST_IMAGES + 1) if (image := row.picture(f"image_{number}")) is not None)
     if not images:

@@ -1,7 +1,7 @@
 """MVBench (Li et al. 2024, https://arxiv.org/abs/2311.17005): 20 tasks of 200 questions; the headline is the mean of the tasks' accuracies.
 
-NTU RGB+D videos (fine_grained_pose) have to be requested from their owners. Without them 19 tasks (3,800 questions) are left: keep that
-task's annotations out of the folder, and compare with numbers of the same tasks only.
+The NTU RGB+D videos (task fine_grained_pose) have to be requested from their owners. Without them, 19 tasks (3,800 questions) remain:
+remove that task's annotations from the folder, and compare only with numbers for the same tasks.
 """
 
 from pathlib import PurePath
@@ -33,7 +33,7 @@ FOLDERS = {
     "object_existence": "clevrer/video_validation",
     "action_count": "perception/videos",
 }
-"""Where each task's videos are in the archive that lmms-eval reads (tasks/mvbench/utils.py)."""
+"""Folder of each task's videos in the archive that lmms-eval uses (tasks/mvbench/utils.py)."""
 AUTHORS = {
     "object_interaction": "star/Charades_v1_480",
     "action_sequence": "star/Charades_v1_480",
@@ -43,13 +43,13 @@ AUTHORS = {
     "episodic_reasoning": "tvqa/frames_fps3_hq",
     "action_antonym": "ssv2_video",
 }
-"""Where the authors have them, if elsewhere (their mvbench.ipynb); rows say which part of a video is asked about."""
+"""Folders in the authors' release, where they differ (their mvbench.ipynb); the rows give the start and end of the part asked about."""
 CUT = "_segment"
-"""Folders whose videos have been cut to the asked part already."""
+"""Suffix of folders whose videos are already cut to the part asked about."""
 
 
 def item(row: Row) -> Item:
-    """A row of a task's file: `json/<task>.json`, or `<task>/test-*.parquet` on the hub."""
+    """Convert a row of a task's file: `json/<task>.json`, or `<task>/test-*.parquet` on the hub."""
     task = row.file.stem if row.file.suffix == ".json" or row.file.parent == row.root else row.file.parent.name
     folder = FOLDERS.get(task, task)
     choices = row.texts("candidates")

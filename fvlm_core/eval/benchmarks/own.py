@@ -1,7 +1,8 @@
 """Your own questions: a JSONL file whose lines have `question`, `answer` (or `answers`) and one of `video`, `image`, `images`, `frames`.
 
-`choices` make it multiple choice (the answer is then a letter, a number from 0, or the text), `task` and `clip` group results, `start` and
-`end` (seconds) cut a video. Paths are relative to the file's folder; a line without media is a question about text.
+With `choices`, the question is multiple choice; its answer is a letter, an index (from 0) or the choice's text. `task` and `clip` group
+results; `start` and `end` (seconds) select a part of a video. Paths are relative to the benchmark's folder. A line without media is a
+text-only question.
 """
 
 from pathlib import Path
@@ -15,7 +16,7 @@ MEDIA = ("video", "frames", "image", "images")
 
 
 def item(row: Row) -> Item:
-    """A line."""
+    """Convert a line."""
     media, place = _media(row)
     choices = [str(choice) for choice in row.get("choices", [])]
     answer = row.get("answers") or row["answer"]

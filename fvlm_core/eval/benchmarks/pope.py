@@ -1,6 +1,6 @@
-"""POPE (Li et al. 2023, https://arxiv.org/abs/2305.10355): is an object in the image? 9,000 questions, half of them to be answered yes.
+"""POPE (Li et al. 2023, https://arxiv.org/abs/2305.10355): is an object in the image? 9,000 questions; the answer to half of them is yes.
 
-Accuracy of a model that always says the same is 0.5, so F1 and the share of yes stand beside it. The share is that of the predictions.
+A model that always gives the same answer has an accuracy of 0.5, so F1 and the share of yes among the predictions are reported too.
 """
 
 from fvlm_core.eval.annotations import Row
@@ -12,7 +12,7 @@ CHOICES = ["yes", "no"]
 
 
 def item(row: Row) -> Item:
-    """A row; `category` is how the absent objects were chosen."""
+    """Convert a row; `category` says how the absent objects were chosen."""
     image = row.picture("image")
     if image is None:
         raise UnreadableItemError("no image")

@@ -1,6 +1,6 @@
 """ScienceQA (Lu et al. 2022, https://arxiv.org/abs/2209.09513), test: 4,241 questions, 2,017 of them with an image.
 
-Both forms on the hub are read: all questions, and those with an image (`ScienceQA-IMG`, what models of images report).
+Both configurations on the hub can be read: all questions, or those with an image (`ScienceQA-IMG`, which image models report).
 """
 
 from fvlm_core.eval.annotations import Row
@@ -10,7 +10,7 @@ from fvlm_core.eval.media import NO_MEDIA, Images
 
 
 def item(row: Row) -> Item:
-    """A row; the answer is a number. A hint comes before the question."""
+    """Convert a row; the answer is the index of a choice. A hint is put before the question."""
     image, hint, choices = row.picture("image"), str(row.get("hint", "")).strip(), row.texts("choices")
     name = f"{row.file.stem}:{row.number}"
     return Item(

@@ -1,6 +1,6 @@
 """TempCompass (Liu et al. 2024, https://arxiv.org/abs/2403.00476): multiple choice, yes or no, and caption matching.
 
-Its captioning task is judged by GPT and left out. The options of a question stand below it, a line each.
+The captioning task is left out, because GPT judges its answers. The options of a question are below it, one per line.
 """
 
 from fvlm_core.eval.annotations import Row, find_media
@@ -12,7 +12,7 @@ LABEL = (". ", ": ", ") ")
 
 
 def item(row: Row) -> Item:
-    """A row of `<task>/test-*.parquet`."""
+    """Convert a row of `<task>/test-*.parquet`."""
     task = row.file.parent.name if row.file.suffix == ".parquet" else str(row.get("task", row.file.stem))
     question, answer, name = row.text("question"), row.text("answer"), row.text("video_id")
     if answer.lower() in YES_NO:

@@ -1,4 +1,4 @@
-"""The multiple-choice questions of a fixed validation set: shards that this package made, which no training run has seen."""
+"""The multiple-choice questions of a fixed validation set: the validation split of shards, which is not used in training."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ ALL = 10**9
 
 
 def items(folder: Path | None, limit: int) -> Iterator[Item]:
-    """Questions of the validation split, evenly over its sources."""
+    """Questions of the validation split, spread evenly over its sources."""
     from fvlm_core.data.shard_set import ShardSet  # both need torch
     from fvlm_core.eval.validation import ValidationSplit
 

@@ -6,7 +6,7 @@ from fvlm_core.eval.items import Item, gold_letter
 
 
 def item(row: Row) -> Item:
-    """A row of `videomme/test-*.parquet`; options are published with their letters."""
+    """Convert a row of `videomme/test-*.parquet`; its options start with their letters."""
     choices = [without_letter(option) for option in row.texts("options")]
     name = row.text("videoID")
     return Item(

@@ -1,6 +1,6 @@
-"""The registry of the evaluation's parts: a line each, in the order in which they are measured and shown.
+"""The registry of the evaluation's parts, one line each, in the order in which they are measured and shown.
 
-The name of a line is the part's key in the profile (`evaluation.NAME`) and in `results.json`.
+A field's name is the part's key in the profile (`evaluation.NAME`) and in `results.json`.
 """
 
 from fvlm_core.eval.part import Part, PartResult
@@ -16,7 +16,7 @@ from fvlm_core.settings import Settings
 
 
 class Parts(Settings):
-    """What is measured."""
+    """The parts of the evaluation."""
 
     losses: Losses = Losses()
     captions: Captions = Captions()
@@ -28,9 +28,9 @@ class Parts(Settings):
     latency: Latency = Latency()
 
     def parts(self) -> dict[str, Part]:
-        """Every part's settings by name."""
+        """The settings of all parts, by name."""
         return {name: part for name in type(self).model_fields if isinstance(part := getattr(self, name), Part)}
 
 
 RESULTS: dict[str, type[PartResult]] = {name: field.default.result for name, field in Parts.model_fields.items()}
-"""The class of each part's result, by the part's name."""
+"""The result classes, by the part's name."""

@@ -1,6 +1,6 @@
-"""Published benchmarks, the gaze benchmark and your own questions: every mode and order, with controls (`fvlm_core.eval.benchmarks`).
+"""Published benchmarks, the gaze benchmark and your own questions, in every mode and order, with controls (`fvlm_core.eval.benchmarks`).
 
-The items' records are kept in `items/`; a killed evaluation goes on from there, and torchrun's other processes write there too.
+The records of the items are stored in `items/`: a killed evaluation resumes from there, and all torchrun ranks write there.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,51 +32,51 @@ SHARE = Annotated[float, Field(ge=0, le=1)]
 
 
 class BenchmarksResult(PartResult):
-    """Every benchmark that was run."""
+    """Results of the benchmarks that were run."""
 
     title = "Benchmarks"
 
     benchmarks: dict[str, BenchmarkResult]
-    """By name."""
+    """Results by benchmark name."""
     comparison: Figure | None = None
-    """Accuracy over visual tokens per frame, beside published models."""
+    """Plot of accuracy over visual tokens per frame, with published models."""
 
     def count(self) -> int:
-        """Questions."""
+        """Number of questions."""
         return sum(one.questions for one in self.benchmarks.values())
 
     def headline(self) -> list[Metric]:
-        """Each benchmark's headline number in every mode."""
+        """The headline number of each benchmark, in every mode."""
         return [metric(one) for one in self.benchmarks.values()]
 
     def tables(self) -> list[Table]:
-        """All of every benchmark."""
+        """All tables of all benchmarks."""
         return [table for one in self.benchmarks.values() for table in benchmark_tables(one)]
 
     def figures(self) -> list[Figure]:
-        """The comparison."""
+        """The comparison with published models, if any."""
         return [self.comparison] if self.comparison else []
 
 
 class Benchmarks(Part):
-    """Benchmarks of questions."""
+    """Published benchmarks, the gaze benchmark and your own questions."""
 
     result = BenchmarksResult
 
     run: list[str] = []
-    """Names of the benchmarks to measure, e.g. `videomme`; see docs/benchmarks.md."""
+    """Names of the benchmarks to run, e.g. `videomme`; see docs/benchmarks.md."""
     data: Annotated[dict[str, Path], EXECUTION] = {}
-    """The folder of each, by name (or OWNER/NAME of its dataset on the hub). What its annotation files say is part of the evaluation's
-    identity, where they are is not. `gaze` needs none; `validation` reads the run's own shards by default."""
+    """Folder (or OWNER/NAME of a dataset on the hub) of each benchmark, by name. The content of the annotation files is part of the
+    evaluation's identity; their location is not. `gaze` needs no folder; `validation` reads the run's own shards by default."""
     limit: Count = 0
-    """Most items of each, evenly over its rows; 0 is all."""
+    """Maximum number of items per benchmark, spread evenly over its rows; 0 uses all."""
     ask: AskSettings = AskSettings()
-    """Orders, controls, ways to read a choice."""
+    """Question orders, controls and scoring methods."""
     scorer: Scorer | None = None
-    """How the headline's choices are read off: by their letters' likelihood, or their texts' (`sum`, `mean`, `pmi`). None is each
-    benchmark's own way; the table by way of reading has all of them."""
+    """Scoring method of the headline numbers: the likelihood of the options' letters (`letter`) or of their texts (`sum`, `mean`, `pmi`).
+    None uses each benchmark's default. A separate table compares all methods."""
     max_missing_share: Annotated[SHARE, EXECUTION] = 0.01
-    """Share of a benchmark's items whose media may be missing, or that may be unreadable; more is an error."""
+    """Maximum share of a benchmark's items that may lack media, be unreadable, or fail to decode; more is an error."""
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -87,15 +87,15 @@ class Benchmarks(Part):
         return self
 
     def in_modes(self, modes: Sequence[str] | None) -> Self:
-        """The same in these modes, unless it names its own."""
+        """A copy that runs these modes, unless the settings name their own."""
         return self.model_copy(update={"ask": self.ask.model_copy(update={"modes": self.ask.modes or (list(modes) if modes else None)})})
 
     def outside(self) -> dict[str, Path]:
-        """The folders of what is run."""
+        """The folders of the benchmarks to run."""
         return {f"data.{name}": self.data[name] for name in self.run if name in self.data}
 
     def measure(self, context: Context) -> BenchmarksResult:
-        """Ask every item, with the other processes where there are some; add up."""
+        """Ask all items, together with the other ranks, and aggregate the records."""
         if not self.run:
             raise NotMeasuredError("no benchmark was asked for (evaluation.benchmarks.run)")
         from fvlm_core.eval.published import comparison
@@ -106,7 +106,7 @@ class Benchmarks(Part):
         return BenchmarksResult(benchmarks=found, comparison=comparison(found, context.answerer, context.output))
 
     def load(self, shards: Path | None) -> dict[str, Loaded]:
-        """Every benchmark's items. Raises UserError where data are missing or of another form."""
+        """Load the items of all benchmarks. Raises UserError if data are missing or in another format."""
         found = {}
         for name in self.run:
             folder = self.data.get(name, shards if name == VALIDATION else None)
@@ -122,7 +122,7 @@ class Benchmarks(Part):
         note: Callable[[str], None] = lambda text: None,
         done: Callable[[int], None] = lambda items: None,
     ) -> None:
-        """Ask the items of this process's shards; the first process then waits for the others."""
+        """Ask the items in this rank's shards; rank 0 then waits for the other ranks."""
         for name, one in loaded.items():
             asked = 0
 
@@ -144,7 +144,7 @@ class Benchmarks(Part):
 def add_up(
     settings: Benchmarks, loaded: dict[str, Loaded], answerer: "Answerer", output: Path, bootstrap: "Bootstrap"
 ) -> dict[str, BenchmarkResult]:
-    """The results of benchmarks whose every shard is finished."""
+    """Aggregate benchmarks whose shards are all finished. Raises UserError if a shard is not, or no item could be decoded."""
     results = {}
     for name, one in loaded.items():
         records = collect(answerer, one, settings.ask, output / ITEMS_FOLDER / name, max_missing_share=settings.max_missing_share)
@@ -156,7 +156,7 @@ def add_up(
 
 
 def metric(result: BenchmarkResult) -> Metric:
-    """A benchmark's line of the result table."""
+    """A benchmark's row of the result table."""
     baselines: dict[str, Estimate | float] = {}
     if result.chance is not None and result.majority is not None:
         baselines = {"chance": result.chance, "constant": result.majority}

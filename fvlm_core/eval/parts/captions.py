@@ -1,4 +1,4 @@
-"""Greedy captions against the references, on the scales of the COCO tools, beside one constant caption for all clips."""
+"""Score generated captions with the metrics of the COCO tools, in comparison with one constant caption for all clips."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,11 +17,11 @@ from fvlm_core.tables import Table, number
 
 EXAMPLES = 6
 CONSTANT_CANDIDATES = 8
-"""References tried as the constant caption."""
+"""Number of references that are tried as the constant caption."""
 
 
 class CaptionScores(Settings):
-    """BLEU and ROUGE are in 0..1, CIDEr-D in 0..10."""
+    """Caption metrics: BLEU and ROUGE in 0..1, CIDEr-D in 0..10."""
 
     cider_d: Estimate
     bleu_1: Estimate
@@ -30,11 +30,11 @@ class CaptionScores(Settings):
     bleu_4: Estimate
     rouge_l: Estimate
     meteor: float | None = None
-    """Only where java and pycocoevalcap are installed; see `absent`."""
+    """None unless Java and pycocoevalcap are installed; see `absent`."""
 
 
 class CaptionExample(Settings):
-    """One clip's caption and what each mode says."""
+    """The reference caption of one clip, and each mode's caption."""
 
     key: str
     source: str
@@ -43,22 +43,22 @@ class CaptionExample(Settings):
 
 
 class CaptionResult(PartResult):
-    """Every mode's captions of the same clips."""
+    """Caption scores of every mode on the same clips."""
 
     title = "Captions"
 
     modes: dict[Mode, CaptionScores]
     constant_caption: str
-    """Of a few references, the one that scores best (CIDEr-D) when it is said about every clip."""
+    """The best constant caption: among a few references, the one with the highest CIDEr-D when used for every clip."""
     constant: CaptionScores
-    """Its scores: a model that does not beat them has learned what captions look like, not what is in a clip."""
+    """Scores of the constant caption. A model that does not beat them has learned the style of captions, not the content of clips."""
     blind: CaptionScores | None = None
-    """What the model says without frames."""
+    """Scores of the model without frames."""
     captions: int
     examples: list[CaptionExample]
 
     def count(self) -> int:
-        """Captions."""
+        """Number of captions."""
         return self.captions
 
     def headline(self) -> list[Metric]:
@@ -74,7 +74,7 @@ class CaptionResult(PartResult):
         ]
 
     def tables(self) -> list[Table]:
-        """All metrics, and what is said about some clips."""
+        """All metrics, and example captions."""
         columns = [*self.modes.values(), self.constant, *([self.blind] if self.blind else [])]
         names = {"cider_d": "CIDEr-D", **{f"bleu_{n}": f"BLEU-{n}" for n in (1, 2, 3, 4)}, "rouge_l": "ROUGE-L", "meteor": "METEOR"}
         rows = [[name, *(number(getattr(scores, field)) for scores in columns)] for field, name in names.items()]
@@ -93,9 +93,9 @@ class Captions(Part):
     result = CaptionResult
 
     samples: Count = 64
-    """Clips and images to caption; 0 leaves captions out."""
+    """Number of clips and images to caption; 0 skips captions."""
     max_new_tokens: Positive = 48
-    """Longest generated caption, in tokens."""
+    """Maximum length of a generated caption, in tokens."""
     generation: Generation = GREEDY
     """How captions are generated."""
 
@@ -141,7 +141,7 @@ class Captions(Part):
 
 
 def _constant(references: Sequence[list[str]], clips: Sequence[str], bootstrap: Bootstrap) -> tuple[str, CaptionScores]:
-    """The constant caption and its scores; the candidates are spread evenly over the references."""
+    """The best constant caption and its scores; candidates are spread evenly over the references."""
     step = max(1, len(references) // CONSTANT_CANDIDATES)
     candidates = dict.fromkeys(texts[0] for texts in references[::step][:CONSTANT_CANDIDATES])
     scored = {text: _scores([text] * len(references), references, clips, bootstrap) for text in candidates}
@@ -150,7 +150,7 @@ def _constant(references: Sequence[list[str]], clips: Sequence[str], bootstrap: 
 
 
 def _scores(texts: Sequence[str], references: Sequence[list[str]], clips: Sequence[str], bootstrap: Bootstrap) -> CaptionScores:
-    """All but METEOR."""
+    """All metrics except METEOR."""
     stats = caption_stats(texts, references)
     bleu = [bootstrap.estimate(stats.bleu, clips, lambda sums, n=n: bleu_from_sums(sums, n)) for n in (1, 2, 3, 4)]
     return CaptionScores(

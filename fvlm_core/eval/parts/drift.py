@@ -1,9 +1,9 @@
-"""How far inference drifts from training as clips get longer: the loss in autoregressive mode against coarse->fine, by number of frames.
+"""Drift between training and inference on longer clips: the loss in autoregressive mode minus that in coarse->fine, by number of frames.
 
-Training makes its queries of a parallel pass (coarse->fine), inference of what it has seen frame by frame (autoregressive): an error in one
-query can grow in the next. The clips are generated (`fvlm_core.data.gaze`: which digits are in a cell of a grid that is redrawn in every
-frame), so that there are some of every length, the same for every model. Where training never showed a length, the answer to it is not
-learned and its loss says little; whether the queries still find the asked cell is then seen by the gaze.
+In training, queries come from a parallel pass (coarse->fine); at inference, they come from the frames seen so far (autoregressive), so an
+error in one query can grow in the next. The clips are generated (`fvlm_core.data.gaze`: which digits appear in one cell of a grid that is
+redrawn in every frame), so every length is available and all models get the same clips. If training had no clips of some length, the
+model has not learned to answer at that length, and its loss says little; the gaze still shows whether the queries find the asked cell.
 """
 
 from collections.abc import Sequence
@@ -36,19 +36,19 @@ PICTURE = "drift.png"
 
 
 class DriftPoint(Settings):
-    """Clips of one length."""
+    """Results on clips of one length."""
 
     frames: int
     losses: dict[Mode, Estimate]
-    """Cross-entropy of the answer, nats per token."""
+    """Cross-entropy of the answer, in nats per token."""
     difference: Estimate
-    """Autoregressive minus coarse->fine, nats per token."""
+    """Loss in mode autoregressive minus loss in coarse->fine, in nats per token."""
     gap: Estimate
-    """Mean over clips of its size: that one clip is better and another one worse does not cancel out."""
+    """Mean absolute difference per clip, in which differences of opposite sign do not cancel."""
     on_target: dict[Mode, Estimate] = {}
-    """Share of frames whose attention peaks in the asked cell; by chance 1 in 9."""
+    """Share of frames whose attention peak is in the asked cell; 1/9 by chance."""
     on_target_last: dict[Mode, Estimate] = {}
-    """The same of the last quarter of the frames."""
+    """The same for the last quarter of the frames."""
 
 
 class DriftResult(PartResult):
@@ -57,16 +57,16 @@ class DriftResult(PartResult):
     title = "Gap between training and inference"
 
     clips: int
-    """Of each length."""
+    """Number of clips of each length."""
     points: list[DriftPoint]
     figure: Figure | None = None
 
     def count(self) -> int:
-        """Clips, of all lengths."""
+        """Number of clips of all lengths."""
         return self.clips * len(self.points)
 
     def tables(self) -> list[Table]:
-        """A row per number of frames."""
+        """A table with one row per number of frames."""
         modes = list(self.points[0].losses)
         looks = list(self.points[0].on_target)
         rows = [
@@ -79,10 +79,10 @@ class DriftResult(PartResult):
             ]
             for one in self.points
         ]
-        note = f"Loss of the answer, nats per token, question first; {self.clips} generated clips of each length. Gap: mean size of a "
-        note += f"clip's difference between {STEPWISE} (inference) and {PARALLEL} (training). The answer is a digit a frame: a loss of "
-        note += "2.3 or more is guessing, such a length was not learned, and its gap says little. Gaze: share of frames whose attention "
-        note += "peaks in the asked cell, and of the last quarter of them; 0.111 by chance."
+        note = f"Loss of the answer, nats per token, question first; {self.clips} generated clips of each length. Gap: mean absolute "
+        note += f"difference per clip between {STEPWISE} (inference) and {PARALLEL} (training). The answer has one digit per frame: a loss "
+        note += "of 2.3 or more is guessing, so that length was not learned and its gap says little. Gaze: share of frames whose attention "
+        note += "peak is in the asked cell, over all frames and over the last quarter; 0.111 by chance."
         head = [
             "frames",
             *modes,
@@ -93,23 +93,23 @@ class DriftResult(PartResult):
         return [Table(title=self.title, head=head, rows=rows, note=note)]
 
     def figures(self) -> list[Figure]:
-        """The gap over the number of frames."""
+        """A plot of the gap over the number of frames."""
         return [self.figure] if self.figure else []
 
 
 class Drift(Part):
-    """The gap between training's and inference's queries, by number of frames."""
+    """The gap between the queries of training and of inference, by number of frames."""
 
     result = DriftResult
     needs_queries = True
 
     clips: Count = 16
-    """Generated clips of each length; 0 leaves it out."""
+    """Number of generated clips of each length; 0 skips this part."""
     frames: list[Positive] = [4, 8, 16, 32, 64]
-    """Lengths in frames."""
+    """Clip lengths, in frames."""
 
     def measure(self, context: Context) -> DriftResult:
-        """The loss of the same clips in every mode, length by length."""
+        """Measure the loss of the same clips in every mode, for each length."""
         if not self.clips or not self.frames:
             raise NotMeasuredError("switched off")
         if lacking := [mode for mode in COMPARED if mode not in context.modes]:
@@ -120,7 +120,7 @@ class Drift(Part):
 def drift_of(
     answerer: "FoveatedAnswerer", modes: Sequence[Mode], bootstrap: "Bootstrap", output: "Path", *, clips: int, frames: Sequence[int]
 ) -> DriftResult:
-    """The loss of the same clips in `modes` (both compared ones among them), length by length; the picture goes to `output`."""
+    """Measure the loss of the same clips in `modes`, which must include `COMPARED`, for each length; save the figure to `output`."""
     subject, points = answerer.subject, []
     for length in sorted(set(frames)):
         made = [_sample(answerer, place, length) for place in range(clips)]
@@ -145,7 +145,7 @@ def drift_of(
 
 
 def _hits(subject: "Subject", made: "Sequence[tuple[Sample, np.ndarray]]", mode: Mode) -> np.ndarray:
-    """Whether each frame's attention peaks in the asked cell: bool [clips, frames]."""
+    """Whether the attention peak of each frame is in the asked cell: bool [clips, frames]."""
     from fvlm_core.eval.questions import without_answer  # needs torch
 
     maps = subject.gaze([without_answer(sample, question_first=True) for sample, _ in made], mode)
@@ -153,7 +153,7 @@ def _hits(subject: "Subject", made: "Sequence[tuple[Sample, np.ndarray]]", mode:
 
 
 def _sample(answerer: "FoveatedAnswerer", place: int, frames: int) -> "tuple[Sample, np.ndarray]":
-    """A generated clip, with the question about one cell and its answer; and that cell in each frame, int [frames, 2]."""
+    """A generated clip with a question about one cell and its answer; and that cell's row and column in each frame, int [frames, 2]."""
     from fvlm_core.data import gaze
     from fvlm_core.data.batch import Sample, Turn
     from fvlm_core.eval.media import Media
@@ -170,7 +170,7 @@ def _draw(path: "Path", points: list[DriftPoint]) -> None:
     import matplotlib
     from matplotlib.figure import Figure as Canvas
 
-    with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 8}):  # matplotlib's own font: the same everywhere
+    with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 8}):  # ships with matplotlib, so it is the same everywhere
         canvas = Canvas(figsize=(4.2, 3.0), dpi=110, layout="constrained")
         axes = canvas.subplots()
         frames = [one.frames for one in points]

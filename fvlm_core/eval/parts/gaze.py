@@ -1,4 +1,4 @@
-"""Where the model looks: how widely its attention is spread, and heat maps over the frames."""
+"""Where the model looks: the entropy of its attention, and heat maps over the frames."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,14 +22,14 @@ if TYPE_CHECKING:  # they need torch and matplotlib
     from fvlm_core.eval.subject import Subject
 
 GAZE_PICTURE = "gaze.png"
-"""The composite picture for a README."""
+"""The composite figure, for a README."""
 COMPOSITE_QUESTIONS = 3
 HEATMAP_FOLDER = "heatmaps"
 COLOURS = "Orange is where the attention of a frame peaks, dark where there is none; a blue outline is the place asked for."
 
 
 class HeatMap(Settings):
-    """A picture of where the model looks in one clip, a row per mode."""
+    """A heat map of one clip, one row per mode."""
 
     file: str
     key: str
@@ -39,24 +39,24 @@ class HeatMap(Settings):
 
     @property
     def caption(self) -> str:
-        """What it shows."""
+        """The caption of the figure."""
         asked = f"asked “{self.question}” (right answer: {self.answer})"
         return f"Where the model looks in each frame of clip {self.key} ({self.source}), {asked}: a row per mode. {COLOURS}"
 
 
 class GazeResult(PartResult):
-    """Attention of the modes that were evaluated."""
+    """Attention of the evaluated modes."""
 
     title = "Gaze"
 
     entropy: dict[Mode, Estimate]
-    """Of the query's attention over patches in the last layer (mean of heads), as a share of the uniform's: 1 is looking everywhere."""
+    """Entropy of the query's attention over patches in the last layer (mean of heads), divided by that of uniform attention."""
     heatmaps: list[HeatMap] = []
     composite: Figure | None = None
     """`gaze.png`."""
 
     def count(self) -> int:
-        """Heat maps."""
+        """Number of heat maps."""
         return len(self.heatmaps)
 
     def headline(self) -> list[Metric]:
@@ -64,24 +64,24 @@ class GazeResult(PartResult):
         return [Metric(name="attention entropy", values={**self.entropy}, baselines={"uniform": 1.0})]
 
     def figures(self) -> list[Figure]:
-        """The composite, then the clips."""
+        """The composite, then the heat maps of the clips."""
         maps = [Figure(file=one.file, caption=one.caption, chart=False) for one in self.heatmaps]
         return [self.composite, *maps] if self.composite else maps
 
 
 class Gaze(Part):
-    """Attention entropy and heat maps, of a model that looks."""
+    """Attention entropy and heat maps, for models with queries."""
 
     result = GazeResult
     needs_queries = True
 
     entropy_clips: Positive = 64
-    """Videos over which attention entropy is averaged."""
+    """Number of videos over which the attention entropy is averaged."""
     heatmaps: Count = 4
-    """Clips to draw; 0 leaves pictures out."""
+    """Number of clips to draw; 0 skips all figures."""
 
     def measure(self, context: Context) -> GazeResult:
-        """Measure entropy in every mode; draw the modes whose queries depend on the clip."""
+        """Measure the entropy in every mode; draw the modes whose queries depend on the clip."""
         subject, split = context.subject, context.split
         watched = split.clips(self.entropy_clips)
         require(len(watched), self.entropy_clips, "videos")
@@ -98,7 +98,7 @@ class Gaze(Part):
 
 
 def _entropy(subject: "Subject", questions: "Sequence[ClipQuestion]", mode: Mode, bootstrap: Bootstrap) -> Estimate:
-    """Entropy of the attention over a frame's patches, as a share of the uniform's, over all shown frames."""
+    """Mean over all shown frames of the entropy of the attention over patches, divided by that of uniform attention."""
     rows = []
     for attention in subject.gaze([question.sample for question in questions], mode):
         flat = attention.reshape(len(attention), -1)
@@ -124,7 +124,7 @@ def _heatmaps(subject: "Subject", questions: "Sequence[ClipQuestion]", modes: Se
 
 
 def _composite(subject: "Subject", questions: "Sequence[ClipQuestion]", mode: Mode, output: Path) -> Figure:
-    """One clip under several questions (or several clips, where no clip has more than one): the frames, then where the model looks."""
+    """Draw one clip under several questions (or several clips): the bare frames if it is one clip, then one heat map per question."""
     from fvlm_core.eval.pictures import HeatRow, draw
     from fvlm_core.eval.questions import without_answer
 

@@ -1,7 +1,7 @@
-"""Latency and memory per mode: from a clip's decoded frames to the first token of a generated answer and to its end, batch 1.
+"""Latency and memory of each mode: the time from a clip's decoded frames to the first token and to the end of a generated answer, batch 1.
 
-The modes take turns, question by question, so what else the machine does meets all alike. Every timing counts: a quantile of
-the fastest ones would not be one that a user meets.
+The modes alternate, question by question, so that other load on the machine affects all of them alike. Quantiles are over all timings,
+not over the fastest ones, because those are not what a user experiences.
 """
 
 import time
@@ -23,33 +23,33 @@ if TYPE_CHECKING:  # they need torch
     from fvlm_core.eval.media import Media
 
 ROUNDS = 3
-"""Times each question is timed in each mode."""
+"""Number of timings per question and mode."""
 ANSWER_TOKENS = 24
-"""Longest answer that is timed; it ends sooner where the model ends its turn."""
+"""Maximum length of a timed answer, in tokens; shorter if the model ends its turn."""
 NO_ANSWER = "no question has media that can be decoded"
 
 
 class Times(Settings):
-    """Wall-clock times of one kind."""
+    """Statistics of wall-clock times."""
 
     median_ms: float
     p95_ms: float
-    """95th percentile; of few timings it is close to the slowest."""
+    """95th percentile; with few timings, it is close to the maximum."""
 
 
 class ModeLatency(Settings):
-    """One mode."""
+    """Latency and memory of one mode."""
 
     first_token: Times
-    """From the decoded frames to the first token of the answer: packing, encoding, reading, one token."""
+    """Time from the decoded frames to the first token of the answer: packing, encoding, prefill, one token."""
     answer: Times
-    """The same to the end of the answer."""
+    """Time from the decoded frames to the end of the answer."""
     peak_memory_gb: float | None = None
-    """Most memory while the longest clip's question is answered: allocated on the GPU, or resident in the process; weights included."""
+    """Peak memory while answering about the longest clip, weights included: allocated on the GPU, or resident in the process."""
 
 
 class LatencyResult(PartResult):
-    """The modes side by side on the same questions, in turns."""
+    """Latency of all modes on the same questions."""
 
     title = "Latency"
     timing = True
@@ -57,22 +57,22 @@ class LatencyResult(PartResult):
     device: str
     threads: int
     batch: int = 1
-    """Questions at a time."""
+    """Batch size, in questions."""
     clips: int
     frames: int
-    """Shown frames of the longest clip timed."""
+    """Number of shown frames of the longest timed clip."""
     timings: int
-    """Of each kind in each mode."""
+    """Number of timings of each kind, per mode."""
     answer_tokens: int = ANSWER_TOKENS
-    """Most tokens of an answer."""
+    """Maximum number of tokens in an answer."""
     modes: dict[str, ModeLatency]
 
     def count(self) -> int:
-        """Clips."""
+        """Number of clips."""
         return self.clips
 
     def headline(self) -> list[Metric]:
-        """The medians."""
+        """Medians of both times."""
         return [
             Metric(name="first token (ms)", values={mode: one.first_token.median_ms for mode, one in self.modes.items()}, decimals=1),
             Metric(name="answer (ms)", values={mode: one.answer.median_ms for mode, one in self.modes.items()}, decimals=1),
@@ -88,10 +88,10 @@ class LatencyResult(PartResult):
             ]
             for mode, one in self.modes.items()
         ]
-        note = "Milliseconds from a clip's decoded frames (decoding a file is not in it) to the first token of the answer, and to its end "
+        note = "Milliseconds from a clip's decoded frames (file decoding excluded) to the first token of the answer, and to its end "
         note += f"(greedy, at most {self.answer_tokens} tokens); question first, batch {self.batch}. {self.timings} timings of each kind "
-        note += f"in each mode, about {self.clips} clips of up to {self.frames} frames; {escape(self.device)}, {self.threads} CPU threads. "
-        note += "Peak memory: of the longest clip, "
+        note += f"per mode, on {self.clips} clips of up to {self.frames} frames; {escape(self.device)}, {self.threads} CPU threads. "
+        note += "Peak memory: for the longest clip, "
         note += "the process's resident memory, Python and libraries included." if self.device == "cpu" else "allocated on the GPU."
         head = ["mode", "first token, median", "first token, p95", "answer, median", "answer, p95", "peak GB"]
         return [Table(title=self.title, head=head, rows=rows, note=note)]
@@ -103,10 +103,10 @@ class Latency(Part):
     result = LatencyResult
 
     clips: Count = 8
-    """Clips timed in every mode; 0 leaves latency out."""
+    """Number of clips timed in every mode; 0 skips latency."""
 
     def measure(self, context: Context) -> LatencyResult:
-        """Time every mode on the same clips, side by side."""
+        """Time every mode on the same clips."""
         from fvlm_core.eval.media import Media
 
         clips = context.split.clips(self.clips)
@@ -115,7 +115,7 @@ class Latency(Part):
         return latency_of(context.answerer, context.modes, asked)
 
     def of_items(self, answerer: "Answerer", modes: Sequence[str] | None, loaded: "Iterable[Loaded]") -> LatencyResult:
-        """The same of benchmarks' questions, about as many clips of each. Raises NotMeasuredError where there are none."""
+        """Time questions of benchmarks, with clips spread evenly over the benchmarks. Raises NotMeasuredError if there are none."""
         require(self.clips, self.clips, "questions")
         return latency_of(answerer, modes, _of_benchmarks(answerer, list(loaded), self.clips))
 
@@ -130,7 +130,7 @@ class Timed:
 
 
 def latency_of(answerer: "Answerer", modes: Sequence[str] | None, asked: Sequence[Timed]) -> LatencyResult:
-    """Time an answer to each question in `modes` (None: all of the model's), `ROUNDS` times. Raises NotMeasuredError for no question."""
+    """Time the answer to each question `ROUNDS` times in each of `modes` (None: all modes). Raises NotMeasuredError for no questions."""
     import torch
 
     from fvlm_core.train.metrics import peak_memory_gb, reset_peak_memory
@@ -142,7 +142,7 @@ def latency_of(answerer: "Answerer", modes: Sequence[str] | None, asked: Sequenc
     first: dict[str, list[float]] = {one.mode: [] for one in conditions}
     complete: dict[str, list[float]] = {one.mode: [] for one in conditions}
     for condition in conditions:
-        _seconds(answerer, asked[0], condition, ANSWER_TOKENS)  # the first call pays for what is set up once
+        _seconds(answerer, asked[0], condition, ANSWER_TOKENS)  # warm-up: the first call includes one-time setup
     for _ in range(ROUNDS):
         for one in asked:
             for condition in conditions:
@@ -167,7 +167,7 @@ def latency_of(answerer: "Answerer", modes: Sequence[str] | None, asked: Sequenc
 
 
 def _of_benchmarks(answerer: "Answerer", loaded: "Sequence[Loaded]", clips: int) -> list[Timed]:
-    """Questions about different clips, evenly over the benchmarks; what cannot be decoded is passed over, the benchmark counts it."""
+    """Questions about different clips, spread evenly over the benchmarks. Undecodable media are skipped; the benchmarks count them."""
     from fvlm_core.data.frames import ClipError
     from fvlm_core.eval.media import NO_MEDIA
 
@@ -190,7 +190,7 @@ def _of_benchmarks(answerer: "Answerer", loaded: "Sequence[Loaded]", clips: int)
 
 
 def _seconds(answerer: "Answerer", timed: Timed, condition: "Condition", tokens: int) -> float:
-    """One answer of at most so many tokens; it ends with the last one on the CPU, so the device has finished."""
+    """Seconds for one answer of at most `tokens` tokens. Its tokens are on the CPU at the end, so no device synchronisation is needed."""
     from fvlm_core.eval.answerers.answerer import Ask
 
     started = time.perf_counter()

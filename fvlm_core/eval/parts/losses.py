@@ -1,4 +1,4 @@
-"""Validation loss in every mode, by source, and its differences between modes: whether looking helps, and what inference costs."""
+"""Validation loss in every mode, by source, and its differences between modes: does looking help, and how large is the inference gap?"""
 
 import numpy as np
 
@@ -16,34 +16,34 @@ class ModeLoss(Settings):
     """Cross-entropy in one mode, in nats per labelled token."""
 
     loss: Estimate
-    """Over all sources."""
+    """Loss over all sources."""
     by_source: dict[str, Estimate]
 
 
 class LossResult(PartResult):
-    """The losses of the same samples in every mode."""
+    """Losses of every mode on the same samples."""
 
     title = "Validation loss"
 
     modes: dict[Mode, ModeLoss]
     samples: int
     train_inference_gap: PairedTest | None = None
-    """Loss of autoregressive inference minus loss of coarse->fine; None for models without them."""
+    """Loss in mode autoregressive minus loss in coarse->fine; None unless both were evaluated."""
     foveation_gain: PairedTest | None = None
-    """Loss of coarse-only minus loss of coarse->fine: above 0, looking helps."""
+    """Loss in mode coarse-only minus loss in coarse->fine: above 0, looking helps. None unless both were evaluated."""
 
     @property
     def differences(self) -> list[PairedTest]:
-        """Those that were measured."""
+        """The differences that were measured."""
         return [test for test in (self.foveation_gain, self.train_inference_gap) if test]
 
     @property
     def sources(self) -> list[str]:
-        """The sources measured on, in alphabetical order."""
+        """The measured sources, sorted."""
         return sorted({source for result in self.modes.values() for source in result.by_source})
 
     def count(self) -> int:
-        """Samples."""
+        """Number of samples."""
         return self.samples
 
     def headline(self) -> list[Metric]:
@@ -51,7 +51,7 @@ class LossResult(PartResult):
         return [Metric(name="loss (nats/token)", values={mode: one.loss for mode, one in self.modes.items()}, hub_type="loss")]
 
     def tables(self) -> list[Table]:
-        """By source, and between modes."""
+        """Loss by source, and differences between modes."""
         rows = {source: {mode: one.by_source.get(source) for mode, one in self.modes.items()} for source in self.sources}
         tables = [by_mode("Validation loss by source", "source", list(self.modes), rows)]
         return tables + ([paired_table("Validation loss between modes", self.differences)] if self.differences else [])
@@ -63,10 +63,10 @@ class Losses(Part):
     result = LossResult
 
     samples: Positive = 256
-    """Samples, over all sources of the validation split equally."""
+    """Number of samples, in equal shares from all sources of the validation split."""
 
     def measure(self, context: Context) -> LossResult:
-        """Of the same samples in every mode."""
+        """Measure the loss of the same samples in every mode."""
         subject, modes, bootstrap = context.subject, context.modes, context.bootstrap
         parts: dict[Mode, list[np.ndarray]] = {mode: [] for mode in modes}
         sources: list[str] = []
@@ -90,7 +90,7 @@ class Losses(Part):
 
 
 def _by_source(losses: np.ndarray, sources: list[str], clips: list[str], bootstrap: Bootstrap) -> dict[str, Estimate]:
-    """`losses`: (sum, tokens) [N, 2]."""
+    """Mean loss per token by source; `losses` holds (sum, tokens) per sample, [N, 2]."""
     of_source, of_clip = np.array(sources), np.array(clips)
     return {
         source: bootstrap.weighted_mean(losses[of_source == source], of_clip[of_source == source].tolist())
@@ -99,7 +99,7 @@ def _by_source(losses: np.ndarray, sources: list[str], clips: list[str], bootstr
 
 
 def _difference(a: Mode, b: Mode, losses: dict[Mode, np.ndarray], clips: list[str], bootstrap: Bootstrap) -> PairedTest | None:
-    """Loss in mode a minus loss in mode b, per labelled token."""
+    """Loss in mode `a` minus loss in mode `b`, per labelled token; None unless both were evaluated."""
     if a not in losses or b not in losses:
         return None
     rows = np.stack([losses[a][:, 0] - losses[b][:, 0], losses[a][:, 1]], 1)

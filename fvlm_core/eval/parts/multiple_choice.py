@@ -1,12 +1,12 @@
-"""Multiple choice on the probes of the validation split: accuracy in every mode, and what it has to be compared with.
+"""Multiple choice on the probes of the validation split: accuracy in every mode, with baselines.
 
-A choice's score is the mean log-likelihood per token of its text after the question, corrected for its length (`mean` of
-`fvlm_core.eval.records.option_scores`): no letters, so a model needs no training on letters.
+The score of a choice is the mean log-likelihood per token of its text after the question, corrected for its length (scorer `mean` of
+`fvlm_core.eval.records.option_scores`). No letters are involved, so the model need not be trained on them.
 
-Accuracy alone misleads (a model that sees nothing can beat chance), so the blind, shuffled-frames and majority baselines, the positions
-chosen and a paired test between modes belong to it.
+Accuracy alone is misleading, because a model that sees nothing can beat chance. The result therefore includes the blind, shuffled-frames
+and majority baselines, the chosen positions, and a paired test between modes.
 
-Published benchmarks are measured by the same path, in every way to read a choice: `parts/benchmarks.py`.
+Published benchmarks use the same code with all scoring methods: `parts/benchmarks.py`.
 """
 
 from collections.abc import Sequence
@@ -29,46 +29,46 @@ if TYPE_CHECKING:  # it needs torch
 
 
 class ChoiceScores(Settings):
-    """Multiple choice in one mode, question first."""
+    """Multiple-choice results in one mode, question first."""
 
     accuracy: Estimate
     by_task: dict[str, Estimate]
     predicted_positions: list[int]
-    """How often each option position was chosen: far from `ChoiceBaselines.gold_positions` means position bias."""
+    """How often each option position was chosen; a large deviation from `ChoiceBaselines.gold_positions` indicates position bias."""
     shuffled_frames: Estimate
-    """Accuracy with each clip's frames in another order."""
+    """Accuracy with the frames of each clip in another order."""
 
 
 class ChoiceBaselines(Settings):
-    """What multiple-choice accuracy has to be compared with."""
+    """Baselines of multiple-choice accuracy."""
 
     chance: float
     majority: float
-    """Always the most frequent gold position."""
+    """Accuracy of always choosing the most frequent gold position."""
     blind: Estimate
-    """The model without frames (the same in every mode)."""
+    """Accuracy of the model without frames (the same in every mode)."""
     gold_positions: list[int]
-    """How often each option position is right."""
+    """How often each option position is correct."""
     questions: int
     clips: int
 
 
 class ChoiceResult(PartResult):
-    """Every mode on the same questions."""
+    """Multiple-choice results of every mode on the same questions."""
 
     title = "Multiple choice"
 
     modes: dict[Mode, ChoiceScores]
     baselines: ChoiceBaselines
     paired_tests: list[PairedTest] = []
-    """Accuracy of every pair of modes."""
+    """Differences in accuracy between all pairs of modes."""
 
     def count(self) -> int:
-        """Questions."""
+        """Number of questions."""
         return self.baselines.questions
 
     def headline(self) -> list[Metric]:
-        """Accuracy, and that of always choosing the most frequent position."""
+        """Accuracy with its baselines."""
         base = self.baselines
         return [
             Metric(
@@ -80,7 +80,7 @@ class ChoiceResult(PartResult):
         ]
 
     def tables(self) -> list[Table]:
-        """Accuracy beside its baselines, by task, and between modes."""
+        """Accuracy with its baselines, by task, and paired differences between modes."""
         base = self.baselines
         rows = [
             [mode, number(scores.accuracy), number(scores.shuffled_frames), str(scores.predicted_positions)]
@@ -91,8 +91,8 @@ class ChoiceResult(PartResult):
             ["always the most frequent position", number(base.majority), "", str(base.gold_positions)],
             ["chance", number(base.chance), "", ""],
         ]
-        note = f"{base.questions} questions about {base.clips} clips. Scored by the option's text: the mean log-likelihood of its tokens "
-        note += "less that of all the options' tokens, times the root of its number of tokens, so that short options are not favoured."
+        note = f"{base.questions} questions about {base.clips} clips. Score of an option: the mean log-likelihood of its tokens minus that "
+        note += "of all options' tokens, times the square root of its number of tokens, so that short options are not favoured."
         tables = [Table(title=self.title, head=["", "accuracy", "frames shuffled", "positions chosen"], rows=rows, note=note)]
         tasks = sorted({task for scores in self.modes.values() for task in scores.by_task})
         if len(tasks) > 1:
@@ -107,10 +107,10 @@ class MultipleChoice(Part):
     result = ChoiceResult
 
     questions: Count = 128
-    """Multiple-choice questions; 0 leaves them out."""
+    """Number of multiple-choice questions; 0 skips this part."""
 
     def measure(self, context: Context) -> ChoiceResult:
-        """Score the validation split's questions."""
+        """Score the questions of the validation split."""
         items = context.split.items(self.questions)
         require(len(items), self.questions, "multiple-choice questions")
         return measure_choices(context, items)
@@ -162,7 +162,7 @@ def measure_choices(context: Context, items: "Sequence[Item]") -> ChoiceResult:
 
 
 def _paired(right: dict[Mode, np.ndarray], clips: Sequence[str], bootstrap: Bootstrap) -> list[PairedTest]:
-    """Every pair of modes, tested by clip; the p-values are adjusted for there being several pairs."""
+    """Test every pair of modes by clip; the p-values are Holm-adjusted over the pairs."""
     pairs = list(combinations(right, 2))
     p_values = [sign_flip(right[a].astype(float) - right[b], clips, seed=bootstrap.seed) for a, b in pairs]
     return [

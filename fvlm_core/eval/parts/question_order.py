@@ -1,9 +1,8 @@
-"""Question order: the 2x2 that shows whether looking helps, on questions about places in a clip.
+"""Question order: a 2x2 comparison (order x mode) that shows whether looking helps, on questions about places in a clip.
 
-Queries of the fine and the autoregressive pass can know the question only when it comes before the frames; the coarse pass
-never looks anywhere in particular. So fine should beat coarse with the question first, and only there. The answers of
-these questions have one character a frame, which is what is scored: a first frame that is worse than the others is the
-mark of a first query that knows nothing.
+The queries of the fine and autoregressive passes can depend on the question only if it comes before the frames; the query of the coarse
+pass is the same for every frame. So fine should beat coarse only with the question first. The answers to these questions have one
+character per frame, and accuracy is over characters. A lower accuracy in the first frame shows that the first query had no information.
 """
 
 from collections.abc import Sequence
@@ -28,50 +27,50 @@ ORDERS: tuple[Order, ...] = ("question_first", "question_after")
 
 
 class OrderCell(Settings):
-    """One cell of the question-order table: an order in a mode, on questions about places in the clip.
+    """One cell of the question-order table: one order and mode, on questions about places in the clip.
 
-    Accuracy is over the words of the generated answer that stand for a frame each. The first frame is apart: with the
-    question after the frames no mode can know where to look in it.
+    Accuracy is over the characters of the generated answer, one per frame. The first frame is reported separately, because its query
+    has seen no frame yet.
     """
 
     order: Order
     mode: Mode
     accuracy: Estimate
     exact: Estimate | None = None
-    """Share of the answers that are right in full: a longer one is wrong, whatever it begins with."""
+    """Share of answers that match exactly; a longer answer is wrong even if it begins with the correct one."""
     first_frame: Estimate
     later_frames: Estimate | None = None
-    """None where clips have a single frame."""
+    """None if clips have a single frame."""
     by_frame: list[Estimate]
     loss: Estimate
-    """Nats per labelled answer token."""
+    """Loss in nats per labelled answer token."""
     gaze_hit_rate: Estimate | None = None
-    """Share of frames after the first whose attention peak lies in the asked cell (random looking: `OrderResult.gaze_chance`)."""
+    """Share of frames after the first whose attention peak is in the asked cell (at random: `OrderResult.gaze_chance`)."""
     gaze_hit_rate_first_frame: Estimate | None = None
 
 
 class OrderResult(PartResult):
-    """Order x mode, on the same questions; the first two modes are the 2x2."""
+    """Results by order and mode on the same questions; the first two modes are the 2x2 comparison."""
 
     title = "Question order"
 
     cells: list[OrderCell]
     constant: float
-    """Accuracy of always answering the character that is right most often."""
+    """Accuracy of always answering the most frequent correct character."""
     gaze_chance: float | None = None
-    """Hit rate of a random look: 1 / number of cells. None for a model that looks nowhere."""
+    """Hit rate of a random peak: 1 / number of cells. None for a model without queries."""
     questions: int
 
     def cell(self, order: Order, mode: Mode) -> OrderCell | None:
-        """One cell, if it was measured."""
+        """One cell; None if it was not measured."""
         return next((cell for cell in self.cells if (cell.order, cell.mode) == (order, mode)), None)
 
     def count(self) -> int:
-        """Questions."""
+        """Number of questions."""
         return self.questions
 
     def headline(self) -> list[Metric]:
-        """Accuracy, and gaze on the asked place, with either order."""
+        """Accuracy and gaze hit rate for each order."""
         metrics = []
         for order in ORDERS:
             cells = [cell for cell in self.cells if cell.order == order]
@@ -88,7 +87,7 @@ class OrderResult(PartResult):
         return metrics
 
     def tables(self) -> list[Table]:
-        """Every cell."""
+        """A table with one row per cell."""
         rows = [
             [
                 words(cell.order),
@@ -103,11 +102,11 @@ class OrderResult(PartResult):
             ]
             for cell in self.cells
         ]
-        note = f"Accuracy on questions about a place in each frame; always the same character: {number(self.constant)}. "
-        note += "A coarse pass reads every frame alike, so only a finer one can use the question; with the question after the "
-        note += "frames no mode knows where to look."
+        note = f"Accuracy on questions about a place in each frame; a constant answer gets {number(self.constant)}. "
+        note += "The coarse pass reads every frame with the same query, so only the other passes can use the question; with the question "
+        note += "after the frames, no mode knows where to look."
         if self.gaze_chance is not None:
-            note += f" Gaze on target: share of later frames whose attention peak is on the asked place; by chance {self.gaze_chance:.3f}."
+            note += f" Gaze on target: share of later frames whose attention peak is in the asked place; {self.gaze_chance:.3f} by chance."
         head = ["order", "mode", "accuracy", "exact answers", "first frame", "later frames", "loss", "gaze on target", "clips"]
         return [Table(title=self.title, head=head, rows=rows, note=note)]
 
@@ -118,17 +117,17 @@ class QuestionOrder(Part):
     result = OrderResult
 
     questions: Count = 96
-    """Questions; 0 leaves the table out."""
+    """Number of questions; 0 skips this part."""
 
     def measure(self, context: Context) -> OrderResult:
-        """Every order in every mode, on the same questions."""
+        """Measure every order in every mode, on the same questions."""
         asked = context.split.places(self.questions)
         require(len(asked), self.questions, "questions about places in videos")
         return order_results(context.subject, asked, context.modes, context.bootstrap)
 
 
 def order_results(subject: "Subject", questions: "Sequence[ClipQuestion]", modes: Sequence[Mode], bootstrap: Bootstrap) -> OrderResult:
-    """Every order in every mode, on questions that have cells."""
+    """Measure every order in every mode, on questions that have `cells`."""
     from fvlm_core.data.gaze import GRID  # needs scikit-learn
 
     characters = "".join(question.answer for question in questions)
@@ -141,7 +140,7 @@ def order_results(subject: "Subject", questions: "Sequence[ClipQuestion]", modes
 
 
 def gaze_hits(attention: np.ndarray, cells: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Whether the peak of each frame's attention [T, rows, columns] lies in that frame's asked cell: bool [T]."""
+    """Whether the peak of each frame's attention [T, rows, columns] is in that frame's asked cell: bool [T]."""
     from fvlm_core.data.gaze import cells_of_patches
 
     frames, rows, columns = attention.shape
@@ -187,14 +186,14 @@ def _cells_of(
 
 
 def _characters(answer: str, wanted: str) -> np.ndarray:
-    """Which characters are right, bool [len(wanted)]; none of an answer that goes on after them: 5285123 is not 528."""
+    """Which characters are correct, bool [len(wanted)]; all false if the answer is too long: 5285123 is not 528."""
     if len(answer) > len(wanted):
         return np.zeros(len(wanted), bool)
     return np.array([given == character for given, character in zip(answer.ljust(len(wanted)), wanted, strict=True)])
 
 
 def _over_frames(rows: Sequence[np.ndarray], clips: Sequence[str], bootstrap: Bootstrap) -> Estimate:
-    """Share of truths over all frames of all questions."""
+    """Share of true values over all frames of all questions."""
     return bootstrap.weighted_mean(np.array([[row.sum(), len(row)] for row in rows]), clips)
 
 
