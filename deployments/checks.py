@@ -1,4 +1,4 @@
-"""What is checked before anything starts: each failure is a UserError that says what to do."""
+"""Checks before anything starts; each failure is a UserError that says what to do."""
 
 import shutil
 import subprocess
@@ -25,7 +25,7 @@ CODECS = "import av, sys; sys.exit(0 if {'libx264', 'h264'} <= av.codecs_availab
 
 
 def load_profile(profile: str) -> PipelineConfig:
-    """A profile by name (`ci`, `laptop`, `runpod`) or by the path of a YAML file, whose paths start at its folder. Raises UserError."""
+    """Load a profile by name (`ci`, `laptop`, `runpod`) or from a YAML file, whose relative paths start at its folder. Raises UserError."""
     path = Path(profile) if Path(profile).suffix in (".yaml", ".yml") else PROFILES / f"{profile}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in PROFILES.glob("*.yaml")))
@@ -34,21 +34,23 @@ def load_profile(profile: str) -> PipelineConfig:
 
 
 def check_phase(name: str) -> None:
-    """There is a phase of that name."""
-    from flows.registry import PHASES  # imports Prefect: a second that only this needs
+    """Check that there is a phase of that name."""
+    from flows.registry import PHASES  # imports Prefect, which takes a second and is needed only here
 
     if name not in PHASES:
         raise UserError(f"there is no phase {name!r}", where="fvlm run", fix=f"use one of {', '.join(PHASES)}")
 
 
 def check_volume(volume: Path, config: PipelineConfig) -> None:
-    """The volume can be made, written to, and has free space."""
+    """Check that the volume can be created and written to, and has enough free space."""
     try:
         volume.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=volume):
             pass
     except OSError as error:
-        raise UserError(f"the volume cannot be written: {error}", where=str(volume), fix="give another --volume, or its rights") from error
+        raise UserError(
+            f"the volume cannot be written: {error}", where=str(volume), fix="give another --volume, or correct its permissions"
+        ) from error
     free, needed = shutil.disk_usage(volume).free / GB, config.machine.min_free_gb
     if free < needed:
         raise UserError(
@@ -59,7 +61,7 @@ def check_volume(volume: Path, config: PipelineConfig) -> None:
 
 
 def check_programs(config: PipelineConfig) -> None:
-    """H.264 can be written here and read in video2dataset's environment (both through PyAV's own ffmpeg)."""
+    """Check for H.264 support here and in video2dataset's environment (both use PyAV's own ffmpeg)."""
     other = config.machine.video2dataset_python
     fix = {Path(sys.executable): "run ./setup.sh", other: "run ./infra/video2dataset_env.sh"}
     with ThreadPoolExecutor() as pool:
@@ -79,7 +81,7 @@ def _check_codecs(python: Path, fix: str) -> None:
 
 
 def check_sources(config: PipelineConfig, volume: Path) -> dict[str, Record]:
-    """Every source can be read, and not too many of its videos are dead: all local files, and some of the addresses.
+    """Check that every source can be read, and that not too many of its videos are missing: all local files, and a sample of the addresses.
 
     Returns the sources' records, by name.
     """
@@ -110,7 +112,7 @@ def _check_videos(source: Source, record: Record, max_bad_share: float) -> None:
 
 
 def _dead(url: str) -> str | None:
-    """Why the address gives nothing, or None where it answers; of an object store, which needs credentials, nothing is asked here."""
+    """Why an address cannot be fetched, or None if it can. Object stores are not checked here, since they need credentials."""
     if not url.lower().startswith("http"):
         return None
     try:

@@ -28,7 +28,7 @@ app = App(
     version=lambda: version("fvlm"),
     help="A video language model that reads each frame as one token, and the complete pipeline that trains and releases it.",
 )
-# by name: each is imported when it is asked for, and the pipeline's command is slow enough to start without them
+# by name, so that each is imported only when it is called: the pipeline's command is slow to start even without them
 app.command("deployments.convert:app", name="convert")
 app.command("deployments.data:app", name="data")
 app.command("deployments.scaling:app", name="scaling")
@@ -74,7 +74,7 @@ def run_phase(
     port: Port = None,
     changes: Changes = (),
 ) -> int:
-    """Run one phase by itself; those before it must be done.
+    """Run one phase by itself; earlier phases must be done.
 
     Parameters
     ----------
@@ -96,9 +96,9 @@ def plan(
     live: Live = False,
     recipes: Recipes = (),
 ) -> int:
-    """Show what a run would do, and because of what, before it does anything; for rented machines in dollars too.
+    """Show what a run would do and why, without doing it; for rented machines, also what it would cost in dollars.
 
-    With --recipe, what these recipes would cost on the profile's machines, trained by themselves.
+    With --recipe, show instead what training these recipes by themselves would cost on the profile's machines.
     """
     from deployments.profile import chosen_profile
     from flows.registry import PHASES
@@ -155,9 +155,9 @@ def _plan_recipes(files: Sequence[Path], config: "PipelineConfig", volume: Path,
 
 @app.command
 def status(*, profile: Profile = "laptop", videos: Videos = None, volume: Volume = DEFAULT_VOLUME, changes: Changes = ()) -> int:
-    """Show how far the phases are on a volume, and the results of those that are done; needs no server.
+    """Show the progress of the phases on a volume, and the results of finished ones; needs no server.
 
-    A volume of rented machines is read through S3 where it is not mounted.
+    The volume of rented machines is read through S3 if it is not mounted.
     """
     from deployments.profile import chosen_profile
     from deployments.status import print_results, status_table
@@ -183,14 +183,14 @@ def adopt(
     volume: Volume = DEFAULT_VOLUME,
     changes: Changes = (),
 ) -> int:
-    """Take a finished result from elsewhere as the result of a step, after checking that it is what the step would make.
+    """Adopt a finished result from elsewhere as a step's result, after checking that it is what the step would produce.
 
     Parameters
     ----------
     step
         Name of the step, e.g. `stage1`; `fvlm plan` lists them.
     folder
-        The finished result, with its manifest.json.
+        Folder of the finished result, with its manifest.json.
     """
     from deployments.profile import chosen_profile
     from flows.registry import PHASES
@@ -217,7 +217,7 @@ def recipe(
     profile: Profile = "laptop",
     changes: Changes = (),
 ) -> int:
-    """Print the recipe of a stage, to train it by itself: torchrun -m fvlm_core.train RECIPE.yaml
+    """Print the recipe of a stage, for training it by itself: torchrun -m fvlm_core.train RECIPE.yaml
 
     Parameters
     ----------
@@ -247,9 +247,9 @@ def recipe(
 
 @app.command
 def deploy(*, profile: Profile = "laptop", volume: Volume = DEFAULT_VOLUME) -> int:
-    """Register the work pools and every deployment of a profile on the server that PREFECT_API_URL names.
+    """Register the work pools and all deployments of a profile on the server at PREFECT_API_URL.
 
-    Where its machines are rented, this checkout is put on their volume and runs there: deploy again after a change of the code.
+    If the profile's machines are rented, this checkout is uploaded to their volume and runs there: deploy again after a change of the code.
     """
     url = os.environ.get("PREFECT_API_URL")
     if not url or (problem := problem_with(url)):
@@ -274,7 +274,7 @@ def deploy(*, profile: Profile = "laptop", volume: Volume = DEFAULT_VOLUME) -> i
 
 @app.command
 def stop(*, volume: Volume = DEFAULT_VOLUME) -> int:
-    """End the server, the workers and the runs that work on a volume."""
+    """Stop the server, the workers and the runs of a volume."""
     if known_volume_id(volume) is None:
         raise UserError("no fvlm command has run on this volume", where=str(volume.absolute()), fix="give the --volume that was used")
     Stack(volume, environment=os.environ).stop()
@@ -282,11 +282,11 @@ def stop(*, volume: Volume = DEFAULT_VOLUME) -> int:
 
 
 def main() -> None:
-    """Entry point: errors that a user can act on are printed without a traceback."""
+    """Entry point; prints errors that a user can act on without a traceback."""
     collect_rarely()  # most of what a command needs is imported after this
     if set(sys.argv[1:2]) <= {"--help", "-h"}:
         for name in app:
-            app[name]  # imports it, for its line in the list of commands
+            app[name]  # imports the command, for its line in the list of commands
     try:
         sys.exit(app())
     except (UserError, StackError, InfraError) as error:

@@ -1,4 +1,4 @@
-"""`--cloud emulator`: a rehearsal of a rented run. The pools become pools of pods, and RunPod is the emulator, in this process."""
+"""`--cloud emulator`: rehearse a run on rented machines. The work pools become pools of pods on a RunPod emulator in this process."""
 
 import contextlib
 import sys
@@ -26,15 +26,15 @@ from tasks.rental import Assumed, Rental
 from tasks.rented import bill_table, budget_of, budget_table
 
 KEY, S3_ACCESS, S3_SECRET = "emulated", "user_emulated", "rps_emulated"
-"""Keys of an account that exists in this process only."""
+"""Keys of the emulated account."""
 DATA_CENTER = "US-KS-2"
 VOLUME_GB = 100
 GPUS = ["NVIDIA A100 80GB PCIe", "NVIDIA A100-SXM4-80GB"]
 GPU_USD_PER_HOUR = 1.64
-"""Of the first of them."""
+"""Price of the first GPU."""
 CPUS = ["cpu3c"]
 START_S = 6.0
-"""Of an emulated pod, until its flow runs and after it has ended; measured on two idle cores, see docs/log.md."""
+"""Start and stop overhead of an emulated pod around its flow run; measured on two idle cores, see docs/log.md."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,15 @@ class Rehearsal:
 
     config: PipelineConfig
     environment: dict[str, str]
-    """What the workers need to reach it."""
+    """Environment variables with which the workers reach the emulator."""
     emulator: Emulator
     rental: Rental
 
     def print_bill(self, console: Console) -> None:
-        """The ledger, after the end of all pods and a comparison with the emulator's bill."""
+        """End all pods, compare the ledger with the emulator's bill, and print both."""
         ledger = budget_of(self.rental, FolderStore(Path(self.rental.mount_path)))
         with RunPod(KEY, self.emulator.url) as client:
-            # the workers were ended with the server, maybe before the last pod
+            # the workers ended with the server, possibly before the last pod
             reap(client, owner(self.rental.volume), over=lambda run: "the rehearsal is over", budget=ledger, young_s=0.0)
             for line in reconcile(client, ledger):
                 console.print(line, highlight=False, soft_wrap=True)
@@ -63,7 +63,7 @@ class Rehearsal:
 
 @contextlib.contextmanager
 def rehearsal(config: PipelineConfig, volume: Path, *, delays: Delays | None = None) -> Generator[Rehearsal]:
-    """The emulator with the folder `volume` as its network volume, and the profile that runs on it."""
+    """Run the emulator with the folder `volume` as its network volume; yields it with the adapted profile."""
     cloud = volume / HOME / "emulator"
     with Emulator(cloud, key=KEY, delays=delays) as emulator:
         there = emulator.cloud.adopt_volume("fvlm", VOLUME_GB, DATA_CENTER, volume)
@@ -93,7 +93,7 @@ def rehearsal(config: PipelineConfig, volume: Path, *, delays: Delays | None = N
 
 
 def pools(gpu_count: int) -> Pools:
-    """Pools of pods, whose image is this machine's own environment."""
+    """Work pools of emulated pods, which use this machine's Python environment."""
     here = {"python": sys.executable, "code_folder": str(REPOSITORY), "poll_s": 1.0, "free_volume_gb": 0.5, "max_runtime_h": 6.0}
     cpu = here | {"cpus": CPUS, "max_usd_per_hour": 1.0}
     gpu = here | {"gpus": GPUS, "gpu_count": gpu_count, "max_usd_per_hour": 2.0 * gpu_count}

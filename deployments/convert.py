@@ -1,4 +1,4 @@
-"""`fvlm convert`: checkpoints of the original fVLM to models of ours, and back; models of ours to ONNX and GGUF."""
+"""`fvlm convert`: convert checkpoints of the original fVLM to this project's models and back, and models to ONNX and GGUF."""
 
 from pathlib import Path
 from typing import Literal
@@ -8,7 +8,7 @@ from rich.console import Console
 
 from deployments.use import FramePx, Llm, Model, Vision, load_model
 
-app = App(name="convert", help="Convert checkpoints of the original fVLM to models of ours, and back; models of ours to ONNX and GGUF.")
+app = App(name="convert", help="Convert checkpoints of the original fVLM to this project's models and back, and models to ONNX and GGUF.")
 
 
 @app.command
@@ -21,18 +21,18 @@ def ours(
     tokenizer: str | None = None,
     frame_px: int = 224,
 ) -> int:
-    """Write a checkpoint of the original fVLM as a model folder, like a finished run's `model/`.
+    """Convert a checkpoint of the original fVLM to a model folder, like a finished run's `model/`.
 
     Parameters
     ----------
     checkpoint
-        A safetensors file, a `.pt` of the original's trainer, or a folder as on the hub.
+        A safetensors file, a `.pt` file of the original's trainer, or a folder as on the hub.
     out
         Folder to write; it must not exist.
     vision
-        Hub name or folder of the DINOv2 it was built with; only its configuration is read.
+        Hub name or folder of the DINOv2 with which it was built; only its configuration is read.
     llm
-        Hub name or folder of the SmolLM2 it was built with; only its configuration is read, and its tokenizer.
+        Hub name or folder of the SmolLM2 with which it was built; only its configuration and tokenizer are read.
     tokenizer
         Hub name or folder of the tokenizer; by default the language model's.
     frame_px
@@ -47,7 +47,7 @@ def ours(
 
 @app.command
 def original(model_folder: Path, out: Path) -> int:
-    """Write a model folder as a checkpoint that the original fVLM's code loads.
+    """Convert a model folder to a checkpoint that the original fVLM's code can load.
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ def original(model_folder: Path, out: Path) -> int:
 
 @app.command
 def onnx(model: Model, out: Path, /, *, vision: Vision = None, llm: Llm = None, frame_px: FramePx = None) -> int:
-    """Write a model's parts and its coarse and fine mode as graphs for onnxruntime. Needs the extra `onnx`.
+    """Export a model's parts and its coarse and fine modes as graphs for onnxruntime. Needs the extra `onnx`.
 
     Parameters
     ----------
@@ -93,16 +93,16 @@ def gguf(
     llm: Llm = None,
     frame_px: FramePx = None,
 ) -> int:
-    """Write a model's language model and tokenizer as a GGUF file for llama.cpp. Needs the extra `gguf`.
+    """Export a model's language model and tokenizer as a GGUF file for llama.cpp. Needs the extra `gguf`.
 
     Parameters
     ----------
     out
         File to write.
     precision
-        Of the matrices: `q8_0` is 8 bits, with a scale for every 32 weights.
+        Precision of the matrices; `q8_0` is 8 bits with a scale for every 32 weights.
     name
-        What the file calls the model; by default as it is loaded.
+        Name of the model in the file; by default the loaded model's name.
     """
     console = Console(highlight=False)
     answerer = load_model(model, vision, llm, frame_px, "cpu", console)

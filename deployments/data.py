@@ -1,4 +1,4 @@
-"""`fvlm data`: make the shards of a profile, and look at what is in a folder of them."""
+"""`fvlm data`: make the shards of a profile, and inspect a folder of shards."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,11 +10,11 @@ from deployments.data_plan import plan
 from deployments.options import DEFAULT_VOLUME, Changes, KeepServer, Port, Profile, Videos, Volume, table_console
 from fvlm_core.data.rows import Split
 
-app = App(name="data", help="Make the shards of a profile, and look at what is in a folder of them.")
+app = App(name="data", help="Make the shards of a profile, and inspect a folder of shards.")
 app.command(plan)
 DEFAULT_SHARDS = DEFAULT_VOLUME / "shards"
 DAMAGED = 1
-"""Exit status of `verify` that has found something."""
+"""Exit status of `verify` if it has found problems."""
 
 Shards = Annotated[Path, Parameter(help="Folder of shards; `VOLUME/shards` is the newest that a pipeline run made.")]
 
@@ -29,7 +29,7 @@ def prepare(
     port: Port = None,
     changes: Changes = (),
 ) -> int:
-    """Make the shards of a profile: its phase `precompute`, by itself. Run it again to resume."""
+    """Make the shards of a profile, by running only its phase `precompute`. Run it again to resume."""
     from deployments.speedrun import speedrun
 
     return speedrun(profile, videos, volume, changes=changes, keep_server=keep_server, port=port, console=Console(), phase="precompute")
@@ -37,12 +37,12 @@ def prepare(
 
 @app.command
 def stats(shards: Shards = DEFAULT_SHARDS, /, *, output: Path | None = None) -> int:
-    """Show what a folder of shards holds: sources, durations, frames, tokens, and what was left out.
+    """Show statistics of a folder of shards: sources, durations, frames, tokens, and omitted samples.
 
     Parameters
     ----------
     output
-        Folder for the tables as markdown (`stats.md`) and their plots; without it, tables are only shown.
+        Folder for the tables as markdown (`stats.md`) and plots; by default the tables are only printed.
     """
     from fvlm_core.data.shard_set import ShardSet
     from fvlm_core.data.stats import FIGURES, draw, tables
@@ -75,7 +75,7 @@ def look(
     split
         `train` or `val`.
     samples
-        How many of each source, evenly from the shortest to the longest.
+        Samples per source, evenly spaced from the shortest to the longest.
     """
     from fvlm_core.data.look import choose, page, picture
     from fvlm_core.data.shard_set import ShardSet
@@ -90,7 +90,7 @@ def look(
 
 @app.command
 def verify(shards: Shards = DEFAULT_SHARDS, /) -> int:
-    """Check every digest, every entry of the index and every sample; what is damaged is named, and the exit status is then 1."""
+    """Check every digest, index entry and sample; prints what is damaged, and then exits with status 1."""
     from fvlm_core.data.verify import verify as verified
 
     found = verified(shards.resolve())

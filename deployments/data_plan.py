@@ -1,4 +1,4 @@
-"""`fvlm data plan`: what a run will train on, before it does."""
+"""`fvlm data plan`: show what a run will train on."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,18 +8,18 @@ from cyclopts import Parameter
 from fvlm_core.errors import UserError
 
 LOOKED_AT = 200
-"""Steps whose load is computed."""
+"""Number of steps whose load is computed."""
 
 
 def plan(
     recipe: Path,
     /,
     *,
-    ranks: Annotated[int, Parameter(help="Number of ranks that the run will have.")] = 1,
-    steps: Annotated[int | None, Parameter(help="Steps of the run; by default the recipe's.")] = None,
-    show: Annotated[int, Parameter(help="First steps whose micro-batches are listed.")] = 2,
+    ranks: Annotated[int, Parameter(help="Number of ranks of the run.")] = 1,
+    steps: Annotated[int | None, Parameter(help="Number of steps; by default the recipe's.")] = None,
+    show: Annotated[int, Parameter(help="Number of first steps whose micro-batches are listed.")] = 2,
 ) -> int:
-    """Show what a recipe's run will train on: shares, epochs of each source, micro-batches and how evenly the ranks are loaded.
+    """Show what a recipe's run will train on: shares and epochs of each source, micro-batches, and the load balance of the ranks.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The terminal's view of a pipeline run: a line per phase, and the running steps beneath; plain lines where there is no terminal."""
+"""Show a pipeline run in the terminal: a line per phase with its running steps below; plain lines without a terminal."""
 
 import time
 from dataclasses import dataclass, field
@@ -16,12 +16,12 @@ from tasks.status import PhaseStatus
 COLOURS = {"Running": "cyan", "Completed": "green", "Cached": "green", "Failed": "red", "Crashed": "red", "Cancelled": "yellow"}
 WAITING = "waiting"
 PLAIN_INTERVAL_S = 15.0
-"""Between lines of a running phase where there is no terminal."""
+"""Interval between lines about a running phase, without a terminal."""
 
 
 @dataclass
 class PhaseView:
-    """What is known of a phase."""
+    """The state of a phase, as displayed."""
 
     state: str = WAITING
     status: PhaseStatus | None = None
@@ -29,13 +29,13 @@ class PhaseView:
     ended: float | None = None
 
     def seconds(self) -> float | None:
-        """Time that it has run for."""
+        """Time that the phase has run, in seconds."""
         return None if self.started is None else (self.ended or time.monotonic()) - self.started
 
 
 @dataclass
 class Display:
-    """Use as a context manager around the run; call `show` with every new look at it."""
+    """A live display. Use it as a context manager around the run, and call `show` with every update."""
 
     console: Console
     phases: dict[str, PhaseView] = field(default_factory=lambda: {name: PhaseView() for name in PHASES})
@@ -52,7 +52,7 @@ class Display:
             self.live.stop()
 
     def show(self, phase: str, state: str, status: PhaseStatus | None) -> None:
-        """The phase is in `state`."""
+        """Update a phase's state and status."""
         view = self.phases[phase]
         running, was_running = state == "Running", view.state == "Running"
         if running and not was_running:
@@ -84,7 +84,7 @@ class Display:
 
 
 def _cells(report: ProgressReport | None) -> tuple[str, str, str, str]:
-    """step, loss, time, left of a running step."""
+    """Cells of a running step: step, loss, time, time left."""
     if report is None:
         return "starting", "", "", ""
     step = f"{report.step}/{report.total} {report.note}".strip()

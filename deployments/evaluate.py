@@ -1,4 +1,4 @@
-"""`fvlm eval`: benchmarks on any checkpoint, with a progress bar, ending in the table."""
+"""`fvlm eval`: run benchmarks on any checkpoint, with a progress bar and a table of results."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,7 +22,7 @@ def evaluate(
     benchmarks: str = "gaze",
     data: Path | None = None,
     mode: Annotated[
-        str, Parameter(help=f"`{ALL}`, or some of {', '.join(dict.fromkeys([*SHORT_MODES, *MODES]))}, with commas between them.")
+        str, Parameter(help=f"`{ALL}`, or a comma-separated list of {', '.join(dict.fromkeys([*SHORT_MODES, *MODES]))}.")
     ] = ALL,
     output: Path = Path("evaluation"),
     limit: int = 0,
@@ -41,50 +41,50 @@ def evaluate(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     batch_samples: int = 64,
 ) -> int:
-    """Ask a checkpoint the questions of benchmarks, in every mode, with all controls. Run it again to go on where it was stopped.
+    """Evaluate a checkpoint on benchmarks, in every mode and with all controls. Run it again to resume.
 
     Parameters
     ----------
     checkpoint
-        A released folder, a finished run or a model folder of ours, a checkpoint of the original fVLM (with --vision and --llm), a
-        SmolVLM2 folder, or the hub name of a released model.
+        A released folder, a finished run or its model folder, a checkpoint of the original fVLM (with --vision and --llm), a SmolVLM2
+        folder, or the hub name of a released model.
     benchmarks
-        Names with commas between them; docs/benchmarks.md lists them.
+        Comma-separated names; docs/benchmarks.md lists them.
     data
-        Folder that holds a folder NAME of each benchmark as it is published; `gaze` needs none.
+        Folder with a subfolder NAME for each benchmark, as published; `gaze` needs none.
     output
-        Folder for results.json, tables.md and the answers; what is finished there is not asked again.
+        Folder for results.json, tables.md and the answers; finished items are not asked again.
     limit
-        Most questions of each benchmark, evenly over its rows; 0 is all.
+        Most questions per benchmark, evenly spaced over its rows; 0 means all.
     scorer
-        How the table's choices are read off, where that is not to be each benchmark's own way: the likelihood of their letters, or of their
-        texts. A model that was never trained on letters is read by `mean`. tables.md has all ways.
+        How the table scores multiple-choice questions: by the likelihood of the options' letters, or of their texts; by default each
+        benchmark's own way. Use `mean` for a model that was never trained on letters. tables.md lists all scorers.
     generate
-        Generate answers to multiple-choice questions too, and read the choice from them.
+        Also generate answers to multiple-choice questions, and parse the choice from them.
     method
-        How answers are generated: always the likeliest token, draws, or beam search.
+        How answers are generated: greedy decoding, sampling, or beam search.
     temperature
-        Of draws: above 1 they are bolder.
+        Sampling temperature.
     top_p
-        Of draws: from the likeliest tokens whose probabilities add up to that.
+        Nucleus sampling: sample from the likeliest tokens whose probabilities add up to this.
     beams
-        Answers that beam search follows at a time.
+        Number of beams in beam search.
     seed
-        Of draws, shuffled frames, random queries and intervals.
+        Seed of sampling, shuffled frames, random queries and confidence intervals.
     max_missing_share
-        Share of a benchmark's items that may lack their media or be unreadable.
+        Largest share of a benchmark's items that may lack their media or be unreadable.
     latency_clips
-        Clips on which time and memory of an answer are measured in every mode, at the end; 0 leaves that out.
+        Number of clips on which latency and memory are measured in every mode, at the end; 0 skips this.
     vision
-        Hub name or folder of the DINOv2 that a checkpoint of the original was built with.
+        Hub name or folder of the DINOv2 with which a checkpoint of the original was built.
     llm
-        Hub name or folder of its SmolLM2.
+        Hub name or folder of the SmolLM2 with which a checkpoint of the original was built.
     frame_px
-        Side of its frames: 224 px where it is not given.
+        Side of the frames of a checkpoint of the original; by default 224 px.
     device
-        Where to compute.
+        Device to run on.
     batch_samples
-        Sequences at a time.
+        Sequences per batch.
     """
     names = [name for part in benchmarks.split(",") if (name := part.strip())]
     for name in names:

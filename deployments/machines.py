@@ -1,4 +1,4 @@
-"""`fvlm infra`, `fvlm volume` and `fvlm board`: rented machines, what is on their volume, and the board on it."""
+"""`fvlm infra`, `fvlm volume` and `fvlm board`: rented machines, the files on their volume, and its message board."""
 
 import json
 import time
@@ -29,17 +29,17 @@ from infra.stack import REPOSITORY
 if TYPE_CHECKING:
     from tasks.rental import Rental
 
-app = App(name="infra", help="Rented machines: set up, what they cost, end what nobody owns. Keys come from the environment.")
-volume_app = App(name="volume", help="Files on the network volume, through its S3 side.")
+app = App(name="infra", help="Rented machines: set up, show cost, end pods without an owner. API keys come from the environment.")
+volume_app = App(name="volume", help="Files on the network volume, through its S3 interface.")
 Profile = Annotated[str, Parameter(help="A profile with `machine.rental`.")]
 FOLLOW_S = 10.0
 NAMED = {"report": "release", "shards": "shards"}
-"""Names of results: links on the volume, of which S3 sees the target's folder only."""
+"""Results that can be named: links on the volume, and the step that each points to. S3 sees only the step's folder."""
 
 
 @app.command
 def setup(*, profile: Profile = "runpod") -> int:
-    """Find or make the network volume, mark it, and put this checkout on it. Says what the volume costs."""
+    """Find or create the network volume, mark it as this project's, and upload this checkout. Prints what the volume costs."""
     from deployments.profile import chosen_profile
     from fvlm_core.data.sources.sizes import too_large
     from tasks.rented import account_of, budget_of, rental_of
@@ -71,14 +71,12 @@ def setup(*, profile: Profile = "runpod") -> int:
 def reap_pods(
     *,
     profile: Profile = "runpod",
-    every: Annotated[
-        float | None, Parameter(validator=Number(gt=0), help="Seconds between two rounds; by default there is one round.")
-    ] = None,
+    every: Annotated[float | None, Parameter(validator=Number(gt=0), help="Seconds between two rounds; by default one round.")] = None,
 ) -> int:
-    """End pods that are past their deadline, dead, or whose flow run is over. Needs RUNPOD_API_KEY only.
+    """End pods that are past their deadline, dead, or whose flow run is over. Needs only RUNPOD_API_KEY.
 
-    Where PREFECT_API_URL names a server that answers, pods whose run it does not know are ended too. Run it from cron, or with --every, on
-    any machine: it is the last of the three that end pods.
+    If PREFECT_API_URL names a server that answers, pods whose run it does not know are ended too. Run this from cron, or with --every, on
+    any machine: it is the last of three safeguards that end pods.
     """
     from deployments.profile import chosen_profile
     from tasks.rented import account_of, look_after, rental_of
@@ -89,10 +87,10 @@ def reap_pods(
         try:
             for one in look_after(account, _ledger(rental, account)):
                 _say(f"pod {one.pod.id}: {one.reason}; {one.problem or 'ended'}")
-        except (InfraError, OSError) as error:  # a mounted volume that is away
+        except (InfraError, OSError) as error:  # OSError: a mounted volume that is not available
             if every is None or isinstance(error, RefusedError | WrongKeyError):
                 raise
-            _say(f"tried again in {every:.0f} s: {error}")
+            _say(f"retrying in {every:.0f} s: {error}")
         if every is None:
             return 0
         time.sleep(every)
@@ -103,12 +101,12 @@ def up(
     *,
     profile: Profile = "runpod",
     days: Annotated[
-        float | None, Parameter(validator=Number(gt=0), help="How long the pod runs at most; by default the profile's `server_days`.")
+        float | None, Parameter(validator=Number(gt=0), help="Most days that the pod runs; by default the profile's `server_days`.")
     ] = None,
 ) -> int:
-    """Start the Prefect server and the workers on a small pod, and deploy this checkout there: your own machine may be switched off then.
+    """Start the Prefect server and the workers on a small pod, and deploy this checkout there. Your own machine can then be switched off.
 
-    Where such a pod runs already, it is used, and this checkout is deployed again.
+    If such a pod is already running, it is used, and this checkout is deployed again.
     """
     from deployments import remote
     from deployments.profile import chosen_profile
@@ -118,7 +116,7 @@ def up(
 
 @app.command
 def smoke(*, profile: Profile = "runpod", yes: Annotated[bool, Parameter(negative="", help="Do not ask.")] = False) -> int:
-    """Find out on two small pods, for a few cents, what RunPod's documents leave open. The volume must be there (`fvlm infra setup`)."""
+    """Test on two small pods, for a few cents, what RunPod's documentation leaves open. The volume must exist (`fvlm infra setup`)."""
     from deployments import remote
     from deployments.profile import chosen_profile
 
@@ -127,7 +125,7 @@ def smoke(*, profile: Profile = "runpod", yes: Annotated[bool, Parameter(negativ
 
 @app.command
 def env(*, profile: Profile = "runpod") -> int:
-    """Print what a shell needs to reach the server that `up` started, with its password: eval "$(fvlm infra env)"."""
+    """Print the environment variables, password included, to reach the server that `up` started: eval "$(fvlm infra env)"."""
     from deployments import remote
     from deployments.profile import chosen_profile
 
@@ -137,10 +135,10 @@ def env(*, profile: Profile = "runpod") -> int:
 
 @app.command
 def down(*, profile: Profile = "runpod") -> int:
-    """End every pod of the volume, whatever it does, and say what everything cost. The volume stays, and goes on costing.
+    """End every pod of the volume, whatever it is doing, and print what everything cost. The volume stays, and is still billed.
 
-    Pods are ended also where the volume's files or its ledger cannot be reached. Where the account has no such volume, none is, and the
-    error names those that may be its own. Ends with status 1 where a pod could not be ended.
+    Pods are ended even if the volume's files or its ledger cannot be reached. If the account has no such volume, no pod is ended, and the
+    error names the pods that may belong to it. The exit status is 1 if a pod could not be ended.
     """
     from deployments import remote
     from deployments.profile import chosen_profile
@@ -162,18 +160,18 @@ def down(*, profile: Profile = "runpod") -> int:
         try:
             reconcile(account.client, ledger)
         except (InfraError, OSError) as error:
-            _say(f"by price and time, because RunPod's bill cannot be read: {error}")
+            _say(f"cost is estimated by price and time, because RunPod's bill cannot be read: {error}")
         Console().print(budget_table(ledger.position(), ledger.clock()).terminal())
     month = account.volume().usd_per_hour * HOURS_PER_MONTH
     _say(f"The volume {account.volume().name} stays, for ${month:.2f} a month.")
     if left := [one for one in reaped if one.problem]:
-        _say(f"{len(left)} pods could not be ended and cost on: run this again, or end them at https://console.runpod.io/pods")
+        _say(f"{len(left)} pods could not be ended and are still billed: run this again, or end them at https://console.runpod.io/pods")
     return 1 if left else 0
 
 
 @app.command
 def budget(*, profile: Profile = "runpod") -> int:
-    """Compare with RunPod's bill, then show what was spent and what is promised by phase, and plan against bill by step."""
+    """Compare the ledger with RunPod's bill, then show money spent and reserved by phase, and planned and billed cost by step."""
     from deployments.profile import chosen_profile
     from tasks.rented import account_of, bill_table, budget_of, budget_table, rental_of
 
@@ -192,7 +190,7 @@ def budget(*, profile: Profile = "runpod") -> int:
 
 @app.command
 def code(*, profile: Profile = "runpod") -> int:
-    """Put this checkout on the volume; prints its name."""
+    """Upload this checkout to the volume; prints its name there."""
     from deployments.profile import chosen_profile
     from tasks.rented import account_of, rental_of
 
@@ -207,14 +205,14 @@ def board(
     profile: Profile = "runpod",
     follow: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
-    """Read the board of the volume, post to it, or follow it.
+    """Read the volume's message board, post to it, or follow it.
 
     Parameters
     ----------
     text
         An entry to add.
     follow
-        Go on showing what is written.
+        Keep showing new entries.
     """
     from deployments.profile import chosen_profile
     from tasks.rented import account_of, rental_of
@@ -225,12 +223,12 @@ def board(
     shown: set[Entry] = set()
     while True:
         try:
-            # by entry and not by time: S3 may list a pod's entry minutes after later ones, and clocks differ
+            # compared by entry, not by time: S3 may list a pod's entry minutes after later ones, and clocks differ
             new = [entry for entry in there.entries() if entry not in shown]
         except InfraError as error:
             if not shown:
                 raise
-            _say(f"tried again in {FOLLOW_S:.0f} s: {error}")
+            _say(f"retrying in {FOLLOW_S:.0f} s: {error}")
             new = []
         for entry in new:
             _say(entry.markdown())
@@ -242,7 +240,7 @@ def board(
 
 @volume_app.command
 def ls(prefix: str = "", /, *, profile: Profile = "runpod") -> int:
-    """List files. RunPod's first listing of files that pods wrote can take minutes.
+    """List files. RunPod's first listing of files written by pods can take minutes.
 
     Parameters
     ----------
@@ -257,14 +255,14 @@ def ls(prefix: str = "", /, *, profile: Profile = "runpod") -> int:
 
 @volume_app.command
 def get(what: str, to: Path = Path(), /, *, profile: Profile = "runpod") -> int:
-    """Bring a result home: `report`, `shards`, a file, or a folder. Goes on after an interruption; what is here is not fetched again.
+    """Download a result: `report`, `shards`, a file, or a folder. Resumes after an interruption, and skips files that are complete.
 
     Parameters
     ----------
     what
-        Name or path on the volume.
+        Name of a result, or path on the volume.
     to
-        Folder for it.
+        Folder to download to.
     """
     bucket = _bucket(profile)
     keys = [what] if bucket.size(what) is not None else bucket.keys(f"{_folder_of(what, bucket)}/")
@@ -283,7 +281,7 @@ def get(what: str, to: Path = Path(), /, *, profile: Profile = "runpod") -> int:
 
 @volume_app.command
 def put(file: Path, key: str, /, *, profile: Profile = "runpod") -> int:
-    """Send a file. Goes on after an interruption.
+    """Upload a file. Resumes after an interruption.
 
     Parameters
     ----------
@@ -301,7 +299,7 @@ def put(file: Path, key: str, /, *, profile: Profile = "runpod") -> int:
 
 
 def _bucket(profile: str) -> S3Store:
-    """The volume's S3 side, also where it is mounted."""
+    """The volume's S3 interface, even if the volume is mounted."""
     from deployments.profile import chosen_profile
     from tasks.rented import account_of, rental_of
 
@@ -312,7 +310,7 @@ def _bucket(profile: str) -> S3Store:
 
 
 def _folder_of(what: str, bucket: S3Store) -> str:
-    """The folder of a result by its name: S3 knows no links, so the newest finished one is looked for by its manifest."""
+    """The folder of a named result. S3 has no links, so this finds the newest finished folder by its manifest."""
     if what not in NAMED:
         return what.rstrip("/")
     found = [key for key in bucket.keys(f"steps/{NAMED[what]}-") if key.endswith("/manifest.json")]
@@ -332,7 +330,7 @@ def _progress() -> Progress:
 
 
 def _ledger(rental: "Rental", account: Account) -> Budget | None:
-    """The ledger; None, which is said, where it cannot be reached: pods are ended all the same."""
+    """The ledger, or None (with a message) if it cannot be reached, so that pods can be ended anyway."""
     from tasks.rented import budget_of
 
     try:

@@ -1,4 +1,4 @@
-"""Whether what a profile names on the Hugging Face hub, or as a local folder, is there and fits: asked before anything starts."""
+"""Check, before anything starts, that the checkpoints and tokenizers named in a profile exist and fit."""
 
 import json
 from collections.abc import Iterator
@@ -18,26 +18,26 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 HUB_TIMEOUT_S = 10
 LOOKS = 8
-"""Names that are looked up at a time."""
+"""Names that are looked up at the same time."""
 VISION, LLM = "model.vision.checkpoint", "model.llm.checkpoint"
 
 
 class Named(NamedTuple):
-    """A name in a profile."""
+    """A checkpoint or tokenizer named in a profile."""
 
     where: str
-    """Its dotted path."""
+    """Dotted path of the setting."""
     name: str
     tokenizer: bool = False
 
     @property
     def any_of(self) -> tuple[tuple[str, ...], ...]:
-        """Files that are needed: one of each group."""
+        """Required files: at least one of each group."""
         return (TOKENIZER,) if self.tokenizer else ((CONFIG,), WEIGHTS)
 
 
 def check_pretrained(config: PipelineConfig) -> None:
-    """Every tokenizer and backbone is a complete local folder, cached, or reachable, and frames fit the patch. Raises UserError."""
+    """Raise UserError unless every tokenizer and backbone is a complete local folder, cached, or reachable, and patches divide frames."""
     named = list(_named(config))
     with ThreadPoolExecutor(LOOKS) as pool:
         list(pool.map(_check, {one.name: one for one in named}.values()))
@@ -96,7 +96,7 @@ def _cached(name: str, file: str) -> str | None:
 
 
 def _check_patch(named: Named, frame_px: int) -> None:
-    """Where the checkpoint's configuration is at hand, frames are a multiple of its patch."""
+    """Check that the frame size is a multiple of the patch size, if the checkpoint's configuration is available locally."""
     local = Path(named.name) / CONFIG
     path = str(local) if local.is_file() else _cached(named.name, CONFIG)
     if path is None:

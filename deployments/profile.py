@@ -1,4 +1,4 @@
-"""The profile of a command: by name or file, with the user's own videos and changed settings."""
+"""Load a command's profile by name or file, with the user's own videos and changed settings."""
 
 import shlex
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ from tasks.outside import VIDEOS
 from tasks.recipes import OWN_DATA
 
 CAPTION_SOURCES = ("gaze_caption", "natural")
-"""Sources whose share of every mixture goes to the user's own videos."""
+"""Sources that the user's own videos replace in every mixture."""
 
 
 def chosen_profile(profile: str, *, videos: Path | None = None, changes: Sequence[str] = ()) -> PipelineConfig:
-    """The profile with the user's videos and `PATH=VALUE` changes, whose relative paths start at the working directory.
+    """Load a profile, with the user's videos and `PATH=VALUE` changes. Relative paths in changes start at the working directory.
 
-    Raises UserError for a setting that does not exist or a value it cannot have.
+    Raises UserError for an unknown setting or an invalid value.
     """
     config = load_profile(profile)
     config = with_videos(config, videos.resolve()) if videos else config
@@ -30,7 +30,7 @@ def chosen_profile(profile: str, *, videos: Path | None = None, changes: Sequenc
 
 
 def with_command(config: PipelineConfig, profile: str, *, videos: Path | None = None, changes: Sequence[str] = ()) -> PipelineConfig:
-    """The profile with the command of these options as what makes its release again, unless it names its own."""
+    """The profile, with the command of these options as its release's `reproduce`, unless the profile sets it."""
     if config.release.reproduce:
         return config
     options = [*(["--videos", str(videos)] if videos else []), *(part for change in changes for part in ("--set", change))]
@@ -39,7 +39,7 @@ def with_command(config: PipelineConfig, profile: str, *, videos: Path | None = 
 
 
 def parse_change(text: str) -> tuple[str, Any]:
-    """`stages.stage2.run.steps=10` as a path and a value; values are YAML, so `[1, 2]` and `{a: b}` are lists and dicts."""
+    """Parse `stages.stage2.run.steps=10` to a path and a value. Values are YAML, so `[1, 2]` and `{a: b}` are lists and dicts."""
     path, separator, value = text.partition("=")
     if not separator or not path.strip():
         raise UserError(f"not a change: {text!r}", where="--set", fix="write PATH=VALUE, e.g. --set stages.stage2.run.steps=10")
@@ -50,7 +50,7 @@ def parse_change(text: str) -> tuple[str, Any]:
 
 
 def with_videos(config: PipelineConfig, videos: Path) -> PipelineConfig:
-    """The profile with the user's own videos, a source of the format `user`, in place of the default clips that are captioned."""
+    """The profile with the user's own videos, a source of format `user`, in place of the default captioned clips."""
     values = config.model_dump(mode="json")
     others = [source for source in values["precompute"]["sources"] if source["name"] != VIDEOS]
     values["precompute"] |= {"sources": [*others, {"name": VIDEOS, "files": [str(videos)]}], "natural": False}
@@ -72,7 +72,7 @@ def with_videos(config: PipelineConfig, videos: Path) -> PipelineConfig:
 
 
 def _with_videos(mixture: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The user's videos in place of the default captioned clips, with their share."""
+    """Replace the default captioned clips in a mixture with the user's videos, at the same share."""
     share = sum(one["share"] for one in mixture if one["source"] in CAPTION_SOURCES)
     kept = [one for one in mixture if one["source"] not in CAPTION_SOURCES]
     return kept + ([{"source": VIDEOS, "share": share}] if share else [])

@@ -1,4 +1,4 @@
-"""`fvlm push`: a released model to the hub."""
+"""`fvlm push`: push a released model to the hub."""
 
 import os
 from pathlib import Path
@@ -9,20 +9,20 @@ from fvlm_core.errors import UserError
 
 
 def push(folder: Path, repository: str, *, really: bool = False, public: bool = False, message: str = "") -> int:
-    """Check and list what would be sent to the hub; with --really, send it to a private repository.
+    """Check a release and list the files to push to the hub; with --really, push them to a private repository.
 
     Parameters
     ----------
     folder
-        The `model/` of a release.
+        The folder `model/` of a release.
     repository
-        `owner/name` on the hub; made, as a private one, where it does not exist.
+        `owner/name` on the hub; created as private if it does not exist.
     really
-        Send it. Needs HF_TOKEN; HF_ENDPOINT names another hub.
+        Push the files. Needs HF_TOKEN; HF_ENDPOINT selects another hub.
     public
-        Send it although the repository is public.
+        Push even if the repository is public.
     message
-        Of the commit.
+        Commit message.
     """
     from fvlm_core.release.push import plan, send
 

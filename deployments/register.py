@@ -1,4 +1,4 @@
-"""Registers the work pools and a deployment per phase on a Prefect server."""
+"""Register the work pools and one deployment per phase on a Prefect server."""
 
 import asyncio
 from collections.abc import Mapping
@@ -42,33 +42,33 @@ FLOWS = (PIPELINE, *PHASES)
 """Names of all flows that have a deployment."""
 UNFINISHED = [StateType.RUNNING, StateType.PENDING, StateType.SCHEDULED, StateType.CANCELLING, StateType.PAUSED]
 STALE = "the server or worker it ran under was ended"
-"""Message of a run that nobody can go on with."""
+"""Message of a run that no process can continue."""
 LOCAL_JOB = {"command": "python -m infra.start prefect.engine", "working_dir": "."}
-"""How a worker on local processes starts a flow run: with its own environment, in the folder where it was started itself. Flows are
-importable there, so no workspace has to be resolved, which takes a second for every run."""
+"""How a worker for local processes starts a flow run: with its own environment, in its own working directory. Flows can be imported
+there, so Prefect need not resolve a workspace, which would take a second per run."""
 
 
 @dataclass(frozen=True)
 class Registered:
-    """What is on the server."""
+    """What was registered on the server."""
 
     pool_types: dict[str, str]
     """Type of each work pool by name."""
     deployment: str
-    """Name that the deployments of all flows have."""
+    """Name of the deployments of all flows."""
 
 
 def id_of(volume: Path) -> str:
-    """The volume's id; where the volume is on other hosts only, a stand-in made of its path."""
+    """The volume's id; if the volume exists only on other hosts, a substitute derived from its path."""
     return volume_id(volume) if volume.is_dir() else known_volume_id(volume) or mark(volume)
 
 
 async def register(
     config: PipelineConfig, volume: Path, *, code: str | None = None, pool_types: Mapping[str, str] | None = None
 ) -> Registered:
-    """Make the work pools that are missing and all deployments of the profile; rented machines run the `code` on their volume.
+    """Create missing work pools and all deployments of the profile. `code` names the upload on the volume that rented machines run.
 
-    `pool_types`: what `make_pools` has returned, where it was called before.
+    `pool_types` is the result of `make_pools`, if it was already called.
     """
     types = dict(pool_types) if pool_types is not None else await make_pools(config, volume)
     async with get_client() as client:
@@ -82,18 +82,18 @@ async def register(
 
 
 async def make_pools(config: PipelineConfig, volume: Path) -> dict[str, str]:
-    """Make the work pools that are missing, and the volume's queue in each; returns the pools' types by name."""
+    """Create missing work pools, and the volume's queue in each pool; returns the pools' types by name."""
     pools = [*config.machine.pools.by_role.values()]
     pools += [Pool(name=POOL, description="Looks after rented machines")] if config.machine.rental else []
     async with get_client() as client:
-        # one after the other: SQLite lets one writer in at a time, and those who wait back off for seconds
+        # one after another: SQLite allows one writer at a time, and waiting writers back off for seconds
         return dict([await _pool(client, pool, queue_name(id_of(volume))) for pool in pools])
 
 
 async def crash_stale_runs(volume: Path, message: str = STALE) -> int:
-    """Mark the volume's unfinished runs Crashed, when nothing is left that could go on with them. Returns how many there were.
+    """Mark the volume's unfinished runs Crashed; call this when no process is left to continue them. Returns their number.
 
-    Runs that a schedule made ahead stay.
+    Runs that a schedule created in advance are kept.
     """
     async with get_client() as client:
         runs = await client.read_flow_runs(
@@ -108,7 +108,7 @@ async def crash_stale_runs(volume: Path, message: str = STALE) -> int:
 
 
 def flow_named(name: str) -> Flow[..., None]:
-    """The flow of that name. It is made when it is asked for, which takes a tenth of a second."""
+    """Return the flow of that name. Flows are created on demand, which takes a tenth of a second."""
     if name in PHASES:
         return flow_of(name)
     from flows.pipeline import pipeline
@@ -117,9 +117,9 @@ def flow_named(name: str) -> Flow[..., None]:
 
 
 async def _known(client: PrefectClient, profile: str, volume: str) -> tuple[str, dict[str, DeploymentResponse]]:
-    """The name that the volume's deployments have, and those that the server has of that name, by flow.
+    """The name of the volume's deployments, and the existing deployments of that name by flow.
 
-    The name is the profile's; with the volume's id where another volume of this server has deployments of that name.
+    The name is that of the profile, with the volume's id if another volume on this server already has deployments of that name.
     """
     other = f"{profile}-{volume[:6]}"
     flows = {one.id: one.name for one in await client.read_flows(flow_filter=FlowFilter(name=FlowFilterName(any_=[*FLOWS])))}
@@ -131,9 +131,9 @@ async def _known(client: PrefectClient, profile: str, volume: str) -> tuple[str,
 
 
 async def _pool(client: PrefectClient, pool: Pool, queue: str) -> tuple[str, str]:
-    """Name and type of the pool; it is made where there is none of that name. So is its queue.
+    """Create the pool and its queue if they do not exist; returns the pool's name and type.
 
-    One that is there is used as it is, since others may use it too, but for its limit, where the profile names one.
+    An existing pool is used as it is, since others may use it too. Only its concurrency limit is updated, if the profile sets one.
     """
     try:
         there = await client.read_work_pool(pool.name)
@@ -150,8 +150,8 @@ async def _pool(client: PrefectClient, pool: Pool, queue: str) -> tuple[str, str
 
 
 async def new_pool(client: PrefectClient, pool: Pool) -> str:
-    """Make the pool; returns its type. Raises UserError for a type that neither an installed library nor the server knows."""
-    template = {} if pool.type == PROCESS_POOL else await _template(pool)  # the server fills in that of its own type
+    """Create the pool; returns its type. Raises UserError for a type that neither an installed library nor the server knows."""
+    template = {} if pool.type == PROCESS_POOL else await _template(pool)  # the server has a template for this type
     new = WorkPoolCreate(
         name=pool.name,
         type=pool.type,
@@ -164,7 +164,7 @@ async def new_pool(client: PrefectClient, pool: Pool) -> str:
 
 async def _template(pool: Pool) -> dict[str, Any]:
     """The base job template of the pool's type."""
-    from prefect.workers.utilities import (  # here: most pools are of processes
+    from prefect.workers.utilities import (  # imported here: most pools are of local processes
         get_available_work_pool_types,
         get_default_base_job_template_for_infrastructure_type,
     )
@@ -187,7 +187,7 @@ async def _deploy(
     code: str | None,
     there: DeploymentResponse | None,
 ) -> None:
-    """Write the flow's deployment, unless the one that is `there` is as it should be: writing all of them costs the server seconds."""
+    """Write the flow's deployment, unless the existing one (`there`) is up to date: writing all deployments takes the server seconds."""
     pool = config.machine.pools.by_role[PHASES[flow].pool if flow in PHASES else PIPELINE]
     kind, rental, known = types[pool.name], config.machine.rental, id_of(volume)
     given = LOCAL_JOB if kind == PROCESS_POOL else rental.job_variables(code) if kind == RENTED_POOL and rental else {}
@@ -199,7 +199,7 @@ async def _deploy(
         "work_queue_name": queue_name(known),
         "job_variables": given | pool.job_variables,
     }
-    # what is ours of a deployment; its schedules are the users'
+    # the fields that this function manages; schedules belong to the users
     ours = wanted | {"entrypoint": f"flows.{flow}.{flow}", "parameter_openapi_schema": parameter_schema(flow)}
     if there is None or any(getattr(there, field) != value for field, value in ours.items()):
         entrypoint_type = EntrypointType.MODULE_PATH
@@ -211,7 +211,7 @@ async def _deploy(
 
 @cache
 def parameter_schema(flow: str) -> dict[str, Any]:
-    """Of the pipeline's parameters, or of a phase's, which all phases have in common."""
+    """OpenAPI schema of the pipeline's parameters, or of a phase's, which are the same for all phases."""
     return flow_named(flow if flow == PIPELINE else next(iter(PHASES))).parameters.model_dump(exclude_unset=True)
 
 
@@ -231,7 +231,7 @@ async def _deploy_reaper(name: str, config: PipelineConfig, volume: Path, known:
 
 
 def _schedules(flow: str, there: DeploymentResponse | None) -> list[DeploymentScheduleCreate]:
-    """Those the deployment has, as users have set them; for a new one the phase's own, paused."""
+    """The existing deployment's schedules, as users have set them; for a new deployment the phase's own, paused."""
     if there is None:
         cron = PHASES[flow].schedule if flow in PHASES else None
         return [DeploymentScheduleCreate(schedule=CronSchedule(cron=cron), active=False)] if cron else []

@@ -1,4 +1,4 @@
-"""`fvlm infra up`: the Prefect server and the workers on a small pod, with everything deployed, so that no machine at home stays on."""
+"""`fvlm infra up`: run the Prefect server and the workers on a small pod, so that no local machine has to stay on."""
 
 import contextlib
 import shlex
@@ -24,13 +24,13 @@ from tasks.rented import account_of, budget_of, rental_of
 
 DAY_S = 86_400.0
 ENDED = UserError("everything on the volume was ended", where="`fvlm infra down`", fix="run `fvlm infra up`, and start the run again")
-"""Message of the runs that `down` marks Crashed: a refusal, since a pipeline that still lives would start a crashed phase again."""
+"""Message of the runs that `down` marks Crashed. It is a refusal: a pipeline that still runs does not retry a refused phase."""
 LOOKS, LOOK_S = 5, 2.0
-"""For runs that a living one has started meanwhile."""
+"""How often, and at which interval, `down` looks for runs that a running pipeline has started meanwhile."""
 
 
 def up(config: PipelineConfig, console: Console, *, days: float | None = None) -> int:
-    """The server's pod, found or rented; returns when the server answers and the profile is deployed on it."""
+    """Find or rent the server's pod, wait until the server answers, and deploy the profile on it; returns the exit status."""
     from infra.runpod.remote import rent_server, server_pod, wait_until_it_answers
 
     rental = rental_of(config)
@@ -57,7 +57,7 @@ def up(config: PipelineConfig, console: Console, *, days: float | None = None) -
         )
     else:
         refuse_longer(pod, days)
-        say(f"the server's pod {pod.id} is there already, until {_until(pod)}")
+        say(f"the server's pod {pod.id} is already running, until {_until(pod)}")
     address = rental.address_of(pod.id)
     wait_until_it_answers(account, pod, address, say)
     prefect_settings.apply(variables(account, address))
@@ -67,7 +67,7 @@ def up(config: PipelineConfig, console: Console, *, days: float | None = None) -
 
 
 def refuse_longer(pod: Pod, days: float | None) -> None:
-    """Raise UserError where the server's pod ends sooner than was asked for, by a tenth or more."""
+    """Raise UserError if the server's pod ends earlier than requested, by a tenth or more."""
     name = PodName.parse(pod.name)
     if days is not None and name is not None and name.deadline < time.time() + 0.9 * days * DAY_S:
         fix = f"run `fvlm infra down`, which saves the server's records, and then `fvlm infra up --days {days:g}`"
@@ -81,7 +81,7 @@ def _until(pod: Pod) -> str:
 
 
 def variables(account: Account, address: str) -> dict[str, str]:
-    """What a program needs to talk to the server. Raises UserError where the volume has no password of it."""
+    """Environment variables for clients of the server. Raises UserError if the server's password is not on the volume."""
     from infra.runpod.remote import PASSWORD
 
     password = account.store.read(PASSWORD)
@@ -91,20 +91,20 @@ def variables(account: Account, address: str) -> dict[str, str]:
 
 
 def exports(config: PipelineConfig) -> str:
-    """Lines for a shell, with the password. Raises UserError where no server runs."""
+    """`export` lines for a shell, with the password. Raises UserError if no server is running."""
     from infra.runpod.remote import server_pod
 
     rental = rental_of(config)
     account = account_of(rental)
     pod = server_pod(account)
     if pod is None:
-        raise UserError("no pod keeps a Prefect server", where=rental.volume, fix="run `fvlm infra up`")
+        raise UserError("no pod runs a Prefect server", where=rental.volume, fix="run `fvlm infra up`")
     known = variables(account, rental.address_of(pod.id))
     return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in known.items())
 
 
 def down(config: PipelineConfig, account: Account, console: Console) -> None:
-    """End the server's pod after it has saved its database, where there is one; what runs is marked Crashed before."""
+    """Mark unfinished runs Crashed, then end the server's pod, if there is one, after it has saved its database."""
     import asyncio
 
     import httpx
@@ -113,8 +113,8 @@ def down(config: PipelineConfig, account: Account, console: Console) -> None:
 
     rental = rental_of(config)
     if pod := server_pod(account):
-        console.print(f"pod {pod.id} keeps the server; it saves its database and ends", highlight=False)
-        with contextlib.suppress(UserError, httpx.HTTPError):  # a server that does not answer has no say
+        console.print(f"pod {pod.id} runs the server; it saves its database and ends", highlight=False)
+        with contextlib.suppress(UserError, httpx.HTTPError):  # end the pod even if the server does not answer
             prefect_settings.apply(variables(account, rental.address_of(pod.id)))
             from deployments.register import crash_stale_runs
 
@@ -126,7 +126,7 @@ def down(config: PipelineConfig, account: Account, console: Console) -> None:
 
 
 def smoke(config: PipelineConfig, bucket: S3Store, console: Console, *, yes: bool) -> int:
-    """The first test on RunPod itself, after a question; prints what was found out."""
+    """Run the smoke test on RunPod after asking for confirmation, and print its findings."""
     from infra.runpod.smoke import most_usd
     from infra.runpod.smoke import smoke as asked
 
@@ -135,7 +135,8 @@ def smoke(config: PipelineConfig, bucket: S3Store, console: Console, *, yes: boo
     mark(account.store, account.volume())
     usd = most_usd(rental.pipeline_usd_per_hour)
     console.print(
-        f"Rents two small CPU pods for some minutes, at most ${usd:.2f}; asks for a GPU that should not be there.", highlight=False
+        f"Rents two small CPU pods for some minutes, at most ${usd:.2f}; also requests a GPU type that should be unavailable.",
+        highlight=False,
     )
     if not yes and console.input("Go on? [y/N] ").strip().lower() not in ("y", "yes"):
         return 1
@@ -150,7 +151,7 @@ def smoke(config: PipelineConfig, bucket: S3Store, console: Console, *, yes: boo
 
 
 def deploy(config: PipelineConfig, volume: Path, code: str | None) -> str:
-    """Register pools and deployments on the server that PREFECT_API_URL names; returns the name of the deployments."""
+    """Register pools and deployments on the server at PREFECT_API_URL; returns the name of the deployments."""
     import asyncio
 
     from deployments.register import register
@@ -159,7 +160,7 @@ def deploy(config: PipelineConfig, volume: Path, code: str | None) -> str:
 
 
 def _configuration(config: PipelineConfig, code: str | None):
-    """The pod of the pipeline's own flow, which is a small one too, as its pool describes it."""
+    """The pod configuration of the pipeline pool, which is also small enough for the server."""
     from infra.runpod.pool import RunPodConfiguration
 
     pool = config.machine.pools.by_role["pipeline"]
@@ -173,7 +174,7 @@ def _pool_types(config: PipelineConfig) -> dict[str, str]:
 
 
 def _say_where(account: Account, address: str, console: Console) -> None:
-    """The link that carries the password is for a terminal: what is written to a file is kept and read by others."""
+    """Print how to reach the server. The link with the password goes only to a terminal, since others may read a log file."""
     from infra.runpod.remote import PASSWORD
 
     password = variables(account, address)["PREFECT_API_AUTH_STRING"]

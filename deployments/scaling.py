@@ -1,4 +1,4 @@
-"""`fvlm scaling`: scaling laws of any runs."""
+"""`fvlm scaling`: fit scaling laws to any runs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -20,17 +20,17 @@ def fit(
     target_flops: Annotated[float | None, Parameter(name="--target-flops")] = None,
     output: Path | None = None,
 ) -> int:
-    """Fit L(N, D) = E + A / N^alpha + B / D^beta to a table of finished runs, one row each.
+    """Fit L(N, D) = E + A / N^alpha + B / D^beta to a table of finished runs, one per row.
 
     Parameters
     ----------
     points
-        CSV with the columns run_id, size, params, tokens (or samples) and loss; flops too, where they are not 6 params tokens. Every row
-        is the end of a run of its own whose learning rate had decayed.
+        CSV with the columns run_id, size, params, tokens (or samples) and loss, and flops if they are not 6 * params * tokens. Every row
+        is the end of a separate run whose learning rate had decayed.
     weights
-        What the fit makes small: errors as shares of the losses (relative), or in nats (unit).
+        Which errors the fit minimizes: relative to the losses (relative), or in nats (unit).
     target_flops
-        Also say which of the sizes is expected to be best at this training budget.
+        Also print which size is expected to be best at this training budget.
     output
         Folder for fits.json and the five plots, as SVG and PNG.
     """

@@ -1,8 +1,7 @@
-"""The table of every key of a profile and of a recipe, made from the types: `python -m deployments.settings_reference [--check]`.
+"""Generate the table of all keys of a profile and a recipe from the types: `python -m deployments.settings_reference [--check]`.
 
-It reads the JSON schema of the settings classes, which is also what the UI's form is made of; so a new setting appears here by being
-defined and documented where it belongs. With `--check` nothing is written, and the exit status is 1 where `docs/settings.md` is not what
-the types say.
+It reads the JSON schema of the settings classes, from which Prefect's form is made too. So a new setting appears here once it is defined
+and documented in its class. With `--check` nothing is written, and the exit status is 1 if `docs/settings.md` is not up to date.
 """
 
 import argparse
@@ -20,11 +19,11 @@ REFERENCE = REPOSITORY / "docs" / "settings.md"
 COMMAND = "python -m deployments.settings_reference"
 TITLE = f"""# Every setting
 
-Made from the types by `{COMMAND}`; do not edit. `N` stands for a place in a list, `NAME` for a name that you choose. Paths as
-they are written here work in `--set`, in an ablation's `path`, and in error messages."""
+Generated from the types by `{COMMAND}`; do not edit. `N` stands for an index in a list, `NAME` for a name that you choose. The
+same paths are used in `--set`, in an ablation's `path`, and in error messages."""
 PARTS: tuple[tuple[str, str, type[Settings]], ...] = (
-    ("Profile", "One YAML file says what the pipeline does: `deployments/profiles/`.", PipelineConfig),
-    ("Recipe", "One YAML file is one training run: `deployments/recipes/`, `torchrun -m fvlm_core.train recipe.yaml`.", Recipe),
+    ("Profile", "One YAML file configures the pipeline: `deployments/profiles/`.", PipelineConfig),
+    ("Recipe", "One YAML file configures one training run: `deployments/recipes/`, `torchrun -m fvlm_core.train recipe.yaml`.", Recipe),
 )
 LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<", "minItems": "of at least", "pattern": "matches"}
 
@@ -41,7 +40,7 @@ class Key(NamedTuple):
 
 
 def keys(settings: type[Settings]) -> list[Key]:
-    """Every key, in the order of definition; a group of keys that appeared before is named by where it did."""
+    """All keys, in the order of definition; a group of keys that appeared before is replaced by a reference to it."""
     schema = settings.model_json_schema()
     return list(_Walk(schema.get("$defs", {})).keys("", schema))
 
@@ -50,7 +49,7 @@ def reference() -> str:
     """The content of `docs/settings.md`."""
     lines = [TITLE]
     for title, text, settings in PARTS:
-        lines += ["", f"## {title}", "", text, "", "| key | type | default | what |", "|---|---|---|---|"]
+        lines += ["", f"## {title}", "", text, "", "| key | type | default | description |", "|---|---|---|---|"]
         lines += [
             "| " + " | ".join((f"`{key.path}`", _cell(key.type), _cell(key.default), _cell(key.text))) + " |" for key in keys(settings)
         ]
@@ -58,15 +57,15 @@ def reference() -> str:
 
 
 class _Walk:
-    """One pass over a schema; remembers which groups of keys were shown where."""
+    """One pass over a schema; remembers where each group of keys was shown."""
 
     def __init__(self, definitions: dict[str, Schema]) -> None:
         self.definitions = definitions
         self.shown: dict[str, str] = {}
-        """Path by name of the definition."""
+        """Path of each group, by name of its definition."""
 
     def keys(self, prefix: str, group: Schema) -> Iterator[Key]:
-        """The keys of a group, and of the groups inside."""
+        """The keys of a group and of the groups in it."""
         for name, node in group.get("properties", {}).items():
             path = f"{prefix}{name}"
             groups = list(self._groups(path, node))
@@ -81,7 +80,7 @@ class _Walk:
                     yield from self.keys(f"{inner}.", self.definitions[definition])
 
     def _groups(self, path: str, node: Schema) -> Iterator[tuple[str, str]]:
-        """Groups of keys that a value may hold: name of the definition, and the path of one."""
+        """Groups of keys that a value may contain: (name of the definition, path)."""
         if "$ref" in node:
             definition = _name(node)
             if "properties" in self.definitions[definition]:
@@ -120,27 +119,27 @@ def _name(node: Schema) -> str:
 
 
 def _default(node: Schema) -> str:
-    """The default; nothing for a group, whose keys have their own, and for a value that is made anew each time (an empty list)."""
+    """The default; empty for a group, whose keys have their own defaults, and for a default factory (such as an empty list)."""
     if "default" not in node or isinstance(node["default"], dict):
         return ""
-    return f"`{json.dumps(node['default'])}`".replace(f"{REPOSITORY}/", "")  # the same wherever the checkout is
+    return f"`{json.dumps(node['default'])}`".replace(f"{REPOSITORY}/", "")  # independent of where the checkout is
 
 
 def _cell(text: str) -> str:
-    """On one line, and with no character that would end the cell."""
+    """Put text on one line, and escape the characters that would end the cell."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
 def main() -> int:
-    """Write the file, or check it."""
+    """Write the file, or check that it is up to date."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where the file is not up to date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with status 1 if the file is not up to date")
     options = parser.parse_args()
     text = reference()
     if options.check:
         if REFERENCE.is_file() and REFERENCE.read_text() == text:
             return 0
-        print(f"error: {REFERENCE} is not what the settings' types say\n  fix: {COMMAND}", file=sys.stderr)
+        print(f"error: {REFERENCE} is not up to date with the settings' types\n  fix: {COMMAND}", file=sys.stderr)
         return 1
     REFERENCE.write_text(text)
     return 0

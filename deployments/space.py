@@ -1,4 +1,4 @@
-"""`fvlm space`: a folder that Hugging Face runs as a Space: the page of `fvlm serve`, for a released model."""
+"""`fvlm space`: write a folder that Hugging Face runs as a Space, with the web page of `fvlm serve` for a released model."""
 
 import re
 import shutil
@@ -31,11 +31,11 @@ short_description: Ask a video a question, and see where the model looks
 
 # {title}
 
-Drop a video, ask before or after it, and see where [{model}](https://huggingface.co/{model}) looks in every frame.
+Drop a video, ask a question before or after it, and see where [{model}](https://huggingface.co/{model}) looks in every frame.
 OpenAI's API is at `/v1`.
 
-Made by `fvlm space`: the Dockerfile installs the code in `code/` and runs `fvlm serve`. A secret `FVLM_API_KEY` of the Space is asked of
-every request.
+Made by `fvlm space`: the Dockerfile installs the code in `code/` and runs `fvlm serve`. If the Space has a secret `FVLM_API_KEY`, every
+request must give it.
 """
 DOCKERFILE = """# docs: https://huggingface.co/docs/hub/spaces-sdks-docker
 FROM python:3.11-slim
@@ -58,7 +58,7 @@ def space(
     output: Annotated[Path, Parameter(name=["--output", "-o"])] = Path("space"),
     hardware: Literal["cpu", "gpu"] = "cpu",
 ) -> int:
-    """Write a Hugging Face Space that serves a released model; push the folder to a Space with the SDK `docker`.
+    """Write a Hugging Face Space that serves a released model; upload the folder to a Space with the SDK `docker`.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ def space(
     output
         Folder to write; it must not exist.
     hardware
-        What the Space runs on; decides which build of torch it installs.
+        Hardware of the Space; decides which build of torch it installs.
     """
     if not REPOSITORY_NAME.fullmatch(model):
         raise UserError("a Space loads its model from the hub", where=model, fix="give the model's repository, OWNER/NAME")
@@ -75,7 +75,7 @@ def space(
         raise UserError("it exists already", where=str(output), fix="give another --output, or remove it")
     if missing := [file for file in FILES if not (REPOSITORY / file).is_file()]:
         raise UserError(
-            f"a Space takes the code of a checkout, and this is none: {', '.join(missing)} missing",
+            f"a Space needs the code of a checkout, and this is not one: {', '.join(missing)} missing",
             where=str(REPOSITORY),
             fix="run the command in a checkout; an installed package lacks these files",
         )

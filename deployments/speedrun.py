@@ -1,4 +1,4 @@
-"""`fvlm speedrun`: checks, starts the local stack, runs the pipeline through it, shows its progress, and ends with its results."""
+"""`fvlm speedrun`: run checks, start the local stack, run the pipeline on it, and show its progress and results."""
 
 import asyncio
 import os
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from deployments.cloud import Rehearsal
 
 CANCEL_TIMEOUT_S = 20.0
-"""How long a cancelled run may take to end by itself."""
+"""How long a cancelled run may take to end on its own."""
 FAILED, INTERRUPTED = 1, 130
 
 
@@ -48,7 +48,7 @@ def speedrun(
 ) -> int:
     """Run the complete pipeline, or one phase; returns the exit status.
 
-    `emulated`: on pods of an emulated RunPod; `inspect` gets it at the end, while its books are there.
+    With `emulated`, it runs on pods of an emulated RunPod; `inspect` is called with the rehearsal at the end, before the emulator stops.
 
     Raises UserError before anything is started, StackError while it runs.
     """
@@ -85,7 +85,7 @@ def _with_stack(
     port: int | None,
     environment: Mapping[str, str],
 ) -> int:
-    """Start the stack, run, and end what was started. `environment`: more for its workers."""
+    """Start the stack, run, and stop what was started. `environment` is added to that of the workers."""
     stack = Stack(volume, environment={**os.environ, **environment})
     with _terminated_as_interrupted():
         keep = False
@@ -97,11 +97,11 @@ def _with_stack(
             keep = keep_server or keep
             return status
         except KeyboardInterrupt:
-            console.print("interrupted: the run is cancelled; the same command goes on from here")
+            console.print("interrupted: the run is cancelled; run the same command again to resume")
             return INTERRUPTED
         finally:
             if stack.state is None:
-                pass  # nothing was started: what runs on the volume is another command's
+                pass  # nothing was started here: any stack on the volume belongs to another command
             elif keep:
                 stack.leave_running()
                 console.print(
@@ -113,7 +113,7 @@ def _with_stack(
 
 
 def _say_where(stack: Stack, console: Console) -> None:
-    """Where the UI is. The link that carries the password is for a terminal: what is written to a file is kept and read by others."""
+    """Print the address of the UI. The link with the password goes only to a terminal, since others may read a log file."""
     link = stack.opening_link()
     address = link if link and console.is_terminal else stack.ui_url
     console.print(f"Prefect UI: {address}", highlight=False, markup=False, soft_wrap=True)
@@ -129,7 +129,7 @@ def _say_where(stack: Stack, console: Console) -> None:
 
 
 def _run(stack: Stack, config: PipelineConfig, volume: Path, console: Console, phase: str | None, *, keep: bool) -> int:
-    """Show the plan, register, trigger, watch, and print the results. `keep`: the server and all workers go on afterwards."""
+    """Show the plan, register, trigger, follow, and print the results. `keep`: leave the server and all workers running."""
     pools = config.machine.pools.by_role
     if phase is None and pools["pipeline"].type == PROCESS_POOL:
         stack.prepare_worker(pools["pipeline"].name)
@@ -140,7 +140,7 @@ def _run(stack: Stack, config: PipelineConfig, volume: Path, console: Console, p
     from tasks.plan import plan
 
     console.print(plan(list(PHASES.values()), config, volume).of(phase).summary().terminal())
-    for flow in register.FLOWS[:2]:  # while the server starts: to compare deployments takes a schema of the pipeline and of a phase
+    for flow in register.FLOWS[:2]:  # while the server starts: comparing deployments needs the schemas of the pipeline and of a phase
         register.parameter_schema(flow)
     stack.wait_for_server()
     with watched(stack, console.print) as watchdog:
@@ -148,8 +148,8 @@ def _run(stack: Stack, config: PipelineConfig, volume: Path, console: Console, p
             if stack.fresh:
                 asyncio.run(register.crash_stale_runs(volume))
             types = asyncio.run(register.make_pools(config, volume))
-            # first the worker that takes the run. A pipeline's others start when it has begun: each imports for seconds, and two at once
-            # delay each other
+            # first start the worker that takes the run, and the pipeline's other workers once the run has begun: each spends seconds on
+            # imports, and two at once delay each other
             first = pools[PHASES[phase].pool if phase else register.PIPELINE].name
             stack.start_workers(types if config.machine.rental else {first: types[first]})
             later = {} if phase else types
@@ -175,14 +175,14 @@ def _run(stack: Stack, config: PipelineConfig, volume: Path, console: Console, p
 
 
 def advice(message: str, *, stopped: str | None) -> list[str]:
-    """What to print of a failed run's message: no links to a server that has been stopped (the address `stopped`), and what to do."""
+    """Lines to print for a failed run's message: without links to a server that was stopped (at address `stopped`), with what to do."""
     lines = [line for line in message.splitlines() if stopped is None or stopped not in line]
     return lines if is_refusal(message) else [*lines, GO_ON]
 
 
 @contextmanager
 def _undisturbed() -> Generator[None]:
-    """Neither Ctrl-C nor a closed terminal leaves half of a stack behind."""
+    """Ignore Ctrl-C, SIGTERM and a closed terminal, so that the stack is stopped completely."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
@@ -193,7 +193,7 @@ def _undisturbed() -> Generator[None]:
 
 @contextmanager
 def _terminated_as_interrupted() -> Generator[None]:
-    """SIGTERM and a closed terminal end the run as Ctrl-C does; what ignores them (nohup) goes on doing so."""
+    """Treat SIGTERM and a closed terminal like Ctrl-C, except for signals that are ignored (nohup)."""
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""`fvlm status`: how far the phases of a profile are on a volume, and what came of them, read from the volume alone."""
+"""`fvlm status`: the progress and results of a profile's phases, read from the volume alone."""
 
 import time
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from tasks.plan import duration, look
 from tasks.status import PhaseStatus
 
 STALE_S = 60.0
-"""A status that was not written for so long is of a phase that runs no longer."""
+"""A phase whose status was not written for this long is no longer running."""
 
 
 def status_table(phases: Sequence[Phase], config: PipelineConfig, volume: Path) -> Table:
-    """A line per phase: done, running with what its steps do, or how many of its steps are there."""
+    """A row per phase: done, running (with the progress of its steps), or not done (with the number of finished steps)."""
     steps: dict[str, list[bool]] = {}
     for one in look(phases, config, volume, absent=[] if config.machine.rental else None):
         steps.setdefault(one.phase, []).append(one.found.made is not None)
@@ -40,7 +40,7 @@ def status_table(phases: Sequence[Phase], config: PipelineConfig, volume: Path) 
 
 
 def print_results(phases: Sequence[Phase], config: PipelineConfig, volume: Path, console: Console, *, away: bool = False) -> None:
-    """The tables and the files that the phases have for the end. `away`: the files are on a volume that is not mounted here."""
+    """Print the phases' closing tables and output files. `away`: the files are on a volume that is not mounted here."""
     folders = [phase.folder(config, volume) for phase in phases]
     manifests = [PhaseManifest.read(folder) for folder in folders if (folder / MANIFEST).is_file()]
     for table in (table for manifest in manifests for table in manifest.shown.closing):
@@ -50,6 +50,6 @@ def print_results(phases: Sequence[Phase], config: PipelineConfig, volume: Path,
 
 
 def _running(folder: Path) -> PhaseStatus | None:
-    """The status of a phase that runs now: its board is rewritten every second or so while a step works."""
+    """The status of a running phase, which rewrites it about every second while a step works; else None."""
     status = PhaseStatus.read(folder, since=time.time() - STALE_S)
     return status if status and status.done < status.total else None

@@ -1,4 +1,4 @@
-"""`fvlm stream`: a model watches a file, a camera or an address, and is asked at any time."""
+"""`fvlm stream`: watch a file, a camera or an address with a model, and ask it questions at any time."""
 
 import queue
 import sys
@@ -18,11 +18,11 @@ from deployments.use import Device, FramePx, Llm, Model, Vision, load_model
 from fvlm_core.errors import UserError
 
 RECENT = 30
-"""Frames whose median time is shown."""
+"""Number of last frames in the median time."""
 RESERVED_FOR_QUESTION = 192
-"""Tokens of the context that are kept free for a question."""
+"""Tokens of the context that are reserved for a question."""
 PIPED_EVERY = 60
-"""Without a terminal, a line for so many frames."""
+"""Without a terminal, a status line is printed after this many frames."""
 
 
 def stream(
@@ -44,34 +44,34 @@ def stream(
     frame_px: FramePx = None,
     device: Device = "auto",
 ) -> int:
-    """Watch a source as it goes on, a token per frame; type a question and return at any time, /quit ends.
+    """Watch a source live, at a token per frame; type a question and press return at any time, /quit ends.
 
-    Shows the time that a frame took (the last, and the median of the last 30), how full the context is, and the process's memory, which
-    does not grow once the context is full. After the end of the source, questions are answered until the input ends.
+    Shows the time per frame (the last one, and the median of the last 30), how full the context is, and the process's memory, which does
+    not grow once the context is full. After the end of the source, questions are answered until the input ends.
 
     Parameters
     ----------
     source
         A file, a camera (/dev/video0), or an address that ffmpeg reads (http, rtsp, ...).
     fps
-        Frames looked at per second of the source; by default as many as the model was trained with.
+        Frames to watch per second of the source; by default as many as in training.
     task
         A question known before the first frame, which directs where the model looks.
     ask
-        A question at the end, any number of times; then none are read from the input.
+        A question to ask at the end; may be repeated. No questions are then read from the input.
     fast
-        Read a file as fast as it can be looked at, not at its own speed.
+        Read a file as fast as possible, not at its own speed.
     frames
-        Stop after so many; 0 does not.
+        Stop after this many frames; 0 means no limit.
     when_full
-        What a full context forgets: `slide` the older half, `thin` every second frame.
+        Which frames a full context drops: `slide` the older half, `thin` every second one.
     context
-        Tokens kept at most; by default as many as the model can.
+        Most tokens in context; by default the model's limit.
     max_new_tokens
         Most tokens of an answer.
     exact
-        Keep what was seen in fp32. By default a CPU that multiplies bfloat16 keeps it in that: half of the memory, and less time in
-        long streams.
+        Keep the KV cache in fp32. By default it is in bfloat16 on a CPU with bfloat16 multiplication, which takes half of the memory, and
+        less time in long streams.
     """
     if (fps is not None and not 0.01 <= fps <= 60) or frames < 0 or max_new_tokens < 1:
         raise UserError("fps must be 0.01 to 60, frames at least 0, max_new_tokens at least 1", where="the options", fix="correct them")
@@ -149,7 +149,7 @@ def stream(
 
 
 def _read_questions(asked: "queue.Queue[str | None]") -> None:
-    """Lines of the input, then None."""
+    """Put the lines of standard input on the queue, then None."""
     for line in sys.stdin:
         if line.strip():
             asked.put(line.strip())

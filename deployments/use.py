@@ -1,4 +1,4 @@
-"""`fvlm chat`, `fvlm look` and `fvlm serve`: a model, asked in the terminal or over the web."""
+"""`fvlm chat`, `fvlm look` and `fvlm serve`: use a model in the terminal or over HTTP."""
 
 import os
 import sys
@@ -23,20 +23,20 @@ Model = Annotated[
 ]
 ModeName = Annotated[
     Literal["coarse", "fine", "autoregressive"] | None,
-    Parameter(help="How frames are read: all alike, each with a query of its own, or as a stream would. By default `fine`."),
+    Parameter(help="How frames are read: one query for all, a query per frame, or frame by frame like a stream. By default `fine`."),
 ]
-Vision = Annotated[str | None, Parameter(help="Hub name or folder of the DINOv2 that a checkpoint of the original was built with.")]
-Llm = Annotated[str | None, Parameter(help="Hub name or folder of its SmolLM2.")]
-FramePx = Annotated[int | None, Parameter(help="Side of its frames: 224 px where it is not given.")]
-Device = Annotated[Literal["auto", "cpu", "cuda"], Parameter(help="Where to compute.")]
+Vision = Annotated[str | None, Parameter(help="Hub name or folder of the DINOv2 with which a checkpoint of the original was built.")]
+Llm = Annotated[str | None, Parameter(help="Hub name or folder of the SmolLM2 with which a checkpoint of the original was built.")]
+FramePx = Annotated[int | None, Parameter(help="Side of the frames of a checkpoint of the original; by default 224 px.")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], Parameter(help="Device to run on.")]
 
 SEEDS = 1 << 63
-"""torch takes seeds below it."""
-HELP = "A question and return; /new begins a new conversation, /quit ends."
+"""Upper limit of seeds."""
+HELP = "Type a question and press return; /new starts a new conversation, /quit ends."
 
 
 def load_model(model: str, vision: str | None, llm: str | None, frame_px: int | None, device: str, console: Console):
-    """The model that a command's options name, with a spinner."""
+    """Load the model that a command's options name, with a spinner."""
     with Status("loading the model", console=console):
         from fvlm_core.eval.jobs import Original
         from fvlm_core.serve.load import load
@@ -53,7 +53,7 @@ def chat(
     mode: ModeName = None,
     question_first: Annotated[bool, Parameter(negative="")] = False,
     max_new_tokens: Annotated[int, Parameter(help="Most tokens of an answer.")] = 128,
-    temperature: Annotated[float, Parameter(help="0 takes the likeliest token, more draws.")] = 0.0,
+    temperature: Annotated[float, Parameter(help="Sampling temperature; 0 is greedy decoding.")] = 0.0,
     seed: int = 0,
     vision: Vision = None,
     llm: Llm = None,
@@ -67,11 +67,11 @@ def chat(
     video
         A video, a picture, or a folder of frames.
     ask
-        A question, any number of times; without any they are read from the terminal, or line by line from a pipe.
+        A question; may be repeated. By default questions are read from the terminal, or line by line from a pipe.
     question_first
-        The model reads each question before the video, and can look for what is asked; every question is then a new conversation.
+        Put each question before the video, so that the model can look for what is asked; every question is then a new conversation.
     seed
-        Of the draws.
+        Seed of sampling.
     """
     if max_new_tokens < 1 or not 0 <= temperature < inf or not 0 <= seed < SEEDS:
         what = "max_new_tokens must be at least 1, temperature at least 0, seed a number of 63 bits"
@@ -102,7 +102,7 @@ def chat(
             for piece in session.ask(question, mode=chosen, question_first=question_first, sampling=sampling):
                 console.print(piece, end="", markup=False, soft_wrap=True)
             console.print()
-        except UserError as error:  # the conversation has grown too long: the user can begin a new one
+        except UserError as error:  # the conversation is too long: the user can start a new one
             if not interactive:
                 raise
             console.print(Text(str(error), "red"))
@@ -124,7 +124,7 @@ def look(
     frame_px: FramePx = None,
     device: Device = "auto",
 ) -> int:
-    """Write a clip of where the model looks: each frame with coarse attention and the gaze beside it, and the gaze's entropy.
+    """Write a clip of where the model looks: each frame beside its coarse attention and its gaze, and the gaze's entropy.
 
     Parameters
     ----------
@@ -133,14 +133,14 @@ def look(
     output
         The clip to write, .mp4 or .gif.
     question
-        What is asked while it looks.
+        The question to ask.
     mode
-        Whose gaze.
+        The mode whose gaze is shown.
     question_first
-        The question comes before the video, so that it directs the gaze.
+        Put the question before the video, so that it directs the gaze.
     fps
-        Frames of the written clip per second; by default as many as are taken of a second, so that the clip is as fast as the video
-        (but for one of more frames than the model is shown).
+        Frame rate of the written clip; by default the rate at which the model samples the video, so that the clip has the video's speed
+        (unless the video has more frames than the model is shown).
     """
     from fvlm_core.serve.look import check_output, write_clip
 
@@ -182,26 +182,26 @@ def serve(
     frame_px: FramePx = None,
     device: Device = "auto",
 ) -> int:
-    """Serve a model: a web page, and OpenAI's /v1/chat/completions with videos. FVLM_API_KEY, where it is set, is asked of every request.
+    """Serve a model: a web page, and OpenAI's /v1/chat/completions with videos. If FVLM_API_KEY is set, every request must give it.
 
     Parameters
     ----------
     host
-        Address to listen at; 0.0.0.0 lets other machines in.
+        Address to listen on; 0.0.0.0 accepts connections from other machines.
     port
-        Port to listen at.
+        Port to listen on.
     upload_mb
-        Largest video or picture.
+        Largest video or picture, in MB.
     video_s
-        Longest video.
+        Longest video, in seconds.
     new_tokens
-        Longest answer.
+        Longest answer, in tokens.
     running
-        Answers that are computed together.
+        Answers that are decoded together.
     waiting
-        Requests that wait beside them; more are refused with status 429.
+        Requests that may wait in addition to those; further ones are rejected with status 429.
     allow_internal
-        Addresses of videos may lead to this machine and its private networks.
+        Allow addresses of videos that lead to this machine or its private networks.
     """
     import uvicorn
 
@@ -212,7 +212,7 @@ def serve(
     try:
         listening = listen(port, host)
     except OSError as error:
-        raise UserError(f"cannot listen there: {error.strerror}", where=f"{host}:{port}", fix="choose another --port or --host") from error
+        raise UserError(f"cannot listen here: {error.strerror}", where=f"{host}:{port}", fix="choose another --port or --host") from error
     answerer = load_model(model, vision, llm, frame_px, device, console)
     from fvlm_core.serve.app import create_app
     from fvlm_core.serve.limits import Limits
@@ -221,18 +221,18 @@ def serve(
     limits = Limits(upload_mb, video_s, new_tokens=new_tokens, running=running, waiting=waiting, allow_internal=allow_internal)
     console.print(f"{answerer.name}: web page at {address_of(host, port)}, OpenAI's API at {address_of(host, port)}/v1", soft_wrap=True)
     if not key and host not in ("127.0.0.1", "localhost", "::1"):
-        console.print("[yellow]anyone who reaches this address can use it; set FVLM_API_KEY to ask for a key[/]")
+        console.print("[yellow]anyone who can reach this address can use the model; set FVLM_API_KEY to require a key[/]")
     with listening:
         uvicorn.Server(uvicorn.Config(create_app(answerer, limits, api_key=key), log_level="warning")).run([listening])
     return 0
 
 
 def _questions(console: Console, *, interactive: bool):
-    """Lines of the terminal or of a pipe, without empty ones."""
+    """Yield the non-empty lines of the terminal or a pipe."""
     while True:
         try:
             line = (console.input("[bold cyan]> [/]") if interactive else input()).strip()
         except EOFError:
             return
         if line:
-            yield line.encode(errors="surrogateescape").decode(errors="replace")  # bytes that are not UTF-8
+            yield line.encode(errors="surrogateescape").decode(errors="replace")  # replace bytes that are not UTF-8

@@ -1,4 +1,4 @@
-"""A pipeline run seen from outside: trigger it, follow it, cancel it."""
+"""Trigger, follow and cancel a pipeline run from outside."""
 
 import time
 from collections.abc import Callable
@@ -24,18 +24,18 @@ from tasks.config import PipelineConfig
 from tasks.status import PhaseStatus
 
 POLL_S = 2.0
-"""Between looks at a run, each of which costs the server 20 ms of a core."""
+"""Polling interval; each poll costs the server 20 ms of CPU time."""
 CANCEL_S = 90.0
-"""How long a run may be Cancelling: Prefect's worker gives its process 30 s, and loads the flow for its hooks. After that nobody is at it:
-the worker hears of a cancellation by one event, which can get lost."""
+"""How long a run may be Cancelling. Prefect's worker gives the run's process 30 s, and loads the flow for its hooks. After that, the
+worker must have missed the cancellation: it learns of it from a single event, which can get lost."""
 RUN_VARIABLE = "PREFECT__FLOW_RUN_ID"
-"""In the environment of a flow run's processes."""
+"""Environment variable of a flow run's processes."""
 TASK_RUNS = 200
-"""Read at a time; a pipeline run has two per phase."""
+"""Task runs to read per request; a pipeline run has two per phase."""
 UNSETTLED = {"Pending", "Running", "Retrying"}
-"""Names of states of a task that has not ended."""
+"""Names of the states of an unfinished task."""
 SETTLE_S = 10.0
-"""How long the phases' last states may lag behind the end of the run: Prefect's server learns the state of a task from events, later."""
+"""How long to wait for the phases' final states after the run has ended: Prefect's server gets task states later, from events."""
 
 
 def trigger(config: PipelineConfig, flow: str, name: str) -> UUID:
@@ -55,9 +55,9 @@ def follow(
     begun: Callable[[], None] = lambda: None,
     cancel_s: float = CANCEL_S,
 ) -> State[Any]:
-    """Show the run (of one phase, where `only` names it) until it ends; returns its last state.
+    """Show the run until it ends; returns its final state. `only` names the phase if the run is of a single phase.
 
-    `begun` is called, more than once, while it runs. One that has been Cancelling for `cancel_s` seconds is ended from here.
+    `begun` is called repeatedly while the run is running. A run that has been Cancelling for `cancel_s` seconds is ended from here.
     """
     began, cancelling_since, ended_at = time.time(), None, None
     folders = {name: phase.folder(config, volume) for name, phase in PHASES.items()}
@@ -67,13 +67,13 @@ def follow(
                 flow_run = client.read_flow_run(run)
                 ended = flow_run.state.name if flow_run.state else None
                 states = {only: ended or ""} if only else _phase_states(client, run)
-            except httpx.TransportError:  # the watchdog says whether the server has died
+            except httpx.TransportError:  # the watchdog reports it if the server has died
                 time.sleep(POLL_S)
                 continue
             if flow_run.state is not None and flow_run.state.is_running():
                 begun()
             for name, folder in folders.items():
-                # a task run has another name until it starts, so a state that was seen stays until there is a newer one
+                # a task run has another name until it starts, so keep the last known state until there is a newer one
                 state = states.get(name, display.phases[name].state)
                 display.show(name, state, PhaseStatus.read(folder, since=began))
             if flow_run.state is not None and flow_run.state.is_final():
@@ -89,7 +89,7 @@ def follow(
 
 
 def cancel(run: UUID, *, timeout_s: float) -> None:
-    """Cancel the run and its phases, and wait until they have ended; what has not by then is marked Cancelled."""
+    """Cancel the run and its phases, and wait for them; runs that have not ended after `timeout_s` are ended from here."""
     with get_client(sync_client=True) as client:
         deadline = time.monotonic() + timeout_s
         for one in _unfinished(client, run):
@@ -100,19 +100,19 @@ def cancel(run: UUID, *, timeout_s: float) -> None:
 
 
 def _end(client: SyncPrefectClient, runs: list[FlowRun], reason: str) -> None:
-    """End the runs' processes on this host, and mark the runs Cancelled."""
+    """Kill the runs' processes on this host, and mark the runs Cancelled."""
     for run in runs:
         end_marked(RUN_VARIABLE, str(run.id))
         client.set_flow_run_state(run.id, Cancelled(message=reason), force=True)
 
 
 def _phase_states(client: SyncPrefectClient, run: UUID) -> dict[str, str]:
-    """State of each phase's task in the pipeline run."""
+    """The state of each phase's task in the pipeline run."""
     tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run])), limit=TASK_RUNS)
     return {task.name: task.state.name or "" for task in tasks if task.name in PHASES and task.state}
 
 
 def _unfinished(client: SyncPrefectClient, run: UUID) -> list[FlowRun]:
-    """The pipeline run and its phases' runs, as far as they have not ended."""
+    """The pipeline run and its phases' runs that have not ended."""
     children = client.read_flow_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[run])))
     return [one for one in (client.read_flow_run(run), *children) if not (one.state and one.state.is_final())]

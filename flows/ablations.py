@@ -1,4 +1,4 @@
-"""Phase 2: runs that differ from the base recipe in one setting each, and the one that wins."""
+"""Phase 2: runs that each differ from the base recipe in one setting, and the winning change."""
 
 from flows.precompute import PRECOMPUTE, training_inputs
 from flows.speed import SPEED
@@ -14,7 +14,7 @@ from tasks.phase_flow import flow_on_demand
 from tasks.steps import Step
 
 BASELINE = "baseline"
-"""Name of the table's first run: the base recipe itself."""
+"""Name of the table's first run, the base recipe itself."""
 REPORT = "ablation-report"
 CONFIRMATION = "ablation-confirmation"
 COLUMNS = {"name", "change", "value", "seeds", "loss", "delta", "low", "high", "verdict", "control"}
@@ -55,7 +55,7 @@ def steps(config: PipelineConfig, before: Before) -> list[Step]:
 
 
 def decide(config: PipelineConfig, results: Results) -> Changes:
-    """The winner's change, where new seeds confirmed it."""
+    """The winning change, if new seeds confirmed it."""
     report, confirmation = AblationReport.read(results.folder(REPORT)), Confirmation.read(results.folder(CONFIRMATION))
     return {report.winner_change: report.winner_value} if confirmation.confirmed else {}
 
@@ -76,7 +76,7 @@ def learn(config: PipelineConfig, results: Results) -> list[Experiment]:
     rows = [
         Experiment(
             run=marked_name(row),
-            hypothesis=row.hypothesis or "what the others are compared with",
+            hypothesis=row.hypothesis or "the baseline of all other runs",
             change=change_text(row, report.baseline),
             result=f"{row.loss:.4f} nats (n={row.seeds})" + ("" if row.name == report.baseline else f", {difference_text(row)}"),
             verdict=row.verdict,
@@ -87,7 +87,7 @@ def learn(config: PipelineConfig, results: Results) -> list[Experiment]:
         return rows
     again = Experiment(
         run=f"{report.winner}, other seeds",
-        hypothesis="the gain is there on seeds that did not choose it",
+        hypothesis="the gain holds on seeds that were not used to choose it",
         change=f"{report.winner_change} = {show_value(report.winner_value)}",
         result=confirmation.text,
         verdict="confirmed" if confirmation.confirmed else "not confirmed",
@@ -97,7 +97,7 @@ def learn(config: PipelineConfig, results: Results) -> list[Experiment]:
 
 ABLATIONS = Phase(
     name="ablations",
-    purpose="Train the base recipe and every ablation on the same samples and seeds, compare them, confirm the winner on other seeds.",
+    purpose="Train the base recipe and every ablation on the same samples and seeds, compare them, and confirm the winner on other seeds.",
     pool="gpu",
     after=(PRECOMPUTE, SPEED),
     reads=("model", "base", "ablations", "ablation_seeds", "ablation_relevance", "ablation_min_gain"),

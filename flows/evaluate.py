@@ -1,4 +1,4 @@
-"""Phase 5: the final model in its three modes."""
+"""Phase 5: evaluation of the final model in its three modes."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,7 +23,7 @@ def steps(config: PipelineConfig, before: Before) -> list[Step]:
     inputs: dict[str, Given] = {"run": before.step(TRAIN.name, last_stage(config)), "shards": before.step(PRECOMPUTE.name, SHARDS)}
     inputs |= {f"{part}.{setting}": Outside(path, quick_digest(path)) for (part, setting), path in config.evaluation.outside().items()}
     step = Step.of(EVALUATION, "fvlm_core.eval", config.evaluation, inputs=inputs, threads=config.evaluation.threads)
-    # only benchmarks are asked by several processes; small ones are done before a second process has started
+    # only benchmarks are split over ranks, and a small one is done before a second process has started
     several = config.machine.ranks > 1 and bool(config.evaluation.benchmarks.data)
     return [replace(step, ranks=config.machine.ranks) if several else step]
 
@@ -41,12 +41,12 @@ def show(config: PipelineConfig, results: Results) -> Shown:
 
 
 def prepare(config: PipelineConfig, volume: Path) -> None:
-    """The files that benchmarks read are there."""
+    """Check that the files of the benchmarks exist."""
     check_outside(config.evaluation)
 
 
 def outside(config: PipelineConfig, volume: Path) -> Mapping[str, str]:
-    """Their digests."""
+    """Digests of the benchmarks' files."""
     return {f"{part}.{setting}": quick_digest(path) for (part, setting), path in config.evaluation.outside().items()}
 
 

@@ -1,4 +1,4 @@
-"""The complete pipeline, phase by phase. Each phase is a deployment of its own and runs on the work pool that suits it."""
+"""The complete pipeline, phase by phase. Each phase has its own deployment and runs in a suitable work pool."""
 
 from flows.registry import PHASES
 from tasks.pipeline_flow import pipeline_flow

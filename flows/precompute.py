@@ -1,4 +1,4 @@
-"""Phase 0: videos to shards, on CPU."""
+"""Phase 0: from videos to shards, on CPU."""
 
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from tasks.steps import Given, Outside, Step
 
 SHARDS, VISION = "shards", "vision"
 LOSSES_SHOWN = 5
-"""Sources and reasons of what was left out, the most frequent first."""
+"""Number of (source, reason) pairs of omitted samples to show, the most frequent first."""
 CLIPS_TABLE = "clips.parquet"
-"""In the folder of the rendered clips."""
+"""Name of the clips' table in the folder of the rendered clips."""
 
 
 def steps(config: PipelineConfig, before: Before) -> list[Step]:
@@ -39,7 +39,7 @@ def steps(config: PipelineConfig, before: Before) -> list[Step]:
 
 
 def decide(config: PipelineConfig, results: Results) -> Changes:
-    """Recipes start from the encoder that was trained here, where one was."""
+    """Recipes start from the vision encoder trained in this phase, if there is one."""
     return {"model.vision.shape": None, VISION_CHECKPOINT: AN_INPUT} if VISION in results.made else {}
 
 
@@ -57,7 +57,7 @@ def show(config: PipelineConfig, results: Results) -> Shown:
 
 PRECOMPUTE = Phase(
     name="precompute",
-    purpose="Render or take videos, fetch them with video2dataset, cut them into frames, and write shards with token ids.",
+    purpose="Render or collect videos, fetch them with video2dataset, extract frames, and write shards with token ids.",
     pool="cpu",
     reads=("precompute", "model.vision"),
     steps=steps,
@@ -72,14 +72,14 @@ PRECOMPUTE = Phase(
 __getattr__ = flow_on_demand(PRECOMPUTE, __name__)
 
 VISION_CHECKPOINT = "model.vision.checkpoint"
-"""The recipe's setting that the trained encoder fills."""
+"""The recipe setting that names the trained encoder."""
 
 
 def training_inputs(before: Before, prefix: str = "") -> dict[str, Given]:
-    """What every recipe reads of this phase, by the recipe's setting (after `prefix`): shards, and the encoder where one was trained."""
+    """A recipe's inputs from this phase, by setting (prefixed by `prefix`): the shards, and the vision encoder if one was trained."""
     made = before.steps(PRECOMPUTE.name)
     inputs: dict[str, Given] = {f"{prefix}shards": made[SHARDS]}
-    # a plan of what is not made yet has the encoder's shape in its recipes
+    # in a plan the encoder may not exist yet; then the recipes contain its shape
     if VISION in made and VISION_CHECKPOINT in before.changes:
         inputs[f"{prefix}{VISION_CHECKPOINT}"] = made[VISION]
     return inputs
@@ -92,18 +92,18 @@ def _clips(config: PipelineConfig) -> Step:
 
 
 def _download_clips(config: PipelineConfig, clips: Step) -> Step:
-    """Fetches the rendered clips, whose table is always of the format `user`."""
+    """Fetch the rendered clips, whose table always has the format `user`."""
     source = {"name": RENDERED, "files": [None]}
-    # the natural clips' pixels are taken as they are stored, as they always were: one of them is anamorphic
+    # one natural clip is anamorphic; its pixels are used as stored, as in all earlier shards
     return _download(config, RENDERED, {"source.files.0": clips.file(CLIPS_TABLE)}, source=source, square_pixels=False)
 
 
 def _download_parts(config: PipelineConfig, source: Source, volume: Path) -> list[Step]:
-    """Fetch the videos of a source from outside, a step for each of its parts."""
+    """Fetch the videos of an external source, one step per part."""
     try:
         folder = record_folder(source, volume)
         parts = parts_of(folder, recorded(source, volume), config.precompute.download.part_samples)
-    except UserError:  # only a plan gets here without its files: a run was refused before
+    except UserError:  # only in a plan: a run without these files is refused earlier
         return [_download(config, source.name, {"record": _record(source, volume)})]
 
     def step(number: int, part: Part) -> Step:
@@ -114,14 +114,14 @@ def _download_parts(config: PipelineConfig, source: Source, volume: Path) -> lis
 
 
 def _download(config: PipelineConfig, name: str, origin: dict[str, Given], **more: Any) -> Step:
-    """Fetches the videos of a source; `origin` is where its rows are."""
+    """Fetch the videos of a source; `origin` is the input with its rows."""
     inputs = origin | {"video2dataset_python": Outside(config.machine.video2dataset_python, "")}
     more |= {"frame_px": config.model.vision.frame_px}
     return Step.of(f"download-{name}", "fvlm_core.data.download", config.precompute.download, inputs=inputs, **more)
 
 
 def _shards(config: PipelineConfig, downloads: list[Step], volume: Path) -> Step:
-    """Makes the shards, of downloads and of the records of chats."""
+    """Make the shards from downloads and from the records of text sources."""
     settings = config.precompute
     texts = [_record(source, volume) for source in settings.text_sources]
     shares = [(source, source.val_share) for source in settings.sources if source.val_share is not None]
@@ -133,23 +133,23 @@ def _shards(config: PipelineConfig, downloads: list[Step], volume: Path) -> Step
 
 
 def _publish(to: str, shards: Step) -> Step:
-    """Copies the shards into an object store."""
+    """Copy the shards to an object store."""
     return Step("publish", "fvlm_core.data.publish", {"to": to}, {"shards": shards})
 
 
 def _record(source: Source, volume: Path) -> Outside:
-    """A source from outside, by its record on the volume."""
+    """An external source, identified by its record on the volume."""
     try:
         return Outside(record_folder(source, volume), recorded(source, volume).digest)
-    except UserError:  # only a plan gets here without its files: a run was refused before
+    except UserError:  # only in a plan: a run without these files is refused earlier
         return Outside(volume / SOURCES / source.name, "not here")
 
 
 def _names(source: Source, volume: Path) -> set[str]:
-    """The sources that the rows of a source from outside are of: rows may name their own."""
+    """Names of the sources in an external source's rows, which may name their own."""
     try:
         return recorded(source, volume).sources
-    except UserError:  # only a plan gets here without its files: a run was refused before
+    except UserError:  # only in a plan: a run without these files is refused earlier
         return {source.name}
 
 

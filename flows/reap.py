@@ -1,6 +1,6 @@
-"""Looks after rented machines on a schedule: ends pods that nobody owns, compares the ledger with RunPod's bill, shows where the money is.
+"""Manage rented machines on a schedule: end pods without an owner, compare the ledger with RunPod's bill, and show the budget.
 
-It runs where a worker of local processes is, never on a pod of its own. `fvlm infra reap` does the same without Prefect.
+The flow runs as a local process of a worker, never on a pod of its own. `fvlm infra reap` does the same without Prefect.
 """
 
 import base64
@@ -14,16 +14,16 @@ from tasks.rented import account_of, bill_table, budget_of, budget_plot, budget_
 
 EVERY_S = 300
 POOL = "fvlm-home"
-"""Pool of local processes for it."""
+"""Work pool of local processes for this flow."""
 
 
 @flow(
     name="reap",
-    description="End pods that nobody owns; compare the ledger with RunPod's bill; show where the money is.",
+    description="End pods without an owner, compare the ledger with RunPod's bill, and show the budget.",
     flow_run_name="{config.name} · reap",
 )
 def reap(*, config: PipelineConfig) -> None:
-    """End pods that nobody owns; compare the ledger with RunPod's bill; show where the money is.
+    """End pods without an owner, compare the ledger with RunPod's bill, and show the budget.
 
     Args:
         config: The profile, whose `machine.rental` names the account and the volume.
@@ -37,6 +37,6 @@ def reap(*, config: PipelineConfig) -> None:
     table = budget_table(position, now)
     create_table_artifact(table.records(), key="budget-table", description=table.note)
     picture = base64.b64encode(budget_plot(position, now)).decode()
-    create_image_artifact(f"data:image/png;base64,{picture}", key="budget-plot", description="Spent and promised, by phase")
+    create_image_artifact(f"data:image/png;base64,{picture}", key="budget-plot", description="Spent and reserved, by phase")
     publish_bill(bill_table(account.store, position, now))
     log.info(table.note)

@@ -1,4 +1,4 @@
-"""Phase 6: the model's folder, its card and the report of the complete pipeline."""
+"""Phase 6: the release: the model's folder with its card, and the report of the complete pipeline."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def steps(config: PipelineConfig, before: Before) -> list[Step]:
     others = {name: made for phase in phases for name, made in before.steps(phase).items() if name not in (SHARDS, EVALUATION, *stages)}
     inputs |= {f"stages.{name}": before.step(TRAIN.name, name) for name in stages}
     inputs |= {f"reports.{name}": made for name, made in others.items()}
-    # the report shows the phases' times, which are no part of what was made
+    # no digest: the report shows the phases' times, which are not part of the release's identity
     inputs |= {f"phases.{name}": Outside(before.folders[name], "") for name in phases}
     places: dict[str, Any] = {"stages": dict.fromkeys(stages), "reports": dict.fromkeys(others), "phases": dict.fromkeys(phases)}
     return [Step.of(RELEASE_STEP, "fvlm_core.release", config.release, inputs=inputs, profile=config.name, **places)]
@@ -42,7 +42,7 @@ def show(config: PipelineConfig, results: Results) -> Shown:
 
 RELEASE = Phase(
     name="release",
-    purpose="Package the final model, check it in a clean process, and write the report.",
+    purpose="Package the final model, verify it in a clean process, and write the report.",
     pool="cpu",
     after=(PRECOMPUTE, SPEED, ABLATIONS, SCALING, TRAIN, EVALUATE),
     reads=("release",),

@@ -1,4 +1,4 @@
-"""Phase 3: the scaling grid, its fits and plots, and the size to train."""
+"""Phase 3: the scaling grid, its fits and plots, and the choice of the size to train."""
 
 from flows.ablations import ABLATIONS
 from flows.precompute import PRECOMPUTE, training_inputs
@@ -36,13 +36,13 @@ def steps(config: PipelineConfig, before: Before) -> list[Step]:
 
 
 def decide(config: PipelineConfig, results: Results) -> Changes:
-    """The language model to train."""
+    """The language model of the chosen size."""
     trained = trained_size(config, ScalingReport.read(results.folder(REPORT)))
     return {"model.llm": next(size.llm for size in config.scaling.sizes if size.name == trained).model_dump(mode="json")}
 
 
 def trained_size(config: PipelineConfig, report: ScalingReport) -> str:
-    """Name of the size: the best, or the profile's where the best is so within the noise, or the noise is not known."""
+    """Name of the size to train: the best one, or the profile's `undecided` if the best is not clearly ahead or the noise is unknown."""
     scaling = config.scaling
     unsure = report.wins_share is None or report.wins_share < scaling.decided
     return scaling.undecided if scaling.undecided is not None and unsure else report.chosen

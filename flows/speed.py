@@ -1,4 +1,4 @@
-"""Phase 1: how fast training runs, naive and tuned, and the settings to go on with."""
+"""Phase 1: training speed, naive and tuned, and the choice of the fastest settings."""
 
 import os
 
@@ -37,7 +37,7 @@ def steps(config: PipelineConfig, before: Before) -> list[Step]:
 
 
 def decide(config: PipelineConfig, results: Results) -> Changes:
-    """The fastest settings."""
+    """The fastest settings that were measured."""
     return SpeedReport.read(results.folder(REPORT)).chosen
 
 
@@ -76,7 +76,7 @@ def learn(config: PipelineConfig, results: Results) -> list[Experiment]:
 
 SPEED = Phase(
     name="speed",
-    purpose="Measure the base recipe naive and tuned, one setting after the other, and choose the fastest.",
+    purpose="Measure the base recipe naive and tuned, one setting after another, and choose the fastest.",
     pool="gpu",
     after=(PRECOMPUTE,),
     reads=("model", "base", "speed"),

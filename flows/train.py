@@ -1,4 +1,4 @@
-"""Phase 4: the final training in its stages, with the winning configuration and the chosen size."""
+"""Phase 4: the stages of the final training, with the winning configuration at the chosen size."""
 
 from flows.ablations import ABLATIONS
 from flows.precompute import PRECOMPUTE, training_inputs
@@ -30,7 +30,7 @@ def steps(config: PipelineConfig, before: Before) -> list[Step]:
 
 
 def last_stage(config: PipelineConfig) -> str:
-    """The stage whose model is evaluated and released."""
+    """Name of the stage whose model is evaluated and released."""
     return list(config.stages.present)[-1]
 
 
@@ -60,7 +60,7 @@ def learn(config: PipelineConfig, results: Results) -> list[Experiment]:
 
 TRAIN = Phase(
     name="train",
-    purpose="Train the stages one after the other, each from the model of the one before.",
+    purpose="Train the stages one after another, each from the previous stage's model.",
     pool="gpu",
     after=(PRECOMPUTE, SPEED, ABLATIONS, SCALING),
     reads=("model", "base", "stages"),

@@ -1,4 +1,4 @@
-"""The step of a training run, as every phase that trains has it."""
+"""The step for a training run, used by every phase that trains."""
 
 from fvlm_core.config import Recipe
 from tasks.machine import Machine
@@ -6,7 +6,7 @@ from tasks.steps import Given, Step
 
 
 def training(recipe: Recipe, machine: Machine, inputs: dict[str, Given], *, shared: bool = False) -> Step:
-    """The torchrun job of a recipe; `inputs` by the recipe's settings. `shared`: one of several runs at once on the machine."""
+    """The torchrun job of a recipe, with `inputs` by recipe setting. `shared`: the run shares the machine with others."""
     return Step(
         name=recipe.name,
         module="fvlm_core.train",

@@ -1,1 +1,1 @@
-"""The release: a folder for the Hugging Face hub that works without this project, and the report of how it was made."""
+"""The release: a model folder for the Hugging Face hub that works without this project, and a report of how it was made."""

@@ -1,4 +1,4 @@
-"""A draft of a blog post, `blog.md`: the report's story in the order in which a reader asks, from the same data."""
+"""A draft of a blog post, `blog.md`, from the report's data."""
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -14,7 +14,7 @@ from fvlm_core.release.words import duration, fenced
 
 
 def blog(evidence: Evidence, report: Report) -> str:
-    """The text; its pictures are the report's."""
+    """Return the post in markdown; it links to the report's pictures."""
     sections = {section.title: section for section in report.sections}
     results, job = evidence.results, evidence.job
     seconds = sum(phase.seconds for phase in evidence.phases.values())
@@ -40,7 +40,7 @@ def blog(evidence: Evidence, report: Report) -> str:
 
 
 def _shown(section: Section | None) -> str:
-    """What a section shows, without its pictures; empty where it has nothing."""
+    """A section's markdown without its pictures; empty if the section is missing."""
     if section is None or section.missing:
         return ""
     return "\n\n".join(block if isinstance(block, str) else block.markdown() for block in section.blocks if not isinstance(block, Figure))

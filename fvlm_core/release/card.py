@@ -1,4 +1,4 @@
-"""The model card, `README.md` of the released folder: metadata that the hub reads, numbers from `results.json` only."""
+"""The model card, `README.md` of the released folder: metadata for the hub, and numbers from `results.json` only."""
 
 import re
 
@@ -23,11 +23,11 @@ HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 DATASETS_AT = "https://huggingface.co/datasets/"
 TAGS = ["fvlm", "foveated", "video", "vision-language-model", "custom_code"]
 BACKBONE_TAGS = ("dinov2", "smollm2")
-"""Of a model that was built from such a checkpoint: one of the same architecture and random weights is neither."""
+"""Tags for a model built from such a checkpoint; the same architecture with random weights does not get them."""
 
 
 def card(evidence: Evidence, verdict: str, *, picture: Figure | None) -> str:
-    """The card's text. `picture`: where the model looks, a file of the folder."""
+    """Return the card's text; `picture` is a file of the folder that shows where the model looks."""
     job, results, shards = evidence.job, evidence.results, evidence.shards
     environment = Environment(loader=PackageLoader("fvlm_core.release", TEMPLATES), undefined=StrictUndefined, trim_blocks=True)
     body = environment.get_template("card.md.j2").render(
@@ -57,7 +57,7 @@ def card(evidence: Evidence, verdict: str, *, picture: Figure | None) -> str:
 
 
 def _measured_on(results: Results) -> str:
-    """What the numbers are of: our own held-out samples, public benchmarks, or both."""
+    """Name the evaluation data: the project's own held-out samples, or public benchmarks too."""
     parts = [part for part in results.parts.values() if not part.timing]
     public = sorted({(metric.dataset or part.dataset).name for part in parts for metric in part.card_results()} - {OWN_SPLIT.name})
     own = "On held-out samples of the training sources"
@@ -65,7 +65,7 @@ def _measured_on(results: Results) -> str:
 
 
 def _origins(evidence: Evidence) -> list[str]:
-    """A sentence per backbone: what it started from, and whether it was trained."""
+    """A sentence per backbone: its initial weights, and whether it was trained."""
     model, optimizer = evidence.recipe.model, evidence.recipe.optimizer
     sentences = []
     parts = (
@@ -85,13 +85,13 @@ def base_models(evidence: Evidence) -> list[str]:
 
 
 def hub_datasets(evidence: Evidence) -> list[str]:
-    """The hub names of the datasets that the released run's sources are."""
+    """The hub names of the datasets among the released run's sources."""
     homepages = (ADAPTERS[source.name].homepage for source in evidence.shards.sources if source.name in ADAPTERS)
     return sorted({homepage.removeprefix(DATASETS_AT) for homepage in homepages if homepage.startswith(DATASETS_AT)})
 
 
 def hub_results(evidence: Evidence) -> str:
-    """Results on datasets of the hub, as its `.eval_results/*.yaml` has them; empty where there are none."""
+    """Results on hub datasets in the format of `.eval_results/*.yaml`; empty if there are none."""
     entries = [
         EvalResultEntry(
             dataset_id=dataset.type,
@@ -121,7 +121,7 @@ def _metadata(evidence: Evidence) -> ModelCardData:
 
 
 def _eval_results(evidence: Evidence) -> list[EvalResult]:
-    """The card's numbers of every part and mode, for the card's model-index."""
+    """The card's numbers of every part and mode, for its model-index."""
     return [
         EvalResult(
             task_type="video-text-to-text",
@@ -140,7 +140,7 @@ def _eval_results(evidence: Evidence) -> list[EvalResult]:
 
 
 def _card_results(evidence: Evidence) -> list[tuple[Metric, Dataset, str, Estimate | float]]:
-    """The card's numbers, all of them from the checkpoint's `results.json`."""
+    """(Metric, dataset, mode, value) of all numbers on the card, from the checkpoint's `results.json`."""
     return [
         (metric, metric.dataset or part.dataset, mode, value)
         for part in evidence.results.parts.values()

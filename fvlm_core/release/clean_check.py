@@ -1,8 +1,8 @@
-"""Loads a released folder as a stranger would and compares its logits with given ones, bit for bit, and its answers.
+"""Load a released folder as a user would, and compare its logits and answers with the expected ones, bit for bit.
 
-`python -I clean_check.py FOLDER EXPECTED` in a process of its own: it refuses to import this project, so nothing can work
-only because the project is there. EXPECTED holds safetensors files: inputs, and logits by mode; and questions with the inputs and
-the answers that they must become. Prints JSON: per mode the number of logits compared, and the problems.
+Runs as `python -I clean_check.py FOLDER EXPECTED` in a separate process that blocks imports of this project, so that the folder cannot
+depend on it. EXPECTED holds safetensors files with inputs and the logits of each mode, and questions with the expected inputs and answers.
+Prints JSON: the number of equal logits per mode, and the problems.
 """
 
 import json
@@ -11,14 +11,14 @@ from pathlib import Path
 
 
 def main(folder: str, expected: str) -> dict[str, object]:
-    """Compare everything."""
+    """Run all comparisons."""
     import torch
     from safetensors.torch import load_file
     from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
     model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
     again = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
-    # by name: each load runs the folder's code anew
+    # compared by name: each load imports the folder's code again, so the classes differ
     same = type(again).__name__ == type(model).__name__ and model.state_dict().keys() == again.state_dict().keys()
     problems = [] if same else [f"AutoModelForImageTextToText gives another model, a {type(again).__name__}"]
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
@@ -41,7 +41,7 @@ def main(folder: str, expected: str) -> dict[str, object]:
         messages = [{"role": "user", "content": content + seen if asked["question_first"] else seen + content}]
         made = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
         if set(made) != set(tensors) or any(not torch.equal(made[name], tensor) for name, tensor in tensors.items()):
-            problems.append(f"the processor makes other inputs of {asked['file']}")
+            problems.append(f"the processor makes other inputs from {asked['file']}")
         for mode, answer in asked["answers"].items():
             given = model.generate(**made, mode=mode, max_new_tokens=len(answer) + 1)[0, made["input_ids"].shape[1] :].tolist()
             if given[: len(answer)] != answer:

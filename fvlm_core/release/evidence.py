@@ -1,4 +1,4 @@
-"""Everything a report and a card draw from: results, manifests and recipes of the steps that were made."""
+"""The inputs of the report and the card: results, manifests and recipes of the finished steps."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +22,12 @@ Kind = TypeVar("Kind", bound=Manifest, covariant=True)
 
 
 class PhaseRecord(AnyManifest):
-    """The part of a phase's manifest that the report reads; `seconds` is the wall-clock time of the run that finished it."""
+    """The part of a phase's manifest that the report reads; `seconds` is the wall-clock time of the run that finished the phase."""
 
     steps: dict[str, JsonValue]
     """By name."""
     experiments: list[Experiment] = Field(default_factory=list)
-    """Its entries of the experiment log."""
+    """The phase's entries in the experiment log."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Found(Generic[Kind]):
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the phases left."""
+    """Everything that the phases produced."""
 
     job: ReleaseJob
     run: FinishedRun
@@ -48,14 +48,14 @@ class Evidence:
     evaluation: EvalReport
     shards: ShardManifest
     stages: dict[str, FinishedRun]
-    """In order; the released run alone where none were given."""
+    """In order; only the released run if the job names no stages."""
     reports: dict[str, Found[AnyManifest]]
     """Every other step, by name."""
     phases: dict[str, PhaseRecord]
 
     @classmethod
     def read(cls, job: ReleaseJob) -> "Evidence":
-        """Raises UserError for anything named in the job that is missing, damaged, or about another model."""
+        """Read everything that the job names. Raises UserError if anything is missing, damaged, or about another model."""
         run = FinishedRun.read(job.run)
         results = Results.read(job.evaluation)
         weights = [
@@ -81,9 +81,9 @@ class Evidence:
         )
 
     def report(self, name: str, kind: type[Kind]) -> Found[Kind] | None:
-        """The step whose manifest has this name, with all that it found; None where there is none.
+        """The step whose manifest has this name, read in full as a `kind`; None if there is no such step.
 
-        Raises UserError where its manifest does not fit `kind`.
+        Raises UserError if the manifest is not a valid `kind`.
         """
         found = next((one for one in self.reports.values() if one.manifest.name == name), None)
         return None if found is None else Found(found.folder, kind.read(found.folder))
@@ -98,25 +98,25 @@ class Evidence:
 
     @property
     def other_code(self) -> dict[str, list[str]]:
-        """How the code and libraries of now differ from those that made each step, where they do."""
+        """By step, how the current code and libraries differ from those that made it; only steps with differences."""
         return {name: manifest.other_code for name, manifest in self.manifests.items() if manifest.other_code}
 
     @property
     def inputs(self) -> dict[str, str]:
-        """Digests of everything that was read."""
+        """Digests of all manifests that were read."""
         return {name: manifest.digest for name, manifest in {"run": self.run.manifest, **self.manifests}.items()}
 
     @property
     def recipe(self) -> Recipe:
-        """Of the released run."""
+        """Recipe of the released run."""
         return self.run.recipe
 
     @property
     def latency(self) -> LatencyResult | None:
-        """On the machine of the evaluation."""
+        """Latency on the machine of the evaluation, if it was measured."""
         return self.results.part(LatencyResult)
 
     @property
     def best_mode(self) -> Mode:
-        """The mode to use where nothing else is said: autoregressive, which is what a stream can do, if the model has it."""
+        """The default mode: the last one in `MODES` that was evaluated, which is autoregressive (the mode for streams) if possible."""
         return next(mode for mode in reversed(MODES) if mode in self.results.modes)

@@ -1,4 +1,4 @@
-"""The pictures of a report: a folder beside it, where sections put their own."""
+"""The folder with a report's pictures."""
 
 import shutil
 from pathlib import Path
@@ -9,7 +9,7 @@ FOLDER = "figures"
 
 
 class Figures:
-    """The folder `figures` of a release, emptied first."""
+    """The folder `figures` of a release; creating it removes earlier pictures."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
@@ -17,11 +17,11 @@ class Figures:
         (output / FOLDER).mkdir(parents=True)
 
     def copy(self, folder: Path, *figures: Figure) -> list[Figure]:
-        """Copies of a step's figures, as the report shows them; those that the step did not draw are left out."""
+        """Copy a step's figures, and return them with their new paths; figures that the step did not draw are skipped."""
         return [self._copy(folder / figure.file, figure) for figure in figures if (folder / figure.file).is_file()]
 
     def place(self, file: str) -> Path:
-        """Where a section draws a picture of its own, to be shown as `FOLDER/file`."""
+        """Path for a picture that a section draws itself; the report refers to it as `FOLDER/file`."""
         return self.output / FOLDER / file
 
     def _copy(self, source: Path, figure: Figure) -> Figure:

@@ -1,9 +1,9 @@
-"""The language model and its tokenizer as one GGUF file, for llama.cpp.
+"""Export the language model and its tokenizer as one GGUF file, for llama.cpp.
 
 llama.cpp runs the language model, with visual tokens as embeddings in its batches; its last hidden states (`llama_get_embeddings_ith`)
-become the next queries. It has no encoder that can be queried: `read.onnx` and `queries.onnx` of `fvlm_core.release.onnx_export` are that
-part. Its own converter, a script of its repository and in no package, writes the same; this needs only `gguf`, its authors' package. The
-format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Needs the extra `gguf`.
+become the next queries. It has no encoder that can be queried: `read.onnx` and `queries.onnx` of `fvlm_core.release.onnx_export` provide
+that part. llama.cpp's own converter writes the same file, but is a script in its repository and not in a package; this module needs only
+`gguf`, a package by the same authors (the extra `gguf`). The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
 import json
@@ -18,15 +18,15 @@ from fvlm_core.model.llama import Llama
 
 Precision = Literal["f32", "f16", "q8_0"]
 PRE_TOKENIZERS = {("ByteLevel",): "gpt-2", ("Digits", "ByteLevel"): "smollm"}
-"""What splits a text before its pairs are merged, and llama.cpp's name for it."""
+"""llama.cpp's name for each supported sequence of pre-tokenizers, which split a text before BPE merges."""
 BLOCK = 32
-"""Weights that share a scale in q8_0; a matrix whose rows are no multiple of it stays f16."""
+"""Weights that share a scale in q8_0; a matrix whose row length is not a multiple of this is stored as f16."""
 
 
 def export_gguf(llama: Llama, tokenizer: PreTrainedTokenizerBase, path: Path, *, precision: Precision = "f16", name: str = "fVLM") -> None:
     """Write a language model and its tokenizer to `path`; norms and biases are always f32.
 
-    Raises UserError without the extra, or where llama.cpp has no such language model or tokenizer.
+    Raises UserError if the extra is not installed, or llama.cpp does not support such a language model or tokenizer.
     """
     try:
         import gguf
@@ -84,14 +84,14 @@ def export_gguf(llama: Llama, tokenizer: PreTrainedTokenizerBase, path: Path, *,
 
 
 def _kind(weights: np.ndarray, precision: Precision) -> str:
-    """GGML's name of the type that an array is stored as."""
+    """GGML's name of the type in which an array is stored."""
     if weights.ndim == 1 or precision == "f32":
         return "F32"
     return "Q8_0" if precision == "q8_0" and weights.shape[1] % BLOCK == 0 else "F16"
 
 
 def _weights(llama: Llama):
-    """(Name, array in fp32) of every parameter; a tied output layer is left out, as the format wants it."""
+    """Yield (name, fp32 array) of every parameter; a tied output layer is omitted, as the format requires."""
     config = llama.config
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads or config.num_attention_heads}
     for name, tensor in llama.state_dict().items():
@@ -103,13 +103,13 @@ def _weights(llama: Llama):
 
 
 def _interleaved(weights: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a query or key projection in llama.cpp's order: it turns neighbouring coordinates, we turn a head's two halves."""
+    """Reorder the rows of a query or key projection: RoPE rotates adjacent coordinates in llama.cpp, a head's two halves here."""
     halves = weights.reshape(heads, 2, -1, *weights.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weights.shape))
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> dict:
-    """Tokens, their kinds and merges of a byte-level BPE; what the embedding has beyond the tokenizer is unused."""
+    """Tokens, token types and merges of a byte-level BPE; embedding rows beyond the tokenizer's vocabulary are marked unused."""
     import gguf
 
     parts = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -1,4 +1,4 @@
-"""The headline numbers; from the evaluation's results."""
+"""The report's headline numbers, from the evaluation's results."""
 
 from fvlm_core.eval.estimates import Estimate
 from fvlm_core.eval.parts.captions import CaptionResult
@@ -11,7 +11,7 @@ from fvlm_core.release.words import MODES
 
 
 def tiles(evidence: Evidence) -> list[Tile]:
-    """The headline numbers of the mode to use, each with what it has to be compared with."""
+    """The headline numbers of `evidence.best_mode`, each with its baselines."""
     results, mode, latency = evidence.results, evidence.best_mode, evidence.latency
     tiles = []
     if losses := results.part(LossResult):
@@ -41,5 +41,5 @@ def tiles(evidence: Evidence) -> list[Tile]:
 
 
 def _spread(estimate: Estimate, form: str) -> str:
-    """Its interval and what it is of, e.g. `[31.2%, 40.1%], n=128 clips, 1 run`."""
+    """The confidence interval and sample size, e.g. `[31.2%, 40.1%], n=128 clips, 1 run`."""
     return f"[{estimate.low:{form}}, {estimate.high:{form}}], n={estimate.n} clips, 1 run"

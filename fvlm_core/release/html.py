@@ -1,7 +1,7 @@
-"""`report.html`: the report's markdown on one page, with styles and pictures inside the file.
+"""Render `report.html`: the report's markdown on one page, with styles and pictures inside the file.
 
-A model, a clip's name or a web page may say anything, so HTML in the markdown is text, and only the report's own pictures are
-shown.
+The markdown contains untrusted text (answers of a model, names of clips, web addresses). So HTML in it is escaped, and only the report's
+own pictures are shown.
 """
 
 import base64
@@ -22,13 +22,13 @@ from fvlm_core.release.report import Report
 
 TEMPLATES = "templates"
 INTERVAL = re.compile(r"([+-]?[\d.]+) (\[[^\]]+\])")
-"""A number and its interval, as `fvlm_core.eval.tables.number` writes them."""
+"""A number and its confidence interval, as `fvlm_core.eval.tables.number` writes them."""
 LONG_CODE_LINES = 12
-"""Longer blocks of code are folded away."""
+"""Code blocks with more lines are collapsed."""
 
 
 def html(report: Report, folder: Path) -> str:
-    """The page; pictures are read from `folder`."""
+    """Return the page; pictures are read from `folder`."""
     environment = Environment(
         loader=PackageLoader("fvlm_core.release", TEMPLATES),
         autoescape=True,
@@ -42,7 +42,7 @@ def html(report: Report, folder: Path) -> str:
 
 
 def markdown_renderer(figures: dict[str, Figure], folder: Path) -> MarkdownIt:
-    """Markdown with tables to HTML. Of pictures, only `figures` are shown, inlined."""
+    """A renderer of markdown with tables to HTML. Only the pictures in `figures` are shown; they are inlined."""
     renderer = MarkdownIt("commonmark", {"html": False}).enable("table")
 
     def image(_self: RendererHTML, tokens: Sequence[Token], index: int, _options: OptionsDict, _env: EnvType) -> str:
@@ -62,7 +62,7 @@ def markdown_renderer(figures: dict[str, Figure], folder: Path) -> MarkdownIt:
 
 
 def _report_classes(state: StateCore) -> None:
-    """Classes for what the page's style knows: numbers, their intervals, stressed rows, pictures, captions and notes."""
+    """Set the CSS classes of numbers, intervals, highlighted rows, pictures, captions and notes."""
     tokens = state.tokens
     for place, token in enumerate(tokens):
         if token.type in ("th_open", "td_open") and "right" in str(token.attrs.pop("style", "")):
@@ -85,7 +85,7 @@ def _is_stressed(cell: Token) -> bool:
 
 
 def _set_interval(cell: Token) -> None:
-    """An interval after a number is set small, and may go to a line of its own."""
+    """Mark up a number and its interval, so that the interval is small and may wrap to its own line."""
     for child in cell.children or []:
         if child.type == "text" and (parts := INTERVAL.fullmatch(child.content)):
             child.type = "html_inline"

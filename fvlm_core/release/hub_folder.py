@@ -1,4 +1,4 @@
-"""The released folder: code, configuration, weights, tokenizer and processor, as transformers and the hub expect them."""
+"""Write the released folder: code, configuration, weights, tokenizer and processor, as transformers and the hub expect them."""
 
 import json
 from pathlib import Path
@@ -23,15 +23,15 @@ MODEL_CLASS = "modeling_fvlm.FVLMModel"
 AUTO_MAP = {"AutoConfig": "configuration_fvlm.FVLMConfig", "AutoModel": MODEL_CLASS, "AutoModelForImageTextToText": MODEL_CLASS}
 PROCESSOR_MAP = {"AutoProcessor": "processing_fvlm.FVLMProcessor"}
 MAX_SHARD = "5GB"
-"""Of a weights file."""
+"""Largest size of a weights file."""
 MAX_NEW_TOKENS = 64
-"""Of an answer, where a call does not say."""
+"""Default length of an answer, in `generation_config.json`."""
 
 
 def write_hub_folder(
     folder: Path, model: FoveatedVLM, tokenizer: Path, recipe: Recipe, shards: ShardManifest, *, max_shard: str = MAX_SHARD
 ) -> None:
-    """Write everything but the card into `folder`, the weights in files of at most `max_shard`."""
+    """Write everything except the card into `folder`, with weights files of at most `max_shard`."""
     folder.mkdir(parents=True, exist_ok=True)
     export(folder, __version__)
     weights = {f"{WEIGHTS_PREFIX}{name}": tensor for name, tensor in model.weights().items()}
@@ -55,7 +55,7 @@ def write_hub_folder(
 
 
 def configuration(model: FoveatedVLM, recipe: Recipe) -> FVLMConfig:
-    """The model's configuration, complete: its code on the hub knows nothing of our settings."""
+    """The model's complete configuration; the code on the hub cannot read this project's recipes."""
     settings = model.settings
     return FVLMConfig(
         vision_config=model.encoder.config.to_diff_dict(),

@@ -1,9 +1,10 @@
-"""8-bit weights for CPUs: the matrices of the language model and of the encoder's MLPs as int8 with a scale per row.
+"""8-bit weights for CPUs: the matrices of the language model and of the encoder's MLPs as int8, with a scale per row.
 
-What it gains is memory, and some of the time of a token; with many rows the weights are made fp32 first, which costs one more reading of
-them. Few rows go through torch's kernel as bf16: with fp32 rows it is four times slower than `F.linear`. Embeddings, norms, the connector
-and the encoder's attention projections stay as they are. Rounding weights to the nearest of 255 steps per row needs no data (weight-only
-quantization; Dettmers et al. 2022, https://arxiv.org/abs/2208.07339, say why activations, which have outliers, are better left alone).
+This saves memory and some of the time per token. Inputs with few rows go through torch's int8 kernel as bf16; with fp32 rows the kernel is
+four times slower than `F.linear`. For inputs with many rows the weights are converted to fp32 first, which reads them once more.
+Embeddings, norms, the connector and the encoder's attention projections are not quantized. Rounding each row's weights to the nearest of
+255 steps needs no data (weight-only quantization; Dettmers et al. 2022, https://arxiv.org/abs/2208.07339, explain why activations, which
+have outliers, are harder to quantize).
 """
 
 from copy import deepcopy
@@ -15,14 +16,14 @@ from torch import Tensor, nn
 from fvlm_core.model.foveated import FoveatedVLM
 
 KEPT = ("connector", "qkv")
-"""Parts of names of what stays: `qkv` is used in slices."""
+"""Parts of the names of modules that are not quantized; `qkv` is used in slices."""
 FEW_ROWS = 16
-"""Up to here the int8 kernel is faster than making the weights fp32."""
+"""Up to this many rows, the int8 kernel is faster than converting the weights to fp32."""
 LARGEST = 127
 
 
 class Int8Linear(nn.Module):
-    """A linear layer whose weights are rounded to int8, row by row."""
+    """A linear layer with weights in int8 and a scale per row."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -34,7 +35,7 @@ class Int8Linear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """[out, in] in fp32, as rounded."""
+        """The quantized weights in fp32, [out, in]."""
         return self.rounded.float() * self.scale[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ class Int8Linear(nn.Module):
 
 
 def int8_weights(model: FoveatedVLM) -> FoveatedVLM:
-    """A copy of a model on the CPU with int8 weights, for inference in fp32."""
+    """Copy a model on the CPU with int8 weights, for inference in fp32."""
     made = deepcopy(model).eval().requires_grad_(False)
     for name, module in list(made.named_modules()):
         if isinstance(module, nn.Linear) and not any(part in name.split(".") for part in KEPT):
@@ -58,5 +59,5 @@ def int8_weights(model: FoveatedVLM) -> FoveatedVLM:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Of parameters and buffers, each storage once."""
+    """Size of parameters and buffers in bytes; shared storage counts once."""
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}.values())

@@ -1,4 +1,4 @@
-"""Settings and manifest of `python -m fvlm_core.release job.yaml`; light to import."""
+"""Settings and manifest of `python -m fvlm_core.release job.yaml`; fast to import."""
 
 from pathlib import Path
 from typing import Annotated, Self
@@ -21,23 +21,23 @@ class ReleaseSettings(Settings):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """The model's name, e.g. `fVLM-135M`."""
     license: str = "apache-2.0"
-    """Identifier that the hub knows."""
+    """Licence identifier on the hub."""
     language: list[str] = Field(default_factory=lambda: ["en"])
-    """Languages of the data, as the model card names them."""
+    """Languages of the data, as codes for the model card."""
     summary: str = ""
-    """Sentences for the top of the card, after the generated ones."""
+    """Text for the top of the card, after the generated introduction."""
     limitations: list[str] = Field(default_factory=list)
-    """Added to the generated ones."""
+    """Limitations to add to the generated ones."""
     reproduce: Annotated[list[str], EXECUTION] = Field(default_factory=list)
-    """Commands that make this release again; empty for the pipeline's own command with the profile that was used."""
+    """Commands that reproduce this release; by default the pipeline's own command with the profile that was used."""
     usd_per_hour: Annotated[float, Field(ge=0)] | None = None
-    """Price of the machine, for the cost table; None says only times."""
+    """Price of the machine, for the cost table; without it the table shows only times."""
     verify_samples: Positive = 8
     """Validation samples whose logits must be equal in a clean process before anything is released."""
     push_to: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
-    """`owner/name` on the hub, as the card names it. What would be sent there is listed in `push.txt`."""
+    """`owner/name` on the hub; the card uses it, and `push.txt` lists the files to upload."""
     push: bool = False
-    """Send it, as a private repository, where a token is given; `fvlm push` does it later."""
+    """Push the release to a private repository, if HF_TOKEN is set; `fvlm push` can do so later."""
 
     @model_validator(mode="after")
     def _push_somewhere(self) -> Self:
@@ -54,29 +54,29 @@ class ReleaseJob(ReleaseSettings):
     run: Path
     """Folder of the finished training run."""
     evaluation: Path
-    """Folder of its EvalReport."""
+    """Folder of its evaluation."""
     shards: Path
-    """Folder of the ShardManifest it was trained on."""
+    """Folder of the shards it was trained on."""
     stages: dict[str, Path] = Field(default_factory=dict)
-    """Folders of the training stages by name, in their order; the last is usually `run`."""
+    """Folders of the training stages by name, in order; the last is usually `run`."""
     reports: dict[str, Path] = Field(default_factory=dict)
-    """Folders of all other steps that the report may show or counts the time of, by name. What a step is, its manifest says."""
+    """Folders, by name, of all other steps whose results or times the report shows. A step's manifest says what kind of step it is."""
     phases: dict[str, Path] = Field(default_factory=dict)
-    """Folders of the phases' own manifests by name, in their order: the wall-clock time of each, and which steps it has."""
+    """Folders of the phases' manifests by name, in order. They give each phase's wall-clock time and steps."""
     profile: str = ""
     """Name of the pipeline's profile, for the report."""
 
 
 class ReleaseManifest(Manifest):
-    """A released model: `model/` is its identity, the report (which has times) is not."""
+    """A released model. Its identity is that of `model/`, not of the report, which contains times."""
 
     verdict: str
     """One line: does looking help?"""
     outputs: dict[str, str]
-    """What a user looks for, `model` and `report`: paths relative to the manifest's folder."""
+    """Paths of `model` and `report`, relative to the manifest's folder."""
     verified: dict[str, int]
     """Per mode, the number of logits that a clean process computed and found equal, bit for bit."""
     pushed_to: str | None = None
-    """URL of the hub repository; None where nothing was sent."""
+    """URL of the hub repository; None if the release was not pushed."""
     missing: list[str] = Field(default_factory=list)
-    """Titles of the report's sections that have nothing to show."""
+    """Titles of the report's sections without content."""

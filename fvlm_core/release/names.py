@@ -1,6 +1,6 @@
 """Names in a released folder that several modules need; light to import."""
 
 WEIGHTS_PREFIX = "model."
-"""Of a parameter in the released folder; the rest is its name in training."""
+"""Prefix of parameter names in the released folder; the rest is the name in training."""
 EVAL_RESULTS_FILE = ".eval_results/fvlm.yaml"
-"""Results on datasets of the hub, which it shows on the model's page and the datasets' leaderboards."""
+"""Results on hub datasets, which the hub shows on the model's page and on the datasets' leaderboards."""

@@ -1,4 +1,4 @@
-"""The model for onnxruntime: its parts, and the complete coarse and fine mode of one sample.
+"""Export the model for onnxruntime: its parts, and the complete coarse and fine modes for one sample.
 
 | file | inputs | outputs |
 |---|---|---|
@@ -7,10 +7,10 @@
 | `coarse.onnx` | `frames` uint8 [F, H, W, 3], `input_ids` int64 [S], `visual_positions` int64 [F * k] | `logits` float [S, vocabulary] |
 | `fine.onnx` | the same, and `query_sources` int64 [F, k], as in `PackedBatch` | `logits` float [S, vocabulary] |
 
-F and S are free; `static` are the coarse mode's queries, `first` those of a first frame without a question. Loops over a KV cache
-stay with other runtimes: decoding, and the autoregressive mode, whose parts are `read.onnx`, `queries.onnx` and the language model
+F and S are dynamic; `static` are the coarse mode's queries, `first` those of a first frame without a question. Loops over a KV cache
+are left to other runtimes: decoding, and the autoregressive mode, whose parts are `read.onnx`, `queries.onnx` and the language model
 (`fvlm_core.release.gguf_export`). Not exported: packed batches of several samples, models with a glance (which patches are encoded depends
-on the data), and the controls, pooled patches and random queries. Needs the extra `onnx`.
+on the data), and the controls (pooled patches and random queries). Needs the extra `onnx`.
 """
 
 from dataclasses import dataclass
@@ -27,22 +27,22 @@ from fvlm_core.model.foveated import FoveatedVLM
 READ_FILE, QUERIES_FILE, COARSE_FILE, FINE_FILE = "read.onnx", "queries.onnx", "coarse.onnx", "fine.onnx"
 OPSET = 20
 LARGEST_FILE_BYTES = 1_900_000_000
-"""ONNX files hold less than 2 GiB; weights of larger ones are in files beside them."""
+"""ONNX files are limited to 2 GiB; larger models store their weights in files beside the graphs."""
 UNSUPPORTED = {"pooled": "pools its patches", "random": "queries at random"}
-"""Kinds of queries that only controls have."""
+"""Values of `query` that are controls, and what such a model does."""
 ANY_LENGTH = -1
-"""Length of the only sample of a layout, inferred when it runs: a number would be fixed in the graph."""
+"""Length of a layout's only sample, inferred at run time; a number would become a constant in the graph."""
 
 
 class ReadFrames(nn.Module):
-    """Encoder, query attention and projection: frames and queries to visual tokens."""
+    """Encoder, query attention and projection: from frames and queries to visual tokens."""
 
     def __init__(self, model: FoveatedVLM) -> None:
         super().__init__()
         self.model = model
 
     def encode(self, frames: Tensor) -> FrameFeatures:
-        """As `FoveatedVLM.encode`, without cutting many frames into parts: how many is the graph's to know."""
+        """Like `FoveatedVLM.encode`, but without splitting frames into chunks, because their number is dynamic in the graph."""
         features = self.model.encoder._encode(frames, self.model.settings.query == "shallow")
         return features if self.model.connector.shallow is None else self.model.connector.shallow.keys_values(features)
 
@@ -52,7 +52,7 @@ class ReadFrames(nn.Module):
 
 
 class NextQueries(nn.Module):
-    """The language model's hidden states to queries, and the two queries that need none."""
+    """Queries from the language model's hidden states, and the two learned queries that need none."""
 
     def __init__(self, model: FoveatedVLM) -> None:
         super().__init__()
@@ -64,14 +64,14 @@ class NextQueries(nn.Module):
 
 
 class OneSample(nn.Module):
-    """A mode of one sample: its frames and tokens to the logits of every position."""
+    """Base class of a mode for one sample: from its frames and tokens to the logits at every position."""
 
     def __init__(self, model: FoveatedVLM) -> None:
         super().__init__()
         self.model, self.reading = model, ReadFrames(model)
 
     def static(self, frames: Tensor) -> Tensor:
-        """The same queries [F, k, D] for every frame."""
+        """The static queries, repeated for every frame: [F, k, D]."""
         return self.model.connector.q_static.expand(frames.shape[0], -1, -1)
 
     def states(self, tokens: Tensor, input_ids: Tensor, visual_positions: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class Coarse(OneSample):
 
 
 class Fine(OneSample):
-    """The fine mode: frames are encoded once, read coarsely, and read again with queries from what that gave."""
+    """The fine mode: frames are encoded once, read with static queries, then read again with queries from the resulting hidden states."""
 
     def forward(self, frames: Tensor, input_ids: Tensor, visual_positions: Tensor, query_sources: Tensor) -> Tensor:
         """uint8 [F, H, W, 3], int64 [S], int64 [F * k], int64 [F, k] -> [S, vocabulary]."""
@@ -105,7 +105,7 @@ class Fine(OneSample):
 
 
 def export_onnx(model: FoveatedVLM, folder: Path) -> list[Path]:
-    """Write the graphs; returns their paths. Raises UserError for a model that has none, or without the extra."""
+    """Write the graphs; returns their paths. Raises UserError for an unsupported model, or if the extra is not installed."""
     try:
         import onnxscript  # noqa: F401 -- torch's exporter needs it
     except ImportError as error:
@@ -131,7 +131,7 @@ def export_onnx(model: FoveatedVLM, folder: Path) -> list[Path]:
     large = sum(tensor.nbytes for tensor in model.parameters()) > LARGEST_FILE_BYTES
     for name, graph in graphs.items():
         with torch.no_grad():
-            # in two steps: the exporter alone would fix a dimension that the code makes a number of, without a word
+            # in two steps: torch.onnx.export alone silently specializes a dynamic dimension that the code turns into a number
             program = torch.export.export(graph.module.eval(), tuple(graph.inputs.values()), dynamic_shapes=tuple(graph.free))
             torch.onnx.export(
                 program,
@@ -142,7 +142,7 @@ def export_onnx(model: FoveatedVLM, folder: Path) -> list[Path]:
                 output_names=graph.outputs,
                 opset_version=OPSET,
                 external_data=large,
-                optimize=False,  # onnxruntime does it when it loads a graph, and in a fraction of the time
+                optimize=False,  # onnxruntime optimizes when it loads a graph, in a fraction of the time
                 verbose=False,
             )
     return [folder / name for name in graphs]
@@ -150,7 +150,7 @@ def export_onnx(model: FoveatedVLM, folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Graph:
-    """What is exported: a module, an example of its inputs, which of their dimensions are free, names of its outputs."""
+    """A graph to export: a module, example inputs, their dynamic dimensions, and the names of its outputs."""
 
     module: nn.Module
     inputs: dict[str, Tensor]

@@ -1,7 +1,7 @@
-"""Pushing a released folder to the hub: checked and listed first, sent only when asked to, into a private repository.
+"""Push a released folder to the hub: `plan` checks and lists the files, `send` uploads them to a private repository.
 
-`plan` sends nothing. It refuses a folder whose weights are not those that its `results.json` was measured on: the weights are written
-once more as training had written them, and that file's sha256 is compared.
+`plan` sends nothing. It rejects a folder whose `results.json` was measured on other weights. To compare them, it writes the weights again
+as training writes them, and takes the sha256 of that file.
 """
 
 from dataclasses import dataclass
@@ -18,15 +18,15 @@ from fvlm_core.manifest import sha256_file
 from fvlm_core.release.names import WEIGHTS_PREFIX
 
 NO_RIGHT = (401, 403)
-"""HTTP statuses of a token that may not do this."""
+"""HTTP statuses for a token without the necessary permission."""
 
 OF_A_RELEASE = ("*.safetensors", "*.safetensors.index.json", "*.py", ".eval_results/*")
-"""Files of an earlier release that are removed where this one has none of the name: weights in one file would be loaded before parts."""
+"""Files of an earlier release that are deleted if this one lacks them: a leftover single weights file would be preferred to new parts."""
 
 
 @dataclass(frozen=True)
 class Push:
-    """What would be sent."""
+    """A planned push."""
 
     folder: Path
     repository: str
@@ -34,20 +34,20 @@ class Push:
     checkpoint: str
     """sha256 of the weights that the folder's results were measured on."""
     files: dict[str, int]
-    """Bytes by path in the repository."""
+    """Size in bytes, by path in the repository."""
 
     @property
     def tag(self) -> str:
-        """Of the commit: the same weights have the same tag."""
+        """Tag of the commit; the same weights have the same tag."""
         return f"weights-{self.checkpoint[:12]}"
 
     @property
     def text(self) -> str:
-        """For a person who decides whether to send it."""
+        """A listing for the person who decides whether to push."""
         lines = [f"{size:>14,} {path}" for path, size in sorted(self.files.items())]
         return "\n".join(
             [
-                f"to {self.repository} (made private where it is new), tag {self.tag}:",
+                f"to {self.repository} (created as private if it does not exist), tag {self.tag}:",
                 *lines,
                 f"{sum(self.files.values()):>14,} bytes in all",
             ]
@@ -55,14 +55,16 @@ class Push:
 
 
 def plan(folder: Path, repository: str) -> Push:
-    """What `send` would send. Raises UserError where the name is none, the folder is no released model, or its results
-    are another checkpoint's."""
+    """Check a push and list its files.
+
+    Raises UserError if the repository's name is invalid, the folder is not a released model, or its results are of another checkpoint.
+    """
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise UserError("that is no repository's name", where=repository, fix="give OWNER/NAME") from error
+        raise UserError("not a valid repository name", where=repository, fix="give OWNER/NAME") from error
     if not (folder / FILE_NAME).is_file():
-        raise UserError(f"no {FILE_NAME}: this is no released model", where=str(folder), fix="give the folder `model` of a release")
+        raise UserError(f"no {FILE_NAME}: this is not a released model", where=str(folder), fix="give the folder `model` of a release")
     measured, packaged = Results.read(folder).checkpoint, _checkpoint(folder)
     if measured != packaged:
         raise UserError(
@@ -75,10 +77,10 @@ def plan(folder: Path, repository: str) -> Push:
 
 
 def send(push: Push, *, token: str, endpoint: str | None = None, message: str, public: bool = False) -> str:
-    """Create the repository (private) where it does not exist, upload the folder in one commit, tag it; returns the repository's URL.
+    """Create the repository (private) if it does not exist, upload the folder in one commit and tag it; returns the repository's URL.
 
-    Raises UserError where the token may not, or the repository can be seen by all and `public` is not set; other failures of the network
-    are raised as they are and can be retried.
+    Raises UserError if the token lacks permission, or the repository is public and `public` is not set. Other HTTP errors are passed on
+    and can be retried.
     """
     api = HfApi(endpoint=endpoint, token=token)
     try:
@@ -112,7 +114,7 @@ def _is_public(api: HfApi, repository: str) -> bool:
 
 
 def _checkpoint(folder: Path) -> str:
-    """sha256 of the folder's weights as training writes them: one file, under the names of training."""
+    """sha256 of the folder's weights as training writes them: one file, with the parameter names of training."""
     from safetensors.torch import load_file, save_file
 
     files = sorted(folder.glob("*.safetensors"))

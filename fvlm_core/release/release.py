@@ -1,4 +1,4 @@
-"""The release: package, prove, describe, and push where a token is given."""
+"""The release: package the model, verify it, write its report and card, and push it if requested."""
 
 import shutil
 import time
@@ -39,10 +39,10 @@ LOOKS = Figure(file=GAZE_PICTURE, caption="Where the model looks in a clip of th
 
 
 def release(job: ReleaseJob, *, token: str | None = None, endpoint: str | None = None) -> ReleaseManifest:
-    """Make the release. Pushes only where the job names a repository and says so, and `token` is given.
+    """Make the release. Pushes it only if the job has `push_to` and `push`, and `token` is given.
 
-    Raises UserError where something is missing or damaged, the evaluation is of another checkpoint, or the released folder
-    does not give our logits in a clean process; then `model/` is removed again.
+    Raises UserError if an input is missing or damaged, the evaluation is of another checkpoint, or the released folder does not give the
+    same logits in a clean process; in the last case `model/` is removed.
     """
     started = time.monotonic()
     evidence = Evidence.read(job)
@@ -58,7 +58,7 @@ def release(job: ReleaseJob, *, token: str | None = None, endpoint: str | None =
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    progress.update(2, note="proved in a clean process")
+    progress.update(2, note="verified in a clean process")
     write_atomically(job.output / REPORT_JSON, report.model_dump_json(indent=2).encode())
     write_atomically(job.output / REPORT_TEXT, report.markdown().encode())
     write_atomically(job.output / REPORT_HTML, html(report, job.output).encode())
@@ -72,7 +72,7 @@ def release(job: ReleaseJob, *, token: str | None = None, endpoint: str | None =
     if entries := hub_results(evidence):
         (folder / EVAL_RESULTS_FILE).parent.mkdir()
         write_atomically(folder / EVAL_RESULTS_FILE, entries.encode())
-    progress.update(3, note="described")
+    progress.update(3, note="report and card written")
     pushed_to = None
     if job.push_to is not None:
         push = plan(folder, job.push_to)

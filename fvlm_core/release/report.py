@@ -1,4 +1,4 @@
-"""The report as data (`report.json`), and as markdown (`report.md`); `html` shows the same markdown on a page."""
+"""The report as data (`report.json`) and as markdown (`report.md`); `html` renders the same markdown as a page."""
 
 import re
 from typing import Literal
@@ -10,11 +10,11 @@ from fvlm_core.tables import Table
 Tone = Literal["good", "neutral", "bad"]
 """How the verdict is shown."""
 Block = str | Table | Figure
-"""A paragraph, list or code in markdown; a table; a picture."""
+"""Markdown (a paragraph, list or code block), a table, or a picture."""
 
 
 class Section(Settings):
-    """A part of the report."""
+    """A section of the report."""
 
     title: str
     blocks: list[Block] = []
@@ -23,11 +23,11 @@ class Section(Settings):
 
     @property
     def anchor(self) -> str:
-        """Its name in links."""
+        """The section's id in links."""
         return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
 
     def markdown(self) -> str:
-        """What stands below the title."""
+        """The section's body, without its title."""
         missing = [f"Missing: {self.missing}."] if self.missing else []
         return "\n\n".join([block if isinstance(block, str) else block.markdown() for block in self.blocks] + missing)
 
@@ -53,7 +53,7 @@ class Report(Settings):
 
     @property
     def figures(self) -> dict[str, Figure]:
-        """All pictures, by their file."""
+        """All pictures, by file."""
         return {block.file: block for section in self.sections for block in section.blocks if isinstance(block, Figure)}
 
     def markdown(self) -> str:

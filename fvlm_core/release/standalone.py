@@ -1,9 +1,8 @@
-"""Copies modules of this project into one flat folder where they work without the project: one source of truth.
+"""Copy modules of this project into one flat folder in which they work without the project, so that there is one source of truth.
 
-transformers loads a repository's code from a flat folder of files that import each other relatively. So every module that
-the hub's wrapper reaches is copied with its `fvlm_core` imports made relative, and cut down to the definitions that are
-reached: what builds, saves and validates models here (and needs pydantic) stays here. Settings become plain classes
-of the same names.
+transformers loads a repository's code from a flat folder of files with relative imports. So every module that the hub's model, processor
+and configuration use is copied, with its `fvlm_core` imports made relative, and reduced to the definitions that they reach. Code that
+builds, saves and validates models (and needs pydantic) is not copied. Settings classes are replaced by plain classes of the same names.
 """
 
 import ast
@@ -22,11 +21,11 @@ REPLACED = {
     (f"{PACKAGE}.config", "GlanceSettings"): (CONFIGURATION, "GlanceSettings"),
     (f"{PACKAGE}.config", "LossSettings"): (CONFIGURATION, "LossSettings"),
 }
-"""What has another form on the hub: (module, name) here -> there."""
+"""Definitions with a different version on the hub: (module, name) in this project -> (module, name) on the hub."""
 NOTE = "# Made from {origin} of fVLM {version} when the model was released; change it there.\n"
 
 Name = tuple[str, str]
-"""A module and a name in it."""
+"""(Module, name in it)."""
 
 
 @dataclass
@@ -49,19 +48,19 @@ class Module:
     definitions: list[Definition] = field(default_factory=list)
     imports: dict[str, tuple[ast.Import | ast.ImportFrom, ast.alias]] = field(default_factory=dict)
     reached: set[int] = field(default_factory=set)
-    """Indexes of definitions."""
+    """Indexes of the definitions to copy."""
     used: set[str] = field(default_factory=set)
-    """Names of imports."""
+    """Names of the imports to copy."""
 
     @property
     def file_name(self) -> str:
-        """Its file in the flat folder."""
+        """The module's file in the flat folder."""
         last = self.name.rsplit(".", 1)[1]
         return f"{last}.py" if self.name in ROOTS else f"fvlm_{last}.py"
 
     @property
     def any_name(self) -> str:
-        """A name that can be imported from its file."""
+        """Some name that can be imported from the module's file."""
         return next(name for index in sorted(self.reached) for name in self.definitions[index].names)
 
     @classmethod
@@ -83,7 +82,7 @@ class Module:
 
 
 def export(folder: Path, version: str) -> list[str]:
-    """Write the hub's modules and all they reach into `folder`; returns the file names. Raises ValueError for what cannot be flat."""
+    """Write the hub's modules and all they reach into `folder`; returns the file names. Raises ValueError if they cannot be flattened."""
     modules: dict[str, Module] = {}
     waiting: list[Name] = [(root, "*") for root in ROOTS]
     while waiting:
@@ -114,9 +113,9 @@ def _definition(node: ast.stmt, lines: list[str]) -> Definition:
 
 
 def _reach(module: Module, name: str) -> Iterator[Name]:
-    """Mark a name (`*`: all) as reached; yields what it reaches in other modules."""
+    """Mark a name (`*` for all) as reached; yields the names that it uses."""
     for index, definition in enumerate(module.definitions):
-        # statements without a name are there for their effect, such as a registration
+        # statements that define no name are kept for their side effects, such as a registration
         if index in module.reached or not (name == "*" or name in definition.names or not definition.names):
             continue
         module.reached.add(index)
@@ -148,7 +147,7 @@ def _is_package(name: str) -> bool:
 
 
 def _names_in(definition: Definition) -> set[str]:
-    """Names a definition uses, annotations in quotes too."""
+    """Names that a definition uses, including those in quoted annotations."""
     names: set[str] = set()
     for part in ast.walk(definition.node):
         if isinstance(part, ast.Name):
@@ -159,7 +158,7 @@ def _names_in(definition: Definition) -> set[str]:
 
 
 def _text(module: Module, modules: dict[str, Module], version: str) -> str:
-    """The module's file."""
+    """The content of the module's file."""
     origin = module.name.replace(".", "/") + ".py"
     parts = ["\n".join([NOTE.format(origin=origin, version=version), *module.lines[: module.docstring_end]]), _imports(module, modules)]
     for index, definition in enumerate(module.definitions):
@@ -169,7 +168,7 @@ def _text(module: Module, modules: dict[str, Module], version: str) -> str:
 
 
 def _imports(module: Module, modules: dict[str, Module]) -> str:
-    """The used imports: of packages as they are, of the project relative."""
+    """The used imports; those of the project are made relative."""
     packages: dict[str, list[str]] = {}
     for name in sorted(module.used):
         node, alias = module.imports[name]
@@ -189,7 +188,7 @@ def _imports(module: Module, modules: dict[str, Module]) -> str:
 
 
 def _hidden(module: Module, modules: dict[str, Module]) -> list[Module]:
-    """The modules that a root imports through others only."""
+    """The modules that a root imports only indirectly."""
     direct = _imported(module)
     found, waiting = set(direct), list(direct)
     while waiting:
@@ -200,7 +199,7 @@ def _hidden(module: Module, modules: dict[str, Module]) -> list[Module]:
 
 
 def _imported(module: Module) -> set[str]:
-    """The project's modules that a module imports."""
+    """The project's modules that a module imports directly."""
     imports = [
         (node.module or "", alias.name)
         for node, alias in (module.imports[name] for name in module.used)

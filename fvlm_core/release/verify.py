@@ -1,4 +1,4 @@
-"""Proof that a released folder works without this project: a clean process must compute our logits, bit for bit."""
+"""Verify that a released folder works without this project: a clean process must compute the same logits, bit for bit."""
 
 import json
 import os
@@ -25,14 +25,14 @@ from fvlm_core.release.hub.padded import NO_FRAME
 
 BATCH_SAMPLES = 4
 QUESTIONS = 2
-"""Clips that the released processor must turn into our inputs."""
+"""Clips for which the released processor must produce the same inputs as this project."""
 MAX_NEW_TOKENS = 8
-"""Of the answers that transformers' generation must give as ours does."""
+"""Length of the answers on which transformers' generation must agree with this project's."""
 TIMEOUT_S = 900
 
 
 def verify(folder: Path, model: FoveatedVLM, shards: ShardSet, recipe: Recipe, samples: int) -> dict[str, int]:
-    """Logits found equal, per mode. Raises UserError where any differ or the folder does not load."""
+    """Return the number of equal logits per mode. Raises UserError if any differ or the folder does not load."""
     with TemporaryDirectory(prefix="fvlm-verify-") as temporary:
         expected = Path(temporary) / "expected"
         expected.mkdir()
@@ -43,7 +43,7 @@ def verify(folder: Path, model: FoveatedVLM, shards: ShardSet, recipe: Recipe, s
     problems += [f"{mode}: nothing was compared" for mode in model.modes if not report["equal"].get(mode)]
     if problems:
         raise UserError(
-            f"the released model is not ours in a clean process: {'; '.join(problems)}",
+            f"the released model gives other results in a clean process: {'; '.join(problems)}",
             where=str(folder),
             fix="report this with the versions of torch and transformers; nothing was released",
         )
@@ -51,7 +51,7 @@ def verify(folder: Path, model: FoveatedVLM, shards: ShardSet, recipe: Recipe, s
 
 
 def _write_logits(folder: Path, model: FoveatedVLM, shards: ShardSet, recipe: Recipe, samples: int) -> None:
-    """Inputs and logits of real validation samples."""
+    """Write inputs and logits of validation samples."""
     k = model.settings.tokens_per_frame
     batches = val_batches(shards, samples, recipe.data, tokens_per_frame=k, batch_samples=BATCH_SAMPLES)
     for number, batch in enumerate(batches):
@@ -61,7 +61,7 @@ def _write_logits(folder: Path, model: FoveatedVLM, shards: ShardSet, recipe: Re
 
 
 def _write_questions(folder: Path, model: FoveatedVLM, shards: ShardSet) -> None:
-    """Questions and clips as a user has them, and the inputs they must become."""
+    """Write questions and clips as a user has them, with the expected inputs and answers."""
     asked = []
     rows = shards.rows("val")
     videos = rows.index[(rows["kind"] == "video").to_numpy()]
@@ -81,7 +81,7 @@ def _write_questions(folder: Path, model: FoveatedVLM, shards: ShardSet) -> None
 
 
 def padded_inputs(batch: PackedBatch, placeholder: int = 0) -> dict[str, torch.Tensor]:
-    """A packed batch as the released model takes it, padded on the left; `placeholder`: token id where a frame's tokens stand."""
+    """Convert a packed batch to the released model's left-padded inputs; `placeholder` is the token id in a visual token's place."""
     shape, k = (batch.n_samples, max(batch.lengths)), batch.visual_positions.shape[1]
     frame_ids, offsets = torch.full_like(batch.input_ids, NO_FRAME), torch.zeros_like(batch.input_ids)
     frame_ids[batch.visual_positions] = batch.shown_frames[:, None].expand(-1, k)
@@ -97,10 +97,10 @@ def padded_inputs(batch: PackedBatch, placeholder: int = 0) -> dict[str, torch.T
 
 
 def _in_clean_process(folder: Path, expected: Path, temporary: Path) -> dict:
-    """What `clean_check` reports from an isolated interpreter with caches of its own, offline, elsewhere."""
+    """Run `clean_check` in an isolated interpreter, offline, with its own caches and working directory; returns its report."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_", "TRANSFORMERS_"))}
     caches = {"HF_HOME": str(temporary / "hub"), "HF_MODULES_CACHE": str(temporary / "modules"), "HF_HUB_OFFLINE": "1"}
-    threads = str(torch.get_num_threads())  # another split of a sum over threads would give other bits
+    threads = str(torch.get_num_threads())  # sums depend on how they are split over threads, down to the last bit
     command = [sys.executable, "-I", str(Path(clean_check.__file__).resolve()), str(folder.resolve()), str(expected)]
     environment = kept | caches | {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, cwd=temporary, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)

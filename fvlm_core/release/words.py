@@ -1,4 +1,4 @@
-"""How the report says modes, times and code."""
+"""How the report writes modes, durations, code and lists."""
 
 import re
 
@@ -16,11 +16,11 @@ def duration(seconds: float) -> str:
 
 
 def fenced(text: str, language: str = "") -> str:
-    """A block of code that no line of `text` can end."""
+    """A fenced code block, with a fence that is longer than any in `text`."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
 def items(lines: list[str]) -> str:
-    """A list, of lines of markdown."""
+    """A markdown list."""
     return "\n".join(f"* {line}" for line in lines)

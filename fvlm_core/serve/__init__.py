@@ -1,1 +1,1 @@
-"""Using a model: conversations, where it looks, a server for many, streams of frames."""
+"""Inference: conversations, gaze visualisation, an HTTP server, and video streams."""

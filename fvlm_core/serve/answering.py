@@ -1,8 +1,7 @@
-"""Answers in progress, token by token: many at once, each at its own place, joined by new ones while they run (continuous batching,
-Yu et al. 2022, https://www.usenix.org/conference/osdi22/presentation/yu).
+"""Continuous batching (Yu et al. 2022, https://www.usenix.org/conference/osdi22/presentation/yu): decode many answers at once.
 
-A step computes one token of every answer in one packed pass, so the language model's weights are read once for all of them. A row's
-numbers do not depend on the other rows.
+Each step computes one token of every answer in one packed forward pass, so the language model's weights are read once for all of them.
+New answers can join at any step, and the values of a row do not depend on the other rows.
 """
 
 from collections.abc import Sequence
@@ -23,12 +22,12 @@ from fvlm_core.model.names import Mode
 
 MAX_NEW_TOKENS = 128
 REPLACEMENT = "\ufffd"
-"""What a tokenizer puts where the bytes of a character are not all there yet."""
+"""Tokenizers decode an incomplete multi-byte character to this character."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; greedily at temperature 0."""
+    """Sampling parameters; temperature 0 is greedy decoding."""
 
     max_new_tokens: int = MAX_NEW_TOKENS
     temperature: float = 0.0
@@ -38,19 +37,19 @@ class Sampling:
 
 @dataclass
 class Answer:
-    """One answer in progress."""
+    """An answer that is being generated."""
 
     sampling: Sampling
     stop_ids: Sequence[int]
     tokens: list[int] = field(default_factory=list)
     finished: Literal["", "stop", "length"] = ""
-    """Why there is no further token; empty while there may be."""
+    """Why generation ended; empty while it continues."""
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.sampling.seed)
 
     def choose(self, logits: Tensor) -> None:
-        """Take the next token by its logits [vocabulary]."""
+        """Choose the next token from logits [vocabulary]; a stop token, or reaching `max_new_tokens`, finishes the answer."""
         if self.sampling.temperature > 0:
             probabilities = (logits.float() / self.sampling.temperature).softmax(-1)[None]
             token = int(torch.multinomial(nucleus(probabilities, self.sampling.top_p)[0].cpu(), 1, generator=self.generator))
@@ -65,7 +64,7 @@ class Answer:
 
 
 class Answering:
-    """Rows of answers in progress, over one KV cache."""
+    """A batch of answers in progress that share one KV cache."""
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
@@ -75,9 +74,9 @@ class Answering:
 
     @torch.inference_mode()
     def add(self, answers: Sequence[Answer], cache: PackedCache, hidden: Tensor) -> None:
-        """Let answers go on from the samples of a cache, whose last hidden states are [n, llm width]; each chooses its first token.
+        """Add answers to the sequences of `cache`, whose last hidden states are `hidden` [n, llm width], and choose their first tokens.
 
-        The cache is copied: what it holds stays as it is.
+        The keys and values are copied: `cache` itself does not change.
         """
         self._choose(answers, hidden)
         going = [row for row, answer in enumerate(answers) if not answer.finished]
@@ -87,7 +86,7 @@ class Answering:
 
     @torch.inference_mode()
     def step(self) -> list[Answer]:
-        """One more token of every answer; returns those that took part. Finished ones leave."""
+        """Compute one more token of every answer and drop the finished ones; returns all answers that took part."""
         took_part = list(self.rows)
         rows = list(range(len(took_part)))
         device = self.subject.device
@@ -101,7 +100,7 @@ class Answering:
         return took_part
 
     def drop(self, answers: Sequence[Answer]) -> None:
-        """Give up some answers."""
+        """Remove answers from the batch."""
         gone = {id(answer) for answer in answers}
         kept = [row for row, answer in enumerate(self.rows) if id(answer) not in gone]
         if len(kept) == len(self.rows):
@@ -118,17 +117,17 @@ class Answering:
 
 @dataclass(frozen=True)
 class ReadSamples:
-    """Samples that a mode has read, up to where their answers begin."""
+    """Samples after prefill in one mode, up to where their answers begin."""
 
     cache: PackedCache
     hidden: Tensor
-    """[N, llm width]: at the end of each."""
+    """[N, llm width]: the last hidden state of each sample."""
     gaze: list[np.ndarray]
-    """Per sample [frames, rows, columns], each frame's adding up to 1; empty arrays where not asked for or nothing is queried."""
+    """Per sample [frames, rows, columns], summing to 1 for each frame; empty if not requested, or if the model has no queries."""
     entropy: list[np.ndarray]
-    """Per sample, the entropy of the attention to each frame in nats, mean of heads and queries, as training logs it."""
+    """Per sample, the entropy in nats of the attention to each frame, averaged over heads and queries, as training logs it."""
     opened: list[np.ndarray] | None = None
-    """Per sample int [frames, n]: the glance patches that each frame's queries opened, numbered row by row, where the model opens any."""
+    """Per sample int [frames, n]: the glance patches that each frame's queries opened, numbered row by row; None without a glance."""
 
 
 @torch.inference_mode()
@@ -142,7 +141,11 @@ def read(
     room: int = 0,
     features: FrameFeatures | None = None,
 ) -> ReadSamples:
-    """Read samples without answers; `chat` replaces the format (another system message), `features` are their encoded frames if at hand."""
+    """Prefill samples that have no answers yet.
+
+    `chat` replaces the model's chat format (for another system message), `room` is the number of further tokens to reserve in the cache,
+    and `features` are the samples' encoded frames, if they are already known.
+    """
     batch = pack(samples, chat or subject.chat, tokens_per_frame=subject.model.settings.tokens_per_frame).to(subject.device)
     with subject.autocast():
         context = read_batch(subject.model, batch, mode, features=features, weights=gaze, room=room)
@@ -154,7 +157,7 @@ def read(
 
 
 def _gaze(weights: Tensor | None, batch: PackedBatch, subject: Subject) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Maps and entropy of every sample, of attention weights [V, heads, k, N]."""
+    """Gaze maps and entropy of each sample, from attention weights [V, heads, k, N]."""
     if weights is None:
         return [np.zeros((0, 0, 0))] * batch.n_samples, [np.zeros(0)] * batch.n_samples
     side = subject.model.gaze_px
@@ -166,14 +169,14 @@ def _gaze(weights: Tensor | None, batch: PackedBatch, subject: Subject) -> tuple
 
 
 class TextPieces:
-    """Tokens to text, piece by piece; a character of several tokens appears once it is complete."""
+    """Incremental detokenizer; a character that spans several tokens appears once it is complete."""
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
         self.said = ""
 
     def piece(self, tokens: Sequence[int], *, last: bool = False) -> str:
-        """What is new in the text of all tokens so far."""
+        """Return the text that is new since the last call, given all tokens so far."""
         text = str(self.subject.tokenizer.decode(list(tokens), skip_special_tokens=True)).lstrip()
         text = text.rstrip() if last else text.rstrip(REPLACEMENT)
         new, self.said = text[len(self.said) :], text if len(text) > len(self.said) else self.said

@@ -1,7 +1,7 @@
-"""The server: OpenAI's chat completions with videos, and a web page for people.
+"""The HTTP server: OpenAI's chat completions with videos, and a web page.
 
-A request is counted before its body is read, so that those that wait are few, whatever they bring. Media are fetched and decoded beside the
-engine's thread; equal media of the last requests are kept, so that requests about one video encode it together.
+A request is counted before its body is read, which bounds the number of requests in memory. Media are fetched and decoded outside the
+engine's thread, and cached by content, so that concurrent requests about one video encode it once.
 """
 
 import asyncio
@@ -41,22 +41,22 @@ from fvlm_core.serve.load import checked_mode
 
 PAGE = Path(__file__).with_name("page.html")
 DECODERS = 2
-"""Videos and pictures that are decoded at the same time."""
+"""Videos and pictures decoded at the same time."""
 KEPT_MEDIA = 16
-"""Decoded videos and pictures; 64 frames of 224 px are 10 MB."""
+"""Decoded videos and pictures in the cache; 64 frames of 224 px are 10 MB."""
 HEARTBEAT_S = 1.0
-"""How often a waiting request is looked at: is somebody still there?"""
+"""Interval of the check whether a waiting client is still connected."""
 PAGE_POLICY = "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; media-src blob:"
 
 
 class Server:
-    """What the endpoints share."""
+    """State that the endpoints share."""
 
     def __init__(self, answerer: FoveatedAnswerer, limits: Limits, api_key: str | None) -> None:
         self.answerer, self.limits, self.api_key = answerer, limits, api_key
         self.engine = engine.Engine(answerer.subject, running=limits.running, frames_at_once=limits.frames_at_once)
         self.inside = 0
-        """Requests that were let in and are not answered yet."""
+        """Requests that were admitted and are not answered yet."""
         self.media: OrderedDict[str, np.ndarray] = OrderedDict()
         self.decoding: dict[str, Lock] = {}
         self.lock, self.decoders = Lock(), Semaphore(DECODERS)
@@ -64,15 +64,15 @@ class Server:
         self.created = int(time.time())
 
     def check_key(self, request: Request) -> None:
-        """Raise RefusedError for a request without the key, where there is one."""
+        """Raise RefusedError if the server has an API key and the request does not give it."""
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if self.api_key and not hmac.compare_digest(given.encode(), self.api_key.encode()):
             raise RefusedError("the API key is missing or wrong", HTTPStatus.UNAUTHORIZED, code="invalid_api_key")
 
     async def body(self, request: Request) -> ChatRequest:
-        """The request, read within the limits. Raises RefusedError."""
+        """Read and validate the request's body. Raises RefusedError if it is invalid, too large or too slow."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            # also what keeps other sites' pages out: browsers ask before they send this type elsewhere, and are not allowed
+            # this also blocks other sites' pages: a browser sends a CORS preflight before this content type, and gets no permission
             raise RefusedError("the content type must be application/json", HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
         parts, size = [], 0
         try:
@@ -94,7 +94,10 @@ class Server:
             raise RefusedError(f"{where or 'the body'}: {first['msg']}") from error
 
     def frames_of(self, url: str, kind: Kind, *, gone: Event) -> np.ndarray:
-        """The frames of an address; called in a thread. `gone` is set when nobody waits for them any more. Raises RefusedError."""
+        """Fetch and decode the frames of an address, or take them from the cache. Runs in a worker thread.
+
+        Raises RefusedError for unusable media, GoneError once `gone` is set because the client has disconnected.
+        """
         if gone.is_set():
             raise GoneError
         content = read_url(url, self.limits)
@@ -102,13 +105,13 @@ class Server:
         with self.lock:
             mine = self.decoding.setdefault(key, Lock())
         try:
-            with _taken(mine, gone):  # who brings the same at the same time waits for it
+            with _taken(mine, gone):  # concurrent requests with the same media decode it once
                 if (found := self.media.get(key)) is None:
                     with _taken(self.decoders, gone):
                         found = decode(content, kind, self.answerer.rule, self.limits, gone)
                 with self.lock:
                     self.media[key] = found
-                    self.media.move_to_end(key)  # also where it was found: what is asked about again and again stays
+                    self.media.move_to_end(key)  # on a hit too: the least recently used is evicted
                     if len(self.media) > KEPT_MEDIA:
                         self.media.popitem(last=False)
         finally:
@@ -117,7 +120,7 @@ class Server:
         return found
 
     async def ask(self, request: Request, body: ChatRequest) -> "Asking":
-        """Fetch the media and hand the request to the engine. Raises RefusedError."""
+        """Fetch the media and submit the request to the engine. Raises RefusedError."""
         if body.model != self.answerer.name:
             what = f"there is no model {body.model!r}; this server has {self.answerer.name!r}"
             raise RefusedError(what, HTTPStatus.NOT_FOUND, code="model_not_found")
@@ -131,7 +134,7 @@ class Server:
         try:
             while not (await asyncio.wait([understanding], timeout=HEARTBEAT_S))[0]:
                 if await request.is_disconnected():
-                    gone.set()  # the thread is waited for: while it holds what was sent, the request counts
+                    gone.set()  # still wait for the thread: until it frees the body, the request counts
         finally:
             gone.set()
         asked = understanding.result()
@@ -145,7 +148,7 @@ class Server:
 
 
 class Asking:
-    """An answer on its way to one client."""
+    """An answer that is being sent to one client."""
 
     def __init__(
         self, server: Server, request: Request, body: ChatRequest, asking: engine.Request, events: "asyncio.Queue[engine.Event]"
@@ -156,10 +159,10 @@ class Asking:
         self.looked: dict[str, Any] | None = None
         self.finished = ""
         self.look_at = time.monotonic() + HEARTBEAT_S
-        """When to ask next whether the client is still there."""
+        """When to check next whether the client is still connected."""
 
     async def pieces(self) -> AsyncIterator[str]:
-        """The answer's text, piece by piece; an empty one first, once the request was read. Raises RefusedError."""
+        """Yield the answer's text in pieces; the first one is empty, and comes after prefill. Raises RefusedError."""
         text, stops = TextPieces(self.server.answerer.subject), self.body.stops
         held = ""
         longest = max(map(len, stops), default=1)
@@ -177,7 +180,7 @@ class Asking:
                 held += text.piece(event.tokens, last=bool(event.finished))
                 if ends := [held.find(stop) for stop in stops if stop in held]:
                     held, self.finished = held[: min(ends)], "stop"
-                keep = 0 if self.finished else longest - 1  # the beginning of a stop text may be at the end
+                keep = 0 if self.finished else longest - 1  # the end may be the beginning of a stop text
                 cut = max(0, len(held) - keep)
                 said, held = held[:cut], held[cut:]
                 if said:
@@ -197,7 +200,7 @@ class Asking:
         return self._head("chat.completion.chunk") | {"choices": [choice]}
 
     async def stream(self) -> AsyncIterator[str]:
-        """Server-sent events of the answer; an error after the first of them is an event too."""
+        """Yield the answer as server-sent events; an error is sent as an event too, because the status has been sent before."""
         first = True
         try:
             async for piece in self.pieces():
@@ -217,7 +220,7 @@ class Asking:
 
     async def _event(self) -> engine.Event:
         while True:
-            if (now := time.monotonic()) >= self.look_at:  # by the clock: events may follow each other without a pause
+            if (now := time.monotonic()) >= self.look_at:  # by the clock, not on a timeout: events may come without a pause
                 self.look_at = now + HEARTBEAT_S
                 if await self.request.is_disconnected():
                     self.asking.cancelled = True
@@ -234,7 +237,7 @@ class Asking:
         return {"fvlm": self.looked} if self.looked else {}
 
     def _look(self, event: engine.Started) -> dict[str, Any]:
-        """The shown frames as JPEG, where the model looks in each (adding up to 1), and the entropy of that in nats."""
+        """The shown frames as JPEG, the gaze in each (summing to 1), and its entropy in nats."""
         sample = self.asking.sample
         shown = [index for indexes in sample.media for index in indexes]
         jpegs = [base64.b64encode(encode_jpeg(frame)).decode() for frame in sample.frames]
@@ -248,7 +251,7 @@ class Asking:
 
 
 class _Stream(StreamingResponse):
-    """Server-sent events; the request counts until they have ended, however they do."""
+    """Streams server-sent events; the request counts until the stream ends, for whatever reason."""
 
     def __init__(self, asking: Asking) -> None:
         super().__init__(asking.stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
@@ -263,7 +266,7 @@ class _Stream(StreamingResponse):
 
 
 def create_app(answerer: FoveatedAnswerer, limits: Limits | None = None, *, api_key: str | None = None) -> FastAPI:
-    """The application, whose engine runs as long as it does."""
+    """Create the application; its engine runs for the application's lifespan."""
     server = Server(answerer, limits or Limits(), api_key)
 
     @asynccontextmanager
@@ -281,7 +284,7 @@ def create_app(answerer: FoveatedAnswerer, limits: Limits | None = None, *, api_
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> JSONResponse:
-        """What the framework refuses: a path that is none of these, or another method."""
+        """Report the framework's own errors: an unknown path or method."""
         refusal = RefusedError(f"there is no {request.method} {request.url.path}", HTTPStatus(error.status_code), code="unknown_url")
         return JSONResponse(_error(refusal), error.status_code, error.headers)
 
@@ -332,12 +335,12 @@ def create_app(answerer: FoveatedAnswerer, limits: Limits | None = None, *, api_
 
 @contextmanager
 def _taken(place: "Lock | Semaphore", gone: Event) -> Generator[None]:
-    """Wait for a lock or a place, and hold it. Raises GoneError where the client goes meanwhile."""
+    """Acquire a lock or semaphore, and hold it in the `with` block. Raises GoneError if the client disconnects before."""
     while not place.acquire(timeout=HEARTBEAT_S):
         if gone.is_set():
             raise GoneError
     try:
-        if gone.is_set():  # a place that comes late
+        if gone.is_set():  # acquired too late
             raise GoneError
         yield
     finally:

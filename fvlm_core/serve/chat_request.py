@@ -1,7 +1,7 @@
-"""The body of `POST /v1/chat/completions`: OpenAI's, with videos, and what it means for the model.
+"""The body of `POST /v1/chat/completions`: OpenAI's format extended by videos, and its translation into model inputs.
 
-https://platform.openai.com/docs/api-reference/chat. Beyond it: content parts of type `video_url`, and the fields `mode`, `question_first`
-and `gaze`. What changes an answer and cannot be done here is refused, not ignored.
+https://platform.openai.com/docs/api-reference/chat. Extensions: content parts of type `video_url`, and the fields `mode`, `question_first`
+and `gaze`. An unsupported option that would change the answer is rejected, not ignored.
 """
 
 from collections.abc import Callable
@@ -21,14 +21,14 @@ from fvlm_core.serve.limits import Limits, RefusedError
 
 MAX_STOPS = 4
 GREEDY_BELOW = 1e-4
-"""Logits divided by less can overflow, and the likeliest token is all but certain already."""
+"""Lower temperatures are treated as 0: logits divided by them can overflow, and the likeliest token is almost certain anyway."""
 CHARACTERS_PER_TOKEN = 32
-"""More than any text has on average."""
+"""An upper bound on any text's average, to reject texts that are too long before they are tokenized."""
 URLS: dict[str, Kind] = {"video_url": "video", "image_url": "image"}
 
 
 class Part(BaseModel):
-    """A text, a video or an image."""
+    """A content part: text, a video or an image."""
 
     type: Literal["text", "video_url", "image_url"]
     text: str = ""
@@ -37,7 +37,7 @@ class Part(BaseModel):
 
     @property
     def url(self) -> str | None:
-        """The address, where it is no text."""
+        """The address of a video or image; None for text."""
         given = self.video_url if self.type == "video_url" else self.image_url if self.type == "image_url" else None
         return given.url if isinstance(given, Url) else given
 
@@ -66,13 +66,13 @@ class Message(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """Of a streamed answer."""
+    """Options of a streamed answer."""
 
     include_usage: bool = False
 
 
 class ChatRequest(BaseModel):
-    """What is asked."""
+    """The request's body."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -81,10 +81,10 @@ class ChatRequest(BaseModel):
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(0.0, ge=0, le=2)
-    """0, the default, takes the likeliest token; so does what is below `GREEDY_BELOW`."""
+    """0, the default, is greedy decoding; so is any value below `GREEDY_BELOW`."""
     top_p: float = Field(1.0, gt=0, le=1)
     seed: int = Field(0, ge=-(2**63), lt=2**64)
-    """What a generator of torch takes."""
+    """The range that `torch.Generator.manual_seed` accepts."""
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -92,7 +92,7 @@ class ChatRequest(BaseModel):
     mode: str | None = None
     """`coarse_only`, `coarse_fine` or `autoregressive`."""
     question_first: bool | None = None
-    """The question stands before the video; by default as the first message's parts are ordered."""
+    """Whether the question comes before the video; by default the order of the parts in the first message."""
     gaze: bool = False
     """Return the frames and where the model looks in them."""
 
@@ -113,12 +113,12 @@ UNSUPPORTED = {
     "top_k": (None, 0, -1),
     "repetition_penalty": (None, 1),
 }
-"""What cannot be done, and the values that do not ask for it."""
+"""Unsupported options, and the values of each that leave it off."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A request as the model takes it."""
+    """A request, translated into model inputs."""
 
     sample: Sample
     chat: ChatFormat
@@ -126,7 +126,7 @@ class Asked:
 
 
 def understand(request: ChatRequest, answerer: FoveatedAnswerer, limits: Limits, frames_of: Callable[[str, Kind], np.ndarray]) -> Asked:
-    """Turns, media and format of a request; `frames_of` gets an address and what it should be. Raises RefusedError."""
+    """Translate a request into model inputs; `frames_of(address, kind)` loads media. Raises RefusedError for an invalid request."""
     for name, neutral in UNSUPPORTED.items():
         if (request.model_extra or {}).get(name) not in neutral:
             raise RefusedError(f"{name} is not supported")
@@ -144,7 +144,7 @@ def understand(request: ChatRequest, answerer: FoveatedAnswerer, limits: Limits,
     texts = [message.text for message in messages]
     if any(not text for message, text in zip(messages, texts, strict=True) if message.role == "user"):
         raise RefusedError("a user message has no text")
-    _check_length(sum(map(len, [system, *texts])) // CHARACTERS_PER_TOKEN, answerer)  # before tokens are made of it
+    _check_length(sum(map(len, [system, *texts])) // CHARACTERS_PER_TOKEN, answerer)  # a cheap bound, before tokenizing
     encode, chat = answerer.subject.encode, answerer.subject.chat
     turns = [Turn(encode(user), encode(answer)) for user, answer in zip(texts[::2], [*texts[1::2], ""], strict=True)]
     if system:
@@ -162,7 +162,7 @@ def understand(request: ChatRequest, answerer: FoveatedAnswerer, limits: Limits,
         raise RefusedError(f"an answer of {sampling.max_new_tokens} tokens; this server gives at most {limits.new_tokens}")
     around = len(chat.user_open) + len(chat.user_close) + len(chat.assistant_open)
     text_tokens = len(chat.system) + sum(around + len(turn.question_ids) + len(turn.answer_ids) for turn in turns)
-    text_tokens += len(chat.assistant_close) * sum(bool(turn.answer_ids) for turn in turns)  # none after the answer that begins
+    text_tokens += len(chat.assistant_close) * sum(bool(turn.answer_ids) for turn in turns)  # the new answer is not closed yet
     _check_length(text_tokens + sampling.max_new_tokens, answerer)
     loaded = [frames_of(_address(part), URLS[part.type]) for part in addressed]
     if (distinct := sum(map(len, loaded))) > limits.frames_at_once:
@@ -184,7 +184,7 @@ def _address(part: Part) -> str:
 
 
 def _joined(loaded: list[np.ndarray], kinds: list[Kind], image_repeats: int) -> tuple[np.ndarray, list[list[int]]]:
-    """Frames one after the other, and which of them are shown; of one video, the array itself, so that requests share it."""
+    """Concatenate frames, and list which of them each medium shows. A single array is shared, not copied."""
     media, start = [], 0
     for frames, kind in zip(loaded, kinds, strict=True):
         media.append([start] * image_repeats if kind == "image" else list(range(start, start + len(frames))))

@@ -1,7 +1,7 @@
-"""Media of strangers, decoded in a process of its own: `python -m fvlm_core.serve.decode`.
+"""Decode untrusted media in a separate process: `python -m fvlm_core.serve.decode`.
 
-Decoders are C code that reads what anyone sends. A process that crashes, hangs or takes too much memory is ended, and the server goes on.
-Only formats that hold all they show are opened: ffmpeg would follow a playlist (HLS, concat) to files and addresses.
+Decoders are C code that parses untrusted input. A process that crashes, hangs or uses too much memory is killed, and the server goes on.
+Only self-contained formats are opened: ffmpeg would follow a playlist (HLS, concat) to files and addresses.
 """
 
 import io
@@ -25,16 +25,19 @@ from fvlm_core.serve.limits import MB, GoneError, Limits, RefusedError
 
 Kind = Literal["video", "image"]
 FRAMES, REFUSED = b"frames\n", b"refused\n"
-"""How the process begins its answer."""
+"""The first bytes of the process's output."""
 LENGTH_TOLERANCE_S = 1.0
 LOOK_S = 0.2
-"""How often a process that decodes is looked at: does somebody still wait for it?"""
+"""Interval of the check whether a decoding process has timed out or is no longer needed."""
 FRAME_COPIES = 2
-"""How often a process holds the shown frames at once: one by one, and joined."""
+"""Copies of the frames that a process holds at the same time: one by one, and concatenated."""
 
 
 def decode(content: bytes, kind: Kind, rule: FrameRule, limits: Limits, gone: Event) -> np.ndarray:
-    """The frames [T, frame_px, frame_px, 3] of a video, or the one of a picture. Raises RefusedError, GoneError once `gone` is set."""
+    """Decode a video or picture to frames uint8 [T, frame_px, frame_px, 3].
+
+    Raises RefusedError for media that cannot be decoded within the limits, GoneError once `gone` is set.
+    """
     if not content:
         raise RefusedError(f"the {kind} is empty")
     if container_of(content, kind) is None:
@@ -53,7 +56,7 @@ def decode(content: bytes, kind: Kind, rule: FrameRule, limits: Limits, gone: Ev
 
 
 def _output(command: list[str], content: bytes, seconds: float, gone: Event) -> bytes:
-    """What a process makes of its input; nothing where it fails or takes longer. Raises GoneError once `gone` is set."""
+    """Return a command's output; empty if it fails or exceeds `seconds`. Raises GoneError once `gone` is set."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     pipe, ends, done = subprocess.PIPE, time.monotonic() + seconds, Event()
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=environment) as process:
@@ -77,7 +80,7 @@ def _output(command: list[str], content: bytes, seconds: float, gone: Event) -> 
 
 
 def container_of(content: bytes, kind: Kind) -> str | None:
-    """The name of the container or picture format by its first bytes, or None where it is not one that is opened."""
+    """The container or picture format according to the first bytes, or None if it is not supported."""
     if kind == "image":
         found = _PICTURES
     else:
@@ -105,11 +108,11 @@ _VIDEOS = (
     (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", 0, b"", 0, "asf"),
     (b"\x00\x00\x01\xba", 0, b"", 0, "mpeg"),
 )
-"""Two marks and where they stand, and the format's name."""
+"""(Bytes, their offset, more bytes, their offset, name of the format): both must match."""
 
 
 def _main() -> None:
-    """Decode what comes on standard input, by the settings in the first argument, within its limits."""
+    """Decode standard input, with the settings and limits in the first argument."""
     settings = json.loads(sys.argv[1])
     limits, rule = Limits(**settings["limits"]), FrameRule(**settings["rule"])
     shown = rule.max_frames * rule.frame_px**2 * 3
@@ -127,12 +130,12 @@ def _main() -> None:
         sys.stdout.buffer.write(REFUSED + json.dumps([error.message, int(error.status)]).encode())
         return
     sys.stdout.buffer.write(FRAMES)
-    for frame in frames:  # all at once may be more than the 2 GiB that one write takes
+    for frame in frames:  # one write takes at most 2 GiB
         sys.stdout.buffer.write(frame.tobytes())
 
 
 def _image(content: bytes, rule: FrameRule, pixels: int) -> np.ndarray:
-    Image.MAX_IMAGE_PIXELS = None  # the limit is ours, and the size is checked before a pixel is decoded
+    Image.MAX_IMAGE_PIXELS = None  # `_check_pixels` applies our own limit before any pixel is decoded
     try:
         with Image.open(io.BytesIO(content)) as image:
             _check_pixels(image.width, image.height, pixels)
@@ -162,7 +165,7 @@ def _video(content: bytes, rule: FrameRule, pixels: int, video_s: float) -> np.n
             raise RefusedError(what, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
         return found.pixels
     except (ClipError, av.error.FFmpegError, ValueError) as error:
-        if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):  # ffmpeg met the limit; the video may be good
+        if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):  # ffmpeg hit the memory limit; the video may be fine
             raise MemoryError from error
         reason = str(error) if isinstance(error, ClipError) else "it cannot be decoded"
         raise RefusedError(f"not a readable video: {reason}", HTTPStatus.UNPROCESSABLE_ENTITY) from error

@@ -1,6 +1,6 @@
-"""One model that many ask at once: requests wait in order, are read in groups, and answers are computed together, a token each a step.
+"""One model for many clients: requests are queued, prefilled in groups, and decoded together, one token of each answer per step.
 
-All of it runs in one thread of its own; who asks gets events through a function that the thread calls.
+All model work runs in one thread. A client gets events through a callback, which this thread calls.
 """
 
 import logging
@@ -20,16 +20,16 @@ from fvlm_core.serve.answering import Answer, Answering, Sampling, read
 
 log = logging.getLogger(__name__)
 GATHER_S = 0.01
-"""How long the first request after a pause waits for others, so that those that come together are read together."""
+"""How long the first request after an idle time waits, so that simultaneous requests are prefilled together."""
 
 
 @dataclass(frozen=True)
 class Started:
-    """The request was read; its answer begins."""
+    """Prefill is done; the answer begins."""
 
     prompt_tokens: int
     gaze: np.ndarray
-    """[frames, rows, columns], where asked for."""
+    """[frames, rows, columns]; empty if not requested."""
     entropy: np.ndarray
 
 
@@ -39,12 +39,12 @@ class Progress:
 
     tokens: tuple[int, ...]
     finished: str
-    """`stop` or `length` with the last of them, else empty."""
+    """`stop` or `length` once the answer is complete, else empty."""
 
 
 @dataclass(frozen=True)
 class Failed:
-    """The answer cannot be computed; the log has the cause."""
+    """The answer cannot be computed; the cause is in the log."""
 
 
 Event = Started | Progress | Failed
@@ -52,17 +52,17 @@ Event = Started | Progress | Failed
 
 @dataclass(eq=False)
 class Request:
-    """What is asked, and who hears of it."""
+    """A question, and the callback that gets its events."""
 
     sample: Sample
     chat: ChatFormat
     mode: Mode
     sampling: Sampling
     tell: Callable[[Event], object]
-    """Called by the engine's thread."""
+    """The callback; called from the engine's thread."""
     gaze: bool = False
     cancelled: bool = False
-    """Set by who asks: nobody waits for the answer any more."""
+    """Set by the client when it no longer waits for the answer."""
     answer: Answer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -70,7 +70,7 @@ class Request:
 
 
 class Engine:
-    """The thread. `running` answers are computed together; `frames_at_once` distinct frames are encoded together."""
+    """The thread and its queue. At most `running` answers are decoded, and `frames_at_once` distinct frames encoded, together."""
 
     def __init__(self, subject: Subject, *, running: int = 8, frames_at_once: int = 128) -> None:
         self.subject, self.most, self.frames_at_once = subject, running, frames_at_once
@@ -78,12 +78,12 @@ class Engine:
         self._change = threading.Condition()
         self._closed = False
         self._running: dict[int, Request] = {}
-        """By the identity of their answers."""
+        """By the `id` of their answers."""
         self._answering = Answering(subject)
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def start(self) -> "Engine":
-        """Begin to answer."""
+        """Start the thread."""
         self._thread.start()
         return self
 
@@ -94,7 +94,7 @@ class Engine:
             self._change.notify()
 
     def close(self) -> None:
-        """End the thread after its step; requests that still wait are reported as failed."""
+        """Stop the thread after its current step; unfinished requests are reported as failed."""
         with self._change:
             self._closed = True
             self._change.notify()
@@ -120,7 +120,7 @@ class Engine:
                 self._guarded(self._step, list(self._running.values()))
 
     def _guarded(self, work: Callable[[], None], requests: Sequence[Request]) -> None:
-        """Run a pass. Where it fails, its requests are reported as failed and leave: none of them may end the server."""
+        """Run a pass. If it fails, report its requests as failed and drop them: no request may end the server."""
         try:
             work()
         except Exception:
@@ -133,7 +133,7 @@ class Engine:
                 self._answering = Answering(self.subject)
 
     def _group(self) -> list[Request]:
-        """The next requests to be read together: equal in mode and format, as many as there is room for."""
+        """The next requests to prefill together: as many as there is room for, with the same mode, system message and gaze option."""
         while self._waiting and self._waiting[0].cancelled:
             self._waiting.popleft()
         group: list[Request] = []

@@ -1,6 +1,6 @@
-"""Benchmarks on any model that a user has: `python -m fvlm_core.serve.evaluate job.yaml`, or under torchrun; `fvlm eval` is its command.
+"""Run benchmarks on any model: `python -m fvlm_core.serve.evaluate job.yaml`, also under torchrun; `fvlm eval` does the same.
 
-It leaves `results.json`, `tables.md` and the items' records, as the pipeline's evaluation does, and can be stopped and started again.
+Like the pipeline's evaluation, it writes `results.json`, `tables.md` and a record of each item, and resumes after an interruption.
 """
 
 import os
@@ -34,11 +34,11 @@ def evaluate_checkpoint(
     done: Callable[[int], None] = lambda items: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Results | None:
-    """Run a job; other processes than the first only ask, and return None.
+    """Run a job. Ranks other than 0 only ask items, and return None.
 
-    `start` gets the number of items, `done` those just asked, `note` what is done after them.
+    `start` is called with the number of items, `done` with the number just asked, `note` with the name of a step that follows them.
 
-    Raises UserError for a checkpoint or data that do not fit, before any item is asked.
+    Raises UserError for an unsuitable checkpoint or data, before any item is asked.
     """
     if job.threads:
         torch.set_num_threads(job.threads)

@@ -1,8 +1,8 @@
-"""Media by address: `data:` addresses, and http(s) ones without a way into this machine or its networks.
+"""Fetch media from `data:` and http(s) addresses, without access to this machine or its networks (no server-side request forgery).
 
-A host's name is resolved once, every address it has is checked, and the connection goes to a checked address (not to the name, which could
-mean another one by then). Redirects are connections like the first. Nothing else than http and https is spoken; proxies of the
-environment are not used, since they would connect for us.
+A host name is resolved once, and every resulting IP address is checked. The connection goes to a checked IP address, not to the name, which
+could resolve differently by then (DNS rebinding). Redirects are checked in the same way. Only http and https are supported. Proxies set in
+the environment are not used, because they would bypass the check.
 """
 
 import base64
@@ -26,7 +26,7 @@ AGENT = b"fvlm"
 
 
 def read_url(url: str, limits: Limits) -> bytes:
-    """The bytes of an address. Raises RefusedError."""
+    """Return the content of an address. Raises RefusedError."""
     scheme = url[:8].lower().partition(":")[0]
     if scheme == "data":
         return _data(url, limits)
@@ -36,7 +36,7 @@ def read_url(url: str, limits: Limits) -> bytes:
 
 
 def check_address(host: str, port: int, *, allow_internal: bool) -> str:
-    """The IP address to connect to. Raises RefusedError where the name has none, or one that is not of the public internet."""
+    """Return the IP address to connect to. Raises RefusedError if the host has none, or one outside the public internet."""
     try:
         found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     except (OSError, UnicodeError) as error:
@@ -49,7 +49,7 @@ def check_address(host: str, port: int, *, allow_internal: bool) -> str:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the public internet; one that stands for an IPv4 address is as that one."""
+    """Whether an IP address is on the public internet. An IPv6 address that embeds an IPv4 address is public only if that one is."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inner = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
@@ -63,7 +63,7 @@ def is_public(address: str) -> bool:
 
 
 class _Timely(httpcore.NetworkStream):
-    """A connection that is read until a deadline: httpcore's own limit is one of each read, and headers may come a byte at a time."""
+    """A connection with a deadline for all reads: httpcore's timeout is per read, and a server may send headers byte by byte."""
 
     def __init__(self, stream: httpcore.NetworkStream, deadline: float) -> None:
         self.stream, self.deadline = stream, deadline
@@ -90,7 +90,7 @@ class _Timely(httpcore.NetworkStream):
 
 
 class _Checked(httpcore.SyncBackend):
-    """Connects to checked addresses only, and until a deadline."""
+    """Connects only to checked addresses, with a deadline for all reads."""
 
     def __init__(self, allow_internal: bool, deadline: float) -> None:
         self.allow_internal, self.deadline = allow_internal, deadline
@@ -112,7 +112,7 @@ def _fetch(url: str, limits: Limits) -> bytes:
 
 
 def _get(pool: httpcore.ConnectionPool, url: str, deadline: float, limits: Limits) -> bytes | str:
-    """The content of an address, or where it redirects to."""
+    """Return the content of an address, or the address it redirects to."""
     try:
         parts = urlsplit(url)
         name, colon, port = parts.netloc.rpartition("@")[2].partition(":")
@@ -122,7 +122,7 @@ def _get(pool: httpcore.ConnectionPool, url: str, deadline: float, limits: Limit
         left = max(0.1, deadline - time.monotonic())
         timeouts = dict.fromkeys(("connect", "write", "pool"), left)
         headers = [(b"Host", host.encode("ascii")), (b"User-Agent", AGENT), (b"Accept", b"*/*")]
-        # what is not ASCII as browsers send it; bytes of a redirect that are no UTF-8 stay those bytes
+        # quote non-ASCII characters as browsers do; keep the bytes of a redirect that are not UTF-8
         target = quote(parts._replace(netloc=host, fragment="").geturl(), safe=punctuation, errors="surrogateescape")
         with pool.stream("GET", target, headers=headers, extensions={"timeout": timeouts}) as response:
             location = next((value for name, value in response.headers if name.lower() == b"location"), None)

@@ -1,4 +1,4 @@
-"""What a server takes from strangers, and how it refuses the rest."""
+"""Limits on requests from untrusted clients, and the errors that reject a request."""
 
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -8,34 +8,34 @@ MB = 1_000_000
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one server. The defaults fit a machine with 8 GB."""
+    """Limits of one server. The defaults fit a machine with 8 GB of memory."""
 
     upload_mb: int = 32
-    """Of a video or picture, decoded from base64 or fetched; a request's body may be half as large again."""
+    """Largest video or picture in MB, decoded from base64 or fetched; a request's body may be 1.5 times as large."""
     video_s: int = 1800
-    """Length of a video."""
+    """Longest video, in seconds."""
     pixels: int = 4096 * 2304
-    """Of a picture of it."""
+    """Most pixels (width times height) of a picture or a video's frame."""
     media: int = 8
-    """Videos and pictures in a request."""
+    """Most videos and pictures in one request."""
     new_tokens: int = 1024
-    """Of an answer."""
+    """Most tokens of one answer."""
     running: int = 8
-    """Answers that are computed together."""
+    """Answers that are decoded together in one batch."""
     waiting: int = 16
-    """Requests that wait beside them; more are refused with status 429."""
+    """Requests that may wait in addition to those; further ones are rejected with status 429."""
     frames_at_once: int = 128
-    """Frames that are encoded together, so also those of a request: DINOv2-small keeps 10 MB of each while their questions are read."""
+    """Frames that are encoded together, and the most in one request: DINOv2-small needs 10 MB per frame during prefill."""
     fetch_s: float = 30.0
-    """For fetching an address, from the first look-up to the last byte."""
+    """Timeout for fetching an address, from the DNS look-up to the last byte."""
     body_s: float = 60.0
-    """For sending a request."""
+    """Timeout for receiving a request's body."""
     decode_s: int = 60
-    """For decoding a video or picture."""
+    """Timeout, in seconds, for decoding one video or picture."""
     decode_mb: int = 2000
-    """Memory for it, beside the frames that are shown."""
+    """Memory limit, in MB, for decoding one video or picture, not counting the frames that are kept."""
     allow_internal: bool = False
-    """Addresses may lead to this machine and its private networks."""
+    """Allow addresses that lead to this machine or its private networks."""
 
     @property
     def upload_bytes(self) -> int:
@@ -43,12 +43,12 @@ class Limits:
 
     @property
     def body_bytes(self) -> int:
-        """Of a request: base64 takes a third more."""
+        """Largest request body: base64 needs a third more than the media."""
         return self.upload_bytes * 3 // 2
 
 
 class RefusedError(Exception):
-    """A request that is refused: why, in words for whom it is from, and the HTTP status."""
+    """A rejected request: a message for the client, and the HTTP status."""
 
     def __init__(self, message: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST, *, code: str = "invalid_request") -> None:
         super().__init__(message)
@@ -56,7 +56,7 @@ class RefusedError(Exception):
 
 
 class GoneError(RefusedError):
-    """Nobody waits for the answer any more."""
+    """The client has disconnected: nobody waits for the answer any more."""
 
     def __init__(self) -> None:
         super().__init__("the client has gone", HTTPStatus.REQUEST_TIMEOUT)

@@ -1,8 +1,8 @@
-"""Frames of a source that has no end, or is not to be held in memory: a file, a camera or a stream's address, so many per second.
+"""Frames of a file, a camera or a network stream at a fixed rate, without holding the video in memory.
 
-One picture is decoded at a time. Those of a file are the ones that `fvlm_core.data.frames` would choose without a limit, and one more where
-the video ends between two moments: a stream knows no length, so a second that begins is shown. A source that does not wait (a camera, an
-address) has a thread that reads on while a frame is looked at, and of frames that come meanwhile only the newest is kept.
+One picture is decoded at a time. Of a file, the frames are those that `fvlm_core.data.frames` would choose without a limit, and one more if
+the video ends between two sampling times: a stream's length is not known in advance. A live source (a camera or an address) does not wait
+for its reader, so a thread goes on reading while a frame is processed, and only the newest of the frames that arrive meanwhile is kept.
 """
 
 import queue
@@ -22,7 +22,7 @@ from fvlm_core.errors import UserError
 
 CAMERA = "/dev/video"
 TIMEOUT_S = 15.0
-"""For an address to answer, and for its next packet."""
+"""Timeout for an address to answer, and for each further packet."""
 
 
 @dataclass(frozen=True)
@@ -30,22 +30,22 @@ class LiveFrame:
     """One frame of a source."""
 
     time_s: float
-    """Since the first."""
+    """Seconds since the first frame."""
     pixels: np.ndarray
     """uint8 [frame_px, frame_px, 3]."""
     dropped: int = 0
-    """Frames that came before it and were not looked at, in all."""
+    """Total number of frames that were skipped before this one."""
 
 
 def is_live(source: str) -> bool:
-    """Whether a source does not wait for who reads it."""
+    """Whether a source is live (a camera or an address), and does not wait for its reader."""
     return "://" in source or source.startswith(CAMERA)
 
 
 def live_frames(source: str, *, fps: float, frame_px: int, pace: bool = True) -> Iterator[LiveFrame]:
-    """`fps` frames per second of a source, as it goes on. `pace`: those of a file come at the video's own speed, not as fast as they can.
+    """Yield `fps` frames per second of a source. With `pace`, a file is read at the video's own speed, otherwise as fast as possible.
 
-    Raises UserError for a source that cannot be opened, or breaks before its first frame.
+    Raises UserError if the source cannot be opened, or fails before its first frame.
     """
     frames = _read(source, fps, frame_px)
     if is_live(source):
@@ -59,7 +59,7 @@ def live_frames(source: str, *, fps: float, frame_px: int, pace: bool = True) ->
 
 
 def _read(source: str, fps: float, frame_px: int) -> Iterator[LiveFrame]:
-    """At each moment the picture that is shown then: the last that started no later."""
+    """Yield the picture that is shown at each sampling time: the last one that started no later."""
     options: dict[str, Any] = {"format": "v4l2"} if source.startswith(CAMERA) else {"timeout": TIMEOUT_S} if "://" in source else {}
     if not is_live(source) and not Path(source).is_file():
         raise UserError("there is no such file", where=source, fix="give a video's path, a camera (/dev/video0) or an address")
@@ -86,7 +86,7 @@ def _read(source: str, fps: float, frame_px: int) -> Iterator[LiveFrame]:
                 yield LiveFrame(found / fps, _square(shown, frame_px, aspect))
                 found += 1
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        if found:  # what was seen can still be asked about
+        if found:  # end the stream: questions about the frames so far can still be asked
             return
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"the source cannot be read: {reason}", where=source, fix="check that a player plays it") from error
@@ -95,7 +95,7 @@ def _read(source: str, fps: float, frame_px: int) -> Iterator[LiveFrame]:
 
 
 def _newest(frames: Iterator[LiveFrame]) -> Iterator[LiveFrame]:
-    """The frames of a thread that reads on by itself; the newest where several have come."""
+    """Read the frames in a background thread; yields the newest of those that have arrived."""
     waiting: queue.Queue[LiveFrame | BaseException | None] = queue.Queue(maxsize=1)
     dropped, ended = 0, threading.Event()
 
@@ -106,7 +106,7 @@ def _newest(frames: Iterator[LiveFrame]) -> Iterator[LiveFrame]:
                 waiting.put_nowait(item)
                 return
             except queue.Full:
-                if not isinstance(item, LiveFrame):  # the end: after the last frame, not instead of it
+                if not isinstance(item, LiveFrame):  # the end must not replace the last frame
                     time.sleep(0.01)
                     continue
                 try:

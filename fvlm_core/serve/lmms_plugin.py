@@ -1,12 +1,12 @@
 """The lmms-eval plugin: `lmms-eval --model fvlm --model_args pretrained=FOLDER_OR_HUB_NAME,mode=autoregressive --tasks ...`.
 
-The entry point group `lmms_eval.models` names this module, so lmms-eval finds it where both are installed (`infra/lmms_env.sh`).
+The entry point group `lmms_eval.models` names this module, so lmms-eval finds it if both are installed (`infra/lmms_env.sh`).
 
-Nearly all of lmms-eval's multiple-choice tasks let a model generate and parse a letter. A model that is asked so can be right and name no
-letter, so by default (`answer=letter`) a prompt that lists options is answered with the letter of the highest likelihood, by the path that
-`fvlm eval` takes. `answer=text` answers with the letter of the option whose text is likeliest (scorer `mean`), with the options taken
-out of the prompt; `answer=generate` always generates. Tasks of the kind `multiple_choice` cannot be run: lmms-eval 0.7.3 turns
-likelihoods into text before it uses them.
+Nearly all of lmms-eval's multiple-choice tasks let the model generate text and parse a letter from it, so a correct answer without a
+letter counts as wrong. By default (`answer=letter`), a prompt that lists options is therefore answered with the letter of the highest
+likelihood, as in `fvlm eval`. `answer=text` answers with the letter of the option whose text is likeliest (scorer `mean`), with the options
+removed from the prompt; `answer=generate` always generates. Tasks of type `multiple_choice` cannot be run: lmms-eval 0.7.3 converts
+likelihoods to text before it uses them.
 """
 
 import io
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from lmms_eval.api.model import lmms  # in an environment of its own
+from lmms_eval.api.model import lmms  # installed in a separate environment
 from lmms_eval.models.registry_v2 import ModelManifest
 from PIL.Image import Image
 from tqdm import tqdm
@@ -39,7 +39,7 @@ MANIFEST = ModelManifest(model_id="fvlm", simple_class_path="fvlm_core.serve.lmm
 
 
 class FVLM(lmms):
-    """Any model that `fvlm eval` takes, in one mode and order."""
+    """Any model that `fvlm eval` accepts, in one mode and order."""
 
     is_simple = True
 
@@ -56,9 +56,9 @@ class FVLM(lmms):
         max_batch_size: int | None = None,
         **unknown: Any,
     ) -> None:
-        """As `--model_args` gives them; the batch sizes, which lmms-eval always gives, mean nothing here: questions come one by one.
+        """Take the values of `--model_args`. lmms-eval always passes batch sizes; they are ignored, because questions are asked one by one.
 
-        Raises UserError for a checkpoint, mode, order or way to answer that does not exist, or an unknown argument.
+        Raises UserError for an unknown checkpoint, mode, order, answer method or argument.
         """
         super().__init__()
         if unknown:
@@ -68,16 +68,16 @@ class FVLM(lmms):
                 raise _refused(f"{name} is {value!r}", f"choose of {', '.join(known)}")
         chosen = device or (f"cuda:{Ranks.of(os.environ).local}" if torch.cuda.is_available() else "cpu")
         self.device = torch.device(chosen)
-        """Where lmms-eval's processes, which share the documents, tell each other how many they have."""
+        """lmms-eval's ranks exchange their numbers of documents on this device."""
         self.answerer = open_model(pretrained, self.device, original=Original(vision=vision, llm=llm))
         (self.condition,) = self.answerer.conditions([order], [mode], controls=False)
         self.answer = answer
         self._opened: tuple[str, Opened] | None = None
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Answers to requests of (context, generation settings, visuals of a document, document, task, split).
+        """Answer requests of (context, generation settings, function from a document to its visuals, document, task, split).
 
-        Raises UserError for media that cannot be decoded: lmms-eval would count a missing answer as a wrong one.
+        Raises UserError for media that cannot be decoded: lmms-eval would count a missing answer as wrong.
         """
         said: list[str] = []
         for request in tqdm(requests, desc="fvlm", disable=self.rank != 0):
@@ -88,7 +88,7 @@ class FVLM(lmms):
         return said
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """lmms-eval 0.7.3 cannot use it."""
+        """Raise UserError: lmms-eval 0.7.3 cannot use likelihoods."""
         raise UserError(
             "lmms-eval 0.7.3 turns likelihoods into text before it uses them",
             where="a task of the kind multiple_choice",
@@ -96,11 +96,11 @@ class FVLM(lmms):
         )
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
-        """One question at a time only."""
+        """Raise UserError: questions are asked one at a time."""
         raise UserError("questions in several rounds are not supported", where="the task", fix="leave the task out")
 
     def _open(self, visuals: list[Any], name: str) -> Opened:
-        """Media, decoded and encoded once for requests in a row that show the same."""
+        """Decode and encode media; consecutive requests with the same media reuse them."""
         source, key = _source(visuals, name)
         if self._opened is None or self._opened[0] != key:
             try:
@@ -112,7 +112,7 @@ class FVLM(lmms):
         return self._opened[1]
 
     def _choice(self, opened: Opened, context: str) -> str | None:
-        """The letter of the likeliest of the options that a prompt lists; None where it lists none, or marks them otherwise."""
+        """The letter of the likeliest option in a prompt; None if it lists no options, or labels them in another way."""
         try:
             question, options = inline_options(context)
         except UnreadableItemError:
@@ -130,7 +130,7 @@ class FVLM(lmms):
         return LETTERS[int(scores.argmax())]
 
     def _generate(self, opened: Opened, context: str, settings: dict[str, Any]) -> str:
-        """As the task's settings say, up to the first of the texts that it stops at."""
+        """Generate with the task's settings, up to its first stop text."""
         ask = Ask(context, max_new_tokens=int(settings.get("max_new_tokens", 32)), generation=self._generation(settings))
         text = opened.replies([ask], self.condition)[0].said
         until = settings.get("until") or []
@@ -139,7 +139,7 @@ class FVLM(lmms):
         return text.strip()
 
     def _generation(self, settings: dict[str, Any]) -> Generation:
-        """lmms-eval's settings are those of transformers. Raises UserError where the model does not generate in such a way."""
+        """Translate lmms-eval's settings, which are those of transformers. Raises UserError if the model lacks the method."""
         beams, drawn = int(settings.get("num_beams") or 1), bool(settings.get("do_sample")) and (settings.get("temperature") or 0) > 0
         method: Method = "beams" if beams > 1 else "sample" if drawn else "greedy"
         if method not in self.answerer.methods:
@@ -152,7 +152,7 @@ class FVLM(lmms):
 
 
 def _source(visuals: list[Any], name: str) -> tuple[Source, str]:
-    """What a task shows (a path of a video, or pictures), and what tells it from others. Raises UserError for anything else."""
+    """A task's media (the path of a video, or pictures), and a key that identifies them. Raises UserError for other media."""
     if not visuals:
         return NO_MEDIA, ""
     if all(isinstance(one, Image) for one in visuals):

@@ -1,5 +1,5 @@
-"""A model to be used, by whatever a user has: a released folder, a training run or model folder, a checkpoint of the original fVLM, or the
-name of a repository on the hub."""
+"""Load a model for inference: a released folder, the folder of a training run or its model, a checkpoint of the original fVLM, or the name
+of a repository on the hub."""
 
 import json
 import re
@@ -39,20 +39,20 @@ FORMS = "give a released folder, a run's or model's folder, a checkpoint of the 
 
 
 def load(model: str | Path, device: str | torch.device = "auto", *, original: Original | None = None) -> FoveatedAnswerer:
-    """Model, tokenizer and rule of frames of a folder, file or hub name, in eval mode on a device (`auto`: a GPU where there is one).
+    """Load the model, tokenizer and frame rule of a folder, file or hub name, in eval mode on a device (`auto`: a GPU if there is one).
 
-    Raises UserError where there is none, or it is of another kind.
+    Raises UserError if there is no such model, or it is not an fVLM.
     """
     loaded = open_model(model, device_of(device, where="--device"), original=original)
     if not isinstance(loaded, FoveatedAnswerer):
-        raise UserError("this is a baseline's checkpoint, which is evaluated here and not used", where=str(model), fix=FORMS)
+        raise UserError("this is a baseline's checkpoint, which can only be evaluated", where=str(model), fix=FORMS)
     return loaded
 
 
 def open_model(
     model: str | Path, device: torch.device, *, original: Original | None = None, batch_samples: int = 64, seed: int = 0
 ) -> Answerer:
-    """As `open_checkpoint`, and a released folder or a hub name too."""
+    """Like `open_checkpoint`, but also accepts a released folder or a hub name."""
     path, name = Path(model), ""
     if not path.exists() and REPOSITORY.fullmatch(str(model)):
         path, name = _download(str(model)), str(model)
@@ -65,12 +65,12 @@ def open_model(
 
 
 def default_mode(answerer: FoveatedAnswerer) -> Mode:
-    """Coarse->fine where the model looks at all."""
+    """`coarse_fine`, or `coarse_only` for a model without queries."""
     return "coarse_fine" if answerer.subject.gazes else "coarse_only"
 
 
 def checked_mode(answerer: FoveatedAnswerer, name: str | None) -> Mode:
-    """A mode by its name (`coarse` and `fine` are short for two of them) or the default. Raises UserError for one that the model lacks."""
+    """The mode of that name (`coarse` and `fine` are short names), or the default. Raises UserError if the model does not have it."""
     mode = default_mode(answerer) if name is None else SHORT_MODES.get(name, name)
     for known in answerer.subject.model.modes:
         if mode == known:
@@ -94,7 +94,7 @@ def _is_released(path: Path) -> bool:
 
 
 def _name(folder: Path) -> str:
-    """What a released folder's card calls the model; without a card, the folder's name."""
+    """The model's name on a released folder's card; without a card, the folder's name."""
     try:
         return getattr(ModelCard.load(folder / CARD_FILE).data, "model_name", None) or folder.resolve().name
     except (OSError, ValueError, YAMLError):
@@ -102,7 +102,7 @@ def _name(folder: Path) -> str:
 
 
 def _released(folder: Path, device: torch.device, name: str, batch_samples: int, seed: int) -> FoveatedAnswerer:
-    """Our own modules with a released folder's weights: none of the folder's code is run."""
+    """Load a released folder's weights into this package's modules; none of the folder's code is run."""
     fix = "get a complete copy of the folder"
     try:
         config = FVLMConfig.from_pretrained(folder)
@@ -119,7 +119,7 @@ def _released(folder: Path, device: torch.device, name: str, batch_samples: int,
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"the released model does not load: {reason}", where=str(folder), fix=fix) from error
-    with TemporaryDirectory(prefix="fvlm-tokenizer-") as place:  # beside config.json, transformers asks whether to run the folder's code
+    with TemporaryDirectory(prefix="fvlm-tokenizer-") as place:  # next to config.json, transformers would ask whether to run its code
         for file in TOKENIZER_FILES:
             if (folder / file).is_file():
                 copyfile(folder / file, Path(place) / file)

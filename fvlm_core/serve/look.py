@@ -1,7 +1,7 @@
-"""A clip of where the model looks: every frame with coarse attention and the gaze beside it, and the entropy of the query's attention.
+"""A clip of where the model looks: each frame beside its coarse attention and its gaze, and the entropy of the query's attention.
 
-The colours are those of the evaluation's heat maps: darkened where there is no attention, tinted where a frame's attention peaks. With a
-glance, frames around parts of the gaze show what was opened; all the rest was encoded small only.
+The colours are those of the evaluation's heat maps: dark without attention, tinted at a frame's attention peaks. For a model with a glance,
+outlines on the gaze mark the patches that were opened; the rest of the frame was encoded at low resolution only.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ CRF = "18"
 
 
 def check_output(path: Path) -> None:
-    """Raise UserError for a file that cannot be written, before anything is computed."""
+    """Raise UserError if the file cannot be written; call this before computing anything."""
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"a clip cannot be written as {path.suffix or 'a file without a suffix'}", where=str(path), fix="use .mp4 or .gif")
     if not path.absolute().parent.is_dir():
@@ -42,14 +42,14 @@ def check_output(path: Path) -> None:
 
 
 def write_clip(path: Path, gaze: Gaze, *, title: str, fps: float = 1.0) -> None:
-    """Write the pictures as H.264 or as GIF, `fps` of them per second."""
+    """Write a clip as H.264 or GIF, `fps` pictures per second."""
     check_output(path)
     encode = _mp4 if path.suffix.lower() == ".mp4" else _gif
     write_atomically(path, encode(list(pictures(gaze, title)), fps))
 
 
 def pictures(gaze: Gaze, title: str) -> Iterator[Image.Image]:
-    """One picture per frame: the frame, coarse attention, the gaze; below, the entropy up to this frame."""
+    """Yield one picture per frame: the frame, its coarse attention and its gaze; below, the entropy up to this frame."""
     width = 3 * PANEL_PX + 4 * MARGIN_PX
     height = TITLE_PX + PANEL_PX + CURVE_PX + 3 * MARGIN_PX
     heading, label = ImageFont.load_default(20), ImageFont.load_default(15)
@@ -82,7 +82,7 @@ def _tinted(frame: np.ndarray, attention: np.ndarray | None) -> Image.Image:
 
 
 def _outline(pen: ImageDraw.ImageDraw, opened: np.ndarray, grid: tuple[int, ...], left: int) -> None:
-    """A frame around every patch of the grid that was opened, on the panel at `left`."""
+    """Outline every opened patch of the grid, on the panel at `left`."""
     rows, columns = grid
     for place in opened.tolist():
         row, column = divmod(place, columns)
@@ -91,7 +91,7 @@ def _outline(pen: ImageDraw.ImageDraw, opened: np.ndarray, grid: tuple[int, ...]
 
 
 def _entropy(pen: ImageDraw.ImageDraw, entropy: np.ndarray, t: int, *, most: float, top: int, right: int) -> None:
-    """The curve up to frame t, from 0 to that of even attention."""
+    """Draw the entropy up to frame t, on a scale from 0 to `most`, the entropy of uniform attention."""
     small = ImageFont.load_default(13)
     pen.text((MARGIN_PX, top), f"entropy of the gaze {entropy[t]:.2f} nats (even attention: {most:.2f})", fill=INK, font=small)
     bottom, left, high = top + CURVE_PX, MARGIN_PX, CURVE_PX - 22
@@ -125,6 +125,6 @@ def _gif(shown: list[Image.Image], fps: float) -> bytes:
 
 
 def _in_few_colours(picture: Image.Image) -> Image.Image:
-    """256 of them, dithered: without, smooth digits get outlines that are not there."""
+    """Quantize to 256 colours with dithering; without it, smooth digits get spurious outlines."""
     palette = picture.quantize(256, method=Image.Quantize.FASTOCTREE)
     return picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)

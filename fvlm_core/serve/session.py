@@ -1,8 +1,8 @@
-"""A conversation about a video: its frames are encoded once, and every question is answered piece by piece as it is computed.
+"""A conversation about a video: its frames are encoded once, and answers are streamed as they are computed.
 
-A question **after** the video goes on from the keys and values of what was said before. A question **before** the video begins a new
-conversation: only what stands before the frames can direct where the model looks in the first of them, so the video is looked at anew for
-it (its encoding is kept).
+A question **after** the video continues from the KV cache of the conversation so far. A question **before** the video starts a new
+conversation: only text that precedes the frames can direct where the model looks in the first of them, so the video is read again for each
+such question (the encoder's features are kept).
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ from fvlm_core.serve.load import default_mode
 
 
 def open_media(path: Path, answerer: FoveatedAnswerer) -> Media:
-    """The frames of a video, a picture or a folder of frames as the model takes them. Raises UserError where there are none."""
+    """Load a video, a picture or a folder of frames as the model's frames. Raises UserError if it is missing or cannot be decoded."""
     if not path.exists():
         raise UserError("there is no such file", where=str(path), fix="give the path of a video, a picture, or a folder of frames")
     if path.is_dir():
@@ -44,7 +44,7 @@ def open_media(path: Path, answerer: FoveatedAnswerer) -> Media:
 
 @dataclass
 class Session:
-    """A model and the media that it is asked about."""
+    """A model, and a conversation about one set of media."""
 
     answerer: FoveatedAnswerer
     media: Media
@@ -52,16 +52,16 @@ class Session:
     """The conversation so far."""
     _features: FrameFeatures | None = None
     _mode: Mode | None = None
-    """In which the media were read for this conversation."""
+    """Mode in which the media were read for this conversation."""
     _cache: PackedCache | None = None
-    """Keys and values of the conversation up to where the last answer began."""
+    """KV cache of the conversation, up to where the last answer began."""
 
     def ask(
         self, question: str, *, mode: Mode | None = None, question_first: bool = False, sampling: Sampling | None = None
     ) -> Iterator[str]:
-        """The answer in pieces. With a question before the video, or another mode than the last, a new conversation begins.
+        """Yield the answer in pieces. A question before the video, or a change of mode, starts a new conversation.
 
-        Raises UserError where conversation and answer would not fit into the model's context.
+        Raises UserError if conversation and answer do not fit into the model's context.
         """
         mode, sampling = mode or default_mode(self.answerer), sampling or Sampling()
         subject = self.answerer.subject
@@ -85,7 +85,7 @@ class Session:
         self.turns.append(Turn(question_ids, answer.tokens))
 
     def look(self, question_ids: Sequence[int], mode: Mode, *, question_first: bool, gaze: bool = False) -> ReadSamples:
-        """Read the media with one question, up to where its answer begins."""
+        """Prefill the media with one question, up to where its answer begins."""
         subject = self.answerer.subject
         if self._features is None and len(self.media.frames):
             with torch.inference_mode(), subject.autocast():
@@ -95,12 +95,12 @@ class Session:
         return read(subject, [sample], mode, gaze=gaze, features=self._features)
 
     def forget(self) -> None:
-        """Begin a new conversation about the same media."""
+        """Start a new conversation about the same media."""
         self.turns, self._cache, self._mode = [], None, None
 
     @torch.inference_mode()
     def _go_on(self, before: PackedCache, question_ids: Sequence[int]) -> tuple[PackedCache, Tensor]:
-        """Read the last answer and the next question behind the conversation so far."""
+        """Extend the conversation by the last answer and the next question; returns its cache and last hidden state."""
         subject, chat = self.answerer.subject, self.answerer.subject.chat
         last = self.turns[-1].answer_ids
         tail = [*last, *chat.assistant_close, *chat.user_open, *question_ids, *chat.user_close, *chat.assistant_open]
@@ -129,22 +129,22 @@ class Session:
 
 @dataclass(frozen=True)
 class Gaze:
-    """Where the model looks in every shown frame, at one question."""
+    """Where the model looks in each shown frame, for one question."""
 
     frames: np.ndarray
     """uint8 [T, H, W, 3]."""
     coarse: np.ndarray
-    """float [T, rows, columns]: with `q_static`; each adds up to 1."""
+    """float [T, rows, columns]: attention of the static query `q_static`, summing to 1 for each frame."""
     fine: np.ndarray
-    """The same with the queries that the language model writes."""
+    """The same, for the queries that the language model computes."""
     entropy: np.ndarray
-    """float [T]: of the fine attention to a frame, in nats; even attention to n patches has log(n)."""
+    """float [T]: entropy of the fine attention to each frame, in nats; uniform attention to n patches has log(n)."""
     opened: np.ndarray | None = None
-    """int [T, n]: the patches, numbered row by row, under which the fine queries had finer ones encoded; None without a glance."""
+    """int [T, n]: the patches, numbered row by row, that the fine queries opened at a finer resolution; None without a glance."""
 
 
 def gaze(session: Session, question: str, *, mode: Mode | None = None, question_first: bool = True) -> Gaze:
-    """Where the model looks for a question. Raises UserError for a model that does not look."""
+    """Compute where the model looks for a question. Raises UserError for a model without queries, or the mode `coarse_only`."""
     answerer = session.answerer
     if not answerer.subject.gazes:
         fix = "use a model with query deep, shallow or random"

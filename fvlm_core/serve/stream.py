@@ -1,9 +1,9 @@
-"""A video as a stream: frames come one at a time, each leaves one token behind, questions can be asked at any time.
+"""A video stream: frames arrive one at a time, each is read as `tokens_per_frame` tokens, and questions can be asked at any time.
 
-This is the autoregressive mode without an end. A frame's encoder features are dropped as soon as it was queried; what grows
-is the language model's KV cache, by `tokens_per_frame` a frame. When the context is full, older frames go: `slide` forgets
-the older half, `thin` keeps every second frame, so that the whole past stays, ever coarser. Both read the tokens that stay
-once more (a token per frame: cheap), so positions start at zero again.
+This is the autoregressive mode without an end. A frame's encoder features are dropped once the frame has been queried; only the language
+model's KV cache grows, by `tokens_per_frame` per frame. When the context is full, old frames are dropped: `slide` drops the older half,
+`thin` drops every second frame, so that the whole past remains, at an ever lower frame rate. Both then read the remaining tokens once
+more (cheap, at one token per frame), so that positions start at zero again.
 """
 
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ from fvlm_core.model.long_cache import LongCache, RoundedCache
 
 WhenFull = Literal["slide", "thin"]
 FIRST_CAPACITY = 256
-"""Tokens that a new stream's KV cache has room for; doubled whenever it is outgrown."""
+"""Initial capacity of the KV cache in tokens; doubled whenever it is exceeded."""
 
 
 class FrameStream:
-    """Frames in, answers out."""
+    """Reads frames as they arrive, and answers questions about them."""
 
     def __init__(
         self,
@@ -38,11 +38,20 @@ class FrameStream:
         when_full: WhenFull = "slide",
         rounded: bool = False,
     ) -> None:
-        """`task_ids`: a question known before the first frame, which then directs the gaze; `context`: most tokens (the
-        language model's own by default), of which `reserve` are kept free for a question and its answer; `rounded`: keep keys and
-        values in bfloat16 on a CPU, which is half of their memory and of what a frame takes longer after thousands.
+        """Start an empty stream.
 
-        Raises ValueError for a model that does not gaze, or a context without room for two frames.
+        Args:
+            model: A model with the autoregressive mode.
+            chat: The model's chat format.
+            task_ids: Tokens of a question that is known before the first frame, and then directs the gaze.
+            context: Most tokens in context; by default the language model's own limit.
+            reserve: Tokens of the context that are kept free for a question and its answer.
+            when_full: How frames are dropped once the context is full.
+            rounded: On a CPU, keep keys and values in bfloat16. This halves their memory, and the extra time per frame that attention
+                to a long context of thousands of frames takes.
+
+        Raises:
+            ValueError: The model has no autoregressive mode, or the context has no room for two frames.
         """
         if "autoregressive" not in model.modes:
             raise ValueError(f"a model with query {model.settings.query!r} cannot stream")
@@ -54,7 +63,7 @@ class FrameStream:
         self.limit = self.context - reserve
         if self.limit < len(self.head) + 2 * self.k:
             raise ValueError(
-                f"a context of {self.context} tokens, {reserve} of them reserved and {len(self.head)} taken by what is said first, "
+                f"a context of {self.context} tokens, {reserve} of them reserved and {len(self.head)} taken by the prompt, "
                 "has no room for two frames"
             )
         self.device = model.connector.visual_proj.weight.device
@@ -83,9 +92,9 @@ class FrameStream:
 
     @torch.no_grad()
     def ask(self, question_ids: Sequence[int], *, max_new_tokens: int = 64) -> list[int]:
-        """Answer a question about what was seen; the stream goes on afterwards as if it had not been asked.
+        """Answer a question about the frames seen so far; returns the answer's tokens. Question and answer do not stay in the context.
 
-        Raises ValueError where question and answer do not fit into the context.
+        Raises ValueError if question and answer do not fit into the context.
         """
         tail = [*question_ids, *self.chat.user_close, *self.chat.assistant_open]
         before = self.length
@@ -103,7 +112,7 @@ class FrameStream:
         return answer
 
     def _queries(self) -> Tensor:
-        """[k, D] for the next frame."""
+        """Queries [k, D] for the next frame."""
         connector = self.model.connector
         if self.model.settings.query == "random":
             return connector.random_queries[self.length % len(connector.random_queries)]
@@ -112,7 +121,7 @@ class FrameStream:
         return connector.next_queries(self.hidden[-1:].expand(self.k, -1)) if self.has_task else connector.q_init
 
     def _run(self, embeddings: Tensor) -> Tensor:
-        """Hidden states [n, llm width] of the next tokens' embeddings [n, llm width]."""
+        """Append embeddings [n, llm width] to the context; returns their last hidden states [n, llm width]."""
         self._reserve(self.length + len(embeddings))
         positions = torch.arange(self.length, self.length + len(embeddings), device=self.device)
         return self.model.contextualise(embeddings, positions, PackedLayout([len(embeddings)], self.cache))
@@ -127,7 +136,7 @@ class FrameStream:
 
     @torch.no_grad()
     def _reread(self) -> None:
-        """Start the cache anew with the head and the tokens that are kept."""
+        """Rebuild the KV cache from the prompt and the remaining visual tokens."""
         if self.device.type == "cpu":
             self.cache = (RoundedCache if self.rounded else LongCache)(FIRST_CAPACITY)
         else:

@@ -140,7 +140,7 @@ def test_pods_are_ended_where_the_ledger_cannot_be_reached(
         monkeypatch.setenv("RUNPOD_S3_SECRET_KEY", "")
         late = rent(1, uuid4())
         shown = fvlm("infra", "reap")
-        assert "the ledger cannot be reached: no key for the volume's S3 side" in shown
+        assert "the ledger cannot be reached: no key for the volume's S3 API" in shown
         assert f"pod {late.id}: it is" in shown
         rent(2_000_000_000, uuid4())
         rent(2_000_000_000, NO_RUN)
@@ -161,7 +161,7 @@ def test_pods_are_ended_where_the_ledger_cannot_be_reached(
         with pytest.raises(EnoughError):
             fvlm("infra", "reap", "--every", "7")
         shown = capsys.readouterr().out
-        assert "tried again in 7 s: RunPod: upstream unavailable" in shown, "it outlives an outage"
+        assert "retrying in 7 s: RunPod: upstream unavailable" in shown, "it outlives an outage"
         assert f"pod {late.id}: it is" in shown
         assert client.pods() == []
 
@@ -272,7 +272,7 @@ def test_what_is_wrong_is_said(fvlm: Fvlm, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(InfraError, match="there is no volume called 'fvlm'; there are: none"):
         fvlm("infra", "budget")
     monkeypatch.delenv("RUNPOD_S3_SECRET_KEY")
-    with pytest.raises(InfraError, match="no key for the volume's S3 side"):
+    with pytest.raises(InfraError, match="no key for the volume's S3 API"):
         fvlm("infra", "setup")
     monkeypatch.delenv("RUNPOD_API_KEY")
     with pytest.raises(InfraError, match="no key for RunPod's API"):

@@ -108,7 +108,7 @@ def test_the_command_sends_nothing_unless_asked_to(hub, folder, monkeypatch, cap
 
 
 def test_a_name_that_the_hub_cannot_have_is_refused(folder):
-    with pytest.raises(UserError, match="no repository's name"):
+    with pytest.raises(UserError, match="not a valid repository name"):
         plan(folder, "someone/my model")
 
 

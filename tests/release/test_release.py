@@ -230,7 +230,7 @@ def test_other_logits_release_nothing(job, monkeypatch):
     honest = verify_module.logits
     monkeypatch.setattr(verify_module, "logits", lambda *arguments: honest(*arguments) + 1e-6)
     broken = job.model_copy(update={"output": job.output.with_name("broken"), "verify_samples": 1})
-    with pytest.raises(UserError, match=r"not ours in a clean process: .*logits differ"):
+    with pytest.raises(UserError, match=r"gives other results in a clean process: .*logits differ"):
         release(broken)
     assert not (broken.output / HUB_FOLDER).exists()
     assert not (broken.output / "manifest.json").exists()

@@ -131,7 +131,7 @@ def test_a_section_without_its_step_says_so(evidence, figures):
     ]
     assert sections["Scaling"].markdown() == "Missing: no scaling grid was run."
     assert len(sections) == len(SECTIONS)
-    assert "| **ours** |" in sections["Which choice of what to encode wins when"].markdown()
+    assert "| **ours** |" in sections["Selectors: which patches to encode"].markdown()
 
 
 def test_any_stages_are_shown_in_their_order(evidence, figures):

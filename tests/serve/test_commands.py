@@ -107,7 +107,7 @@ def test_a_release_is_converted_without_saying_what_it_was_built_with(root, tmp_
 def test_serve_answers_with_its_key_and_ends_on_a_signal(root):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match="cannot listen there"):
+        with pytest.raises(UserError, match="cannot listen here"):
             run("serve", root / "run", "--port", str(port))
     command = [sys.executable, "-m", "deployments.cli", "serve", str(root / "released"), "--port", str(port)]
     server = subprocess.Popen(command, env=os.environ | {"FVLM_API_KEY": "secret"}, stdout=subprocess.PIPE, text=True)

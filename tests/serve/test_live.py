@@ -105,7 +105,7 @@ def test_sources_that_cannot_be_read_are_named(root, tmp_path, pooled):
     for context in ("0", "100000"):
         with pytest.raises(UserError, match="the model's context has"):
             cli.app(["stream", str(root / "run"), str(root / "clip.mp4"), "--context", context], result_action="return_value")
-    with pytest.raises(UserError, match="taken by what is said first"):
+    with pytest.raises(UserError, match="taken by the prompt"):
         cli.app(["stream", str(root / "run"), str(root / "clip.mp4"), "--task", "Which digits? " * 5000], result_action="return_value")
     with pytest.raises(UserError, match="cannot stream"):
         cli.app(["stream", str(pooled), str(root / "clip.mp4")], result_action="return_value")

@@ -1,1 +1,1 @@
-"""What a released folder adds to the model's own modules: configuration, model and processor as transformers expects them."""
+"""The transformers classes of a released folder: configuration, model and processor, around the model's own modules."""

@@ -1,4 +1,4 @@
-"""Configuration of fVLM, a foveated vision-language model: every frame is read with a query, as one token (or a few)."""
+"""Configuration of fVLM, a foveated vision-language model: a query reads every frame as one token (or a few)."""
 
 import math
 from dataclasses import dataclass
@@ -8,20 +8,20 @@ from transformers import Dinov2Config, LlamaConfig, PretrainedConfig
 
 
 class FVLMConfig(PretrainedConfig):
-    """Shapes of the two backbones, and how frames are read.
+    """Configuration of the two backbones, and of how frames are read.
 
     Args:
-        vision_config: Values of the DINOv2 encoder's `Dinov2Config`.
-        text_config: Values of the language model's `LlamaConfig`.
+        vision_config: `Dinov2Config` of the vision encoder, or its values.
+        text_config: `LlamaConfig` of the language model, or its values.
         query: How frames are read: `deep` (in every encoder layer), `shallow` (in the last), `random` (a control) or `pooled` (a baseline).
-        tokens_per_frame: Visual tokens of a frame.
-        fine_iterations: Fine passes of the training loss; inference makes one.
-        query_temperature: Divides the query's attention logits (plain `temperature` would be a setting of sampling).
+        tokens_per_frame: Visual tokens per frame.
+        fine_iterations: Fine passes in the training loss; inference makes one.
+        query_temperature: Divisor of the query's attention logits (not the sampling temperature).
         visual_scale: Standard deviation of visual tokens at the start of training.
         film_head_width: Width of the FiLM head, 0 for none.
-        glance: Values of `GlanceSettings`, where frames are encoded small and a query chooses which of their patches are opened.
-        loss_weights: Weight of every pass in the training loss, coarse first.
-        default_mode: `coarse_only`, `coarse_fine` or `autoregressive`, where a call does not say.
+        glance: Values of `GlanceSettings` for a model that encodes frames at low resolution, and whose queries choose the patches to open.
+        loss_weights: Weight of each pass in the training loss, coarse pass first.
+        default_mode: Mode of calls that give none: `coarse_only`, `coarse_fine` or `autoregressive`.
     """
 
     model_type = "fvlm"
@@ -58,7 +58,7 @@ class FVLMConfig(PretrainedConfig):
 
     @property
     def model_settings(self) -> "ModelSettings":
-        """How frames are read, as the model's modules take it."""
+        """The settings of the model's modules."""
         return ModelSettings(
             query=self.query,
             tokens_per_frame=self.tokens_per_frame,
@@ -71,16 +71,17 @@ class FVLMConfig(PretrainedConfig):
 
     @property
     def loss_settings(self) -> "LossSettings":
-        """The training loss's weights."""
+        """The weights of the training loss."""
         coarse, *fine = self.loss_weights
         return LossSettings(coarse, fine)
 
 
 @dataclass(frozen=True)
 class GlanceSettings:
-    """How frames are opened: a glance of `px`, whose likeliest `open` patches are opened, `zoom` times finer (a list: level by level).
+    """How patches are opened: the frame is encoded at `px` pixels (the glance), and its `open` likeliest patches `zoom` times finer.
 
-    The others are of training: whether it reads every patch or chosen ones, the noise of its choice, and the weight of what teaches it.
+    With several `levels`, opened patches are opened in turn; `zoom` may be a list with a value per level. The other settings are for
+    training: `train_on` (read all or only chosen patches), `explore` (noise of the choice) and `distill` (weight of the loss on it).
     """
 
     px: int
@@ -93,12 +94,12 @@ class GlanceSettings:
 
     @property
     def zooms(self) -> list[int]:
-        """The zoom of every level."""
+        """The zoom of each level."""
         return [self.zoom] * self.levels if isinstance(self.zoom, int) else self.zoom
 
     @property
     def shrink(self) -> int:
-        """Sides of the frame over those of the glance."""
+        """Side of the frame divided by that of the glance."""
         return math.prod(self.zooms)
 
 
@@ -117,7 +118,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Weights of the passes' text losses."""
+    """Weights of the text losses of the coarse pass and of each fine pass."""
 
     coarse: float
     fine: list[float]

@@ -1,7 +1,7 @@
-"""A conversation of texts, pictures and videos as one row of tokens, in the layout that the model was trained with.
+"""Lay out a conversation of texts, pictures and videos as one row of tokens, as in training.
 
-Contents stand in the order in which they are given. A frame's query comes from the frame before it; that of the first frame of a video
-from the last token of what was asked before it, and from the learned first query where nothing was.
+Contents keep their order. A frame's query is computed from the frame before it. The query of a video's first frame is computed from the
+last token before the video if the user has written text by then; otherwise it is the learned first query.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,23 +20,23 @@ SOURCES = ("video", "image", "url", "path", "base64")
 
 @dataclass
 class Row:
-    """Tokens of one conversation and, for each, what `packed_batch` needs to know."""
+    """The tokens of one conversation, with the columns of each token that `packed_batch` needs."""
 
     ids: list[int] = field(default_factory=list)
     frame_ids: list[int] = field(default_factory=list)
     query_offsets: list[int] = field(default_factory=list)
     assistant: list[int] = field(default_factory=list)
-    """1 for the tokens of an answer and the one that ends it: what is learned."""
+    """1 for the tokens of an answer and the token that ends it, which are the training targets."""
 
     def text(self, ids: Sequence[int], *, learned: bool = False) -> None:
-        """Add tokens of text."""
+        """Add text tokens; `learned` marks them as training targets."""
         self.ids += ids
         self.frame_ids += [NO_FRAME] * len(ids)
         self.query_offsets += [0] * len(ids)
         self.assistant += [int(learned)] * len(ids)
 
     def show(self, frame_ids: Sequence[int], placeholder: int, *, tokens_per_frame: int, asked: bool) -> None:
-        """Add the tokens of a video's frames; `asked`: a text of the user stands before it."""
+        """Add the visual tokens of a video's frames; `asked`: user text precedes the video."""
         for number, frame in enumerate(frame_ids):
             for slot in range(tokens_per_frame):
                 self.ids.append(placeholder)
@@ -46,9 +46,9 @@ class Row:
 
 
 def normalised(conversation: Any) -> list[dict[str, Any]]:
-    """Messages whose contents are lists of parts, neighbouring texts joined and stripped.
+    """Normalise messages: contents become lists of parts, and adjacent texts are joined and stripped.
 
-    Raises ValueError for what is no conversation.
+    Raises ValueError for an invalid conversation.
     """
     messages = []
     for number, message in enumerate(conversation):
@@ -72,7 +72,7 @@ def normalised(conversation: Any) -> list[dict[str, Any]]:
 
 
 def source(part: dict[str, Any]) -> Any:
-    """What a part of type image or video names. Raises ValueError where it names nothing."""
+    """The picture or video that a part of type image or video names. Raises ValueError if it names none."""
     for key in SOURCES:
         if part.get(key) is not None:
             return part[key]
@@ -91,18 +91,18 @@ def lay_out(
     prompt: bool,
     unfinished: bool = False,
 ) -> Row:
-    """One row of normalised messages.
+    """Lay out normalised messages as one row.
 
     Args:
         messages: See `normalised`.
-        chat: The fixed parts.
-        encode: A text's tokens.
-        frames_of: The frames that a part of type image or video shows, in order.
-        placeholder: Token id where a frame's tokens stand.
-        tokens_per_frame: The model's.
-        system_open: What opens a system message of one's own.
-        prompt: End where an answer begins.
-        unfinished: The last message is gone on with, so its end is left out.
+        chat: The fixed tokens of the chat format.
+        encode: Tokenizes a text.
+        frames_of: Returns the frames that a part of type image or video shows, in order.
+        placeholder: Token id in the place of visual tokens.
+        tokens_per_frame: Visual tokens per frame.
+        system_open: Tokens that open a system message given by the user.
+        prompt: Add the tokens that begin an answer.
+        unfinished: Leave the last message open, so that it can be continued.
     """
     row, asked = Row(), False
     if messages[0]["role"] != "system":

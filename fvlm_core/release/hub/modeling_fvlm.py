@@ -7,7 +7,7 @@ or in one line
 
     model.answer("clip.mp4", "What is in the video?")
 
-A batch is padded outside and packed inside (`padded.py`): the model's passes see no padding.
+Batches are padded for transformers and packed for the model (`padded.py`), whose passes see no padding.
 """
 
 from dataclasses import dataclass
@@ -34,17 +34,17 @@ CACHE_LINE_BYTES = 64
 
 
 VISUAL_INPUTS = ("frames", "frame_ids", "query_offsets")
-"""Read with the prompt, and not again."""
+"""Inputs that are read only with the prompt."""
 
 
 @dataclass
 class FVLMOutput(ModelOutput):
-    """What a forward returns."""
+    """Output of `FVLMModel.forward`."""
 
     loss: Tensor | None = None
-    """Mean cross-entropy of the labels: of the mode, or in training the weighted mean of all passes."""
+    """Mean cross-entropy of the labels in the given mode; in training, the weighted mean of all passes."""
     logits: Tensor | None = None
-    """[B, S, vocabulary], or of the last columns asked for; 0 at padding. None in training."""
+    """[B, S, vocabulary], or only the last `logits_to_keep` columns; 0 at padding. None in training."""
     past_key_values: FVLMCache | None = None
 
 
@@ -68,10 +68,10 @@ class FVLMModel(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
-        """As `PreTrainedModel.from_pretrained`; weights that lie in the file's own memory are copied to where kernels like them.
+        """Like `PreTrainedModel.from_pretrained`, but copies memory-mapped weights to aligned memory.
 
-        A file's tensors may start at any address, and CPU kernels add up in another order where that is not a multiple of a
-        cache line: the last bits of the logits would depend on the length of the file's header.
+        A tensor in a file may start at any address, and CPU kernels sum in another order if it is not aligned to a cache line: the last
+        bits of the logits would depend on the length of the file's header.
         """
         loaded = super().from_pretrained(*arguments, **options)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -82,7 +82,7 @@ class FVLMModel(PreTrainedModel, GenerationMixin):
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """The modes this model has."""
+        """The modes of this model."""
         return self.model.modes
 
     def forward(
@@ -99,7 +99,7 @@ class FVLMModel(PreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **_unused: Any,
     ) -> FVLMOutput:
-        """Logits (and loss, with labels) of what the processor makes; in training, with labels, only the loss of all passes.
+        """Compute logits (and, with labels, the loss) for the processor's outputs; in training with labels, only the loss of all passes.
 
         Args:
             input_ids: int64 [B, S].
@@ -107,12 +107,12 @@ class FVLMModel(PreTrainedModel, GenerationMixin):
             frames: uint8 [F, H, W, 3], the distinct frames of all rows.
             frame_ids: int64 [B, S], see `padded.py`.
             query_offsets: int64 [B, S], see `padded.py`.
-            labels: int64 [B, S], the tokens to learn where they stand, -100 elsewhere.
+            labels: int64 [B, S], the target tokens in their own (unshifted) positions, -100 elsewhere.
             mode: `coarse`, `fine` or `autoregressive`; by default the configuration's.
-            past_key_values: A cache to fill, or one to go on from with further tokens of text.
-            logits_to_keep: Of how many last columns; 0 for all.
-            num_items_in_batch: Labels of the global batch, which the sum of losses is then divided by.
-            **_unused: What transformers passes to every model.
+            past_key_values: An empty cache to fill, or a filled one to continue with text tokens.
+            logits_to_keep: Number of last columns to return logits for; 0 for all.
+            num_items_in_batch: Number of labels in the global batch, by which the summed loss is divided.
+            **_unused: Other arguments that transformers passes to every model.
         """
         if past_key_values is not None and past_key_values.get_seq_length():
             _check_continuation(past_key_values.get_seq_length(), attention_mask, frame_ids, labels)
@@ -135,10 +135,10 @@ class FVLMModel(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(  # ty: ignore[incompatible-method-override] -- transformers names what it gives
         self, input_ids: Tensor, past_key_values: FVLMCache | None = None, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """What a step of transformers' generation reads: the prompt with its frames, then one token after the other."""
+        """The inputs of a generation step: first the prompt with its frames, then one token at a time."""
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         passed = ("mode", "logits_to_keep", *(VISUAL_INPUTS if not seen else ()))
-        if seen and input_ids.shape[1] - seen > 1:  # not what was generated but a user's next turn
+        if seen and input_ids.shape[1] - seen > 1:  # a user's next turn, not a generated token
             frame_ids = kwargs.get("frame_ids")
             _check_continuation(seen, attention_mask, None if frame_ids is None else frame_ids[:, seen:], None)
         inputs = {"input_ids": input_ids[:, seen:], "attention_mask": attention_mask, "past_key_values": past_key_values}
@@ -147,7 +147,7 @@ class FVLMModel(PreTrainedModel, GenerationMixin):
     def answer(self, frames: Any, question: str, *, mode: str | None = None, question_first: bool = True, max_new_tokens: int = 64) -> str:
         """Answer a question about a video: the path of a file, an array [T, H, W, 3], or a list of pictures (one second apart).
 
-        `question_first`: the model reads the question before the frames, and can look for what is asked.
+        With `question_first`, the model reads the question before the frames, and can look for what is asked.
         """
         inputs = self.processor(text=question, videos=frames, question_first=question_first).to(self.device)
         options = {"mode": mode, "max_new_tokens": max_new_tokens, "do_sample": False}
@@ -155,13 +155,13 @@ class FVLMModel(PreTrainedModel, GenerationMixin):
         return self.processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
     def gaze(self, frames: Any, question: str, *, mode: str | None = None, question_first: bool = True) -> Tensor:
-        """Where the model looks in each frame: [frames, tokens per frame, rows, columns], each adding up to 1."""
+        """Return where the model looks: attention [frames, tokens per frame, rows, columns], summing to 1 over rows and columns."""
         inputs = self.processor(text=question, videos=frames, question_first=question_first).to(self.device)
         return gaze(self.model, self._packed(**inputs), self._mode(mode))
 
     @cached_property
     def processor(self) -> Any:
-        """The processor of the folder, or of the repository and its revision, that the model was loaded from."""
+        """The processor from the folder, or from the repository and revision, that the model was loaded from."""
         commit = getattr(self.config, "_commit_hash", None)
         same = {"revision": commit, "code_revision": commit} if commit else {}
         return AutoProcessor.from_pretrained(self.config._name_or_path, trust_remote_code=True, **same)
@@ -173,7 +173,7 @@ class FVLMModel(PreTrainedModel, GenerationMixin):
         return self.model.llm.lm_head
 
     def gradient_checkpointing_enable(self, *_options: Any, **_more: Any) -> None:
-        """Every layer's activations are recomputed; which options there are depends on the release of transformers."""
+        """Recompute every layer's activations in the backward pass. Options are ignored: they differ between transformers releases."""
         self.model.set_gradient_checkpointing(True)
 
     def gradient_checkpointing_disable(self) -> None:
@@ -181,7 +181,7 @@ class FVLMModel(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: torch.nn.Module) -> None:
-        """Buffers that no file holds; transformers loads models without running their constructors' arithmetic."""
+        """Initialise buffers that are in no file: transformers constructs models on the meta device, without computing them."""
         if isinstance(module, Encoder):
             for buffer, values in ((module.pixel_mean, PIXEL_MEAN), (module.pixel_std, PIXEL_STD)):
                 buffer.copy_(torch.tensor(values, device="cpu").view(3, 1, 1) * 255)
@@ -211,7 +211,7 @@ class FVLMModel(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _go_on(self, input_ids: Tensor, cache: FVLMCache) -> FVLMOutput:
-        """Logits [B, n, vocabulary] of n further tokens of every sequence [B, n]."""
+        """Continue every sequence by n tokens [B, n]; returns their logits [B, n, vocabulary]."""
         rows, new = input_ids.shape
         packed = cache.reserve(new)
         positions = torch.tensor([length + step for length in packed.lengths for step in range(new)], device=input_ids.device)
@@ -222,24 +222,24 @@ class FVLMModel(PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(  # ty: ignore[incompatible-method-override] -- what it returns depends on the release
         self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any
     ) -> None:
-        """transformers' hook: the cache of a generation."""
+        """Hook of transformers: create the cache for generation."""
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = FVLMCache(generation_config.max_new_tokens or ROOM)
 
     def _expand_inputs_for_generation(  # ty: ignore[incompatible-method-override] -- by name, too
         self, expand_size: int = 1, **inputs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
-        """transformers' hook: rows are repeated for beams, frames are not."""
+        """Hook of transformers: repeat rows for beams, but not frames."""
         frames = inputs.pop("frames", None)
         input_ids, expanded = super()._expand_inputs_for_generation(expand_size=expand_size, **inputs)  # ty: ignore[invalid-argument-type]
         return input_ids, expanded | {"frames": frames}
 
 
 def _check_continuation(seen: int, attention_mask: Tensor | None, frame_ids: Tensor | None, labels: Tensor | None) -> None:
-    """Raise ValueError where what follows `seen` columns of a cache is more than text: `frame_ids` are those of the columns that follow."""
+    """Raise ValueError if the inputs after the `seen` columns of a cache are not only text; `frame_ids` covers only the new columns."""
     if frame_ids is not None and bool((frame_ids >= 0).any()):
-        raise ValueError("a cache can be gone on from with text only: for another video, give the complete conversation and no cache")
+        raise ValueError("a cache can be continued with text only: for another video, give the complete conversation and no cache")
     if attention_mask is not None and bool((attention_mask[:, seen:] == 0).any()):
-        raise ValueError("rows that go on from a cache are equally long: give the complete conversations and no cache")
+        raise ValueError("rows that continue a cache must be equally long: give the complete conversations and no cache")
     if labels is not None:
-        raise ValueError("there is no loss where a cache is gone on from: give the complete conversation and no cache")
+        raise ValueError("there is no loss when a cache is continued: give the complete conversation and no cache")

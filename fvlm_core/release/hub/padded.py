@@ -1,8 +1,8 @@
-"""The padded batch that transformers works with, as the packed batch that the model reads.
+"""Convert between transformers' padded batches and the packed batches that the model reads.
 
-Padded is B rows of S columns: `input_ids` (a placeholder where a frame's tokens stand), `attention_mask`, `frame_ids` (which of `frames`
-a token stands for, NO_FRAME for text) and `query_offsets` (how many tokens before it the one stands whose hidden state makes the frame's
-query; 0 where the query is the learned first one). Both sides may be padded, and rows may be repeated for beams: a frame is encoded once.
+A padded batch has B rows of S columns: `input_ids` (a placeholder for visual tokens), `attention_mask`, `frame_ids` (the index in `frames`
+of a visual token's frame, NO_FRAME for text) and `query_offsets` (how many tokens back is the one whose hidden state gives the frame's
+query; 0 for the learned first query). Both sides may be padded, and rows may be repeated for beams: each frame is encoded once.
 """
 
 from itertools import pairwise
@@ -15,7 +15,7 @@ from torch import Tensor
 from fvlm_core.data.batch import IGNORE, NO_SOURCE, PackedBatch, _showings
 
 NO_FRAME = -1
-"""Frame of a token that is text."""
+"""Value of `frame_ids` for text."""
 
 
 def packed_batch(
@@ -28,11 +28,11 @@ def packed_batch(
     *,
     tokens_per_frame: int,
 ) -> PackedBatch:
-    """Rows [B, S] without their padding, one after another; `labels` [B, S] are the tokens themselves, as transformers has them.
+    """Concatenate rows [B, S] without their padding. `labels` [B, S] are unshifted, as in transformers.
 
-    `frame_ids` and `query_offsets` may be shorter than `input_ids`: what was generated since is text. Raises ValueError for a frame with
-    another number of tokens than `tokens_per_frame`, and for several rows that do not show all frames: where they were processed one by
-    one and then put together, they all count their frames from 0.
+    `frame_ids` and `query_offsets` may be shorter than `input_ids`: the columns that they lack are generated text. Raises ValueError for a
+    frame with another number of tokens than `tokens_per_frame`, and for several rows that do not show all frames: rows that were processed
+    one by one and then put together would all count their frames from 0.
     """
     kept = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     lengths = kept.sum(1).tolist()
@@ -48,7 +48,7 @@ def packed_batch(
     shown = shown_in[positions[:, 0]]
     targets = torch.full_like(input_ids, IGNORE) if labels is None else labels
     targets = targets[kept].masked_fill(is_visual, IGNORE).roll(-1)
-    targets[torch.from_numpy(starts[1:] - 1).to(targets.device)] = IGNORE  # the first token of the next row is none to predict
+    targets[torch.from_numpy(starts[1:] - 1).to(targets.device)] = IGNORE  # a row's last token has no target: the next row begins after it
     labelled = (targets != IGNORE).nonzero().flatten().cpu().numpy()
     frames = input_ids.new_zeros((0, 1, 1, 3), dtype=torch.uint8) if frames is None else frames
     known = int(shown.max()) + 1 if len(shown) else 0
@@ -79,7 +79,7 @@ def packed_batch(
 
 
 def padded(packed: Tensor, attention_mask: Tensor | None, shape: tuple[int, int]) -> Tensor:
-    """Values [S, ...] of a packed batch as rows [B, columns, ...], 0 where the mask is."""
+    """Unpack values [S, ...] of a packed batch to rows [B, columns, ...], with 0 at padding."""
     if attention_mask is None or len(packed) == shape[0] * shape[1]:
         return packed.unflatten(0, shape)
     rows = packed.new_zeros(*shape, *packed.shape[1:])
@@ -88,7 +88,7 @@ def padded(packed: Tensor, attention_mask: Tensor | None, shape: tuple[int, int]
 
 
 def _as_long(tensor: Tensor | None, input_ids: Tensor, text: int) -> Tensor:
-    """A tensor [B, s] as [B, S], with the value of text for the columns that it lacks."""
+    """Extend a tensor [B, s] to [B, S] with the value `text`; None is all text."""
     if tensor is None:
         return torch.full_like(input_ids, text)
     return F.pad(tensor, (0, input_ids.shape[1] - tensor.shape[1]), value=text)

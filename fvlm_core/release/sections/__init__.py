@@ -1,7 +1,6 @@
-"""The report's sections, a file each: `section(evidence, figures)` gives its title and what it shows, or says what is missing.
+"""The report's sections, one per file: `section(evidence, figures)` returns the title and content, or says what is missing.
 
-A new phase shows its report by a file here and a line in `SECTIONS`; it finds its step by the name of the step's manifest
-(`Evidence.report`).
+To show the report of a new phase, add a file here and a line to `SECTIONS`; `Evidence.report` finds a step by the name of its manifest.
 """
 
 from collections.abc import Callable
@@ -41,11 +40,11 @@ SECTIONS: tuple[Callable[[Evidence, Figures], Section], ...] = (
     provenance.section,
     reproduce.section,
 )
-"""In the order of the report, after those of the evaluation."""
+"""In the order of the report, after the evaluation's sections."""
 
 
 def build(evidence: Evidence, figures: Figures) -> Report:
-    """The complete report; its pictures are put into `figures`."""
+    """Build the complete report; its pictures are written to `figures`."""
     found = verdict(evidence.results)
     job, per_frame = evidence.job, evidence.results.tokens_per_frame
     profile = f"profile {job.profile}, " if job.profile else ""

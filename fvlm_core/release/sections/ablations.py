@@ -1,4 +1,4 @@
-"""Runs that differ from the base recipe in one setting each; worse ones too."""
+"""All runs that differ from the base recipe in one setting, including those that are worse."""
 
 from fvlm_core.release.evidence import Evidence
 from fvlm_core.release.figures import Figures

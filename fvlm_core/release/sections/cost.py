@@ -1,4 +1,4 @@
-"""What the release took: the time of every phase, by the clock and on the machine, and its price."""
+"""Wall-clock time, machine time and price of every phase."""
 
 from fvlm_core.manifest import Manifest
 from fvlm_core.release.evidence import Evidence
@@ -7,8 +7,8 @@ from fvlm_core.release.report import Section
 from fvlm_core.release.words import duration
 from fvlm_core.tables import Table
 
-MACHINE = "Machine time is what the jobs themselves took, one after another."
-WALL = "Wall time is of the run that finished the phase: with start-up and queues, without what earlier, interrupted runs did."
+MACHINE = "Machine time is the sum of the jobs' own times."
+WALL = "Wall time is that of the run that finished the phase: it includes start-up and queueing, but not earlier, interrupted runs."
 
 
 def section(evidence: Evidence, figures: Figures) -> Section:

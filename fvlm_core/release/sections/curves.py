@@ -1,4 +1,4 @@
-"""How training went, stage after stage."""
+"""Training curves and results of every stage."""
 
 from fvlm_core.figures import Figure
 from fvlm_core.release.evidence import Evidence
@@ -8,11 +8,11 @@ from fvlm_core.release.words import duration
 from fvlm_core.tables import Table
 
 FILE = "curves.png"
-CAPTION = "Training, stage after stage. Where curves are equal, the narrow one lies on the broad one."
+CAPTION = "Training curves of all stages. Where curves coincide, the thin one is drawn over the thick one."
 
 
 def section(evidence: Evidence, figures: Figures) -> Section:
-    from fvlm_core.scaling.curves import plot_curves  # here: nothing else in a report needs matplotlib
+    from fvlm_core.scaling.curves import plot_curves  # imported here: nothing else in a report needs matplotlib
 
     rows = [
         [

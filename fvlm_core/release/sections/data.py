@@ -1,4 +1,4 @@
-"""What the model was trained and evaluated on, and what was left out."""
+"""The data of training and evaluation, and the samples that were left out."""
 
 from fvlm_core.markdown import escape
 from fvlm_core.release.evidence import Evidence

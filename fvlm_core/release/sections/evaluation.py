@@ -1,4 +1,4 @@
-"""What the evaluation measured: the result table, then a section for each part, which says itself what it has to show."""
+"""The evaluation's results: the headline table, then a section for each part, whose content the part defines."""
 
 from fvlm_core.eval.parts import RESULTS
 from fvlm_core.eval.results import Results
@@ -16,7 +16,7 @@ def section(evidence: Evidence, figures: Figures) -> Section:
 
 
 def parts(evidence: Evidence, figures: Figures) -> list[Section]:
-    """A section for each part of the evaluation: tables and pictures, or why it was not measured."""
+    """A section for each part of the evaluation: its tables and pictures, or why it was not measured."""
     sections = []
     for name, kind in RESULTS.items():
         if part := evidence.results.parts.get(name):
@@ -31,5 +31,5 @@ def parts(evidence: Evidence, figures: Figures) -> list[Section]:
 
 
 def modes_table(results: Results) -> Table:
-    """The result table without times, which are of the machine."""
+    """The headline table without times, which depend on the machine."""
     return headline_table([metric for part in results.parts.values() if not part.timing for metric in part.headline()])

@@ -1,4 +1,4 @@
-"""What this release does not show, and what did not work."""
+"""Limitations of the release, and negative results."""
 
 from fvlm_core.eval.part import OWN_SPLIT
 from fvlm_core.eval.parts.losses import LossResult
@@ -11,7 +11,7 @@ from fvlm_core.scaling.jobs import AblationReport
 from fvlm_core.tables import difference, signed
 
 TOY_PARAMS = 20_000_000
-"""Below the size of any pretrained backbone we use: a demonstration of the pipeline."""
+"""Smaller than any pretrained backbone in use; such a model only demonstrates the pipeline."""
 FULL_FRAME_PX = 224
 
 
@@ -20,7 +20,7 @@ def section(evidence: Evidence, figures: Figures) -> Section:
 
 
 def limitations(evidence: Evidence) -> list[str]:
-    """A sentence of markdown each; the card lists them too."""
+    """The limitations, one markdown sentence each; the card lists them too."""
     results, model = evidence.results, evidence.recipe.model
     found = []
     if evidence.run.manifest.params < TOY_PARAMS:

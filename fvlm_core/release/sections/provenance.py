@@ -1,4 +1,4 @@
-"""From what and by what the release was made."""
+"""The data, code, software and recipes from which the release was made."""
 
 import yaml
 
@@ -17,7 +17,7 @@ def section(evidence: Evidence, figures: Figures) -> Section:
         ["shards (digest)", results.shards],
         ["evaluation", f"{evidence.evaluation.digest}, seed {results.seed}, {results.resamples} resamples"],
         ["machine of the evaluation", f"{latency.device}, {latency.threads} thread(s)" if latency else "not recorded"],
-        ["code (commit)", manifest.commit or "not a checkout of git"],
+        ["code (commit)", manifest.commit or "not a git checkout"],
         ["software", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())],
     ]
     blocks: list[Block] = [Table(head=["what", "which"], rows=rows)]

@@ -1,4 +1,4 @@
-"""How to make this release again, and how to use it."""
+"""How to reproduce the release, and how to use the model."""
 
 from fvlm_core.release.evidence import Evidence
 from fvlm_core.release.figures import Figures
@@ -14,11 +14,11 @@ def section(evidence: Evidence, figures: Figures) -> Section:
         f'print(model.answer("clip.mp4", "What is in the video?", mode="{evidence.best_mode}"))',
     ]
     commit = evidence.run.manifest.commit
-    again = f"Make this release again (the model was trained at the commit {commit}):" if commit else "Make this release again:"
+    again = f"Reproduce this release (the model was trained at commit {commit}):" if commit else "Reproduce this release:"
     blocks = [again, fenced("\n".join(commands(evidence.job)), "sh")]
     return Section(title="Reproduce", blocks=[*blocks, "Use the model:", fenced("\n".join(load), "python")])
 
 
 def commands(job: ReleaseJob) -> list[str]:
-    """Those of the job; otherwise the pipeline's with the profile of that name."""
+    """The job's commands; by default the pipeline's command with the job's profile."""
     return job.reproduce or [f"./speedrun.sh --profile {job.profile}" if job.profile else "./speedrun.sh"]

@@ -1,4 +1,4 @@
-"""The scaling grid: losses, fits with intervals, what the runs do not determine, and the size that was chosen."""
+"""The scaling grid: losses, fits with confidence intervals, undetermined quantities, and the chosen size."""
 
 from fvlm_core.release.evidence import Evidence
 from fvlm_core.release.figures import Figures

@@ -1,4 +1,4 @@
-"""What was tried to make training faster, and what it brought."""
+"""Training speed: the variants that were tried, and their gains."""
 
 from fvlm_core.markdown import escape
 from fvlm_core.release.evidence import Evidence
@@ -9,7 +9,7 @@ from fvlm_core.train.jobs import SpeedReport, SpeedRow
 
 TITLE = "Speed"
 ALWAYS = 2
-"""Columns that are shown even where they are empty."""
+"""The first columns, which are shown even if empty."""
 
 
 def section(evidence: Evidence, figures: Figures) -> Section:
@@ -22,14 +22,14 @@ def section(evidence: Evidence, figures: Figures) -> Section:
     blocks: list[Block] = [f"{report.summary()} Chosen: {chosen}.", *figures.copy(found.folder, *report.figures), speed_table(report.rows)]
     blocks.append(parts_table(report.parts))
     blocks.append(
-        f"A checkpoint ({advice.bytes / 1e6:,.0f} MB) takes {advice.write_s:.1f} s to write here. With a machine lost every "
+        f"A checkpoint ({advice.bytes / 1e6:,.0f} MB) takes {advice.write_s:.1f} s to write here. If a machine fails every "
         f"{advice.hours_to_failure:.0f} h, one every {advice.steps:,} steps loses the least time (Young 1974, Daly 2006)."
     )
     return Section(title=TITLE, blocks=blocks)
 
 
 def parts_table(parts: dict[str, dict[str, float]]) -> Table:
-    """Where a step's time goes, naive and tuned."""
+    """Share of each part in a step's time, naive and tuned."""
     rows = [[part, *(f"{shares.get(part, 0):.0%}" for shares in parts.values())] for part in next(iter(parts.values()))]
     return Table(
         title="Share of a step's time",
@@ -40,7 +40,7 @@ def parts_table(parts: dict[str, dict[str, float]]) -> Table:
 
 
 def speed_table(rows: list[SpeedRow]) -> Table:
-    """A row per variant; without columns that no variant has."""
+    """A row per variant, without empty columns."""
     cells = [
         [
             row.variant,
@@ -77,8 +77,8 @@ def speed_table(rows: list[SpeedRow]) -> Table:
         head=[head[index] for index in kept],
         rows=[[row[index] for index in kept] for row in cells],
         marked=[len(cells) - 1],
-        note="Naive is an ordinary implementation: padded, full logits, eager, a plain loader, the recipe's batch and precision. "
-        "Variants are measured in turn, step by step; a gain whose interval holds 1 is none. FLOPs are those that are needed.",
+        note="Naive is an ordinary implementation: padding, full logits, eager mode, a plain loader, the recipe's batch and precision. "
+        "Variants alternate step by step; a gain whose interval contains 1 is no gain. FLOPs count only necessary operations.",
     )
 
 
