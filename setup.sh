@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Everything a fresh machine needs: .venv from requirements.lock, and video2dataset's own environment. Quick when done.
+# Set up a fresh machine: .venv from requirements.lock, and a separate environment for video2dataset. Quick if already done.
 # Needs Python 3.11 or newer with venv; FVLM_PYTHON names another interpreter.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 python=${FVLM_PYTHON:-python3}
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-    echo "error: Python 3.11 or newer is needed; '$python' is not
+    echo "error: Python 3.11 or newer is needed, but '$python' is older or missing
   fix: install it (Debian: apt-get install python3 python3-venv), or name one: FVLM_PYTHON=python3.12 $0" >&2
     exit 2
 fi
 
-./infra/video2dataset_env.sh & # meanwhile
+./infra/video2dataset_env.sh & # in parallel
 other=$!
 
-# The environment is complete when its stamp equals the lock it was made from; the stamp is written last.
+# The environment is complete if its stamp equals the checksum of these files; the stamp is written last.
 stamp=.venv/.fvlm-lock
 wanted=$(cat requirements.lock requirements-data.lock pyproject.toml | sha256sum)
 if [ "$(cat $stamp 2>/dev/null)" != "$wanted" ]; then
@@ -26,9 +26,9 @@ if [ "$(cat $stamp 2>/dev/null)" != "$wanted" ]; then
     }
     ./infra/install.sh .venv -r requirements.lock
     ./infra/install.sh .venv --no-deps -r requirements-data.lock -e .
-    # what a run imports is compiled once, here, and so is known to start; all twenty-five thousand files would take twice as long
+    # Compile the modules that a run imports, which also checks that they import. All twenty-five thousand files would take twice as long.
     export PYTHONDONTWRITEBYTECODE=
-    .venv/bin/python -c 'import infra.server, prefect.cli.worker, deployments.register, flows.pipeline' & # on the other core
+    .venv/bin/python -c 'import infra.server, prefect.cli.worker, deployments.register, flows.pipeline' & # in parallel
     server=$!
     .venv/bin/python -c 'import fvlm_core.train.loop, fvlm_core.eval.evaluate, fvlm_core.release.release
 import matplotlib.pyplot, pandas, scipy.optimize, wandb'

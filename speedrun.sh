@@ -4,5 +4,5 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")" && pwd)
 "$root/setup.sh"
-export PYTHONDONTWRITEBYTECODE= # many containers set it: each of the run's hundred processes would compile this checkout
+export PYTHONDONTWRITEBYTECODE= # many containers set it; then each of the run's hundred processes would compile this checkout again
 exec "$root/.venv/bin/fvlm" speedrun "$@"

@@ -1,4 +1,4 @@
-"""The few questions that are asked of a Prefect API without Prefect's client, which retries for minutes and is slow to import."""
+"""A minimal Prefect API client for calls that must be quick: Prefect's own client retries for minutes and is slow to import."""
 
 import base64
 from collections.abc import Mapping
@@ -12,14 +12,14 @@ import httpx
 
 TIMEOUT_S = 5.0
 ACTIVE = ("RUNNING", "PENDING", "CANCELLING", "PAUSED")
-"""State types of flow runs that somebody waits for; scheduled ones have not begun."""
+"""State types of flow runs in progress. Scheduled runs have not started and are not among them."""
 OVER = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 ENDING = timedelta(seconds=90)
-"""For what a flow run ran on to end by itself."""
+"""Grace period after the end of a flow run in which its machine may shut down by itself."""
 
 
 def problem_with(api_url: str) -> str | None:
-    """Why this cannot be the address of a Prefect API; None where it can."""
+    """Return why this cannot be the URL of a Prefect API, or None if it can."""
     try:
         url = httpx.URL(api_url)
     except (httpx.InvalidURL, ValueError, TypeError) as error:
@@ -30,7 +30,7 @@ def problem_with(api_url: str) -> str | None:
 
 
 def healthy(api_url: str, timeout_s: float = TIMEOUT_S) -> bool:
-    """Whether a Prefect API answers there."""
+    """Return whether a Prefect API answers at this URL."""
     try:
         reply = _client().get(f"{api_url}/health", timeout=timeout_s)
         return reply.status_code == HTTPStatus.OK and reply.json() is True
@@ -39,13 +39,13 @@ def healthy(api_url: str, timeout_s: float = TIMEOUT_S) -> bool:
 
 
 def refused(api_url: str, environment: Mapping[str, str]) -> bool:
-    """Whether the API wants a password or key, and not the one in `environment`."""
+    """Return whether the API requires a password or key other than the one in `environment`."""
     reply = _client().get(f"{api_url}/admin/version", headers=credentials(environment), timeout=TIMEOUT_S)
     return reply.status_code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 
 
 def active_runs(api_url: str, environment: Mapping[str, str], tag: str) -> list[str]:
-    """Names of the flow runs with this tag that are under way, or have paused."""
+    """Return the names of the flow runs with this tag that are in progress or paused."""
     asked: dict[str, Any] = {"flow_runs": {"tags": {"all_": [tag]}, "state": {"type": {"any_": ACTIVE}}}}
     reply = _client().post(f"{api_url}/flow_runs/filter", json=asked, headers=credentials(environment), timeout=TIMEOUT_S)
     reply.raise_for_status()
@@ -53,14 +53,14 @@ def active_runs(api_url: str, environment: Mapping[str, str], tag: str) -> list[
 
 
 def run_over(api_url: str, environment: Mapping[str, str], run: UUID) -> str | None:
-    """Why nobody works on a flow run any more: it has ended some time ago, or the server does not know it; None where it may go on.
+    """Return why a flow run is over: it ended more than `ENDING` ago, or the server does not know it.
 
-    None too where the server does not say.
+    Return None if it may still be running, or if the server gives no usable answer.
     """
     try:
         reply = _client().get(f"{api_url}/flow_runs/{run}", headers=credentials(environment), timeout=TIMEOUT_S)
         if reply.status_code == HTTPStatus.NOT_FOUND:
-            # a proxy without its server, or another site at that address, says 404 too
+            # a proxy whose server is down, or another site at that address, also answers 404
             of_prefect = "flow run" in str(reply.json()["detail"]).lower()
             return "Prefect does not know its flow run" if of_prefect else None
         state = reply.raise_for_status().json()["state"]
@@ -72,12 +72,12 @@ def run_over(api_url: str, environment: Mapping[str, str], run: UUID) -> str | N
 
 @cache
 def _client() -> httpx.Client:
-    """One for the process: each reads the machine's certificates, 20 ms. Connections are not kept: the server may be another next time."""
+    """One client per process: creating one reads the machine's certificates, 20 ms. It keeps no connections, because servers may change."""
     return httpx.Client(limits=httpx.Limits(max_keepalive_connections=0))
 
 
 def credentials(environment: Mapping[str, str]) -> dict[str, str]:
-    """Headers that Prefect's client would send, by its settings in `environment`."""
+    """Return the headers that Prefect's client would send with the settings in `environment`."""
     if auth := environment.get("PREFECT_API_AUTH_STRING"):
         return {"Authorization": f"Basic {base64.b64encode(auth.encode()).decode()}"}
     return {"Authorization": f"Bearer {key}"} if (key := environment.get("PREFECT_API_KEY")) else {}

@@ -1,10 +1,11 @@
-"""The message board of a volume: entries that are only ever added, from pods and from home, under headings with time and place.
+"""The message board of a volume: an append-only list of posts from pods and from the user's machine, each under a heading.
 
     ## [2026-11-25 17:30] RUNPOD
     stage1: step 4,000 of 7,800, loss 2.31
 
-Each writer has a file of its own (`infra.store.Journal`), because two hosts cannot append to one. `comms/BOARD.md` is made of all of them
-whenever somebody posts; an entry that two posters at once leave out of it is in it again with the next one, and is never lost.
+Each writer has its own file (`infra.store.Journal`), because two hosts cannot append to the same one. Every post rebuilds
+`comms/BOARD.md` from all of these files. If two writers post at the same time, one entry may be missing there until the next post; it is
+never lost.
 """
 
 import json
@@ -21,7 +22,7 @@ Side = Literal["LOCAL", "RUNPOD"]
 
 @dataclass(frozen=True)
 class Entry:
-    """What somebody wrote."""
+    """One post."""
 
     at: float
     """Seconds since the epoch."""
@@ -29,7 +30,7 @@ class Entry:
     text: str
 
     def markdown(self) -> str:
-        """The entry under its heading, in UTC."""
+        """Return the entry as Markdown, under a heading with the time in UTC."""
         return f"## [{time.strftime('%Y-%m-%d %H:%M', time.gmtime(self.at))}] {self.side}\n{self.text.strip()}\n"
 
 
@@ -42,7 +43,7 @@ class Board:
         self.journal = Journal(store, FOLDER, writer=writer)
 
     def post(self, text: str) -> Entry:
-        """Add an entry. Raises ValueError for one that says nothing."""
+        """Add an entry. Raises ValueError if `text` is blank."""
         if not text.strip():
             raise ValueError("an entry needs a text")
         entry = Entry(self.clock(), self.side, text.strip())
@@ -51,16 +52,16 @@ class Board:
         return entry
 
     def entries(self) -> list[Entry]:
-        """Everybody's entries, by time."""
+        """Return the entries of all writers, sorted by time."""
         found = []
         for line in self.journal.lines():
             try:
                 said = json.loads(line)
                 found.append(Entry(float(said["at"]), said["side"], str(said["text"])))
-            except (ValueError, TypeError, KeyError):  # of a writer that was killed half-way
+            except (ValueError, TypeError, KeyError):  # incomplete: the writer was killed
                 continue
         return sorted(found, key=lambda one: one.at)
 
     def markdown(self) -> str:
-        """All of it."""
+        """Return the whole board as Markdown."""
         return "\n".join(entry.markdown() for entry in self.entries())

@@ -1,8 +1,9 @@
-"""The money: a ledger that only grows, and the sum that every pod has to fit into before it is created.
+"""The budget: an append-only ledger, and a spending cap that is checked before any pod is created.
 
-A line of the ledger is one event of one pod or volume. Before a pod is created, its cost to its deadline is written down as reserved, and
-only then is the sum made: of two workers that do this at once, both see both. So the cap holds whatever happens, at the price that both
-may be refused near it. What a pod really cost replaces the reservation when it ends, and RunPod's bill replaces both.
+Each line of the ledger is one event of one pod or volume. Before a pod is created, its cost up to its deadline is first written to the
+ledger as a reservation; only then is the total computed. Two workers that do this at the same time therefore see both reservations, and
+the cap always holds. The price is that both may be refused near the cap. When a pod ends, its actual cost replaces the reservation, and
+RunPod's bill later replaces both.
 """
 
 import math
@@ -18,50 +19,50 @@ from infra.errors import InfraError
 from infra.store import Journal, Store
 
 LEDGER = "budget/ledger"
-"""Folder of the volume; a file per writer in it."""
+"""Folder of the volume, with one file per writer."""
 SERVER = "server"
-"""In place of a phase, for the pod that keeps the Prefect server."""
+"""Phase name of the pod that runs the Prefect server."""
 WARN_AT = (0.50, 0.80, 0.95)
-"""Shares of the cap at which everybody is warned."""
+"""Shares of the cap at which a warning is given."""
 HOUR_S = 3600.0
 BILL_LAG_S = 2 * HOUR_S
-"""After the end of a pod its bill is complete; RunPod bills by the hour."""
+"""Time after the end of a pod until its bill is complete; RunPod bills by the hour."""
 LATEST_END_S = HOUR_S
-"""Past its deadline, a pod whose end was not written down is counted for no longer."""
+"""How long after its deadline a pod without an `ended` event is still assumed to cost money."""
 
 What = Literal["reserved", "storage", "started", "released", "ended", "billed"]
 ORDER: tuple[What, ...] = get_args(What)
-"""In the life of a pod or volume."""
+"""Order of the events in the life of a pod or volume."""
 
 
 class BudgetError(InfraError):
-    """It would not fit; nothing was started."""
+    """The pod does not fit into the budget. Nothing was started."""
 
 
 class Event(BaseModel):
-    """A line of the ledger."""
+    """One line of the ledger."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True)
 
     what: What
     name: str
-    """Of the pod, unique for all time; of the volume, its id."""
+    """Name of the pod, which is never reused, or id of the volume."""
     at: float
     """Seconds since the epoch."""
     pod: str = ""
-    """RunPod's id, from `started` on."""
+    """RunPod's id of the pod, in `started` events."""
     usd_per_hour: Annotated[float, Field(ge=0)] = 0.0
     until: float = 0.0
-    """The deadline, of `reserved`."""
+    """Deadline of the pod in seconds since the epoch, in `reserved` events."""
     usd: float = 0.0
-    """Of `billed`: what it cost by RunPod's bill."""
+    """Amount of RunPod's bill, in `billed` events."""
     phase: str = ""
-    """What it was for."""
+    """Phase that the pod is rented for."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the ledger knows of one pod or volume."""
+    """State of one pod or volume according to the ledger."""
 
     name: str
     since: float
@@ -76,23 +77,24 @@ class Entry:
     billed: float | None = None
     billed_at: float = 0.0
     priced_at: float | None = None
-    """When a volume that has grown came to its present price; before that it cost `usd_before`."""
+    """When an enlarged volume got its current price. Its cost up to then is `usd_before`."""
     usd_before: float = 0.0
 
     @property
     def running(self) -> bool:
-        """Whether it costs money, as far as is known."""
+        """Whether it still costs money, as far as the ledger knows."""
         return not self.released and self.ended is None
 
     @property
     def settled(self) -> bool:
-        """Whether its bill is complete: one of the time of its end lacks the last hours."""
+        """Whether its bill is complete: a bill that was read when it ended lacks the last hours."""
         return self.billed is not None and self.ended is not None and self.billed_at >= self.ended + BILL_LAG_S
 
     def spent(self, now: float) -> float:
-        """USD up to now: by the bill where that is complete, else by price and time, or by the bill where it is more.
+        """Return the USD spent up to `now`: the bill if it is complete, otherwise price times time, or the bill so far if that is higher.
 
-        A pod whose end nobody wrote down costs nothing long after its deadline: it ended itself, or the bill says more.
+        A pod without an `ended` event is assumed to stop costing money `LATEST_END_S` after its deadline, because it ends itself. If it
+        did not, the bill is higher.
         """
         if self.released:
             return 0.0
@@ -103,7 +105,7 @@ class Entry:
         return max(self.usd_before + max(0.0, end - began) * self.usd_per_hour / HOUR_S, self.billed or 0.0)
 
     def committed(self, now: float, horizon: float) -> float:
-        """USD that will follow if it runs to its deadline; of storage, up to `horizon`."""
+        """Return the USD still to come if it runs to its deadline; for storage, up to `horizon`."""
         if not self.running:
             return 0.0
         return max(0.0, (horizon if self.kind == "storage" else self.until) - now) * self.usd_per_hour / HOUR_S
@@ -111,30 +113,30 @@ class Entry:
 
 @dataclass(frozen=True)
 class Position:
-    """Where the money is."""
+    """State of the budget at one moment, in USD."""
 
     cap_usd: float
     reserve_usd: float
     spent: float
-    """On pods that have ended and on what running ones have used."""
+    """Cost of pods that have ended, and of running pods so far."""
     running: float
-    """What running pods may still use, to their deadlines."""
+    """Cost that running pods may still incur up to their deadlines."""
     storage: float
-    """Spent and to the last deadline."""
+    """Cost of storage so far and up to the last deadline."""
     entries: tuple[Entry, ...] = field(default=(), repr=False)
 
     @property
     def committed(self) -> float:
-        """All that is spent or promised."""
+        """Everything that is spent or committed."""
         return self.spent + self.running + self.storage
 
     @property
     def left(self) -> float:
-        """USD that a new pod may cost."""
+        """Maximum cost of a new pod."""
         return self.cap_usd - self.reserve_usd - self.committed
 
     def sum(self, new: float = 0.0) -> str:
-        """The sum as text, with a pod of `new` USD where there is one."""
+        """Return the total and its parts as text, including a new pod of `new` USD if there is one."""
         parts = {"spent": self.spent, "running pods to their deadlines": self.running, "storage": self.storage}
         parts |= {"this pod to its deadline": new} if new else {}
         terms = " + ".join(f"{name} {usd_text(usd)}" for name, usd in parts.items())
@@ -142,23 +144,23 @@ class Position:
 
 
 class Budget:
-    """The ledger on a volume, with a cap."""
+    """The ledger on a volume, with a spending cap."""
 
     def __init__(
         self, store: Store, *, cap_usd: float, reserve_usd: float, writer: str = "", clock: Callable[[], float] = time.time
     ) -> None:
-        """`cap_usd` may never be spent. `reserve_usd` of it is for what the sum cannot know: storage after the last pod, late bills."""
+        """Spending never exceeds `cap_usd`. `reserve_usd` of it is held back for storage after the last pod and for late bills."""
         self.cap_usd, self.reserve_usd, self.clock = cap_usd, reserve_usd, clock
         self.journal = Journal(store, LEDGER, writer=writer)
 
     def capped(self, cap_usd: float, reserve_usd: float) -> Self:
-        """The same ledger, written by the same writer, under another cap."""
+        """Return the same ledger, with the same writer, under another cap."""
         other = copy(self)
         other.cap_usd, other.reserve_usd = cap_usd, reserve_usd
         return other
 
     def reserve(self, name: str, *, usd_per_hour: float, until: float, phase: str = "") -> Position:
-        """Write down that a pod will run to its deadline. Raises BudgetError, with the sum, where that does not fit."""
+        """Reserve the cost of a pod up to its deadline. Raises BudgetError, which lists the costs, if it does not fit."""
         self._write("reserved", name, usd_per_hour=usd_per_hour, until=until, phase=phase)
         position = self.position()
         if position.left < -1e-9:
@@ -173,36 +175,36 @@ class Budget:
         return position
 
     def started(self, name: str, pod: str, *, usd_per_hour: float) -> None:
-        """The pod is there, at this price."""
+        """Record that the pod was created, at this price."""
         self._write("started", name, pod=pod, usd_per_hour=usd_per_hour)
 
     def release(self, name: str) -> None:
-        """There is no pod of that name and there never was one."""
+        """Record that the reserved pod was never created."""
         self._write("released", name)
 
     def ended(self, name: str, *, at: float | None = None) -> None:
-        """The pod costs no more."""
+        """Record that the pod has ended and costs nothing any more."""
         self._write("ended", name, at=at)
 
     def billed(self, name: str, usd: float) -> None:
-        """What it cost by RunPod's bill."""
+        """Record the amount of RunPod's bill."""
         self._write("billed", name, usd=usd)
 
     def storage(self, volume: str, usd_per_hour: float, *, since: float | None = None) -> None:
-        """A network volume costs money from now on, or more than before; nothing where that is known.
+        """Record the price of a network volume, unless the ledger already has this price or a higher one.
 
-        A volume can only grow: of two who saw it at different times, the one who saw the lower price saw it earlier.
+        A volume can only grow, so a lower price is an outdated one.
         """
         known = max((entry.usd_per_hour for entry in self.entries() if entry.name == volume and entry.running), default=None)
         if known is None or usd_per_hour > known * (1 + 1e-9):
             self._write("storage", volume, usd_per_hour=usd_per_hour, at=since)
 
     def entries(self) -> tuple[Entry, ...]:
-        """What the ledger knows, in the order in which things began."""
+        """Return the state of all pods in the order of their reservations, then of all volumes."""
         return entries(self.events())
 
     def events(self) -> list[Event]:
-        """All lines, by time. A line that cannot be read (a writer that was killed half-way) is left out: it was never acted on."""
+        """Return all events, sorted by time. Incomplete lines are skipped: their writer was killed before it acted on them."""
         found = []
         for line in self.journal.lines():
             try:
@@ -212,7 +214,7 @@ class Budget:
         return sorted(found, key=lambda event: event.at)
 
     def position(self) -> Position:
-        """Where the money is now."""
+        """Return the current state of the budget."""
         now, all_of_it = self.clock(), self.entries()
         pods, storage = ([one for one in all_of_it if one.kind == kind] for kind in ("pod", "storage"))
         horizon = max((one.until for one in pods if one.running), default=now)
@@ -231,7 +233,7 @@ class Budget:
 
 
 def entries(events: Iterable[Event]) -> tuple[Entry, ...]:
-    """What events say of each pod and volume, whatever the clocks of their writers say of their order."""
+    """Reduce events to the state of each pod and volume. Events apply by `ORDER`, not by time, because the writers' clocks may differ."""
     known: dict[str, Entry] = {}
     for event in sorted(events, key=lambda event: (ORDER.index(event.what), event.at)):
         entry = known.get(event.name)
@@ -242,7 +244,7 @@ def entries(events: Iterable[Event]) -> tuple[Entry, ...]:
             grown = entry and replace(entry, usd_per_hour=event.usd_per_hour, priced_at=event.at, usd_before=entry.spent(event.at))
             known[event.name] = grown or first
         elif entry is None:
-            continue  # its beginning was lost; the bill will say what it cost
+            continue  # its first event was lost; RunPod's bill still includes it
         elif event.what == "started":
             known[event.name] = replace(entry, pod=event.pod, usd_per_hour=event.usd_per_hour, started=True, released=False)
         elif event.what == "released":
@@ -255,16 +257,16 @@ def entries(events: Iterable[Event]) -> tuple[Entry, ...]:
 
 
 def usd_text(usd: float) -> str:
-    """E.g. `$12.30`; of less than a dollar two digits that say something: `$0.0043`."""
+    """Format an amount, e.g. `$12.30`; below ten cents with two significant digits, e.g. `$0.0043`."""
     return f"${usd:.2f}" if usd == 0 or abs(usd) >= 0.1 else f"${usd:.{1 - math.floor(math.log10(abs(usd)))}f}"
 
 
 def limit_text(cap_usd: float, reserve_usd: float) -> str:
-    """What may be spent, and why it is so much."""
+    """Return how much may be spent, as text: the cap less the reserve."""
     return f"{usd_text(cap_usd - reserve_usd)} (cap {usd_text(cap_usd)} less a reserve of {usd_text(reserve_usd)})"
 
 
 def warnings_between(before: float, after: float, cap_usd: float) -> list[str]:
-    """A line for each share of the cap (WARN_AT) that was passed between two sums."""
+    """Return a warning for each share of the cap (`WARN_AT`) that was passed between two totals."""
     passed = [share for share in WARN_AT if before < share * cap_usd <= after]
     return [f"{share:.0%} of the budget is spent or promised: {usd_text(after)} of {usd_text(cap_usd)}" for share in passed]

@@ -1,4 +1,4 @@
-"""The GPUs of this machine, dealt out to jobs that run at once: each sees its own and no other."""
+"""Assigns the GPUs of this machine to concurrent jobs: each job sees only its own."""
 
 import threading
 from collections.abc import Generator
@@ -8,7 +8,7 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 class Devices:
-    """GPUs by number. Used by several threads."""
+    """The GPUs of this machine by index. Thread-safe."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -17,7 +17,10 @@ class Devices:
 
     @contextmanager
     def taken(self, count: int) -> Generator[dict[str, str]]:
-        """Have `count` of them to oneself, as environment variables; waits until so many are free. All of them need no variable."""
+        """Reserve `count` GPUs during the block; waits until they are free. Yields the environment variables that select them.
+
+        For none or all of the GPUs, nothing is reserved and no variable is needed.
+        """
         count = min(count, self.count)
         if count in (0, self.count):
             yield {}

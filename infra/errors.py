@@ -1,4 +1,4 @@
-"""Errors of machines and money that a user can act on: what is wrong, where, and what to do; the form of `fvlm_core.errors.UserError`."""
+"""Errors about machines and money that a user can fix, in the form of `fvlm_core.errors.UserError`: what is wrong, where, and the fix."""
 
 
 class InfraError(RuntimeError):

@@ -1,4 +1,4 @@
-"""How a job ends: a copy of `fvlm_core/exit_status.py`, which says what each means; a test checks that they are equal."""
+"""Exit statuses of jobs: a copy of `fvlm_core/exit_status.py`, which documents them. A test checks that both are equal."""
 
 USER_ERROR = 2
 STOPPED = 75

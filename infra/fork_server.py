@@ -1,12 +1,13 @@
-"""Starts many short jobs in less time: each is forked off a process that has imported what all of them need.
+"""Starts many short jobs quickly: each is forked off a process that has already imported the modules that all of them need.
 
-Importing torch and transformers takes five processor seconds, more than a small training run itself. A fork server, as Python's
-multiprocessing has one for functions, imports them once. `ForkServer` is the launcher's end; the other is `python -m infra.fork_server
-MODULES`, whose standard input is a socket. A request is one message: the job as JSON, and two file descriptors, its log and a pipe
-that brings back the process id of the job's guard and, when it has ended, the exit status.
+Importing torch and transformers takes five CPU seconds, more than a small training run itself. A fork server, like the one that Python's
+multiprocessing has for functions, imports them once. `ForkServer` is the client in the launcher; the server is
+`python -m infra.fork_server MODULES`, whose standard input is a socket. A request is one message: the job as JSON, and two file
+descriptors, one for its log and one for a pipe. The pipe returns the process id of the job's guard and, once the job has ended, its exit
+status.
 
-A job has a guard as any other (`guard.py`). Whatever ends the launcher closes its end of the socket; then the server ends, and the
-kernel tells the guards. A server that died is started again for the next job.
+Like any other job, a forked one has a guard (`guard.py`). When the launcher ends, for whatever reason, its end of the socket is closed;
+the server then ends, and the kernel signals the guards. A server that died is restarted for the next job.
 """
 
 import contextlib
@@ -30,22 +31,22 @@ from infra.processes import JOB_VARIABLE, UNMARKED, change_mark
 from infra.start import collect_rarely, run
 
 LARGEST = 1 << 17
-"""Bytes of a request; an environment has a few thousand."""
+"""Maximum size of a request in bytes; an environment takes a few thousand."""
 NUMBER_BYTES = 8
-"""Of a process id and an exit status."""
+"""Size of a process id and of an exit status in the pipe."""
 THREADS = "OMP_NUM_THREADS"
 NEVER_BEGUN = 1
-"""Exit status of a job that its server could not fork: it died, by an import that failed for example, or there was no memory."""
+"""Exit status of a job that the server could not fork: the server died, e.g. because an import failed, or it ran out of memory."""
 LOST = 128 + signal.SIGKILL
-"""Of one whose guard could not say a status any more."""
+"""Exit status of a job whose guard died before it reported one."""
 POLL_S = 0.05
 
 
 class ForkedJob:
-    """A job's guard, with as much of `subprocess.Popen` as a launcher needs."""
+    """The guard of a job, with the part of the `subprocess.Popen` interface that a launcher needs."""
 
     def __init__(self, pipe: int) -> None:
-        """`pipe` brings the guard's process id once the job is forked, which takes seconds where its server has just begun to import."""
+        """`pipe` delivers the guard's process id once the job is forked, which takes seconds while the server is still importing."""
         os.set_blocking(pipe, False)
         self._pipe = pipe
         self._forked = False
@@ -53,7 +54,7 @@ class ForkedJob:
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """The exit status once it has ended."""
+        """Return the exit status, or None while the job runs."""
         while self.returncode is None:
             try:
                 said = os.read(self._pipe, NUMBER_BYTES)
@@ -68,7 +69,7 @@ class ForkedJob:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """The exit status, when it has ended. Raises subprocess.TimeoutExpired after `timeout` seconds."""
+        """Wait for the job to end and return its exit status. Raises subprocess.TimeoutExpired after `timeout` seconds."""
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         while (status := self.poll()) is None:
             if time.monotonic() > deadline:
@@ -77,18 +78,18 @@ class ForkedJob:
         return status
 
     def terminate(self) -> None:
-        """Ask it to end; one that is not forked yet never is."""
+        """Send SIGTERM. A job that is not forked yet will not be started."""
         self._send(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it."""
+        """Send SIGKILL. A job that is not forked yet will not be started."""
         self._send(signal.SIGKILL)
 
     def _send(self, number: int) -> None:
         if self.poll() is not None:
             return
         if not self._forked:
-            self._ended(128 + number)  # a guard that nobody reads the pipe of begins no job
+            self._ended(128 + number)  # closes the pipe; a guard whose pipe has no reader starts no job
         elif self._guard is not None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._guard, number)
@@ -107,7 +108,7 @@ class _Server:
 
 
 class ForkServer:
-    """Forks jobs off processes that have imported `modules`: one for each number of threads, which torch asks for only once."""
+    """Forks jobs off processes that have imported `modules`: one process per number of threads, which torch reads only once."""
 
     def __init__(self, modules: Sequence[str]) -> None:
         self.modules = modules
@@ -115,13 +116,13 @@ class ForkServer:
         self._lock = threading.Lock()
 
     def runs(self, threads: int) -> bool:
-        """Whether there is a server for that number of threads, off which any other job can be forked too."""
+        """Return whether a server for this number of threads is running. Any other job can then be forked off it too."""
         with self._lock:
             server = self._servers.get(str(threads))
             return server is not None and server.process.poll() is None
 
     def start(self, command: Sequence[str], log: IO[bytes], environment: Mapping[str, str], grace_s: float) -> ForkedJob:
-        """Start a job, `python -m MODULE ARGUMENTS...`; the first one's server is started with it."""
+        """Start a job, `python -m MODULE ARGUMENTS...`, and its server if that is not running."""
         if list(command[:2]) != [sys.executable, "-m"]:
             raise ValueError(f"only modules of this Python can be forked, not {' '.join(command)}")
         request = {"command": command[2:], "environment": dict(environment), "grace_s": grace_s}
@@ -130,7 +131,7 @@ class ForkServer:
         try:
             with self._lock:
                 requests = self._server(environment, log)
-                with contextlib.suppress(ConnectionError):  # it has died, and the pipe says so
+                with contextlib.suppress(ConnectionError):  # the server has died, which the pipe reports
                     socket.send_fds(requests, [json.dumps(request).encode()], [log.fileno(), said])
         except BaseException:
             job.kill()
@@ -140,7 +141,7 @@ class ForkServer:
         return job
 
     def close(self) -> None:
-        """End the servers. Jobs that still run are told to end."""
+        """Stop the servers. Jobs that are still running get SIGTERM."""
         with self._lock:
             for server in self._servers.values():
                 server.requests.close()
@@ -149,7 +150,7 @@ class ForkServer:
             self._servers.clear()
 
     def _server(self, environment: Mapping[str, str], log: IO[bytes]) -> socket.socket:
-        """The socket of a living server; what it prints while it imports goes to the log of the job that it is started for."""
+        """Return the socket of a running server, started if needed. Its output during the imports goes to `log`, that of the first job."""
         threads = environment[THREADS]
         server = self._servers.get(threads)
         if server is None or server.process.poll() is not None:
@@ -168,17 +169,17 @@ class ForkServer:
 
 
 def next_job(modules: str) -> list[str]:
-    """What the server does: import the modules (with commas), then fork. Returns in each job's process, with what the job is to run."""
+    """Run the server: import the comma-separated modules, then fork for each request. Returns in each job's process, with its command."""
     for module in modules.split(","):
         importlib.import_module(module)
     gc.collect()
-    gc.freeze()  # looking for garbage would write to every object, and so copy the memory that jobs share
+    gc.freeze()  # garbage collection would write to every object, and so copy the memory that the jobs share
     server = os.getpid()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # guards need not be reaped
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the guards
     requests = socket.socket(fileno=os.dup(sys.stdin.fileno()))
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, sys.stdin.fileno())
-    _print_into(nothing)  # not into the first job's log for as long as this lives
+    _print_into(nothing)  # only the imports belong in the first job's log
     os.close(nothing)
     while True:
         message, descriptors, *_ = socket.recv_fds(requests, LARGEST, 2)
@@ -187,7 +188,7 @@ def next_job(modules: str) -> list[str]:
         try:
             if os.fork() == 0:
                 break
-        except OSError as error:  # no memory, or too many processes: this job has not begun, others go on
+        except OSError as error:  # out of memory, or too many processes: only this job fails
             os.write(descriptors[0], f"cannot fork: {error}\n".encode())
         for descriptor in descriptors:
             os.close(descriptor)
@@ -196,7 +197,7 @@ def next_job(modules: str) -> list[str]:
 
 
 def _guarded(request: dict[str, Any], log: int, said: int, *, server: int) -> list[str]:
-    """In the server's child: become the guard of a job, and return in the job's process."""
+    """In the server's child: become the guard of a job, fork the job, and return its command in the job's process."""
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _print_into(log)
@@ -207,15 +208,15 @@ def _guarded(request: dict[str, Any], log: int, said: int, *, server: int) -> li
     own, job_guard = os.getpid(), guard.Guard(server)
     try:
         os.write(said, own.to_bytes(NUMBER_BYTES))
-    except BrokenPipeError:  # the launcher has gone, or wants the job no more
+    except BrokenPipeError:  # the launcher has ended, or no longer wants the job
         os._exit(128 + signal.SIGTERM)
-    signal.pthread_sigmask(signal.SIG_BLOCK, guard.STOPPING)  # a signal must not meet the job while it still has the guard's handlers
+    signal.pthread_sigmask(signal.SIG_BLOCK, guard.STOPPING)  # no signal may reach the job while it still has the guard's handlers
     if job := os.fork():
         signal.pthread_sigmask(signal.SIG_UNBLOCK, guard.STOPPING)
         status = LOST
         try:
             status = job_guard.watch(guard.Forked(job), request["grace_s"])
-            with contextlib.suppress(BrokenPipeError):  # the launcher has gone
+            with contextlib.suppress(BrokenPipeError):  # the launcher has ended
                 os.write(said, status.to_bytes(NUMBER_BYTES))
         finally:
             os._exit(status)
@@ -232,7 +233,7 @@ def _print_into(descriptor: int) -> None:
 
 
 def own_process(name: str) -> None:
-    """Forget the signal handlers and the name that this process was forked with."""
+    """Give this process a name, and reset the signal handlers that it inherited from its parent."""
     guard.set_name(name)
     for number in guard.STOPPING:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

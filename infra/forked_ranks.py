@@ -1,8 +1,8 @@
-"""torchrun on one machine, with ranks that are forked: `python -m infra.forked_ranks RANKS MODULE SETTINGS`.
+"""A torchrun for one machine whose ranks are forked: `python -m infra.forked_ranks RANKS MODULE SETTINGS`.
 
-It is the launcher that torchrun is, with torchrun's settings, but for the start of a rank: torchrun starts a Python for each, which
-imports everything again. Where this runs off a fork server, everything is imported already. Where there is a GPU, torchrun takes over:
-what asks for a GPU must not fork processes that use it.
+It uses torchrun's launcher with torchrun's settings, but forks the ranks. torchrun starts a new Python process for each, which imports
+everything again; a process forked off a fork server has already imported everything. If there is a GPU, this hands over to torchrun,
+because a process that has queried a GPU must not fork processes that use it.
 """
 
 import multiprocessing
@@ -24,7 +24,7 @@ from infra.start import run
 
 @record
 def main() -> None:
-    """Run the module on every rank, and end when all have; a rank that fails ends the others, and this with status 1."""
+    """Run the module on every rank until all have ended. If one rank fails, the others are ended and the exit status is 1."""
     ranks, module, settings = sys.argv[1:]
     if torch.cuda.is_available():
         command = torchrun_job(module, Path(settings), processes=int(ranks))
@@ -42,13 +42,13 @@ def main() -> None:
     try:
         elastic_launch(config, rank)([module, settings])
     except SignalException:
-        for child in multiprocessing.active_children():  # those that torch did not know of yet when the signal came
+        for child in multiprocessing.active_children():  # ranks that torch had not registered yet when the signal came
             child.terminate()
         raise
 
 
 def rank(command: list[str]) -> None:
-    """What a rank does: the module, as the main one. torch waits for ever for one that ends well without returning."""
+    """Run the module as `__main__` in a rank. It returns on success, because torch waits forever for a rank that exits with status 0."""
     own_process("fvlm-rank")
     os.setsid()
     try:

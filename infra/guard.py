@@ -1,11 +1,11 @@
-"""Runs one command and makes sure that nothing it started outlives it, or outlives whoever asked for it.
+"""Runs one command and makes sure that nothing it started outlives it, or outlives the process that requested it.
 
-`python guard.py PARENT_PID GRACE_S COMMAND...`. The guard asks the kernel for a signal (SIGTERM) when its parent dies, and to adopt
-orphaned descendants, whatever session they moved to: torchrun puts each of its processes in a session of its own, so
-neither a process group nor a session would reach them. When the command ends, or the guard gets a signal to stop, every
-descendant is killed before the guard leaves. Only the standard library, so that it starts in milliseconds.
+`python guard.py PARENT_PID GRACE_S COMMAND...`. The guard asks the kernel for a SIGTERM when its parent dies, and to become the parent of
+orphaned descendants in any session: torchrun puts each of its processes in its own session, so neither a process group nor a session
+would reach them. When the command ends, or the guard gets a signal to stop, every descendant is killed before the guard exits. It uses
+only the standard library, so that it starts in milliseconds.
 
-Its process is called `NAME`, whatever command line it has (`fork_server.py` makes guards without one of their own).
+Its process is named `NAME`, because guards made by `fork_server.py` have no command line of their own.
 """
 
 import ctypes
@@ -25,30 +25,30 @@ POLL_S = 0.05
 
 
 class Forked:
-    """A child made by fork alone, with as much of `subprocess.Popen` as a guard needs."""
+    """A forked child process, with the part of the `subprocess.Popen` interface that a guard needs."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
 
     def poll(self) -> int | None:
-        """Its exit status once it has ended, -N where signal N ended it."""
+        """Return its exit status, -N if signal N ended it, or None while it runs."""
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         return os.waitstatus_to_exitcode(status) if pid else None
 
     def terminate(self) -> None:
-        """Ask it to end."""
+        """Send SIGTERM."""
         os.kill(self.pid, signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it."""
+        """Send SIGKILL."""
         os.kill(self.pid, signal.SIGKILL)
 
 
 class Guard:
-    """This process as the guard of one child, which is made after it."""
+    """Makes this process the guard of one child, which must be started afterwards."""
 
     def __init__(self, parent: int) -> None:
-        """`parent` is the process that asked for the child. Ends this process where it has died."""
+        """`parent` is the id of the process that requested the child. Exits if that process has already died."""
         self.stopping = False
         for number in STOPPING:
             signal.signal(number, self._stop)
@@ -57,7 +57,10 @@ class Guard:
         end_with(parent)
 
     def watch(self, child: subprocess.Popen[bytes] | Forked, grace_s: float) -> int:
-        """See the child to its end. Returns its exit status, 128 + N if signal N ended it."""
+        """Wait for the child to end, then kill its descendants. Returns its exit status, 128 + N if signal N ended it.
+
+        When the guard is told to stop, the child gets SIGTERM, and SIGKILL after `grace_s` seconds.
+        """
         asked_at: float | None = None
         while (status := child.poll()) is None:
             if self.stopping and asked_at is None:
@@ -80,19 +83,19 @@ def main(parent: int, grace_s: float, command: list[str]) -> int:
 
 
 def set_name(name: str) -> None:
-    """Name this process, as `ps -o comm` and `top` show it; at most 15 letters. Its forks are called the same."""
+    """Set the name of this process as shown by `ps -o comm` and `top`; at most 15 characters. Forked children inherit it."""
     ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode())
 
 
 def end_with(parent: int) -> None:
-    """Get a SIGTERM when the process dies that made this one; leave at once where it has died already."""
+    """Have the kernel send SIGTERM to this process when its parent dies. Exits at once if `parent` has already died."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # before the kernel was asked
+    if os.getppid() != parent:  # it died before the call above
         os._exit(128 + signal.SIGTERM)
 
 
 def kill_descendants() -> None:
-    """SIGKILL our children until there are none: the orphans of each generation become our children and follow."""
+    """Send SIGKILL to our children until none are left: their orphaned children become ours and are killed in turn."""
     while True:
         for pid in _children(os.getpid()):
             os.kill(pid, signal.SIGKILL)
@@ -103,7 +106,7 @@ def kill_descendants() -> None:
 
 
 def _children(pid: int) -> list[int]:
-    """Process ids whose parent is `pid` (not yet reaped ones too)."""
+    """Return the ids of the children of `pid`, including those that have not been reaped."""
     found = []
     for name in os.listdir("/proc"):
         if name.isdigit():

@@ -1,7 +1,7 @@
 """Runs one job as a subprocess: `python -m module job.yaml`, or the same under torchrun.
 
-The job's output goes to `log.txt` in its folder; its last lines come back in the error. A job never outlives the process that
-launched it (`guard.py`), and leftovers of an earlier launch of the same folder are ended first.
+The job's output goes to `log.txt` in its folder; an error includes its last lines. A job never outlives the process that launched it
+(`guard.py`), and processes left over from an earlier launch in the same folder are ended first.
 """
 
 import json
@@ -29,17 +29,17 @@ TORCHRUN = "torch.distributed.run"
 """The module behind the program `torchrun`."""
 FORKED_RANKS = "infra.forked_ranks"
 FULL_BYTES = 1_000_000
-"""Of free space, below which a job that failed without a word of its own is said to have filled the disk."""
+"""If less free space than this is left, a job that failed without reporting an error is assumed to have filled the disk."""
 KEPT_VARIABLES = ("PATH", "HOME", "USER", "LANG", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV", STACK_VARIABLE, SHARED_VARIABLE)
 KEPT_PREFIXES = (
     *("LC_", "CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "HF_", "WANDB_", "XDG_", "SSL_", "TORCH", "TRITON_"),
     *("http", "no_proxy", "HTTP", "NO_PROXY"),
 )
-"""What a job may see of the environment: where things are, the GPU, the network and the hubs; nothing of the orchestration."""
+"""Environment variables that a job may see: paths, GPU, network and model hubs. Nothing about the orchestration is among them."""
 
 
 class JobError(RuntimeError):
-    """A job ended badly. `status` is its exit status, `tail` the last lines of its log."""
+    """A job failed. `status` is its exit status, `tail` the last lines of its log."""
 
     def __init__(self, command: str, status: int, tail: str, log: Path) -> None:
         last = next((line for line in reversed(tail.splitlines()) if line.strip()), "it printed nothing")
@@ -48,7 +48,7 @@ class JobError(RuntimeError):
 
 
 class JobRefusedError(JobError):
-    """The job refuses its input or its surroundings, and says in `error.json` what is wrong, where, and how to fix it."""
+    """The job rejected its input or environment; its `error.json` says what is wrong, where, and how to fix it."""
 
     def __init__(self, command: str, what: str, where: str, fix: str, log: Path) -> None:
         super().__init__(command, USER_ERROR, f"{what}\n  where: {where}\n  fix:   {fix}", log)
@@ -56,7 +56,7 @@ class JobRefusedError(JobError):
 
 
 class JobInterruptedError(JobError):
-    """Somebody else stopped the job by SIGTERM; it has saved what it did and goes on when it is run again."""
+    """The job was stopped by a SIGTERM from elsewhere. It has saved its state and resumes when it is run again."""
 
     def __init__(self, command: str, reason: str, log: Path) -> None:
         super().__init__(command, STOPPED, reason, log)
@@ -67,7 +67,7 @@ class JobStoppedError(RuntimeError):
 
 
 class DiskFullError(RuntimeError):
-    """Less free space than a job may start with, or none left for it to go on."""
+    """There is too little free space to start a job, or a running job has filled the disk."""
 
 
 def python_job(module: str, settings: Path) -> list[str]:
@@ -78,7 +78,7 @@ def python_job(module: str, settings: Path) -> list[str]:
 def torchrun_job(module: str, settings: Path, *, processes: int, nodes: int = 1, rendezvous: str | None = None) -> list[str]:
     """The command of a training job with `processes` ranks on this machine.
 
-    With several `nodes` each of them starts this same command, and they meet at `rendezvous`, the first node's host:port.
+    With several `nodes`, each of them runs this same command, and they meet at `rendezvous`, the first node's host:port.
     """
     torchrun = [sys.executable, "-m", start.__name__, TORCHRUN, "--nproc-per-node", str(processes)]
     meeting = ["--standalone"] if nodes == 1 else ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", str(rendezvous)]
@@ -86,7 +86,7 @@ def torchrun_job(module: str, settings: Path, *, processes: int, nodes: int = 1,
 
 
 def forked_ranks_job(module: str, settings: Path, *, processes: int) -> list[str]:
-    """The same on this machine alone, with ranks that are forked off their launcher: for a fork server, which has imported the module."""
+    """The command of a single-machine training job whose ranks are forked, for use with a fork server that has imported the module."""
     return [sys.executable, "-m", FORKED_RANKS, str(processes), module, str(settings)]
 
 
@@ -107,11 +107,11 @@ def launch(
     """Run `command` to its end, with its output appended to `folder/log.txt`.
 
     `watch` is called every `watch_s` seconds in this thread. When `stop` is set, or this thread is interrupted by an exception, the
-    job gets SIGTERM, and SIGKILL after `grace_s`: the time it has for saving what it did. `threads` is OMP_NUM_THREADS; `devices` are
-    variables that say which GPUs it sees (`infra.devices`); `server` forks it, where it is not to start from nothing.
+    job gets SIGTERM, and SIGKILL after `grace_s` seconds, in which it can save its state. `threads` sets OMP_NUM_THREADS; `devices` are
+    the environment variables that select its GPUs (`infra.devices`); `server` is the fork server that starts it, or None for a new process.
 
-    Raises JobRefusedError (the job says what is wrong), JobInterruptedError (somebody else stopped it), another JobError,
-    JobStoppedError, or DiskFullError (also before anything starts).
+    Raises JobRefusedError (the job rejected its input), JobInterruptedError (something else stopped it), JobError (any other failure),
+    JobStoppedError (`stop` was set), or DiskFullError (possibly before the job starts).
     """
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
@@ -144,7 +144,7 @@ def launch(
 
 
 def job_environment(environment: Mapping[str, str], *, threads: int) -> dict[str, str]:
-    """The part of `environment` that a job may see, and what every job gets."""
+    """Return the part of `environment` that a job may see, plus the variables that every job gets."""
     kept = {name: value for name, value in environment.items() if name in KEPT_VARIABLES or name.startswith(KEPT_PREFIXES)}
     return kept | {"OMP_NUM_THREADS": str(max(1, threads)), "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -162,12 +162,12 @@ def _start(command: Sequence[str], log: IO[bytes], environment: Mapping[str, str
 
 
 def _torchrun_grace(grace_s: float) -> dict[str, str]:
-    """torchrun kills its ranks 30 s after it passed a SIGTERM on, whatever grace it was itself given."""
+    """Give the ranks of torchrun the same grace period: by default it kills them 30 s after it has passed on a SIGTERM."""
     return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(grace_s))}
 
 
 def _end(process: subprocess.Popen[bytes] | ForkedJob, grace_s: float) -> None:
-    """Stop the guard, which stops the job; nothing to do when it has ended."""
+    """Stop the guard, which stops the job, unless it has already ended."""
     if process.poll() is None:
         process.terminate()
         try:
@@ -178,7 +178,7 @@ def _end(process: subprocess.Popen[bytes] | ForkedJob, grace_s: float) -> None:
 
 
 def _failure(command: list[str], status: int, folder: Path, start: int, attempt: str) -> RuntimeError:
-    """The error of a job that ended with `status`; its output begins at byte `start` of its log."""
+    """Return the error of a job that ended with `status`. Its output starts at byte `start` of its log."""
     log = folder / LOG_NAME
     with log.open("rb") as stream:
         stream.seek(start)
@@ -188,13 +188,13 @@ def _failure(command: list[str], status: int, folder: Path, start: int, attempt:
         return JobRefusedError(_short(command), said["what"], said["where"], said["fix"], log)
     if said.get("kind") == STOPPED_KIND:
         return JobInterruptedError(_short(command), f"{said['what']}; {said['fix']}", log)
-    if shutil.disk_usage(folder).free < FULL_BYTES:  # too full for a job to say so
+    if shutil.disk_usage(folder).free < FULL_BYTES:  # too full for the job to write its own error
         return DiskFullError(f"{_short(command)} failed: the disk is full where {folder} is")
     return JobError(_short(command), status, tail, log)
 
 
 def _error_file(folder: Path, attempt: str) -> dict[str, str]:
-    """What this start of the job left in `error.json`, or nothing."""
+    """Return the content of `error.json` if this attempt wrote it, otherwise an empty dict."""
     try:
         said = json.loads((folder / ERROR_FILE).read_text())
     except (FileNotFoundError, ValueError):

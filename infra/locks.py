@@ -1,4 +1,4 @@
-"""Locks between processes that die with their owner: the kernel's, through filelock; between hosts, leases that run out."""
+"""Locks between processes that are released when their owner dies: kernel locks on one host (through filelock), leases across hosts."""
 
 import os
 import secrets
@@ -15,25 +15,25 @@ from filelock import FileLock, Timeout
 from infra.runpod.pod import SHARED_VARIABLE, lease
 
 POLL_S = 0.5
-"""Between two tries to take a lock that another process holds."""
+"""Interval between attempts to take a lock that another process holds."""
 LEASE_S = 120.0
-"""After which the owner of a lease that gives no sign is thought dead, with its host."""
+"""A lease that was not renewed for this long has expired: its owner, and probably its host, is assumed dead."""
 
 
 class Lock(Protocol):
     """A lock that is held."""
 
     def release(self) -> None:
-        """Let go."""
+        """Release the lock."""
         ...
 
 
 @contextmanager
 def locked(path: Path, *, waiting: Callable[[], None] = lambda: None) -> Generator[None]:
-    """Hold an exclusive lock on `path` (made if it is not there).
+    """Hold an exclusive lock on the file `path`, which is created if missing.
 
-    While another process holds it, calls `waiting` before every new try; `waiting` may raise to give up. On a volume that other hosts work
-    on too (SHARED_VARIABLE) it is a lease: a host that dies loses it after LEASE_S, and a process that lost it ends itself.
+    While another process holds it, `waiting` is called before every new attempt; it may raise to give up. On a volume that other hosts
+    also use (SHARED_VARIABLE), the lock is a lease: a dead host loses it after LEASE_S, and a process that loses it ends itself.
     """
     if os.environ.get(SHARED_VARIABLE):
         with leased(path, waiting=waiting, lease_s=LEASE_S):
@@ -52,9 +52,10 @@ def locked(path: Path, *, waiting: Callable[[], None] = lambda: None) -> Generat
 def leased(
     path: Path, *, waiting: Callable[[], None] = lambda: None, lease_s: float = LEASE_S, lost: Callable[[], None] | None = None
 ) -> Generator[None]:
-    """Hold `path` against every process on every host that sees the file system; `waiting` as in `locked`.
+    """Hold a lease on `path` that excludes all processes on all hosts of the file system; `waiting` works as in `locked`.
 
-    `lost` is called where another took the lease; by default this process gets SIGTERM, since what it writes is another's now.
+    `lost` is called if another process takes the lease over. By default this process then gets SIGTERM, because it no longer owns the
+    files that it writes.
     """
     owner = _owner()
     while True:
@@ -67,9 +68,9 @@ def leased(
 
 
 def try_lock(path: Path) -> Lock | None:
-    """Take the lock for the rest of this process's life, or until it is released; None if another process has it.
+    """Take the lock until it is released or this process ends. Returns None if another process holds it.
 
-    A lease, as in `locked`, where other hosts work on the volume.
+    As in `locked`, it is a lease if other hosts use the volume.
     """
     if os.environ.get(SHARED_VARIABLE):
         return _HeldLease.take(path)
@@ -97,16 +98,16 @@ class _HeldLease:
 
 
 def _owner() -> str:
-    """Of a lease: unique in all the world."""
+    """Return a globally unique name for the owner of a lease."""
     return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def _end_self() -> None:
-    """What this process writes is another's now."""
+    """End this process, which no longer owns the files that it writes."""
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _lock(path: Path) -> FileLock:
-    """Without filelock's substitute for file systems that have no locks: it outlives a process that was killed."""
+    """A lock without filelock's fallback for file systems that have no locks, which would outlive a killed process."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path, thread_local=False, fallback_to_soft=False)

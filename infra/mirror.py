@@ -1,7 +1,7 @@
-"""A stand-in, in a folder here, of a volume that only pods have mounted: what is read is fetched, of other files there is name and size.
+"""A local mirror of a volume that only pods have mounted: files that are read are downloaded, others only have the right name and size.
 
-So whatever reads manifests and looks at files' sizes (status, plan, results) works at home as it does on a pod. Large files are holes of
-the right size; they take no space, and nothing may read them.
+Code that reads manifests and checks file sizes (status, plan, results) thus works here as it does on a pod. Large files are sparse files
+of the right size: they take no space and must not be read.
 """
 
 import os
@@ -12,15 +12,15 @@ from infra.s3 import S3Store, local_path
 
 SMALL_BYTES = 1_000_000
 READ = (".json", ".yaml", ".csv", ".md")
-"""Endings of small files whose content is read by whoever looks at a volume from outside."""
+"""Suffixes of the small files that are downloaded."""
 READ_WHOLE = ("manifest.json", "index.parquet")
-"""Names of files that are read however large they are: a plan counts the samples in the shards' index."""
+"""Names of files that are downloaded whatever their size: a plan counts the samples in the shards' index."""
 
 
 def mirror(bucket: S3Store, folder: Path, prefixes: Iterable[str]) -> int:
-    """Make `folder` look like the volume, under the prefixes; returns how many files were fetched.
+    """Make `folder` look like the volume under these prefixes. Returns the number of downloaded files.
 
-    A file that was not written since it was fetched is not fetched again; what is no longer on the volume goes.
+    Files that have not changed since their download are not downloaded again; files that are no longer on the volume are deleted.
     """
     fetched = 0
     for prefix in prefixes:

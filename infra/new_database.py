@@ -1,5 +1,7 @@
-"""A new SQLite database of Prefect's server. Its migrations from nothing take four processor seconds, and Prefect's types of blocks another
-one at every start; both give the same for every volume. An environment does them once, and later databases begin as copies of the result.
+"""Creates the SQLite database of a Prefect server from a template.
+
+Running all migrations takes four CPU seconds, and registering Prefect's block types another one at every start; both give the same result
+for every volume. They run once per Python environment, and later databases start as copies of the result.
 """
 
 import asyncio
@@ -15,8 +17,7 @@ from filelock import FileLock
 
 
 def _installed() -> int:
-    """A number for this release of Prefect, the installed packages that bring types of blocks, and what is done here with them; it fits
-    SQLite's `user_version`."""
+    """Return a checksum of Prefect's version, the packages that provide block types, and this file. It fits SQLite's `user_version`."""
     found = entry_points(group="prefect.collections")
     names = [f"{one.value} {one.dist.version if one.dist else ''}" for one in found]
     return crc32(" ".join([prefect.__version__, *sorted(names), Path(__file__).read_text()]).encode()) >> 1
@@ -24,17 +25,17 @@ def _installed() -> int:
 
 INSTALLED = _installed()
 MODEL = Path(prefect.__file__).parent / "__pycache__" / f"database-{INSTALLED}.db"
-"""A database with Prefect's tables and types of blocks, and nothing else: no server has run on it. It is where Python keeps what it makes
-of Prefect's source."""
+"""The template: a database with Prefect's tables and block types, on which no server has run. It is stored next to Prefect's bytecode."""
 INCOMPLETE = "select slug from block_type where id not in (select block_type_id from block_schema)"
 WAIT_S = 60.0
-"""For another process that makes it."""
+"""Timeout for another process that is creating the template."""
 
 
 def begin(database: Path, model: Path = MODEL) -> None:
-    """Make the database that Prefect's settings name, where there is none: as a copy of the model, which the first process makes too.
+    """Create the database that Prefect's settings name, if it does not exist, as a copy of the template `model`.
 
-    Nothing is made where the model is not there and its folder cannot be written: a server migrates by itself when it starts.
+    The first process also creates the template. If there is none and its folder is not writable, nothing is created: a server runs the
+    migrations itself when it starts.
     """
     if database.exists():
         return
@@ -44,7 +45,7 @@ def begin(database: Path, model: Path = MODEL) -> None:
                 if not model.exists():
                     asyncio.run(_made())
                     with closing(sqlite3.connect(database)) as made:
-                        if made.execute(INCOMPLETE).fetchone() is None:  # Prefect logs what it cannot register, and goes on
+                        if made.execute(INCOMPLETE).fetchone() is None:  # Prefect only logs block types that it cannot register
                             made.execute(f"PRAGMA user_version = {INSTALLED}")
                     _copy(database, model)
                     return
@@ -52,14 +53,14 @@ def begin(database: Path, model: Path = MODEL) -> None:
 
 
 def has_block_types(database: Path) -> bool:
-    """Whether the database began with the types of blocks of what is installed, so that a server need not look for new ones."""
+    """Return whether the database was created with the block types of the installed packages, so that a server need not register them."""
     with closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)) as read:
         return read.execute("PRAGMA user_version").fetchone()[0] == INSTALLED
 
 
 async def _made() -> None:
-    """The database that Prefect's settings name, with its tables and types of blocks."""
-    from prefect.plugins import load_prefect_collections  # seconds, which a copy does not need
+    """Create the database that Prefect's settings name, with its tables and block types."""
+    from prefect.plugins import load_prefect_collections  # takes seconds, and copying needs none of it
     from prefect.server.database import provide_database_interface
     from prefect.server.models.block_registration import run_block_auto_registration
 
@@ -71,7 +72,7 @@ async def _made() -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a database, with what is in its write-ahead log, in one step."""
+    """Copy a database atomically, including its write-ahead log."""
     new = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         with closing(sqlite3.connect(source)) as old, closing(sqlite3.connect(new)) as copy:

@@ -1,17 +1,17 @@
-"""Ports of this machine. A port is taken by listening on it at once; a server that is starting would do so half a minute later,
-and two of them would meet."""
+"""Ports of this machine. A port is claimed by listening on it immediately: a starting server would do so only half a minute later, and
+two servers could choose the same port."""
 
 import errno
 import socket
 
 FIRST_PORT = 4200
-"""Prefect's own; the next free one is taken where it is in use and none was asked for."""
+"""Prefect's default port. If it is in use and no port was requested, the next free one is used."""
 PORTS_TRIED = 50
 LOCALHOST = "127.0.0.1"
 
 
 def listen(port: int, host: str = LOCALHOST) -> socket.socket:
-    """A socket that listens on the port. Raises OSError, with a message for the user, where that cannot be."""
+    """Return a socket that listens on the port. Raises OSError, with a message for the user, if that is not possible."""
     if not 0 < port < 1 << 16:
         raise OSError(errno.EINVAL, "there is no such port; they go from 1 to 65535")
     try:
@@ -23,7 +23,7 @@ def listen(port: int, host: str = LOCALHOST) -> socket.socket:
 
 
 def listen_on_free(host: str = LOCALHOST) -> socket.socket | None:
-    """A socket that listens on Prefect's port or the next free one; None when all of them are taken."""
+    """Return a socket that listens on Prefect's port or the next free one; None if the first `PORTS_TRIED` are all taken."""
     for port in range(FIRST_PORT, FIRST_PORT + PORTS_TRIED):
         try:
             return listen(port, host)
@@ -34,5 +34,5 @@ def listen_on_free(host: str = LOCALHOST) -> socket.socket | None:
 
 
 def address_of(host: str, port: int) -> str:
-    """The URL of what listens there."""
+    """Return the URL of a server on this host and port."""
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"

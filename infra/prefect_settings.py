@@ -1,6 +1,6 @@
 """Environment variables with Prefect's settings, for the processes of a local stack.
 
-What the user has set stands, except what a stack is about: which server is used, and where its files are.
+The user's own settings are kept, except for those that define a stack: which server is used, and where its files are.
 """
 
 import os
@@ -12,11 +12,11 @@ DEFAULTS = {
     "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
     "PREFECT_LOGGING_LEVEL": "INFO",
-    # a phase begins within that time; each look for work costs the server 30 ms of a core, and two workers look
+    # a phase starts within this time; each poll costs the server 30 ms of CPU time, and two workers poll
     "PREFECT_WORKER_QUERY_SECONDS": "2",
     "PREFECT_WORKER_PREFETCH_SECONDS": "1",
     "PREFECT_CLIENT_MAX_RETRIES": "10",
-    # the shortest that Prefect takes: a run whose process has vanished is noticed after a few of them
+    # the shortest interval that Prefect accepts: a run whose process has vanished is detected after a few of them
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
 }
 OTHER_NAMES = {
@@ -28,20 +28,20 @@ OTHER_NAMES = {
         *(f"PREFECT_{part}_DATABASE_{name}" for part in ("SERVER", "API") for name in ("DRIVER", "HOST", "NAME")),
     ),
 }
-"""Settings under which the user may have set the same thing; Prefect would let our default win over them."""
+"""Other names under which the user may have set the same setting; Prefect would prefer our default to them."""
 OF_ANOTHER_SERVER = ("PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "PREFECT_PROFILE", "PREFECT_PROFILES_PATH")
 INTERNAL = "PREFECT__"
-"""What Prefect says to the processes it starts; nothing of it is meant for a new stack."""
+"""Prefix of variables that Prefect sets for its own subprocesses; none of them may reach a new stack."""
 SERVER_PASSWORD, CLIENT_PASSWORD = PASSWORDS = "PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING"
 
 
 def without(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that are not Prefect's."""
+    """Return the variables that are not Prefect's."""
     return {name: value for name, value in environment.items() if not name.startswith("PREFECT_")}
 
 
 def apply(settings: Mapping[str, str]) -> None:
-    """Prefect in this process has these settings from now on, and no others."""
+    """Make these, and no others, the settings of Prefect in this process."""
     for name in os.environ.keys() - without(os.environ).keys():
         del os.environ[name]
     os.environ.update(settings)
@@ -51,10 +51,10 @@ def apply(settings: Mapping[str, str]) -> None:
 
 
 def of_own_server(given: Mapping[str, str], *, origins: str, password: str, database: Path | None) -> dict[str, str]:
-    """Settings of a server that the stack starts, and of those who use it.
+    """Return the settings for a server that the stack starts, and for its clients.
 
-    `origins` are the UI's own, comma-separated: web pages from elsewhere may ask the server nothing. `database` is a SQLite file,
-    or None for Prefect's default place.
+    `origins` are the origins of the UI, comma-separated; requests from other web pages are refused. `database` is a SQLite file, or None
+    for Prefect's default location.
     """
     defaults = DEFAULTS | {"PREFECT_SERVER_CORS_ALLOWED_ORIGINS": origins, SERVER_PASSWORD: password}
     if database is not None:
@@ -65,7 +65,7 @@ def of_own_server(given: Mapping[str, str], *, origins: str, password: str, data
 
 
 def of_users_server(given: Mapping[str, str]) -> dict[str, str]:
-    """Settings for a server that the user runs; no temporary one is ever started in its place."""
+    """Return the settings for a server that the user runs. Prefect never starts a temporary server in its place."""
     return _with_defaults(given, DEFAULTS) | {"PREFECT_SERVER_EPHEMERAL_ENABLED": "false"}
 
 

@@ -1,4 +1,4 @@
-"""Marks on processes: an environment variable that says whose they are, so that leftovers are found and nothing else is."""
+"""Marks processes with an environment variable that says what they belong to, so that exactly the leftover processes can be found."""
 
 import ctypes
 import hashlib
@@ -9,24 +9,25 @@ from pathlib import Path
 import psutil
 
 STACK_VARIABLE = "FVLM_STACK"
-"""Server, workers and flow runs of one volume's local stack."""
+"""Marks the server, workers and flow runs of one volume's local stack."""
 JOB_VARIABLE = "FVLM_JOB"
-"""The job that fills one folder."""
+"""Marks the processes of the job that writes one folder."""
 UNMARKED = "0" * 16
-"""The mark of a process that has none yet, in whose place `change_mark` can write one."""
+"""Placeholder for the mark of a process that has none yet; `change_mark` overwrites it."""
 POLL_S = 0.05
 
 
 def mark(folder: Path) -> str:
-    """The value that marks processes working on `folder`."""
+    """Return the mark of processes that work on `folder`."""
     return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
 
 
 def change_mark(variable: str, before: str, value: str) -> None:
-    """Change the mark that this process was started with and that its children will have.
+    """Overwrite the mark that this process was started with. Its children inherit the new one.
 
-    What the system shows of a process is the memory that held its environment when its program began. Setting a variable writes
-    somewhere else; a fork has a copy of that memory, and its program began before anyone knew the mark.
+    The system shows the memory that held the environment of a process when its program started. Setting a variable writes elsewhere, and
+    a forked process only has a copy of that memory, from before its mark was known. Raises ValueError if the variable is not `before`, or
+    if `value` has another length.
     """
     library = ctypes.CDLL(None)
     library.getenv.restype = ctypes.c_void_p
@@ -37,7 +38,7 @@ def change_mark(variable: str, before: str, value: str) -> None:
 
 
 def marked(variable: str, value: str) -> Iterator[psutil.Process]:
-    """Living processes of this user that carry the mark."""
+    """Yield the running processes of this user that carry the mark."""
     for process in psutil.process_iter():
         try:
             if _runs(process) and process.environ().get(variable) == value:
@@ -47,14 +48,14 @@ def marked(variable: str, value: str) -> Iterator[psutil.Process]:
 
 
 def wait_until_ended(processes: Iterable[psutil.Process]) -> None:
-    """Return when none of them runs. psutil's own wait goes on until somebody reaps them, which a parent that hangs never does."""
+    """Wait until all processes have ended. psutil's own wait lasts until they are reaped, which a parent that hangs never does."""
     for process in processes:
         while _runs(process):
             time.sleep(POLL_S)
 
 
 def end_marked(variable: str, value: str, *, grace_s: float = 0.0) -> int:
-    """End the processes that carry the mark: SIGTERM where there is a grace, then SIGKILL. Returns how many there were.
+    """End the processes that carry the mark and return their number: SIGTERM if `grace_s` is not 0, then SIGKILL.
 
     Repeats until none is left, because a process can start another one while it is being ended.
     """
@@ -72,7 +73,7 @@ def end_marked(variable: str, value: str, *, grace_s: float = 0.0) -> int:
 
 
 def _runs(process: psutil.Process) -> bool:
-    """Whether it has not ended; one that has, and is not reaped, has."""
+    """Return whether the process is running; a zombie is not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

@@ -1,7 +1,7 @@
-"""A network volume's S3 side, as RunPod has it: only the operations that it implements, with the settings that work with it.
+"""Access to a network volume through RunPod's S3-compatible API: only the operations that it implements, with client settings that work.
 
-It has no DeleteObjects, no presigned URLs, no conditional writes; its first listing of files that pods wrote can take minutes. So small
-things are read by their exact key, and large ones move in parts that can go on after an interruption.
+The API has no DeleteObjects, no presigned URLs and no conditional writes, and its first listing of files that pods wrote can take minutes.
+Small files are therefore read by their exact key, and large files are transferred in parts, so that a transfer can be resumed.
 """
 
 import glob
@@ -24,7 +24,7 @@ DATA_CENTERS = frozenset(
         *("US-MD-1", "US-MO-1", "US-MO-2", "US-NC-1", "US-NC-2", "US-NE-1", "US-WA-1"),
     )
 )
-"""With an S3 side (docs.runpod.io, August 2026). A volume elsewhere is reached by pods only."""
+"""Data centres with an S3 API (docs.runpod.io, August 2026). Volumes elsewhere can only be reached from pods."""
 OPERATIONS = frozenset(
     (
         *(
@@ -44,15 +44,15 @@ OPERATIONS = frozenset(
 )
 PART_BYTES = 64 * 2**20
 READ_TIMEOUT_S = 600
-"""Putting the parts of a large file together takes minutes."""
+"""Completing the multipart upload of a large file takes minutes."""
 MISSING = ("404", "NoSuchKey", "NotFound")
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes done and all bytes."""
+"""Called with the number of bytes transferred so far and in total."""
 
 
 class VolumeError(InfraError):
-    """The volume's S3 side refuses, or does not answer."""
+    """The volume's S3 API refused a request or did not answer."""
 
 
 class UnsupportedOperationError(RuntimeError):
@@ -60,10 +60,10 @@ class UnsupportedOperationError(RuntimeError):
 
 
 def connect(data_center: str, access_key: str, secret_key: str, *, url: str | None = None) -> Any:
-    """A boto3 client for the volumes of a data centre."""
+    """Return a boto3 client for the volumes of a data centre. Raises VolumeError if it has no S3 API."""
     if url is None and data_center not in DATA_CENTERS:
         raise VolumeError(
-            f"volumes in {data_center} have no S3 side",
+            f"volumes in {data_center} have no S3 API",
             where="the volume",
             fix=f"make a volume in one of {', '.join(sorted(DATA_CENTERS))}",
         )
@@ -71,7 +71,7 @@ def connect(data_center: str, access_key: str, secret_key: str, *, url: str | No
         s3={"addressing_style": "path"},
         retries={"mode": "standard", "max_attempts": 10},
         read_timeout=READ_TIMEOUT_S,
-        # RunPod's documents promise no checksums of the newer kind
+        # RunPod does not document support for the newer checksums
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
@@ -99,7 +99,7 @@ class Object:
 
 
 class S3Store:
-    """`infra.store.Store` in a volume's bucket; and its large files."""
+    """An `infra.store.Store` in a volume's bucket, which can also transfer large files."""
 
     def __init__(self, client: Any, bucket: str) -> None:
         self.client, self.bucket = client, bucket
@@ -124,11 +124,11 @@ class S3Store:
         return sorted(key for key, _ in self.entries(prefix))
 
     def entries(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """Keys that begin with `prefix`, and their sizes in bytes."""
+        """Yield each key that begins with `prefix`, with its size in bytes."""
         yield from ((key, size) for key, size, _ in self.objects(prefix))
 
     def objects(self, prefix: str) -> Iterator[tuple[str, int, float]]:
-        """Keys that begin with `prefix`, sizes in bytes, when they were written (seconds since the epoch); without empty folders."""
+        """Yield each key that begins with `prefix`, its size in bytes and its time (seconds since the epoch). Empty folders are skipped."""
         asked: dict[str, Any] = {"Bucket": self.bucket, "Prefix": prefix}
         try:
             while True:
@@ -136,19 +136,19 @@ class S3Store:
                 there = (one for one in reply.get("Contents", []) if not one["Key"].endswith("/"))
                 yield from ((one["Key"], one["Size"], one["LastModified"].timestamp()) for one in there)
                 token = reply.get("NextContinuationToken")
-                if not token or token == asked.get("ContinuationToken"):  # known to come twice: there is no more
+                if not token or token == asked.get("ContinuationToken"):  # RunPod may repeat the last token
                     return
                 asked["ContinuationToken"] = token
         except (ClientError, BotoCoreError) as error:
             self._fail(error, prefix)
 
     def size(self, key: str) -> int | None:
-        """Bytes; None where there is no such key."""
+        """Return the size in bytes, or None if there is no such key."""
         found = self.look(key)
         return found.bytes if found else None
 
     def look(self, key: str) -> "Object | None":
-        """What is there; None where there is no such key."""
+        """Return size, time and ETag, or None if there is no such key."""
         try:
             found = self.client.head_object(Bucket=self.bucket, Key=key)
         except ClientError as error:
@@ -160,10 +160,10 @@ class S3Store:
         return Object(int(found["ContentLength"]), found["LastModified"].timestamp(), str(found.get("ETag", "")).strip('"'))
 
     def download(self, key: str, path: Path, *, progress: Progress = lambda done, total: None, part_bytes: int = PART_BYTES) -> bool:
-        """Fetch a file; goes on where an earlier try ended. Returns False where the file is here, with the size and time of the volume's.
+        """Download a file, resuming an earlier attempt. Returns False if `path` already has the size and time of the file on the volume.
 
-        The parts go to `PATH.TIME.part`, which becomes `path` when it is complete; those of another time are of a file that was written
-        again since, and go.
+        Parts are appended to `PATH.TIME.part`, which is renamed to `path` when it is complete. Partial files with another time belong to
+        an older version of the file and are deleted.
         """
         found = self.look(key)
         if found is None:
@@ -194,7 +194,7 @@ class S3Store:
         return True
 
     def upload(self, path: Path, key: str, *, progress: Progress = lambda done, total: None, part_bytes: int = PART_BYTES) -> bool:
-        """Send a file; goes on with an unfinished upload of the same parts. Returns False where the same content is there already."""
+        """Upload a file, resuming an unfinished upload of the same parts. Returns False if the volume already has the same content."""
         total, there = path.stat().st_size, self.look(key)
         if there and there.bytes == total and there.tag in _tags(path, part_bytes):
             return False
@@ -224,7 +224,7 @@ class S3Store:
         self.client.complete_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": parts})
 
     def _unfinished(self, key: str) -> str | None:
-        """An earlier upload to the key that did not end."""
+        """Return the id of an unfinished upload to this key, if there is one."""
         found = self.client.list_multipart_uploads(Bucket=self.bucket, Prefix=key).get("Uploads", [])
         return next((one["UploadId"] for one in found if one["Key"] == key), None)
 
@@ -241,16 +241,16 @@ class S3Store:
     def _fail(self, error: Exception, key: str) -> NoReturn:
         code = _code(error) if isinstance(error, ClientError) else type(error).__name__
         hints = {
-            "SignatureDoesNotMatch": "the S3 key is another one than RUNPOD_API_KEY: set RUNPOD_S3_ACCESS_KEY and RUNPOD_S3_SECRET_KEY",
+            "SignatureDoesNotMatch": "the S3 key is not the same as RUNPOD_API_KEY: set RUNPOD_S3_ACCESS_KEY and RUNPOD_S3_SECRET_KEY",
             "InvalidAccessKeyId": "set RUNPOD_S3_ACCESS_KEY and RUNPOD_S3_SECRET_KEY to an S3 API key of the console's settings",
             "NoSuchBucket": "check the volume's id and its data centre",
         }
         fix = hints.get(code, "try again; see https://uptime.runpod.io")
-        raise VolumeError(f"the volume's S3 side: {code}: {error}", where=f"s3://{self.bucket}/{key}", fix=fix) from error
+        raise VolumeError(f"the volume's S3 API: {code}: {error}", where=f"s3://{self.bucket}/{key}", fix=fix) from error
 
 
 def _tags(path: Path, part_bytes: int) -> tuple[str, str]:
-    """What S3 calls a file's content: its MD5, or that of its parts' where it was sent in parts."""
+    """Return the two possible ETags of a file: its MD5, and the MD5 of its parts' MD5s for a multipart upload."""
     everything, parts = hashlib.md5(usedforsecurity=False), []
     with path.open("rb") as stream:
         while content := stream.read(part_bytes):
@@ -260,7 +260,7 @@ def _tags(path: Path, part_bytes: int) -> tuple[str, str]:
 
 
 def local_path(folder: Path, key: str) -> Path:
-    """Where a key's file goes under a folder. Raises ValueError for a key that would leave it."""
+    """Return the local path of a key under a folder. Raises ValueError if the key would leave the folder."""
     path = Path(os.path.normpath(folder / key))
     if not path.is_relative_to(folder):
         raise ValueError(f"the key {key!r} leads out of {folder}")
@@ -269,7 +269,7 @@ def local_path(folder: Path, key: str) -> Path:
 
 def _check_supported(model: Any, **_more: Any) -> None:
     if model.name not in OPERATIONS:
-        raise UnsupportedOperationError(f"RunPod's S3 side has no {model.name}")
+        raise UnsupportedOperationError(f"RunPod's S3 API has no {model.name}")
 
 
 def _code(error: ClientError) -> str:

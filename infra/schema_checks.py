@@ -1,7 +1,7 @@
-"""JSON schemas that were found valid are not checked again, in this process or in a later one of the same environment.
+"""Caches which JSON schemas are valid, so that each is checked only once per Python environment.
 
-The schema of a deployment's form is seventy kilobytes. Prefect's server checks it against the schema of schemas twice when the deployment
-is registered and once for every run of it: a fifth of a processor second each.
+The schema of a deployment's parameters has seventy kilobytes. Prefect's server checks it against the metaschema twice when the deployment
+is registered and once for each of its runs, which takes a fifth of a CPU second each time.
 """
 
 import hashlib
@@ -16,17 +16,17 @@ from jsonschema import Draft202012Validator
 from prefect.utilities.schema_tools import validation
 
 KNOWN = Path(prefect.__file__).parent / "__pycache__" / f"schemas-{version('jsonschema')}.txt"
-"""Digests of valid schemas, a line each. It is where Python keeps what it makes of Prefect's source."""
+"""File with the digests of valid schemas, one per line. It is stored next to Prefect's bytecode."""
 
 
 def check_schemas_once() -> None:
-    """For both validators that Prefect uses."""
+    """Cache the checks of both validators that Prefect uses."""
     for validator in (Draft202012Validator, validation._VALIDATOR):
         check_once(validator, KNOWN)
 
 
 def check_once(validator: Any, known: Path) -> None:
-    """`validator.check_schema` remembers by content what it found valid, and in the file `known` where that can be written."""
+    """Make `validator.check_schema` remember valid schemas by content, in memory and, if it is writable, in the file `known`."""
     check, valid = validator.check_schema, set[str]()
     with suppress(OSError):
         valid.update(known.read_text().split())
@@ -34,7 +34,7 @@ def check_once(validator: Any, known: Path) -> None:
     def check_schema(schema: Any, *more: Any, **options: Any) -> None:
         try:
             content = hashlib.sha256(json.dumps([validator.META_SCHEMA, schema]).encode()).hexdigest()
-        except (TypeError, ValueError):  # it is no JSON, and would look different every time
+        except (TypeError, ValueError):  # not JSON, so there is no stable digest
             return check(schema, *more, **options)
         if content not in valid:
             check(schema, *more, **options)

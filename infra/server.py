@@ -1,16 +1,16 @@
-"""Prefect's server, with five additions: `python -m infra.server --socket N` serves on the inherited socket
-N; its settings are in the environment.
+"""Prefect's server, with five additions. `python -m infra.server --socket N` serves on the inherited socket N; its settings are in the
+environment.
 
-* Requests that change something wait for each other, and one that SQLite was too busy for is tried again here. Prefect answers it
-  with status 503 and leaves the next try to its clients; a browser makes none, and the click in the UI is lost.
-* What a worker says on its channel waits for SQLite's lock. Nobody tries it again: a greeting that fails closes the channel, and a
-  heartbeat that fails is lost.
-* A statement that SQLite refused is closed where it was run. Left to itself it is closed by whoever drops the last reference to it, mostly
-  the event loop; and that waits for the connection, which may be waiting for a lock whose owner waits for the event loop. The
-  server did not answer for a minute then, until SQLite's own time-out.
-* The page `/open#PASSWORD` keeps the password where the UI's own login page would, so that one link opens the UI. What follows
-  the # never leaves the browser, so it is in no log.
-* Less work: a new database is a copy of one that is migrated and has Prefect's types of blocks (`new_database.py`), a schema is checked
+* Write requests run one at a time, and a request that fails because SQLite is busy is retried here. Prefect answers it with status 503
+  and leaves the retry to its clients; a browser does not retry, so the click in the UI is lost.
+* Messages on a worker's websocket wait for SQLite's lock. Nothing retries them: a failed handshake closes the websocket, and a failed
+  heartbeat is lost.
+* A statement that SQLite refused is closed where it was run. Otherwise it is closed when its last reference is dropped, mostly in the
+  event loop. Closing waits for the connection, which may be waiting for a lock whose owner waits for the event loop; the server then did
+  not answer for a minute, until SQLite's own timeout.
+* The page `/open#PASSWORD` stores the password where the UI's own login page would, so that a single link opens the UI. The part after
+  the # never leaves the browser, so it appears in no log.
+* Less work: a new database is a copy of a migrated one with Prefect's block types (`new_database.py`), and each schema is checked only
   once (`schema_checks.py`).
 """
 
@@ -57,21 +57,21 @@ localStorage.setItem("prefect-password", btoa(decodeURIComponent(location.hash.s
 location.replace(%s);
 </script>"""
 DELAYS_S = (0.0, 0.1, 0.1, 0.2, 0.2, 0.4, 0.4, 0.8, 0.8, 1.6, 1.6)
-"""Before each new try."""
+"""Delay before each retry."""
 
 
 READS = ("filter", "count", "history", "paginate")
-"""Words in the paths of POST requests that only read; those need not wait."""
+"""Words in the paths of POST requests that only read and need not wait for writers."""
 
 
 LOCK_FIRST: ContextVar[bool] = ContextVar("LOCK_FIRST", default=False)
 """Whether transactions of this request, or of this websocket, take SQLite's write lock when they begin."""
 HELD: ContextVar[bool] = ContextVar("HELD", default=False)
-"""Whether a transaction of this request has it."""
+"""Whether a transaction of this request holds that lock."""
 
 
 class ClosingCursor(sqlite3.Cursor):
-    """Closes itself when it fails. Python and SQLAlchemy leave a failed one open, with its statement, in the exception's traceback."""
+    """Closes itself when it fails. Otherwise the traceback of the exception keeps the failed cursor and its statement open."""
 
     def execute(self, sql: str, parameters: Any = (), /) -> Self:
         try:
@@ -89,26 +89,26 @@ class ClosingCursor(sqlite3.Cursor):
 
 
 class ClosingConnection(sqlite3.Connection):
-    """Its cursors close themselves when they fail."""
+    """A connection whose cursors close themselves when they fail."""
 
     def cursor(self, factory: Any = ClosingCursor) -> Any:
         return super().cursor(factory)
 
 
 def _closing(_dialect: Dialect, _record: ConnectionPoolEntry, _arguments: list[Any], options: dict[str, Any]) -> None:
-    """Before SQLAlchemy connects."""
+    """SQLAlchemy's `do_connect` hook: make the connection a ClosingConnection."""
     options["factory"] = ClosingConnection
 
 
 class LockingSqlite(AioSqliteConfiguration):
-    """SQLite whose transactions wait for the write lock where LOCK_FIRST says so.
+    """SQLite whose transactions wait for the write lock when they begin, if LOCK_FIRST is set.
 
-    Prefect begins most of them as readers. One that has read, and writes after another one has written, is refused at once,
-    whatever the time-out.
+    Prefect begins most transactions as readers. If one has read, and writes after another one has written, SQLite refuses it at once,
+    whatever the timeout.
     """
 
     async def engine(self) -> AsyncEngine:
-        """Its connections are ClosingConnections."""
+        """Return an engine whose connections are ClosingConnections."""
         engine = await super().engine()
         if not event.contains(engine.sync_engine, "do_connect", _closing):
             event.listen(engine.sync_engine, "do_connect", _closing)
@@ -119,7 +119,7 @@ class LockingSqlite(AioSqliteConfiguration):
         self, session: AsyncSession, with_for_update: bool = False
     ) -> AsyncGenerator[AsyncSessionTransaction, None]:
         first = LOCK_FIRST.get()
-        if first and HELD.get():  # a second transaction within the first would wait for ever
+        if first and HELD.get():  # a second transaction within the first would wait forever
             error = sqlite3.OperationalError("database is locked by this request itself")
             error.sqlite_errorname = "SQLITE_BUSY"
             raise OperationalError("BEGIN IMMEDIATE", {}, error)
@@ -132,10 +132,10 @@ class LockingSqlite(AioSqliteConfiguration):
 
 
 class OneWriterAtATime:
-    """ASGI middleware: runs changing requests one by one, and again while the answer is 503, as Prefect's own client would send them.
+    """ASGI middleware that runs write requests one at a time and, like Prefect's own client, retries them while the answer is 503.
 
-    SQLite has one writer at a time in any case. What is left to conflict with are the server's own services: every second try
-    locks them out first. The others do not, because some requests begin a transaction within another.
+    SQLite has only one writer at a time in any case. The remaining conflicts are with the server's own services: every second attempt
+    takes the write lock first, which keeps them out. The other attempts do not, because some requests begin a transaction within another.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -146,8 +146,8 @@ class OneWriterAtATime:
             LOCK_FIRST.set(True)
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return await self.app(scope, receive, send)
-        body = await _body(receive)  # before the wait: a client that sends slowly keeps nobody else from writing
-        if body is None:  # the client has gone
+        body = await _body(receive)  # before waiting, so that a slow client does not block other writers
+        if body is None:  # the client has disconnected
             return None
         if scope["method"] == "POST" and any(word in scope["path"] for word in READS):
             return await self._run(scope, body, receive, send)
@@ -164,7 +164,7 @@ class OneWriterAtATime:
         await self.app(dict(scope), _replay(body, receive), send)
 
     async def _unavailable(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> bool:
-        """Run the request once. Returns whether the answer was 503, of which nothing has been sent."""
+        """Run the request once. Returns whether the answer was 503; nothing of such an answer is sent."""
         unavailable = False
 
         async def answer(message: Message) -> None:
@@ -176,14 +176,14 @@ class OneWriterAtATime:
 
         try:
             await self.app(dict(scope), _replay(body, receive), answer)
-        except Exception:  # starlette raises the cause once more, after the answer
+        except Exception:  # starlette re-raises the cause after it has answered
             if not unavailable:
                 raise
         return unavailable
 
 
 async def _body(receive: Receive) -> bytes | None:
-    """The request's, all of it; None where the client went before it was sent."""
+    """Return the complete body of a request, or None if the client disconnects first."""
     body = b""
     while True:
         message = await receive()
@@ -195,7 +195,7 @@ async def _body(receive: Receive) -> bytes | None:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Gives the body once more, then what comes after it."""
+    """Return a `receive` that yields the body once more, then the messages after it."""
     given = False
 
     async def replay() -> Message:
@@ -209,7 +209,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 def prepared_database() -> bool:
-    """See to it that SQLite locks as it should, and begins with a database. Returns whether that has all of Prefect's types of blocks."""
+    """Install LockingSqlite, and create the database if needed. Returns whether the database has all of Prefect's block types."""
     url = get_current_settings().server.database.connection_url
     if not url or get_dialect(url.get_secret_value()).name != "sqlite":
         return False
@@ -234,7 +234,7 @@ def app() -> ASGIApp:
 
 
 def serve(listening: int) -> None:
-    """Serve on a socket until a signal ends it."""
+    """Serve on the socket with file descriptor `listening` until a signal ends the server."""
     settings = get_current_settings().server
     config = uvicorn.Config(
         app(),
@@ -247,7 +247,7 @@ def serve(listening: int) -> None:
 
 
 def main() -> None:
-    """Serve until a signal ends it."""
+    """Serve until a signal ends the server."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--socket", required=True, type=int, help="file descriptor of a listening socket")
     options = parser.parse_args()

@@ -1,7 +1,7 @@
 """The local stack of one volume: a Prefect server with its UI, the work pools, and a worker on each.
 
-Where `PREFECT_API_URL` is set, that server is used and only workers are started, for pools that are of local processes. Every
-process started here carries the volume's id, so what a killed stack left behind is found and ended, and nothing else is.
+If `PREFECT_API_URL` is set, that server is used and only workers are started. Every process started here carries the volume's id, so that
+exactly the leftovers of a killed stack can be found and ended.
 """
 
 import contextlib
@@ -30,9 +30,9 @@ from infra.volume import HOME, PASSWORD_FILE, database_folder, known_volume_id, 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 HEALTH_TIMEOUT_S = 180.0
-"""A first start makes the database: 8 s on two idle cores, much more on loaded ones."""
+"""The first start creates the database: 8 s on two idle cores, much more on loaded ones."""
 FOREIGN_HEALTH_TIMEOUT_S = 10.0
-"""A server that `PREFECT_API_URL` names is there already."""
+"""The server that `PREFECT_API_URL` names should already be running."""
 PROBE_TIMEOUT_S = 3.0
 END_GRACE_S = 5.0
 PROCESS_POOL, RENTED_POOL = OWN_POOLS = ("process", "runpod")
@@ -47,12 +47,12 @@ class StackError(RuntimeError):
 
 
 class StackRefusedError(StackError):
-    """What was asked for cannot be, e.g. a port that another program has; nothing was started or ended."""
+    """The request cannot be met, e.g. because another program uses the port. Nothing was started or ended."""
 
 
 @dataclass(frozen=True)
 class StackState:
-    """What runs, as written to `stack.json`."""
+    """A running stack, as written to `stack.json`."""
 
     api_url: str
     ui_url: str
@@ -62,28 +62,28 @@ class StackState:
 
 
 class Stack:
-    """Server and workers of `volume`. Use `start_server`, then `check` now and then, then `stop` or `leave_running`."""
+    """Server and workers of `volume`. Call `start_server`, then `check` from time to time, then `stop` or `leave_running`."""
 
     def __init__(self, volume: Path, *, environment: Mapping[str, str], address: str | None = None) -> None:
-        """`address`: by which browsers and other hosts reach our server, where that is not this host's own."""
+        """`address` is the URL by which browsers and other hosts reach our server, if it differs from the local one."""
         self.volume, self.given, self.address = volume.resolve(), dict(environment), address
         self.home = self.volume / HOME
         self.state: StackState | None = None
         self.children: dict[str, subprocess.Popen[bytes]] = {}
         self.prepared: dict[str, subprocess.Popen[bytes]] = {}
-        """Workers, by pool, that have still to hear what they are to do."""
+        """Workers, by pool, that have been started and wait for their command."""
         self.lock: Lock | None = None
         self.fresh = True
-        """False when a stack that was left running was taken over."""
+        """False if a stack that was left running is used."""
 
     @property
     def id(self) -> str:
-        """The volume's."""
+        """The volume's id."""
         return volume_id(self.volume)
 
     @property
     def tag(self) -> str:
-        """On every deployment of the volume, and so on all of its runs."""
+        """Tag of every deployment of the volume, and so of all of its runs."""
         return volume_tag(self.id)
 
     @property
@@ -99,9 +99,9 @@ class Stack:
         return self._running_state().owns_server
 
     def start_server(self, port: int | None = None) -> str:
-        """Start the server, or find the one to use; returns the address of its UI before it answers.
+        """Start the server, or find the one to use. Returns the address of its UI, possibly before the server answers.
 
-        Raises StackRefusedError where that cannot be, StackError where another command is using the volume.
+        Raises StackRefusedError if the request cannot be met, StackError if another command is using the volume.
         """
         given = self.given.get("PREFECT_API_URL") or None
         if given is not None and port is not None:
@@ -121,7 +121,7 @@ class Stack:
                 self._unlock()
 
     def _take_over(self, given: str | None, port: int | None) -> str | None:
-        """Use the stack that was left running, if it is what is asked for. Raises StackRefusedError where it is not, and has work."""
+        """Use the stack that was left running, if it is the requested one. Raises StackRefusedError if it is not and still has work."""
         kept = self.kept()
         if kept is None:
             return None
@@ -140,7 +140,7 @@ class Stack:
         return None
 
     def _begin(self, given: str | None, port: int | None) -> str:
-        """End what an earlier command left, and start the server where none is given."""
+        """End what an earlier command left behind, and start a server unless `given` names one."""
         host = self.given.get("PREFECT_SERVER_API_HOST", LOCALHOST)
         if port is None and given is None and "PREFECT_SERVER_API_PORT" in self.given:
             port = _number(self.given["PREFECT_SERVER_API_PORT"], "PREFECT_SERVER_API_PORT")
@@ -163,11 +163,11 @@ class Stack:
         return self.state.ui_url
 
     def server_arguments(self, listener: socket.socket) -> list[str]:
-        """The module that serves on the socket, and its arguments."""
+        """Return the module that serves on the socket, and its arguments."""
         return ["infra.server", "--socket", str(listener.fileno())]
 
     def _listen(self, port: int | None, host: str) -> socket.socket:
-        """A socket on the port, or on a free one."""
+        """Return a socket that listens on the port, or on a free one if `port` is None."""
         try:
             if (listener := listen_on_free(host) if port is None else listen(port, host)) is not None:
                 return listener
@@ -195,11 +195,11 @@ class Stack:
         )
 
     def client_environment(self) -> dict[str, str]:
-        """What a program outside the stack needs to talk to its server."""
+        """The variables that a program outside the stack needs to use its server."""
         return {name: value for name, value in self.environment().items() if name.startswith("PREFECT_")}
 
     def opening_link(self) -> str | None:
-        """An address that opens our server's UI without asking for the password; None where the password is the user's own."""
+        """Return a link that opens our server's UI without asking for the password; None if server or password are the user's own."""
         state = self._running_state()
         if not state.owns_server or self.environment()[prefect_settings.CLIENT_PASSWORD] != password(self.volume):
             return None
@@ -207,16 +207,16 @@ class Stack:
 
     @property
     def password_file(self) -> Path:
-        """Holds the password of our own server."""
+        """File with the password of our own server."""
         return self.home / PASSWORD_FILE
 
     def database_folder(self) -> Path:
-        """Where our own server keeps its SQLite database, unless the user's settings name another place."""
+        """Return the folder of our own server's SQLite database, unless the user's settings name another one."""
         state = self.given.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
         return database_folder(self.volume, Path(state))
 
     def wait_for_server(self) -> None:
-        """Return when the API answers. Raises StackError when our server died, where there is no answer in time, or access is refused."""
+        """Wait until the API answers. Raises StackError if our server dies, if there is no answer in time, or if access is refused."""
         state = self._running_state()
         deadline = time.monotonic() + (HEALTH_TIMEOUT_S if state.owns_server else FOREIGN_HEALTH_TIMEOUT_S)
         while True:
@@ -233,15 +233,15 @@ class Stack:
         return api.healthy(self.api_url, PROBE_TIMEOUT_S)
 
     def prepare_worker(self, pool: str) -> None:
-        """Let the worker that `start_workers` will start for the pool import what it needs, while the server does too."""
+        """Start the pool's worker so that it imports its modules while the server does; it gets its command from `start_workers`."""
         if self.fresh:
             self.prepared[pool] = self._process(pool, [PREPARED, WORKER_MODULES], piped=True)
 
     def start_workers(self, pool_types: Mapping[str, str], *, every_queue: bool = False, more: Mapping[str, str] | None = None) -> None:
-        """Start a worker on the volume's queue of each pool of local processes or of RunPod's pods (`pool_types`: type by pool name).
+        """Start a worker for each pool of local processes or of RunPod's pods that has none yet. `pool_types` gives the type by pool name.
 
-        Pools that have one keep it. `every_queue`: on all queues of the pool, which somebody else makes, also later. `more`: variables
-        of the workers only.
+        A worker serves the volume's queue of its pool. With `every_queue`, it serves all queues of the pool, also ones that are added
+        later, and does not create the pool. `more` are environment variables for the workers only.
         """
         if not self.fresh:
             return
@@ -252,7 +252,7 @@ class Stack:
                 self._spawn(pool, ["prefect", "worker", "start", *who], more=more)
 
     def check(self) -> None:
-        """Raise StackError when the server or a worker has ended, or was stopped (SIGSTOP)."""
+        """Raise StackError if the server or a worker has ended, or was stopped (SIGSTOP)."""
         for name, pid in [*self._running_state().processes.items()]:  # more may be started meanwhile
             child = self.children.get(name)
             what = "Prefect server" if name == "server" else f"worker of {name}"
@@ -264,7 +264,7 @@ class Stack:
                     raise StackError(f"the {what} was stopped by a signal (process {pid})\n{GO_ON}")
 
     def leave_running(self) -> None:
-        """Write down what runs, so that a later command finds it or stops it."""
+        """Record the running processes, so that a later command can find or stop them."""
         self._state_file().write_text(json.dumps(asdict(self._running_state())))
         self._unlock()
 
@@ -282,7 +282,7 @@ class Stack:
         self._unlock()
 
     def kept(self) -> StackState | None:
-        """The stack that an earlier command left running, if all of it still runs."""
+        """Return the stack that an earlier command left running, if all of it is still running."""
         try:
             state = StackState(**json.loads(self._state_file().read_text()))
         except (FileNotFoundError, ValueError, TypeError):
@@ -301,17 +301,17 @@ class Stack:
         )
 
     def _environment_of(self, kept: StackState) -> dict[str, str]:
-        """Of the processes of a stack that was left running: the user's settings may have been others then."""
+        """Return the environment of a stack that was left running: the user's settings may have changed since."""
         try:
             return psutil.Process(next(iter(kept.processes.values()))).environ()
         except psutil.Error:
             return {}
 
     def _spawn(self, name: str, command: list[str], *handles: int, more: Mapping[str, str] | None = None) -> None:
-        """Start a part of the stack: a module and its arguments, with those file `handles` and `more` variables."""
+        """Start a part of the stack: a module and its arguments, with inherited file descriptors `handles` and `more` variables."""
         child = None if more else self.prepared.pop(name, None)
         if child is not None and child.stdin is not None:
-            with contextlib.suppress(BrokenPipeError), child.stdin as pipe:  # where it has died: `check` says so
+            with contextlib.suppress(BrokenPipeError), child.stdin as pipe:  # if it has died, `check` reports it
                 pipe.write(json.dumps(command).encode())
         else:
             child = self._process(name, command, *handles, more=more)
@@ -321,7 +321,7 @@ class Stack:
     def _process(
         self, name: str, command: list[str], *handles: int, more: Mapping[str, str] | None = None, piped: bool = False
     ) -> subprocess.Popen[bytes]:
-        """A process with a log of that name, in its own session: Ctrl-C is ours to handle. `piped`: its standard input is a pipe."""
+        """Start a process with a log of this name, in its own session so that Ctrl-C does not reach it. `piped`: its stdin is a pipe."""
         with (self.home / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "infra.start", *command],
@@ -335,7 +335,7 @@ class Stack:
             )
 
     def _holds(self, port: int) -> bool:
-        """Whether a process that an earlier command left behind listens there."""
+        """Return whether a process that an earlier command left behind listens on the port."""
         listening = (one for process in marked(STACK_VARIABLE, self.id) for one in process.net_connections("tcp"))
         return any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in listening)
 
@@ -344,7 +344,7 @@ class Stack:
 
     def _running_state(self) -> StackState:
         if self.state is None:
-            raise RuntimeError("start_server comes first")
+            raise RuntimeError("call start_server first")
         return self.state
 
     def _log_hint(self, name: str) -> str:
@@ -363,17 +363,17 @@ def volume_tag(volume: str) -> str:
 
 
 def queue_name(volume: str) -> str:
-    """Work queue, in each of the pools, of the volume with this id: its workers take nobody else's runs."""
+    """Name of the volume's work queue in each pool: its workers only take runs from this queue."""
     return f"fvlm-{volume}"
 
 
 def stop_command(volume: Path) -> str:
-    """What ends the stack of the volume, as it can be pasted into a shell."""
+    """Return the shell command that stops the stack of the volume."""
     return shlex.join([str(Path(sys.executable).with_name("fvlm")), "stop", "--volume", str(volume)])
 
 
 def require_access(api_url: str, environment: Mapping[str, str]) -> None:
-    """Raise StackRefusedError where the API does not accept the password or key in `environment`, StackError where it does not answer."""
+    """Raise StackRefusedError if the API rejects the password or key in `environment`, StackError if it does not answer."""
     try:
         _refuse_if_closed(api_url, environment)
     except httpx.HTTPError as error:
@@ -393,9 +393,9 @@ def _number(text: str, where: str) -> int:
 
 
 def _let_jobs_save(volume: str) -> None:
-    """Send SIGTERM to everything of the volume and wait for its jobs, which may have a checkpoint to write.
+    """Send SIGTERM to all processes of the volume, and wait for its jobs, which may have a checkpoint to write.
 
-    A job's guard ends it when its own time is over, so this ends too.
+    The wait is bounded, because a job's guard kills it when its grace period is over.
     """
     processes = list(marked(STACK_VARIABLE, volume))
     guards = []

@@ -1,10 +1,11 @@
-"""Starts Python programs that import much in less time than `python -m MODULE ARGUMENTS...`.
+"""Starts Python programs with many imports faster than `python -m MODULE ARGUMENTS...`.
 
-`python -m infra.start MODULE ARGUMENTS...` looks for garbage rarely. Python does after every 700 new objects, and once more when it ends;
-Prefect makes a million of them when it is imported, and none is garbage: looking takes a third of a flow run's start and end.
+`python -m infra.start MODULE ARGUMENTS...` runs the garbage collector rarely. By default Python runs it after every 700 new objects and
+once more at exit. Importing Prefect creates a million objects, none of which is garbage: collecting takes a third of the time that a flow
+run needs to start and end.
 
-`python -m infra.start --prepared MODULES` imports the modules (with commas) and waits: a line of its standard input says, as a JSON list,
-what to run. So a program can be imported before it is known what it is to do. Where the input ends without a line, it ends too.
+`python -m infra.start --prepared MODULES` imports the comma-separated modules, then waits for a line on standard input: the command to
+run, as a JSON list. A program can thus do its imports before its command is known. If the input ends without a line, it exits.
 """
 
 import atexit
@@ -16,18 +17,22 @@ import runpy
 import sys
 
 THRESHOLDS = 50_000, 20, 20
-"""New objects before the youngest are looked at (a few milliseconds), and how often that is done before older ones are."""
+"""Arguments of `gc.set_threshold`: new objects before a collection of the youngest generation (which takes a few milliseconds), and
+collections of a generation before one of the next older generation."""
 PREPARED = "--prepared"
 
 
 def collect_rarely() -> None:
-    """Look for garbage rarely from now on, and not at the end of the process, when all of its memory goes."""
+    """Run the garbage collector rarely from now on, and not at exit, when all memory is freed anyway."""
     gc.set_threshold(*THRESHOLDS)
     atexit.register(gc.freeze)
 
 
 def awaited(modules: str) -> list[str]:
-    """Import the modules; returns what the standard input says, which is empty from then on."""
+    """Import the comma-separated modules, then read a command from standard input, which is empty from then on.
+
+    Returns an empty list if there is no command.
+    """
     for module in modules.split(","):
         importlib.import_module(module)
     line = sys.stdin.readline()
@@ -37,7 +42,7 @@ def awaited(modules: str) -> list[str]:
 
 
 def run(command: list[str]) -> None:
-    """Run a module as the main one: its name, and its arguments."""
+    """Run a module as `__main__`. `command` is its name, followed by its arguments."""
     sys.argv = command
     runpy.run_module(command[0], run_name="__main__", alter_sys=True)
 

@@ -1,7 +1,7 @@
-"""Small files by key, on a folder or in a bucket: what the ledger, the board and the outcomes of pods are kept in.
+"""Key-value stores of small files, in a folder or in a bucket. They hold the ledger, the board and the outcomes of pods.
 
-A pod has the volume as a folder; at home there is only the volume's S3 side. Both are written through here, so that whatever is kept has
-one form and several writers.
+A pod has the volume mounted as a folder; the user's machine reaches it only through its S3 API. Both write through this interface, so that
+there is one format and there can be several writers.
 """
 
 import os
@@ -16,15 +16,15 @@ class Store(Protocol):
     """Files by key; a key is a path relative to the volume."""
 
     def read(self, key: str) -> bytes | None:
-        """The content, or None where there is none."""
+        """Return the content, or None if there is no such key."""
         ...
 
     def write(self, key: str, content: bytes) -> None:
-        """All of it or nothing."""
+        """Write the content atomically."""
         ...
 
     def keys(self, prefix: str) -> list[str]:
-        """The keys that begin with `prefix`, which ends in a slash; sorted."""
+        """Return the sorted keys that begin with `prefix`, which ends in a slash."""
         ...
 
 
@@ -60,21 +60,21 @@ class FolderStore:
 
 
 class Journal:
-    """Lines that are only ever added, by any number of writers at once, wherever each of them is.
+    """An append-only journal of lines for any number of concurrent writers on any hosts.
 
-    Neither S3 nor a network file system lets two hosts append to one file. So each writer has a file of its own, which nobody else
-    writes, and readers merge them by time.
+    Neither S3 nor a network file system lets two hosts append to one file. So each writer has its own file, and readers merge them by
+    time.
     """
 
     def __init__(self, store: Store, folder: str, *, writer: str = "") -> None:
-        """`writer`: unique in all the world; by default made of host, process and chance."""
+        """`writer` is a globally unique name; by default it is made of host name, process id and a random number."""
         self.store, self.folder = store, folder.rstrip("/")
         self.writer = writer or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self._mine: bytes | None = None
         self._lock = threading.Lock()
 
     def append(self, line: str) -> None:
-        """Add a line (without line breaks). It is there for all readers when this returns."""
+        """Append a line, which must not contain line breaks. When this returns, all readers can see it."""
         if "\n" in line:
             raise ValueError("one line at a time")
         key = f"{self.folder}/{self.writer}.jsonl"
@@ -86,7 +86,7 @@ class Journal:
             self._mine = content
 
     def lines(self) -> list[str]:
-        """Everybody's lines: each writer's in their order, one writer after the other."""
+        """Return the lines of all writers, one writer after the other, each in the order of writing."""
         found = []
         for key in self.store.keys(f"{self.folder}/"):
             content = self.store.read(key) or b""

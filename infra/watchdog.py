@@ -1,7 +1,7 @@
-"""Looks after the stack from a thread while the main thread waits for answers of its server.
+"""Checks the stack from a thread while the main thread waits for its server.
 
-Prefect's client tries again for half an hour when a server is gone, and cannot be asked to look elsewhere meanwhile. So the
-watchdog interrupts the main thread when a part of the stack has died or does not answer.
+Prefect's client retries for half an hour when a server is gone, and checks nothing else meanwhile. So the watchdog interrupts the main
+thread when a part of the stack has died or does not answer.
 """
 
 import contextlib
@@ -17,14 +17,14 @@ from infra.stack import Stack, StackError
 
 POLL_S = 1.0
 REPORTED_S = 5.0
-"""Silence after which the user hears of it; with the time that a look itself may take, less than ten seconds."""
+"""Silence of the server after which the user is told; including the time of a check, less than ten seconds."""
 GIVEN_UP_S = 90.0
-"""Silence that ends the command. Two busy cores keep a living server from answering for half a minute."""
+"""Silence of the server after which the command gives up. On two busy cores, a healthy server may not answer for half a minute."""
 
 
 @dataclass
 class Watch:
-    """What the watchdog has found."""
+    """The watchdog's finding."""
 
     error: StackError | None = None
     """Why the stack cannot go on."""
@@ -32,10 +32,11 @@ class Watch:
 
 @contextlib.contextmanager
 def watched(stack: Stack, say: Callable[[str], None], *, given_up_s: float = GIVEN_UP_S) -> Generator[Watch]:
-    """Leave the block with a StackError as soon as a part of the stack has died, whatever the main thread waits for.
+    """Leave the block with a StackError as soon as a part of the stack has died, whatever the main thread is waiting for.
 
-    In the block, the error arrives as KeyboardInterrupt: `Watch.error` tells it from the user's. `say` gets a line when the
-    server has become silent, and when it answers again.
+    The server also counts as dead if it has not answered for `given_up_s` seconds. Inside the block, the error arrives as
+    KeyboardInterrupt; if `Watch.error` is set, it does not come from the user. `say` gets a line when the server stops answering, and when
+    it answers again.
     """
     watch, over, main = Watch(), threading.Event(), threading.get_ident()
 

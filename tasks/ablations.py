@@ -1,4 +1,4 @@
-"""The part of a profile that says which ablations there are: `ablations`, `ablation_seeds`; their check, and the recipes of their runs."""
+"""The ablations of a profile (`ablations`, `ablation_seeds`): their settings, their validation, and the recipes of their runs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Self
@@ -11,7 +11,7 @@ from fvlm_core.settings import Settings, explain
 from tasks.recipes import Base, Name, Values, base_recipe, fitted
 
 Group = dict[str, bool | int | float | str | list[float]]
-"""The keys of a group of settings, e.g. of `model.glance`; those left out have their defaults."""
+"""A group of settings, e.g. `model.glance`. Keys that are left out have their defaults."""
 Value = bool | int | float | str | list[float] | SourceShares | Group
 
 BASELINE = "baseline"
@@ -24,18 +24,18 @@ class Ablation(Settings):
     name: Name
     """Names the run: `ablation-NAME`."""
     hypothesis: Annotated[str, Field(min_length=1)]
-    """What is expected of it, and why; it stands beside the result."""
+    """The expected result, and why; it is reported next to the actual result."""
     path: str
     """Dotted path of the setting in a recipe, e.g. `optimizer.lr_llm`."""
     value: Value
     """Its value in this run. A group that the base does not have is one value: `path: model.glance, value: {px: 112}`."""
     control: bool = False
-    """A control or baseline (random queries, several tokens per frame): compared, but never the winner."""
+    """A control or baseline (random queries, several tokens per frame): it is compared with the others, but never chosen as the winner."""
 
     @model_validator(mode="before")
     @classmethod
     def _exactly_one_change(cls, values: Any) -> Any:
-        """`changes: {PATH: VALUE}` is another way to write it; two changes, or none, are no ablation."""
+        """Accept the form `changes: {PATH: VALUE}` too, and require exactly one change."""
         if not isinstance(values, dict):
             return values
         given = values.get("changes") or {}
@@ -49,7 +49,7 @@ class Ablation(Settings):
     @field_validator("value")
     @classmethod
     def _one_way_to_write_it(cls, value: Value) -> Value:
-        """1.0 and 1 are the same setting; a form in a browser knows only the latter."""
+        """Store 1.0 as 1: they are the same setting, and a form in a browser only knows the latter."""
         return {key: _plain(one) for key, one in value.items()} if isinstance(value, dict) else _plain(value)
 
     @property
@@ -59,14 +59,14 @@ class Ablation(Settings):
 
 
 class AblationSeeds(Settings):
-    """Seeds of the ablations' runs. One of each measures no noise, and so gives no verdict."""
+    """Seeds of the ablation runs. A single seed each does not measure the noise, and so gives no verdict."""
 
     baseline: Positive = 1
-    """Runs of the baseline, each with a seed of its own."""
+    """Number of baseline runs, each with its own seed."""
     others: Positive = 1
-    """Of every ablation: the first so many of the baseline's, so that runs are pairs."""
+    """Number of runs of every ablation. They use the first seeds of the baseline, so that runs are compared in pairs."""
     confirm: Positive = 2
-    """Of a winner and the baseline once more, seeds that did not choose it: only what they show too is adopted."""
+    """Number of further runs of the winner and of the baseline, with new seeds: the winner is adopted only if they confirm it."""
 
     @model_validator(mode="after")
     def _pairs(self) -> Self:
@@ -76,7 +76,7 @@ class AblationSeeds(Settings):
 
 
 def check_ablations(ablations: Sequence[Ablation], model: ModelSettings, base: Base) -> None:
-    """Each names a setting that exists in the base recipe, and changes it to what it can be. Raises ValueError."""
+    """Check that each ablation changes an existing setting of the base recipe to another valid value. Raises ValueError if not."""
     recipe = {"model": model.model_dump(mode="json")} | base.model_dump(mode="json")
     for ablation in ablations:
         where = f"ablations: {ablation.name}"
@@ -96,18 +96,18 @@ def check_ablations(ablations: Sequence[Ablation], model: ModelSettings, base: B
 
 
 def baseline_recipe(model: ModelSettings, base: Base, seed: int, changes: Mapping[str, Any]) -> Recipe:
-    """The base recipe with `changes`, as ablations are compared with it; `seed` is added to its own."""
+    """Return the recipe of a baseline run: the base recipe with `changes`, and with `seed` added to its own seed."""
     return base_recipe(model, base, f"ablation-{BASELINE}{_seeded(seed)}", "ablations", {**changes, **_compared(base, seed)})
 
 
 def ablation_recipe(model: ModelSettings, base: Base, ablation: Ablation, seed: int, changes: Mapping[str, Any]) -> Recipe:
-    """The baseline of the same seed with the ablation's one change."""
+    """Return the recipe of an ablation run: the baseline of the same seed with the ablation's one change."""
     name = f"ablation-{ablation.name}{_seeded(seed)}"
     return base_recipe(model, base, name, "ablations", {**changes, **_compared(base, seed), **ablation.change})
 
 
 def _compared(base: Base, seed: int) -> Values:
-    """What all runs of a comparison have; that one diverges is a result."""
+    """Return the settings that all runs of a comparison share. A run that diverges is a result, not an error."""
     return {"run.seed": base.run.seed + seed, "run.on_divergence": "end"}
 
 

@@ -1,4 +1,4 @@
-"""Takes a finished result from elsewhere as the result of a step, after checking that it is what the step would make."""
+"""Adopts a finished result from elsewhere as the result of a step, after checking that the step would make the same."""
 
 import contextlib
 import shutil
@@ -14,16 +14,17 @@ from infra.locks import locked
 from tasks.steps import RECORD, STEPS, Made, Step, StepRecord, read_record
 
 SETTINGS_FILES = ("recipe.yaml", "job.yaml")
-"""Where a job's own folder says its settings, where it has no record of a step."""
+"""Files with the settings of a job in its folder, for a folder without the record of a step."""
 FILLED_BY = {"vision": "model.vision.checkpoint", "llm": "model.llm.checkpoint"}
-"""The setting that an input of a training run fills, where its manifest calls the input something else."""
+"""Settings that inputs of a training run fill, by the input's name in its manifest, if the names differ."""
 SHOWN = 5
 
 
 def adopt(step: Step, folder: Path, volume: Path) -> Made:
-    """Copy the result in `folder` to where the step's result belongs; `step` has all its inputs.
+    """Copy the result in `folder` to the step's own folder on the volume.
 
-    Raises UserError where it is damaged, was made with other settings or of other inputs, or the step is done already or being made.
+    Raises UserError if an input of the step is missing, if the result is damaged or was made with other settings or from other inputs, or
+    if the step is already done or being made.
     """
     if step.needs:
         names = ", ".join(need.name for need in step.needs)
@@ -40,11 +41,11 @@ def adopt(step: Step, folder: Path, volume: Path) -> Made:
     settings = {name: value for name, value in theirs.settings.items() if name in wanted.settings}
     settings = _without_places(settings, wanted)
     odd = [f"{path} is {now!r}, not {want!r}" for path, (want, now) in differences(wanted.settings, settings).items() if now != want]
-    odd += [f"it does not say of which {name} it was made" for name in wanted.inputs if name not in theirs.inputs]
-    odd += [f"it was made of another {name}" for name, digest in wanted.inputs.items() if theirs.inputs.get(name, digest) != digest]
+    odd += [f"it does not say from which {name} it was made" for name in wanted.inputs if name not in theirs.inputs]
+    odd += [f"it was made from another {name}" for name, digest in wanted.inputs.items() if theirs.inputs.get(name, digest) != digest]
     if odd:
         raise UserError(
-            f"that is no result of {step.name}: {'; '.join(odd[:SHOWN])}",
+            f"this is not a result of {step.name}: {'; '.join(odd[:SHOWN])}",
             where=str(folder),
             fix="change the profile to what it was made with, or adopt another result",
         )
@@ -63,7 +64,7 @@ def adopt(step: Step, folder: Path, volume: Path) -> Made:
 
 
 def _record(folder: Path, manifest: AnyManifest) -> StepRecord:
-    """What the result was made of: its step's record, else its settings file and the inputs that its manifest names."""
+    """Return what the result was made from: the record of its step, or its settings file and the inputs in its manifest."""
     if record := read_record(folder):
         return record
     files = [folder / name for name in SETTINGS_FILES if (folder / name).is_file()]
@@ -76,8 +77,8 @@ def _record(folder: Path, manifest: AnyManifest) -> StepRecord:
 
 
 def _without_places(settings: dict[str, Any], wanted: StepRecord) -> dict[str, Any]:
-    """The settings with what the step has where an input is filled in: inputs are compared by content, not by where they were."""
+    """Return the settings with the step's own values for all inputs, because inputs are compared by content and not by path."""
     for path in wanted.inputs:
-        with contextlib.suppress(UnknownPathError):  # of a list's places, or at the top, where they are no settings
+        with contextlib.suppress(UnknownPathError):  # an item of a list, or an input at the top level, is not a setting
             settings = with_changes(settings, {path: value_at(wanted.settings, path)})
     return settings

@@ -1,4 +1,4 @@
-"""What a phase shows in the Prefect UI: its table, its text, its pictures."""
+"""Publishes the results of a phase in the Prefect UI: its table, text and pictures."""
 
 import base64
 from pathlib import Path
@@ -9,11 +9,11 @@ from fvlm_core.tables import Table
 from tasks.phase import Shown
 
 PICTURE_BYTES = 400_000
-"""Larger pictures are named by their path only: artifacts live in the server's database."""
+"""Larger pictures are only listed by path, because artifacts are stored in the server's database."""
 
 
 def publish(phase: str, profile: str, shown: Shown, volume: Path) -> None:
-    """Publish the phase's artifacts: `PHASE-table`, `PHASE-summary` and a picture each."""
+    """Publish the phase's artifacts: `PHASE-table`, `PHASE-summary`, and one per picture."""
     parts = [f"## {phase} · {profile}", shown.text]
     if shown.table:
         create_table_artifact(shown.table.records(), key=f"{phase}-table", description=shown.text)
@@ -33,13 +33,13 @@ def publish(phase: str, profile: str, shown: Shown, volume: Path) -> None:
 
 
 def publish_bill(table: Table | None) -> None:
-    """Publish plan against bill, where something was planned."""
+    """Publish the comparison of plan and bill, if there was a plan."""
     if table:
         create_table_artifact(table.records(), key="plan-against-bill", description="Plan against bill, step by step")
 
 
 def data_url(picture: Path) -> str:
-    """The PNG itself as an address: a browser shows it without a file server."""
+    """Return a PNG as a data URL, which a browser shows without a file server."""
     return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
 
 

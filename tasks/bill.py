@@ -1,8 +1,8 @@
-"""Plan against bill, step by step: what was planned before anything was rented, and what each step has cost.
+"""Compares plan and bill step by step: what was planned before anything was rented, and what each step has cost.
 
-RunPod bills pods. A pod works for a phase, so the phase's bill is divided among its steps by the time that each took, as its manifest says;
-what is left is the pod's own time: its start, its environment, its end. The plan is kept on the volume when a pipeline run begins. Nothing
-in this file knows Prefect, and everything is read through a store, so it is the same on a pod and at home.
+RunPod bills pods. A pod works for one phase, so the phase's bill is divided among its steps by their durations, which are in their
+manifests. The rest is the pod's own time: its start, its environment, its end. The plan is written to the volume when a pipeline run
+starts. This module does not depend on Prefect, and reads everything through a store, so it works on a pod and on the user's machine.
 """
 
 import time
@@ -22,7 +22,7 @@ PLANS = "budget/plans"
 """Folder of the volume with the plan of each pipeline run."""
 UNFINISHED = "not finished"
 NO_STEPS = {"pipeline": WAITING, SERVER: SERVES, "storage": "storage"}
-"""What is paid for without steps, and what the plan calls it."""
+"""Costs without steps, by phase, and their names in the plan."""
 
 
 class Bill(Settings):
@@ -32,19 +32,19 @@ class Bill(Settings):
 
     @property
     def total(self) -> float:
-        """Of everything."""
+        """Total of all phases and steps."""
         return sum(sum(steps.values()) for steps in self.usd.values())
 
 
 def record_plan(store: Store, planned: DollarPlan, *, now: float | None = None) -> None:
-    """Keep what was planned before a run, if it plans anything."""
+    """Write the plan of a run to the volume, unless the plan is empty."""
     if planned.lines:
         moment = time.time() if now is None else now
         store.write(f"{PLANS}/{moment:.0f}.json", planned.model_dump_json().encode())
 
 
 def recorded_plan(store: Store) -> DollarPlan | None:
-    """What was planned of each step the first time; a run that goes on after a failure plans what is left of it once more."""
+    """Return the first plan of each step. A run that resumes after a failure plans its remaining steps again."""
     plans = []
     for key in store.keys(f"{PLANS}/"):
         try:
@@ -60,7 +60,7 @@ def recorded_plan(store: Store) -> DollarPlan | None:
 
 
 def billed_by_step(store: Store, paid: Mapping[str, Sequence[Entry]], now: float) -> Bill:
-    """The ledger's amounts (`paid`, by phase) divided among the steps."""
+    """Divide the ledger's amounts (`paid`, by phase) among the steps."""
     manifests = finished_phases(store)
     usd: dict[str, dict[str, float]] = {}
     for phase, entries in paid.items():
@@ -74,7 +74,7 @@ def billed_by_step(store: Store, paid: Mapping[str, Sequence[Entry]], now: float
         else:
             seconds = {name: step_seconds(store, made.folder) for name, made in manifest.steps.items()}
             total = sum(seconds.values()) or 1.0
-            # with several pods, the phase's last run knows neither its helpers' time nor that of those that were lost; its steps do
+            # with several pods, the time of the phase's last run includes neither its helpers nor lost runs; the times of its steps do
             busy = manifest.seconds if len(entries) == 1 else max(manifest.seconds, total)
             worked = amount * min(1.0, busy / HOUR_S / hours)
             shares = {name: worked * taken / total for name, taken in seconds.items()}
@@ -83,7 +83,7 @@ def billed_by_step(store: Store, paid: Mapping[str, Sequence[Entry]], now: float
 
 
 def finished_phases(store: Store) -> dict[str, PhaseManifest]:
-    """The newest manifest of each phase, by its name."""
+    """Return the newest manifest of each phase, by name."""
     found: dict[str, PhaseManifest] = {}
     for key in store.keys(f"{PHASES_FOLDER}/"):
         if not key.endswith(f"/{FILE_NAME}"):
@@ -98,7 +98,7 @@ def finished_phases(store: Store) -> dict[str, PhaseManifest]:
 
 
 def step_seconds(store: Store, folder: str) -> float:
-    """How long a step took, by its manifest."""
+    """Return how long a step took according to its manifest, or 0 if it cannot be read."""
     try:
         return AnyManifest.model_validate_json(store.read(f"{folder}/{FILE_NAME}") or b"").seconds
     except ValidationError:
@@ -106,7 +106,7 @@ def step_seconds(store: Store, folder: str) -> float:
 
 
 def bill_against_plan(planned: DollarPlan, bill: Bill) -> Table:
-    """Plan and bill side by side: a line per step, the sum of each phase, and of all."""
+    """Return plan and bill side by side: a row for each step, each phase, and the total."""
     rows, marked = [], []
     for phase in dict.fromkeys([*(line.phase for line in planned.lines), *bill.usd]):
         lines = {line.what if phase != "storage" else phase: line for line in planned.lines if line.phase == phase}
@@ -124,7 +124,7 @@ def bill_against_plan(planned: DollarPlan, bill: Bill) -> Table:
 
 
 def _off(planned: float, paid: float) -> str:
-    """How much more the bill is than the plan; beyond ten times as much, how often."""
+    """Return by how many percent the bill differs from the plan; from ten times the plan on, their ratio."""
     if not planned:
         return ""
     return f"{paid / planned - 1:+.0%}" if paid < 10 * planned else f"x {paid / planned:,.0f}"

@@ -1,4 +1,4 @@
-"""What a phase on a rented machine posts on the volume's board: that it began, how it ended, and what it cannot go on without."""
+"""Posts on the volume's board that a phase on a rented machine has started, how it ended, and which error blocks it."""
 
 import contextlib
 from collections.abc import Callable, Generator
@@ -12,9 +12,9 @@ from tasks.config import PipelineConfig
 
 @contextlib.contextmanager
 def on_board(phase: str, config: PipelineConfig, volume: Path) -> Generator[Callable[[str], None]]:
-    """Post on the board what happens in the block; yields a function that posts more. Without rented machines there is no board.
+    """Post the start and the end or error of the block; yields a function that posts more. Without rented machines, nothing is posted.
 
-    A board that cannot be written stops nothing.
+    Errors while posting are ignored.
     """
     board = Board(FolderStore(volume), "RUNPOD") if config.machine.rental else None
 

@@ -1,9 +1,9 @@
-"""The profile: one typed tree that says what every phase of the pipeline does, and the form the UI shows.
+"""The profile: one typed tree of settings for all phases of the pipeline, which is also the form in the UI.
 
-A phase gets its part of the tree; training phases combine the same parts as a recipe (`fvlm_core.config`). Results of earlier
-phases (chosen speed settings, winning ablation, chosen size) reach it as changes of dotted paths, see `tasks.recipes`. The parts are
-defined in files of their names: `tasks.precompute`, `tasks.ablations`, `tasks.scaling`, `tasks.machine`, with `base` and `stages` in
-`tasks.recipes`; what a job reads as it is, beside the job in `fvlm_core`. None of them knows this file.
+A phase gets its part of the tree; training phases combine parts of it into a recipe (`fvlm_core.config`). Results of earlier phases
+(chosen speed settings, winning ablation, chosen size) are applied as changes of dotted paths, see `tasks.recipes`. The parts are defined
+in modules of the same name: `tasks.precompute`, `tasks.ablations`, `tasks.scaling`, `tasks.machine`, with `base` and `stages` in
+`tasks.recipes`. Settings that a job reads unchanged are defined next to the job in `fvlm_core`. None of these modules imports this one.
 """
 
 from typing import Annotated, Self
@@ -24,7 +24,7 @@ from tasks.scaling import Scaling
 
 
 class PipelineConfig(Settings):
-    """Everything the pipeline does."""
+    """All settings of the pipeline."""
 
     name: Name
     """The profile's name; appears in the names of runs."""
@@ -35,9 +35,9 @@ class PipelineConfig(Settings):
     ablations: Annotated[list[Ablation], Field(min_length=1)]
     ablation_seeds: AblationSeeds = AblationSeeds()
     ablation_relevance: Annotated[float, Field(ge=0, lt=1)] = 0.003
-    """A difference below this share of the baseline's loss is called neither better nor worse, however sure it is."""
+    """A difference smaller than this share of the baseline's loss counts as neither better nor worse, however certain it is."""
     ablation_min_gain: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    """An ablation that is better is adopted by later phases only with a loss below the baseline's by more than this share."""
+    """A better ablation is adopted by later phases only if its loss is below the baseline's by more than this share."""
     scaling: Scaling
     stages: Stages
     evaluation: EvalSettings
@@ -71,7 +71,7 @@ class PipelineConfig(Settings):
 
     @model_validator(mode="after")
     def _a_grid_that_can_be_compared(self) -> Self:
-        """Every run of the grid leaves warm-up, ends decayed and has steps enough, as far as that is known before there are shards."""
+        """Check that every run of the grid leaves warm-up, ends decayed and has enough steps, as far as known before there are shards."""
         check_grid(self.grid)
         return self
 
@@ -83,7 +83,7 @@ class PipelineConfig(Settings):
 
     @property
     def grid(self) -> Grid:
-        """The scaling grid: what its runs need to know of the profile."""
+        """The scaling grid, with the parts of the profile that its runs need."""
         rental = self.machine.rental
         samples = self.scaling.samples or (rental.assumed.samples if rental else {})
         return Grid(self.scaling, self.model, self.base, samples, self.precompute.shards.vocab_size)

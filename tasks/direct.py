@@ -1,4 +1,4 @@
-"""Runs phases without Prefect, in this process: the same steps, jobs and manifests, without a server, caching of task runs or retries."""
+"""Runs phases in this process, without Prefect: the same steps, jobs and manifests, but no server, no task-run cache and no retries."""
 
 import time
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
-"""A plan in dollars: hours on rented machines, their price, the volume's storage, and what would not start because of the cap.
+"""A plan in dollars: hours on rented machines and their price, the volume's storage, and the steps that would not start because of the cap.
 
-Of a step that trains, hours come from what was measured on the volume; where nothing was, from its FLOPs and a stated share of the GPUs'
-peak, with an interval; where the grid still decides the model's size, as if it were the largest. Of other steps they are stated in the
-profile (`machine.rental.assumed.hours`) until one has run. Nothing in this file knows Prefect or RunPod.
+The hours of a training step come from measurements on the volume or, without any, from its FLOPs and an assumed share of the GPUs' peak
+(MFU), with an interval. While the grid has not chosen the model's size, the largest is assumed. The hours of other steps are stated in the
+profile (`machine.rental.assumed.hours`) until one has run. This module does not depend on Prefect or RunPod.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,13 +17,13 @@ from tasks.plan import RECIPES, Plan, StepPlan, duration
 from tasks.rental import Rental
 
 MEASURED_SPREAD = 0.10
-"""Of what was measured: the interval is 10 % to both sides."""
+"""The interval of measured hours is 10 % to both sides."""
 STATED_SPREAD = 0.50
 STORAGE_PER_GB_MONTH, LARGE_STORAGE_PER_GB_MONTH, SMALL_GB = 0.07, 0.05, 1000
-"""USD (docs.runpod.io, August 2026): the first terabyte, and what is above."""
+"""USD (docs.runpod.io, August 2026): up to the first terabyte, and above it."""
 DAYS_PER_MONTH = 30.4
 STARTS, WAITING, SERVES = "pod starts, environment", "the flow that waits for the phases", "the Prefect server's pod"
-"""Lines that are no steps."""
+"""Lines of a plan that are not steps."""
 NOT_KNOWN = "not known"
 
 
@@ -38,7 +38,7 @@ class Usd(Settings):
         return Usd(low=self.low + other.low, value=self.value + other.value, high=self.high + other.high)
 
     def times(self, factor: float) -> "Usd":
-        """Of so many hours, say."""
+        """Return the amount and its interval multiplied by `factor`."""
         return Usd(low=self.low * factor, value=self.value * factor, high=self.high * factor)
 
     def text(self) -> str:
@@ -47,7 +47,7 @@ class Usd(Settings):
 
 
 class Line(Settings):
-    """A part of the plan."""
+    """One line of the plan."""
 
     phase: str
     what: str
@@ -55,32 +55,32 @@ class Line(Settings):
     because: str = ""
     flops: float | None = None
     hours: Usd = Usd()
-    """Of the pod (an interval as of money)."""
+    """Hours of the pod, with an interval (not USD)."""
     usd: Usd = Usd()
     basis: str = ""
     """Where the hours come from."""
 
 
 class DollarPlan(Settings):
-    """All of it."""
+    """A complete plan in dollars."""
 
     lines: list[Line]
     cap_usd: float
     reserve_usd: float
     dropped: list[str] = Field(default_factory=list)
-    """Steps that would not start if everything cost what is expected."""
+    """Steps that would not start because of the cap, at the expected costs."""
     at_risk: list[str] = Field(default_factory=list)
-    """Those that would not start if everything cost the interval's upper end."""
+    """Steps that would not start because of the cap, at the upper ends of the intervals."""
     unknown: list[str] = Field(default_factory=list)
-    """Steps whose hours nobody knows."""
+    """Steps whose hours are unknown."""
 
     @property
     def total(self) -> Usd:
-        """Of all lines."""
+        """Total of all lines."""
         return sum((line.usd for line in self.lines), Usd())
 
     def of(self, phase: str) -> Usd:
-        """What a phase costs."""
+        """Return the cost of a phase."""
         return sum((line.usd for line in self.lines if line.phase == phase), Usd())
 
     def table(self, *, steps: bool = True) -> Table:
@@ -118,7 +118,7 @@ class DollarPlan(Settings):
 
 
 def in_dollars(plan: Plan, phases: Sequence[Phase], rental: Rental) -> DollarPlan:
-    """What a plan costs on rented machines."""
+    """Return the cost of a plan on rented machines."""
     rates = {"cpu": rental.cpu_usd_per_hour, "gpu": rental.gpu_usd_per_hour}
     lines = [line for phase in phases for line in _on_a_pod(plan, phase.name, rental, rates[phase.pool])]
     if lines:
@@ -133,12 +133,12 @@ def in_dollars(plan: Plan, phases: Sequence[Phase], rental: Rental) -> DollarPla
 
 
 def recipes_in_dollars(plan: Plan, rental: Rental) -> DollarPlan:
-    """What single recipes (`tasks.plan.plan_recipes`) cost, one after the other on one GPU pod: its time alone, the volume is there."""
+    """Return the cost of single recipes (`tasks.plan.plan_recipes`), one after the other on one GPU pod, without the cost of the volume."""
     return _checked(_on_a_pod(plan, RECIPES, rental, rental.gpu_usd_per_hour), rental)
 
 
 def _on_a_pod(plan: Plan, phase: str, rental: Rental, rate: float) -> list[Line]:
-    """A phase's steps that run, after the start of their pod."""
+    """Return the lines of a phase's steps that run, after a line for the start of their pod."""
     running = [one for one in plan.steps if one.phase == phase and one.state == "runs"]
     if not running:
         return []
@@ -151,7 +151,7 @@ def _on_a_pod(plan: Plan, phase: str, rental: Rental, rate: float) -> list[Line]
 
 
 def _checked(lines: list[Line], rental: Rental) -> DollarPlan:
-    """The plan of these lines, with what the cap leaves out."""
+    """Return the plan of these lines, with the steps that would not start because of the cap."""
     limit = rental.cap_usd - rental.reserve_usd
     unknown = [line.what for line in lines if line.basis == NOT_KNOWN]
     at_risk = _beyond(lines, limit, lambda usd: usd.high)
@@ -162,7 +162,7 @@ def _checked(lines: list[Line], rental: Rental) -> DollarPlan:
 
 
 def hours_of(step: StepPlan, rental: Rental, *, overlap: float = 1.0) -> tuple[Usd | None, str]:
-    """Hours of a step on its pod, and where they come from. `overlap`: see `Plan.overlap`."""
+    """Return the hours of a step on its pod, or None, and where they come from. `overlap`: see `Plan.overlap`."""
     assumed = rental.assumed
     if step.seconds is not None:
         hours = step.seconds * overlap / 3600
@@ -181,7 +181,7 @@ def hours_of(step: StepPlan, rental: Rental, *, overlap: float = 1.0) -> tuple[U
 
 
 def storage_usd_per_month(size_gb: int) -> float:
-    """What a network volume costs."""
+    """Return the price of a network volume."""
     return STORAGE_PER_GB_MONTH * min(size_gb, SMALL_GB) + LARGE_STORAGE_PER_GB_MONTH * max(0, size_gb - SMALL_GB)
 
 
@@ -190,13 +190,13 @@ def _line(phase: str, what: str, hours: Usd, rate: float, *, because: str = "", 
 
 
 def _stated(step: str, hours: Mapping[str, float]) -> float | None:
-    """The stated hours of the longest name that the step's begins with."""
+    """Return the stated hours of the longest prefix of the step's name, or None."""
     names = [name for name in hours if step.startswith(name)]
     return hours[max(names, key=len)] if names else None
 
 
 def _beyond(lines: Sequence[Line], limit: float, of: Callable[[Usd], float]) -> list[str]:
-    """The steps that would pass the limit, in the order in which they run; storage is paid first."""
+    """Return the steps that would exceed the limit, in the order in which they run. Storage is paid first."""
     used = sum(of(line.usd) for line in lines if line.phase == "storage")
     beyond = []
     for line in lines:

@@ -1,14 +1,14 @@
-"""The runs of the scaling grid: which cells there are, and the recipe of each, so that their losses can be compared.
+"""The runs of the scaling grid: its cells, and the recipe of each, chosen so that their losses can be compared.
 
-A cell's loss belongs to its size and data only if the run leaves warm-up, ends decayed and takes steps enough. So warm-up is a share of the
-steps, the schedule is one that decays, and a cell with fewer steps than `scaling.min_steps` is refused: when the profile is read, from the
-mean samples that it states, and again when there are shards, from these.
+A cell's loss is that of its size and data only if the run leaves warm-up, ends decayed and takes enough steps. So warm-up is a share of the
+steps, the schedule must decay, and a cell with fewer steps than `scaling.min_steps` is refused: when the profile is read, based on the mean
+samples that it states, and again when there are shards, based on these.
 
-* The language model's learning rate goes with one over its width: maximal update parametrization's rule for hidden matrices under Adam
-  (Yang et al. 2022, Tensor Programs V, https://arxiv.org/abs/2203.03466), from the base model's rate. Connector and encoder are as wide in
-  all cells and keep theirs. It is a rule, not a sweep: a size whose own best rate is known states `lr_scale`.
-* Samples per step go with budget^0.3271 (Bi et al. 2024, DeepSeek LLM, https://arxiv.org/abs/2401.02954, for language models from
-  scratch), so that small budgets keep their steps. The learning rate does not follow the batch.
+* The language model's learning rate scales with 1 / width, starting from the base model's rate: the rule of maximal update parametrization
+  (muP) for hidden matrices under Adam (Yang et al. 2022, Tensor Programs V, https://arxiv.org/abs/2203.03466). Connector and encoder have
+  the same width in all cells and keep their rates. This is a rule, not a sweep: a size whose best rate is known can state its `lr_scale`.
+* Samples per step scale with budget^0.3271 (Bi et al. 2024, DeepSeek LLM, https://arxiv.org/abs/2401.02954, for language models trained
+  from scratch), so that small budgets keep enough steps. The learning rate is not scaled with the batch size.
 """
 
 from collections.abc import Mapping
@@ -29,15 +29,15 @@ DECAYING = ("cosine", "wsd")
 
 @dataclass(frozen=True)
 class Grid:
-    """What the grid's runs need to know of a profile."""
+    """The parts of a profile that the grid's runs need."""
 
     scaling: Scaling
     model: ModelSettings
     base: Base
     samples: Mapping[str, MeanSample]
-    """A mean sample of each source, from which a run's steps are known before there are shards."""
+    """Mean sample of each source, to estimate a run's steps before there are shards."""
     vocab_size: int | None
-    """Of the tokenizer that the profile trains; None: it trains none."""
+    """Vocabulary size of the tokenizer that the profile trains; None: it trains none."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of the run."""
+        """Name of the run."""
         seed = f"-seed{self.seed}" if self.seed else ""
         return f"grid-{self.size.name}-{self.budget_flops:.2e}-{self.variant}{seed}".replace("+", "")
 
 
 def cells(scaling: Scaling) -> list[Cell]:
-    """The grid's runs: those of the first seed, then further seeds of the corners."""
+    """Return the grid's runs: those with the first seed, then those with further seeds at the corners."""
     budgets = {size.name: size.budgets_flops or scaling.budgets_flops for size in scaling.sizes}
     first = [Cell(size, budget, variant) for size in scaling.sizes for budget in budgets[size.name] for variant in VARIANTS]
     corners = {(size.name, budget) for size in (scaling.sizes[0], scaling.sizes[-1]) for budget in _ends(budgets[size.name])}
@@ -70,7 +70,7 @@ def cells(scaling: Scaling) -> list[Cell]:
 
 
 def grid_changes(grid: Grid, cell: Cell, base: Recipe) -> dict[str, Any]:
-    """What a cell changes in the base recipe. Raises UserError for a schedule that does not decay."""
+    """Return the changes of a cell to the base recipe. Raises UserError for a schedule that does not decay."""
     scaling = grid.scaling
     if base.optimizer.schedule not in DECAYING:
         raise UserError(
@@ -97,7 +97,7 @@ def grid_changes(grid: Grid, cell: Cell, base: Recipe) -> dict[str, Any]:
 
 
 def lr_scale(grid: Grid, size: Size) -> float:
-    """Of the language model's learning rate over the base's. Raises UserError where no rule says it."""
+    """Return the ratio of the language model's learning rate to the base's. Raises UserError if a width is unknown."""
     if size.lr_scale is not None:
         return size.lr_scale
     base, own = llm_width(grid.model.llm), llm_width(size.llm)
@@ -112,16 +112,16 @@ def lr_scale(grid: Grid, size: Size) -> float:
 
 @dataclass(frozen=True)
 class CellPlan:
-    """A cell with what it will take, as far as it is known."""
+    """A cell with its recipe and, as far as known, its number of steps."""
 
     cell: Cell
     recipe: Recipe
     steps: int | None
-    """None as long as neither shards nor stated samples say."""
+    """None if there are neither shards nor stated samples to derive it from."""
 
 
 def planned(grid: Grid, changes: Mapping[str, Any], shards: Path | None = None) -> list[CellPlan]:
-    """Every cell with its recipe and steps. Raises UserError for a grid whose runs cannot be compared."""
+    """Return every cell with its recipe and steps. Raises UserError if the grid's runs cannot be compared."""
     scaling = grid.scaling
     _check_shape(grid)
     found = []
@@ -140,7 +140,7 @@ def planned(grid: Grid, changes: Mapping[str, Any], shards: Path | None = None) 
 
 
 def check_grid(grid: Grid) -> None:
-    """What `planned` checks, for a profile that is being read. Raises ValueError."""
+    """Run the checks of `planned` for a profile that is being read. Raises ValueError if one fails."""
     try:
         planned(grid, {})
     except UserError as error:

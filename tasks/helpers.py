@@ -1,7 +1,7 @@
-"""A phase of many independent steps on several workers: more runs of its deployment, each makes what nobody else is making.
+"""Runs the independent steps of a phase on several workers: helper runs of its deployment make steps that no other run is making.
 
-A step's lock decides who makes it, so helpers need not know of each other. One that dies loses nothing but its own time; where no worker
-takes one, the phase's own run makes everything.
+A step's lock decides which run makes it, so helpers need not know of each other. A helper that dies only loses its own work; if no worker
+takes a helper run, the phase's own run makes everything.
 """
 
 import threading
@@ -26,7 +26,7 @@ from tasks.steps import Step
 
 @contextmanager
 def helped(phase: str, config: PipelineConfig, volume: str, count: int) -> Generator[None]:
-    """While in the block, `count` more runs of the phase's deployment make steps of it; those that still run are cancelled at its end."""
+    """During the block, `count` helper runs of the phase's deployment make steps of it. Runs that are left at its end are cancelled."""
     if not count or not deployment.name:
         yield
         return
@@ -49,7 +49,7 @@ def helped(phase: str, config: PipelineConfig, volume: str, count: int) -> Gener
             for run in runs:
                 state = client.read_flow_run(run.id).state
                 if state and not state.is_final():
-                    # nobody would end one that no worker has taken
+                    # a run that no worker has taken would stay in Cancelling
                     waits = state.is_scheduled()
                     client.set_flow_run_state(run.id, (Cancelled if waits else Cancelling)(message="its phase's run has ended"))
 
@@ -65,10 +65,10 @@ def share(
     stop: threading.Event,
     reporter: Reporter,
 ) -> list[str]:
-    """Make those of independent steps that are missing and that nobody else makes now; returns their names.
+    """Make those of the independent steps that are missing and that no other run is making. Returns their names.
 
-    Run `number` of `of` begins at its own part of the list and goes round. A step that fails is left to the phase's own run, which tries
-    it again and reports it.
+    Run `number` of `of` starts at its own part of the list and wraps around. A step that fails is left to the phase's own run, which
+    retries it and reports the failure.
     """
     first = len(steps) * number // of
     log = get_run_logger()
@@ -83,7 +83,7 @@ def share(
         except (JobStoppedError, InterruptedError):
             raise
         except Exception as error:
-            log.warning("%s failed here, and is left to the phase's own run: %s", step.name, error)
+            log.warning("%s failed here and is left to the phase's own run: %s", step.name, error)
             reporter.ended(step.name, succeeded=False)
             return None
         reporter.ended(step.name, succeeded=True)

@@ -1,4 +1,4 @@
-"""The experiment log on the volume, `knowledge.md`: every finished phase appends what its runs were to show and what they showed, once."""
+"""The experiment log on the volume, `knowledge.md`: every finished phase appends, once, what its runs were meant to show and did show."""
 
 import os
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ an earlier one.
 
 
 def append_experiments(volume: Path, phase: str, digest: str, created_at: str, experiments: Sequence[Experiment]) -> None:
-    """Add the entries of a finished phase, whose result has this digest, if it has any and they are not there yet."""
+    """Append the experiments of a finished phase, unless there are none or the log already has those of this result (`digest`)."""
     if not experiments:
         return
     path, mark = volume / LOG_FILE, f"<!-- {phase} {digest[:16]} -->"

@@ -1,4 +1,4 @@
-"""Makes a step: its result is found on the volume, or its job runs as a subprocess. Nothing in this file knows Prefect."""
+"""Makes a step: finds its result on the volume, or runs its job as a subprocess. This module does not depend on Prefect."""
 
 import shlex
 import shutil
@@ -22,9 +22,9 @@ from tasks.steps import RECORD, Made, OnCodeChange, Step, Verify
 PROBLEMS_SHOWN = 5
 GB = 10**9
 PRELOADED = "fvlm_core.train.preload", "infra.launch"
-"""What a fork server imports."""
+"""Modules that a fork server imports."""
 GRACE_S = 10.0
-"""Time to end for a job that has nothing to save."""
+"""Time to end for a stopped job that has nothing to save."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,15 @@ class How:
     min_free_bytes: int = 0
     """Free space on the volume below which no job starts."""
     stop_grace_s: float | None = None
-    """Time that a training job has to save and end when it is stopped; None: by the size of its checkpoints."""
+    """Time that a stopped training job has to save its state and end; None: derived from the size of its checkpoints."""
     devices: Devices = field(default_factory=lambda: Devices(0))
-    """The GPUs, where several training jobs run at once and each gets its own."""
+    """The GPUs, if concurrent training jobs each get their own."""
     server: ForkServer | None = None
-    """Starts training jobs by fork, and other jobs once it runs; None: each is a new Python."""
+    """Fork server for training jobs and, once it runs, for other jobs; None: each job is a new Python process."""
 
     @classmethod
     def of(cls, machine: Machine) -> "How":
-        """How a profile wants them made. To be closed."""
+        """Return the settings of a profile. The caller must call `close`."""
         return cls(
             verify=machine.verify,
             on_code_change=machine.on_code_change,
@@ -55,7 +55,7 @@ class How:
         )
 
     def close(self) -> None:
-        """End what was started for the sake of several steps."""
+        """Stop the fork server, which several steps share."""
         if self.server:
             self.server.close()
 
@@ -65,16 +65,16 @@ class BusyError(RuntimeError):
 
 
 class Reporter:
-    """Where a step's life is reported; the base class reports nothing."""
+    """Receives reports about steps. The base class ignores them."""
 
     def log(self, message: str) -> None:
-        """Something a reader of the run's log wants to know."""
+        """Report a message for the run's log."""
 
     def progress(self, step: str, report: ProgressReport) -> None:
-        """The job of `step` has got this far."""
+        """Report the progress of the step's job."""
 
     def ended(self, step: str, *, succeeded: bool) -> None:
-        """Nobody here works on `step` any more."""
+        """Report that work on the step has ended here."""
 
 
 def make(
@@ -86,13 +86,13 @@ def make(
     reporter: Reporter | None = None,
     wait: bool = True,
 ) -> Made:
-    """The step's result: found intact on the volume, or made by its job.
+    """Return the step's result: found intact on the volume, or made by its job.
 
-    Only one process makes a step at a time. A folder left half-done by a killed process is handed to the job as it is, to go on from; a
-    finished one that was damaged is made again from nothing.
+    Only one process makes a step at a time. A folder that a killed process left unfinished is given to the job as it is, so that the job
+    can resume; a finished result that is damaged is deleted and made again.
 
-    Raises UserError (the job refuses its input, the disk is full), infra.launch.JobError or JobStoppedError; without `wait` BusyError where
-    another process is making it.
+    Raises UserError (the job rejects its input, or the disk is full), infra.launch.JobError or JobStoppedError, and InterruptedError if
+    `stop` is set while it waits for another process. Without `wait`, raises BusyError if another process is making the step.
     """
     how, reporter = how or How(), reporter or Reporter()
     folder = volume / step.folder
@@ -110,7 +110,7 @@ def make(
             reporter.log(f"{step.name}: found in {step.folder}")
             return found.made
         if (folder / FILE_NAME).exists():
-            reporter.log(f"{step.name}: made again from nothing; {found.reason}")
+            reporter.log(f"{step.name}: made again from scratch; {found.reason}")
             shutil.rmtree(folder)
         _run(step, volume, how, stop, reporter)
         made = step.result(volume)
@@ -162,7 +162,7 @@ def _run(step: Step, volume: Path, how: How, stop: threading.Event | None, repor
 
 
 def _grace_s(step: Step, volume: Path, how: How) -> float:
-    """How long the step's job may take to end when it is stopped."""
+    """Return how long the step's job may take to end after it is stopped."""
     if not step.ranks:
         return GRACE_S
     start = step.inputs.get("init_from")

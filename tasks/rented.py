@@ -1,6 +1,6 @@
-"""What commands and flows for rented machines share: the profile's rental, the account and volume that it names, and the budget as shown.
+"""Shared by commands and flows for rented machines: the profile's rental settings, its account and volume, and the display of the budget.
 
-Nothing in this file knows Prefect.
+This module does not depend on Prefect.
 """
 
 import io
@@ -34,18 +34,18 @@ STORAGE, OTHER = "storage", "other"
 MACHINE = ("gpus", "gpu_count", "cpus", "vcpus", "max_usd_per_hour", "min_cuda")
 """Job variables that say which machine a pool wants."""
 LOOKED_AT = ("phases/", "steps/", "sources/")
-"""Folders of the volume that say what is done."""
+"""Folders of the volume that show what is done."""
 
 
 def rental_of(config: PipelineConfig) -> Rental:
-    """The profile's. Raises UserError where it has none."""
+    """Return the profile's rental settings. Raises UserError if it has none."""
     if config.machine.rental is None:
         raise UserError(f"the profile {config.name} rents no machines", where="machine.rental", fix="use --profile runpod")
     return config.machine.rental
 
 
 def account_of(rental: Rental) -> Account:
-    """The account that RUNPOD_API_KEY opens; the volume as a folder where it is mounted here, else through S3."""
+    """Return the account of RUNPOD_API_KEY. Its volume is used as a folder if it is mounted here, otherwise through S3."""
     return Account(
         Place(
             volume=rental.volume,
@@ -57,7 +57,7 @@ def account_of(rental: Rental) -> Account:
 
 
 def seen_from_home(rental: Rental) -> Path | None:
-    """A folder that looks like the volume to whoever reads manifests; None where there are no keys or no volume yet."""
+    """Return the volume's folder if it is mounted here, otherwise a mirror of its manifests; None if there are no keys or no volume yet."""
     keys = (KEY_VARIABLE, S3_ACCESS_VARIABLE, S3_SECRET_VARIABLE)
     if mounted(rental.mount_path, rental.volume):
         return Path(rental.mount_path)
@@ -76,9 +76,9 @@ def seen_from_home(rental: Rental) -> Path | None:
 
 
 def at_live_prices(config: PipelineConfig) -> Rental:
-    """The profile's rental with today's prices from the catalogue: of each pool's first machine that is in stock where the volume may be.
+    """Return the profile's rental settings with current prices: for each pool, of its first machine in stock where the volume may be.
 
-    Raises RefusedError where a pool's machines are all above its own ceiling, WrongKeyError without RUNPOD_API_KEY.
+    Raises RefusedError if all machines of a pool are above its price limit, WrongKeyError without RUNPOD_API_KEY.
     """
     rental, pools = rental_of(config), config.machine.pools.by_role
     with RunPod(os.environ.get(KEY_VARIABLE, ""), rental.runpod_url) as client:
@@ -97,9 +97,9 @@ def at_live_prices(config: PipelineConfig) -> Rental:
 
 
 def owner_of(account: Account) -> str:
-    """The beginning of the names of the volume's pods.
+    """Return the prefix of the names of the volume's pods.
 
-    Raises RefusedError where the volume is not found, with the pods that may be its own: which they are cannot be known without its id.
+    Raises RefusedError if the volume is not found. The error lists all pods that may belong to it, because they are known only by its id.
     """
     try:
         return owner(account.volume().id)
@@ -115,9 +115,9 @@ def owner_of(account: Account) -> str:
 
 
 def look_after(account: Account, budget: Budget | None) -> list[Reaped]:
-    """End the pods that nobody owns, and bring the ledger up to date. Asks the Prefect server that PREFECT_API_URL names, if it answers.
+    """End orphaned pods, and update the ledger. Asks the Prefect server at PREFECT_API_URL about their flow runs, if it answers.
 
-    A ledger or a bill that cannot be read holds nothing up: what was ended is returned all the same.
+    The ended pods are returned even if the ledger or the bill cannot be read.
     """
     url = os.environ.get("PREFECT_API_URL")
     over = (lambda run: api.run_over(url, os.environ, run)) if url else (lambda run: None)
@@ -131,12 +131,12 @@ def look_after(account: Account, budget: Budget | None) -> list[Reaped]:
 
 
 def budget_of(rental: Rental, store: Store) -> Budget:
-    """The ledger on the volume."""
+    """Return the ledger on the volume, with the cap of the rental settings."""
     return Budget(store, cap_usd=rental.cap_usd, reserve_usd=rental.reserve_usd)
 
 
 def by_phase(entries: tuple[Entry, ...]) -> dict[str, list[Entry]]:
-    """The entries of the ledger by what they were for; those that never came to be are left out."""
+    """Group the entries of the ledger by phase, without those of pods that were never created."""
     found: dict[str, list[Entry]] = {}
     for entry in entries:
         if not entry.released:
@@ -145,7 +145,7 @@ def by_phase(entries: tuple[Entry, ...]) -> dict[str, list[Entry]]:
 
 
 def budget_table(position: Position, now: float) -> Table:
-    """A line per phase, the sum, and the last share of the cap that is to be warned of."""
+    """Return a row per phase, with the total and the highest warning about the cap in the note."""
     horizon = max((one.until for one in position.entries if one.running), default=now)
     rows = []
     for name, mine in by_phase(position.entries).items():
@@ -158,13 +158,13 @@ def budget_table(position: Position, now: float) -> Table:
 
 
 def bill_table(store: Store, position: Position, now: float) -> Table | None:
-    """Plan against bill, step by step; None where no run was planned on this volume."""
+    """Return plan and bill side by side, step by step; None if no run was planned on this volume."""
     planned = recorded_plan(store)
     return bill_against_plan(planned, billed_by_step(store, by_phase(position.entries), now)) if planned else None
 
 
 def budget_plot(position: Position, now: float) -> bytes:
-    """A PNG: spent and promised by phase, against the cap."""
+    """Return a PNG with the cost by phase: spent so far, and committed up to the deadlines."""
     from matplotlib.figure import Figure
 
     phases = by_phase(position.entries)

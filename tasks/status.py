@@ -1,4 +1,4 @@
-"""How far a phase is: a small file on the volume for whoever watches. Nothing in this file knows Prefect."""
+"""The progress of a phase, in a small file on the volume. This module does not depend on Prefect."""
 
 from pathlib import Path
 from typing import Self
@@ -12,28 +12,28 @@ FILE_NAME = "status.json"
 
 
 class PhaseStatus(Settings):
-    """A moment of a phase."""
+    """The progress of a phase at one moment."""
 
     phase: str
     total: int
     """Steps of the phase."""
     done: int = 0
     running: dict[str, ProgressReport | None] = Field(default_factory=dict)
-    """Steps that run now; None until their job reports."""
+    """Progress of the steps that are running; None until their job reports."""
 
     @property
     def percent(self) -> float:
-        """Share of the phase that is done, in percent, with the running steps' own progress."""
+        """Share of the phase that is done, in percent, including the progress of running steps."""
         parts = sum(report.step / report.total for report in self.running.values() if report and report.total)
         return min(100.0, 100 * (self.done + parts) / max(1, self.total))
 
     def text(self) -> str:
-        """A line for a person, e.g. `1 of 3 steps; stage2: 40/120, loss 2.131, 35 s left`."""
+        """Return the progress as a line of text, e.g. `1 of 3 steps; stage2: 40/120, loss 2.131, 35 s left`."""
         return "; ".join([f"{self.done} of {self.total} steps", *(describe(name, report) for name, report in self.running.items())])
 
     @classmethod
     def read(cls, folder: Path, *, since: float = 0.0) -> Self | None:
-        """The status of the phase in `folder`, or None where there is none written after `since` (seconds since the epoch)."""
+        """Return the status of the phase in `folder`, or None if none was written since `since` (seconds since the epoch)."""
         path = folder / FILE_NAME
         try:
             return cls.model_validate_json(path.read_bytes()) if path.stat().st_mtime >= since else None
@@ -42,7 +42,7 @@ class PhaseStatus(Settings):
 
 
 def describe(name: str, report: ProgressReport | None) -> str:
-    """A running step for a person, e.g. `stage2: 40/120, loss 2.131, 35 s left`."""
+    """Return the progress of a running step as text, e.g. `stage2: 40/120, loss 2.131, 35 s left`."""
     if report is None:
         return f"{name}: starting"
     parts = [f"{name}: {report.step}/{report.total}"]

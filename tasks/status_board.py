@@ -1,4 +1,4 @@
-"""Keeps a phase's status: on the volume, and as a progress artifact in Prefect's UI."""
+"""Publishes a phase's status: on the volume, and as a progress artifact in Prefect's UI."""
 
 import logging
 import threading
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class StatusBoard:
-    """Keeps a phase's status: in `status.json` at once, in the UI's progress artifact every few seconds. Used by several threads."""
+    """Publishes a phase's status: in `status.json` at once, in the UI's progress artifact every few seconds. Thread-safe."""
 
     ARTIFACT_INTERVAL_S = 3.0
 
@@ -30,11 +30,11 @@ class StatusBoard:
         write_atomically(folder / FILE_NAME, self.status.model_dump_json().encode())
 
     def running(self, step: str, report: ProgressReport | None) -> None:
-        """`step` runs and has got this far."""
+        """Set the progress of a running step."""
         self._change(lambda status: {"running": status.running | {step: report}})
 
     def ended(self, step: str, *, succeeded: bool) -> None:
-        """`step` runs no longer; `succeeded` if it has its result."""
+        """Set a step as no longer running; `succeeded` if it has its result."""
 
         def change(status: PhaseStatus) -> dict[str, object]:
             self.succeeded |= {step} if succeeded else set()
@@ -43,11 +43,11 @@ class StatusBoard:
         self._change(change)
 
     def finish(self) -> None:
-        """The phase is done."""
+        """Set the phase as done."""
         self._change(lambda status: {"done": status.total, "running": {}}, now=True)
 
     def _change(self, change: Callable[[PhaseStatus], dict[str, object]], *, now: bool = False) -> None:
-        """`change` says what becomes of the status there is then: other threads change it too."""
+        """Update the status under the lock. `change` gets the status at that time, because other threads change it too."""
         with self.lock:
             self.status = self.status.model_copy(update=change(self.status))
             try:
@@ -55,5 +55,5 @@ class StatusBoard:
                 if now or time.monotonic() - self.sent > self.ARTIFACT_INTERVAL_S:
                     self.sent = time.monotonic()
                     update_progress_artifact(self.artifact, self.status.percent, self.status.text())
-            except Exception as error:  # of the disk or of Prefect's client; what it shows goes on, and would be stopped by it
+            except Exception as error:  # an error of the disk or of Prefect's client must not stop the phase
                 log.warning("the status of %s was not shown: %s", self.status.phase, error)

@@ -1,9 +1,9 @@
-"""What a step is: one job of fvlm_core, its settings, its inputs, and the folder on the volume that its result gets.
+"""What a step is: one job of fvlm_core, its settings, its inputs, and the folder on the volume for its result.
 
-**A step is done when its folder holds a manifest whose files are intact.** Nothing else decides that; Prefect's cache is the record of
-it in the UI. The folder's name ends in a key: the hash of the step's settings and of its inputs' digests. So a changed setting gives
-a new folder for that step and for all that depend on it, and for nothing else. Settings hold no paths: the folder of an input is put in
-its place when the job starts, so a volume can be moved. Nothing in this file knows Prefect.
+**A step is done when its folder holds a manifest whose files are intact.** Nothing else decides that; Prefect's cache only records it for
+the UI. The folder's name ends in a cache key: the hash of the step's settings and of its inputs' digests. A changed setting thus gives a
+new folder to that step and to all that depend on it, and to no others. Settings hold no paths: the folders of the inputs are filled in when
+the job starts, so that a volume can be moved. This module does not depend on Prefect.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,11 +21,11 @@ from fvlm_core.settings import Settings, hash_json
 STEPS = "steps"
 """Folder of the volume that holds a folder per step."""
 RECORD = "step.json"
-"""In a step's folder: what the step was made of, for whoever asks why another one is made."""
+"""File in a step's folder with its settings and inputs, by which a plan explains why another step of this name has to be made."""
 KEY_LENGTH = 12
-"""Hex digits of a key in folder names: 48 bits, no collision in any number of steps a volume will hold."""
+"""Hex digits of a key in folder names: 48 bits, so that no two steps of a volume will ever collide."""
 KEY_FORMAT = 1
-"""Raised when keys are made in another way, so that no old folder is mistaken for a new one."""
+"""Increased when keys are computed in another way, so that no old folder is mistaken for a new one."""
 
 Verify = Literal["sha256", "sizes"]
 OnCodeChange = Literal["warn", "rerun", "ignore"]
@@ -40,22 +40,22 @@ class Made(Settings):
     digest: str
 
     def manifest(self, volume: Path) -> AnyManifest:
-        """The step's manifest."""
+        """Return the step's manifest."""
         return AnyManifest.read(volume / self.folder)
 
     def problems(self, volume: Path, verify: Verify) -> list[str]:
-        """What is missing or damaged, or differs from what was made; empty when the result is intact."""
+        """Return what is missing, damaged or different from the result that was made; empty if the result is intact."""
         folder = volume / self.folder
         try:
             manifest = AnyManifest.read(folder)
         except UserError as error:
             return [f"{self.folder}: {error.what.splitlines()[0]}"]
         if manifest.digest != self.digest:
-            return [f"{self.folder}: made again since, with another result"]
+            return [f"{self.folder}: it has been made again, with a different result"]
         return [f"{self.folder}/{problem}" for problem in manifest_problems(manifest, folder, verify)]
 
     def file(self, path: str) -> "File":
-        """A file in its folder, as an input."""
+        """Return a file in its folder as an input."""
         return File(self, path)
 
 
@@ -65,7 +65,7 @@ class Outside:
 
     path: Path
     digest: str
-    """What is there; empty where a result does not depend on it, as on a program's place."""
+    """Digest of the content; empty if results do not depend on it, e.g. on the location of a program."""
 
 
 @dataclass(frozen=True)
@@ -77,21 +77,21 @@ class File:
 
 
 class Finding(NamedTuple):
-    """What is in a step's folder."""
+    """The state of a step's folder."""
 
     made: Made | None
-    """The result, where there is an intact one."""
+    """The result, if there is an intact one."""
     reason: str = ""
-    """Why it has to be made, where it has."""
+    """Why the step has to be made, if it has to."""
     other_code: tuple[str, ...] = ()
-    """How the code that made it differs from that of now."""
+    """How the code that made the result differs from the current code."""
 
 
 class StepRecord(Settings):
-    """`step.json`."""
+    """The content of `step.json`."""
 
     settings: dict[str, Any]
-    """Without what only says how the job is done."""
+    """Settings that the result depends on."""
     inputs: dict[str, str]
     """Digest of each input by the setting it fills."""
 
@@ -105,16 +105,16 @@ class Step:
     module: str
     """Run as `python -m MODULE job.yaml`, or under torchrun."""
     settings: dict[str, Any]
-    """The job's settings, without `output`; those that are inputs hold anything."""
+    """The job's settings, without `output`. The values of settings that inputs fill are ignored."""
     inputs: Mapping[str, "Given"] = field(default_factory=dict)
-    """What fills a setting, by its dotted path: a result's folder, a file in it, something outside the volume, or a list of these."""
+    """Inputs by dotted path of the setting they fill: a result's folder, a file in it, something outside the volume, or a list of these."""
     identity: dict[str, Any] | None = None
-    """The settings that the result depends on, where not all of them."""
+    """The settings that the result depends on; None: all of them."""
     ranks: int = 0
-    """Processes of a torchrun job on each node; 0 is a plain process. Results do not depend on it: no part of the key, as what follows."""
+    """Processes of a torchrun job on each node; 0: a plain process. Like the next fields, it does not affect the result or the key."""
     nodes: int = 1
     rendezvous: str | None = None
-    """`host:port` of the first node, where there are several."""
+    """`host:port` of the first node, if there are several."""
     threads: int = 1
     """OMP_NUM_THREADS of the job."""
 
@@ -129,13 +129,13 @@ class Step:
         threads: int = 1,
         **more: Any,
     ) -> "Step":
-        """The step of a job whose settings are a part of the profile and `more`."""
+        """Create the step of a job whose settings are a part of the profile and `more`."""
         settings = part.model_dump(mode="json") | more
         return cls(name, module, settings, inputs or {}, identity=part.identity_values() | more, threads=threads)
 
     @property
     def key(self) -> str:
-        """Identity of the result, before it is made. Every input must have been made."""
+        """Cache key of the result, known before the result is made. All inputs must have been made."""
         outside = {path: one.digest for path, one in self._flat_inputs() if isinstance(one, Outside) and one.digest}
         made = {path: digest for path, digest in self.input_digests().items() if path not in outside}
         return hash_json([self.name, self.module, KEY_FORMAT, self._own_settings, made, outside])[:KEY_LENGTH]
@@ -147,22 +147,22 @@ class Step:
 
     @property
     def record(self) -> StepRecord:
-        """What it is made of."""
+        """The settings and inputs that its result is made from."""
         return StepRecord(settings=self._own_settings, inputs=self.input_digests())
 
     @property
     def _own_settings(self) -> dict[str, Any]:
-        """What its result depends on besides its inputs."""
+        """The settings that its result depends on, without inputs."""
         given = self.identity if self.identity is not None else self.settings
         return {name: value for name, value in given.items() if name not in self.inputs}
 
     @property
     def needs(self) -> "list[Step]":
-        """The steps among its inputs: those that are not made yet."""
+        """The inputs that are not made yet, and so are still steps."""
         return [one for _, given in self._flat_inputs() if isinstance(one := given.of if isinstance(given, File) else given, Step)]
 
     def bound(self, made: Mapping[str, Made]) -> "Step":
-        """The step with results, by step name, in place of the steps among its inputs; those that are not there stay."""
+        """Return the step with `made`, the results by step name, in place of the steps among its inputs. Other inputs stay."""
 
         def bind(one: "Input") -> "Input":
             if isinstance(one, File):
@@ -173,15 +173,15 @@ class Step:
         return replace(self, inputs=inputs)
 
     def lock(self, volume: Path) -> Path:
-        """Held by the process that writes its folder."""
+        """Return the path of the lock that the process that writes its folder holds."""
         return volume / STEPS / ".locks" / Path(self.folder).name
 
     def file(self, path: str) -> File:
-        """A file in its folder, as an input."""
+        """Return a file in its folder as an input."""
         return File(self, path)
 
     def input_digests(self) -> dict[str, str]:
-        """Digest of each input, with the path in it where it is a file, by the setting it fills."""
+        """Return the digest of each input by the setting it fills; for a file of a result, with the file's path."""
         digests = {}
         for path, given in self._flat_inputs():
             source = given.of if isinstance(given, File) else given
@@ -192,7 +192,7 @@ class Step:
         return digests
 
     def job_settings(self, volume: Path) -> dict[str, Any]:
-        """The settings with `output` and every input as absolute paths."""
+        """Return the settings with `output` and every input as absolute paths."""
         paths = {
             path: [_place(one, volume) for one in given] if isinstance(given, Sequence) else _place(given, volume)
             for path, given in self.inputs.items()
@@ -202,7 +202,7 @@ class Step:
         return {"output": str(volume / self.folder)} | dotted.with_changes(self.settings, deep) | top
 
     def find(self, volume: Path, verify: Verify, on_code_change: OnCodeChange = "warn") -> Finding:
-        """What is in the step's folder."""
+        """Look for an intact result in the step's folder."""
         folder = volume / self.folder
         if not (folder / FILE_NAME).is_file():
             return Finding(None, "not made yet" if not folder.exists() else "begun, not finished")
@@ -217,7 +217,7 @@ class Step:
         return Finding(made, other_code=other)
 
     def result(self, volume: Path) -> Made | None:
-        """What the folder's manifest says was made, unchecked; None where it cannot be read."""
+        """Return the result according to the folder's manifest, without checking its files; None if the manifest cannot be read."""
         try:
             return Made(name=self.name, folder=self.folder, digest=AnyManifest.read(volume / self.folder).digest)
         except UserError:
@@ -237,7 +237,7 @@ Given = Input | Sequence[Input]
 
 
 def in_waves(steps: list[Step]) -> Iterator[list[Step]]:
-    """The steps in groups: those of a group need only results of the groups before. Raises ValueError for steps that need each other."""
+    """Yield the steps in groups that only need results of earlier groups. Raises ValueError for circular dependencies."""
     left, names = list(steps), {step.name for step in steps}
     done: set[str] = set()
     while left:
@@ -250,7 +250,7 @@ def in_waves(steps: list[Step]) -> Iterator[list[Step]]:
 
 
 def read_record(folder: Path) -> StepRecord | None:
-    """What the step in `folder` was made of, or None where that is not known."""
+    """Return the record of the step in `folder`, or None if there is none."""
     try:
         return StepRecord.model_validate_json((folder / RECORD).read_bytes())
     except (OSError, ValidationError):
@@ -258,7 +258,7 @@ def read_record(folder: Path) -> StepRecord | None:
 
 
 def manifest_problems(manifest: Manifest, folder: Path, verify: Verify) -> list[str]:
-    """What is missing or damaged; with `sizes`, contents are not read (for volumes too large to hash on every run)."""
+    """Return what is missing or damaged. With `sizes`, contents are not read, for volumes that are too large to hash on every run."""
     if verify == "sha256":
         return manifest.problems(folder)
     problems = []

@@ -1,4 +1,4 @@
-"""Waits for a flow run of a deployment, and notices when nobody is left who could bring it to its end."""
+"""Waits for a flow run of a deployment, and detects that nothing is left that could finish it."""
 
 import time
 from datetime import datetime
@@ -13,20 +13,20 @@ from prefect.settings import get_current_settings
 from prefect.states import Crashed
 
 POLL_S = 1.0
-"""Between looks at the run's state; each costs the server 30 ms of a core, which its jobs could use."""
+"""Interval between polls of the run's state; each costs 30 ms of CPU time on the server, which jobs could use."""
 LOOK_S = 10.0
-"""Between looks at signs of life; they cost the server more."""
+"""Interval between checks for signs of life, which cost the server more."""
 UNPOLLED_S = 120.0
-"""Silence of a work queue's workers. They ask for work every two seconds (every ten by Prefect's default), and the server itself calls a
-queue not ready after 60; twice that allows for a machine that is very busy, or for a worker that is being started anew."""
+"""Time without a poll of the work queue after which a waiting run is lost. Workers poll every two seconds (every ten by Prefect's default),
+and the server itself calls a queue not ready after 60; twice that allows for a very busy machine, or for a worker that is restarting."""
 MISSED_HEARTBEATS = 5
-"""In a row, of a running flow run. One gets lost with its connection or comes late; of five, with the default of 30 s two and a half
-minutes, the process or its host is gone."""
+"""Consecutive missed heartbeats after which a running flow run is lost. A single one may be late or lost with its connection; after five,
+two and a half minutes with the default of 30 s, the process or its host is gone."""
 HEARTBEAT = "prefect.flow-run.heartbeat"
 
 
 class LostRunError(RuntimeError):
-    """Nobody is left who could bring the flow run to its end; it has been marked Crashed."""
+    """Nothing is left that could finish the flow run. It has been marked Crashed, or was deleted."""
 
 
 def wait_for_run(
@@ -38,13 +38,13 @@ def wait_for_run(
     poll_s: float = POLL_S,
     look_s: float = LOOK_S,
 ) -> State[Any]:
-    """Wait until the flow run has ended; returns its last state, of whatever type.
+    """Wait until the flow run has ended, and return its last state, of whatever type.
 
-    A run that is to start may wait as long as a worker asks its queue for work, or the queue or its pool are paused: for its turn
-    on a GPU, say. One that runs may take as long as it sends heartbeats; `silent_s` is how long it may send none (default:
-    MISSED_HEARTBEATS of this process's own interval; no limit where the user has turned heartbeats off). A paused run may wait for ever.
+    A run that has not started may wait, e.g. for a GPU, as long as workers poll its queue, or while the queue or its pool is paused. A
+    running one may take as long as it sends heartbeats; `silent_s` is how long it may send none (default: MISSED_HEARTBEATS times this
+    process's own interval; no limit if the user has turned heartbeats off). A paused run may wait forever.
 
-    Raises LostRunError: the run was deleted, no worker has asked for it for `unpolled_s`, or its process has fallen silent.
+    Raises LostRunError if the run was deleted, no worker has polled its queue for `unpolled_s` seconds, or its process is silent.
     """
     interval = get_current_settings().flows.heartbeat_frequency
     if silent_s is None and interval is not None:
@@ -71,14 +71,14 @@ def wait_for_run(
 
 
 def _runs(run: FlowRun) -> bool:
-    """Whether a process of its own works on it."""
+    """Return whether a process is executing the run."""
     return run.state is not None and run.state.type in (StateType.RUNNING, StateType.CANCELLING)
 
 
 def _sign_of_life(client: SyncPrefectClient, run: FlowRun) -> datetime | None:
-    """The newest heartbeat of a run that runs, else the last time that a worker asked its queue for work.
+    """Return the newest heartbeat of a run that is running, otherwise the last poll of its queue.
 
-    Only compared with an earlier one: clocks of other hosts may be wrong.
+    It is only compared with an earlier one, because the clocks of other hosts may be wrong.
     """
     if _runs(run):
         wanted = EventFilter(
@@ -93,7 +93,7 @@ def _sign_of_life(client: SyncPrefectClient, run: FlowRun) -> datetime | None:
 
 
 def _may_wait(client: SyncPrefectClient, run: FlowRun) -> bool:
-    """Whether somebody has stopped the run, its queue or its pool on purpose, or it is for no worker at all."""
+    """Return whether the run, its queue or its pool was paused on purpose, or the run needs no worker."""
     if _runs(run):
         return False
     if run.state is not None and run.state.is_paused():
@@ -104,7 +104,7 @@ def _may_wait(client: SyncPrefectClient, run: FlowRun) -> bool:
 
 
 def _give_up(client: SyncPrefectClient, run: FlowRun, silence_s: float, *, running: bool) -> None:
-    """Mark the run Crashed, so that nobody else waits for it, and raise LostRunError."""
+    """Mark the run Crashed, so that nothing else waits for it, and raise LostRunError."""
     if running:
         reason = f"its process has not been heard of for {silence_s:.0f} s"
     else:

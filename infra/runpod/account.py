@@ -1,4 +1,4 @@
-"""Where RunPod, the volume and the keys to both are, and what is reached with them."""
+"""A RunPod account with one of its volumes: their addresses and keys, and the clients for them."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ S3_ACCESS_VARIABLE, S3_SECRET_VARIABLE = "RUNPOD_S3_ACCESS_KEY", "RUNPOD_S3_SECR
 
 
 def mounted(path: str, volume: str) -> str | None:
-    """The path, where the volume of that name or id is mounted there."""
+    """Return `path` if the volume with this name or id is mounted there, otherwise None."""
     try:
         known = json.loads((Path(path) / IDENTITY).read_text())
     except (OSError, ValueError):
@@ -31,27 +31,27 @@ def mounted(path: str, volume: str) -> str | None:
 
 @dataclass(frozen=True)
 class Place:
-    """One account and one of its volumes. What is left out comes from the environment."""
+    """One account and one of its volumes. Keys that are None come from the environment."""
 
     volume: str
     """Name or id."""
     runpod_url: str = API_URL
     s3_url: str | None = None
     folder: str | None = None
-    """Where the volume is mounted here; without it, it is reached through S3."""
+    """Where the volume is mounted on this machine; None: it is accessed through S3."""
     key: SecretStr | None = field(default=None, repr=False)
     s3_access_key: str | None = field(default=None, repr=False)
     s3_secret_key: SecretStr | None = field(default=None, repr=False)
 
     @property
     def identity(self) -> str:
-        """Equal for equal places; tells no key."""
+        """A hash that is equal for equal places and does not reveal the key."""
         key = self.key.get_secret_value() if self.key else ""
         return hashlib.sha256(f"{self.runpod_url}|{self.volume}|{self.s3_url}|{self.folder}|{key}".encode()).hexdigest()
 
 
 class Account:
-    """What a place gives access to. Nothing is asked before it is needed."""
+    """The clients for a place. No request is sent before it is needed."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
@@ -59,7 +59,7 @@ class Account:
         self.client = RunPod(key, place.runpod_url)
 
     def volume(self) -> Volume:
-        """The volume. Raises RefusedError where the account has none of that name or id."""
+        """Return the volume. Raises RefusedError unless the account has exactly one with this name or id."""
         return self._volume
 
     @cached_property
@@ -77,7 +77,7 @@ class Account:
 
     @cached_property
     def store(self) -> Store:
-        """The volume's small files: of the folder where it is mounted, else through S3."""
+        """The volume's small files: in the folder if it is mounted here, otherwise through S3."""
         if self.place.folder:
             return FolderStore(Path(self.place.folder))
         volume = self.volume()
@@ -85,14 +85,14 @@ class Account:
         secret = self.place.s3_secret_key.get_secret_value() if self.place.s3_secret_key else os.environ.get(S3_SECRET_VARIABLE)
         if not access or not secret:
             raise RefusedError(
-                "no key for the volume's S3 side, where the budget is kept",
+                "no key for the volume's S3 API, where the budget is kept",
                 where=f"{S3_ACCESS_VARIABLE}, {S3_SECRET_VARIABLE}",
-                fix="make an S3 API key at https://console.runpod.io/user/settings; it is another one than RUNPOD_API_KEY",
+                fix="make an S3 API key at https://console.runpod.io/user/settings; it is not the same as RUNPOD_API_KEY",
             )
         return S3Store(connect(volume.dataCenter, access, secret, url=self.place.s3_url), volume.id)
 
     def outcome(self, pod: str) -> str:
-        """How the pod's job says that it ended; empty where it says nothing, or where the volume cannot be reached."""
+        """Return how the pod's job ended, as the pod recorded it; empty if it did not, or if the volume cannot be reached."""
         try:
             content = self.store.read(f"{PODS}/{pod}/{OUTCOME}")
             return str(json.loads(content)["reason"]) if content else ""

@@ -1,4 +1,4 @@
-"""Compares the ledger with RunPod's bill, and takes over what RunPod says."""
+"""Compares the ledger with RunPod's bill, and adopts the billed amounts."""
 
 from collections import defaultdict
 from dataclasses import replace
@@ -13,7 +13,7 @@ CENT = 0.01
 def reconcile(client: RunPod, budget: Budget) -> list[str]:
     """Write into the ledger what RunPod has billed for each pod and volume.
 
-    Returns a line for each whose bill has become complete and differs by a cent or more.
+    Returns a line for each whose bill has become complete and differs from the ledger's estimate by a cent or more.
     """
     entries = [entry for entry in budget.entries() if not entry.released]
     if not entries:

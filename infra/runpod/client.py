@@ -1,7 +1,7 @@
-"""RunPod's REST API, version 2: the few calls that this project makes. Version 1 and GraphQL are not spoken; both end.
+"""A client for RunPod's REST API v2, with the few calls that this project makes. It does not use v1 or GraphQL, which RunPod is retiring.
 
-What every caller would have to think of is done here: waiting when there are too many requests, trying again what failed on the way,
-and never creating a second pod because the answer to the first request was lost.
+It does what every caller would otherwise have to do: respect the rate limit, retry after transient errors, and never create a second pod
+because the response to the first request was lost.
 """
 
 import json
@@ -24,14 +24,15 @@ USER_AGENT = "fvlm/0.1 python-httpx"
 """Without one, or with urllib's own, RunPod's edge answers 403."""
 TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 CREATE_TIMEOUT = httpx.Timeout(90.0, connect=10.0)
-"""A create waits for a machine to be found."""
+"""A create request waits until a machine is found."""
 LOG_TIMEOUT = httpx.Timeout(60.0, connect=10.0)
 ATTEMPTS = 5
 FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 30.0
 LOOKS = 4
-"""For a pod whose creation was not answered: some 15 s."""
+"""Attempts to find a pod whose create request got no response; about 15 s in all."""
 CURSORS = ("nextCursor", "next_cursor", "nextPageToken", "cursor")
-"""Fields of a list's reply that lead to its next page. The document has none yet; a pod on a page that nobody read would be billed on."""
+"""Fields of a list response that may hold the cursor of the next page. The API document has none yet, but a pod on an unread page would
+go on being billed."""
 PAGES = 1000
 
 Bucket = Literal["hour", "day", "week", "month", "year"]
@@ -40,10 +41,10 @@ log = logging.getLogger(__name__)
 
 
 class RunPod:
-    """A client. Its methods may be called by several threads; they raise RunPodError. Use it as a context manager, or `close` it."""
+    """A client for RunPod's API. Thread-safe; its methods raise RunPodError. Use it as a context manager, or `close` it."""
 
     def __init__(self, key: str, url: str = API_URL, *, sleep: Callable[[float], None] = time.sleep, attempts: int = ATTEMPTS) -> None:
-        """`sleep` is what waiting is done with."""
+        """`sleep` is the function that is called to wait."""
         if not key.strip():
             raise WrongKeyError(
                 "no key for RunPod's API", where="RUNPOD_API_KEY", fix="set it to a key from https://console.runpod.io/user/settings"
@@ -59,13 +60,13 @@ class RunPod:
         self.close()
 
     def close(self) -> None:
-        """Let the connections go."""
+        """Close the connections."""
         self._http.close()
 
     def create_pod(self, request: CreatePod) -> Pod:
-        """Rent a pod. Its name must be new: by it a pod is found whose answer was lost.
+        """Rent a pod. Its name must be unique: if the response is lost, the pod is found by its name.
 
-        Raises NoCapacityError, NoBalanceError, InvalidRequestError; UnavailableError where it is not known whether there is a pod now.
+        Raises NoCapacityError, NoBalanceError or InvalidRequestError; UnavailableError if it is unknown whether the pod was created.
         """
         body = request.model_dump(mode="json", exclude_none=True)
         for attempt in range(self._attempts):
@@ -86,16 +87,16 @@ class RunPod:
             except RunPodError as error:
                 if attempt == 0:
                     raise
-                # the request that was not answered may have made the pod, and taken the last machine for it
+                # the request without a response may have created the pod on the last free machine
                 if found := self._appears(request.name):
                     return found
-                what = f"RunPod: whether there is a pod {request.name} is not known: the first request for it was not answered, and then"
+                what = f"RunPod: it is unknown whether the pod {request.name} exists: the first request for it was not answered, and then"
                 fix = "look at the console; the reaper ends such a pod"
                 raise UnavailableError(f"{what} {error.what.removeprefix('RunPod: ')}", where=error.where or self.url, fix=fix) from error
         raise AssertionError
 
     def _appears(self, name: str) -> Pod | None:
-        """The pod of that name, which may be listed late."""
+        """Return the pod of this name, which may be listed late; None if it does not appear."""
         for look in range(LOOKS):
             if found := self.pod_named(name):
                 return found
@@ -103,29 +104,29 @@ class RunPod:
         return None
 
     def _end_twins(self, pod: Pod) -> None:
-        """End pods of the same name: one whose creation was not answered may be listed late."""
+        """End other pods of the same name: a pod whose create request got no response may be listed late."""
         try:
             for twin in self.pods():
                 if twin.name == pod.name and twin.id != pod.id:
                     log.warning("%s had been created before as pod %s, which is ended", pod.name, twin.id)
                     self.terminate(twin.id)
-        except RunPodError as error:  # the poller ends it
-            log.warning("a second pod of the name %s was not looked for: %s", pod.name, error.what)
+        except RunPodError as error:  # if there is one, the poller ends it
+            log.warning("it was not checked whether there is a second pod of the name %s: %s", pod.name, error.what)
 
     def pods(self) -> list[Pod]:
-        """All pods of the account, on all pages; terminated ones are not listed."""
+        """Return all pods of the account. Terminated pods are not listed."""
         return [_parsed(Pod, one) for one in self._list("/v2/pods", "pods")]
 
     def pod(self, pod: str) -> Pod:
-        """A pod by its id."""
+        """Return a pod by id. Raises NotFoundError if there is none."""
         return _parsed(Pod, self._send("GET", f"/v2/pods/{pod}"))
 
     def pod_named(self, name: str) -> Pod | None:
-        """The pod of that name."""
+        """Return the pod of this name, or None."""
         return next((pod for pod in self.pods() if pod.name == name), None)
 
     def terminate(self, pod: str) -> bool:
-        """End a pod and what it costs, in whatever state it is; False where it was gone already."""
+        """Terminate a pod in any state, which ends its cost. Returns False if it is already gone."""
         try:
             self._send("DELETE", f"/v2/pods/{pod}")
         except NotFoundError:
@@ -133,12 +134,12 @@ class RunPod:
         return True
 
     def act(self, pod: str, action: Literal["start", "stop", "restart", "terminate"]) -> Pod | None:
-        """Change a pod's state. Raises WrongStateError where its state does not allow that."""
+        """Change a pod's state. Raises WrongStateError if its current state does not allow that."""
         reply = self._send("POST", f"/v2/pods/{pod}/action", json={"action": action})
         return _parsed(Pod, reply) if reply else None
 
     def logs(self, pod: str, *, after: str | None = None, tail: int = 0) -> Iterator[LogLine]:
-        """The lines of a pod's log: those after the event `after`, or the last `tail`; then as they come, until the stream ends."""
+        """Yield the lines of a pod's log: those after the event `after`, or the last `tail`, then new lines until the stream ends."""
         headers = {"Last-Event-ID": after} if after else {}
         try:
             with self._http.stream("GET", f"/v2/pods/{pod}/logs", params={"tail": tail}, headers=headers, timeout=LOG_TIMEOUT) as reply:
@@ -160,7 +161,7 @@ class RunPod:
         return [_parsed(Volume, one) for one in self._list("/v2/network-volumes", "networkVolumes")]
 
     def create_volume(self, request: CreateVolume) -> Volume:
-        """Make a network volume, unless one of that name is there: it is found again where the answer was lost."""
+        """Create a network volume, or return the one of this name. If the response is lost, the volume is found by its name."""
         if found := next((one for one in self.volumes() if one.name == request.name), None):
             return found
         try:
@@ -171,7 +172,7 @@ class RunPod:
             raise
 
     def delete_volume(self, volume: str) -> bool:
-        """Delete a volume with everything on it; False where it was gone already."""
+        """Delete a volume with everything on it. Returns False if it is already gone."""
         try:
             self._send("DELETE", f"/v2/network-volumes/{volume}")
         except NotFoundError:
@@ -179,12 +180,12 @@ class RunPod:
         return True
 
     def gpus(self, *, count: int = 1) -> list[GpuType]:
-        """The GPUs on offer, with prices of one and stock for `count` per data centre."""
+        """Return the GPUs on offer, with the price of a single one and, per data centre, the stock for `count` of them."""
         asked = {"include": "AVAILABILITY", "product": "POD", "count": count, "cloud": "SECURE"}
         return [_parsed(GpuType, one) for one in self._list("/v2/catalog/gpus", "gpus", asked)]
 
     def cpus(self, *, vcpus: int = 2) -> list[CpuType]:
-        """The CPU flavours on offer, with stock for `vcpus` per data centre."""
+        """Return the CPU flavours on offer, with the stock for `vcpus` vCPUs per data centre."""
         asked = {"include": "AVAILABILITY", "product": "POD", "vcpuCount": vcpus}
         return [_parsed(CpuType, one) for one in self._list("/v2/catalog/cpus", "cpus", asked)]
 
@@ -193,17 +194,17 @@ class RunPod:
         return [_parsed(DataCenter, one) for one in self._list("/v2/catalog/datacenters", "dataCenters", {"include": "GPU_AVAILABILITY"})]
 
     def billed_pods(self, start: datetime, end: datetime, *, bucket: Bucket = "hour") -> list[Billed]:
-        """What each pod cost, per period."""
+        """Return what each pod cost per `bucket` of time."""
         return self._billed("/v2/billing/pods", start, end, bucket)
 
     def billed_volumes(self, start: datetime, end: datetime, *, bucket: Bucket = "hour") -> list[Billed]:
-        """What each network volume cost, per period."""
+        """Return what each network volume cost per `bucket` of time."""
         return self._billed("/v2/billing/network-volumes", start, end, bucket)
 
     def balance_usd(self) -> float | None:
-        """The account's credit; None where the service offers no such call.
+        """Return the account's balance, or None if the service offers no such call.
 
-        The call is newer than the OpenAPI document that this client is tested against, so the service's own document is asked for its path.
+        The call is newer than the OpenAPI document that this client is tested against, so its path is read from the service's own document.
         """
         document = self._send("GET", "/v2/openapi.json")
         for path, operations in document.get("paths", {}).items():
@@ -217,7 +218,7 @@ class RunPod:
         return [_parsed(Billed, one) for one in self._list(path, "records", asked)]
 
     def _list(self, path: str, field: str, asked: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-        """All entries of a list, following its pages."""
+        """Return all entries of a list, from all of its pages."""
         entries: list[dict[str, Any]] = []
         page: dict[str, str] = {}
         seen: set[str] = set()
@@ -242,7 +243,7 @@ class RunPod:
         timeout: httpx.Timeout = TIMEOUT,
         attempts: int | None = None,
     ) -> dict[str, Any]:
-        """A request's reply as JSON. Tries again after 429, and `attempts` times in all after 5xx or where no answer came."""
+        """Send a request and return the JSON response. Retries after 429; makes up to `attempts` attempts after 5xx or no response."""
         left = self._attempts if attempts is None else attempts
         for attempt in range(self._attempts):
             try:

@@ -1,4 +1,4 @@
-"""The code that pods run: an archive of the checkout on the volume, named by its commit, put there once."""
+"""Uploads the code that pods run: an archive of the checkout, named by its commit and uploaded once."""
 
 import gzip
 import hashlib
@@ -13,15 +13,15 @@ from infra.store import Store
 
 CLEAN_LENGTH, CHANGES_LENGTH = 16, 8
 COMMIT_FILE = ".commit"
-"""In the archive, which has no .git: the commit that it is of, for the manifests of what is made with it."""
+"""File in the archive, which has no .git, with the commit of the code; manifests record it."""
 LARGEST_BYTES = 50_000_000
-"""Of the archive; more is no code."""
+"""Maximum size of the archive; a larger one cannot be only code."""
 
 
 def upload_code(checkout: Path, store: Store) -> str:
-    """Put the checkout on the volume, unless it is there; returns its name.
+    """Upload the checkout to the volume, unless it is already there, and return its name.
 
-    What git ignores stays here. A checkout with changes gets a name of its own, made of their content.
+    Files that git ignores are not uploaded. A checkout with uncommitted changes gets its own name, made from the archive's content.
     """
     name, archive = archived(checkout)
     key = f"{CODE}/{name}.tar.gz"
@@ -31,7 +31,7 @@ def upload_code(checkout: Path, store: Store) -> str:
 
 
 def archived(checkout: Path) -> tuple[str, bytes]:
-    """Name and content of the checkout's archive; equal for equal files."""
+    """Return name and content of the checkout's archive, which are equal for equal files. Raises RefusedError if it is too large."""
     commit = _git(checkout, "rev-parse", "HEAD").strip()
     changed = bool(_git(checkout, "status", "--porcelain"))
     files = sorted(set(_git(checkout, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")) - {""})

@@ -1,4 +1,4 @@
-"""RunPod's answers as exceptions: each says what to do, and carries the id by which RunPod's support finds the request."""
+"""RunPod's error responses as exceptions. Each says what to do, and has the id by which RunPod's support can find the request."""
 
 import re
 from collections.abc import Mapping
@@ -10,12 +10,12 @@ import httpx
 from infra.errors import InfraError
 
 NO_CAPACITY = re.compile(r"no (longer any )?instances|capacity|not available|unavailable|no resources|out of stock", re.IGNORECASE)
-"""In the text of a status 400; the API has no code of its own for it."""
+"""Matches the text of a status 400 that means no capacity; the API has no separate status for it."""
 DEFAULT_RETRY_AFTER_S = 5.0
 
 
 class RunPodError(InfraError):
-    """An answer that is no success. `status` is 0 where there was none."""
+    """An error response. `status` is 0 if there was no response."""
 
     def __init__(self, what: str, *, where: str, fix: str, status: int = 0, request_id: str = "") -> None:
         super().__init__(f"{what} (request {request_id})" if request_id else what, where=where, fix=fix)
@@ -23,11 +23,11 @@ class RunPodError(InfraError):
 
 
 class InvalidRequestError(RunPodError):
-    """422, or a rule broken (400): the same request will fail again."""
+    """422 (invalid) or 400 (a rule is broken): the same request will fail again."""
 
 
 class NoCapacityError(RunPodError):
-    """400 that says so: another GPU or data centre may have some."""
+    """400 whose text says so: another GPU or data centre may have capacity."""
 
 
 class WrongKeyError(RunPodError):
@@ -43,25 +43,25 @@ class NoAccessError(RunPodError):
 
 
 class NotFoundError(RunPodError):
-    """404: it is not there, or no longer."""
+    """404: it does not exist, or no longer exists."""
 
 
 class WrongStateError(RunPodError):
-    """409: not possible in the state in which the pod is."""
+    """409: not possible in the current state of the pod."""
 
 
 class TooManyRequestsError(RunPodError):
-    """429, again and again."""
+    """429, also after retries."""
 
     retry_after_s: float = DEFAULT_RETRY_AFTER_S
 
 
 class UnavailableError(RunPodError):
-    """5xx or no answer at all, again and again: whether the request was carried out is not known."""
+    """5xx or no response, also after retries: it is unknown whether the request was carried out."""
 
 
 def raise_for(response: httpx.Response) -> NoReturn:
-    """Raise the exception of a reply that is no success. Its body need not be what the document says."""
+    """Raise the exception for an error response, whose body need not follow the API document."""
     status, request_id = response.status_code, response.headers.get("x-request-id", "")
     problem = _problem(response)
     detail = str(problem.get("detail") or problem.get("title") or problem.get("message") or f"status {status}")
@@ -76,7 +76,7 @@ def raise_for(response: httpx.Response) -> NoReturn:
 
 
 def retry_after_s(response: httpx.Response) -> float:
-    """Seconds that the reply asks to wait for; this API sends full seconds."""
+    """Return the seconds to wait according to Retry-After; this API sends whole seconds."""
     try:
         return max(0.0, float(response.headers["Retry-After"]))
     except (KeyError, ValueError):

@@ -1,11 +1,11 @@
-"""The program of the small pod that keeps the Prefect server and the workers, so that nobody's own machine has to stay on.
+"""The program of the small pod that runs the Prefect server and the workers, so that the user's own machine need not stay on.
 
-The server's database is on the pod's own disk, because SQLite cannot be on a network file system. It is copied to the volume every minute
-and at the end; the next pod begins with the copy. What is started here ends with this program: at the pod's deadline (the pod's program
-sends SIGTERM before it), or when somebody asks for the end by a file on the volume.
+The server's database is on the pod's own disk, because SQLite does not work on a network file system. It is copied to the volume every
+minute and at the end; the next pod starts with the copy. Everything started here ends with this program: before the pod's deadline, when
+the pod's program sends SIGTERM, or when a stop file appears on the volume.
 
-The account's key comes under a name of its own: RunPod puts a key that may end this pod only in the usual place. Workers get it, the
-server does not.
+The account's key comes in a separate variable, because RunPod sets the usual one to a key that can only end this pod. The workers get the
+account's key; the server does not.
 """
 
 import argparse
@@ -29,15 +29,15 @@ from infra.volume import HOME
 ACCOUNT_KEY_VARIABLE = "FVLM_RUNPOD_ACCOUNT_KEY"
 FOLDER = f"{HOME}/server"
 DATABASE, STOP, ADDRESS = f"{FOLDER}/prefect.db", f"{FOLDER}/stop", f"{FOLDER}/address.json"
-"""On the volume: the copy of the database, the wish that the server ends, and where it answers."""
+"""Files on the volume: the copy of the database, the request to stop the server, and the server's address."""
 SAVE_S = 60.0
 LOOK_S = 1.0
 RESTART_S = 5.0
-"""After a part of the stack has died, until all of it is started again."""
+"""Delay before the whole stack is restarted after a part of it has died."""
 
 
 class Home:
-    """Server and workers, as long as they are wanted."""
+    """Runs the server and the workers until a stop is requested."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Home:
         environment: Mapping[str, str],
         save_s: float = SAVE_S,
     ) -> None:
-        """`disk` is a folder of this host's own; `pools` are the types of the workers' pools by name."""
+        """`disk` is a folder on this host's own disk; `pools` are the types of the workers' pools by name."""
         self.volume, self.port, self.address, self.pools, self.save_s = volume, port, address, dict(pools), save_s
         self.database = disk / "prefect.db"
         self.key = environment.get(ACCOUNT_KEY_VARIABLE, "")
@@ -61,10 +61,10 @@ class Home:
         }
         self.over = threading.Event()
         self.served = False
-        """Whether the volume's server has been this one."""
+        """Whether this pod has run the volume's server."""
 
     def run(self) -> None:
-        """All of it; what dies is started again."""
+        """Run server and workers until a stop is requested. If a part dies, all of them are restarted."""
         (self.volume / STOP).unlink(missing_ok=True)
         while not self.over.is_set():
             if not self.served:
@@ -74,14 +74,14 @@ class Home:
             except StackError as error:
                 say(str(error))
                 self.over.wait(RESTART_S)
-        if not self.served:  # what is there is another's, who knows more
+        if not self.served:  # the files on the volume belong to another pod, whose database is newer
             return
         self.save()
         for name in (STOP, ADDRESS):
             (self.volume / name).unlink(missing_ok=True)
 
     def serve(self) -> None:
-        """Until the end is asked for. Raises StackError where a part has died, or another host keeps the volume's server."""
+        """Run the stack until a stop is requested. Raises StackError if a part dies, or if another host runs the volume's server."""
         stack = Stack(self.volume, environment=self.environment, address=self.address)
         try:
             stack.start_server(self.port)
@@ -95,7 +95,7 @@ class Home:
             while not self.over.wait(LOOK_S):
                 stack.check()
                 if (self.volume / STOP).exists():
-                    say("its end was asked for")
+                    say("a stop was requested")
                     self.over.set()
                 if time.monotonic() - saved > self.save_s:
                     self.save()
@@ -105,14 +105,14 @@ class Home:
                 stack.stop()
 
     def restore(self) -> None:
-        """Begin with what an earlier pod knew."""
+        """Start with the database of an earlier pod, if there is one."""
         self.database.parent.mkdir(parents=True, exist_ok=True)
         if (self.volume / DATABASE).is_file():
             shutil.copyfile(self.volume / DATABASE, self.database)
-            say("goes on with the database on the volume")
+            say("continues with the database on the volume")
 
     def save(self) -> None:
-        """Copy the database to the volume, as it is at one moment. A volume that is away or full stops nothing: there is a next time."""
+        """Copy a consistent snapshot of the database to the volume. Errors are only logged, because the next copy may succeed."""
         if not self.database.exists():
             return
         copy = self.database.with_suffix(".copy")
@@ -126,7 +126,7 @@ class Home:
 
 
 def replace(path: Path, content: bytes | Path) -> None:
-    """Write the content, or a file's, flushed and in one step: readers see all of it or nothing."""
+    """Write bytes, or the content of a file, to `path` atomically and flushed to disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{os.getpid()}")
     with new.open("wb") as stream:
@@ -141,16 +141,16 @@ def replace(path: Path, content: bytes | Path) -> None:
 
 
 def say(text: str) -> None:
-    """A line in the pod's log."""
+    """Print a line to the pod's log."""
     print(f"[server] {text}", flush=True)
 
 
 def main() -> int:
-    """Until a signal, or a file on the volume, asks for the end."""
+    """Run until a signal, or the stop file on the volume, requests a stop."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--volume", type=Path, required=True)
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--address", required=True, help="by which others reach the server; {pod} stands for the pod's id")
+    parser.add_argument("--address", required=True, help="URL by which others reach the server; {pod} stands for the pod's id")
     parser.add_argument("--pools", type=json.loads, required=True, help="types of work pools by name, as JSON")
     options = parser.parse_args()
     address = options.address.replace("{pod}", os.environ.get("RUNPOD_POD_ID", ""))

@@ -1,5 +1,5 @@
-"""Whether a container image can be pulled, asked of its registry before a machine is rented for it: a pod that cannot pull its image never
-starts, and says so in its log only.
+"""Asks the registry whether a container image can be pulled before a machine is rented for it: a pod that cannot pull its image never
+starts, and only its log says so.
 
 Source of the protocol: the OCI distribution specification 1.1 (`HEAD /v2/NAME/manifests/REFERENCE`, and a token for public images).
 """
@@ -23,11 +23,11 @@ ACCEPT = ", ".join(
 CHALLENGE = re.compile(r'(\w+)="([^"]*)"')
 TIMEOUT_S = 10.0
 HIDDEN = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
-"""Registries answer so for what is private, and most of them for what is not there."""
+"""Registries give these answers for private images, and most of them also for missing ones."""
 
 
 def check_image(image: str) -> None:
-    """Raises RefusedError where there is no such image, or none that everybody may pull. A registry that does not answer proves nothing."""
+    """Raise RefusedError if the image does not exist or is not public. A registry that does not answer is not an error."""
     host, name, reference = parts(image)
     scheme = "http" if host.split(":")[0] in ("localhost", "127.0.0.1") else "https"  # as Docker does
     try:
@@ -41,12 +41,12 @@ def check_image(image: str) -> None:
         raise RefusedError(
             f"the image {image} is not there, or private",
             where=f"image, asked of {host}",
-            fix="correct its name; of a private one give the id of RunPod's credentials as `registry`",
+            fix="correct its name; for a private image, give the id of RunPod's credentials as `registry`",
         )
 
 
 def parts(image: str) -> tuple[str, str, str]:
-    """Registry, name and tag (or digest) of an image as Docker reads it."""
+    """Split the reference of an image into registry, name and tag (or digest), as Docker does."""
     image, _, digest = image.partition("@")
     first, slash, rest = image.partition("/")
     host, name = (first, rest) if slash and (set(first) & set(".:") or first == "localhost") else (HUB, image)
@@ -55,7 +55,7 @@ def parts(image: str) -> tuple[str, str, str]:
 
 
 def _status(client: httpx.Client, url: str) -> int:
-    """Of the manifest, with a token that the registry gives to everybody where it wants one."""
+    """Return the HTTP status of the manifest, with an anonymous token if the registry requires one."""
     reply = client.head(url)
     if reply.status_code != HTTPStatus.UNAUTHORIZED or not reply.headers.get("www-authenticate", "").lower().startswith("bearer"):
         return reply.status_code

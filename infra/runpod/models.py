@@ -1,7 +1,7 @@
-"""What is sent to RunPod's API v2 and what comes back, as far as it is used here.
+"""Requests to RunPod's API v2 and its responses, as far as they are used here.
 
-Requests are closed: a wrong field is found here and not by a status 422. Replies are open: the service adds fields between versions.
-Names are the API's own. Source: its OpenAPI document, version 2.0.0 (service 2.9.0, 18 Aug 2026).
+Requests forbid unknown fields, so that a wrong one is found here and not by a status 422. Responses allow them, because the service adds
+fields between versions. Names are the API's own. Source: its OpenAPI document, version 2.0.0 (service 2.9.0, 18 Aug 2026).
 """
 
 from datetime import datetime
@@ -11,13 +11,13 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 MAX_VARIABLES = 50
-"""Environment variables that a pod may be given."""
+"""Maximum number of environment variables of a pod."""
 HOURS_PER_MONTH = 730.0
-"""By which RunPod turns a price per month into one per hour; a month of 30.4 days."""
+"""By which RunPod converts a price per month into one per hour; a month of 30.4 days."""
 
 
 class Status(StrEnum):
-    """Where a pod is in its life."""
+    """State of a pod."""
 
     PROVISIONING = "PROVISIONING"
     STARTING = "STARTING"
@@ -28,7 +28,7 @@ class Status(StrEnum):
 
 
 OVER = frozenset({Status.EXITED, Status.ERROR, Status.TERMINATED})
-"""States from which a pod does not come back by itself."""
+"""States that a pod does not leave by itself."""
 
 
 class Request(BaseModel):
@@ -75,7 +75,7 @@ class CreatePod(Request):
     name: Annotated[str, Field(min_length=1)]
     image: str
     args: str = ""
-    """The container's command, one string in a shell's form."""
+    """The container's command, as one string with shell quoting."""
     env: Annotated[dict[str, str], Field(max_length=MAX_VARIABLES, repr=False)] = Field(default_factory=dict)
     disk: Annotated[int, Field(ge=1)] = 20
     """GB; wiped at every restart of the container."""
@@ -115,10 +115,10 @@ class Port(Reply):
 
 
 class Runtime(Reply):
-    """Of a running container."""
+    """State of a running container."""
 
     uptime: int | None = None
-    """Seconds since the container started; starts again when it is restarted."""
+    """Seconds since the container was last started."""
     gpus: list[GpuUse] = Field(default_factory=list)
     ports: list[Port] = Field(default_factory=list)
 
@@ -127,7 +127,7 @@ class Pod(Reply):
     id: str
     name: str
     status: Status | str
-    """Also a word that is newer than this client."""
+    """A plain string if the state is newer than this client."""
     cost: float = 0.0
     """USD per hour; 0 when it has ended."""
     gpu: Gpu | None = None
@@ -160,7 +160,7 @@ class Volume(Reply):
 
 
 class Stock(Reply):
-    """How much of something there is at a data centre: a hint, no reservation."""
+    """Availability of a machine type in a data centre: a hint, not a reservation."""
 
     id: str
     availability: str = "NONE"
@@ -231,4 +231,4 @@ class LogLine(Reply):
     line: str
     ts: str
     id: str = ""
-    """Where to go on from: the event's id."""
+    """The event's id, from which the stream can be resumed."""

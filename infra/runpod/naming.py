@@ -1,5 +1,5 @@
-"""Pods' names. A name says whose a pod is, when it has to end and for which flow run it works, so that whoever sees a list of pods, and
-nothing else, knows which to end."""
+"""Names of pods. A name contains the owner, the deadline and the flow run of a pod, so that a list of pods is enough to know which of them
+have to end."""
 
 import re
 import secrets
@@ -9,7 +9,7 @@ from uuid import UUID
 
 PREFIX = "fvlm"
 NO_RUN = UUID(int=0)
-"""In the name of a pod that works for no flow run: of the one that keeps the Prefect server. Its deadline is what ends it."""
+"""Stands for the flow run in the name of a pod without one, i.e. the pod of the Prefect server. Such a pod ends at its deadline."""
 _FORM = re.compile(r"(?P<owner>fvlm-[a-z0-9]+)-(?P<deadline>[0-9a-f]{8})-(?P<run>[0-9a-f]{32})-(?P<chance>[0-9a-f]{4})")
 
 
@@ -18,7 +18,7 @@ class PodName:
     """`fvlm-VOLUME-DEADLINE-FLOWRUN-CHANCE`."""
 
     owner: str
-    """`fvlm-VOLUME`: all pods of one volume, and nobody else's, begin with it."""
+    """`fvlm-VOLUME`: prefix of the names of all pods of one volume, and of no others."""
     deadline: int
     """Seconds since the epoch."""
     run: UUID
@@ -27,12 +27,12 @@ class PodName:
 
     @classmethod
     def new(cls, volume: str, deadline: float, run: UUID) -> Self:
-        """A name that no other pod has."""
+        """Return a new, unique name."""
         return cls(owner(volume), int(deadline), run, secrets.token_hex(2))
 
     @classmethod
     def parse(cls, name: str) -> Self | None:
-        """None where it is none of our names."""
+        """Parse a pod's name. Returns None if it does not have this form."""
         found = _FORM.fullmatch(name)
         return cls(found["owner"], int(found["deadline"], 16), UUID(found["run"]), found["chance"]) if found else None
 
@@ -41,5 +41,5 @@ class PodName:
 
 
 def owner(volume: str) -> str:
-    """The beginning of the names of a volume's pods."""
+    """Return the prefix of the names of a volume's pods."""
     return f"{PREFIX}-{''.join(letter for letter in volume.lower() if letter.isalnum())}"

@@ -1,14 +1,14 @@
-"""The program of a pod, from its first second to its end. Only the standard library, in one file: it travels in the pod's environment and
-runs before anything is installed.
+"""The program of a pod, from its first second to its end. It is one file that uses only the standard library, because it is passed in the
+pod's environment and runs before anything is installed.
 
-A pod costs money until somebody ends it, and RunPod itself ends none: a container whose command ends is started again. So this program
+A pod costs money until it is terminated, and RunPod never does that itself: it restarts a container whose command ends. So this program
 
-1. starts a watchdog that ends the pod at an absolute time, which a restarted container finds in its environment again;
-2. refuses to run its job twice: the second start of a container only ends the pod;
+1. starts a watchdog that terminates the pod at an absolute deadline, which a restarted container finds in its environment again;
+2. refuses to run its job twice: a second start of the container only terminates the pod;
 3. checks the machine and the shards before anything is installed or downloaded (preflight);
-4. makes the Python environment once per lock file, on the volume, whichever pod comes first, and has several GPUs exchange numbers by NCCL;
-5. runs the job with every cache, package and temporary file on the volume;
-6. writes how it ended (`outcome.json`, atomically), and ends the pod, by several ways, until one works.
+4. creates the Python environment on the volume, once per lock file, and tests an NCCL all-reduce if there are several GPUs;
+5. runs the job with all caches, packages and temporary files on the volume;
+6. writes how the job ended (`outcome.json`, atomically), and terminates the pod, trying several ways until one works.
 """
 
 import base64
@@ -32,15 +32,15 @@ from typing import IO
 JOB_VARIABLE = "FVLM_POD_JOB"
 URL_VARIABLE = "FVLM_RUNPOD_URL"
 SHARED_VARIABLE = "FVLM_SHARED_VOLUME"
-"""Tells the job that other hosts work on the volume too."""
+"""Tells the job that other hosts also use the volume."""
 DISK_VARIABLE = "FVLM_POD_DISK"
-"""Tells the job a folder on the pod's own disk, which does not last: for what cannot be on a network file system."""
+"""Names a folder on the pod's own, temporary disk, for files that cannot be on a network file system."""
 EMULATED_VARIABLE = "FVLM_EMULATED"
-"""Set by an emulator, whose GPUs cannot exchange anything."""
+"""Set by an emulator, whose GPUs cannot communicate."""
 SHARDS = "shards"
-"""On the volume, a link to the newest shards."""
+"""Link on the volume to the newest shards."""
 HASHED_BYTES = 16 * 2**20
-"""Files up to this size are read in the preflight; of larger ones the size is looked at."""
+"""The preflight hashes files up to this size; of larger ones it only checks the size."""
 EXCHANGE_S = 180.0
 EXCHANGE = """
 import datetime, sys, torch, torch.distributed as group
@@ -55,30 +55,30 @@ group.all_reduce(numbers)
 assert float(numbers.min()) == float(numbers.max()) == ranks * (ranks + 1) / 2, "the sum is wrong"
 group.destroy_process_group()
 """
-"""Each GPU's part of a sum over all of them."""
+"""Program of each rank in an all-reduce over all GPUs."""
 PODS, CODE, ENVIRONMENTS = "pods", "code", "environments"
-"""Folders of the volume: what each pod wrote, the code of each commit, an environment per lock file."""
+"""Folders of the volume: the files of each pod, the code of each commit, and one environment per lock file."""
 STARTED, OUTCOME, LOG = "started", "outcome.json", "log.txt"
 IDENTITY = "fvlm-volume.json"
-"""On every volume that was set up here; a pod that does not see it has no volume, whatever is at the path."""
+"""File on every volume that `fvlm infra setup` has set up. A pod without it has no volume, whatever is at the path."""
 GRACE_S = 60.0
-"""For the job to save, before its time is up, where the job says nothing."""
+"""Time before the end that the job has to save its state, unless the job states another."""
 END_S = 15.0
-"""Before the deadline, at which the pod is gone: to kill what does not end, and to write down how it ended."""
+"""Time before the deadline to kill processes that have not ended, and to write the outcome."""
 LEASE_S = 120.0
-"""After which the maker of an environment that gives no sign is thought dead."""
+"""A lease that was not renewed for this long has expired: its owner is assumed dead."""
 BEATS = 8
-"""Signs of life in the time of a lease."""
+"""Renewals within the duration of a lease."""
 USER_AGENT = "fvlm/0.1 pod"
 PROGRAM_SAYS = "[pod]"
-"""Beginning of this program's lines in the container's log."""
+"""Prefix of this program's lines in the container's log."""
 GB = 10**9
 
 
 class PreflightError(Exception):
-    """Nothing was run: the machine is not what was asked for; or, where there is a `fix`, every other machine would be refused as well.
+    """The job was not started: the machine is not the requested one or, if there is a `fix`, every other machine would be refused as well.
 
-    Then the text has the form of `fvlm_core.errors.UserError`, by which a pipeline knows that it must not rent another pod for it.
+    With a `fix`, the text has the form of `fvlm_core.errors.UserError`, which tells a pipeline not to rent another pod.
     """
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
@@ -86,7 +86,7 @@ class PreflightError(Exception):
 
 
 class Pod:
-    """This pod: what it is to do, and where."""
+    """This pod and its job."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self.environment = dict(environment)
@@ -98,11 +98,11 @@ class Pod:
         self.key = environment.get("RUNPOD_API_KEY", "")
         self.url = environment.get(URL_VARIABLE, "https://api.runpod.io").rstrip("/")
         self.stopping: str | None = None
-        """Why the job has to end before its time."""
+        """Why the job was told to stop; None until then."""
         self.ending = False
 
     def run(self) -> tuple[int, str]:
-        """The job; returns its exit status and how it ended in words. The volume is there."""
+        """Run the job. Returns its exit status and a description of how it ended."""
         os.makedirs(self.folder, exist_ok=True)
         if not self.first_start():
             return 1, "the container was started again: its first start did not end the pod"
@@ -121,7 +121,7 @@ class Pod:
             return 1, f"the pod could not be set up: {error}"
 
     def first_start(self) -> bool:
-        """Whether this container has not run before."""
+        """Record that this container has started. Returns whether it is the first time."""
         try:
             with open(os.path.join(self.folder, STARTED), "x") as stream:
                 stream.write(str(time.time()))
@@ -131,7 +131,7 @@ class Pod:
             return False
 
     def preflight(self) -> None:
-        """Raises PreflightError where the machine is not what was asked for."""
+        """Raise PreflightError if the machine is not the requested one, or if volume, shards or network are not as they should be."""
         wanted = self.job.get("gpu")
         if self.deadline - time.time() < self.job.get("least_s", 0):
             raise PreflightError("the pod came so late that its time is nearly over")
@@ -160,7 +160,7 @@ class Pod:
         self.say("preflight: the machine is what was asked for")
 
     def check_gpus(self, kind: str, count: int) -> None:
-        """That many of that kind."""
+        """Check the number and the model of the GPUs."""
         asked = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits"]
         try:
             lines = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=60).stdout.strip().splitlines()
@@ -174,7 +174,7 @@ class Pod:
         self.say(f"preflight: {count} x {lines[0]}")
 
     def check_shards(self) -> None:
-        """What the manifest of the newest shards names is there. Before there are any, nothing is looked at."""
+        """Check the files that the manifest of the newest shards lists. Does nothing if there are no shards yet."""
         folder = os.path.realpath(os.path.join(self.volume, SHARDS))
         try:
             with open(os.path.join(folder, "manifest.json")) as stream:
@@ -190,13 +190,13 @@ class Pod:
             if size <= HASHED_BYTES:
                 with open(path, "rb") as stream:
                     if hashlib.sha256(stream.read()).hexdigest() != entry["sha256"]:
-                        # by its size, which is all that a precompute with `verify: sizes` looks at, the file is whole
+                        # its size is right, and a precompute with `verify: sizes` checks nothing else
                         fix = f"run the precompute once with machine.verify: sha256, or delete {folder} and run it again"
                         raise PreflightError(f"the shards are damaged: {entry['path']} is not what was made", where=folder, fix=fix)
         self.say(f"preflight: the {len(files)} files of the shards are there")
 
     def check_exchange(self, python: str) -> None:
-        """Several GPUs can add numbers up among each other: what training does all the time, and what a machine may not be set up for."""
+        """Check that an all-reduce over several GPUs works: training depends on it, and some machines are not set up for it."""
         count = (self.job.get("gpu") or {}).get("count", 0)
         if count < 2:
             return
@@ -228,7 +228,7 @@ class Pod:
         self.say(f"preflight: {count} GPUs add up by {backend}")
 
     def check_network(self) -> None:
-        """The server that the job reports to answers."""
+        """Check that the Prefect server that the job reports to answers."""
         url = self.environment.get("PREFECT_API_URL")
         if not url:
             return
@@ -250,7 +250,7 @@ class Pod:
         raise PreflightError(f"the Prefect API at {url} cannot be reached from the pod: {problem}")
 
     def unpack_code(self) -> str:
-        """The checkout of the commit, unpacked on the volume once."""
+        """Return the folder of the job's code, which is unpacked on the volume once per commit."""
         name = self.job.get("code")
         if not name:
             return self.job.get("code_folder") or os.getcwd()
@@ -266,7 +266,7 @@ class Pod:
         return folder
 
     def python(self, code: str) -> str:
-        """The interpreter that runs the job."""
+        """Return the interpreter that runs the job; create its environment if needed."""
         if self.job.get("python"):
             return self.job["python"]
         lock = os.path.join(code, self.job["lock"])
@@ -284,7 +284,7 @@ class Pod:
         return python
 
     def make_environment(self, folder: str, lock: str, python: str) -> None:
-        """Everything in the lock file, with this Python."""
+        """Create an environment with the packages of the lock file, using this Python."""
         self.say(f"making the environment {os.path.basename(folder)}; pods with the same lock file find it")
         began = time.time()
         shutil.rmtree(folder, ignore_errors=True)
@@ -294,7 +294,7 @@ class Pod:
         write(os.path.join(folder, "complete"), f"{time.time() - began:.0f} s\n")
 
     def places(self) -> dict[str, str]:
-        """The environment with everything that grows on the volume: the system's disk is small and does not last."""
+        """Return the environment variables, with caches and temporary files on the volume: the pod's own disk is small and temporary."""
         home, caches = os.path.join(self.volume, "home"), os.path.join(self.volume, "caches")
         scratch = os.path.join(self.volume, "tmp", self.id)
         moved = {
@@ -316,7 +316,7 @@ class Pod:
         return kept | moved | {SHARED_VARIABLE: "1", DISK_VARIABLE: self.environment.get("TMPDIR", "/tmp")}
 
     def run_job(self, command: list[str], code: str, python: str) -> tuple[int, str]:
-        """Run the command until it ends or its time is over."""
+        """Run the command until it ends or its time is over. Returns its exit status and a description of how it ended."""
         environment = self.places()
         environment["PATH"] = os.pathsep.join([os.path.dirname(python), environment.get("PATH", os.defpath)])
         environment["PYTHONPATH"] = code
@@ -351,15 +351,15 @@ class Pod:
         return (status or 1, f"{ended}: {self.stopping}") if self.stopping else (status, ended)
 
     def write_outcome(self, status: int, reason: str) -> None:
-        """How the job ended, for whoever reads the volume: RunPod knows no exit status."""
+        """Write to the volume how the job ended, because RunPod does not report exit statuses."""
         path = os.path.join(self.folder, OUTCOME)
-        if not os.path.exists(path):  # a second start does not write over the first
+        if not os.path.exists(path):  # a second start does not overwrite the outcome of the first
             write(path, json.dumps({"pod": self.id, "run": self.job.get("run"), "status": status, "reason": reason, "ended": time.time()}))
         with contextlib.suppress(OSError):
             shutil.rmtree(os.path.join(self.volume, "tmp", self.id))
 
     def end(self) -> None:
-        """End this pod, until one of the ways works. Returns only where the pod has no key, as outside of RunPod."""
+        """Terminate this pod, trying several ways until one works. Returns only if the pod has no key, as outside of RunPod."""
         if not self.key:
             return
         self.ending = True
@@ -378,7 +378,7 @@ class Pod:
         return self._ask("DELETE", f"/v2/pods/{self.id}", None)
 
     def _command(self) -> str:
-        """RunPod's own program, which is in its images; its words have changed between versions."""
+        """Terminate the pod with RunPod's own program, which is in its images. Its syntax has changed between versions."""
         program = shutil.which("runpodctl", path=self.environment.get("PATH"))
         if program is None:
             return "there is no runpodctl"
@@ -395,7 +395,7 @@ class Pod:
         return problem
 
     def _ask(self, method: str, path: str, body: bytes | None) -> str:
-        """What went wrong, or nothing."""
+        """Send a request. Returns what went wrong, or an empty string."""
         headers = {"Authorization": f"Bearer {self.key}", "User-Agent": USER_AGENT, "Content-Type": "application/json"}
         try:
             with urllib.request.urlopen(urllib.request.Request(self.url + path, body, headers, method=method), timeout=20):
@@ -404,22 +404,23 @@ class Pod:
             return f"{method} {path}: {error}"
 
     def watch(self) -> None:
-        """The watchdog: touches no file, so that nothing on the volume can hold it up."""
+        """The watchdog: terminate the pod at its deadline. It uses no file, so that a hanging volume cannot block it."""
         while (left := self.deadline - time.time()) > 0:
             time.sleep(min(left, 60.0))
         self.say("watchdog: the pod's time is over")
         self.end()
 
     def say(self, text: str) -> None:
-        """A line in the container's log."""
+        """Print a line to the container's log."""
         print(f"{PROGRAM_SAYS} {text}", flush=True)
 
 
 @contextlib.contextmanager
 def lease(path: str, owner: str, lease_s: float = LEASE_S, lost: Callable[[], None] = lambda: None) -> Generator[bool]:
-    """Hold `path` against other hosts, as long as signs of life are given; yields whether it is held.
+    """Try to take a lease on `path`, which excludes other hosts, and renew it during the block. Yields whether it was taken.
 
-    `owner` is unique. `lost` is called, once and from another thread, where another took the lease because no sign came for `lease_s`.
+    `owner` must be unique. `lost` is called, once and from another thread, if another owner takes the lease because it was not renewed for
+    `lease_s` seconds.
     """
     os.makedirs(os.path.dirname(path), exist_ok=True)
     if not take(path, owner, lease_s):
@@ -436,7 +437,7 @@ def lease(path: str, owner: str, lease_s: float = LEASE_S, lost: Callable[[], No
                     os.utime(path)
             except FileNotFoundError:
                 mine = False
-            except OSError:  # the file system is away: there may be time left
+            except OSError:  # the file system does not answer: the lease may still be renewed in time
                 continue
             if not mine and not over.is_set():
                 lost()
@@ -453,13 +454,13 @@ def lease(path: str, owner: str, lease_s: float = LEASE_S, lost: Callable[[], No
 
 
 def take(path: str, owner: str, lease_s: float) -> bool:
-    """Make the lease's file, or take the place of one whose owner gives no sign."""
+    """Create the file of a lease, replacing an expired one. Returns whether that succeeded."""
     try:
         with contextlib.suppress(FileNotFoundError):
             if age(path) > lease_s:
                 stale = f"{path}.{owner}.stale"
-                os.rename(path, stale)  # of several who try, one succeeds
-                if age(stale) <= lease_s:  # it was another's new one
+                os.rename(path, stale)  # of several processes that try, one succeeds
+                if age(stale) <= lease_s:  # it was another owner's new lease: put it back
                     with contextlib.suppress(FileExistsError):
                         os.link(stale, path)
                     os.unlink(stale)
@@ -475,7 +476,7 @@ def take(path: str, owner: str, lease_s: float) -> bool:
 
 
 def age(path: str) -> float:
-    """Seconds since the last sign, by the file system's clock: hosts' clocks differ."""
+    """Return the seconds since the last renewal, by the file system's clock, because the clocks of hosts differ."""
     probe = f"{path}.clock.{os.getpid()}.{threading.get_ident()}"
     with open(probe, "w") as stream:
         now = os.fstat(stream.fileno()).st_mtime
@@ -484,7 +485,7 @@ def age(path: str) -> float:
 
 
 def copy(source: IO[bytes], log: IO[bytes]) -> None:
-    """What the job prints, to the volume and to the container's log."""
+    """Copy the job's output to its log on the volume and to the container's log."""
     for line in source:
         with contextlib.suppress(OSError):
             log.write(line)
@@ -494,13 +495,13 @@ def copy(source: IO[bytes], log: IO[bytes]) -> None:
 
 
 def signal_group(process: subprocess.Popen[bytes], number: int) -> None:
-    """To everything that the process has started and that did not leave its group."""
+    """Send a signal to the process and to everything that it has started in its process group."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, number)
 
 
 def write(path: str, text: str) -> None:
-    """Through a temporary name, flushed: readers see all of it or nothing."""
+    """Write a file atomically and flushed to disk."""
     temporary = f"{path}.{os.getpid()}.new"
     with open(temporary, "w") as stream:
         stream.write(text)
@@ -510,12 +511,12 @@ def write(path: str, text: str) -> None:
 
 
 def words(name: str) -> set[str]:
-    """A GPU's name without maker and spelling: catalogue and driver write it differently."""
+    """Return the words of a GPU's name, without maker, case and hyphens: catalogue and driver spell it differently."""
     return {word for word in name.upper().replace("-", " ").split() if word not in ("NVIDIA", "GEFORCE")}
 
 
 def main(environment: Mapping[str, str]) -> int:
-    """All of it; ends with the pod."""
+    """Run the job, record its outcome and terminate the pod. Returns the exit status if there is no pod to terminate."""
     pod = Pod(environment)
     threading.Thread(target=pod.watch, name="watchdog", daemon=True).start()
 
@@ -529,7 +530,7 @@ def main(environment: Mapping[str, str]) -> int:
     status, reason = 1, "the pod's program failed"
     try:
         status, reason = pod.run()
-    except Exception as error:  # whatever it is, the pod has to end
+    except Exception as error:  # the pod must be terminated after any error
         reason = f"{type(error).__name__}: {error}"
     pod.say(f"ended: {reason}")
     with contextlib.suppress(OSError):

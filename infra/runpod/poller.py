@@ -1,4 +1,4 @@
-"""Watches pods for the worker: one list of all of them for all runs, the logs of each, and an end for each."""
+"""Watches pods for the worker: polls one list of pods for all runs, reads the log of each pod, and ends it."""
 
 import asyncio
 import contextlib
@@ -17,13 +17,13 @@ from infra.runpod.errors import RunPodError
 from infra.runpod.models import Pod
 
 OF_PREFECT = re.compile(r"\d\d:\d\d:\d\d\.\d{3} \| \w+ +\| ")
-"""Lines that the run has sent to the server itself."""
+"""Matches lines that the run has already sent to the server itself."""
 SYSTEM_SAYS = "system:"
-"""Beginning of lines that are RunPod's and not the container's."""
+"""Prefix of lines that come from RunPod and not from the container."""
 
 
 class Poller:
-    """One list of all pods for all who watch one; silent while nobody does."""
+    """Polls one list of all pods for everyone who watches a pod; idle while no pod is watched."""
 
     def __init__(self, client: RunPod, interval_s: float, warn: Callable[[str], None]) -> None:
         self.client, self.interval_s, self.warn = client, interval_s, warn
@@ -33,7 +33,7 @@ class Poller:
         self._task: asyncio.Task[None] | None = None
 
     async def looks(self, pod: str) -> AsyncIterator[dict[str, Pod]]:
-        """All pods by id, again with every new list. While the API is away there is none, and nothing is concluded from that."""
+        """Yield all pods by id after every successful poll. While the API does not answer, nothing is yielded."""
         self.watched.add(pod)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._poll())
@@ -46,7 +46,7 @@ class Poller:
             self.watched.discard(pod)
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop polling."""
         if self._task is not None:
             self._task.cancel()
 
@@ -63,9 +63,10 @@ class Poller:
             await asyncio.sleep(self.interval_s)
 
     async def _end_twins(self) -> None:
-        """End pods that have the name of a watched one, so that a run is not worked on and paid for twice.
+        """End other pods with the name of a watched one, so that no run is executed and paid for twice.
 
-        A name is one pod's; there are two where the answer to a creation was lost, and its pod was listed after another had been made.
+        Names are unique. There are two pods of the same name if the response to a create request was lost, and its pod was listed only
+        after another one had been created.
         """
         names = {self._pods[pod].name for pod in self.watched if pod in self._pods}
         for twin in [pod for pod in self._pods.values() if pod.name in names and pod.id not in self.watched]:
@@ -73,18 +74,18 @@ class Poller:
                 await anyio.to_thread.run_sync(self.client.terminate, twin.id)
                 self.warn(f"the pod {twin.id} was ended: it was a second one of the name {twin.name}")
             except RunPodError as error:
-                self.warn(f"the pod {twin.id}, a second one of the name {twin.name}, could not be ended, tried again: {error.what}")
+                self.warn(f"the pod {twin.id}, a second one of the name {twin.name}, could not be ended, retrying: {error.what}")
 
 
 async def ended(account: Account, budget: Budget, pod: str, name: str, warn: Callable[[str], None]) -> None:
-    """End the pod, however long RunPod takes to hear of it, and write it down; the reaper does where the ledger is away."""
+    """End the pod, retrying until RunPod accepts, and record it in the ledger. If the ledger is unavailable, the reaper does so later."""
     delay_s = 1.0
     while True:
         try:
             await anyio.to_thread.run_sync(account.client.terminate, pod)
             break
         except RunPodError as error:
-            warn(f"the pod {pod} could not be ended, tried again: {error.what}")
+            warn(f"the pod {pod} could not be ended, retrying: {error.what}")
             await asyncio.sleep(delay_s)
             delay_s = min(60.0, delay_s * 2)
     try:
@@ -95,7 +96,7 @@ async def ended(account: Account, budget: Budget, pod: str, name: str, warn: Cal
 
 @contextlib.contextmanager
 def reading_logs(client: RunPod, pod: str, say: Callable[[str], None]) -> Any:
-    """While in the block, give what the pod prints to `say`, but for what its run has logged itself."""
+    """During the block, pass the lines of the pod's log to `say`, except those that its run has logged itself."""
     over = threading.Event()
 
     def read() -> None:

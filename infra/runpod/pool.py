@@ -1,4 +1,4 @@
-"""What can be set of a pool of the type `runpod`, and the pod that a flow run gets from it."""
+"""The job variables of a work pool of type `runpod`, and the pod that a flow run gets from them."""
 
 import difflib
 import ipaddress
@@ -25,15 +25,16 @@ from infra.runpod.program import START, program
 from infra.runpod.rent import Candidate, Wish
 
 PUBLIC_API_VARIABLE = "FVLM_PREFECT_API_URL"
-"""Of the worker: the address by which pods reach the server, where it is not the worker's own."""
+"""Variable of the worker: the URL by which pods reach the Prefect server, if it differs from the worker's own."""
 DEFAULT_COMMAND = "{python} -m prefect.engine"
-"""The flow's code is there already: `prefect flow-run execute`, Prefect's own default, would copy it first."""
+"""The flow's code is already there; Prefect's own default, `prefect flow-run execute`, would copy it first."""
 LAST_SAVE_S, LAST_SAVE_SHARE = 600.0, 0.1
-"""Of a pod's time, at its end, for the job to save what it did: a checkpoint of 1.7B takes 440 s (`fvlm_core.train.grace`)."""
+"""Time at the end of a pod for the job to save its state, in seconds, and at most this share of the pod's time: a checkpoint of a 1.7B
+model takes 440 s (`fvlm_core.train.grace`)."""
 POLL_S = 15.0
-"""Between two lists of all pods; RunPod allows 60 requests a minute."""
+"""Interval between two polls of the list of pods; RunPod allows 60 requests a minute."""
 LOCAL_NAMES = ("localhost", ".local", ".internal", ".lan")
-"""Ends of names that mean something on their own network only."""
+"""Suffixes of host names that only resolve on a local network."""
 KEPT_OF_PREFECT = (
     "PREFECT__",
     "PREFECT_API_",
@@ -43,7 +44,7 @@ KEPT_OF_PREFECT = (
     "PREFECT_RESULTS_",
     "PREFECT_TASKS_",
 )
-"""Of the worker's own settings: not its server's database, not its folders."""
+"""Prefixes of the worker's own settings that pods get. Those of its server's database and of its folders are not among them."""
 
 
 def _secret(description: str) -> Any:
@@ -51,39 +52,39 @@ def _secret(description: str) -> Any:
 
 
 class RunPodVariables(BaseVariables):
-    """What can be set of a pool, a deployment, or a single run."""
+    """Job variables of a pool, a deployment, or a single run."""
 
     image: str = Field(default="runpod/pytorch:1.0.2-cu1281-torch280-ubuntu2404", description="Container image; a digest pins it.")
-    gpus: list[str] = Field(default_factory=list, description="GPUs in order of preference, by RunPod's ids; none for a CPU pod.")
+    gpus: list[str] = Field(default_factory=list, description="GPUs in order of preference, by RunPod's ids; empty: a CPU pod.")
     gpu_count: Annotated[int, Field(ge=1)] = Field(default=1, description="GPUs on the pod.")
     min_cuda: str | None = Field(default=None, description="Lowest CUDA version of the machine, e.g. 12.8.")
     cpus: list[str] = Field(default_factory=list, description="CPU flavours in order of preference, for a pod without a GPU.")
     vcpus: Annotated[int, Field(ge=2)] = Field(default=2, description="vCPUs of a CPU pod, a power of two.")
-    disk_gb: Annotated[int, Field(ge=1)] = Field(default=20, description="The container's own disk; wiped at every start.")
-    volume: str = Field(default="fvlm", description="Name or id of the network volume; `fvlm infra setup` makes it.")
-    data_centers: list[str] = Field(default_factory=list, description="Where pods may be; none: where the volume is. Only compared.")
+    disk_gb: Annotated[int, Field(ge=1)] = Field(default=20, description="Size of the container's own disk, which is wiped at every start.")
+    volume: str = Field(default="fvlm", description="Name or id of the network volume; `fvlm infra setup` creates it.")
+    data_centers: list[str] = Field(default_factory=list, description="Where volume and pods may be; empty: anywhere.")
     mount_path: str = Field(default="/workspace", description="Where the volume is mounted.")
-    max_usd_per_hour: Annotated[float, Field(gt=0)] = Field(default=5.0, description="No pod above this price.")
-    max_runtime_h: Annotated[float, Field(gt=0)] = Field(default=24.0, description="Absolute: the pod is ended then, whatever it does.")
+    max_usd_per_hour: Annotated[float, Field(gt=0)] = Field(default=5.0, description="No pod is rented above this price.")
+    max_runtime_h: Annotated[float, Field(gt=0)] = Field(default=24.0, description="The pod is ended after this time in any case.")
     capacity_wait_s: Annotated[float, Field(ge=0)] = Field(default=1800.0, description="How long to wait for a free machine.")
     start_timeout_s: Annotated[float, Field(gt=0)] = Field(default=1200.0, description="How long a pod may take to start.")
-    idle_gpu_s: Annotated[float, Field(gt=0)] | None = Field(default=3600.0, description="End a pod whose GPUs do nothing for so long.")
-    silent_s: Annotated[float, Field(gt=0)] | None = Field(default=1800.0, description="End a pod whose run gives no sign of life.")
-    budget_usd: Annotated[float, Field(gt=0)] = Field(default=500.0, description="Nothing starts that could pass this sum.")
-    budget_reserve_usd: Annotated[float, Field(ge=0)] = Field(default=15.0, description="Part of the budget that stays untouched.")
-    code: str | None = Field(default=None, description="Code on the volume, as `fvlm infra code` put it there; none: the image's.")
-    code_folder: str | None = Field(default=None, description="Where the code is in the image, where `code` is not given.")
+    idle_gpu_s: Annotated[float, Field(gt=0)] | None = Field(default=3600.0, description="End a pod whose GPUs are idle for this long.")
+    silent_s: Annotated[float, Field(gt=0)] | None = Field(default=1800.0, description="End a pod whose run is silent for this long.")
+    budget_usd: Annotated[float, Field(gt=0)] = Field(default=500.0, description="Nothing starts that could exceed this total.")
+    budget_reserve_usd: Annotated[float, Field(ge=0)] = Field(default=15.0, description="Part of the budget that is held back.")
+    code: str | None = Field(default=None, description="Code on the volume, uploaded by `fvlm infra code`; none: the image's.")
+    code_folder: str | None = Field(default=None, description="Folder of the code in the image, if `code` is not given.")
     python: str | None = Field(default=None, description="Interpreter in the image; none: an environment on the volume.")
-    lock: str = Field(default="requirements.lock", description="Lock file, in the code, that the environment on the volume is made of.")
+    lock: str = Field(default="requirements.lock", description="Lock file in the code, for the environment on the volume.")
     registry: str | None = Field(default=None, description="Id of RunPod's credentials for a private image.")
-    free_volume_gb: Annotated[float, Field(ge=0)] = Field(default=5.0, description="Space on the volume below which no job starts.")
+    free_volume_gb: Annotated[float, Field(ge=0)] = Field(default=5.0, description="Free space on the volume below which no job starts.")
     runpod_url: str = Field(default=API_URL, description="RunPod's API, or an emulator's.")
-    s3_url: str | None = Field(default=None, description="The volume's S3 side; none: RunPod's in the volume's data centre.")
-    volume_folder: str | None = Field(default=None, description="Where the volume is mounted at the worker; none: S3.")
-    poll_s: Annotated[float, Field(gt=0)] = Field(default=POLL_S, description="Between two looks at the pods.")
+    s3_url: str | None = Field(default=None, description="URL of the volume's S3 API; none: RunPod's in the volume's data centre.")
+    volume_folder: str | None = Field(default=None, description="Where the worker has the volume mounted; none: it uses S3.")
+    poll_s: Annotated[float, Field(gt=0)] = Field(default=POLL_S, description="Interval between two polls of the pods.")
     api_key: SecretStr | None = _secret("RunPod's key, as a Prefect block: {{ prefect.blocks.secret.NAME }}; none: RUNPOD_API_KEY.")
-    s3_access_key: str | None = Field(default=None, description="Of the volume's S3 side; none: RUNPOD_S3_ACCESS_KEY.")
-    s3_secret_key: SecretStr | None = _secret("Of the volume's S3 side, as a Prefect block; none: RUNPOD_S3_SECRET_KEY.")
+    s3_access_key: str | None = Field(default=None, description="Access key of the volume's S3 API; none: RUNPOD_S3_ACCESS_KEY.")
+    s3_secret_key: SecretStr | None = _secret("Secret key of the volume's S3 API, as a Prefect block; none: RUNPOD_S3_SECRET_KEY.")
 
     @field_validator("vcpus")
     @classmethod
@@ -92,7 +93,7 @@ class RunPodVariables(BaseVariables):
 
 
 def problems_of(job_variables: Mapping[str, object]) -> list[str]:
-    """What is wrong with the job variables of a pool: values that cannot be, and names that do not exist, which Prefect would drop."""
+    """Return what is wrong with the job variables of a pool: invalid values, and unknown names, which Prefect would ignore."""
     known, problems = list(RunPodVariables.model_fields), []
     for name in job_variables:
         if name not in known:
@@ -106,7 +107,7 @@ def problems_of(job_variables: Mapping[str, object]) -> list[str]:
 
 
 class RunPodConfiguration(BaseJobConfiguration, RunPodVariables):
-    """A flow run's pod."""
+    """The configuration of a flow run's pod."""
 
     def prepare_for_flow_run(
         self,
@@ -117,7 +118,7 @@ class RunPodConfiguration(BaseJobConfiguration, RunPodVariables):
         worker_name: str | None = None,
         worker_id: UUID | None = None,
     ) -> None:
-        """Fill in what depends on the flow run."""
+        """Fill in what depends on the flow run. Raises RefusedError for too many environment variables."""
         own = set(self.env)
         super().prepare_for_flow_run(flow_run, deployment, flow, work_pool, worker_name, worker_id=worker_id)
         if (public := os.environ.get(PUBLIC_API_VARIABLE)) and "PREFECT_API_URL" not in own:
@@ -125,7 +126,7 @@ class RunPodConfiguration(BaseJobConfiguration, RunPodVariables):
         kept: dict[str, str | None] = {name: value for name, value in self.env.items() if value and (name in own or _for_pods(name))}
         if len(kept) > MAX_VARIABLES - 3:
             raise RefusedError(
-                f"{len(kept)} environment variables; a pod takes {MAX_VARIABLES - 3} beside its own",
+                f"{len(kept)} environment variables; a pod takes {MAX_VARIABLES - 3} in addition to its own",
                 where="env of the job variables",
                 fix="give fewer",
             )
@@ -133,7 +134,7 @@ class RunPodConfiguration(BaseJobConfiguration, RunPodVariables):
 
     @property
     def place(self) -> Place:
-        """Where RunPod and the volume are, and the keys to them."""
+        """The account and its volume, with the keys to both."""
         return Place(
             volume=self.volume,
             runpod_url=self.runpod_url,
@@ -146,7 +147,7 @@ class RunPodConfiguration(BaseJobConfiguration, RunPodVariables):
 
     @property
     def wish(self) -> Wish:
-        """The machine."""
+        """The requested machine."""
         return Wish(
             image=self.image,
             gpus=self.gpus,
@@ -163,7 +164,7 @@ class RunPodConfiguration(BaseJobConfiguration, RunPodVariables):
         )
 
     def job(self, run: UUID, volume: Volume, deadline: float, machine: Candidate) -> str:
-        """What the pod's program is to do."""
+        """Return the job of the pod's program, as JSON."""
         command = DEFAULT_COMMAND if self.command in (None, self._base_flow_run_command()) else self.command or ""
         return json.dumps(
             {
@@ -184,7 +185,7 @@ class RunPodConfiguration(BaseJobConfiguration, RunPodVariables):
         )
 
     def check_reachable(self) -> None:
-        """A Prefect server on this machine or its network cannot be reached from a pod elsewhere. Raises RefusedError."""
+        """Raise RefusedError if the Prefect server is on this machine or its local network, where no pod can reach it."""
         url = self.env.get("PREFECT_API_URL") or ""
         if self.runpod_url == API_URL and _only_here(urlsplit(url).hostname or ""):
             raise RefusedError(
@@ -194,7 +195,7 @@ class RunPodConfiguration(BaseJobConfiguration, RunPodVariables):
             )
 
     def check_image(self) -> None:
-        """Raises RefusedError where the image's registry says that nobody can pull it; without an answer nothing is concluded."""
+        """Raise RefusedError if the registry says that the image cannot be pulled. A registry that does not answer is not an error."""
         if self.runpod_url == API_URL and not self.registry:
             check_image(self.image)
 
@@ -207,5 +208,5 @@ def _only_here(host: str) -> bool:
 
 
 def _for_pods(name: str) -> bool:
-    """Whether a setting of the worker is meant for the run too."""
+    """Return whether an environment variable of the worker is passed to the run."""
     return not name.startswith("PREFECT_") or name.startswith(KEPT_OF_PREFECT)

@@ -1,4 +1,4 @@
-"""The pod's program (`pod.py`) as it travels: in the environment of the container, whose command only unpacks it."""
+"""Passes the pod's program (`pod.py`) in the environment of the container, whose command only unpacks it."""
 
 import base64
 import zlib
@@ -10,6 +10,6 @@ START = f"""python3 -c 'import base64,os,zlib;exec(zlib.decompress(base64.b64dec
 
 
 def program(runpod_url: str) -> dict[str, str]:
-    """The variables that every pod gets."""
+    """Return the variables that every pod gets."""
     source = resources.files("infra.runpod").joinpath("pod.py").read_bytes()
     return {PROGRAM_VARIABLE: base64.b64encode(zlib.compress(source, 9)).decode(), "FVLM_RUNPOD_URL": runpod_url}

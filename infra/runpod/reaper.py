@@ -1,7 +1,7 @@
-"""Ends pods that nobody owns. It needs RunPod's key and nothing else: no flow, no worker, no Prefect server, no volume.
+"""Ends orphaned pods. It needs RunPod's key and nothing else: no flow, no worker, no Prefect server, no volume.
 
-A pod's name says whose it is, for which flow run it works and when it has to end (`naming`). Where Prefect's server answers, a pod whose
-run is over or unknown is ended too; where the ledger can be reached, it is brought up to date.
+A pod's name contains its owner, its flow run and its deadline (`naming`). If the Prefect server answers, pods whose run is over or unknown
+are ended too; if the ledger can be reached, it is updated.
 """
 
 import logging
@@ -18,9 +18,9 @@ from infra.runpod.models import OVER, Pod
 from infra.runpod.naming import NO_RUN, PodName
 
 OVERTIME_S = 120.0
-"""After the deadline, for a pod to end itself."""
+"""Time after its deadline in which a pod may end itself."""
 YOUNG_S = 300.0
-"""A pod that is younger may belong to a run that is being submitted, and an entry of the ledger to a pod that is being created."""
+"""A younger pod may belong to a run that is still being submitted, and a younger ledger entry to a pod that is still being created."""
 log = logging.getLogger(__name__)
 
 
@@ -43,10 +43,11 @@ def reap(
     young_s: float = YOUNG_S,
     everything: bool = False,
 ) -> list[Reaped]:
-    """End the pods of `owner` that nobody owns, or `everything` of it; returns what was ended. Pods of others are not touched.
+    """End the orphaned pods of `owner`, or all of them with `everything`. Pods of others are not touched.
 
-    `over` says of a flow run why nobody needs its pod any more; None where somebody does, or where it is not known. It is not asked of pods
-    younger than `young_s`, nor of one that works for no flow run. A ledger that cannot be reached holds nothing up.
+    Returns the pods that were ended or that could not be. `over` returns why a flow run no longer needs its pod, or None if it does or if
+    that is unknown. It is not called for pods younger than `young_s`, nor for one without a flow run. A ledger that cannot be reached is
+    only logged.
     """
     now = time.time() if now is None else now
     reaped, left = [], set()
@@ -73,14 +74,14 @@ def reap(
 
 
 def settle(budget: Budget, alive: set[str], now: float, young_s: float = YOUNG_S) -> None:
-    """End in the ledger what runs no longer; `alive` are the names of the pods that do."""
+    """Record in the ledger the end of pods that no longer run; `alive` are the names of those that do."""
     for entry in budget.entries():
         if entry.kind == "pod" and entry.running and entry.name not in alive and now - entry.since >= young_s:
             budget.ended(entry.name, at=min(now, entry.until)) if entry.started else budget.release(entry.name)
 
 
 def _reason(pod: Pod, name: PodName, over: Callable[[UUID], str | None], now: float, young_s: float) -> str | None:
-    """Why the pod has to end; None where it may go on."""
+    """Return why the pod has to end, or None if it may continue."""
     if now > name.deadline + OVERTIME_S:
         return f"it is {(now - name.deadline) / 60:.0f} min past its deadline"
     if pod.status in OVER:

@@ -1,4 +1,4 @@
-"""The pod that keeps the Prefect server: found, rented, waited for, and ended. What runs on it is `home`."""
+"""Finds, rents, waits for and ends the pod that runs the Prefect server. The program on that pod is `home`."""
 
 import json
 import os
@@ -20,19 +20,19 @@ from infra.stack import StackError
 from infra.volume import HOME, PASSWORD_FILE
 
 PASSWORD = f"{HOME}/{PASSWORD_FILE}"
-"""Of the server, on the volume."""
+"""File on the volume with the password of the server."""
 START_TIMEOUT_S = 2400.0
-"""The first pod of a lock file makes the Python environment."""
+"""The first pod with a new lock file has to create the Python environment."""
 STOP_TIMEOUT_S = 90.0
 LOOK_S = 2.0
 
 
 class RemoteServerError(InfraError):
-    """The pod of the server ended, or does not answer."""
+    """The pod of the server has ended."""
 
 
 def server_pod(account: Account) -> Pod | None:
-    """The pod that keeps the server of the account's volume, if there is one; of several the oldest."""
+    """Return the pod that runs the server of the account's volume, or None; the oldest one if there are several."""
     mine = owner(account.volume().id)
     found: list[Pod] = []
     for pod in account.client.pods():
@@ -53,8 +53,10 @@ def rent_server(
     days: float,
     say: Callable[[str], None],
 ) -> Pod:
-    """A pod as the configuration wants it, with a server on `port` and workers for the `pools`; one that somebody else has rented
-    meanwhile is taken instead. Raises what `rent` raises."""
+    """Rent a pod with a server on `port` and workers for the `pools`; use one that somebody else has rented in the meantime instead.
+
+    Raises the same errors as `rent`, and RefusedError if the image cannot be pulled.
+    """
     command = ["{python}", "-m", "infra.runpod.home", "--volume", configuration.mount_path, "--port", str(port)]
     command += ["--address", address, "--pools", json.dumps(dict(pools), separators=(",", ":"))]
     configuration.check_image()
@@ -89,7 +91,7 @@ def rent_server(
 def wait_until_it_answers(
     account: Account, pod: Pod, address: str, say: Callable[[str], None], *, timeout_s: float = START_TIMEOUT_S
 ) -> None:
-    """Return when the server answers at `address`. Raises RemoteServerError where its pod ends, StackError after `timeout_s`."""
+    """Wait until the server answers at `address`. Raises RemoteServerError if its pod ends, StackError after `timeout_s` seconds."""
     deadline, shown = time.monotonic() + timeout_s, ""
     while not api.healthy(f"{address}/api"):
         now = server_pod(account)
@@ -108,7 +110,7 @@ def wait_until_it_answers(
 
 
 def stop_server(account: Account, pod: Pod) -> None:
-    """Ask the server to save its database and to end, wait for that, and end the pod in any case."""
+    """Ask the server to save its database and stop, wait for that, and end the pod in any case."""
     try:
         account.store.write(STOP, b"")
         deadline = time.monotonic() + STOP_TIMEOUT_S

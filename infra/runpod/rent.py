@@ -1,5 +1,5 @@
-"""From a list of wishes to one pod: what is refused before anything is rented, which machines are tried in which order, and that nothing is
-rented above its price or beyond the budget."""
+"""Rents one pod from a list of preferences: refuses impossible requests first, tries machines in order of preference, and never exceeds the
+price limit or the budget."""
 
 import difflib
 import time
@@ -16,19 +16,19 @@ from infra.runpod.models import CpuRequest, CpuType, CreatePod, GpuRequest, GpuT
 from infra.runpod.naming import PodName
 
 PRICE_TOLERANCE = 1.02
-"""Between the catalogue's price and a pod's own."""
+"""Maximum ratio of a pod's actual price to the catalogue's price or the price limit."""
 STOCK = {"HIGH": 0, "MEDIUM": 1, "LOW": 2, "NONE": 3}
-"""A hint: what is said to be gone is tried last, not never."""
+"""Rank of each stock level. It is only a hint: machines that are said to be out of stock are tried last, but they are tried."""
 ROUND_S = 30.0
-"""Between two rounds through all candidates while capacity is waited for."""
+"""Interval between two rounds through all candidates while waiting for capacity."""
 
 
 class NothingFreeError(InfraError):
-    """No machine that would do is free now."""
+    """None of the acceptable machines is free now."""
 
 
 class UnwantedError(InfraError):
-    """While a machine was waited for, its flow run ended or was cancelled; nothing was rented."""
+    """The flow run ended or was cancelled while it waited for a machine. Nothing was rented."""
 
 
 class PriceError(InfraError):
@@ -37,11 +37,11 @@ class PriceError(InfraError):
 
 @dataclass(frozen=True)
 class Wish:
-    """The machine that is wanted."""
+    """The requested machine."""
 
     image: str
     gpus: Sequence[str] = ()
-    """GPUs in order of preference; none for a CPU pod."""
+    """GPUs in order of preference; empty for a CPU pod."""
     gpu_count: int = 1
     cpus: Sequence[str] = ()
     """CPU flavours in order of preference, for a pod without a GPU."""
@@ -50,7 +50,7 @@ class Wish:
     max_usd_per_hour: float = 10.0
     min_cuda: str | None = None
     data_centers: Sequence[str] = ()
-    """Without a volume: where it may be. With one: the volume's."""
+    """Where the machine may be; empty: anywhere. With a volume it is in the volume's data centre, which must be one of these."""
     registry: str | None = None
     ports: Sequence[str] = ()
     """Open to the outside, e.g. `4200/http`."""
@@ -60,7 +60,7 @@ class Wish:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One machine to ask for."""
+    """One machine to try to rent."""
 
     kind: GpuRequest | CpuRequest
     data_center: str
@@ -73,7 +73,7 @@ class Candidate:
 
 
 def candidates(client: RunPod, wish: Wish, volume: Volume | None) -> list[Candidate]:
-    """The machines to ask for, best first. Raises RefusedError where the wish cannot be fulfilled at any time."""
+    """Return the machines to try, best first. Raises RefusedError if the request can never be met."""
     if bool(wish.gpus) == bool(wish.cpus):
         raise RefusedError("give GPUs or CPU flavours, and not both", where="gpus, cpus", fix="name one kind of machine")
     offered: list[GpuType] | list[CpuType] = client.gpus(count=wish.gpu_count) if wish.gpus else client.cpus(vcpus=wish.vcpus)
@@ -135,13 +135,14 @@ def rent(
     go_on: Callable[[], bool] = lambda: True,
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[Pod, PodName]:
-    """A pod for a flow run, the first of the candidates that can be had; waits up to `wait_s` for one to become free.
+    """Rent a pod for a flow run: the first candidate that is available. Waits up to `wait_s` seconds for one to become free.
 
-    `environment` gives the variables that depend on the deadline and on what is rented. `warn` hears when a share of the cap is passed.
-    `go_on` is asked after every wait whether the pod is still wanted.
+    `environment` returns the variables that depend on the deadline and on the rented machine. `warn` is called when a share of the cap is
+    passed. `go_on` is called after every wait and returns whether the pod is still wanted.
 
-    Raises RefusedError, BudgetError, NothingFreeError (with all that was tried), UnwantedError, PriceError, or a RunPodError that no other
-    candidate mends. Where it is not known whether there is a pod (UnavailableError), its reservation stands until the reaper has looked.
+    Raises RefusedError, BudgetError, NothingFreeError (which lists what was tried), UnwantedError, PriceError, or a RunPodError that would
+    occur with any other candidate too. If it is unknown whether there is a pod (UnavailableError), its reservation stays until the reaper
+    has checked.
     """
     began = time.monotonic()
     machines = candidates(client, wish, volume)
@@ -161,15 +162,15 @@ def rent(
                 budget.release(str(name))
                 if not _others_may_do(error):
                     raise
-                # the words of a refusal are not promised: one that is not known to mean capacity is final where all are so
+                # the wording of refusals may change: one that is not known to mean no capacity is final only if all are of this kind
                 final = None if isinstance(error, NoCapacityError) or (tried and final is None) else error
                 tried.append(f"{machine} ({error.what.removeprefix('RunPod: ')})")
                 continue
-            if not pod.cost:  # an answer that does not say it yet: the ledger must not promise nothing
+            if not pod.cost:  # the response may lack the price, but the ledger needs one
                 pod = pod.model_copy(update={"cost": machine.usd_per_hour})
             try:
                 budget.started(str(name), pod.id, usd_per_hour=pod.cost)
-            except (InfraError, OSError):  # a pod that the ledger does not know would be billed beside it
+            except (InfraError, OSError):  # a pod that is not in the ledger would be missing in the budget
                 client.terminate(pod.id)
                 raise
             if pod.cost > min(machine.usd_per_hour * PRICE_TOLERANCE, wish.max_usd_per_hour * PRICE_TOLERANCE):
@@ -194,7 +195,7 @@ def rent(
                 where="RunPod",
                 fix="name more GPUs, wait longer (capacity_wait_s), or put the volume where there are more",
             )
-        say(f"nothing is free, tried again for {left:.0f} s more: {'; '.join(map(str, machines))}")
+        say(f"nothing is free, retrying for another {left:.0f} s: {'; '.join(map(str, machines))}")
         sleep(min(ROUND_S, left))
         if not go_on():
             raise UnwantedError(
@@ -203,7 +204,7 @@ def rent(
 
 
 def _others_may_do(error: InfraError) -> bool:
-    """Whether another candidate may be had: after any status 400, which says no capacity as well as a broken rule, and after 403."""
+    """Return whether to try another candidate: after any status 400, which means no capacity or a broken rule, and after 403."""
     refused = isinstance(error, InvalidRequestError) and error.status == HTTPStatus.BAD_REQUEST
     return refused or isinstance(error, NoCapacityError | NoAccessError)
 
@@ -224,11 +225,11 @@ def _request(wish: Wish, machine: Candidate, name: str, volume: Volume, path: st
             ports=list(wish.ports) or None,
         )
     except ValueError as error:
-        raise InvalidRequestError(f"this is no pod: {error}", where="the job variables", fix="correct them") from None
+        raise InvalidRequestError(f"this pod cannot be requested: {error}", where="the job variables", fix="correct them") from None
 
 
 def _nearest(name: str, known: list[str]) -> Iterator[str]:
-    """The names that are most like a wrong one: by spelling, or by a word that both have."""
+    """Yield the known names that are closest to an unknown one: by spelling, or because they share a word."""
     lower = {one.lower(): one for one in known}
     close = difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.5)
     shared = [one for one in lower if set(name.lower().replace("-", " ").split()) & set(one.replace("-", " ").split()) - {"nvidia"}]

@@ -1,4 +1,4 @@
-"""Finds or makes the network volume, where its data centre has an S3 side, GPUs in stock, and a price; marks it as ours."""
+"""Finds or creates the network volume, in a data centre with an S3 API and GPUs in stock, and marks it as ours."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,10 @@ from infra.store import Store
 def find_or_create_volume(
     client: RunPod, name: str, *, size_gb: int, data_centers: Sequence[str], gpus: Sequence[str], gpu_count: int
 ) -> Volume:
-    """The volume of that name; made in the wanted data centre that has the best stock of the wanted GPUs. Raises RefusedError."""
+    """Return the volume of this name; create it, if needed, in the data centre with the best stock of the wanted GPUs.
+
+    Raises RefusedError if the existing volume is elsewhere or too small, or if no data centre is suitable.
+    """
     if found := next((one for one in client.volumes() if name in (one.name, one.id)), None):
         if found.dataCenter not in data_centers:
             raise RefusedError(
@@ -35,10 +38,10 @@ def find_or_create_volume(
 
 
 def choose(client: RunPod, data_centers: Sequence[str], gpus: Sequence[str], gpu_count: int) -> list[str]:
-    """The data centres for a volume, best first: by stock of the most wanted GPU, then of the next, then as listed."""
+    """Return the data centres for a volume, best first: by stock of the most wanted GPU, then of the next, then in the given order."""
     if unreachable := [place for place in data_centers if place not in DATA_CENTERS]:
         raise RefusedError(
-            f"volumes in {', '.join(unreachable)} have no S3 side",
+            f"volumes in {', '.join(unreachable)} have no S3 API",
             where="machine.rental.data_centers",
             fix=f"choose among {', '.join(sorted(DATA_CENTERS))} (upper case)",
         )
@@ -55,7 +58,7 @@ def choose(client: RunPod, data_centers: Sequence[str], gpus: Sequence[str], gpu
 
 
 def mark(store: Store, volume: Volume) -> None:
-    """Say on the volume which one it is: a pod that does not see this has no volume, or another."""
+    """Write the volume's id and name to the volume, so that a pod can check that it has the right one."""
     content = json.dumps({"id": volume.id, "name": volume.name}).encode()
     if store.read(IDENTITY) != content:
         store.write(IDENTITY, content)

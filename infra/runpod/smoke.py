@@ -1,7 +1,7 @@
-"""A first test on RunPod itself: what its documents leave open, found out on two small CPU pods for a few cents.
+"""A smoke test on RunPod itself: answers what its documentation leaves open, on two small CPU pods, for a few cents.
 
-One pod runs a job through the pod's program (`pod.py`) and has to end itself with its own key. The other's command simply ends, again and
-again if RunPod starts it again. Both leave files on the volume, which are looked for through its S3 side.
+One pod runs a job through the pod's program (`pod.py`) and has to end itself with its own key. The command of the other pod simply ends,
+each time that RunPod restarts it. Both write files to the volume, which are then read through its S3 API.
 """
 
 import contextlib
@@ -26,27 +26,27 @@ from infra.s3 import S3Store
 
 T = TypeVar("T")
 PHASE = "smoke"
-"""What the pods are for, in the ledger."""
+"""Phase of these pods in the ledger."""
 FOLDER = "smoke"
 MAX_RUNTIME_S = 900.0
 PATIENCE_S = 420.0
-"""For each thing that is waited for: an image is pulled first."""
+"""Timeout of each wait, which includes the time to pull an image."""
 LOOK_S = 2.0
 WRITE = "import os,sys,time; os.makedirs(os.path.dirname(sys.argv[1]), exist_ok=True); open(sys.argv[1], 'w').write(str(time.time()))"
 ENDS = "ends this pod:"
-"""In the log of a pod that ends itself; what follows says how that went."""
+"""In the log of a pod that ends itself; it is followed by the result."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What was found out."""
+    """A question and its answer."""
 
     question: str
     answer: str
 
 
 def most_usd(usd_per_hour: float) -> float:
-    """What both pods cost if nothing ends them before their time."""
+    """Return the cost in USD of both pods if they run to their deadline."""
     return 2 * usd_per_hour * MAX_RUNTIME_S / 3600
 
 
@@ -59,7 +59,7 @@ def smoke(
     say: Callable[[str], None],
     patience_s: float = PATIENCE_S,
 ) -> list[Answer]:
-    """All of it. Pods are ended whatever happens; a question that has no answer in `patience_s` says so."""
+    """Run the smoke test. The pods are ended in any case; a question without an answer after `patience_s` seconds is reported as such."""
     configuration.check_image()
     run, volume, client = uuid4(), account.volume(), account.client
     place = f"{FOLDER}/{run.hex}"
@@ -83,7 +83,7 @@ def smoke(
 
 @contextlib.contextmanager
 def ended(client: RunPod, budget: Budget, run: UUID, say: Callable[[str], None]) -> Generator[None]:
-    """At the end of the block no pod of the run is left, those included whose creation was interrupted or not answered."""
+    """End all pods of the run that are left after the block, including pods whose create request was interrupted or got no response."""
     try:
         yield
     finally:
@@ -102,7 +102,7 @@ def ended(client: RunPod, budget: Budget, run: UUID, say: Callable[[str], None])
 def rented(
     account: Account, budget: Budget, configuration: RunPodConfiguration, run: UUID, say: Callable[[str], None], *, args: str = ""
 ) -> Generator[Pod]:
-    """A pod that is ended at the end of the block. `args`: its command, instead of the pod's program."""
+    """Rent a pod for the duration of the block. `args` is its command, instead of the pod's program."""
     volume, wish = account.volume(), configuration.wish
     pod, name = rent(
         account.client,
@@ -124,7 +124,7 @@ def rented(
 
 
 def no_capacity(client: RunPod, volume: Volume, run: UUID, configuration: RunPodConfiguration) -> Answer:
-    """What a create says for a GPU that the catalogue does not have in the volume's data centre. If it is there after all, it is ended."""
+    """Find out the response to a create request for a GPU that is out of stock in the volume's data centre. A created pod is ended."""
     question = "text of a create without capacity"
     stocks = {gpu.id: {one.id: one.availability for one in gpu.dataCenters} for gpu in client.gpus()}
     gone = [gpu for gpu, there in stocks.items() if there.get(volume.dataCenter, "NONE") == "NONE"]
@@ -187,7 +187,7 @@ def _self_end(client: RunPod, pod: Pod, lines: list[str], patience_s: float, say
 
 
 def _until(look: Callable[[], T], patience_s: float) -> T | None:
-    """The first answer that is something; None after `patience_s`."""
+    """Call `look` until it returns something true. Returns None after `patience_s` seconds."""
     deadline = time.monotonic() + patience_s
     while not (found := look()) and time.monotonic() < deadline:
         time.sleep(LOOK_S)
@@ -195,7 +195,7 @@ def _until(look: Callable[[], T], patience_s: float) -> T | None:
 
 
 def _quietly(read: Callable[[], T]) -> T | None:
-    """A reading that may fail now and then."""
+    """Call `read`. Returns None if it fails."""
     try:
         return read()
     except InfraError:

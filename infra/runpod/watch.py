@@ -1,50 +1,51 @@
-"""What looks at a pod mean, one after the other: that it has started, is dead, idle, or past its time. No clock and no network in here."""
+"""Judges from repeated looks at a pod whether it has started, is dead, idle, or past its deadline. Uses neither clock nor network."""
 
 from dataclasses import dataclass
 
 from infra.runpod.models import OVER, Pod, Status
 
 GONE_LOOKS = 2
-"""Lists in a row without the pod: one may come from a copy of the service that does not know it yet."""
+"""Consecutive lists without the pod after which it is gone: a single one may come from a replica that does not know the pod yet."""
 RESTARTS = 3
-"""Of the container; the pod's program ends a pod at the second start, so it does not run at all."""
+"""Restarts of the container after which its command is known not to work: the pod's program would end the pod at the second start."""
 UNSTARTED = "the pod did not start"
 STALE_S = 120.0
-"""How late the service may be with a container's uptime."""
+"""How outdated a container's uptime may be in a response of the service."""
 GAP_SHARE = 0.25
-"""Of `idle_s`, between two looks: after a longer outage of the service nobody knows what the GPUs did meanwhile."""
+"""Longest time between two looks that still counts as idle, as a share of `idle_s`: after a longer outage of the service it is unknown what
+the GPUs did in between."""
 
 
 @dataclass
 class Watch:
-    """What is known of a pod so far. `look` with every new list of pods."""
+    """What is known about a pod so far. Call `look` with every new list of pods."""
 
     deadline: float
     """Seconds since the epoch."""
     began: float
     start_timeout_s: float
     idle_s: float | None = None
-    """How long all GPUs may do nothing."""
+    """How long all GPUs may be idle."""
     silent_s: float | None = None
-    """How long the run may give no sign of life. It is set up first: packages are installed, shards are fetched."""
+    """How long the run may give no sign of life. This includes its setup: packages are installed and shards are downloaded."""
     overtime_s: float = 120.0
-    """After the deadline, for the pod to end itself."""
+    """Time after the deadline in which the pod may end itself."""
     running: bool = False
     missing: int = 0
     restarts: int = 0
     uptime: int = 0
     started: float | None = None
-    """When the container was started the last time, by its uptime."""
+    """When the container was last started, according to its uptime."""
     speaks: bool = False
-    """Whether the pod's program has been read in its log, so its command is not a bad one."""
+    """Whether the log has a line of the pod's program, so that its command is known to work."""
     idle_since: float | None = None
     looked_at_gpus: float | None = None
-    """The last time that what they do was seen."""
+    """When the utilization of the GPUs was last seen."""
     sign: object = None
     heard: float | None = None
 
     def look(self, pod: Pod | None, now: float) -> str | None:
-        """Why the pod is over or has to end; None while it is well. `pod` is None where the list has it no longer."""
+        """Return why the pod is over or has to be ended, or None if it is healthy. `pod` is None if it is no longer listed."""
         if pod is None:
             self.missing += 1
             return "the pod is gone" if self.missing >= GONE_LOOKS else None
@@ -60,7 +61,7 @@ class Watch:
         return self._restarts(pod, now) or self._idle(pod, now)
 
     def hear(self, sign: object, now: float) -> str | None:
-        """`sign`: anything that is another with every sign of life of the run. Returns why the pod has to end, or None."""
+        """Note the run's newest sign of life, any value that changes with each of them. Returns why the pod has to be ended, or None."""
         if sign != self.sign or self.heard is None:
             self.sign, self.heard = sign, now
         silence = now - self.heard
@@ -71,9 +72,9 @@ class Watch:
         if uptime is None:
             return None
         started = now - uptime
-        # of a command that ends at once every look sees the same uptime, and another container
+        # if a command ends at once, every look sees the same uptime, but of another container
         again = self.started is not None and not self.speaks and started > self.started + STALE_S
-        # where the pod's program was heard, an uptime that falls by seconds is an older copy of the answer
+        # once the pod's program has been heard, an uptime that falls by seconds comes from an outdated response
         fell = uptime < self.uptime and (not self.speaks or self.started is None or started > self.started + STALE_S)
         if fell or again:
             self.restarts += 1

@@ -3,9 +3,9 @@
     prefect work-pool create fvlm-gpu --type runpod
     prefect worker start --pool fvlm-gpu
 
-The worker rents a pod for a run (`rent`), looks at all pods with one request every few seconds, streams their logs into the runs' logs, and
-ends a pod whose run is over, cancelled, or lost. A pod whose run is not over is a crash, with the reason that the pod left on the volume. A
-worker that is started anew goes on with the pods of the one before.
+The worker rents a pod for each run (`rent`), polls all pods with one request every few seconds, streams their logs into the runs' logs, and
+ends a pod whose run is over, cancelled, or lost. If a pod ends before its run, the run is marked as crashed, with the reason that the pod
+left on the volume. A restarted worker takes over the pods of the previous one.
 """
 
 import asyncio
@@ -48,25 +48,26 @@ from infra.runpod.rent import rent
 from infra.runpod.watch import GONE_LOOKS, UNSTARTED, Watch
 
 RECOVER_S = 15.0
-"""Between two looks for runs that a worker before this one has left."""
+"""Interval between two checks for runs that a previous worker has left behind."""
 ALIVE = timedelta(seconds=90)
-"""Since a worker's last heartbeat, of which it sends one every 30 seconds; and what a run's submission may take to begin."""
+"""A worker is alive this long after its last heartbeat, which it sends every 30 seconds. Also how long a run may be pending before it is
+submitted."""
 RUN_LOOK_S = 5.0
-"""Between two looks at a flow run's state."""
+"""Interval between two checks of a flow run's state."""
 HEARTBEAT = "prefect.flow-run.heartbeat"
 LINGER_S = 60.0
-"""For a pod to end itself when its run is over."""
+"""Time in which a pod may end itself after its run is over."""
 LAST_WORDS_S = 75.0
-"""For a lost pod's run to say something itself: a job has a minute to end after the signal."""
+"""Time in which the run of a lost pod may still set its own state: after the signal, a job has a minute to end."""
 CANCEL_S = 20.0
-"""For a cancelled run to end itself; then its pod is ended."""
+"""Time in which a cancelled run may end itself before its pod is ended."""
 FINAL = frozenset({StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED})
 ON_A_POD = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
-"""Of a run that has a pod: until its process starts there, it is pending."""
+"""States of a run that has a pod. The run is pending until its process starts there."""
 
 
 class RunPodResult(BaseWorkerResult):
-    """How a pod ended: 0 where its run had ended before."""
+    """How a pod ended: status code 0 if its run had ended before."""
 
 
 class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult]):
@@ -104,9 +105,9 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
     async def run(
         self, flow_run: FlowRun, configuration: RunPodConfiguration, task_status: anyio.abc.TaskStatus[Any] | None = None
     ) -> RunPodResult:
-        """Rent a pod for the run and stay with it to its end.
+        """Rent a pod for the run and watch it to its end.
 
-        What is wrong with the settings, the budget or the keys is raised before anything is rented; the run is Crashed with that message.
+        Errors in the settings, the budget or the keys are raised before anything is rented; the run is then Crashed with that message.
         """
         log = self.get_flow_run_logger(flow_run)
         self._mine.add(flow_run.id)
@@ -155,7 +156,7 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
     async def _stay(
         self, flow_run: FlowRun, configuration: RunPodConfiguration, tenancy: "Tenancy", pod: Pod, name: PodName
     ) -> RunPodResult:
-        """Stay with a pod to its end, and see that it has one."""
+        """Watch a pod to its end, and make sure that it ends."""
         log, account = self.get_flow_run_logger(flow_run), tenancy.account
         watch = Watch(
             deadline=name.deadline,
@@ -194,7 +195,7 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
         return RunPodResult(identifier=pod.id, status_code=1)
 
     async def _until_over(self, flow_run: FlowRun, poller: Poller, watch: Watch, pod: str) -> str | None:
-        """Wait until the run or its pod is over. Returns why the pod is lost, or None where the run ended by itself or was cancelled."""
+        """Wait until the run or its pod is over. Returns why the pod is lost, or None if the run ended by itself or was cancelled."""
         over_since: float | None = None
         looked = 0.0
         async for pods in poller.looks(pod):
@@ -220,20 +221,20 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
         return None
 
     async def _run_of(self, run: UUID) -> tuple[StateType | None, object]:
-        """The run's state, None where it was deleted, SCHEDULED where the server does not say; and its newest sign of life."""
+        """Return the run's state (None if it was deleted, SCHEDULED if the server does not answer) and its newest sign of life."""
         try:
             found = await self.client.read_flow_run(run)
             wanted = EventFilter(event=EventNameFilter(name=[HEARTBEAT]), resource=EventResourceFilter(id=[f"prefect.flow-run.{run}"]))
             beats = (await self.client.read_events(filter=wanted, limit=1)).events
         except ObjectNotFound:
             return None, None
-        except Exception:  # the server is away: the pod goes on
+        except Exception:  # the server does not answer: the pod continues
             return StateType.SCHEDULED, time.time()
         state = found.state
         return (state.type if state else StateType.SCHEDULED), (state and state.id, beats and beats[0].occurred)
 
     async def _wanted(self, run: UUID) -> bool:
-        """Whether a run that waits for a machine is to have one. One that is being cancelled has no process that could end it."""
+        """Return whether a run that waits for a machine still wants one. Marks a run that is being cancelled, which has no process yet."""
         state, _ = await self._run_of(run)
         if state == StateType.CANCELLING:
             await self._cancelled(run, "it had no pod yet")
@@ -244,8 +245,11 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
             await self.client.set_flow_run_state(run, Cancelled(message=f"cancelled; {message}"), force=True)
 
     async def _crash(self, run: UUID, pod: str, message: str) -> bool:
-        """Mark the pod's run Crashed with the message, also where it is Crashed with another one. False where it is no longer the pod's."""
-        with contextlib.suppress(Exception):  # the server is away
+        """Mark the pod's run as Crashed with this message, replacing the message of an earlier crash.
+
+        Returns False if the run now has another pod or has ended otherwise.
+        """
+        with contextlib.suppress(Exception):  # the server does not answer
             found = await self.client.read_flow_run(run)
             if found.infrastructure_pid != pod or found.state is None or (found.state.is_final() and not found.state.is_crashed()):
                 return False
@@ -254,22 +258,22 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
         return True
 
     async def _crash_again(self, run: UUID, pod: str, message: str) -> None:
-        """`_crash` as often as needed: the run's process, which ends a while after its pod was told to, calls its own signal the reason."""
+        """Repeat `_crash` for a while: the run's process ends some time after its pod was told to, and gives the signal as the reason."""
         until = time.time() + LAST_WORDS_S
         while time.time() < until and await self._crash(run, pod, message):
             await asyncio.sleep(RUN_LOOK_S)
 
     async def _recover(self) -> None:
-        """What a worker before this one has left: its pods, and runs that it had taken and not yet given a pod."""
+        """Take care of what a previous worker has left behind: its pods, and runs that it had taken but not given a pod yet."""
         adopted = False
         while True:
             adopted = adopted or await self._adopt()
             await asyncio.sleep(RECOVER_S)
-            with contextlib.suppress(Exception):  # the server is away; there is a next time
+            with contextlib.suppress(Exception):  # the server does not answer; the next attempt may succeed
                 await self._crash_forgotten()
 
     async def _crash_forgotten(self) -> None:
-        """Mark runs Crashed that are pending, and that no living worker of the pool can have taken: nobody else ever would."""
+        """Mark pending runs as Crashed that no live worker of the pool can have taken; nothing else ever would."""
         now = datetime.now(UTC)
         for worker in await self.client.read_workers_for_work_pool(self._work_pool_name):
             if worker.name != self.name and worker.last_heartbeat_time and now - worker.last_heartbeat_time < ALIVE:
@@ -282,13 +286,13 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
                 await self._propose_crashed_state(run, "the worker that had taken the run was lost before it had a pod")
 
     async def _adopt(self) -> bool:
-        """Go on with pods that a worker before this one rented for runs of this pool. False where RunPod or the server is away."""
+        """Take over pods that a previous worker rented for runs of this pool. Returns False if RunPod or the server does not answer."""
         try:
             await self._adopt_all()
         except (RefusedError, WrongKeyError, ValueError) as error:  # there is no pool-wide account: each run brings its own
-            self._logger.debug("no pods are taken over: %s", error)
+            self._logger.debug("pods of an earlier worker are not taken over: %s", error)
         except Exception as error:
-            self._logger.warning("pods of an earlier worker are looked for again in %.0f s: %s", RECOVER_S, error)
+            self._logger.warning("looking for pods of an earlier worker failed, retrying in %.0f s: %s", RECOVER_S, error)
             return False
         return True
 
@@ -308,13 +312,13 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
         await self._crash_orphaned(tenancy, configuration.poll_s)
 
     async def _crash_orphaned(self, tenancy: "Tenancy", poll_s: float) -> None:
-        """Mark runs Crashed whose pod ended while neither a worker nor the server was there: they would fill the pool's limit for ever."""
+        """Mark runs as Crashed whose pod ended while neither worker nor server was running: they would fill the pool's limit forever."""
         on_a_pod = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=ON_A_POD)))
         pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[self._work_pool_name]))
         found = await self.client.read_flow_runs(flow_run_filter=on_a_pod, work_pool_filter=pool)
-        # a run that somebody started again has the pod of its first try until this worker has rented another
+        # a run that was started again has the pod id of its first attempt until this worker has rented another pod
         orphans = [run for run in found if run.infrastructure_pid and run.id not in self._mine | self._submitting_flow_run_ids]
-        for _ in range(GONE_LOOKS):  # after the runs were read: a run that was known then had its pod already
+        for _ in range(GONE_LOOKS):  # pods are listed after the runs were read, because these runs had their pods by then
             alive = {pod.id for pod in await anyio.to_thread.run_sync(tenancy.account.client.pods)}
             orphans = [run for run in orphans if run.infrastructure_pid not in alive]
             await asyncio.sleep(poll_s if orphans else 0)
@@ -324,7 +328,7 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
                 await self._propose_crashed_state(run, f"pod {run.infrastructure_pid}: it is gone, and nobody was there to see it end")
 
     async def _tenancy(self, configuration: RunPodConfiguration) -> "Tenancy":
-        """What all runs of this worker with the same account and volume share."""
+        """Return what all runs of this worker with the same account and volume share."""
         place = configuration.place
         if place.identity not in self._tenancies:
             account = Account(place)
@@ -337,7 +341,7 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
 
 @dataclass(frozen=True)
 class Tenancy:
-    """An account of RunPod's with one of its volumes, as the runs of a worker share it."""
+    """A RunPod account with one of its volumes, shared by the runs of a worker."""
 
     account: Account
     volume: Volume
@@ -346,6 +350,6 @@ class Tenancy:
     board: Board
 
     def post(self, text: str) -> None:
-        """Post on the volume's board; a board that cannot be written stops nothing."""
+        """Post on the volume's board. Errors are ignored."""
         with contextlib.suppress(InfraError, OSError):
             self.board.post(text)

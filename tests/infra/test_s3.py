@@ -82,10 +82,10 @@ def test_operations_that_runpod_lacks_fail_here_too(client: Any, bucket: S3Store
 
 
 def test_errors_say_what_to_do(side: S3Side, bucket: S3Store) -> None:
-    with pytest.raises(VolumeError, match="volumes in US-TX-1 have no S3 side"):
+    with pytest.raises(VolumeError, match="volumes in US-TX-1 have no S3 API"):
         connect("US-TX-1", ACCESS, SECRET)
     wrong = S3Store(connect("US-KS-2", "rpa_other", SECRET, url=side.url), "vol1")
-    with pytest.raises(VolumeError, match="another one than RUNPOD_API_KEY"):
+    with pytest.raises(VolumeError, match="not the same as RUNPOD_API_KEY"):
         wrong.read("a")
     with pytest.raises(VolumeError, match="NoSuchBucket"):
         S3Store(bucket.client, "vol9").write("a", b"")

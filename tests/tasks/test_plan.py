@@ -158,7 +158,7 @@ def test_a_result_from_elsewhere_is_adopted_where_it_fits(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("inputs", "why"),
-    [({"vision": "same"}, ""), ({"vision": "other"}, "made of another model.vision.checkpoint"), ({}, "does not say of which")],
+    [({"vision": "same"}, ""), ({"vision": "other"}, "made from another model.vision.checkpoint"), ({}, "does not say from which")],
 )
 def test_a_training_by_hand_is_adopted_if_its_encoder_is_the_same_wherever_it_lay(tmp_path: Path, inputs: dict[str, str], why: str) -> None:
     place = "model.vision.checkpoint"

@@ -1,5 +1,5 @@
-"""What the emulator has on offer. Names and data centres are RunPod's. Prices are of the size of its list prices in 2026 and only an
-emulator's: a plan for real money asks the real catalogue."""
+"""The machines that the emulator offers. Names and data centres are RunPod's. Prices are similar to its list prices in 2026, but only for
+the emulator: a plan for real money uses the real catalogue."""
 
 from dataclasses import dataclass
 
@@ -44,16 +44,16 @@ CPUS = (
 )
 DISK_USD_PER_GB_MONTH = 0.10
 SMALL_USD_PER_GB_MONTH, LARGE_USD_PER_GB_MONTH, SMALL_GB = 0.07, 0.05, 1000
-"""Of a network volume: the first terabyte, and what is above."""
+"""Prices of a network volume: up to the first terabyte, and above it."""
 HOURS_PER_MONTH = 730.0
 
 
 def volume_usd_per_hour(size_gb: int) -> float:
-    """What a network volume costs."""
+    """Return the price of a network volume."""
     month = SMALL_USD_PER_GB_MONTH * min(size_gb, SMALL_GB) + LARGE_USD_PER_GB_MONTH * max(0, size_gb - SMALL_GB)
     return month / HOURS_PER_MONTH
 
 
 def disk_usd_per_hour(size_gb: int) -> float:
-    """What a running pod's container disk costs."""
+    """Return the price of a running pod's container disk."""
     return DISK_USD_PER_GB_MONTH * size_gb / HOURS_PER_MONTH

@@ -1,4 +1,4 @@
-"""The emulator's account: pods with their life, network volumes, and what all of it has cost."""
+"""The emulator's account: pods and their life cycle, network volumes, and their cost."""
 
 import hashlib
 import secrets
@@ -26,15 +26,15 @@ ACTIONS = {
     Status.TERMINATED: [],
 }
 FORWARDED = ("PREFECT_API_URL", "FVLM_RUNPOD_URL")
-"""Addresses in a pod's environment that lead through its own network."""
+"""Variables of a pod whose URLs go through its own emulated network."""
 ANSWER_S = 0.3
 BAD_COMMAND = "sh -c 'sleep 0.5; exit 127'"
-"""What an image without python3 does with the pod's program."""
+"""Behaves like the pod's program in an image without python3."""
 NO_INSTANCES = "There are no longer any instances available with the requested specifications. Please refresh and try again."
 
 
 class RuleError(Exception):
-    """A request that is well formed and cannot be carried out: status and text of the answer."""
+    """A well-formed request cannot be carried out. Has the status and the text of the response."""
 
     def __init__(self, status: int, detail: str) -> None:
         super().__init__(detail)
@@ -43,7 +43,7 @@ class RuleError(Exception):
 
 @dataclass(frozen=True)
 class Delays:
-    """Seconds that things take."""
+    """Durations of the changes of a pod's state, in seconds."""
 
     provision_s: float = 0.3
     start_s: float = 0.2
@@ -75,13 +75,13 @@ class Pod:
     container: Container
     network: Network
     key: str
-    """RUNPOD_API_KEY inside: it may end this pod and nothing else."""
+    """RUNPOD_API_KEY inside the pod, which can only end this pod."""
     faults: list[Fault]
     status: Status = Status.PROVISIONING
     created: datetime = field(default_factory=lambda: datetime.now(UTC))
     started: datetime | None = None
     ended: datetime | None = None
-    """When the bill ended."""
+    """When billing ended."""
     over: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -130,10 +130,10 @@ class Pod:
 
 
 class Cloud:
-    """One account. Used by several threads."""
+    """One account. Thread-safe."""
 
     def __init__(self, folder: Path, *, delays: Delays | None = None, url: str = "") -> None:
-        """`url`: the emulator's own address, which pods get as that of RunPod's API."""
+        """`url` is the emulator's own address."""
         self.folder, self.delays, self.url = folder.resolve(), delays or Delays(), url
         self.pods: dict[str, Pod] = {}
         self.volumes: dict[str, Volume] = {}
@@ -141,7 +141,7 @@ class Cloud:
         self._lock = threading.RLock()
 
     def create_pod(self, request: CreatePod) -> Pod:
-        """Place a pod. Raises RuleError where that cannot be."""
+        """Create a pod. Raises RuleError if that is not possible."""
         volume = self._volume_of(request)
         wanted = request.dataCenterIds or ([volume.data_center] if volume else list(DATA_CENTERS))
         if volume and volume.data_center not in wanted:
@@ -165,7 +165,7 @@ class Cloud:
         return pod
 
     def pod(self, pod: str) -> Pod:
-        """Raises RuleError where it is not there, or no longer."""
+        """Return a pod by id. Raises RuleError if it does not exist, or no longer exists."""
         with self._lock:
             found = self.pods.get(pod)
         if found is None or not found.listed:
@@ -173,13 +173,13 @@ class Cloud:
         return found
 
     def terminate(self, pod: Pod) -> None:
-        """End it and its bill."""
+        """Terminate a pod, which ends its billing."""
         pod.status = Status.TERMINATED
         self._end(pod)
         threading.Thread(target=pod.container.stop, daemon=True).start()
 
     def act(self, pod: Pod, action: str) -> None:
-        """Raises RuleError where the pod's state does not allow the action."""
+        """Change a pod's state. Raises RuleError if its current state does not allow the action."""
         if action not in ACTIONS[pod.status]:
             raise RuleError(409, f"action {action} is not valid for a pod that is {pod.status.value}")
         if action == "terminate":
@@ -194,13 +194,13 @@ class Cloud:
             raise RuleError(409, "this emulator starts no stopped pod: terminate it and create another one")
 
     def create_volume(self, request: CreateVolume) -> Volume:
-        """A folder of the emulator's."""
+        """Create a volume in a new folder of the emulator."""
         if request.dataCenter not in DATA_CENTERS:
             raise RuleError(400, f"there is no data center {request.dataCenter}")
         return self.adopt_volume(request.name, request.size, request.dataCenter, self.folder / "volumes" / secrets.token_hex(4))
 
     def adopt_volume(self, name: str, size_gb: int, data_center: str, folder: Path) -> Volume:
-        """A volume in a given folder; the same folder has the same id every time."""
+        """Create a volume in a given folder. The same folder always gets the same id."""
         folder.mkdir(parents=True, exist_ok=True)
         known = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:10]
         volume = Volume(known, name, size_gb, data_center, folder.resolve(), datetime.now(UTC))
@@ -209,25 +209,25 @@ class Cloud:
         return volume
 
     def volume(self, volume: str) -> Volume:
-        """Raises RuleError where it is not there, or no longer."""
+        """Return a volume by id. Raises RuleError if it does not exist, or no longer exists."""
         found = self.volumes.get(volume)
         if found is None or found.deleted:
             raise RuleError(404, f"network volume {volume} not found")
         return found
 
     def delete_volume(self, volume: Volume) -> None:
-        """With everything on it."""
+        """Delete a volume with everything on it."""
         volume.deleted = datetime.now(UTC)
         shutil.rmtree(volume.folder, ignore_errors=True)
 
     def pod_bills(self) -> Iterator[tuple[Pod, float, float]]:
-        """Each pod that there ever was, with hours and the USD they cost without its disk."""
+        """Yield each pod that ever existed, its hours, and their cost in USD without its disk."""
         for pod in list(self.pods.values()):
             hours = ((pod.ended or datetime.now(UTC)) - pod.created).total_seconds() / 3600
             yield pod, hours, hours * pod.usd_per_hour
 
     def volume_bills(self) -> Iterator[tuple[Volume, float]]:
-        """Each volume that there ever was, with the USD it cost."""
+        """Yield each volume that ever existed, and its cost in USD."""
         for volume in list(self.volumes.values()):
             hours = ((volume.deleted or datetime.now(UTC)) - volume.created).total_seconds() / 3600
             yield volume, hours * volume_usd_per_hour(volume.size)
@@ -249,7 +249,7 @@ class Cloud:
         return volume
 
     def _offer(self, request: CreatePod) -> tuple[float, tuple[str, ...]]:
-        """USD per hour, and the data centres that have it."""
+        """Return the price of the requested machine in USD per hour, and the data centres that have it."""
         if request.gpu:
             gpu = next((offer for offer in GPUS if offer.id == request.gpu.id), None)
             if gpu is None:
@@ -286,7 +286,7 @@ class Cloud:
         return Pod(name, request, data_center, rate, container, network, key, self.faults.for_pod(request.name))
 
     def _live(self, pod: Pod) -> None:
-        """A pod's life from its creation on."""
+        """Run the life cycle of a pod after its creation."""
         if pod.over.wait(self.delays.provision_s) or pod.struck_by("never_starts"):
             return
         if pod.struck_by("deleted_early"):
@@ -307,7 +307,7 @@ class Cloud:
         pod.container.run(self.delays.restart_s)
 
     def strike(self, pod: Pod, fault: Fault) -> None:
-        """Something goes wrong in a running pod."""
+        """Let a fault strike a running pod, after its delay."""
         if pod.over.wait(fault.after_s):
             return
         if fault.kind == "dies":
@@ -324,7 +324,7 @@ class Cloud:
             pod.container.restart()
 
     def _become(self, pod: Pod, status: Status) -> bool:
-        """Change the state of a pod that is not over."""
+        """Change the state of a pod. Returns False if the pod is already over."""
         with self._lock:
             if pod.over.is_set() or pod.status in (Status.EXITED, Status.TERMINATED):
                 return False
@@ -336,7 +336,7 @@ class Cloud:
         with self._lock:
             if pod.ended is None and not pod.struck_by("billed_on"):
                 pod.ended = datetime.now(UTC)
-        # a pod that ends itself still gets the answer
+        # delayed, so that a pod that ends itself still gets the response
         threading.Timer(ANSWER_S, pod.network.close).start()
 
 
@@ -345,5 +345,5 @@ def _text(moment: datetime) -> str:
 
 
 def disk_cost(pod: Pod, hours: float) -> float:
-    """USD of a pod's container disk."""
+    """Return the cost in USD of a pod's container disk."""
     return hours * disk_usd_per_hour(pod.request.disk)

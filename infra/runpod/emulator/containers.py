@@ -1,6 +1,7 @@
-"""A pod's container as a local process: a root-like folder of its own, the environment that RunPod injects, restarts when its command ends.
+"""A pod's container as a local process, with its own root-like folder, the environment that RunPod injects, and restarts when its command
+ends.
 
-Nothing of it outlives the emulator: the command runs under `infra/guard.py`.
+It never outlives the emulator, because the command runs under `infra/guard.py`.
 """
 
 import contextlib
@@ -23,14 +24,14 @@ import psutil
 from infra import guard
 
 STOP_GRACE_S = 5.0
-"""Between SIGTERM and SIGKILL when a pod is stopped."""
+"""Time between SIGTERM and SIGKILL when a pod is stopped."""
 FULL_BYTES = 2048
 """Largest file that a container with a full disk can still write."""
 DISK_LOOK_S = 1.0
 NVIDIA_SMI = """#!/bin/sh
 i=0; while [ $i -lt {count} ]; do echo "{name}, 570.00, 81920"; i=$((i + 1)); done
 """
-"""Answers the query of the pod's preflight: name, driver, memory in MiB of each GPU."""
+"""A stand-in for nvidia-smi that answers the query of the pod's preflight: name, driver and memory in MiB of each GPU."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Line:
 
 
 class Log:
-    """The lines of a pod, for many readers at once."""
+    """The log of a pod, with any number of concurrent readers."""
 
     def __init__(self) -> None:
         self.lines: list[Line] = []
@@ -59,34 +60,34 @@ class Log:
             self.changed.notify_all()
 
     def close(self) -> None:
-        """There will be no more."""
+        """End the log: no more lines will be added."""
         with self.changed:
             self.closed = True
             self.changed.notify_all()
 
     def after(self, event: str | None, tail: int) -> int:
-        """Number of the first line to give to a reader who has seen `event`, or wants the last `tail`."""
+        """Return the index of the first line for a reader who has seen `event`, or who wants the last `tail` lines."""
         with self.changed:
             if event:
                 return next((number + 1 for number, line in enumerate(self.lines) if line.id == event), 0)
             return max(0, len(self.lines) - tail)
 
     def wait(self, number: int, timeout_s: float) -> Line | None:
-        """The line of that number, when it is there; None after `timeout_s`, or when there will be none."""
+        """Wait for the line with this index. Returns None after `timeout_s` seconds, or if the log has ended before it."""
         with self.changed:
             self.changed.wait_for(lambda: len(self.lines) > number or self.closed, timeout_s)
             return self.lines[number] if len(self.lines) > number else None
 
 
 class Container:
-    """The process of a pod. `run` starts it and starts it again until `stop`."""
+    """The process of a pod. `run` starts it, and restarts it until `stop` is called."""
 
     def __init__(self, root: Path, command: str, environment: Mapping[str, str], *, gpu: tuple[str, int] | None, disk_gb: int) -> None:
         self.root, self.command, self.disk_gb, self.log = root, command, disk_gb, Log()
         self.disk_full = False
         self.starts = 0
         self.started_at: float | None = None
-        """Of the running command, on the monotonic clock."""
+        """When the running command was started, on the monotonic clock."""
         self._process: subprocess.Popen[bytes] | None = None
         self._over = threading.Event()
         for folder in ("root", "tmp", "bin"):
@@ -100,7 +101,7 @@ class Container:
         self.environment = {"PATH": path, "HOME": str(root / "root"), "TMPDIR": str(root / "tmp"), "LANG": "C.UTF-8", **environment}
 
     def run(self, restart_s: float) -> None:
-        """Run the command, again whenever it ends, until `stop`."""
+        """Run the command, and restart it whenever it ends, until `stop` is called."""
         while not self._over.is_set():
             self._once()
             if self._over.is_set():
@@ -113,7 +114,7 @@ class Container:
         self.log.close()
 
     def stop(self, *, grace_s: float = STOP_GRACE_S) -> None:
-        """End the command and do not start it again."""
+        """End the command and do not restart it."""
         self._over.set()
         process = self._process
         if process is None or process.poll() is not None:
@@ -126,33 +127,33 @@ class Container:
             process.kill()
 
     def kill(self) -> None:
-        """As a crash of the machine: the command is gone at once, and not started again."""
+        """Kill the command at once and do not restart it, as if the machine had crashed."""
         self._over.set()
         for process in reversed(self._family()):
             with contextlib.suppress(psutil.Error):
                 process.kill()
 
     def restart(self) -> None:
-        """The command is ended, and started again as whenever it ends."""
+        """Kill the command; `run` then restarts it."""
         for process in self._family()[1:]:
             with contextlib.suppress(psutil.Error):  # it ended meanwhile
                 process.kill()
 
     def pause(self) -> None:
-        """Everything in the container stops moving."""
+        """Suspend all processes of the container."""
         for process in self._family():
             with contextlib.suppress(psutil.Error):
                 process.suspend()
 
     def resume(self) -> None:
-        """After `pause`."""
+        """Resume all processes of the container."""
         for process in self._family():
             with contextlib.suppress(psutil.Error):
                 process.resume()
 
     @property
     def uptime_s(self) -> int:
-        """Seconds since the command was started the last time."""
+        """Seconds since the command was last started."""
         return 0 if self.started_at is None else int(time.monotonic() - self.started_at)
 
     def _once(self) -> None:
@@ -191,7 +192,7 @@ class Container:
             self.log.add("container", line.decode(errors="replace").rstrip("\n"))
 
     def _family(self) -> list[psutil.Process]:
-        """The guard and everything under it."""
+        """Return the guard and all of its descendants."""
         if self._process is None:
             return []
         try:

@@ -1,4 +1,4 @@
-"""A pod's way to the outside, so that it can be cut: the addresses in its environment lead through a forwarder of its own."""
+"""A pod's network connection that can be cut: the URLs in its environment go through its own forwarder."""
 
 import contextlib
 import socket
@@ -10,7 +10,7 @@ CHUNK_BYTES = 65536
 
 
 class Network:
-    """Forwards from ports of this machine to the addresses that a pod was given."""
+    """Forwards local ports to the addresses that a pod was given."""
 
     def __init__(self) -> None:
         self.up = True
@@ -19,12 +19,12 @@ class Network:
         self._lock = threading.Lock()
 
     def through(self, environment: Mapping[str, str], names: tuple[str, ...]) -> dict[str, str]:
-        """The environment with the addresses under `names` leading through here."""
+        """Return the environment with the URLs of the variables `names` replaced by ones that go through this network."""
         led = {name: self._forward(environment[name]) for name in names if environment.get(name)}
         return {**environment, **led}
 
     def cut(self) -> None:
-        """From now on nothing goes through."""
+        """Cut all connections and refuse new ones."""
         with self._lock:
             self.up = False
             for one in self._open:
@@ -32,16 +32,16 @@ class Network:
                     one.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """The pod is gone."""
+        """Cut all connections and close the ports."""
         self.cut()
         for listener in self._listeners:
             listener.close()
 
     def _forward(self, url: str) -> str:
-        """An address that leads to the one of `url`."""
+        """Return a local URL that forwards to `url`. URLs that are not HTTP are returned unchanged."""
         parts = urlsplit(url)
         port = parts.port or (443 if parts.scheme == "https" else 80)
-        if parts.scheme != "http" or parts.hostname is None:  # a certificate is for its own name
+        if parts.scheme != "http" or parts.hostname is None:  # a certificate is only valid for its own host name
             return url
         listener = socket.create_server(("127.0.0.1", 0))
         self._listeners.append(listener)

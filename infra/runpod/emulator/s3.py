@@ -1,7 +1,7 @@
-"""The S3 side of the emulated volumes: moto, behind the operations that RunPod has, kept equal with the volumes' folders.
+"""The S3 API of the emulated volumes: moto, limited to the operations that RunPod has, and in sync with the volumes' folders.
 
-A pod writes a file and S3 has it; S3 gets an object and the pod has the file: before a request reads, what has changed in the folder goes
-into moto, and after one that writes, what has changed in moto goes into the folder.
+Files that pods write appear as objects, and objects that are put appear as files: before a request reads, changes in the folder are copied
+to moto; after a request writes, changes in moto are copied to the folder.
 """
 
 import logging
@@ -27,10 +27,10 @@ WRITING = ("PutObject", "CopyObject", "CompleteMultipartUpload", "DeleteObject")
 
 
 class S3Side:
-    """The server in a thread of this process; a context manager."""
+    """The S3 server, in a thread of this process. Use it as a context manager."""
 
     def __init__(self, folders: Callable[[], Mapping[str, Path]], *, access_key: str, secret_key: str, port: int = 0) -> None:
-        """`folders`: the folder of each volume, by its id, which is the bucket's name."""
+        """`folders` returns the folder of each volume by its id, which is the bucket's name."""
         self.folders, self.access_key, self.secret_key = folders, access_key, secret_key
         self._moto = DomainDispatcherApplication(create_backend_app)
         self._backend = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
@@ -71,7 +71,7 @@ class S3Side:
         return reply
 
     def _take_in(self, operation: str, bucket: str, folder: Path, key: str, query: Mapping[str, list[str]], environ: Environment) -> None:
-        """What has changed in the folder, as far as the request is about it."""
+        """Copy changes in the folder to moto, as far as they concern the request."""
         if operation.startswith("List") and not key:
             prefix = query.get("prefix", [""])[0]
             there = {file.relative_to(folder).as_posix() for file in _files(folder, prefix)}
@@ -97,7 +97,7 @@ class S3Side:
             self._known[bucket, key] = state
 
     def _give_out(self, bucket: str, folder: Path, key: str) -> None:
-        """What the request has changed, as a file."""
+        """Copy what the request has changed to the folder."""
         path = local_path(folder, key)
         found = self._backend.get_object(bucket, key)
         if found is None:
@@ -113,7 +113,7 @@ class S3Side:
 
 
 def operation_of(method: str, key: str, query: Mapping[str, list[str]], environ: Environment) -> str:
-    """The S3 operation of a request, as boto3 calls it."""
+    """Return the S3 operation of a request, by boto3's name."""
     copies = "HTTP_X_AMZ_COPY_SOURCE" in environ
     sub = next((name for name in ("uploads", "delete", "acl", "tagging", "policy", "versioning", "location") if name in query), "")
     if "uploadId" in query:
@@ -135,7 +135,7 @@ def operation_of(method: str, key: str, query: Mapping[str, list[str]], environ:
 
 
 def _files(folder: Path, prefix: str) -> Iterable[Path]:
-    """Files of the folder whose key may begin with the prefix; links are not followed, as S3 has none."""
+    """Yield the files of the folder whose key may begin with the prefix. Links are skipped, because S3 has none."""
     start = folder / prefix.rpartition("/")[0]
     for place, folders, names in os.walk(start):
         folders[:] = [name for name in folders if not name.startswith(".")]

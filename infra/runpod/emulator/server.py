@@ -1,4 +1,4 @@
-"""The emulator's HTTP side: API v2 as in RunPod's OpenAPI document, and `/emulator/...` to arm faults and to read the true bill."""
+"""The emulator's HTTP server: API v2 as in RunPod's OpenAPI document, and `/emulator/...` to arm faults and to read the true bill."""
 
 import json
 import secrets
@@ -33,10 +33,10 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 class Emulator:
-    """The server in a thread of this process; a context manager."""
+    """The emulator's server, in a thread of this process. Use it as a context manager."""
 
     def __init__(self, folder: Path, *, key: str, delays: Delays | None = None, port: int = 0) -> None:
-        """`key` is the account's; `port` 0 is a free one."""
+        """`key` is the account's API key. `port` 0 selects a free port."""
         self._listener = socket.create_server(("127.0.0.1", port))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.key, self.cloud = key, Cloud(folder, delays=delays, url=self.url)
@@ -156,7 +156,7 @@ class Emulator:
             return Response(status_code=204)
 
         def seen(_request: Request) -> Response:
-            """Every pod that there ever was."""
+            """Return every pod and volume that ever existed."""
             found = []
             for one, hours, usd in cloud.pod_bills():
                 what = {"id": one.id, "name": one.request.name, "status": one.status, "starts": one.container.starts}
@@ -188,7 +188,7 @@ class Emulator:
         return app
 
     async def _gate(self, request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
-        """What is before every request: the key, faults of the API, the headers that every answer has."""
+        """Check the key of every request, apply API faults, and add the headers that every response has."""
         refused = self._refused(request)
         reply = refused or await go_on(request)
         reply.headers["x-request-id"] = secrets.token_hex(8)
@@ -213,7 +213,7 @@ class Emulator:
         return problem(500, "internal error") if faults.strikes("server_error") else None
 
     def _safely(self, handler: Callable[[Request], Response]) -> Handler:
-        """The handler in a thread, its body read, its refusals as answers."""
+        """Wrap a handler: read the request's body, run the handler in a thread, and turn its exceptions into error responses."""
 
         async def handle(request: Request) -> Response:
             content = await request.body()
@@ -234,12 +234,12 @@ class Emulator:
         return request.headers.get("authorization") == f"Bearer {self.key}"
 
     def _pod_of(self, request: Request) -> Pod | None:
-        """The pod whose key this is."""
+        """Return the pod whose key the request has, or None."""
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         return next((pod for pod in list(self.cloud.pods.values()) if pod.key == given), None)
 
     def _allowed(self, request: Request, pod: Pod) -> Pod:
-        """The pod, where the request may change it."""
+        """Return the pod if the request may change it. Raises RuleError if it may not."""
         own = self._pod_of(request)
         if own and (own is not pod or self.cloud.faults.strikes("pod_key_refused")):
             raise RuleError(403, "access denied")
@@ -247,7 +247,7 @@ class Emulator:
 
 
 def problem(status: int, detail: str, errors: list[str] | None = None) -> JSONResponse:
-    """An answer that is no success (RFC 9457)."""
+    """Return an error response (RFC 9457)."""
     body = {"title": TITLES.get(status, "Error"), "status": status, "detail": detail, **({"errors": errors} if errors else {})}
     return JSONResponse(body, status, media_type="application/problem+json")
 
@@ -261,7 +261,7 @@ def _asked(request: Request) -> list[str]:
 
 
 def _stocks(request: Request) -> bool:
-    """Whether stock is asked for."""
+    """Return whether the request asks for stock."""
     include, product = "AVAILABILITY" in _asked(request), request.query_params.get("product")
     if include and not product:
         raise RuleError(400, "include=AVAILABILITY requires product")

@@ -125,7 +125,7 @@ def test_a_refusal_after_a_lost_answer_is_no_proof_that_there_is_no_pod(emulator
         if appears:
             assert client.create_pod(small("fvlm-last")).id in emulator.cloud.pods
         else:
-            with pytest.raises(UnavailableError, match="whether there is a pod fvlm-last is not known"):
+            with pytest.raises(UnavailableError, match="unknown whether the pod fvlm-last exists"):
                 client.create_pod(small("fvlm-last"))
     assert len(emulator.cloud.pods) == 1
 

@@ -183,7 +183,7 @@ def test_no_secret_shows_and_a_click_in_the_ui_ends_the_pod_within_a_minute(rig:
 def test_a_run_that_is_cancelled_while_a_machine_is_waited_for_rents_none(rig: Rig) -> None:
     rig.emulator.cloud.faults.arm(Fault("no_capacity", where="cpu5c"))
     run = rig.submit("waits", variables={"cpus": ["cpu5c"], "capacity_wait_s": 6.0})
-    wait_until(lambda: any("nothing is free, tried again" in line for line in rig.run_logs(run.id)), "it to wait", poll_s=0.3)
+    wait_until(lambda: any("nothing is free, retrying" in line for line in rig.run_logs(run.id)), "it to wait", poll_s=0.3)
     rig.prefect.set_flow_run_state(run.id, Cancelling())
     wait_until(lambda: any("Failed to submit" in line for line in rig.run_logs(run.id)), "its worker to give it up", poll_s=0.3)
     assert rig.finish(run.id).is_cancelled()
@@ -232,7 +232,7 @@ def test_a_killed_worker_is_followed_by_another_or_by_the_reaper_alone(rig: Rig)
     rig.emulator.cloud.faults.arm(Fault("too_many_requests", times=5))  # as often as the client asks
     rig.start_worker()
     wait_until(lambda: f"goes on with the pod {pod.id}" in rig.tail(), "the new worker to take it over, at its second try")
-    assert "pods of an earlier worker are looked for again" in rig.tail()
+    assert "looking for pods of an earlier worker failed, retrying" in rig.tail()
     rig.emulator.cloud.strike(rig.emulator.cloud.pods[pod.id], Fault("dies"))
     state = rig.finish(adopted.id)
     assert state.is_crashed()
