@@ -244,7 +244,7 @@ def entries(events: Iterable[Event]) -> tuple[Entry, ...]:
             grown = entry and replace(entry, usd_per_hour=event.usd_per_hour, priced_at=event.at, usd_before=entry.spent(event.at))
             known[event.name] = grown or first
         elif entry is None:
-            continue  # its first event was lost; RunPod's bill still includes it
+            continue  # another writer's file, with the reservation, is not listed yet: S3 can be minutes late
         elif event.what == "started":
             known[event.name] = replace(entry, pod=event.pod, usd_per_hour=event.usd_per_hour, started=True, released=False)
         elif event.what == "released":
@@ -269,4 +269,4 @@ def limit_text(cap_usd: float, reserve_usd: float) -> str:
 def warnings_between(before: float, after: float, cap_usd: float) -> list[str]:
     """Return a warning for each share of the cap (`WARN_AT`) that was passed between two totals."""
     passed = [share for share in WARN_AT if before < share * cap_usd <= after]
-    return [f"{share:.0%} of the budget is spent or promised: {usd_text(after)} of {usd_text(cap_usd)}" for share in passed]
+    return [f"{share:.0%} of the budget is spent or reserved: {usd_text(after)} of {usd_text(cap_usd)}" for share in passed]

@@ -255,7 +255,7 @@ class Stack:
         """Raise StackError if the server or a worker has ended, or was stopped (SIGSTOP)."""
         for name, pid in [*self._running_state().processes.items()]:  # more may be started meanwhile
             child = self.children.get(name)
-            what = "Prefect server" if name == "server" else f"worker of {name}"
+            what = _part(name)
             if child.poll() is not None if child else not psutil.pid_exists(pid):
                 ended = f" (status {child.returncode})" if child else ""
                 raise StackError(f"the {what} ended{ended}{self._log_hint(name)}\n{GO_ON}")
@@ -268,8 +268,9 @@ class Stack:
         self._state_file().write_text(json.dumps(asdict(self._running_state())))
         self._unlock()
 
-    def stop(self) -> None:
-        """End everything that carries the volume's id."""
+    def stop(self) -> list[str]:
+        """End everything that carries the volume's id. Returns what was running: the server, the workers and the number of jobs."""
+        ended = self._running()
         self._state_file().unlink(missing_ok=True)
         for child in self.children.values():
             with contextlib.suppress(ProcessLookupError):
@@ -280,6 +281,24 @@ class Stack:
         for child in (*self.children.values(), *self.prepared.values()):
             child.wait()
         self._unlock()
+        return ended
+
+    def _running(self) -> list[str]:
+        """What of the volume's stack runs now."""
+        if (known := known_volume_id(self.volume)) is None:
+            return []
+        names = []
+        for process in marked(STACK_VARIABLE, known):
+            with contextlib.suppress(psutil.Error):  # ended meanwhile
+                names.append(process.name())
+        try:
+            processes = StackState(**json.loads(self._state_file().read_text())).processes
+        except (FileNotFoundError, ValueError, TypeError):
+            processes = {}
+        parts = [_part(name) for name, pid in processes.items() if _carries(pid, known)]
+        if jobs := names.count(guard.NAME):
+            parts.append(f"{jobs} job{'s' if jobs > 1 else ''}")
+        return parts or ([f"{len(names)} process{'es' if len(names) > 1 else ''}"] if names else [])
 
     def kept(self) -> StackState | None:
         """Return the stack that an earlier command left running, if all of it is still running."""
@@ -404,6 +423,10 @@ def _let_jobs_save(volume: str) -> None:
             guards += [process] if process.name() == guard.NAME else []
             process.terminate()
     wait_until_ended(guards)
+
+
+def _part(name: str) -> str:
+    return "Prefect server" if name == "server" else f"worker of {name}"
 
 
 def _carries(pid: int, value: str) -> bool:

@@ -90,5 +90,6 @@ class Journal:
         found = []
         for key in self.store.keys(f"{self.folder}/"):
             content = self.store.read(key) or b""
-            found += content.decode(errors="replace").splitlines()
+            # not `splitlines`, which also splits at characters that JSON leaves as they are, such as U+2028
+            found += [line for line in content.decode(errors="replace").split("\n") if line]
         return found

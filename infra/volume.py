@@ -51,7 +51,8 @@ def is_network_file_system(path: Path) -> bool:
     """Return whether the path is on a network file system. FUSE file systems (`fuse.*`) count as such, except `LOCAL_FUSE`."""
     path = path.resolve()
     around = [one for one in psutil.disk_partitions(all=True) if path.is_relative_to(one.mountpoint)]
-    kind = max(around, key=lambda one: len(one.mountpoint)).fstype if around else ""  # of equals the last: it is mounted over the others
+    around.reverse()  # of several mounts at one mount point, the last hides the others, and `max` returns the first
+    kind = max(around, key=lambda one: len(one.mountpoint)).fstype if around else ""
     return kind.startswith(NETWORK_FILE_SYSTEMS) and kind not in LOCAL_FUSE
 
 

@@ -72,7 +72,7 @@ def _record(folder: Path, manifest: AnyManifest) -> StepRecord:
         raise UserError("the result does not say what it was made with", where=str(folder), fix=f"it needs a {' or '.join(SETTINGS_FILES)}")
     settings: Any = read_yaml(files[0])
     if not isinstance(settings, Mapping):
-        raise UserError("the settings are not a list of keys", where=str(files[0]), fix="copy the result again")
+        raise UserError("the settings are not a mapping", where=str(files[0]), fix="copy the result again")
     return StepRecord(settings=dict(settings), inputs={FILLED_BY.get(name, name): digest for name, digest in manifest.inputs.items()})
 
 

@@ -151,7 +151,7 @@ def budget_table(position: Position, now: float) -> Table:
     for name, mine in by_phase(position.entries).items():
         spent, more = sum(one.spent(now) for one in mine), sum(one.committed(now, horizon) for one in mine)
         rows.append([name, str(len(mine)), str(sum(one.running for one in mine)), usd_text(spent), usd_text(more)])
-    left = f"{usd_text(max(0.0, position.left))} can still be promised."
+    left = f"{usd_text(max(0.0, position.left))} can still be reserved."
     warned = [f"{line}." for line in warnings_between(0.0, position.committed, position.cap_usd)[-1:]]
     head = ["for", "pods", "running", "spent", "to their deadlines"]
     return Table(title="Budget", head=head, rows=rows, note=" ".join([f"{position.sum()}.", left, *warned]))
@@ -175,7 +175,7 @@ def budget_plot(position: Position, now: float) -> bytes:
     axes = figure.subplots()
     axes.barh(list(phases), spent, label="spent")
     axes.barh(list(phases), more, left=spent, label="to their deadlines", alpha=0.5)
-    axes.set_xlabel(f"USD; cap ${position.cap_usd:.0f}, spent or promised {usd_text(position.committed)}")
+    axes.set_xlabel(f"USD; cap ${position.cap_usd:.0f}, spent or reserved {usd_text(position.committed)}")
     axes.invert_yaxis()
     axes.legend()
     drawn = io.BytesIO()

@@ -28,6 +28,8 @@ CREATE_TIMEOUT = httpx.Timeout(90.0, connect=10.0)
 LOG_TIMEOUT = httpx.Timeout(60.0, connect=10.0)
 ATTEMPTS = 5
 FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 30.0
+LONGEST_RETRY_AFTER_S = 60.0
+"""Longest wait after a 429, even if RunPod, which also has an hourly limit, asks for more: a caller that sleeps watches no pods."""
 LOOKS = 4
 """Attempts to find a pod whose create request got no response; about 15 s in all."""
 CURSORS = ("nextCursor", "next_cursor", "nextPageToken", "cursor")
@@ -224,7 +226,12 @@ class RunPod:
         seen: set[str] = set()
         for _ in range(PAGES):
             reply = self._send("GET", path, params={**(asked or {}), **page})
-            entries += reply.get(field, [])
+            found = reply.get(field)
+            if not isinstance(found, list):  # not an empty list, or all pods would look gone
+                raise UnavailableError(
+                    f"RunPod: {path} has no list of {field}", where=self.url, fix="try again; if it persists, report this"
+                )
+            entries += found
             places = [reply, *(value for name in ("metadata", "pagination") if isinstance(value := reply.get(name), dict))]
             cursor = next((str(place[name]) for place in places for name in CURSORS if place.get(name)), None)
             if cursor is None or cursor in seen:
@@ -258,7 +265,10 @@ class RunPod:
             if reply.is_success:
                 return _json(reply)
             if reply.status_code == HTTPStatus.TOO_MANY_REQUESTS and attempt + 1 < self._attempts:
-                self._sleep(retry_after_s(reply))
+                asked_s = retry_after_s(reply)
+                if asked_s > LONGEST_RETRY_AFTER_S:
+                    log.warning("RunPod asks to wait %.0f s; trying again in %.0f s", asked_s, LONGEST_RETRY_AFTER_S)
+                self._sleep(min(asked_s, LONGEST_RETRY_AFTER_S))
                 continue
             left -= 1
             if reply.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR and left > 0:
@@ -283,7 +293,10 @@ def _parsed(kind: type[R], entry: dict[str, Any]) -> R:
         return kind.model_validate(entry)
     except ValidationError as error:
         fields = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors(include_input=False))
-        raise RunPodError(f"RunPod: a {kind.__name__} that is not understood: {fields}", where="its reply", fix="report this") from None
+        # not RunPodError, which means refused: after such a reply to a create request there may be a pod
+        raise UnavailableError(
+            f"RunPod: a {kind.__name__} that is not understood: {fields}", where="its reply", fix="report this"
+        ) from None
 
 
 def _unavailable(method: str, where: str, error: Exception) -> UnavailableError:

@@ -12,6 +12,7 @@ from infra.errors import InfraError
 NO_CAPACITY = re.compile(r"no (longer any )?instances|capacity|not available|unavailable|no resources|out of stock", re.IGNORECASE)
 """Matches the text of a status 400 that means no capacity; the API has no separate status for it."""
 DEFAULT_RETRY_AFTER_S = 5.0
+"""Assumed for a 429 without a valid Retry-After."""
 
 
 class RunPodError(InfraError):
@@ -68,6 +69,8 @@ def raise_for(response: httpx.Response) -> NoReturn:
     errors = [str(one) for one in problem.get("errors") or []]
     what = f"RunPod: {detail}" + (f": {'; '.join(errors)}" if errors else "")
     kind, fix = _kind(status, detail)
+    if kind is TooManyRequestsError:
+        fix = f"wait {retry_after_s(response):.0f} s; other programs may be using the same account"
     where = f"{response.request.method} {response.request.url.copy_with(query=None)}"
     error = kind(what, where=where, fix=fix, status=status, request_id=request_id)
     if isinstance(error, TooManyRequestsError):
@@ -102,6 +105,6 @@ def _kind(status: int, detail: str) -> tuple[type[RunPodError], str]:
         HTTPStatus.FORBIDDEN: (NoAccessError, "give the key the missing permission at https://console.runpod.io/user/settings"),
         HTTPStatus.NOT_FOUND: (NotFoundError, "check the id; what was deleted is gone"),
         HTTPStatus.CONFLICT: (WrongStateError, "wait for the pod to change its state, or terminate it"),
-        HTTPStatus.TOO_MANY_REQUESTS: (TooManyRequestsError, "wait; other programs may be using the same account"),
+        HTTPStatus.TOO_MANY_REQUESTS: (TooManyRequestsError, "wait"),
     }
     return kinds.get(status, (UnavailableError, "try again later; see https://uptime.runpod.io"))

@@ -72,6 +72,10 @@ BEATS = 8
 USER_AGENT = "fvlm/0.1 pod"
 PROGRAM_SAYS = "[pod]"
 """Prefix of this program's lines in the container's log."""
+SETTING_UP = "setting up"
+"""Prefix, after `PROGRAM_SAYS`, of the lines that tell the worker that the environment is still being installed."""
+SETUP_SAY_S, SETUP_S = 60.0, 3600.0
+"""Interval of these lines, and how long they are printed: an installation that hangs must not keep the pod."""
 GB = 10**9
 
 
@@ -275,13 +279,29 @@ class Pod:
             name = hashlib.sha256(stream.read() + version.encode()).hexdigest()[:16]
         folder = os.path.join(self.volume, ENVIRONMENTS, name)
         python = os.path.join(folder, "bin", "python")
-        while not os.path.exists(os.path.join(folder, "complete")):
-            with lease(f"{folder}.lease", self.id) as mine:
-                if mine and not os.path.exists(os.path.join(folder, "complete")):
-                    self.make_environment(folder, lock, python)
-            if not mine:
-                time.sleep(self.job.get("retry_s", 3.0))
+        with self.reporting_setup():
+            while not os.path.exists(os.path.join(folder, "complete")):
+                with lease(f"{folder}.lease", self.id) as mine:
+                    if mine and not os.path.exists(os.path.join(folder, "complete")):
+                        self.make_environment(folder, lock, python)
+                if not mine:
+                    time.sleep(self.job.get("retry_s", 3.0))
         return python
+
+    @contextlib.contextmanager
+    def reporting_setup(self) -> Generator[None]:
+        """During the block, print a line each minute: the worker ends a pod that is silent, and installing packages takes minutes."""
+        over, began = threading.Event(), time.monotonic()
+
+        def beat() -> None:
+            while not over.wait(self.job.get("setup_say_s", SETUP_SAY_S)) and time.monotonic() - began < SETUP_S:
+                self.say(f"{SETTING_UP}: this or another pod has been installing packages for {time.monotonic() - began:.0f} s")
+
+        threading.Thread(target=beat, name="setup", daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
 
     def make_environment(self, folder: str, lock: str, python: str) -> None:
         """Create an environment with the packages of the lock file, using this Python."""

@@ -181,8 +181,8 @@ def rent(
                     where=f"pod {pod.id}, which was ended",
                     fix="try again; if it stays so, raise max_usd_per_hour knowingly",
                 )
-            promised = position.committed - max_runtime_s / HOUR_S * machine.usd_per_hour
-            for line in warnings_between(promised, position.committed, budget.cap_usd):
+            before = position.committed - max_runtime_s / HOUR_S * machine.usd_per_hour
+            for line in warnings_between(before, position.committed, budget.cap_usd):
                 warn(line)
             say(f"rented {machine} as pod {pod.id} for ${pod.cost:.2f}/h, until {utc_text(deadline)} at the latest")
             return pod, name

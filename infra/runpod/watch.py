@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from infra.runpod.models import OVER, Pod, Status
+from infra.runpod.pod import PROGRAM_SAYS, SETTING_UP
 
 GONE_LOOKS = 2
 """Consecutive lists without the pod after which it is gone: a single one may come from a replica that does not know the pod yet."""
@@ -27,7 +28,8 @@ class Watch:
     idle_s: float | None = None
     """How long all GPUs may be idle."""
     silent_s: float | None = None
-    """How long the run may give no sign of life. This includes its setup: packages are installed and shards are downloaded."""
+    """How long the run may give no sign of life, from the start of the container. While packages are installed, the lines of the pod's
+    program are signs of life."""
     overtime_s: float = 120.0
     """Time after the deadline in which the pod may end itself."""
     running: bool = False
@@ -41,6 +43,8 @@ class Watch:
     idle_since: float | None = None
     looked_at_gpus: float | None = None
     """When the utilization of the GPUs was last seen."""
+    setup_lines: int = 0
+    """Lines in the log that say that packages are still being installed."""
     sign: object = None
     heard: float | None = None
 
@@ -57,12 +61,19 @@ class Watch:
         if pod.status != Status.RUNNING:
             late = not self.running and now - self.began > self.start_timeout_s
             return f"{UNSTARTED} in {self.start_timeout_s:.0f} s; it is {pod.status}" if late else None
-        self.running = True
+        if not self.running:
+            self.running, self.heard = True, None
         return self._restarts(pod, now) or self._idle(pod, now)
+
+    def read(self, line: str) -> None:
+        """Note a line of the pod's log."""
+        self.speaks |= line.startswith(PROGRAM_SAYS)
+        self.setup_lines += line.startswith(f"{PROGRAM_SAYS} {SETTING_UP}")
 
     def hear(self, sign: object, now: float) -> str | None:
         """Note the run's newest sign of life, any value that changes with each of them. Returns why the pod has to be ended, or None."""
-        if sign != self.sign or self.heard is None:
+        sign = (sign, self.setup_lines)
+        if sign != self.sign or self.heard is None or not self.running:
             self.sign, self.heard = sign, now
         silence = now - self.heard
         return f"its run has given no sign of life for {silence / 60:.0f} min" if self.silent_s and silence > self.silent_s else None

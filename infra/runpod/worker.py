@@ -41,7 +41,6 @@ from infra.runpod.account import Account
 from infra.runpod.errors import WrongKeyError
 from infra.runpod.models import Pod, Volume
 from infra.runpod.naming import PodName, owner
-from infra.runpod.pod import PROGRAM_SAYS
 from infra.runpod.poller import SYSTEM_SAYS, Poller, ended, reading_logs
 from infra.runpod.pool import RunPodConfiguration, RunPodVariables
 from infra.runpod.rent import rent
@@ -169,7 +168,7 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
 
         def said(line: str) -> None:
             log.info(line)
-            watch.speaks |= line.startswith(PROGRAM_SAYS)
+            watch.read(line)
             system.extend([line] if line.startswith(SYSTEM_SAYS) else [])
 
         with reading_logs(account.client, pod.id, said):

@@ -1,6 +1,6 @@
 """The complete pipeline at home and on emulated pods: the same results, and a bill that agrees with the ledger and with the plan.
 
-Both runs go through the real command, a real Prefect server and real workers; the second through pools of pods and the volume's S3 side.
+Both runs go through the real command, a real Prefect server and real workers; the second through pools of pods and the volume's S3 API.
 Then precompute's own schedule starts it once more on that volume: on a CPU pod, which has to end.
 The plan is made of the times that the first run measured, before the second begins. On a machine that others use meanwhile the two runs
 take different times for the same work, and the plan is off by that much.

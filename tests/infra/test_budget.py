@@ -128,6 +128,16 @@ def test_a_ledger_with_a_broken_line_is_still_a_ledger(budget: Budget, tmp_path:
     assert [entry.name for entry in budget.entries()] == ["a"]
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_a_phase_whose_name_has_an_unusual_line_separator_is_counted(budget: Budget, clock: Clock, separator: str) -> None:
+    """JSON leaves these characters as they are, and `str.splitlines` splits at them: the reservation was in no line."""
+    phase = f"stage{separator}one"
+    budget.reserve("a", usd_per_hour=1.0, until=clock.now + 3600, phase=phase)
+    budget.started("a", "pod", usd_per_hour=1.0)
+    assert [(entry.name, entry.phase) for entry in budget.entries()] == [("a", phase)]
+    assert budget.position().committed == pytest.approx(1.0)
+
+
 def test_warnings_come_once() -> None:
     assert warnings_between(0, 100, 500) == []
     assert [line[:3] for line in warnings_between(240, 410, 500)] == ["50%", "80%"]

@@ -1,4 +1,4 @@
-"""The volume's S3 side: with only RunPod's operations, in step with the folder, and transfers that go on after an interruption."""
+"""The volume's S3 API: with only RunPod's operations, in step with the folder, and transfers that go on after an interruption."""
 
 import io
 import os
@@ -62,6 +62,18 @@ def test_what_a_pod_writes_is_there_and_what_is_put_is_a_file(bucket: S3Store, f
     assert bucket.keys("steps/") == ["steps/manifest.json"]
     (folder / "steps" / "manifest.json").unlink()
     assert (bucket.read("steps/manifest.json"), bucket.size("steps/manifest.json"), bucket.keys("steps/")) == (None, None, [])
+
+
+def test_a_listing_of_more_than_one_page_is_complete(bucket: S3Store, folder: Path) -> None:
+    """S3 lists 1,000 keys at a time."""
+    (folder / "many").mkdir()
+    names = [f"many/{number:04d}" for number in range(2001)]
+    for name in names:
+        (folder / name).touch()
+    asked = []
+    bucket.client.meta.events.register("before-call.s3.ListObjectsV2", lambda params, **_: asked.append(params["query_string"]))
+    assert bucket.keys("many/") == names
+    assert ["continuation-token" in query for query in asked] == [False, True, True]
 
 
 def test_operations_that_runpod_lacks_fail_here_too(client: Any, bucket: S3Store) -> None:

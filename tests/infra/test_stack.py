@@ -18,7 +18,7 @@ from infra import guard
 from infra.api import credentials
 from infra.ports import listen, listen_on_free
 from infra.processes import STACK_VARIABLE, end_marked, marked
-from infra.stack import END_GRACE_S, REPOSITORY, Stack, StackError, StackRefusedError, StackState, require_access, stop_command
+from infra.stack import REPOSITORY, Stack, StackError, StackRefusedError, StackState, require_access, stop_command
 from infra.volume import volume_id
 
 OUTSIDE = {"PATH": os.environ["PATH"], "PREFECT_API_URL": "http://elsewhere:4200/api", "PREFECT_API_KEY": "key"}
@@ -156,8 +156,10 @@ def test_the_command_that_stops_works_as_it_is_printed(tmp_path: Path) -> None:
     volume = tmp_path / "a volume"
     process = {STACK_VARIABLE: volume_id(volume)}
     with sleeper(**process) as leftover:
-        subprocess.run(["bash", "-c", stop_command(volume)], check=True, cwd="/", env={"PATH": "/usr/bin:/bin"})
+        command = {"args": ["bash", "-c", stop_command(volume)], "check": True, "cwd": "/", "env": {"PATH": "/usr/bin:/bin"}, "text": True}
+        assert subprocess.run(**command, stdout=subprocess.PIPE).stdout == "ended: 1 process\n"
         assert leftover.wait(10) is not None
+    assert subprocess.run(**command, stdout=subprocess.PIPE).stdout == "nothing of this volume was running\n"
 
 
 def test_a_port_that_an_earlier_command_s_leftover_holds_is_ours(tmp_path: Path) -> None:
@@ -206,14 +208,15 @@ def test_a_stack_that_was_left_but_died_is_not_taken_over(tmp_path: Path) -> Non
     assert stack.kept() is None, "nothing of it runs"
 
 
-def test_stopping_lets_a_job_save_what_it_did(tmp_path: Path) -> None:
+def test_stopping_lets_a_job_save_what_it_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint may take longer than a server to end: a job has the time that its launcher gave it."""
+    monkeypatch.setattr("infra.stack.END_GRACE_S", 0.5)
     volume = tmp_path / "volume"
     job = tmp_path / "job.py"
     job.write_text(
         "import pathlib, signal, sys, time\n"
         "def save(*_):\n"
-        f"    time.sleep({END_GRACE_S + 1})\n"
+        "    time.sleep(1.5)\n"
         "    pathlib.Path('saved').touch()\n"
         "    sys.exit(0)\n"
         "signal.signal(signal.SIGTERM, save)\n"
@@ -228,7 +231,7 @@ def test_stopping_lets_a_job_save_what_it_did(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", starter], env=environment, cwd=tmp_path, stderr=subprocess.DEVNULL):
         while not (tmp_path / "ready").exists():
             time.sleep(0.05)
-        Stack(volume, environment={}).stop()
+        assert Stack(volume, environment={}).stop() == ["1 job"]
     assert (tmp_path / "saved").exists()
     assert not list(marked(STACK_VARIABLE, volume_id(volume)))
 

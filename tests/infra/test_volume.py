@@ -43,3 +43,10 @@ def test_a_database_is_kept_off_network_file_systems(tmp_path: Path, monkeypatch
     assert is_network_file_system(there) is network
     assert not is_network_file_system(tmp_path / "network"), "only its name begins alike"
     assert database_folder(there, state) == (state / "fvlm" / volume_id(there) if network else there / volume.HOME)
+
+
+@pytest.mark.parametrize("kinds", [("ext4", "nfs4"), ("nfs4", "ext4")])
+def test_the_last_of_two_mounts_on_one_mount_point_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kinds: tuple[str, str]) -> None:
+    mounted = [Partition("a", "/", "ext4", ""), *(Partition(kind, str(tmp_path), kind, "") for kind in kinds)]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda **_: mounted)
+    assert is_network_file_system(tmp_path / "volume") is (kinds[-1] == "nfs4")

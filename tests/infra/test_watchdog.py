@@ -53,20 +53,21 @@ def register() -> None:
 @pytest.mark.parametrize(("number", "words"), [(signal.SIGKILL, "ended .status -9"), (signal.SIGSTOP, "was stopped by a signal")])
 def test_it_is_reported_within_ten_seconds(stack: Stack, waits: Callable[[], None], number: int, words: str) -> None:
     server = stack.children["server"]
-    subprocess.Popen(["sh", "-c", f"sleep 1.5; kill -{number} {server.pid}"])
+    subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -{number} {server.pid}"])
     began = time.monotonic()
     with pytest.raises(StackError, match=f"the Prefect server {words}"), watched(stack, lambda _: None):
         waits()
-    assert time.monotonic() - began < 1.5 + LIMIT_S
+    assert time.monotonic() - began < 0.5 + LIMIT_S
 
 
-def test_a_server_that_is_silent_is_reported_and_given_up(tmp_path: Path) -> None:
+def test_a_server_that_is_silent_is_reported_and_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infra.watchdog.REPORTED_S", 1.0)
     stack, said = Stack(tmp_path, environment={}), []
     stack.state = StackState("http://127.0.0.1:9/api", "http://127.0.0.1:9", False, {})
     began = time.monotonic()
-    with pytest.raises(StackError, match="has not answered for"), watched(stack, said.append, given_up_s=8):
+    with pytest.raises(StackError, match="has not answered for"), watched(stack, said.append, given_up_s=2):
         time.sleep(60)
-    assert time.monotonic() - began < 8 + LIMIT_S
+    assert time.monotonic() - began < 2 + LIMIT_S
     assert said == ["the Prefect server at http://127.0.0.1:9/api does not answer; waiting for it"]
 
 
@@ -85,6 +86,7 @@ def test_the_user_s_own_interrupt_stays_one(stack: Stack) -> None:
         time.sleep(5)
 
 
-def test_nothing_happens_while_all_is_well(stack: Stack) -> None:
+def test_nothing_happens_while_all_is_well(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infra.watchdog.POLL_S", 0.2)
     with watched(stack, lambda _: None):
-        time.sleep(2.5)
+        time.sleep(0.7)

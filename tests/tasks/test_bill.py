@@ -9,7 +9,7 @@ from fvlm_core.manifest import AnyManifest
 from infra.budget import Entry, Position, usd_text
 from infra.store import FolderStore
 from tasks.bill import UNFINISHED, bill_against_plan, billed_by_step, record_plan, recorded_plan
-from tasks.dollars import SERVES, STARTS, WAITING, DollarPlan, Line, Usd
+from tasks.dollars import NOT_KNOWN, SERVES, STARTS, WAITING, DollarPlan, Line, Usd
 from tasks.phase import PhaseManifest
 from tasks.rented import budget_table
 from tasks.steps import Made
@@ -77,7 +77,7 @@ def test_a_plan_of_the_rest_does_not_replace_the_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("spent", "share"), [(49.0, None), (51.0, "50%"), (81.0, "80%"), (95.5, "95%")])
 def test_the_table_of_the_budget_warns(spent: float, share: str | None) -> None:
     note = budget_table(Position(100.0, 5.0, spent=spent, running=0.0, storage=0.0), now=0.0).note
-    assert (f"{share} of the budget is spent or promised: ${spent:.2f} of $100.00." in note) == bool(share)
+    assert (f"{share} of the budget is spent or reserved: ${spent:.2f} of $100.00." in note) == bool(share)
     assert note.count("% of the budget") == bool(share)
 
 
@@ -95,6 +95,27 @@ def test_both_stand_side_by_side(volume: Path) -> None:
         assert row in table.rows
     assert [table.rows[number][1] for number in table.marked] == ["all of it", "all of it", ""]
     assert bill_against_plan(planned(stage1=0.02, stage2=2.0), bill).rows[0] == ["train", "stage1", "$0.020", "$0.80", "x 40"]
+
+
+def test_what_is_not_known_has_no_price_and_its_sums_no_interval(volume: Path) -> None:
+    bill = billed_by_step(FolderStore(volume), {"train": [pod("train", 4.0)]}, now=9 * HOUR)
+    lines = [
+        Line(phase="train", what=STARTS, usd=Usd(low=0.1, value=0.2, high=0.3)),
+        Line(phase="train", what="stage1", usd=Usd(low=0.5, value=1.0, high=2.0)),
+        Line(phase="train", what="stage2", basis=NOT_KNOWN, complete=False),
+    ]
+    made = DollarPlan(lines=lines, cap_usd=500, reserve_usd=15)
+    assert bill_against_plan(made, bill).rows == [
+        ["train", STARTS, "$0.20 [$0.10, $0.30]", "$0.80", "+300%"],
+        ["train", "stage1", "$1.00 [$0.50, $2.00]", "$0.80", "-20%"],
+        ["train", "stage2", "not known", "$2.40", ""],
+        ["train", "all of it", "$1.20 + not known", "$4.00", ""],
+        ["total", "", "$1.20 + not known", "$4.00", ""],
+    ]
+    assert [row[5] for row in made.table().rows] == ["$0.20 [$0.10, $0.30]", "$1.00 [$0.50, $2.00]", "not known"]
+    assert [row[5] for row in made.table(steps=False).rows] == ["$1.20 + not known"]
+    assert made.table().note is not None
+    assert made.table().note.startswith("Total $1.20 + not known of ")
 
 
 @pytest.mark.parametrize(

@@ -132,9 +132,8 @@ class Pod:
 class Cloud:
     """One account. Thread-safe."""
 
-    def __init__(self, folder: Path, *, delays: Delays | None = None, url: str = "") -> None:
-        """`url` is the emulator's own address."""
-        self.folder, self.delays, self.url = folder.resolve(), delays or Delays(), url
+    def __init__(self, folder: Path, *, delays: Delays | None = None) -> None:
+        self.folder, self.delays = folder.resolve(), delays or Delays()
         self.pods: dict[str, Pod] = {}
         self.volumes: dict[str, Volume] = {}
         self.faults = Faults()

@@ -39,7 +39,7 @@ class Emulator:
         """`key` is the account's API key. `port` 0 selects a free port."""
         self._listener = socket.create_server(("127.0.0.1", port))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self.key, self.cloud = key, Cloud(folder, delays=delays, url=self.url)
+        self.key, self.cloud = key, Cloud(folder, delays=delays)
         self._server = uvicorn.Server(uvicorn.Config(self.app(), log_level="warning", timeout_graceful_shutdown=1))
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._listener]}, daemon=True)
 

@@ -41,6 +41,8 @@ class Rig:
     stack: Stack
     emulator: Emulator
     variables: dict[str, Any] = field(default_factory=dict)
+    program: str = "prefect"
+    """Module that runs the worker."""
     pool: str = field(default_factory=lambda: f"pool-{uuid4().hex[:8]}")
     worker: subprocess.Popen[bytes] | None = None
     open: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -100,7 +102,7 @@ class Rig:
         return Budget(FolderStore(self.folder), cap_usd=500, reserve_usd=15)
 
     def start_worker(self) -> None:
-        arguments = [sys.executable, "-m", "prefect", "worker", "start", "--pool", self.pool]
+        arguments = [sys.executable, "-m", self.program, "worker", "start", "--pool", self.pool]
         with self.log.open("ab") as log:
             self.worker = subprocess.Popen(arguments, env=self.environment, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT)
 

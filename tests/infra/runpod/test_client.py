@@ -1,5 +1,6 @@
 """The client and the emulator, both checked against RunPod's OpenAPI document, through what goes wrong on the way."""
 
+import asyncio
 import time
 from datetime import UTC, datetime, timedelta
 
@@ -22,6 +23,7 @@ from infra.runpod.errors import (
     raise_for,
 )
 from infra.runpod.models import CpuRequest, CreatePod, CreateVolume, GpuRequest, Mounts, NetworkMount, Pod, Status, Volume
+from infra.runpod.poller import Poller
 from tests.infra.runpod.conftest import KEY
 from tests.infra.runpod.contract import Witness, request_faults
 from tests.waiting import wait_until
@@ -194,6 +196,49 @@ def test_lists_with_pages_are_read_to_their_end() -> None:
     client._http = httpx.Client(transport=httpx.MockTransport(answer), base_url="https://api.runpod.io")
     assert client.pods() == []
     assert asked == [None, "b", "c"]
+
+
+@pytest.mark.parametrize("body", [{"pods": None}, {"pods": {}}, {"pods": [None]}, {}, []])
+def test_an_answer_without_a_list_of_pods_is_an_error_and_not_an_account_without_pods(body: object) -> None:
+    answers = iter([{"pods": []}, body, {"pods": []}])
+    client = RunPod("key")
+    transport = httpx.MockTransport(lambda _request: httpx.Response(200, json=next(answers)))
+    client._http = httpx.Client(transport=transport, base_url="https://api.runpod.io")
+    said: list[str] = []
+
+    async def watch() -> None:
+        poller = Poller(client, 0.01, said.append)
+        looks = poller.looks("a")
+        for _ in range(2):
+            assert await asyncio.wait_for(anext(looks), 10) == {}
+        await looks.aclose()
+        poller.close()
+
+    asyncio.run(watch())
+    assert ["RunPod does not answer; pods go on" in line for line in said] == [True]
+
+
+def test_a_pod_whose_create_request_got_an_answer_that_is_not_understood_is_found(client: RunPod, witness: Witness) -> None:
+    real = client._http
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        reply = real.request(request.method, request.url, content=request.content, headers=request.headers)
+        return httpx.Response(201, json={"id": reply.json()["id"]}) if request.method == "POST" else httpx.Response(200, json=reply.json())
+
+    client._http = httpx.Client(transport=httpx.MockTransport(answer), base_url=client.url, headers=real.headers)
+    pod = client.create_pod(small())
+    assert [(one.id, one.name) for one in client.pods()] == [(pod.id, small().name)]
+    real.close()
+
+
+def test_a_rate_limit_of_hours_is_not_slept_through(
+    client: RunPod, emulator: Emulator, waits: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    emulator.cloud.faults.arm(Fault("too_many_requests", seconds=7200.0, times=9))
+    with pytest.raises(TooManyRequestsError, match="wait 7200 s"):
+        client.pods()
+    assert waits == [60.0] * 4
+    assert "RunPod asks to wait 7200 s; trying again in 60 s" in caplog.text
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>bad gateway</html>", b"[]", b'{"detail": null}'])

@@ -21,7 +21,21 @@ from infra.runpod.emulator.faults import Fault
 from infra.runpod.emulator.server import Emulator
 from infra.runpod.models import CpuRequest, CreatePod, GpuRequest, Mounts, NetworkMount, Volume
 from infra.runpod.models import Pod as RentedPod
-from infra.runpod.pod import CODE, END_S, ENVIRONMENTS, IDENTITY, JOB_VARIABLE, OUTCOME, PODS, SHARDS, STARTED, Pod, PreflightError
+from infra.runpod.pod import (
+    CODE,
+    END_S,
+    ENVIRONMENTS,
+    IDENTITY,
+    JOB_VARIABLE,
+    OUTCOME,
+    PODS,
+    PROGRAM_SAYS,
+    SETTING_UP,
+    SHARDS,
+    STARTED,
+    Pod,
+    PreflightError,
+)
 from infra.runpod.program import PROGRAM_VARIABLE, START
 from infra.stack import REPOSITORY, Stack
 from tests.waiting import wait_until
@@ -261,13 +275,17 @@ def test_an_environment_is_made_once_whichever_pod_comes_first(pods: Pods) -> No
         packed.addfile(entry, io.BytesIO(content))
     (pods.folder / CODE).mkdir()
     (pods.folder / CODE / "abc.tar.gz").write_bytes(archive.getvalue())
-    given = {"python": None, "code": "abc", "lock": "requirements.lock"}
+    given = {"python": None, "code": "abc", "lock": "requirements.lock", "setup_say_s": 0.2}
     both = [pods.start(["{python}", "-c", "import sys; print(sys.prefix)"], **given) for _ in range(2)]
     assert [pods.outcome(pod)["status"] for pod in both] == [0, 0]
     (folder,) = [one for one in (pods.folder / ENVIRONMENTS).iterdir() if one.is_dir()]
     prefixes = {(pods.folder / PODS / pod.id / "log.txt").read_text().strip().splitlines()[-1] for pod in both}
     assert prefixes == {str(folder)}
     assert sum("making the environment" in pods.log(pod) for pod in both) == 1
+    for pod in both:
+        said = [line.startswith(f"{PROGRAM_SAYS} {SETTING_UP}") for line in pods.log(pod).splitlines()]
+        assert any(said), "the one that installs and the one that waits for it are not silent meanwhile"
+        assert not any(said[said.index(True) + sum(said) :]), "no more of it when the job runs"
     assert (pods.folder / CODE / "abc" / "requirements.lock").is_file()
     third = pods.start(["true"], **given)
     assert pods.outcome(third)["status"] == 0

@@ -135,7 +135,7 @@ def test_a_pod_that_cannot_be_written_down_is_ended(rented, client: RunPod, budg
 
     def fails(store: FolderStore, key: str, content: bytes) -> None:
         if b'"started"' in content:
-            raise VolumeError("the volume's S3 side: 502", where="s3", fix="try again")
+            raise VolumeError("the volume's S3 API: 502", where="s3", fix="try again")
         write(store, key, content)
 
     monkeypatch.setattr(FolderStore, "write", fails)
@@ -255,7 +255,7 @@ def test_a_volume_that_is_away_holds_up_neither_the_end_of_a_pod_nor_the_reaper(
     account = Account(Place(volume.id, emulator.url, folder=str(emulator.cloud.volumes[volume.id].folder), key=SecretStr(emulator.key)))
 
     def away(*_arguments: object) -> None:
-        raise VolumeError("the volume's S3 side: 502", where="s3", fix="try again")
+        raise VolumeError("the volume's S3 API: 502", where="s3", fix="try again")
 
     monkeypatch.setattr(FolderStore, "write", away)
     warned: list[str] = []

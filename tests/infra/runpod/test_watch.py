@@ -46,3 +46,21 @@ def test_what_looks_at_a_pod_mean() -> None:
     assert uptimes[5] == "the container was started 4 times"
     watch = fresh()
     assert [watch.look(seen("RUNNING", runtime={"uptime": now - now % 40}), 3000 + now % 20) for now in range(0, 900, 10)] == [None] * 90
+
+
+def test_a_pod_that_starts_slowly_and_then_installs_packages_is_not_silent() -> None:
+    """The run itself says nothing before its environment is there."""
+    watch = Watch(deadline=1e9, began=0, start_timeout_s=1200, silent_s=1800)
+    for now in range(0, 7200, 60):
+        if now >= 1000:
+            watch.read("[pod] setting up: this or another pod has been installing packages for 60 s")
+        assert watch.look(seen("RUNNING" if now >= 1000 else "STARTING"), now) is None
+        assert watch.hear(("pending", None), now) is None
+    watch.read("[pod] ends this pod: HTTP Error 403")
+    assert watch.hear(("pending", None), 7140 + 1801) == "its run has given no sign of life for 30 min"
+    watch = Watch(deadline=1e9, began=0, start_timeout_s=1200, silent_s=1800)
+    silences = []
+    for now, status in ((0, "STARTING"), (1100, "RUNNING"), (2800, "RUNNING"), (2901, "RUNNING")):
+        watch.look(seen(status), now)
+        silences.append(watch.hear("pending", now) is not None)
+    assert silences == [False, False, False, True], "the time before the container ran is no silence"

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import psutil
 import pytest
@@ -14,6 +14,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, FlowRunFilter, FlowRunFilterDeploymentId
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.exceptions import InfrastructureNotAvailable, InfrastructureNotFound
+from prefect.schedules import Interval
 from prefect.states import Cancelling
 from prefect.types.entrypoint import EntrypointType
 
@@ -24,12 +25,13 @@ from infra.runpod.emulator.faults import Fault
 from infra.runpod.emulator.server import Emulator
 from infra.runpod.models import CpuRequest, CreatePod, Pod, Volume
 from infra.runpod.naming import PodName
-from infra.runpod.pool import RunPodConfiguration
+from infra.runpod.pool import POLL_S, RunPodConfiguration
 from infra.runpod.reaper import reap
-from infra.runpod.worker import RunPodWorker
+from infra.runpod.worker import CANCEL_S, RUN_LOOK_S, RunPodWorker
 from infra.stack import Stack
 from tests.browser import SLOW_MS, browser_page
 from tests.conftest import known_to_clients
+from tests.infra.runpod import quick_worker
 from tests.infra.runpod.conftest import KEY, QUICK
 from tests.infra.runpod.rig import PLANTED, Rig, working
 from tests.infra.runpod.tiny_flow import tiny
@@ -48,6 +50,8 @@ LOST = {
     "hung": (Fault("hangs", after_s=0.3), "no sign of life"),
 }
 """Faults of a pod by the name of the run that they strike, and what its state says then."""
+INSTALLS = "(for i in $(seq 90); do echo [pod] setting up: $i; sleep 1; done) & sleep 15; exec python -m prefect.engine"
+"""A command like a pod that installs packages for longer than its run may be silent."""
 REFUSED = {
     "no such flavour": ({"cpus": ["cpu9"]}, "'cpu3c'?"),
     "budget": ({"budget_usd": 15.01}, "this pod to its deadline $0.06"),
@@ -63,7 +67,11 @@ REFUSED = {
 @pytest.fixture(scope="module")
 def rig(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     folder, quick = tmp_path_factory.mktemp("cloud"), {"start_timeout_s": 3.0, "silent_s": 45.0}
-    with Emulator(folder, key=KEY, delays=QUICK) as cloud, known_to_clients(stack), working(Rig(stack, cloud, quick)) as rig:
+    with (
+        Emulator(folder, key=KEY, delays=QUICK) as cloud,
+        known_to_clients(stack),
+        working(Rig(stack, cloud, quick, quick_worker.__name__)) as rig,
+    ):
         yield rig
 
 
@@ -71,6 +79,7 @@ def rig(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]
 def runs(rig: Rig) -> dict[str, FlowRun]:
     """All of them at once, as a worker has them."""
     fine = {"good": rig.submit("good"), "bad": rig.submit("bad", fail=True)}
+    fine["installs"] = rig.submit("installs", variables={"silent_s": 10.0, "command": f"sh -c '{INSTALLS}'"})
     quick = {key: {"silent_s": 6.0} for key in ("hung", "loop")}  # before the first heartbeat
     lost = {name: rig.submit(name, fault=fault, variables=quick.get(name), pieces=1000) for name, (fault, _) in LOST.items()}
     return fine | lost | {name: rig.submit(name, variables=wrong) for name, (wrong, _) in REFUSED.items()}
@@ -154,14 +163,6 @@ def test_what_cannot_be_is_a_crash_before_anything_is_rented(rig: Rig, runs: dic
     assert not [pod for pod in rig.emulator.cloud.pods.values() if runs[name].id.hex in pod.request.name]
 
 
-def test_the_ledger_knows_that_all_of_them_have_ended(rig: Rig, runs: dict[str, FlowRun]) -> None:
-    for run in runs.values():
-        rig.finish(run.id)
-    rig.wait_for_no_pods()
-    wait_until(lambda: not any(entry.running and entry.kind == "pod" for entry in rig.budget.entries()), "the ledger to know")
-    assert {entry.phase for entry in rig.budget.entries() if entry.started} == {"tiny"}
-
-
 def test_no_secret_shows_and_a_click_in_the_ui_ends_the_pod_within_a_minute(rig: Rig) -> None:
     run = rig.submit("clicked", pieces=1000, show=True)
     wait_until((rig.folder / "work" / "clicked" / "piece1").exists, "the run to work")
@@ -177,6 +178,7 @@ def test_no_secret_shows_and_a_click_in_the_ui_ends_the_pod_within_a_minute(rig:
         page.get_by_role("button", name="Confirm").click()
         wait_until(lambda: rig.state(run.id).type in (StateType.CANCELLING, StateType.CANCELLED), "the click to arrive", poll_s=0.5)
     wait_until(lambda: not pods_of(rig, run), "its pod to end", timeout_s=60)
+    assert CANCEL_S + RUN_LOOK_S + POLL_S < 45, "the worker of this test has shorter waits"
     assert rig.finish(run.id).is_cancelled()
 
 
@@ -197,7 +199,7 @@ def test_a_schedule_starts_a_pod_and_ends_it(rig: Rig) -> None:
         work_pool_name=rig.pool,
         parameters={"folder": str(rig.folder / "work" / "scheduled")},
         entrypoint_type=EntrypointType.MODULE_PATH,
-        interval=timedelta(seconds=20),
+        schedule=Interval(timedelta(seconds=20), anchor_date=datetime.now(UTC) + timedelta(seconds=8)),  # from now it would be in 20 s
     ).apply()
     by_schedule = FlowRunFilter(deployment_id=FlowRunFilterDeploymentId(any_=[made]))
     with get_client(sync_client=True) as client:
@@ -211,6 +213,19 @@ def test_a_schedule_starts_a_pod_and_ends_it(rig: Rig) -> None:
     assert first.auto_scheduled
     wait_until(lambda: not pods_of(rig, first), "its pod to end")
     assert [pod.request.cpu is not None for pod in rig.emulator.cloud.pods.values() if first.id.hex in pod.request.name] == [True]
+
+
+def test_a_pod_that_installs_packages_for_long_is_not_taken_for_dead(rig: Rig, runs: dict[str, FlowRun]) -> None:
+    state = rig.finish(runs["installs"].id)
+    assert state.is_completed(), state.message
+
+
+def test_the_ledger_knows_that_all_of_them_have_ended(rig: Rig, runs: dict[str, FlowRun]) -> None:
+    for run in runs.values():
+        rig.finish(run.id)
+    rig.wait_for_no_pods()
+    wait_until(lambda: not any(entry.running and entry.kind == "pod" for entry in rig.budget.entries()), "the ledger to know")
+    assert {entry.phase for entry in rig.budget.entries() if entry.started} == {"tiny"}
 
 
 def test_a_killed_worker_is_followed_by_another_or_by_the_reaper_alone(rig: Rig) -> None:
