@@ -128,15 +128,18 @@ def shown(plan: Plan, trained: Trained, asked: Asked, rows: Sequence[Row]) -> Ta
     full = f"reached 1 at step {trained.full_at}" if trained.full_at else f"ended at {trained.clutter:.2f}"
     note = (
         f"Best constant answer {asked.constant:.3f}; all digits without their places {asked.bag_ceiling:.3f}; gaze by chance {1 / 9:.3f}. "
-        f"Clutter {full}. Intervals: 95 %, over clips; p: paired sign flips by clip against “{MAIN}”, adjusted by Holm. "
+        f"Clutter {full}. Intervals: 95 %, over clips, with the digits held fixed; over clips and digits: both resampled; by form: of "
+        f"handwriting, {', '.join(map(str, rows[0].by_form))}. p: paired sign flips by clip against “{MAIN}”, adjusted by Holm. "
         f"Training: {trained.flops / 1e9:,.0f} GFLOP, {trained.cpu_s:.0f} s of one core, the encoder's {trained.encoder_cpu_s:.0f} s "
         f"before{speed}.{stopped}"
     )
-    head = ["condition", "accuracy", "by frame", "worst cell", "gaze on target", "below fine", "p"]
+    head = ["condition", "accuracy", "over clips and digits", "by form", "by frame", "worst cell", "gaze on target", "below fine", "p"]
     cells = [
         [
             row.condition,
             number(row.accuracy),
+            number(row.over_clips_and_digits),
+            " ".join(f"{value:.3f}" for value in row.by_form.values()),
             " ".join(f"{value:.2f}" for value in row.by_frame),
             f"{row.worst_cell:.3f}",
             number(row.on_target),
@@ -168,8 +171,8 @@ def over_seeds(found: Sequence[Sequence[Row]], first_seed: int) -> Table:
 
 def _plain(row: Row) -> dict:
     values = asdict(row)
-    estimates = {name: one.model_dump() for name in ("accuracy", "on_target", "difference") if (one := getattr(row, name)) is not None}
-    return values | {"on_target": None, "difference": None} | estimates
+    names = ("accuracy", "on_target", "difference", "over_clips_and_digits")
+    return values | {name: one and one.model_dump() for name in names for one in (getattr(row, name),)}
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

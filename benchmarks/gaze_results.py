@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.gaze_measures import MAIN
+from benchmarks.gaze_measures import MAIN, VARIANTS
 from benchmarks.gaze_training import PLANS, VISION
 from fvlm_core.canvas import COLOURS, WIDTH, canvas
 from fvlm_core.eval.estimates import Estimate
@@ -106,7 +106,7 @@ def row(run: Run, condition: str) -> dict[str, Any] | None:
 def estimate(run: Run, condition: str, what: str = "accuracy") -> Estimate | None:
     """Return a number of a condition with its interval, or None."""
     found = row(run, condition)
-    return None if found is None or found[what] is None else Estimate.model_validate(found[what])
+    return None if found is None or found.get(what) is None else Estimate.model_validate(found[what])
 
 
 def worst_cell(run: Run, condition: str = MAIN) -> float:
@@ -143,6 +143,12 @@ def seeds_table(task: str, runs: Sequence[Run]) -> Table:
     head += ["fine, question after", "fine, alone", "CPU s"]
     clips = runs[0]["clips"]
     note = f"Question first unless it says otherwise; {clips} clips; bag of digits {runs[0]['bag_ceiling']:.3f}; CPU: with the encoder's."
+    both = [estimate(run, MAIN, "over_clips_and_digits") for run in runs]
+    if any(both):  # older records lack them
+        forms = [" ".join(f"{value:.3f}" for value in (row(run, MAIN) or {}).get("by_form", {}).values()) for run in runs]
+        head += ["fine, over clips and digits", "fine, by form"]
+        rows = [[*line, *more] for line, more in zip(rows, [*zip(map(number, both), forms, strict=True), ("", ""), ("", "")], strict=True)]
+        note += " Other intervals hold the digits fixed."
     return Table(title=task, head=head, rows=rows, marked=[len(runs)], note=note)
 
 
@@ -203,6 +209,34 @@ def encoders_table(runs: Sequence[Run]) -> Table | None:
         rows.append([task, str(run["seed"]), f"{run['vision_learning_rate']:g}", f"{run['steps']:,}", *shares])
     note = "Held-out digits, full grids, before -> after; after: by heads trained anew on the encoder as it is."
     return Table(title="What the encoder knows", head=["task", "seed", "encoder's rate", "steps", *names], rows=rows, note=note)
+
+
+def entropies_table(runs: Sequence[Run]) -> Table | None:
+    """Return a table of the attention's entropy before the model's training, by seed; None if no run has it.
+
+    Runs that differ only in what follows, such as the number of steps, start alike: each start is shown once.
+    """
+    starts: dict[str, dict[int, dict[str, float]]] = {}
+    for run in runs:
+        if run["entropy_at_start"] and run["start"] is None and (not run["control"] or run["control"] in VARIANTS):
+            changes = [run["control"]] if run["control"] else []
+            changes += [f"questions as {run['wording']}s"] if run["wording"] != USUAL[run["size"]]["wording"] else []
+            changes += [f"weights of {run['init_std']:g}"] if run["init_std"] is not None else []
+            starts.setdefault(", ".join([run["task"], *changes]), {}).setdefault(run["seed"], run["entropy_at_start"])
+    if not starts:
+        return None
+    rows = []
+    for name, found in starts.items():
+        seeds = sorted(found)
+        both = [" ".join(f"{found[seed][query]:.3f}" for seed in seeds) for query in ("coarse", "fine")]
+        rows.append([name, " ".join(map(str, seeds)), *both])
+    note = "Last layer's attention on full grids, mean of heads, as a share of the uniform distribution's entropy; by seed."
+    return Table(
+        title="Entropy at the start",
+        head=["task", "seeds", "learned query (coarse pass)", "language model's queries (fine pass)"],
+        rows=rows,
+        note=note,
+    )
 
 
 def beside_controls(runs: Sequence[Run]) -> list[Run]:
@@ -291,6 +325,8 @@ def report(runs: Sequence[Run]) -> str:
         parts += [f"*{task}*,{how}, {seeds}:", seeds_table(task, own).markdown().strip(), reached(own)]
     if known := encoders_table([run for run in runs if not run["control"]]):
         parts += ["What the encoder knows before and after the model's training:", known.markdown().strip()]
+    if entropies := entropies_table(runs):
+        parts += ["How sharp the attention is before the model's training:", entropies.markdown().strip()]
     if compared := beside_controls(runs):
         parts += ["Controls, trained alike, beside the seeds of their recipe:", controls_table(compared).markdown().strip()]
     return "\n\n".join(parts)

@@ -50,7 +50,7 @@ def modes(model: FoveatedVLM, frames: int, rounds: int) -> Iterator[Measurement]
     """Measure the FLOPs of the fine mode, and the time of two modes relative to the bare encoder."""
     batch = video_question(frames)
     plain = Dinov2Model(model.encoder.config).eval()
-    pixels = torch.randn(frames, 3, 224, 224)
+    pixels = torch.randn(frames, 3, FRAME_PX, FRAME_PX)
 
     @torch.no_grad()
     def encode() -> None:

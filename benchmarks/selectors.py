@@ -30,7 +30,7 @@ from fvlm_core.data.cells_world import CHAT, WORLDS, Name, World
 from fvlm_core.data.rows import Split
 from fvlm_core.errors import UserError
 from fvlm_core.eval.estimates import Estimate
-from fvlm_core.eval.stats import Bootstrap
+from fvlm_core.eval.stats import DECIMALS, Bootstrap, SeedDifference, over_seeds
 from fvlm_core.manifest import write_atomically
 from fvlm_core.model.flop_counter import count_flops
 from fvlm_core.model.inference import read_batch
@@ -139,7 +139,14 @@ def main() -> None:
     )
     if options.record:
         found = [
-            Accuracy(world=row.world, selector=row.selector, accuracy=row.accuracy, seeds=len(row.seeds), mflop=row.mflop)
+            Accuracy(
+                world=row.world,
+                selector=row.selector,
+                accuracy=row.accuracy,
+                seeds=len(row.seeds),
+                mflop=row.mflop,
+                by_seed={seed: round(value, DECIMALS) for seed, value in row.seeds.items()},
+            )
             for row in rows(options.out)
         ]
         write_atomically(RECORD, ACCURACIES.dump_json(found, indent=1))
@@ -259,7 +266,9 @@ class Row:
     accuracy: Estimate
     """Mean over seeds, with an interval over clips; all seeds answer the same clips."""
     gain: Estimate | None
-    """Ours minus this, on the same clips and seeds."""
+    """Ours minus this, on the same clips and seeds, with an interval over clips: what other clips would change for these very models."""
+    over_seeds: SeedDifference | None
+    """The same with an interval over seeds: what other trainings would change."""
     opened: float
     mflop: float
 
@@ -269,6 +278,10 @@ def rows(out: Path) -> Iterator[Row]:
     found = [json.loads(file.read_text()) for file in sorted(out.glob("*.json"))]
     by = {(result["world"], result["selector"], result["seed"]): result for result in found}
     for world in WORLDS:
+        means = {
+            name: {key[2]: float(scored(result).mean()) for key, result in by.items() if key[:2] == (world, name)} for name in SELECTORS
+        }
+        over = over_seeds(means.pop("ours"), means)
         for selector in SELECTORS:
             seeds = {seed: by[key] for key in by if key[:2] == (world, selector) for seed in key[2:]}
             if not seeds:
@@ -281,6 +294,7 @@ def rows(out: Path) -> Iterator[Row]:
                 {seed: float(score.mean()) for seed, score in scores.items()},
                 over_clips(list(scores.values())),
                 over_clips(gains) if gains and selector != "ours" else None,
+                over.get(selector),
                 float(np.mean([opened(result) for result in seeds.values()])),
                 next(iter(seeds.values()))["mflop"],
             )
@@ -299,13 +313,17 @@ def measurements(out: Path) -> Iterator[Measurement]:
         against = f"95 % [{row.accuracy.low:.3f}, {row.accuracy.high:.3f}], {row.accuracy.n} clips, {seeds}; {row.mflop:.1f} MFLOP a frame"
         yield Measurement("selectors", f"{row.world}_{row.selector}", row.accuracy.value, "", against)
         if row.gain is not None:
-            against = f"95 % [{row.gain.low:.3f}, {row.gain.high:.3f}], the same clips"
+            against = f"95 % [{row.gain.low:.3f}, {row.gain.high:.3f}] over the same clips"
+            if (seeds := row.over_seeds) is not None:
+                against += f"; over {len(seeds.by_seed)} seeds [{seeds.low:.3f}, {seeds.high:.3f}], p {seeds.p_holm:.2g} (Holm)"
             yield Measurement("selectors", f"{row.world}_ours_minus_{row.selector}", row.gain.value, "", against)
 
 
 def tables(out: Path) -> str:
     """Return a markdown table per world, with a warning if no selector has learned the world."""
-    head = "| {} | accuracy | 95 % | by seed | ours minus it | right patch opened | MFLOP a frame |\n|---|---|---|---|---|---|---|"
+    columns = ["accuracy", "95 % over clips", "by seed", "ours minus it, 95 % over clips", "ours minus it, by seed", "95 % over seeds"]
+    columns += ["p (Holm)", "right patch opened", "MFLOP a frame"]
+    head = f"| {{}} | {' | '.join(columns)} |\n|{'---|' * (1 + len(columns))}"
     lines: list[str] = []
     found = list(rows(out))
     for world in dict.fromkeys(row.world for row in found):
@@ -318,10 +336,14 @@ def tables(out: Path) -> str:
 
 def _line(row: Row) -> str:
     gain = "" if row.gain is None else f"{row.gain.value:+.3f} [{row.gain.low:+.3f}, {row.gain.high:+.3f}]"
+    over = row.over_seeds
+    cells = ["", "", ""]
+    if over is not None:
+        cells = [" ".join(f"{value:+.3f}" for value in over.by_seed.values()), f"[{over.low:+.3f}, {over.high:+.3f}]", f"{over.p_holm:.2g}"]
     hit = "" if math.isnan(row.opened) else f"{row.opened:.3f}"
     seeds = " ".join(f"{value:.3f}" for value in row.seeds.values())
     interval = f"[{row.accuracy.low:.3f}, {row.accuracy.high:.3f}]"
-    return f"| {row.selector} | {row.accuracy.value:.3f} | {interval} | {seeds} | {gain} | {hit} | {row.mflop:.1f} |"
+    return f"| {row.selector} | {row.accuracy.value:.3f} | {interval} | {seeds} | {gain} | {' | '.join(cells)} | {hit} | {row.mflop:.1f} |"
 
 
 if __name__ == "__main__":

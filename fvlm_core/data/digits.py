@@ -36,13 +36,29 @@ def digits_of(split: Split, size_px: int, copies: int = 0) -> tuple[np.ndarray, 
     """
     table = np.loadtxt(str(distribution("scikit-learn").locate_file(FILE)), delimiter=",", dtype=np.int64)
     pixels, labels = table[:, :-1], table[:, -1]
-    form = np.searchsorted(FORM_STARTS, np.arange(len(labels)), side="right") - 1
-    chosen = np.isin(form, VAL_FORMS) == (split == "val")
+    chosen = _in_split(_forms(len(labels)), split)
     bright = (pixels[chosen].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     scaled = [np.asarray(Image.fromarray(image).resize((size_px, size_px), Image.Resampling.BILINEAR)) for image in bright]
     rng = np.random.default_rng(0)
     scaled += [_distorted(image, size_px, rng) for _ in range(copies) for image in bright]
     return np.stack(scaled).astype(np.uint16), np.tile(labels[chosen], 1 + copies)
+
+
+@lru_cache(maxsize=2)
+def forms_of(split: Split) -> np.ndarray:
+    """Return the form of each of the split's original digits: int [N], a place in FORM_STARTS. The order is that of `digits_of`."""
+    table = np.loadtxt(str(distribution("scikit-learn").locate_file(FILE)), delimiter=",", dtype=np.int64)
+    form = _forms(len(table))
+    return form[_in_split(form, split)]
+
+
+def _forms(count: int) -> np.ndarray:
+    """Return the form of each of the first `count` digits of the file: int [count]."""
+    return np.searchsorted(FORM_STARTS, np.arange(count), side="right") - 1
+
+
+def _in_split(form: np.ndarray, split: Split) -> np.ndarray:
+    return np.isin(form, VAL_FORMS) == (split == "val")
 
 
 def _distorted(image: np.ndarray, size_px: int, rng: np.random.Generator) -> np.ndarray:

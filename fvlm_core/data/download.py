@@ -116,7 +116,8 @@ def _too_many(job: DownloadJob, bad: list[BadClip], total: int) -> UserError:
     return UserError(
         f"{what}:\n    {listed}",
         where=str(job.output / BAD),
-        fix="correct the rows listed there, or raise max_bad_share; run again to retry the failed videos. Fetched videos are kept",
+        fix="correct the rows listed there, or raise max_bad_share (in a profile precompute.download.max_bad_share); run again to retry "
+        "the failed videos. Fetched videos are kept",
     )
 
 

@@ -30,7 +30,8 @@ TIME_TOLERANCE_S = 1e-3
 START_TOLERANCE_S = 5e-4
 """A picture that starts at most this long after a point in time counts as shown at it, because Matroska rounds to milliseconds. At 29.97
 frames per second, the picture that starts at 1.001 s is not the one shown at 1 s."""
-TIMED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+MATROSKA = "matroska,webm"
+TIMED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", MATROSKA)
 """Containers whose packets have presentation timestamps; others have decoding timestamps, or none."""
 DURATION_TAG = re.compile(r"(\d+):(\d+):(\d+\.?\d*)")
 TAR_MARK, TAR_MARK_OFFSET = b"ustar", 257
@@ -57,6 +58,10 @@ class FrameRule:
         if wanted > self.max_frames:
             return [index * duration_s / self.max_frames for index in range(self.max_frames)]
         return [index / self.fps for index in range(max(wanted, 1))]
+
+    def indices(self, count: int, fps: float) -> list[int]:
+        """Return which of `count` pictures, 1 / `fps` seconds apart, are the chosen frames: those of the same pictures in a video file."""
+        return [min(count - 1, int((time_s + START_TOLERANCE_S) * fps)) for time_s in self.times_s(count / fps)]
 
 
 @dataclass(frozen=True)
@@ -167,18 +172,31 @@ def _video_stream(container: InputContainer) -> VideoStream:
 
 
 def _duration_s(container: InputContainer, stream: VideoStream, packets: list[_Packet]) -> float:
-    """Length of the video stream: from the file's metadata or, if there is none, up to the end of the packets."""
+    """Length of the video stream: from the file's metadata or, if there is none, from the packets."""
     assert stream.time_base is not None
-    if stream.duration:
+    is_matroska = container.format.name == MATROSKA
+    if stream.duration and not is_matroska:  # Matroska's streams have none: FFmpeg copies the container's, which may be the sound's
         return float(stream.duration * stream.time_base)
-    if tag := DURATION_TAG.fullmatch(stream.metadata.get("DURATION", "")):  # Matroska's
-        return sum(float(value) * unit for value, unit in zip(tag.groups(), (3600, 60, 1), strict=True))
-    if len(container.streams) == 1 and container.duration:
-        return container.duration / av.time_base
+    starts = [packet.pts for packet in packets if packet.pts is not None and packet.is_shown]
     ends = [packet.pts + packet.duration for packet in packets if packet.pts is not None]
+    start_s = float(min(starts, default=0) * stream.time_base)
+    packets_s = float(max(ends, default=0) * stream.time_base) - start_s
+    stated_s = _stated_s(container, stream)
+    if stated_s is not None and is_matroska and start_s > 0:
+        # FFmpeg states when the video ends, counted from 0, and mkvmerge how long it lasts; the packets tell which
+        return min(max(packets_s, stated_s - start_s), stated_s)
+    if stated_s is not None:
+        return stated_s
     if not ends:
         raise ClipError("the video stream is empty")
-    return float((max(ends) - (stream.start_time or 0)) * stream.time_base)
+    return packets_s
+
+
+def _stated_s(container: InputContainer, stream: VideoStream) -> float | None:
+    """Seconds in Matroska's DURATION tag or, if the video is the only stream, the container's duration."""
+    if tag := DURATION_TAG.fullmatch(stream.metadata.get("DURATION", "")):
+        return sum(float(value) * unit for value, unit in zip(tag.groups(), (3600, 60, 1), strict=True))
+    return container.duration / av.time_base if len(container.streams) == 1 and container.duration else None
 
 
 def _in_order(container: InputContainer, stream: VideoStream, packets: list[_Packet], times_s: list[float]) -> Iterator[VideoFrame]:

@@ -76,11 +76,19 @@ class GazeClip:
     path: np.ndarray
     """int [T, 2]: row and column of the target cell in each frame; it always has a digit."""
     task: Task
+    originals: np.ndarray
+    """int [T, G, G]: the handwritten digit in each cell, as an index into the split's originals (`digits_of`), or EMPTY. A digit and its
+    distorted copies have the same index."""
 
     @property
     def answer(self) -> str:
         """The target digits, one character per frame."""
         return "".join(str(digit) for digit in self.digits[np.arange(len(self.path)), *self.path.T])
+
+    @property
+    def asked_originals(self) -> np.ndarray:
+        """int [T]: the handwritten digit in each frame's target cell, as an index into the split's originals."""
+        return self.originals[np.arange(len(self.path)), *self.path.T]
 
     @property
     def crosses(self) -> np.ndarray:
@@ -149,7 +157,8 @@ def render(
     background = _noise(noise)[drawn]
     if scale > 1:
         background = background.repeat(scale, axis=1).repeat(scale, axis=2)
-    return GazeClip(np.maximum(pixels, background), digits, of_digits, path, task)
+    originals = np.where(digits >= 0, chosen % (len(labels) // (1 + copies)), EMPTY)
+    return GazeClip(np.maximum(pixels, background), digits, of_digits, path, task, originals)
 
 
 def largest_scale(frame_px: int) -> int:
@@ -291,7 +300,7 @@ def questions(clip: GazeClip, rng: np.random.Generator) -> tuple[list[Conversati
         paths = [np.repeat(cell[None], len(clip.digits), 0) for cell in full]
     conversations, probes = [], []
     for path in paths:
-        asked = GazeClip(clip.frames, clip.digits, clip.colours, path, clip.task)
+        asked = replace(clip, path=path)
         choices = _wrong(asked, rng)
         place = int(rng.integers(N_CHOICES))
         choices.insert(place, asked.answer)

@@ -7,7 +7,7 @@ Shares from few clips get an exact interval instead: a bootstrap of 0 of 5 would
 """
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,6 +85,36 @@ class Bootstrap:
         """Total sum divided by total weight, for rows (sum, weight) [n, 2]; `count` is the total weight, e.g. labelled tokens."""
         return self.estimate(sums, clusters, count=int(sums[:, 1].sum()))
 
+    def two_way(self, values: Sequence[float] | np.ndarray, first: Sequence[str], second: Sequence[str]) -> Estimate:
+        """Mean of one number (or boolean) per row, with an interval over two crossed factors, such as clips and the digits drawn in them.
+
+        The levels of both factors are resampled independently, and a row's weight is the product of its two levels' counts: the pigeonhole
+        bootstrap (Owen 2007, Annals of Applied Statistics 1(2), 386-411, https://doi.org/10.1214/07-AOAS122). It is conservative: it counts
+        the variance of single rows up to three times. Percentiles are expanded as in `estimate`, for the factor with fewer levels, whose
+        number is `n`. Raises ValueError for no rows.
+        """
+        numbers = np.asarray(values, np.float64)
+        if len(numbers) == 0:
+            raise ValueError("nothing to estimate from")
+        rng, value = np.random.default_rng(self.seed), float(numbers.mean())
+        levels = [np.unique(np.asarray(factor), return_inverse=True) for factor in (first, second)]
+        means = np.full(self.resamples, np.nan)
+        for place in range(self.resamples):
+            weights = np.ones(len(numbers))
+            for names, members in levels:
+                weights *= rng.multinomial(len(names), np.full(len(names), 1 / len(names)))[members]
+            if total := weights.sum():  # with few levels, a resample may contain no row
+                means[place] = weights @ numbers / total
+        n = min(len(names) for names, _ in levels)
+        low, high = np.nanquantile(means, _levels(n))
+        return Estimate(
+            value=round(value, DECIMALS),
+            low=round(min(float(low), value), DECIMALS),
+            high=round(max(float(high), value), DECIMALS),
+            n=n,
+            count=len(numbers),
+        )
+
 
 def _levels(clusters: int) -> tuple[float, float]:
     """Levels of the expanded percentile interval: the normal CDF at Student's t quantile times sqrt(n / (n - 1))."""
@@ -143,6 +173,41 @@ def sign_flip(differences: Sequence[float] | np.ndarray, clusters: Sequence[str]
     rng = np.random.default_rng([seed, zlib.crc32(sums.tobytes())])
     signs = rng.integers(0, 2, (FLIPS, len(sums)), np.int8) * 2 - 1
     return round((1 + int(np.sum(np.abs(signs @ sums) >= observed))) / (1 + FLIPS), DECIMALS)
+
+
+@dataclass(frozen=True)
+class SeedDifference:
+    """Difference between two methods over training seeds, each of which trained both."""
+
+    by_seed: dict[int, float]
+    mean: float
+    low: float
+    high: float
+    """Student's 95 % interval of the mean, with the seeds as the sample; not adjusted for the number of comparisons."""
+    p_holm: float
+    """Two-sided p-value of the t test, Holm-adjusted over all comparisons with the same method."""
+
+
+def over_seeds(ours: Mapping[int, float], others: Mapping[str, Mapping[int, float]]) -> dict[str, SeedDifference]:
+    """Compare a method with others, given the results of each by training seed: `ours` minus each other.
+
+    An interval over clips says what other clips would change for these very models; this one says what other seeds would. Methods that
+    share fewer than two seeds with `ours` are left out.
+    """
+    from scipy.stats import t  # imported lazily, as above
+
+    gains = {name: {seed: ours[seed] - other[seed] for seed in ours if seed in other} for name, other in others.items()}
+    gains = {name: gain for name, gain in gains.items() if len(gain) > 1}
+    means, halves, p_values = {}, {}, {}
+    for name, gain in gains.items():
+        values = np.array(list(gain.values()))
+        means[name], error = float(values.mean()), float(values.std(ddof=1)) / len(values) ** 0.5
+        halves[name] = float(t.ppf((1 + INTERVAL) / 2, len(values) - 1)) * error
+        p_values[name] = float(2 * t.sf(abs(means[name]) / error, len(values) - 1)) if error else float(means[name] == 0)
+    return {
+        name: SeedDifference(gains[name], means[name], means[name] - halves[name], means[name] + halves[name], p)
+        for name, p in zip(gains, holm(list(p_values.values())), strict=True)
+    }
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -12,7 +12,8 @@ from fvlm_core.errors import UserError
 from fvlm_core.train.jobs import METRICS_FILE, RECIPE_FILE, RunManifest
 
 NOT_SCIENCE = ("name", "phase", "output", "shards", "init_from")
-"""Recipe keys with names and paths, which are not compared between runs."""
+"""Recipe keys with names and paths, which are not compared between runs as written. The initial weights (`init_from`) are compared by the
+digest of the run that they come from, because the same run may lie in another folder."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class FinishedRun:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The recipe's settings without names and paths, by dotted path."""
-        return flatten(self.recipe.model_dump(mode="json", exclude=set(NOT_SCIENCE)))
+        """The recipe's settings without names and paths, by dotted path, and the digest of the run it started from (None: from no run)."""
+        settings = flatten(self.recipe.model_dump(mode="json", exclude=set(NOT_SCIENCE)))
+        return settings | {"init_from": self.manifest.inputs.get("init_from")}
 
     @property
     def validated_on(self) -> dict[str, Any]:

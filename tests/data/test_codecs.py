@@ -52,9 +52,10 @@ def encode(
     made: list[np.ndarray],
     *,
     pts: Callable[[int], int] = lambda number: number,
+    unit: Fraction = Fraction(1, FPS),
     prepare: Callable[[av.container.OutputContainer, av.VideoStream], None] = lambda output, stream: None,
 ) -> bytes:
-    """A video of pictures; `pts` in 1/FPS s."""
+    """A video of pictures; `pts` in `unit` seconds."""
     name, options = CODECS[codec]
     if name not in av.codecs_available:
         pytest.skip(f"this PyAV has no {name}")
@@ -67,7 +68,7 @@ def encode(
         prepare(output, stream)
         for number, picture in enumerate(made):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts, frame.time_base = pts(number), Fraction(1, FPS)
+            frame.pts, frame.time_base = pts(number), unit
             output.mux(stream.encode(frame))
         output.mux(stream.encode())
     return buffer.getvalue()
@@ -156,3 +157,49 @@ def test_a_broken_end_is_an_error() -> None:
     content = encode("h264", "matroska", pictures(LEVELS))
     with pytest.raises(ClipError):
         extract_frames(content[: len(content) // 2] + bytes(len(content) // 2), FrameRule(32))
+
+
+def late(codec: str, container: str, start_s: float, *, sound: bool = False) -> bytes:
+    """A video of 6 s whose first picture has the timestamp `start_s`; its sound begins at 0."""
+    unit = Fraction(1, 1000)
+
+    def prepare(output: av.container.OutputContainer, stream: av.VideoStream) -> None:
+        stream.time_base = stream.codec_context.time_base = unit
+        if not sound:
+            return
+        voice = output.add_stream("aac" if container in ("mp4", "mpegts") else "libopus", rate=48000)
+        voice.codec_context.layout = "mono"
+        samples = np.zeros((1, 960), np.float32 if voice.codec.name == "aac" else np.int16)
+        for number in range(round((start_s + len(LEVELS)) * 50)):
+            silence = av.AudioFrame.from_ndarray(samples, format="fltp" if voice.codec.name == "aac" else "s16", layout="mono")
+            silence.sample_rate, silence.pts, silence.time_base = 48000, number * 960, Fraction(1, 48000)
+            output.mux(voice.encode(silence))
+        output.mux(voice.encode())
+
+    return encode(codec, container, pictures(LEVELS), pts=lambda n: round(1000 * (start_s + n / FPS)), unit=unit, prepare=prepare)
+
+
+@pytest.mark.parametrize("sound", [False, True], ids=["silent", "with sound"])
+@pytest.mark.parametrize("start_s", [0, 1.48, 5])
+@pytest.mark.parametrize(
+    ("codec", "container"), [("h264", "mp4"), ("h264", "mpegts"), ("h264", "matroska"), ("vp9", "webm"), ("vp9", "matroska")]
+)
+def test_a_video_may_begin_after_the_time_0(codec: str, container: str, start_s: float, sound: bool) -> None:
+    """A clip cut out with its timestamps kept, or a video that sets in after its sound. Matroska states the end, not the length."""
+    content = late(codec, container, start_s, sound=sound)
+    assert levels_of(content, FrameRule(32)) == pytest.approx(LEVELS, abs=6)
+    assert extract_frames(content, FrameRule(32)).duration_s == pytest.approx(len(LEVELS), abs=0.06)
+
+
+def test_mkvmerge_states_the_length_of_a_late_video() -> None:
+    content = late("h264", "matroska", 5)
+    assert content.count(b"00:00:11.000000000") == 1, "FFmpeg's tag is the end"
+    content = content.replace(b"00:00:11.000000000", b"00:00:06.000000000")
+    assert levels_of(content, FrameRule(32)) == pytest.approx(LEVELS, abs=6)
+
+
+@pytest.mark.parametrize("start_s", [0, 1.48, 5])
+def test_a_late_video_that_breaks_off_is_an_error(start_s: float) -> None:
+    content = late("h264", "matroska", start_s)
+    with pytest.raises(ClipError, match=r"breaks off|damaged"):
+        extract_frames(content[: len(content) // 2], FrameRule(32))

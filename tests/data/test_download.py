@@ -270,7 +270,7 @@ def test_too_many_bad_videos_are_refused_by_reason_and_the_good_ones_kept(clips,
     ]
     for reason in reasons:
         assert re.search(reason, caught.value.what)
-    assert "max_bad_share" in caught.value.fix
+    assert "raise max_bad_share (in a profile precompute.download.max_bad_share)" in caught.value.fix
     assert len((tmp_path / "download" / "bad.csv").read_text().splitlines()) == 8
     assert not (tmp_path / "download" / "manifest.json").exists()
 

@@ -89,6 +89,35 @@ def test_every_question_can_be_answered_from_the_clip(seed, task, frames, grid, 
         assert len(set(probe["choices"])) == gaze.N_CHOICES
 
 
+@settings(max_examples=30, deadline=None)
+@given(**CLIPS, copies=st.sampled_from([0, 2]))
+def test_a_clip_knows_the_handwritten_digits_that_it_shows(seed, task, frames, grid, clutter, split, copies):
+    """By label in every cell; of an undistorted clip also by its pixels in the target cell, up to colour and shift."""
+    clip = gaze.render(np.random.default_rng(seed), split, task=task, frames=frames, grid=grid, clutter=clutter, noise=0.0, copies=copies)
+    images, labels = digits.digits_of(split, gaze.DIGIT_PX)
+    shown = clip.digits >= 0
+    assert (labels[clip.originals[shown]] == clip.digits[shown]).all()
+    assert (clip.originals[~shown] == gaze.EMPTY).all()
+    assert (labels[clip.asked_originals] == [int(digit) for digit in clip.answer]).all()
+    if copies:
+        return
+    cells = clip.frames.reshape(frames, grid, gaze.CELL_PX, grid, gaze.CELL_PX, 3).swapaxes(2, 3)
+    for t, (row, column) in enumerate(clip.path.tolist()):
+        colour = gaze.COLOURS[list(gaze.COLOURS)[clip.colours[t, row, column]]]
+        cell, brightest = cells[t, row, column, ..., int(np.argmax(colour))], max(colour)
+        image = images[clip.asked_originals[t]] * brightest // 255
+        windows = np.lib.stride_tricks.sliding_window_view(cell, image.shape)
+        assert (windows == image).all((2, 3)).any()
+
+
+def test_each_digit_has_the_form_that_it_was_collected_in():
+    sizes = np.diff([*digits.FORM_STARTS, len(load_digits().target)])
+    val, train = digits.forms_of("val"), digits.forms_of("train")
+    assert val.tolist() == [form for form in digits.VAL_FORMS for _ in range(sizes[form])]
+    assert len(val) == len(digits.digits_of("val", 8)[1]) == 380
+    assert train.tolist() == [form for form in range(14) if form not in digits.VAL_FORMS for _ in range(sizes[form])]
+
+
 @settings(max_examples=40, deadline=None)
 @given(**CLIPS)
 def test_what_is_on_a_clip_stands_in_its_pixels(seed, task, frames, grid, clutter, split):

@@ -15,7 +15,7 @@ from benchmarks import gaze_results
 from benchmarks.gaze_measures import CONTROLS, MAIN, Answers, Asked, answers, table
 from benchmarks.gaze_training import LLM, PLANS, VISION, Plan, entropy_at_start, step_flops, train
 from fvlm_core.config import VisionSettings, VisionShape
-from fvlm_core.data import gaze
+from fvlm_core.data import digits, gaze
 from fvlm_core.data.batch import pack
 from fvlm_core.eval.stats import Bootstrap
 from fvlm_core.model.build import build_model
@@ -147,6 +147,29 @@ def test_comparisons_agree_with_scipy(asked):
     assert rows[MAIN].p_value is None
 
 
+def test_digits_that_are_always_misread_widen_the_interval_and_show_in_their_form():
+    """A reader of form 9 and of half of the other digits: certain for these digits, not for others."""
+    held_out = Asked(TINY, 200)
+    right = (held_out.forms == 9) | (held_out.originals % 2 == 0)
+    (row,) = table({MAIN: Answers(right)}, held_out, Bootstrap(resamples=300, seed=0))
+    assert row.by_form.keys() == set(digits.VAL_FORMS)
+    for form, share in row.by_form.items():
+        assert share == pytest.approx(right[held_out.forms == form].mean(), abs=1e-4)
+    assert row.by_form[9] == 1
+    both = row.over_clips_and_digits
+    assert both is not None
+    assert (both.value, both.count) == (row.accuracy.value, 600)
+    assert both.n == min(200, len(np.unique(held_out.originals)))
+    assert both.high - both.low > 1.2 * (row.accuracy.high - row.accuracy.low)
+
+
+def test_few_clips_that_are_all_right_are_no_certainty(asked):
+    found = {MAIN: Answers(np.ones((CLIPS, 3), bool), np.ones((CLIPS, 3), bool))}
+    (row,) = table(found, asked, Bootstrap(resamples=50, seed=0))
+    assert row.on_target is not None
+    assert row.accuracy.low == row.on_target.low == pytest.approx(0.025 ** (1 / CLIPS), abs=1e-6)
+
+
 def test_bag_ceiling_is_the_best_guess_without_places():
     """0.286 for nine digits of ten kinds, by drawing them."""
     drawn = np.random.default_rng(0).integers(10, size=(40_000, 9))
@@ -198,6 +221,8 @@ def test_command_prints_a_record_of_each_seed(capsys):
     [record] = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert (record["task"], record["seed"], record["clips"]) == ("hunt", 3, 4)
     assert record["rows"][0]["accuracy"]["n"] == 4
+    assert record["rows"][0]["over_clips_and_digits"]["count"] == 12
+    assert set(record["rows"][0]["by_form"]) <= {str(form) for form in digits.VAL_FORMS}
 
 
 def test_a_training_goes_on_with_another_task(tmp_path, capsys):
@@ -222,6 +247,10 @@ def test_results_are_put_beside_controls(tmp_path, capsys):
     for number, run in enumerate([*runs, faster]):  # accuracies that are known
         for row in run["rows"]:
             row["accuracy"] |= {"value": 0.5 - 0.1 * number, "low": 0.1, "high": 0.9}
+        if number == 1:  # a record of before the digits were kept
+            run["rows"] = [
+                {key: value for key, value in row.items() if key not in ("over_clips_and_digits", "by_form")} for row in run["rows"]
+            ]
         run["curve"] = [{"step": 25, "clutter": 0.0, "first": 2.3, "after": 2.3}, {"step": 50, "clutter": 0.2, "first": 1.0, "after": 2.2}]
         (tmp_path / f"{number}.json").write_text(json.dumps(run))
     document = tmp_path / "document.md"
@@ -233,6 +262,11 @@ def test_results_are_put_beside_controls(tmp_path, capsys):
     assert document.read_text() == f"before\n{gaze_results.BEGIN}\n\n{text}\n\n{gaze_results.END}\nafter\n"
     assert text.index("**0.400 (seed 1)**") < text.index("**0.200 (seed 0)**"), "another rate of the encoder's is another table"
     assert "| 9 pooled tokens | 0 | 9 | 1 |" in text
+    [head] = {line for line in text.splitlines() if "fine, over clips and digits" in line}
+    [new, old] = [line for line in text.splitlines() if line.startswith(("| 0 | 1 | 0.500", "| 1 | 1 | 0.400"))]
+    assert head.endswith("| fine, over clips and digits | fine, by form |")
+    assert "]" in new.split(" | ")[-2]
+    assert old.endswith("|  |  |"), "an older record has no such interval"
     assert "| cell | 0 | 0.002 | 1 | 0.900 -> 0.400 |" in text
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert "</svg>" in (tmp_path / "plot.svg").read_text()

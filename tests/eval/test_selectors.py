@@ -13,9 +13,12 @@ from torch import Tensor
 from benchmarks import choosers, foveation_world, selectors
 from benchmarks.choosers import ENCODINGS, central, change, chooser, from_first_frame, merge, unexplained, wanted
 from benchmarks.foveation_world import ZOOM
+from fvlm_core.data import cells_world
 from fvlm_core.data.cells_world import render
 from fvlm_core.data.gaze import CELL_PX
 from fvlm_core.errors import UserError
+from fvlm_core.release.sections import selectors as section
+from fvlm_core.tables import Table
 from tests.model.build import tiny_model
 
 PATCH = ZOOM * CELL_PX
@@ -123,6 +126,47 @@ def test_gains_are_paired_by_clip_and_seed(tmp_path):
     assert other.gain is not None
     assert other.gain.value == pytest.approx(1 / 3)
     assert other.gain.n == 3
+
+
+def test_seeds_that_disagree_make_no_difference_between_methods(tmp_path):
+    """Ours is far better with one seed and hardly with the other: certain over clips, not over seeds."""
+    shares = {("ours", 0): 90, ("ours", 1): 22, ("random", 0): 20, ("random", 1): 20, ("centre", 0): 10, ("centre", 1): 10}
+    for (name, seed), share in shares.items():
+        result = {"world": "asked", "selector": name, "seed": seed, "mflop": 1.0, "right": [[n < share] for n in range(100)], "hits": []}
+        (tmp_path / f"{name}{seed}.json").write_text(json.dumps(result))
+    _, random, _ = selectors.rows(tmp_path)
+    assert random.gain is not None
+    assert random.gain.low > 0
+    assert random.over_seeds is not None
+    assert random.over_seeds.by_seed == {0: pytest.approx(0.7), 1: pytest.approx(0.02)}
+    assert random.over_seeds.low < 0 < random.over_seeds.high
+    assert random.over_seeds.p_holm > 0.5
+    [line] = [line for line in selectors.tables(tmp_path).splitlines() if line.startswith("| random")]
+    assert "| +0.700 +0.020 | [-3.960, +4.680] |" in line
+
+
+def test_the_page_and_the_report_hold_the_recorded_differences_over_seeds():
+    recorded = section.ACCURACIES.validate_json(section.RECORD.read_bytes())
+    for one in recorded:
+        assert len(one.by_seed) == one.seeds
+        assert np.mean(list(one.by_seed.values())) == pytest.approx(one.accuracy.value, abs=2e-6)
+    page = (Path(selectors.__file__).parents[1] / "docs" / "selectors.md").read_text()
+    accuracies, _, differences = section.blocks(recorded)
+    assert isinstance(accuracies, Table)
+    assert isinstance(differences, Table)
+    for place, world in enumerate(cells_world.WORLDS):
+        lines = page.partition(f"| {world} | accuracy |")[2].partition("\n\n")[0].splitlines()
+        cells = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in lines[2:]}
+        gains = section.seed_differences(recorded, world)
+        assert gains.keys() == set(selectors.SELECTORS) - {"ours"}
+        for row in differences.rows:
+            one = gains[row[0]]
+            by_seed, interval, p = cells[row[0]][5:8]
+            assert row[1 + place] == f"{by_seed}; {interval}, p {p}"
+            assert by_seed == " ".join(f"{gain:+.3f}" for gain in one.by_seed.values())
+            assert (interval, p) == (f"[{one.low:+.3f}, {one.high:+.3f}]", f"{one.p_holm:.2g}")
+    older = [one.model_copy(update={"by_seed": {}}) for one in recorded]
+    assert len(section.blocks(older)) == 1, "records of before seeds were kept have no such table"
 
 
 @pytest.mark.parametrize(("right", "learned"), [(1, False), (4, True)])

@@ -6,9 +6,9 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from scipy.stats import beta, binomtest, norm, permutation_test, t
+from scipy.stats import beta, binomtest, norm, permutation_test, t, ttest_rel
 
-from fvlm_core.eval.stats import Bootstrap, holm, sign_flip
+from fvlm_core.eval.stats import Bootstrap, holm, over_seeds, sign_flip
 
 values = st.lists(st.floats(-100, 100, allow_nan=False), min_size=1, max_size=40)
 
@@ -52,6 +52,59 @@ def test_questions_about_one_clip_are_one_fact():
     apart = Bootstrap(500, 0).mean(right, [str(i) for i in range(450)])
     together = Bootstrap(500, 0).mean(right, [str(i // 9) for i in range(450)])
     assert together.high - together.low > 2 * (apart.high - apart.low)
+
+
+def crossed(clips: int, digits: int, frames: int, rng: np.random.Generator) -> tuple[list[str], list[str], np.ndarray]:
+    """Clips that draw their digits from a small stock: names of clip and digit by row, and each row's digit."""
+    drawn = rng.integers(digits, size=clips * frames)
+    return [str(i // frames) for i in range(clips * frames)], drawn.astype(str).tolist(), drawn
+
+
+def test_rows_that_share_a_digit_are_one_fact_too():
+    """Each digit is always right or always wrong: the interval is as wide as if every digit had been asked for once."""
+    rng = np.random.default_rng(0)
+    clips, names, drawn = crossed(1000, 100, 3, rng)
+    readable = rng.random(100) < 0.8
+    one_way, two_way = (Bootstrap(1000, 0).mean(readable[drawn], clips), Bootstrap(1000, 0).two_way(readable[drawn], clips, names))
+    assert two_way.value == one_way.value == pytest.approx(readable[drawn].mean(), abs=1e-6)
+    assert (two_way.n, two_way.count, one_way.n) == (100, 3000, 1000)
+    width = 2 * norm.ppf(0.975) * readable.std() / np.sqrt(100)
+    assert two_way.high - two_way.low == pytest.approx(width, rel=0.15)
+    assert one_way.high - one_way.low < width / 3
+    with pytest.raises(ValueError, match="nothing to estimate"):
+        Bootstrap(10, 0).two_way([], [], [])
+
+
+def test_the_interval_over_two_factors_holds_the_truth():
+    """Digits differ in how well they are read; intervals over clips alone miss the mean over all writers' digits too often."""
+    rng, one_way, two_way = np.random.default_rng(1), [], []
+    for seed in range(200):
+        clips, names, drawn = crossed(150, 40, 3, rng)
+        right = rng.random(len(drawn)) < rng.beta(4, 1, size=40)[drawn]
+        one, two = Bootstrap(200, seed).mean(right, clips), Bootstrap(200, seed).two_way(right, clips, names)
+        one_way.append(one.low <= 0.8 <= one.high)
+        two_way.append(two.low <= 0.8 <= two.high)
+    assert np.mean(two_way) > 0.93
+    assert np.mean(one_way) < 0.85
+
+
+def test_differences_over_seeds_are_paired_t_tests():
+    ours = {0: 0.338, 1: 0.613, 2: 0.715, 3: 0.6}
+    others = {"a": {0: 0.219, 1: 0.266, 2: 0.334}, "b": {0: 0.113, 1: 0.09, 2: 0.139, 3: 0.1}, "c": dict(ours), "one": {1: 0.5}}
+    found = over_seeds(ours, others)
+    assert found.keys() == {"a", "b", "c"}, "a single seed says nothing about seeds"
+    raw = {}
+    for name in "ab":
+        seeds = list(others[name])
+        test = ttest_rel([ours[seed] for seed in seeds], [others[name][seed] for seed in seeds])
+        interval, raw[name] = test.confidence_interval(0.95), test.pvalue
+        assert (found[name].low, found[name].high) == pytest.approx((interval.low, interval.high))
+        assert found[name].by_seed == {seed: pytest.approx(ours[seed] - others[name][seed]) for seed in seeds}
+        assert found[name].mean == pytest.approx(np.mean(list(found[name].by_seed.values())))
+    assert raw["b"] < raw["a"]
+    assert found["b"].p_holm == pytest.approx(3 * raw["b"], abs=1e-6)
+    assert found["a"].p_holm == pytest.approx(2 * raw["a"], abs=1e-6)
+    assert (found["c"].low, found["c"].high, found["c"].p_holm) == (0, 0, 1)
 
 
 def test_nothing_is_no_estimate():

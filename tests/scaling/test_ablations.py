@@ -93,6 +93,24 @@ def test_verdicts(job):
     assert AblationReport.read(job.output).problems(job.output) == []
 
 
+def test_runs_that_start_from_other_weights_say_so(tmp_path):
+    """The folder of the earlier run may differ; its digest may not."""
+    starts = {"base": ("one", "a"), "copied": ("two", "a"), "other": ("one", "b"), "fresh": (None, None)}
+    runs = []
+    for name, (folder, digest) in starts.items():
+        inputs = {"shards": "a" * 64} | ({"init_from": digest * 64} if digest else {})
+        changes = {"init_from": str(tmp_path / folder) if folder else None, "optimizer.lr_llm": 0.5 if name != "base" else 0.1}
+        runs.append(AblationRun(name=name, change="optimizer.lr_llm", run=finished(tmp_path / name, 2.0, changes=changes, inputs=inputs)))
+    runs[0] = runs[0].model_copy(update={"change": ""})
+    rows = {row.name: row for row in compare(AblationJob(output=tmp_path / "out", baseline="base", runs=runs)).rows}
+    assert {name: row.also_changed for name, row in rows.items()} == {
+        "base": [],
+        "copied": [],
+        "other": ["init_from"],
+        "fresh": ["init_from"],
+    }
+
+
 def test_a_seed_that_diverged_hides_no_other_difference(job, tmp_path):
     """Its loss is that of an early checkpoint: no noise of the others."""
     alone = {row.name: row for row in compare(job).rows}
