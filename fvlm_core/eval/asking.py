@@ -14,7 +14,7 @@ from pathlib import Path
 from fvlm_core.data.ahead import ahead
 from fvlm_core.data.frames import ClipError
 from fvlm_core.errors import UserError
-from fvlm_core.eval.answerers.answerer import ORDERS, Answerer, Ask, Condition, Order
+from fvlm_core.eval.answerers.answerer import Answerer, Ask, Condition, Order, orders_of
 from fvlm_core.eval.benchmarks.benchmark import LETTERS, Benchmark, Loaded, check_share
 from fvlm_core.eval.generation import GREEDY, Generation
 from fvlm_core.eval.items import Item
@@ -27,15 +27,16 @@ SHARD_ITEMS = 32
 """Items per shard (or those of one video, if it has more): the most work that a killed evaluation loses."""
 ANSWER_TOKENS = 24
 """Maximum length of a generated answer, in tokens."""
-FORMAT = 1
+FORMAT = 2
 """Version of the record format; increase it with every change, so that old shards are not reused."""
 
 
 class AskSettings(Settings):
     """How items are asked."""
 
-    orders: list[Order] = list(ORDERS)
-    """Question before the video, after it, or both; the headline and the controls use the first."""
+    orders: list[Order] | None = None
+    """Question before the video, after it, or both; the headline and the controls use the first. None is both, first the one that the model
+    is made for: before the video for fVLM, after it for SmolVLM2."""
     modes: list[str] | None = None
     """Modes to run; None runs all modes of the model."""
     controls: bool = True
@@ -87,7 +88,8 @@ def ask_all(
 
     Raises UserError if the model lacks a mode or a generation method, or if more than `max_missing_share` of the items cannot be decoded.
     """
-    conditions = answerer.conditions(settings.orders, settings.modes, controls=settings.controls)
+    orders = settings.orders or orders_of(answerer.native_order)
+    conditions = answerer.conditions(orders, settings.modes, controls=settings.controls)
     if settings.generation.method not in answerer.methods:
         fix = f"choose of {', '.join(answerer.methods)}"
         raise UserError(f"{answerer.name} does not generate by {settings.generation.method}", where="ask.generation.method", fix=fix)
@@ -143,7 +145,7 @@ def ask_shard(
 def _load(answerer: Answerer, items: Sequence[Item]) -> Media | ClipError:
     """The media that the items share, or the error if they could not be decoded."""
     try:
-        return items[0].media.load(answerer.rule, answerer.image_repeats)
+        return answerer.load_media(items[0].media)
     except ClipError as error:
         return error
 

@@ -56,7 +56,7 @@ class Difference(Settings):
     a: str
     b: str
     value: Estimate
-    """Metric over questions in `a` minus that in `b`."""
+    """Headline in `a` minus that in `b`; if the headline is a mean over tasks, every task has the same weight here too."""
     p_value: float
     """p-value of a two-sided sign-flip test by clip."""
     p_holm: float
@@ -102,8 +102,9 @@ class BenchmarkResult(Settings):
     fps: float
     frame_px: int
     chance: float | None = None
+    """Expected accuracy of a random choice; None without multiple-choice questions. Open questions count as wrong."""
     majority: float | None = None
-    """Accuracy of always choosing the most frequent gold position."""
+    """Accuracy of always choosing the most frequent gold position. Open questions count as wrong."""
     gold_positions: list[int] = []
     conditions: dict[str, ConditionScores]
     differences: list[Difference] = []
@@ -159,11 +160,11 @@ def benchmark_result(
         most_frames=max(record.frames for record in good),
         fps=fps,
         frame_px=frame_px,
-        chance=round(float(np.mean([1 / len(record.choices) for record in good if record.choices])), DECIMALS) if golds else None,
-        majority=round(float(positions.max() / len(golds)), DECIMALS) if golds else None,
+        chance=round(float(np.mean([1 / len(record.choices) if record.choices else 0 for record in good])), DECIMALS) if golds else None,
+        majority=round(float(positions.max() / len(good)), DECIMALS) if golds else None,
         gold_positions=positions.tolist(),
         conditions={name: _condition(name, good, benchmark, used, values[name], widest, bootstrap) for name in names},
-        differences=_differences(values, [record.clip for record in good], bootstrap),
+        differences=_differences(values, good, benchmark.macro, bootstrap),
     )
 
 
@@ -283,15 +284,24 @@ def _macro(values: np.ndarray, tasks: Sequence[str], clips: Sequence[str], boots
     return bootstrap.estimate(rows, clips, mean_of_means)
 
 
-def _differences(values: dict[str, np.ndarray], clips: Sequence[str], bootstrap: Bootstrap) -> list[Difference]:
-    """All pairs of modes in each order; in the headline's order, also each mode against no frames and against shuffled frames."""
+def _differences(values: dict[str, np.ndarray], records: Sequence[ItemRecord], macro: str, bootstrap: Bootstrap) -> list[Difference]:
+    """All pairs of modes in each order; in the headline's order, also each mode against no frames and against shuffled frames.
+
+    If the headline is a mean over the tasks of `macro`, a question weighs 1 / (number of tasks x number of its task's questions) in the
+    sign-flip test, so what is tested is the difference of the headlines.
+    """
+    clips, tasks = [record.clip for record in records], [record.groups.get(macro, "") for record in records]
+    _, members, sizes = np.unique(tasks, return_inverse=True, return_counts=True)
+    weights = len(tasks) / (len(sizes) * sizes[members]) if macro else np.ones(len(tasks))  # their mean is 1
     shown = [name for name in values if name.startswith("question_")]
     main = [name for name in shown if name.split("/")[0] == shown[0].split("/")[0]]
     pairs = [(a, b) for a, b in combinations(shown, 2) if a.split("/")[0] == b.split("/")[0]]
     pairs += [(name, "blind") for name in main if "blind" in values]
     pairs += [(name, other) for name in main if (other := f"shuffled/{name.split('/')[1]}") in values]
-    p_values = [sign_flip(values[a] - values[b], clips, seed=bootstrap.seed) for a, b in pairs]
+    gains = [values[a] - values[b] for a, b in pairs]
+    p_values = [sign_flip(weights * gain, clips, seed=bootstrap.seed) for gain in gains]
+    estimates = [_macro(gain, tasks, clips, bootstrap) if macro else bootstrap.mean(gain, clips) for gain in gains]
     return [
-        Difference(a=a, b=b, value=bootstrap.mean(values[a] - values[b], clips), p_value=p, p_holm=adjusted)
-        for (a, b), p, adjusted in zip(pairs, p_values, holm(p_values), strict=True)
+        Difference(a=a, b=b, value=value, p_value=p, p_holm=adjusted)
+        for (a, b), value, p, adjusted in zip(pairs, estimates, p_values, holm(p_values), strict=True)
     ]

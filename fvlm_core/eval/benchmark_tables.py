@@ -59,6 +59,9 @@ def _note(result: BenchmarkResult) -> str:
         text += f"; choices scored by {result.scorer}"
     if result.macro:
         text += f"; the mean over {words(result.macro)}s"
+    open_questions = result.questions - sum(result.gold_positions)
+    if result.majority is not None and open_questions:
+        text += f"; {open_questions} questions are open: chance and the most frequent letter count them as wrong"
     unparsed = sum(one.unparsed for one in result.conditions.values())
     text += f"; {unparsed} answers named no choice and count as wrong" if unparsed else ""
     return f"{text}. Prompt `{result.prompt}`.{' ' + result.note if result.note else ''}"
@@ -107,4 +110,6 @@ def _differences(result: BenchmarkResult) -> Table:
         for one in result.differences
     ]
     note = "Paired on the same questions; sign-flip test by clip; p-values Holm-adjusted over all rows of the table."
+    if result.macro:
+        note += f" Value, interval and test are of the headline, in which every {words(result.macro)} has the same weight."
     return Table(title=f"{result.title}, differences", head=["difference", "value", "p", "p (Holm)", "verdict"], rows=rows, note=note)

@@ -7,21 +7,24 @@ center-cropped. Images are resized and cropped in the same way and shown several
 import io
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from fvlm_core.data.frames import ClipError, FrameRule, extract_frames
-from fvlm_core.eval.stills import as_shown
+from fvlm_core.eval.stills import as_shown, square
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 VIDEO_SUFFIXES = (".mp4", ".MP4", ".mkv", ".webm", ".avi", ".mov", ".gif")
 ANNOTATED_FPS = 3.0
 """Frame rate of a folder of frames if the benchmark does not give one (MVBench's TVQA clips)."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,10 @@ class Media:
     """uint8 [F, H, W, 3]: the distinct frames."""
     shown: list[list[int]]
     """Per video or image, indices into `frames` in the order shown."""
+    images: bool = False
+    """Whether they are known to be images. False: videos, or an image where one frame is shown several times."""
+    duration_s: float | None = None
+    """Length of the video, or of its part; None if there is not exactly one video or its length is not known."""
 
     @property
     def n_shown(self) -> int:
@@ -46,13 +53,13 @@ class Media:
     def shuffled(self, seed: int, name: str) -> "Media":
         """A copy with the frames of each video in another order; a video with a single distinct frame is unchanged."""
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        return Media(self.frames, [_other_order(indexes, rng) for indexes in self.shown])
+        return replace(self, shown=[_other_order(indexes, rng) for indexes in self.shown])
 
     def load(self, rule: FrameRule, image_repeats: int) -> "Media":
         """The media, with frames resized to `rule.frame_px`."""
         if not len(self.frames) or self.frames.shape[1:3] == (rule.frame_px, rule.frame_px):
             return self
-        return Media(np.stack([_square(Image.fromarray(frame), rule.frame_px) for frame in self.frames]), self.shown)
+        return replace(self, frames=np.stack([square(Image.fromarray(frame), rule.frame_px) for frame in self.frames]))
 
 
 NO_MEDIA = Media(np.zeros((0, 1, 1, 3), np.uint8), [])
@@ -98,8 +105,9 @@ class VideoFile:
     def load(self, rule: FrameRule, image_repeats: int) -> Media:
         """Decode the file. Raises ClipError if it is not an intact video."""
         part = _Part(rule.frame_px, rule.fps, rule.max_frames, rule.square_pixels, self.start_s or 0.0, self.end_s)
-        frames = extract_frames(_content(self.path), part).pixels
-        return Media(frames, [list(range(len(frames)))])
+        found = extract_frames(_content(self.path), part)
+        duration_s = part.end_s_of(found.duration_s) - part.start_s
+        return Media(found.pixels, [list(range(len(found.pixels)))], duration_s=duration_s)
 
 
 @dataclass(frozen=True)
@@ -124,10 +132,8 @@ class FrameFolder:
         files = files[first : last or None]
         if not files:
             raise ClipError("the folder has no frames")
-        times = rule.times_s(len(files) / self.fps)
-        chosen = [files[min(len(files) - 1, int(time * self.fps))] for time in times]
-        frames = np.stack([_picture(_content(file), rule.frame_px) for file in chosen])
-        return Media(frames, [list(range(len(frames)))])
+        frames = np.stack([_picture(_content(files[index]), rule.frame_px) for index in rule.indices(len(files), self.fps)])
+        return Media(frames, [list(range(len(frames)))], duration_s=len(files) / self.fps)
 
 
 class Picture(Protocol):
@@ -156,9 +162,15 @@ class Images:
 
     def load(self, rule: FrameRule, image_repeats: int) -> Media:
         """Decode every image; each is shown `image_repeats` times. Raises ClipError if one cannot be decoded."""
-        contents = [image if isinstance(image, bytes) else _content(image) for image in self.images]
-        frames = np.stack([_picture(content, rule.frame_px) for content in contents])
-        return Media(frames, [[index] * image_repeats for index in range(len(frames))])
+        frames = np.stack([_picture(content, rule.frame_px) for content in self._contents()])
+        return Media(frames, [[index] * image_repeats for index in range(len(frames))], images=True)
+
+    def whole(self) -> list[Image.Image]:
+        """Decode every image in its own size, upright and RGB. Raises ClipError if one cannot be decoded."""
+        return [_decoded(content, lambda image: image) for content in self._contents()]
+
+    def _contents(self) -> list[bytes]:
+        return [image if isinstance(image, bytes) else _content(image) for image in self.images]
 
     def _identity(self, image: "bytes | Picture") -> bytes:
         if isinstance(image, bytes):
@@ -179,7 +191,7 @@ class Rendered:
         """Generate the frames."""
         frames = self.make(rule.frame_px)
         shown = [[index] * image_repeats for index in range(len(frames))] if self.image else [list(range(len(frames)))]
-        return Media(frames, shown)
+        return Media(frames, shown, images=self.image)
 
 
 @dataclass(frozen=True)
@@ -191,10 +203,14 @@ class _Part(FrameRule):
 
     def times_s(self, duration_s: float) -> list[float]:
         """Frame times in the part from `start_s` to `end_s`, as if it were a video of its own."""
-        end_s = min(duration_s, self.end_s or duration_s)
+        end_s = self.end_s_of(duration_s)
         if self.start_s >= end_s:
             raise ClipError(f"the part from {self.start_s:g} to {end_s:g} s is empty")
         return [self.start_s + time for time in super().times_s(end_s - self.start_s)]
+
+    def end_s_of(self, duration_s: float) -> float:
+        """The end of the part of a video of this length."""
+        return min(duration_s, self.end_s or duration_s)
 
 
 def _content(path: "Picture") -> bytes:
@@ -205,20 +221,16 @@ def _content(path: "Picture") -> bytes:
 
 
 def _picture(content: bytes, side: int) -> np.ndarray:
+    return _decoded(content, lambda image: square(image, side))
+
+
+def _decoded(content: bytes, use: Callable[[Image.Image], T]) -> T:
+    """Apply `use` to a decoded image, upright and RGB. Raises ClipError if the image cannot be decoded."""
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return _square(as_shown(image), side)
+            return use(as_shown(image))
     except (UnidentifiedImageError, OSError, ValueError) as error:
         raise ClipError(f"not a readable image: {error}") from error
-
-
-def _square(image: Image.Image, side: int) -> np.ndarray:
-    """Resize the short side to `side` and center-crop, as `fvlm_core.data.frames` does for videos: uint8 [side, side, 3]."""
-    scale = side / min(image.size)
-    width, height = (max(side, round(length * scale)) for length in image.size)
-    scaled = image.resize((width, height), Image.Resampling.BOX if scale < 1 else Image.Resampling.BILINEAR)
-    left, top = (width - side) // 2, (height - side) // 2
-    return np.asarray(scaled.crop((left, top, left + side, top + side)))
 
 
 def _other_order(indexes: Sequence[int], rng: np.random.Generator) -> list[int]:

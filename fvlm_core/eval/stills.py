@@ -1,4 +1,4 @@
-"""Convert still images to the form in which training decodes them: upright, RGB, 8 bits per channel."""
+"""Convert still images to the form in which training decodes them: upright, RGB, 8 bits per channel, square."""
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -29,3 +29,15 @@ def as_shown(image: Image.Image) -> Image.Image:
         levels = (np.asarray(image).astype(np.uint32) + 128) >> 8
         image = Image.fromarray(np.minimum(levels, 255).astype(np.uint8))
     return image.convert("RGB")
+
+
+def square(image: Image.Image, side: int) -> np.ndarray:
+    """Resize the short side to `side` and center-crop, as `fvlm_core.data.frames` does for videos: uint8 [side, side, 3].
+
+    ffmpeg's `area` scaling, which training uses, averages areas when it shrinks a picture and interpolates linearly when it enlarges one.
+    """
+    scale = side / min(image.size)
+    width, height = (max(side, round(length * scale)) for length in image.size)
+    scaled = image.resize((width, height), Image.Resampling.BOX if scale < 1 else Image.Resampling.BILINEAR)
+    left, top = (width - side) // 2, (height - side) // 2
+    return np.asarray(scaled.crop((left, top, left + side, top + side)))

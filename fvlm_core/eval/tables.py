@@ -12,6 +12,11 @@ BASELINES = (
     "caption given every time; uniform, attention spread evenly over the frame."
 )
 """Explains the usual names in `Metric.baselines`."""
+TESTED = (
+    "p (Holm): sign-flip test by clip, adjusted over the rows; in brackets the number of questions that only the first mode answers "
+    "correctly against the number that only the second does."
+)
+"""Explains the p-values of `paired_table`."""
 
 
 def by_mode(
@@ -27,11 +32,11 @@ def by_mode(
 
 
 def paired_table(title: str, tests: Sequence[PairedTest]) -> Table:
-    """Differences between modes on the same samples, with p-values where a test was made."""
+    """Differences between modes on the same samples, with p-values where a test was made, and the questions in which the modes differ."""
     tested = any(test.p_value is not None for test in tests)
     head = ["difference", "value", *(["p (Holm)"] if tested else [])]
     rows = [[f"{test.a} - {test.b}", difference(test.difference), *([_p(test)] if tested else [])] for test in tests]
-    return Table(title=title, head=head, rows=rows)
+    return Table(title=title, head=head, rows=rows, note=TESTED if tested else "")
 
 
 def headline_table(metrics: Sequence[Metric], *, compact: bool = False) -> Table:

@@ -115,6 +115,7 @@ class EncoderLayer(nn.Module):
         `bias` [F, 1, Q, N] is added to the logits after the division by the temperature. `ticket`: carries the gradients of keys and values
         (`fvlm_core.model.single_query`); requires Q = 1 and no bias.
         """
+        assert bias is None or ticket is None, "a ticket does not carry the gradients of attention with a bias"
         (query,) = self._project(self.norm1(q), slice(0, q.shape[-1]), weights)
         scale = query.shape[-1] ** -0.5 / temperature
         if ticket is not None:

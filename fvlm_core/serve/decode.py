@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from fvlm_core.data.frames import ClipError, FrameRule, extract_frames
+from fvlm_core.data.frames import MATROSKA, ClipError, FrameRule, extract_frames
 from fvlm_core.eval.media import Images
 from fvlm_core.serve.limits import MB, GoneError, Limits, RefusedError
 
@@ -42,7 +42,8 @@ def decode(content: bytes, kind: Kind, rule: FrameRule, limits: Limits, gone: Ev
         raise RefusedError(f"the {kind} is empty")
     if container_of(content, kind) is None:
         known = "mp4, mov, mkv, webm, avi, ts, ogg, flv, wmv, gif" if kind == "video" else "jpeg, png, webp, bmp, gif"
-        raise RefusedError(f"not a {kind} of a known format ({known})", HTTPStatus.UNSUPPORTED_MEDIA_TYPE, code="unsupported_media")
+        article = "an" if kind == "image" else "a"
+        raise RefusedError(f"not {article} {kind} of a known format ({known})", HTTPStatus.UNSUPPORTED_MEDIA_TYPE, code="unsupported_media")
     settings = {"kind": kind, "rule": asdict(rule), "limits": asdict(limits)}
     command = [sys.executable, "-m", "fvlm_core.serve.decode", json.dumps(settings)]
     said = _output(command, content, limits.decode_s, gone)
@@ -156,6 +157,8 @@ def _video(content: bytes, rule: FrameRule, pixels: int, video_s: float) -> np.n
             _check_pixels(stream.codec_context.width, stream.codec_context.height, pixels)
             lengths = [float(stream.duration * stream.time_base)] if stream.duration and stream.time_base else []
             lengths += [container.duration / av.time_base] if container.duration else []
+            if container.format.name == MATROSKA:  # these are times of the end, counted from 0
+                lengths = [length - max(container.start_time or 0, 0) / av.time_base for length in lengths]
             if (length := max(lengths, default=0.0)) > video_s + LENGTH_TOLERANCE_S:
                 what = f"the video is {length:.0f} s long; this server takes {video_s} s"
                 raise RefusedError(what, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)

@@ -47,6 +47,16 @@ def test_a_ticket_that_is_not_used_adds_nothing() -> None:
     torch.testing.assert_close(*grads)
 
 
+def test_a_layer_refuses_a_bias_beside_a_ticket() -> None:
+    """A ticket's attention knows no bias, which would be left out of the result."""
+    layer = tiny_model().encoder.layers[0]
+    width = layer.out.in_features
+    query, key, bias = (torch.randn(2, *shape).double() for shape in ((1, width), (layer.heads, 5, width // layer.heads), (1, 1, 5)))
+    with pytest.raises(AssertionError, match="a bias"):
+        layer.query(query, key, key, 1.0, bias, tickets(key, key, 1)[0])
+    assert not torch.equal(layer.query(query, key, key, 1.0, bias), layer.query(query, key, key, 1.0))
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("repeated", [False, True])
 @pytest.mark.parametrize("changes", [{"fine_iterations": 2}, {"tokens_per_frame": 4}, {"temperature": 0.5}], ids=str)

@@ -12,7 +12,7 @@ import numpy as np
 
 from fvlm_core.data.frames import FrameRule
 from fvlm_core.eval.generation import GREEDY, Generation, Method
-from fvlm_core.eval.media import Media
+from fvlm_core.eval.media import Media, Source
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +65,11 @@ class Reply:
     """The generated answer."""
 
 
+def orders_of(native: Order) -> list[Order]:
+    """Both question orders, a model's native one first."""
+    return sorted(ORDERS, key=lambda order: order != native)
+
+
 class Opened(Protocol):
     """Media opened by a model."""
 
@@ -84,6 +89,8 @@ class Answerer(Protocol):
     tokens_per_frame: int
     methods: tuple[Method, ...]
     """Supported generation methods."""
+    native_order: Order
+    """The question order that the model is made for."""
 
     @property
     def device(self) -> "torch.device":
@@ -91,7 +98,14 @@ class Answerer(Protocol):
         ...
 
     def conditions(self, orders: Sequence[Order], modes: Sequence[str] | None, *, controls: bool) -> list[Condition]:
-        """The conditions that this model supports: each mode in each order, and the controls. Raises UserError for an unsupported mode."""
+        """The conditions that this model supports: each mode in each order, and the controls in the first order.
+
+        Raises UserError for an unsupported mode.
+        """
+        ...
+
+    def load_media(self, source: Source) -> Media:
+        """Decode media as the model is shown them. Raises ClipError with a user-readable reason."""
         ...
 
     def open(self, media: Media, name: str) -> Opened:

@@ -18,7 +18,7 @@ from fvlm_core.data.frames import FrameRule
 from fvlm_core.errors import UserError
 from fvlm_core.eval.answerers.answerer import Ask, Condition, Order, Reply
 from fvlm_core.eval.generation import Method, go_on
-from fvlm_core.eval.media import NO_MEDIA, Media
+from fvlm_core.eval.media import NO_MEDIA, Media, Source
 from fvlm_core.eval.questions import question_sample
 from fvlm_core.eval.subject import Subject
 from fvlm_core.model import inference
@@ -40,6 +40,7 @@ class FoveatedAnswerer:
     seed: int = 0
     tokens_per_frame: int = field(init=False)
     methods: tuple[Method, ...] = get_args(Method)
+    native_order: Order = "question_first"
 
     def __post_init__(self) -> None:
         self.tokens_per_frame = self.subject.model.settings.tokens_per_frame
@@ -65,6 +66,10 @@ class FoveatedAnswerer:
             if self.subject.gazes and model.settings.query != "random":
                 conditions += [Condition("coarse_fine", orders[0], "question_query")]
         return conditions
+
+    def load_media(self, source: Source) -> Media:
+        """Decode media to square frames."""
+        return source.load(self.rule, self.image_repeats)
 
     @torch.inference_mode()
     def open(self, media: Media, name: str) -> "OpenedMedia":

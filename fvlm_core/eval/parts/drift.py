@@ -134,14 +134,19 @@ def drift_of(
                 losses={mode: bootstrap.weighted_mean(rows, names) for mode, rows in sums.items()},
                 difference=bootstrap.mean(per_token, names),
                 gap=bootstrap.mean(np.abs(per_token), names),
-                on_target={mode: bootstrap.mean(rows.mean(1), names) for mode, rows in hits.items()},
-                on_target_last={mode: bootstrap.mean(rows[:, 3 * length // 4 :].mean(1), names) for mode, rows in hits.items()},
+                on_target={mode: _share(rows, names, bootstrap) for mode, rows in hits.items()},
+                on_target_last={mode: _share(rows[:, 3 * length // 4 :], names, bootstrap) for mode, rows in hits.items()},
             )
         )
     output.mkdir(parents=True, exist_ok=True)
     _draw(output / PICTURE, points)
     caption = f"How much the loss differs between {STEPWISE} and {PARALLEL}, by frames of a clip, with 95 % intervals."
     return DriftResult(clips=clips, points=points, figure=Figure(file=PICTURE, caption=caption))
+
+
+def _share(hits: np.ndarray, clips: Sequence[str], bootstrap: "Bootstrap") -> Estimate:
+    """Share of true values over all frames, for hits of shape [clips, frames]."""
+    return bootstrap.share(hits.ravel(), np.repeat(clips, hits.shape[1]).tolist())
 
 
 def _hits(subject: "Subject", made: "Sequence[tuple[Sample, np.ndarray]]", mode: Mode) -> np.ndarray:

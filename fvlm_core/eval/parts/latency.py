@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fvlm_core.eval.answerers.answerer import Order
 from fvlm_core.eval.estimates import Metric
 from fvlm_core.eval.part import Context, Count, NotMeasuredError, Part, PartResult, require
 from fvlm_core.markdown import escape
 from fvlm_core.settings import Settings
-from fvlm_core.tables import Table, number
+from fvlm_core.tables import Table, number, words
 
 if TYPE_CHECKING:  # they need torch
     from fvlm_core.eval.answerers.answerer import Answerer, Condition
@@ -65,6 +66,8 @@ class LatencyResult(PartResult):
     """Number of timings of each kind, per mode."""
     answer_tokens: int = ANSWER_TOKENS
     """Maximum number of tokens in an answer."""
+    order: Order = "question_first"
+    """The question order that the model is made for."""
     modes: dict[str, ModeLatency]
 
     def count(self) -> int:
@@ -89,7 +92,9 @@ class LatencyResult(PartResult):
             for mode, one in self.modes.items()
         ]
         note = "Milliseconds from a clip's decoded frames (file decoding excluded) to the first token of the answer, and to its end "
-        note += f"(greedy, at most {self.answer_tokens} tokens); question first, batch {self.batch}. {self.timings} timings of each kind "
+        note += (
+            f"(greedy, at most {self.answer_tokens} tokens); {words(self.order)}, batch {self.batch}. {self.timings} timings of each kind "
+        )
         note += f"per mode, on {self.clips} clips of up to {self.frames} frames; {escape(self.device)}, {self.threads} CPU threads. "
         note += "Peak memory: for the longest clip, "
         note += "the process's resident memory, Python and libraries included." if self.device == "cpu" else "allocated on the GPU."
@@ -137,7 +142,7 @@ def latency_of(answerer: "Answerer", modes: Sequence[str] | None, asked: Sequenc
 
     if not asked:
         raise NotMeasuredError(NO_ANSWER)
-    conditions = answerer.conditions(["question_first"], modes, controls=False)
+    conditions = answerer.conditions([answerer.native_order], modes, controls=False)
     longest = max(asked, key=lambda one: one.media.n_shown)
     first: dict[str, list[float]] = {one.mode: [] for one in conditions}
     complete: dict[str, list[float]] = {one.mode: [] for one in conditions}
@@ -156,6 +161,7 @@ def latency_of(answerer: "Answerer", modes: Sequence[str] | None, asked: Sequenc
     return LatencyResult(
         device=torch.cuda.get_device_name(answerer.device) if answerer.device.type == "cuda" else "cpu",
         threads=torch.get_num_threads(),
+        order=answerer.native_order,
         clips=len(asked),
         frames=longest.media.n_shown,
         timings=ROUNDS * len(asked),
@@ -180,7 +186,7 @@ def _of_benchmarks(answerer: "Answerer", loaded: "Sequence[Loaded]", clips: int)
             if found == wanted:
                 break
             try:
-                media = item.media.load(answerer.rule, answerer.image_repeats)
+                media = answerer.load_media(item.media)
             except ClipError:
                 continue
             prompt = one.benchmark.prompt

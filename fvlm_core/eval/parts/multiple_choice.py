@@ -124,7 +124,7 @@ def measure_choices(context: Context, items: "Sequence[Item]") -> ChoiceResult:
 
     modes, bootstrap, answerer = context.modes, context.bootstrap, context.answerer
     settings = AskSettings(orders=["question_first"], modes=list(modes), letters=False)
-    conditions = [one for one in answerer.conditions(settings.orders, settings.modes, controls=True) if not one.view.endswith("_query")]
+    conditions = [one for one in answerer.conditions(["question_first"], settings.modes, controls=True) if not one.view.endswith("_query")]
     records = ask_shard(answerer, BENCHMARK, settings, conditions, items)
     if broken := [f"{record.id}: {record.error}" for record in records if record.error]:
         raise UserError(f"a validation sample is damaged: {broken[0]}", where="the shards", fix="make the shards again")

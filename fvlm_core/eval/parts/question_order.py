@@ -194,12 +194,12 @@ def _characters(answer: str, wanted: str) -> np.ndarray:
 
 def _over_frames(rows: Sequence[np.ndarray], clips: Sequence[str], bootstrap: Bootstrap) -> Estimate:
     """Share of true values over all frames of all questions."""
-    return bootstrap.weighted_mean(np.array([[row.sum(), len(row)] for row in rows]), clips)
+    return bootstrap.share(np.concatenate(rows), np.repeat(clips, [len(row) for row in rows]).tolist())
 
 
 def _by_frame(rows: Sequence[np.ndarray], clips: Sequence[str], bootstrap: Bootstrap) -> list[Estimate]:
     estimates = []
     for t in range(max(len(row) for row in rows)):
         long_enough = [(row[t], clip) for row, clip in zip(rows, clips, strict=True) if t < len(row)]
-        estimates.append(bootstrap.mean([bool(value) for value, _ in long_enough], [clip for _, clip in long_enough]))
+        estimates.append(bootstrap.share([bool(value) for value, _ in long_enough], [clip for _, clip in long_enough]))
     return estimates
