@@ -226,7 +226,7 @@ def recipe(
     output
         Folder of the run.
     shards
-        Folder of the shards; `VOLUME/shards` is the newest that a pipeline run made.
+        Folder of the shards. `VOLUME/shards` is a link to the newest that a pipeline run made; the recipe names the folder behind it.
     init_from
         Folder of the run whose model it starts from.
     """
@@ -239,6 +239,8 @@ def recipe(
     if stage not in config.stages.present:
         known = ", ".join(config.stages.present)
         raise UserError(f"there is no stage {stage!r}", where=f"the profile {config.name}", fix=f"use one of {known}")
+    if shards.is_symlink():  # a later pipeline run moves the link, and the run could not resume
+        shards = shards.resolve()
     places = {"output": str(output), "shards": str(shards), "init_from": str(init_from) if init_from else None}
     made = stage_recipe(config.model, config.base, config.stages, stage, changes={}, start=False).with_changes(places)
     print(yaml.safe_dump(made.model_dump(mode="json"), sort_keys=False), end="")
@@ -277,7 +279,8 @@ def stop(*, volume: Volume = DEFAULT_VOLUME) -> int:
     """Stop the server, the workers and the runs of a volume."""
     if known_volume_id(volume) is None:
         raise UserError("no fvlm command has run on this volume", where=str(volume.absolute()), fix="give the --volume that was used")
-    Stack(volume, environment=os.environ).stop()
+    ended = Stack(volume, environment=os.environ).stop()
+    print(f"ended: {', '.join(ended)}" if ended else "nothing of this volume was running")
     return 0
 
 

@@ -11,6 +11,7 @@ from fvlm_core.errors import UserError
 from fvlm_core.eval.benchmarks import NAMES, benchmark
 from fvlm_core.eval.benchmarks.benchmark import Scorer
 from fvlm_core.eval.generation import Method
+from fvlm_core.eval.parts.benchmarks import VALIDATION
 from fvlm_core.model.names import MODES, SHORT_MODES
 
 ALL = "all"
@@ -51,7 +52,7 @@ def evaluate(
     benchmarks
         Comma-separated names; docs/benchmarks.md lists them.
     data
-        Folder with a subfolder NAME for each benchmark, as published; `gaze` needs none.
+        Folder with a subfolder NAME for each benchmark, as published; `gaze` needs none, and `validation` of a run reads the run's shards.
     output
         Folder for results.json, tables.md and the answers; finished items are not asked again.
     limit
@@ -91,9 +92,7 @@ def evaluate(
         benchmark(name)
     if not names:
         raise UserError("no benchmark is named", where="--benchmarks", fix=f"name some of {', '.join(NAMES)}")
-    if data is None and (lacking := [name for name in names if benchmark(name).needs_folder]):
-        fix = f"give the folder that holds {', '.join(f'{name}/' for name in lacking)} as published"
-        raise UserError(f"the data of {', '.join(lacking)} are not given", where="--data", fix=fix)
+    folders = _folders(names, data)
     modes = None if mode == ALL else [SHORT_MODES.get(name := part.strip(), name) for part in mode.split(",")]
     generation = {"method": method, "temperature": temperature, "top_p": top_p, "beams": beams, "seed": seed}
     job_values = {
@@ -102,7 +101,7 @@ def evaluate(
         "original": {"vision": vision, "llm": llm, "frame_px": frame_px},
         "benchmarks": {
             "run": names,
-            "data": {} if data is None else {name: data / name for name in names if benchmark(name).needs_folder},
+            "data": folders,
             "limit": limit,
             "scorer": scorer,
             "ask": {"modes": modes, "generate": generate, "generation": generation},
@@ -132,3 +131,23 @@ def evaluate(
     console.print(headline_table(results.headline(), compact=True).terminal())
     console.print(f"all numbers: {output / 'results.json'}, {output / 'tables.md'}", highlight=False, markup=False)
     return 0
+
+
+def _folders(names: list[str], data: Path | None) -> dict[str, Path]:
+    """The folder of each benchmark that needs one, absolute. Raises UserError if one is missing.
+
+    `validation` may have none: the run's own shards are read then.
+    """
+    needed = [name for name in names if benchmark(name).needs_folder]
+    if data is None:
+        if lacking := [name for name in needed if name != VALIDATION]:
+            fix = f"give the folder that holds {', '.join(f'{name}/' for name in lacking)} as published"
+            raise UserError(f"the data of {', '.join(lacking)} are not given", where="--data", fix=fix)
+        return {}
+    # absolute: a relative `DIR/NAME` would pass for the name of a dataset on the hub
+    folders = {name: (data / name).absolute() for name in needed if name != VALIDATION or (data / name).is_dir()}
+    for name, folder in folders.items():
+        if not folder.is_dir():
+            fix = f"correct --data: it is the folder that holds {name}/ as published"
+            raise UserError(f"{name}: folder not found", where=str(data / name), fix=fix)
+    return folders

@@ -95,6 +95,7 @@ def stream(
             reserve=reserve,
             when_full=when_full,
             rounded=not exact and multiplies_bfloat16(),
+            frame_px=answerer.rule.frame_px,
         )
     except ValueError as error:
         fix = "use a model that looks, a larger context, or a shorter task"

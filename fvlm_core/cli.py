@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fvlm_core.errors import UserError
+from fvlm_core.errors import FolderTakenError, UserError
 from fvlm_core.exit_status import ATTEMPT_VARIABLE, ERROR_FILE, STOPPED, STOPPED_KIND, USER_ERROR, USER_ERROR_KIND
-from fvlm_core.manifest import write_atomically
+from fvlm_core.folder_lock import is_held
+from fvlm_core.manifest import FILE_NAME, write_atomically
 from fvlm_core.settings import Settings, read_yaml
 
 Job = TypeVar("Job", bound=Settings)
@@ -25,7 +26,8 @@ def run_job(settings: type[Job], function: Callable[[Job], object]) -> None:
     """Read the settings file named on the command line and run the job on it.
 
     A UserError or a full disk is printed without a traceback and ends the process with status 2. It is also written to `error.json` in
-    the job's output folder, as is a stop by SIGTERM; the next attempt removes the file.
+    the job's output folder, as is a stop by SIGTERM; the next attempt removes the file. A folder that belongs to another job is left as
+    it is.
     """
     atexit.register(gc.freeze)  # skips the garbage collection at exit: most of a second with a million objects
     if len(sys.argv) != 2:
@@ -58,8 +60,11 @@ def _refuse(error: UserError, output: Path | None) -> None:
 
 
 def _leave(output: Path | None, kind: str, error: UserError) -> None:
-    """Write `error.json` if possible."""
-    if output is not None:
+    """Write `error.json` if possible, but not into the folder of another job."""
+    if output is None:
+        return
+    taken = isinstance(error, FolderTakenError) or (output / FILE_NAME).is_file() or _is_in_use(output)
+    if ATTEMPT_VARIABLE in os.environ or not taken:  # a launcher starts jobs only in folders of its own, and reads the file
         values = {"kind": kind, "what": error.what, "where": error.where, "fix": error.fix, "attempt": _attempt()}
         with contextlib.suppress(OSError):
             write_atomically(output / ERROR_FILE, json.dumps(values, indent=2).encode())
@@ -67,10 +72,15 @@ def _leave(output: Path | None, kind: str, error: UserError) -> None:
 
 def _remove_earlier(output: Path | None) -> None:
     """Remove the `error.json` of an earlier attempt; one of this attempt was written by another rank and stays."""
-    if output is not None:
+    if output is not None and not _is_in_use(output):
         with contextlib.suppress(OSError, ValueError):
             if json.loads((output / ERROR_FILE).read_text())["attempt"] != _attempt():
                 (output / ERROR_FILE).unlink()
+
+
+def _is_in_use(output: Path) -> bool:
+    """Whether another job holds the folder's lock. For ranks above 0, their own rank 0 may hold it."""
+    return os.environ.get("RANK", "0") == "0" and is_held(output)
 
 
 def _attempt() -> str:

@@ -25,6 +25,10 @@ class UserError(Exception):
         return f"{self.what}\n  where: {self.where}{FIX}   {self.fix}"
 
 
+class FolderTakenError(UserError):
+    """The output folder belongs to another job, which must find it unchanged."""
+
+
 def is_refusal(message: str) -> bool:
     """Whether a message, possibly from another process, is that of a `UserError`: a retry would fail in the same way."""
     return FIX in message

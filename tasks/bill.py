@@ -15,7 +15,7 @@ from fvlm_core.settings import Settings
 from fvlm_core.tables import Table
 from infra.budget import HOUR_S, SERVER, Entry, usd_text
 from infra.store import Store
-from tasks.dollars import SERVES, STARTS, WAITING, DollarPlan, Line, Usd
+from tasks.dollars import SERVES, STARTS, WAITING, DollarPlan, Line, planned_text
 from tasks.phase import PHASES_FOLDER, PhaseManifest
 
 PLANS = "budget/plans"
@@ -113,18 +113,21 @@ def bill_against_plan(planned: DollarPlan, bill: Bill) -> Table:
         paid = bill.usd.get(phase, {})
         names = dict.fromkeys([*lines, *paid])
         for name in names if len(names) > 1 else ():
-            usd, amount = (lines[name].usd if name in lines else Usd()), paid.get(name, 0.0)
-            rows.append([phase, name, usd.text(), usd_text(amount), _off(usd.value, amount)])
-        usd, amount = planned.of(phase), sum(paid.values())
+            rows.append([phase, name, *_compared([lines[name]] if name in lines else [], paid.get(name, 0.0))])
         marked.append(len(rows))
-        rows.append([phase, "all of it", usd.text(), usd_text(amount), _off(usd.value, amount)])
+        rows.append([phase, "all of it", *_compared(planned.lines_of(phase), sum(paid.values()))])
     marked.append(len(rows))
-    rows.append(["total", "", planned.total.text(), usd_text(bill.total), _off(planned.total.value, bill.total)])
+    rows.append(["total", "", *_compared(planned.lines, bill.total)])
     return Table(title="Plan against bill", head=["phase", "step", "planned", "billed", "difference"], rows=rows, marked=marked)
+
+
+def _compared(lines: Sequence[Line], paid: float) -> list[str]:
+    """Return the cells of planned, billed and difference. A plan of which a part is not known has no difference from the bill."""
+    planned = sum(line.usd.value for line in lines)
+    known = planned and all(line.complete for line in lines)
+    return [planned_text(lines), usd_text(paid), _off(planned, paid) if known else ""]
 
 
 def _off(planned: float, paid: float) -> str:
     """Return by how many percent the bill differs from the plan; from ten times the plan on, their ratio."""
-    if not planned:
-        return ""
     return f"{paid / planned - 1:+.0%}" if paid < 10 * planned else f"x {paid / planned:,.0f}"

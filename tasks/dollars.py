@@ -5,7 +5,7 @@ The hours of a training step come from measurements on the volume or, without an
 profile (`machine.rental.assumed.hours`) until one has run. This module does not depend on Prefect or RunPod.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from pydantic import Field
 
@@ -59,6 +59,17 @@ class Line(Settings):
     usd: Usd = Usd()
     basis: str = ""
     """Where the hours come from."""
+    complete: bool = True
+    """False if the hours, or a part of them, are not known; `hours` and `usd` are then those of the known part."""
+
+
+def planned_text(lines: Iterable[Line]) -> str:
+    """The cost of lines, with its interval; without one if a part is not known: `$12.30 + not known`."""
+    lines = list(lines)
+    usd = sum((line.usd for line in lines), Usd())
+    if all(line.complete for line in lines):
+        return usd.text()
+    return f"{usd_text(usd.value)} + {NOT_KNOWN}" if usd.value else NOT_KNOWN
 
 
 class DollarPlan(Settings):
@@ -81,7 +92,11 @@ class DollarPlan(Settings):
 
     def of(self, phase: str) -> Usd:
         """Return the cost of a phase."""
-        return sum((line.usd for line in self.lines if line.phase == phase), Usd())
+        return sum((line.usd for line in self.lines_of(phase)), Usd())
+
+    def lines_of(self, phase: str) -> list[Line]:
+        """Return the lines of a phase."""
+        return [line for line in self.lines if line.phase == phase]
 
     def table(self, *, steps: bool = True) -> Table:
         """A line per step that runs, or per phase."""
@@ -93,7 +108,7 @@ class DollarPlan(Settings):
                 line.because,
                 f"{line.flops:.2e}" if line.flops else "",
                 _hours(line.hours),
-                line.usd.text(),
+                planned_text([line]),
                 line.basis,
             ]
             for line in lines
@@ -103,13 +118,14 @@ class DollarPlan(Settings):
 
     def _by_phase(self) -> Iterator[Line]:
         for phase in dict.fromkeys(line.phase for line in self.lines):
-            mine = [line for line in self.lines if line.phase == phase]
+            mine = self.lines_of(phase)
             flops = sum(line.flops or 0.0 for line in mine) or None
             hours = sum((line.hours for line in mine), Usd())
-            yield Line(phase=phase, what=f"{len(mine)} lines", flops=flops, hours=hours, usd=self.of(phase))
+            complete = all(line.complete for line in mine)
+            yield Line(phase=phase, what=f"{len(mine)} lines", flops=flops, hours=hours, usd=self.of(phase), complete=complete)
 
     def _note(self) -> str:
-        lines = [f"Total {self.total.text()} of {limit_text(self.cap_usd, self.reserve_usd)}."]
+        lines = [f"Total {planned_text(self.lines)} of {limit_text(self.cap_usd, self.reserve_usd)}."]
         lines += [f"The cap binds; these would not start: {', '.join(self.dropped)}."] if self.dropped else []
         risk = [one for one in self.at_risk if one not in self.dropped]
         lines += [f"If everything cost the upper end, these would not start: {', '.join(risk)}."] if risk else []
@@ -123,8 +139,12 @@ def in_dollars(plan: Plan, phases: Sequence[Phase], rental: Rental) -> DollarPla
     lines = [line for phase in phases for line in _on_a_pod(plan, phase.name, rental, rates[phase.pool])]
     if lines:
         hours = sum((line.hours for line in lines), Usd())
-        lines.append(_line("pipeline", WAITING, hours, rental.pipeline_usd_per_hour, basis="the hours above"))
-        lines.append(_line(SERVER, SERVES, hours, rental.pipeline_usd_per_hour, basis="the hours above; none with a server elsewhere"))
+        for phase, what, basis in (
+            ("pipeline", WAITING, "the hours above"),
+            (SERVER, SERVES, "the hours above; none with a server elsewhere"),
+        ):
+            line = _line(phase, what, hours, rental.pipeline_usd_per_hour, basis=basis)
+            lines.append(line.model_copy(update={"complete": all(one.complete for one in lines)}))
         months = rental.days / DAYS_PER_MONTH
         stored = storage_usd_per_month(rental.volume_gb) * months
         usd = Usd(low=stored, value=stored, high=stored)
@@ -186,7 +206,8 @@ def storage_usd_per_month(size_gb: int) -> float:
 
 
 def _line(phase: str, what: str, hours: Usd, rate: float, *, because: str = "", flops: float | None = None, basis: str) -> Line:
-    return Line(phase=phase, what=what, because=because, flops=flops, hours=hours, usd=hours.times(rate), basis=basis)
+    complete = basis != NOT_KNOWN
+    return Line(phase=phase, what=what, because=because, flops=flops, hours=hours, usd=hours.times(rate), basis=basis, complete=complete)
 
 
 def _stated(step: str, hours: Mapping[str, float]) -> float | None:

@@ -13,6 +13,10 @@ are left to other runtimes: decoding, and the autoregressive mode, whose parts a
 on the data), and the controls (pooled patches and random queries). Needs the extra `onnx`.
 """
 
+import logging
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,7 +134,7 @@ def export_onnx(model: FoveatedVLM, folder: Path) -> list[Path]:
     }
     large = sum(tensor.nbytes for tensor in model.parameters()) > LARGEST_FILE_BYTES
     for name, graph in graphs.items():
-        with torch.no_grad():
+        with torch.no_grad(), _quiet():
             # in two steps: torch.onnx.export alone silently specializes a dynamic dimension that the code turns into a number
             program = torch.export.export(graph.module.eval(), tuple(graph.inputs.values()), dynamic_shapes=tuple(graph.free))
             torch.onnx.export(
@@ -146,6 +150,20 @@ def export_onnx(model: FoveatedVLM, folder: Path) -> list[Path]:
                 verbose=False,
             )
     return [folder / name for name in graphs]
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Silence warnings about torch's own code, which a user cannot act on."""
+    exporter = logging.getLogger("torch.onnx._internal.exporter._registration")  # says that torchvision is not installed
+    level = exporter.level
+    exporter.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        exporter.setLevel(level)
 
 
 @dataclass(frozen=True)

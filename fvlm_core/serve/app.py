@@ -58,7 +58,8 @@ class Server:
         self.inside = 0
         """Requests that were admitted and are not answered yet."""
         self.media: OrderedDict[str, np.ndarray] = OrderedDict()
-        self.decoding: dict[str, Lock] = {}
+        self.decoding: dict[str, tuple[Lock, int]] = {}
+        """The lock of each content that is being decoded, with the number of requests that hold it or wait for it."""
         self.lock, self.decoders = Lock(), Semaphore(DECODERS)
         self.threads = anyio.CapacityLimiter(limits.running + limits.waiting)
         self.created = int(time.time())
@@ -103,7 +104,8 @@ class Server:
         content = read_url(url, self.limits)
         key = f"{kind} {sha256(content).hexdigest()}"
         with self.lock:
-            mine = self.decoding.setdefault(key, Lock())
+            mine, users = self.decoding.get(key, (Lock(), 0))
+            self.decoding[key] = mine, users + 1
         try:
             with _taken(mine, gone):  # concurrent requests with the same media decode it once
                 if (found := self.media.get(key)) is None:
@@ -116,7 +118,9 @@ class Server:
                         self.media.popitem(last=False)
         finally:
             with self.lock:
-                self.decoding.pop(key, None)
+                _, users = self.decoding.pop(key)
+                if users > 1:  # others still wait for this lock
+                    self.decoding[key] = mine, users - 1
         return found
 
     async def ask(self, request: Request, body: ChatRequest) -> "Asking":
@@ -288,7 +292,7 @@ def create_app(answerer: FoveatedAnswerer, limits: Limits | None = None, *, api_
         refusal = RefusedError(f"there is no {request.method} {request.url.path}", HTTPStatus(error.status_code), code="unknown_url")
         return JSONResponse(_error(refusal), error.status_code, error.headers)
 
-    @app.get("/", response_class=HTMLResponse)
+    @app.api_route("/", methods=["GET", "HEAD"], response_class=HTMLResponse)
     async def page() -> HTMLResponse:
         return HTMLResponse(PAGE.read_text(), headers={"Content-Security-Policy": PAGE_POLICY})
 

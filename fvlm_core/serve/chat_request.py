@@ -1,11 +1,13 @@
 """The body of `POST /v1/chat/completions`: OpenAI's format extended by videos, and its translation into model inputs.
 
 https://platform.openai.com/docs/api-reference/chat. Extensions: content parts of type `video_url`, and the fields `mode`, `question_first`
-and `gaze`. An unsupported option that would change the answer is rejected, not ignored.
+and `gaze`. An unsupported option that would change the answer is rejected, not ignored, and so is a misspelt field; other unknown fields
+are ignored, as OpenAI's own that are only for its service (`user`, `metadata`, `store`).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from http import HTTPStatus
 from typing import Any, Literal
 
@@ -114,6 +116,8 @@ UNSUPPORTED = {
     "repetition_penalty": (None, 1),
 }
 """Unsupported options, and the values of each that leave it off."""
+SIMILAR = 0.85
+"""Unknown fields that are more similar than this to one of ours are taken for misspelt (`difflib`'s ratio)."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,9 @@ def understand(request: ChatRequest, answerer: FoveatedAnswerer, limits: Limits,
     for name, neutral in UNSUPPORTED.items():
         if (request.model_extra or {}).get(name) not in neutral:
             raise RefusedError(f"{name} is not supported")
+    for name in request.model_extra or {}:
+        if name not in UNSUPPORTED and (meant := get_close_matches(name.lower(), ChatRequest.model_fields, 1, SIMILAR)):
+            raise RefusedError(f"there is no field {name!r}; do you mean {meant[0]!r}?")
     if len(request.stops) > MAX_STOPS or any(not stop for stop in request.stops):
         raise RefusedError(f"stop must be at most {MAX_STOPS} texts that are not empty")
     system = "\n".join(message.text for message in request.messages if message.role in ("system", "developer"))

@@ -120,7 +120,7 @@ def _newest(frames: Iterator[LiveFrame]) -> Iterator[LiveFrame]:
             for frame in frames:
                 put(frame)
             put(None)
-        except UserError as error:
+        except BaseException as error:  # raised again by the consumer, which would wait for ever otherwise
             put(error)
 
     threading.Thread(target=read, name="source", daemon=True).start()

@@ -47,7 +47,7 @@ class FVLM(lmms):
         self,
         pretrained: str,
         mode: str = "autoregressive",
-        order: Order = "question_first",
+        order: Order | None = None,
         answer: Answer = "letter",
         vision: str | None = None,
         llm: str | None = None,
@@ -64,13 +64,13 @@ class FVLM(lmms):
         if unknown:
             raise _refused(f"unknown arguments: {', '.join(unknown)}", "leave them out")
         for name, value, known in (("order", order, ORDERS), ("answer", answer, get_args(Answer))):
-            if value not in known:
+            if value is not None and value not in known:
                 raise _refused(f"{name} is {value!r}", f"choose of {', '.join(known)}")
         chosen = device or (f"cuda:{Ranks.of(os.environ).local}" if torch.cuda.is_available() else "cpu")
         self.device = torch.device(chosen)
         """lmms-eval's ranks exchange their numbers of documents on this device."""
         self.answerer = open_model(pretrained, self.device, original=Original(vision=vision, llm=llm))
-        (self.condition,) = self.answerer.conditions([order], [mode], controls=False)
+        (self.condition,) = self.answerer.conditions([order or self.answerer.native_order], [mode], controls=False)
         self.answer = answer
         self._opened: tuple[str, Opened] | None = None
 
@@ -104,7 +104,7 @@ class FVLM(lmms):
         source, key = _source(visuals, name)
         if self._opened is None or self._opened[0] != key:
             try:
-                media = source.load(self.answerer.rule, self.answerer.image_repeats)
+                media = self.answerer.load_media(source)
             except ClipError as error:
                 fix = "replace the file; lmms-eval would count it as answered wrongly"
                 raise UserError(f"the media of a question cannot be decoded: {error}", where=f"{name}: {key}", fix=fix) from error

@@ -11,9 +11,11 @@ from typing import Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fvlm_core.data.batch import ChatFormat
+from fvlm_core.eval.stills import square
 from fvlm_core.model.attention import PackedCache, PackedLayout
 from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.model.inference import continue_greedily
@@ -37,6 +39,7 @@ class FrameStream:
         reserve: int = 256,
         when_full: WhenFull = "slide",
         rounded: bool = False,
+        frame_px: int | None = None,
     ) -> None:
         """Start an empty stream.
 
@@ -49,13 +52,19 @@ class FrameStream:
             when_full: How frames are dropped once the context is full.
             rounded: On a CPU, keep keys and values in bfloat16. This halves their memory, and the extra time per frame that attention
                 to a long context of thousands of frames takes.
+            frame_px: Side of the frames that the model was trained with; needed for a released model, whose processor says it.
 
         Raises:
-            ValueError: The model has no autoregressive mode, or the context has no room for two frames.
+            ValueError: The model has no autoregressive mode or does not say `frame_px`, or the context has no room for two frames.
         """
         if "autoregressive" not in model.modes:
             raise ValueError(f"a model with query {model.settings.query!r} cannot stream")
         self.model, self.chat, self.when_full, self.rounded = model, chat, when_full, rounded
+        vision = getattr(model.settings, "vision", None)
+        side = frame_px if frame_px is not None or vision is None else vision.frame_px
+        if side is None:
+            raise ValueError("a released model does not say how large its frames are: give frame_px, as its processor has it")
+        self.side: int = side
         self.k = model.settings.tokens_per_frame
         self.head = [*chat.system, *chat.user_open, *task_ids]
         self.has_task = bool(task_ids)
@@ -80,10 +89,14 @@ class FrameStream:
 
     @torch.no_grad()
     def push(self, frame: np.ndarray | Tensor) -> None:
-        """Look at the next frame, uint8 [H, W, 3]."""
+        """Look at the next frame, uint8 [H, W, 3]. It is scaled and centre-cropped to the model's size, as in training.
+
+        Raises ValueError for a frame of another type or shape.
+        """
+        shown = self._square(frame)
         if self.length + self.k > self.limit:
             self._make_room()
-        features = self.model.encode(torch.as_tensor(frame)[None].to(self.device))
+        features = self.model.encode(shown[None].to(self.device))
         queries = self._queries()
         token = self.model.read(features, queries[None]).tokens[0]
         self.hidden = self._run(token)
@@ -110,6 +123,13 @@ class FrameStream:
         )
         self.cache.lengths[0] = before
         return answer
+
+    def _square(self, frame: np.ndarray | Tensor) -> Tensor:
+        """The frame as uint8 [frame_px, frame_px, 3]."""
+        pixels, side = frame.cpu().numpy() if isinstance(frame, Tensor) else np.asarray(frame), self.side
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3 or 0 in pixels.shape:
+            raise ValueError(f"a frame of {pixels.dtype} and shape {list(pixels.shape)}: give uint8 [H, W, 3]")
+        return torch.tensor(pixels if pixels.shape[:2] == (side, side) else square(Image.fromarray(pixels), side))
 
     def _queries(self) -> Tensor:
         """Queries [k, D] for the next frame."""

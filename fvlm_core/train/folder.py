@@ -6,7 +6,7 @@ import yaml
 
 from fvlm_core.config import Recipe
 from fvlm_core.dotted import differences
-from fvlm_core.errors import UserError
+from fvlm_core.errors import FolderTakenError, UserError
 from fvlm_core.manifest import FILE_NAME, AnyManifest, write_atomically
 from fvlm_core.settings import read_yaml
 from fvlm_core.train.jobs import IDENTITY_FILE, RECIPE_FILE, RunManifest
@@ -25,16 +25,16 @@ def input_digests(recipe: Recipe) -> dict[str, str]:
 
 
 def check_folder(recipe: Recipe, identity: str) -> None:
-    """Raise UserError if the recipe's output folder holds another run."""
+    """Raise FolderTakenError if the recipe's output folder holds another run."""
     path = recipe.output / IDENTITY_FILE
     if not path.is_file():
         return
     if read_yaml(path) == {"identity": identity}:
         return
-    raise UserError(
+    raise FolderTakenError(
         f"the folder holds another run: {_difference(recipe)}",
         where=str(recipe.output),
-        fix="give this recipe an output folder of its own, or delete that one",
+        fix="give this recipe an output folder of its own, or correct these settings to resume that run, or delete its folder",
     )
 
 
@@ -52,7 +52,8 @@ def _difference(recipe: Recipe) -> str:
     old = read_yaml(recipe.output / RECIPE_FILE) if (recipe.output / RECIPE_FILE).is_file() else {}
     changed = differences(old, recipe.model_dump(mode="json"))
     lines = [f"{path} was {before!r} and is {now!r}" for path, (before, now) in changed.items() if path not in PLACES]
-    return ", ".join(lines) or "its shards or init_from differ"
+    moved = [f"{path} was {before!r} and is {now!r}" for path, (before, now) in changed.items() if path in PLACES - {"output"}]
+    return ", ".join(lines or moved) or f"what is in its shards ({recipe.shards}) or in init_from has changed since"
 
 
 def whole_manifest(folder: Path, identity: str) -> RunManifest | None:

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
 
-from fvlm_core.errors import UserError
+from fvlm_core.errors import FolderTakenError, UserError
+from fvlm_core.folder_lock import LOCK_FILE
 
-LOCK_FILE, LEASE_FILE = ".lock", ".lease"
+LEASE_FILE = ".lease"
 SHARED_VARIABLE = "FVLM_SHARED_VOLUME"
 """Environment variable, set for a run whose folder other hosts may write to."""
 LEASE_S = 120.0
@@ -49,7 +50,7 @@ class RunLock:
 
     @contextlib.contextmanager
     def held(self) -> Generator[None]:
-        """Hold the lock. Waits for a run that is ending; raises UserError if another run continues to hold it."""
+        """Hold the lock. Waits for a run that is ending; raises FolderTakenError if another run continues to hold it."""
         self._acquire()
         try:
             yield
@@ -72,7 +73,7 @@ class RunLock:
             except Timeout:
                 holder, _, note = (self.path.read_text() if self.path.exists() else "a process").partition("\n")
                 if time.monotonic() - started > (ENDING_WAIT_S if note == ENDING else self.wait_s):
-                    raise UserError(
+                    raise FolderTakenError(
                         f"another run is at work in this folder: {holder}",
                         where=str(self.folder),
                         fix="wait for it to end, or stop it (kill with its process number; it saves a checkpoint)",

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
+from deployments import cli
 from deployments.checks import PROFILES, load_profile
 from deployments.profile import chosen_profile, with_command
 from tasks.ablations import baseline_recipe
@@ -48,3 +50,14 @@ def test_production_trains_on_copies_on_the_pods_own_disk() -> None:
         assert (staging := recipe.data.staging)
         assert not staging.folder.is_relative_to(config.machine.rental.mount_path)
         assert staging.max_gb <= 0.7 * disk_gb
+
+
+def test_a_printed_recipe_names_the_folder_behind_the_link(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A later pipeline run moves `VOLUME/shards`; the recipe's run has to find its own shards again."""
+    folder = tmp_path / "volume" / "steps" / "shards-1"
+    folder.mkdir(parents=True)
+    link = tmp_path / "volume" / "shards"
+    link.symlink_to(Path("steps/shards-1"))
+    for given, named in ((link, folder), (folder, folder), (Path("not/made/yet"), Path("not/made/yet"))):
+        cli.app(["recipe", "stage1", "--output", str(tmp_path / "run"), "--shards", str(given)], result_action="return_value")
+        assert yaml.safe_load(capsys.readouterr().out)["shards"] == str(named)

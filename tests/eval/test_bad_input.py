@@ -116,6 +116,16 @@ def test_data_that_are_not_given_are_named(model_folder: Path, tmp_path: Path):
     assert (refused.value.where, refused.value.fix) == ("--data", "give the folder that holds videomme/, pope/ as published")
 
 
+def test_a_wrong_folder_is_not_asked_of_the_hub(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A relative `nowhere/videomme` has the form of a dataset's name on the hub."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="videomme: folder not found") as refused:
+        asked(model_folder, Path())
+    assert refused.value.where == "data/videomme"
+    videomme(tmp_path / "data" / "videomme")
+    assert asked(model_folder, Path()) == 0
+
+
 def test_a_checkpoint_that_is_none_is_refused(model_folder: Path, tmp_path: Path):
     videomme(tmp_path / "data" / "videomme")
     other = tmp_path / "other"

@@ -62,6 +62,29 @@ def test_accuracy_controls_groups_and_letters():
     assert (result.majority, result.gold_positions) == (pytest.approx(gold.max() / 240), gold.tolist())
 
 
+def test_baselines_are_over_the_same_questions_as_the_score():
+    """30 questions with four choices and 10 open ones: guessing is right in 7.5 of 40, the best constant letter in its own of 40."""
+    choices = records(30, 0, tasks=["t"])
+    names = list(choices[0].said)
+    answered = dict.fromkeys(names, Said(text="5"))
+    opened = [ItemRecord(id=f"o{n}", clip=f"o{n}", groups={}, answers=["5"], frames=8, said=answered) for n in range(10)]
+    result = result_of("own", [*choices, *opened])
+    gold = np.bincount([record.gold or 0 for record in choices])
+    assert (result.chance, result.majority) == (30 / 4 / 40, pytest.approx(gold.max() / 40))
+    score = result.conditions["question_first/coarse_fine"].score.value
+    assert score == pytest.approx((option_rights(choices, "question_first/coarse_fine") + 10) / 40, abs=1e-6)
+    assert "10 questions are open: chance and the most frequent letter count them as wrong" in benchmark_tables(result)[0].note
+    assert "are open" not in benchmark_tables(result_of("own", choices))[0].note
+    assert result_of("own", opened).chance is None
+
+
+def option_rights(found: list[ItemRecord], name: str) -> int:
+    """Questions that are right by the headline scorer of `own`."""
+    scorer = benchmark("own").scorer
+    scores = [option_scores(record, name, scorer) for record in found]
+    return sum(int(np.argmax(one)) == record.gold for one, record in zip(scores, found, strict=True) if one is not None)
+
+
 def test_the_macro_mean_counts_tasks_alike():
     """M-Avg: the mean of the tasks' accuracies, however many questions each has."""
     found = records(120, 1, tasks=["a", "a", "a", "a", "b", "c"])
@@ -71,6 +94,32 @@ def test_the_macro_mean_counts_tasks_alike():
     assert one.headline.value == pytest.approx(np.mean([right[tasks == task].mean() for task in "abc"]), abs=1e-6)
     assert one.headline.value != pytest.approx(right.mean(), abs=1e-6)
     assert one.macro.low < one.macro.value < one.macro.high
+
+
+def test_differences_are_those_of_the_headline_where_tasks_count_alike():
+    """One large task, in which a mode is better, and four small ones in which it is worse: worse by the headline, better by questions."""
+    sizes = {"large": 60, "b": 12, "c": 12, "d": 12, "e": 12}
+    a, b = "question_first/coarse_only", "question_first/coarse_fine"
+    right = {a: {"large": 24, "b": 8, "c": 9, "d": 8, "e": 9}, b: {"large": 51, "b": 3, "c": 2, "d": 4, "e": 3}}
+    found = []
+    for task, size in sizes.items():
+        for n in range(size):
+            name = f"{task}{n}"
+            scores = {mode: said(int(n >= right[mode][task]), 4) for mode in (a, b)}
+            groups = {"task": task, "clip": name}
+            found.append(ItemRecord(id=name, clip=name, groups=groups, choices=["w"] * 4, gold=0, frames=8, said=scores))
+    result = result_of("mlvu", found)
+    (difference,) = result.differences
+    headlines = [result.conditions[name].headline.value for name in (a, b)]
+    assert difference.value.value == pytest.approx(headlines[0] - headlines[1], abs=2e-6)
+    assert difference.value.value > 0 > rights(found, a).mean() - rights(found, b).mean()
+    assert 0 < difference.value.low < difference.value.value < difference.value.high
+    weights = np.array([1 / (len(sizes) * sizes[record.groups["task"]]) for record in found])
+    weighted = weights * (rights(found, a).astype(float) - rights(found, b))
+    signs = np.random.default_rng(5).choice([-1, 1], (20_000, len(found)))
+    p = np.mean(abs(signs @ weighted) >= abs(weighted.sum()) - 1e-9)
+    assert difference.p_value == pytest.approx(p, abs=0.01)
+    assert "every task has the same weight" in benchmark_tables(result)[-1].note
 
 
 def test_differences_are_tested_and_noise_is_called_noise():

@@ -38,6 +38,9 @@ def test_the_gap_is_the_difference_of_each_clips_losses(context: Context):
             assert point.on_target[mode].value == pytest.approx(np.mean(shares), abs=1e-6)
             last = np.mean([hit[3 * point.frames // 4 :] for hit in shares])
             assert point.on_target_last[mode].value == pytest.approx(last, abs=1e-6)
+            for share, count in ((point.on_target[mode], point.frames), (point.on_target_last[mode], point.frames // 4)):
+                assert (share.n, share.count, share.exact) == (3, 3 * count, True), "three clips are few"
+                assert share.low < share.high
     (table,) = result.tables()
     assert [row[0] for row in table.rows] == ["4", "8"]
     (figure,) = result.figures()

@@ -12,6 +12,7 @@ from fvlm_core.data.frames import FrameRule
 from fvlm_core.eval.answerers.answerer import Ask, Condition
 from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
 from fvlm_core.eval.caption_metrics import caption_stats
+from fvlm_core.eval.estimates import Estimate, PairedTest
 from fvlm_core.eval.items import Item
 from fvlm_core.eval.media import NO_MEDIA, Media
 from fvlm_core.eval.part import Context
@@ -21,6 +22,7 @@ from fvlm_core.eval.parts.question_order import gaze_hits, order_results
 from fvlm_core.eval.questions import without_answer
 from fvlm_core.eval.stats import Bootstrap
 from fvlm_core.eval.subject import Subject
+from fvlm_core.eval.tables import paired_table
 from fvlm_core.eval.validation import ValidationSplit
 from fvlm_core.model.inference import generate, logits
 from fvlm_core.model.names import MODES, Mode
@@ -198,6 +200,18 @@ def test_order_table_counts_what_a_reader_would(subject: Subject, split: Validat
         assert cell.loss.value == pytest.approx(np.mean(losses), abs=1e-4)
 
 
+def test_counts_beside_a_p_value_are_explained():
+    """A test of accuracies has a p-value and counts; a difference of losses has neither."""
+    estimate = Estimate(value=0.1, low=0.0, high=0.2, n=50, count=50)
+    both = {"a": "coarse_only", "b": "coarse_fine", "difference": estimate}
+    table = paired_table(
+        "", [PairedTest.model_validate(both | {"metric": "multiple_choice_accuracy", "only_a": 7, "only_b": 2, "p_value": 0.18})]
+    )
+    assert table.rows[0][-1] == "0.18 (7 against 2)"
+    assert "only the first mode answers correctly against the number that only the second does" in table.note
+    assert not paired_table("", [PairedTest.model_validate(both | {"metric": "loss"})]).note
+
+
 def test_accuracy_is_one_when_the_model_says_the_answer(subject: Subject, split: ValidationSplit):
     """The questions' answers replaced by what the model generates in as many tokens as it is given."""
     questions = []
@@ -211,6 +225,10 @@ def test_accuracy_is_one_when_the_model_says_the_answer(subject: Subject, split:
     assert first.accuracy.value == 1
     assert first.exact is not None
     assert first.exact.value == 1
+    assert first.later_frames is not None
+    for share in (first.accuracy, first.later_frames, first.first_frame, *first.by_frame):  # all right in a few clips is no certainty
+        assert (share.value, share.high, share.exact) == (1, 1, True)
+        assert share.low == pytest.approx(0.025 ** (1 / share.n), abs=1e-6)
     assert after.accuracy.value < 1
     longer = [replace(question, answer=question.answer[:3], cells=[(0, 0)] * 3) for question in questions]
     said_more, _ = order_results(subject, longer, ["coarse_fine"], Bootstrap(20, 0)).cells

@@ -6,7 +6,9 @@ import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
+from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ from fvlm_core.data.batch import NO_SOURCE, Sample, Turn, pack
 from fvlm_core.data.clips import encode_mp4
 from fvlm_core.data.frames import FrameRule, extract_frames
 from fvlm_core.data.tokenizer import END_OF_TEXT, chat_format, encode, train_tokenizer
-from fvlm_core.eval.media import Images
+from fvlm_core.eval.media import FrameFolder, Images, VideoFile
 from fvlm_core.release.hub.padded import packed_batch
 from fvlm_core.release.hub.processing_fvlm import FVLMProcessor
 
@@ -220,3 +222,47 @@ def test_a_picture_that_does_not_say_how_it_was_held_is_shown_as_it_is():
     np.testing.assert_array_equal(processor().square(Image.open(io.BytesIO(as_png(GREYS, b"no EXIF"))))[..., 0], GREYS)
     with pytest.raises(ValueError, match=r"neither a picture's file, .*: 'missing\.png'"):
         processor().square("missing.png")
+
+
+@pytest.mark.parametrize("size", [(61, 64), (29, 17), (28, 40), (14, 14), (13, 30), (9, 7), (7, 7), (3, 2)], ids=str)
+@pytest.mark.parametrize("kind", ["picture", "array"])
+def test_a_picture_of_any_size_is_scaled_as_in_evaluation(size, kind, tmp_path):
+    """Averaged where it is larger than the frame, and interpolated linearly where it is smaller; nearly the same in training."""
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 256, (2, 2, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    path = tmp_path / "picture.png"
+    smooth.save(path)
+    [expected] = Images((path,)).load(FrameRule(SIDE), 1).frames
+    found = processor().square(path if kind == "picture" else np.asarray(smooth))
+    np.testing.assert_array_equal(found, expected)
+    [trained] = extract_frames(path.read_bytes(), FrameRule(SIDE)).pixels
+    assert np.abs(found.astype(int) - trained).mean() < 2
+
+
+def lossless(path: Path, pictures: np.ndarray, fps: int) -> None:
+    """A video of pictures uint8 [T, H, W, 3], 1 / fps seconds apart, whose pixels are kept."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=fps)
+        stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "bgr0"
+        for picture in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+@pytest.mark.parametrize(("fps", "most"), [(1, 64), (1, 5), (2, 12), (3, 7)])
+@pytest.mark.parametrize("count", [1, 4, 6, 13, 65, 100, 150])
+def test_a_list_of_pictures_gives_the_frames_of_the_same_video_as_a_file(fps, most, count, tmp_path):
+    numbers = np.arange(count)
+    pictures = np.broadcast_to(np.stack([numbers, numbers + 50, 255 - numbers], -1)[:, None, None], (count, SIDE, SIDE, 3)).astype(np.uint8)
+    reader, rule = FVLMProcessor(TOKENIZER, frame_px=SIDE, fps=fps, max_frames=most), FrameRule(SIDE, fps, most)
+    found = reader.frames(pictures)
+    assert len(found) == min(count, most)
+    lossless(tmp_path / "clip.mkv", pictures, fps)
+    np.testing.assert_array_equal(found, VideoFile(tmp_path / "clip.mkv").load(rule, 1).frames)
+    np.testing.assert_array_equal(found, reader.frames(tmp_path / "clip.mkv"))
+    np.testing.assert_array_equal(found, reader.frames([Image.fromarray(picture) for picture in pictures]))
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for number, picture in enumerate(pictures):
+        Image.fromarray(picture).save(folder / f"{number:03d}.png")
+    np.testing.assert_array_equal(found, FrameFolder(folder, fps=fps).load(rule, 1).frames)

@@ -1,5 +1,9 @@
 """The model elsewhere than in torch's fp32: ONNX graphs in onnxruntime, and 8-bit weights."""
 
+import contextlib
+import io
+import logging
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +33,15 @@ def model():
 @pytest.fixture(scope="module")
 def graphs(model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("onnx")
-    assert [path.name for path in export_onnx(model, folder)] == ["read.onnx", "queries.onnx", "coarse.onnx", "fine.onnx"]
+    said = io.StringIO()
+    handler = logging.StreamHandler(said)
+    logging.getLogger("torch").addHandler(handler)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        warnings.simplefilter("error")
+        written = export_onnx(model, folder)
+    logging.getLogger("torch").removeHandler(handler)
+    assert said.getvalue() == "", "nothing that a user cannot act on"
+    assert [path.name for path in written] == ["read.onnx", "queries.onnx", "coarse.onnx", "fine.onnx"]
     return folder
 
 

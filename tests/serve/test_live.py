@@ -75,6 +75,27 @@ def test_of_frames_that_come_meanwhile_the_newest_is_kept():
     assert taken[-1].dropped == 4
 
 
+@pytest.mark.parametrize("error", [RuntimeError("the decoder gave up"), MemoryError(), UserError("no source", where="x", fix="y")])
+def test_an_error_in_the_source_reaches_the_consumer(error):
+    def source():
+        yield LiveFrame(0.0, np.zeros((1, 1, 3), np.uint8))
+        raise error
+
+    found: list[object] = []
+
+    def consume() -> None:
+        try:
+            found.extend(_newest(source()))
+        except BaseException as caught:
+            found.append(caught)
+
+    consumer = threading.Thread(target=consume, daemon=True)
+    consumer.start()
+    consumer.join(10)
+    assert not consumer.is_alive()
+    assert found[-1] is error
+
+
 def test_stream_watches_and_answers(root, answerer, capsys, monkeypatch, tmp_path):
     (tmp_path / "long.mp4").write_bytes(clip(70, seed=2))
     stream = FrameStream(answerer.subject.model, answerer.subject.chat, context=256, reserve=128)

@@ -25,6 +25,10 @@ DROP = """([content, name]) => {
 """What a browser does when a file is dropped."""
 SHOWN = """() => [document.getElementById("caption").textContent, document.getElementById("look").toDataURL()]"""
 """Caption and picture of the same frame: read one after the other, a new frame could come in between."""
+BLANK = """() => ["look", "entropy"].every((id) => {
+    const canvas = document.getElementById(id);
+    return canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data.every((value) => value === 0);
+})"""
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +86,10 @@ def test_a_dropped_video_is_asked_about_and_the_gaze_moves(page: Page, address: 
     expect(page.locator("#caption")).to_contain_text("frame 4 of 5")
 
     page.locator("#file").set_input_files({"name": "broken.mp4", "mimeType": "video/mp4", "buffer": b"no video"})
+    expect(page.locator("#caption")).to_contain_text("Here the frames appear")
+    assert page.evaluate(BLANK)
+    expect(page.locator("#where")).to_be_disabled()
+    expect(page.locator("#where")).to_have_value("0")
     page.locator("#ask").click()
     expect(page.locator("#talk .failed")).to_contain_text("not a video of a known format")
     assert not errors
@@ -92,3 +100,8 @@ def test_a_dropped_video_is_asked_about_and_the_gaze_moves(page: Page, address: 
     expect(page.locator("#caption")).to_contain_text("frame 2 of 5")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.screenshot(path=tmp_path / "phone.png", full_page=True)
+    assert not page.evaluate(BLANK)
+    page.locator("#file").set_input_files({"name": "other.mp4", "mimeType": "video/mp4", "buffer": (root / "clip.mp4").read_bytes()})
+    page.wait_for_timeout(1500)  # two frames of the previous clip would be drawn
+    assert page.evaluate(BLANK)
+    expect(page.locator("#talk p")).to_have_count(0)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from functools import partial
 from io import BytesIO
 
@@ -32,6 +33,7 @@ from fvlm_core.serve.engine import Engine, Event, Failed, Progress, Request
 from fvlm_core.serve.limits import Limits, RefusedError
 from fvlm_core.serve.session import Session, gaze, open_media
 from tests.serve.conftest import clip
+from tests.waiting import wait_until
 
 LIMITS = Limits(upload_mb=1, video_s=60, running=4, waiting=8, new_tokens=64, decode_s=20, pixels=1_000_000)
 
@@ -210,6 +212,9 @@ def test_pictures_and_several_media(client, answerer, url):
         ({"stop": ["a"] * 5}, "stop must be"),
         ({"messages": [{"role": "assistant", "content": "Hello"}]}, "begin and end with user"),
         ({"messages": [{"role": "user", "content": ""}]}, "has no text"),
+        ({"question_frist": True}, "there is no field 'question_frist'; do you mean 'question_first'?"),
+        ({"Mode": "fine"}, "there is no field 'Mode'; do you mean 'mode'?"),
+        ({"messages": about("data:image/png;base64,bm8gcGljdHVyZQ==", "?", kind="image_url")}, "not an image of a known format"),
         ({"messages": [{"role": "user", "content": "word " * 500}]}, "the model's context has"),
         ({"messages": [{"role": "user", "content": [{"type": "video_url"}, {"type": "text", "text": "?"}]}]}, "has no address"),
         ({"messages": about("file:///etc/passwd", "?")}, "files of the server cannot be read"),
@@ -222,6 +227,14 @@ def test_refusals_say_why(address, answerer, change, message):
     answer = httpx.post(f"{address}/v1/chat/completions", json=body)
     assert 400 <= answer.status_code < 500
     assert message in answer.json()["error"]["message"]
+
+
+def test_fields_of_openais_service_are_ignored(address, answerer):
+    body = {"model": answerer.name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
+    ignored = ("user", "metadata", "store", "service_tier", "modalities", "verbosity", "tool_choice", "parallel_tool_calls")
+    ignored += ("reasoning_effort", "safety_identifier", "prompt_cache_key", "web_search_options", "function_call", "timeout")
+    answer = httpx.post(f"{address}/v1/chat/completions", json=body | dict.fromkeys(ignored, "x"))
+    assert answer.status_code == 200, answer.text
 
 
 def test_bad_uploads_are_refused_and_the_server_lives(address, client, answerer, root, url):
@@ -243,6 +256,8 @@ def test_bad_uploads_are_refused_and_the_server_lives(address, client, answerer,
         assert answer.status_code in (404, 405)
         assert answer.json()["error"]["code"] == "unknown_url"
     assert httpx.get(f"{address}/health").json() == {"status": "ok", "inside": 0}
+    head, page = httpx.head(f"{address}/"), httpx.get(f"{address}/")
+    assert (head.status_code, head.headers["content-length"], head.content) == (200, page.headers["content-length"], b"")
     client.chat.completions.create(model=answerer.name, messages=about(url, "?"), max_tokens=2)
 
 
@@ -345,6 +360,42 @@ def test_equal_videos_are_decoded_once_and_shared(answerer, url):
     assert server.frames_of(data_url(clip(5, seed=1)), "video", gone=NOBODY_GONE) is not found[0]
 
 
+def test_after_a_failure_the_others_still_decode_one_at_a_time(answerer, monkeypatch):
+    """The first request ends while the second waits; a third that comes then waits for the second."""
+    server, at_once, most = Server(answerer, LIMITS, None), [], []
+    begun, go_on = [threading.Event() for _ in range(3)], [threading.Event() for _ in range(3)]
+
+    def slow(*_: object) -> np.ndarray:
+        number = next(numbers)
+        at_once.append(number)
+        most.append(len(at_once))
+        begun[number].set()
+        assert go_on[number].wait(10)
+        at_once.remove(number)
+        if number < 2:
+            raise RefusedError("damaged")
+        return np.zeros((1, 42, 42, 3), np.uint8)
+
+    numbers = iter(range(3))
+    monkeypatch.setattr(app_module, "decode", slow)
+    with ThreadPoolExecutor(3) as pool:
+        ask = partial(pool.submit, server.frames_of, "data:,x", "video", gone=NOBODY_GONE)
+        first = ask()
+        assert begun[0].wait(10)
+        second = ask()
+        wait_until(lambda: [users for _, users in server.decoding.values()] == [2], "the second request", 10, poll_s=0.01)
+        go_on[0].set()
+        assert isinstance(first.exception(10), RefusedError)
+        assert begun[1].wait(10)
+        third = ask()
+        assert not begun[2].wait(0.3)
+        go_on[1].set()
+        go_on[2].set()
+        assert isinstance(second.exception(10), RefusedError)
+        assert third.result(10).shape == (1, 42, 42, 3)
+    assert (max(most), server.decoding) == (1, {})
+
+
 def test_a_video_that_is_asked_about_again_and_again_stays(answerer, monkeypatch):
     decoded = []
     monkeypatch.setattr(app_module, "decode", lambda content, *_: decoded.append(content) or np.zeros((1, 42, 42, 3), np.uint8))
@@ -366,6 +417,22 @@ def test_large_frames_have_memory_of_their_own(monkeypatch):
     monkeypatch.setattr(decode_module, "extract_frames", too_large)
     with pytest.raises(MemoryError):  # which is reported as the limit, not as a bad video
         decode_module._video(content, rule, LIMITS.pixels, LIMITS.video_s)
+
+
+def test_a_clip_that_kept_its_timestamps_is_no_longer_than_it_is(tmp_path):
+    """Two seconds, cut from the middle of a film: Matroska counts its end from the film's start."""
+    path = tmp_path / "clip.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 64, 64, "yuv420p"
+        for number in range(20):
+            frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
+            frame.pts, frame.time_base = 36000 + number, Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert len(decode(path.read_bytes(), "video", FrameRule(42), LIMITS, NOBODY_GONE)) == 2
+    with pytest.raises(RefusedError, match="the video is 2 s long; this server takes 0 s"):
+        decode_module._video(path.read_bytes(), FrameRule(42), LIMITS.pixels, 0)
 
 
 def test_a_request_that_breaks_a_pass_ends_nothing_else(answerer, root):

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fvlm_core.data.batch import Sample, Turn, pack
+from fvlm_core.eval.stills import square
 from fvlm_core.model.inference import generate, read_batch
 from fvlm_core.serve.stream import FrameStream
 from tests.model.build import CHAT, FRAME_PX, tiny_model
@@ -33,6 +35,25 @@ def test_stream_equals_the_autoregressive_mode(query, k, task):
     if not task:
         batch = pack([whole], CHAT, tokens_per_frame=k)
         assert stream.ask(asked, max_new_tokens=5) == generate(model, batch, "autoregressive", max_new_tokens=5, stop_ids=STOP)[0]
+
+
+@pytest.mark.parametrize("size", [(FRAME_PX + 3, FRAME_PX + 3), (2 * FRAME_PX, 3 * FRAME_PX + 1), (FRAME_PX - 5, FRAME_PX), (480, 640)])
+def test_frames_of_any_size_are_read_as_training_scales_and_crops_them(size):
+    model = tiny_model()
+    large = np.random.default_rng(0).integers(0, 256, (3, *size, 3), dtype=np.uint8)
+    scaled, given = FrameStream(model, CHAT, reserve=32), FrameStream(model, CHAT, reserve=32)
+    for number, frame in enumerate(large):
+        scaled.push(square(Image.fromarray(frame), FRAME_PX))
+        given.push(torch.from_numpy(frame) if number % 2 else frame)
+    assert torch.equal(torch.stack(given.tokens), torch.stack(scaled.tokens))
+
+
+@pytest.mark.parametrize("frame", [np.zeros((FRAME_PX, FRAME_PX), np.uint8), np.zeros((3, 5, 5), np.uint8), np.zeros((5, 5, 3))])
+def test_what_is_no_frame_is_refused(frame):
+    stream = FrameStream(tiny_model(), CHAT, reserve=32)
+    with pytest.raises(ValueError, match=r"give uint8 \[H, W, 3\]"):
+        stream.push(frame)
+    assert stream.seen == 0
 
 
 def test_a_question_leaves_no_trace():

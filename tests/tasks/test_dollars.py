@@ -8,7 +8,7 @@ from fvlm_core.config import Recipe
 from fvlm_core.train.expected import expected_cost
 from infra.stack import REPOSITORY
 from tasks.ablations import baseline_recipe
-from tasks.dollars import Usd, in_dollars, recipes_in_dollars, storage_usd_per_month
+from tasks.dollars import SERVES, WAITING, Usd, in_dollars, recipes_in_dollars, storage_usd_per_month
 from tasks.plan import Plan, StepPlan, plan, plan_recipes
 from tasks.recipes import stage_recipe
 from tasks.rental import Assumed, Mfu, Rental
@@ -54,6 +54,7 @@ def test_what_was_measured_wins_over_what_is_stated_and_the_longest_name_over_sh
     assert planned.of("train").high == pytest.approx(4.4)
     assert planned.of("precompute").value == pytest.approx(7.0)
     assert planned.unknown == ["shards"]
+    assert [line.what for line in planned.lines if not line.complete] == ["shards", WAITING, SERVES], "these last as long as all steps"
     assert planned.of("evaluate") == Usd(), "what is cached costs nothing"
 
 

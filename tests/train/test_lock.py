@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from fvlm_core.errors import UserError
+from fvlm_core.exit_status import ERROR_FILE
 from fvlm_core.train import lock
 from fvlm_core.train.lock import RunLock
 from tests.train.conftest import on_ranks, start, tiny_recipe
@@ -63,10 +64,36 @@ def test_a_second_run_is_refused_and_the_first_goes_on(tmp_path: Path, shards: P
         assert second.returncode == 2
         assert f"another run is at work in this folder: process {worker.pid} on " in second.stderr
         assert str(recipe.output) in second.stderr
+        invalid = tmp_path / "invalid.yaml"
+        invalid.write_text(f"output: {recipe.output}\nsteps: many\n")
+        third = subprocess.run([*command[:-1], invalid], capture_output=True, text=True, timeout=60)
+        assert third.returncode == 2
+        assert not (recipe.output / ERROR_FILE).exists(), "the first run has not failed"
         assert first.exitcode is None
     finally:
         first.terminate()
         first.join(60)
+
+
+def test_a_refused_start_leaves_a_finished_or_another_run_as_it_is(tmp_path: Path, shards: Path) -> None:
+    recipe = tiny_recipe(tmp_path / "run", shards, run__steps=2)
+    settings = tmp_path / "run.yaml"
+    recipe.to_yaml(settings)
+    command = [sys.executable, "-m", "fvlm_core.train", settings]
+
+    def files() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in recipe.output.rglob("*") if path.is_file() and path.name != lock.LOCK_FILE}
+
+    subprocess.run(command, check=True)
+    for unfinished in (False, True):
+        if unfinished:
+            (recipe.output / "manifest.json").unlink()
+        before = files()
+        tiny_recipe(tmp_path / "run", shards, run__steps=3).to_yaml(settings)
+        refused = subprocess.run(command, capture_output=True, text=True)
+        assert refused.returncode == 2
+        assert "the folder holds another run: run.steps was 2 and is 3" in refused.stderr
+        assert files() == before
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -18,6 +18,7 @@ from fvlm_core.exit_status import STOPPED
 from fvlm_core.manifest import sha256_file
 from fvlm_core.train.__main__ import train
 from fvlm_core.train.jobs import RunManifest
+from tests.tiny import tiny_shards
 from tests.train.conftest import one_rank_then_stop, start, tiny_recipe
 from tests.waiting import wait_until
 
@@ -145,6 +146,22 @@ def test_folder_of_another_recipe(uninterrupted: Recipe) -> None:
     other = uninterrupted.with_changes({"optimizer.lr_llm": 0.5})
     with pytest.raises(UserError, match=r"optimizer\.lr_llm was 0\.002 and is 0\.5"):
         train(other)
+
+
+def test_folder_of_a_run_on_other_shards(tmp_path: Path, shards: Path, uninterrupted: Recipe) -> None:
+    """By another path, or by a link that was moved since."""
+    tiny_shards(tmp_path / "other", clips=4)
+    with pytest.raises(UserError, match=f"shards was '{shards}' and is '{tmp_path / 'other'}'") as refused:
+        train(uninterrupted.model_copy(update={"shards": tmp_path / "other"}))
+    assert "correct these settings to resume that run" in refused.value.fix
+    link = tmp_path / "link"
+    link.symlink_to(shards)
+    recipe = tiny_recipe(tmp_path / "run", link, run__steps=1)
+    train(recipe)
+    link.unlink()
+    link.symlink_to(tmp_path / "other")
+    with pytest.raises(UserError, match=f"what is in its shards .{link}. or in init_from has changed since"):
+        train(recipe)
 
 
 def test_moved_volume_is_the_same_run(tmp_path: Path, shards: Path, uninterrupted: Recipe) -> None:

@@ -1,13 +1,15 @@
-"""Conversations with videos and pictures to the tensors that fVLM reads.
+"""Convert conversations with videos and pictures to the tensors that fVLM reads.
 
     inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
 
-A video becomes one square frame per second (at most `max_frames`, evenly spaced where it is longer), as in training.
+A video becomes one square frame per second (at most `max_frames`, evenly spaced where it is longer), as in training. `fps`, `num_frames`
+and `max_frames` change that for one call.
 """
 
 import base64
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +22,34 @@ from transformers import BatchFeature, ProcessorMixin
 
 from fvlm_core.data.frames import FrameRule, extract_frames
 from fvlm_core.data.tokenizer import CHAT_TEMPLATE, END_OF_TEXT, TURN_START, chat_format, encode
-from fvlm_core.eval.stills import as_shown
+from fvlm_core.eval.stills import as_shown, square
 from fvlm_core.release.hub.conversation import Row, lay_out, normalised, source
+from fvlm_core.release.hub.options import Sampling, checked_side, sampling
 from fvlm_core.release.hub.padded import NO_FRAME
+from fvlm_core.release.hub.rendered import conversations, is_rendered
 
 TIMEOUT_S = 60
-"""For an address to answer."""
+"""Timeout for an address to answer."""
 ROUNDING = 1e-3
-"""By so much may a float of a picture be above 1."""
+"""Tolerance for values of float pictures above 1."""
 CONTENTS = (
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
     "{{ part['text'] if part['type'] == 'text' else '<' + part['type'] + '>' }}{% endfor %}{% endif %}"
 )
 MESSAGE_TEMPLATE = CHAT_TEMPLATE.replace("' + message['content'] + '", "' }}" + CONTENTS + "{{ '")
-"""The tokenizer's template for messages of several parts; as text only, where `<video>` and `<image>` stand for frames."""
+"""The tokenizer's template, extended to messages of several parts. For text output only: `<video>` and `<image>` stand for frames."""
 
 
 class FVLMProcessor(ProcessorMixin):
-    """Tokenizer and frame rule.
+    """A tokenizer, and the rule that turns videos and pictures into frames.
 
     Args:
         tokenizer: The model's tokenizer.
         frame_px: Side of the square frames.
         fps: Frames read per second of video.
-        max_frames: Frames of a longer video, evenly spaced.
-        image_repeats: A picture is shown as a still video of this many frames.
-        tokens_per_frame: Visual tokens of a frame; the model's.
+        max_frames: Most frames of a video; a longer one is sampled evenly.
+        image_repeats: Number of frames as which a picture is shown, like a still video.
+        tokens_per_frame: Visual tokens per frame, as in the model.
     """
 
     def __init__(
@@ -64,7 +68,7 @@ class FVLMProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """What `apply_chat_template` makes."""
+        """Names of the tensors that `apply_chat_template` returns."""
         return ["input_ids", "attention_mask", "frames", "frame_ids", "query_offsets"]
 
     def apply_chat_template(  # ty: ignore[incompatible-method-override] -- options by name only
@@ -80,24 +84,26 @@ class FVLMProcessor(ProcessorMixin):
         padding_side: str = "left",
         **options: Any,
     ) -> Any:
-        """Tensors of a conversation or a list of conversations; without `tokenize` their text, where `<video>` stands for frames.
+        """Convert a conversation or a list of conversations to tensors; without `tokenize`, to text with `<video>` in place of frames.
 
         Args:
             conversation: Messages `{"role", "content"}`; contents are texts, or lists of `{"type": "text", "text": ...}`,
                 `{"type": "image", ...}` and `{"type": "video", ...}` with the picture or video under `image`, `video`, `url` or `path`.
-                What it may be: see `frames` and `square`. Contents stand in the order given: with the question before the video, the
+                `frames` and `square` list the accepted types. Contents keep their order: with the question before the video, the
                 model can look for what is asked.
-            chat_template: Another template, for text only.
-            add_generation_prompt: End where an answer begins.
-            continue_final_message: Leave the last message open, to go on with it.
-            tokenize: Make tensors.
-            return_dict: All tensors, not only `input_ids`.
-            return_assistant_tokens_mask: Add `assistant_masks`: 1 where an answer's tokens stand, which is what to train on.
+            chat_template: Another template; only for text.
+            add_generation_prompt: Add the tokens that begin an answer.
+            continue_final_message: Leave the last message open, so that it can be continued.
+            tokenize: Return tensors instead of text.
+            return_dict: Return all tensors, not only `input_ids`.
+            return_assistant_tokens_mask: Add `assistant_masks`: 1 for the tokens of answers, which are the training targets.
             padding_side: `left` for generation; training may use either.
-            **options: As transformers has them; without effect on tensors, which are always padded to the longest row, and PyTorch's.
+            **options: For tensors `fps`, `num_frames` (evenly spaced) and `max_frames` of each video, also in `processor_kwargs`; for
+                text, those of transformers. Tensors are always PyTorch's, and padded to the longest row.
 
         Raises:
-            ValueError: What is no conversation.
+            ValueError: An invalid conversation, or an option that cannot be obeyed.
+            TypeError: An unknown option.
         """
         one = isinstance(conversation[0], dict)
         chats = [normalised(messages) for messages in ([conversation] if one else conversation)]
@@ -110,7 +116,11 @@ class FVLMProcessor(ProcessorMixin):
                 **options,
             )
             return texts[0] if one else texts
-        made = self._tensors(chats, prompt=add_generation_prompt, unfinished=continue_final_message, left=padding_side == "left")
+        if chat_template not in (None, self.chat_template):
+            raise ValueError("tensors are made with the processor's own chat template: leave chat_template out, or tokenize=False for text")
+        open_ends = [continue_final_message] * len(chats)
+        left, chosen = checked_side(padding_side), sampling(options)
+        made = self._tensors(chats, prompt=add_generation_prompt, open_ends=open_ends, left=left, chosen=chosen)
         if not return_assistant_tokens_mask:
             del made["assistant_masks"]
         return made if return_dict else made["input_ids"]
@@ -123,24 +133,41 @@ class FVLMProcessor(ProcessorMixin):
         *,
         answers: str | list[str] | None = None,
         question_first: bool = True,
-        **_unused: Any,
+        padding_side: str = "left",
+        **options: Any,
     ) -> BatchFeature:
-        """Tensors of one question, or of a list of questions with as many videos or images.
+        """Convert a question, or a list of questions with as many videos or images, to tensors.
+
+        The text may also be a conversation that `apply_chat_template` rendered. Its control tokens are obeyed, so pass text from
+        strangers to `apply_chat_template(tokenize=True)`.
 
         Args:
-            images: A picture per question; see `square`.
-            text: The question, or a list of questions.
-            videos: A video per question; see `frames`.
+            images: A picture per question, or per `<image>` of rendered text; see `square`.
+            text: The question or rendered conversation, or a list of them.
+            videos: A video per question, or per `<video>` of rendered text; see `frames`.
             answers: An answer per question, for training; their tokens are the `labels`.
-            question_first: The question stands before the frames, so the model can look for what is asked.
+            question_first: Put the question before the frames, so that the model can look for what is asked. Rendered text has its order.
+            padding_side: `left` for generation; training may use either.
+            **options: `fps`, `num_frames` (evenly spaced) and `max_frames` of each video. Tensors are always PyTorch's.
 
         Raises:
-            ValueError: No text, or lists of different lengths.
+            ValueError: No text, lists of different lengths, more or fewer media than placeholders in rendered text, or an option that
+                cannot be obeyed.
+            TypeError: An unknown option.
         """
         if not text:
             raise ValueError("give a question as text")
         one = isinstance(text, str)
         questions = [text] if isinstance(text, str) else list(text)
+        left, chosen = checked_side(padding_side), sampling(options)
+        if any(map(is_rendered, questions)):
+            if answers is not None:
+                raise ValueError("rendered text contains its answers: use apply_chat_template(return_assistant_tokens_mask=True) to train")
+            rendered = conversations(questions, images=images, videos=videos)
+            open_ends = [unfinished for _, unfinished in rendered]
+            made = self._tensors([normalised(chat) for chat, _ in rendered], prompt=False, open_ends=open_ends, left=left, chosen=chosen)
+            del made["assistant_masks"]
+            return made
         columns = {"images": images, "videos": videos, "answers": answers}
         filled = {name: [None] * len(questions) if part is None else [part] if one else list(part) for name, part in columns.items()}
         for name, part in filled.items():
@@ -153,41 +180,38 @@ class FVLMProcessor(ProcessorMixin):
             chats.append([{"role": "user", "content": asked + seen if question_first else seen + asked}])
             if answers is not None:
                 chats[-1].append({"role": "assistant", "content": answer})
-        made = self._tensors([normalised(chat) for chat in chats], prompt=answers is None, unfinished=False, left=True)
+        open_ends = [False] * len(chats)
+        made = self._tensors([normalised(chat) for chat in chats], prompt=answers is None, open_ends=open_ends, left=left, chosen=chosen)
         learned = made.pop("assistant_masks").bool()
         return made if answers is None else BatchFeature({**made, "labels": made["input_ids"].where(learned, -100)})
 
-    def frames(self, video: Any) -> np.ndarray:
-        """The square frames of a video, uint8 [T, frame_px, frame_px, 3].
+    def frames(self, video: Any, chosen: Sampling | None = None) -> np.ndarray:
+        """Return the square frames of a video, uint8 [T, frame_px, frame_px, 3].
 
-        `video`: the path or http address of a file, or its pictures one second apart: an array or tensor [T, H, W, 3] or [T, 3, H, W]
-        (uint8, or floats from 0 to 1), or a list of pictures as `square` takes them.
+        `video`: the path or http address of a file, or its pictures, 1 / `self.fps` seconds apart: an array or tensor [T, H, W, 3] or
+        [T, 3, H, W] (uint8, or floats from 0 to 1), or a list of pictures as `square` takes them. `chosen`: which frames to read instead.
         """
+        rule = (chosen or Sampling()).rule(FrameRule(self.frame_px, self.fps, self.max_frames))
         if isinstance(video, str | Path):
-            rule = FrameRule(self.frame_px, self.fps, self.max_frames)
             return extract_frames(_content(str(video)), rule).pixels
         if not len(video):
             raise ValueError("a video without pictures")
-        picked = np.unique(np.linspace(0, len(video) - 1, min(len(video), self.max_frames)).round().astype(int))
-        return np.stack([self.square(video[index]) for index in picked])
+        return np.stack([self.square(video[index]) for index in rule.indices(len(video), self.fps)])
 
     def square(self, picture: Any) -> np.ndarray:
-        """Short side scaled to `frame_px`, centre cut out: uint8 [frame_px, frame_px, 3].
+        """Scale the short side to `frame_px` and crop the centre: uint8 [frame_px, frame_px, 3].
 
         `picture`: the path or http address of a file, base64, a PIL image, or an array or tensor [H, W, 3] or [3, H, W].
         """
         if isinstance(picture, str | Path):
             picture = _picture(str(picture))
         image = as_shown(picture if isinstance(picture, Image.Image) else Image.fromarray(_pixels(picture)))
-        side, (width, height) = self.frame_px, image.size
-        scale = side / min(width, height)
-        if scale != 1:
-            image = image.resize((max(side, round(width * scale)), max(side, round(height * scale))), Image.Resampling.BOX)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        return np.asarray(image.crop((left, top, left + side, top + side)))
+        return square(image, self.frame_px)
 
-    def _tensors(self, chats: list[list[dict[str, Any]]], *, prompt: bool, unfinished: bool, left: bool) -> BatchFeature:
-        """Rows of normalised conversations; a picture or video that several show is read once."""
+    def _tensors(
+        self, chats: list[list[dict[str, Any]]], *, prompt: bool, open_ends: Sequence[bool], left: bool, chosen: Sampling
+    ) -> BatchFeature:
+        """Tensors of normalised conversations; a picture or video that occurs several times is read once. `open_ends`: per conversation."""
         kept: list[np.ndarray] = []
         places: dict[Any, list[int]] = {}
 
@@ -196,7 +220,7 @@ class FVLMProcessor(ProcessorMixin):
             key = part["type"], shown if isinstance(shown, str) else id(shown)
             if key not in places:
                 first = sum(map(len, kept))
-                kept.append(self.square(shown)[None] if part["type"] == "image" else self.frames(shown))
+                kept.append(self.square(shown)[None] if part["type"] == "image" else self.frames(shown, chosen))
                 places[key] = list(range(first, first + len(kept[-1])))
             return places[key] * (self.image_repeats if part["type"] == "image" else 1)
 
@@ -215,14 +239,14 @@ class FVLMProcessor(ProcessorMixin):
                 prompt=prompt,
                 unfinished=unfinished,
             )
-            for messages in chats
+            for messages, unfinished in zip(chats, open_ends, strict=True)
         ]
         frames = np.concatenate(kept) if kept else np.zeros((0, self.frame_px, self.frame_px, 3), np.uint8)
         return BatchFeature({**_columns(rows, self.tokenizer.pad_token_id, left=left), "frames": torch.from_numpy(frames)})
 
 
 def _columns(rows: list[Row], pad: int, *, left: bool) -> dict[str, Tensor]:
-    """Rows as tensors [B, S] of the longest."""
+    """Rows as tensors [B, S], padded to the longest."""
     longest = max(len(row.ids) for row in rows)
 
     def column(values: list[list[int]], padding: int) -> Tensor:
@@ -246,9 +270,9 @@ def _content(address: str) -> bytes:
 
 
 def _picture(address: str) -> Image.Image:
-    """The picture in a file on disk, behind an http address, or in base64. Raises ValueError for text that is none of these.
+    """Open a picture from a file, an http address, or base64. Raises ValueError for other text.
 
-    As stored: transformers' `load_image` would have brought it to 8 bits already.
+    The picture keeps its bit depth; transformers' `load_image` would convert it to 8 bits.
     """
     if address.lower().startswith(("http://", "https://")) or os.path.isfile(address):
         return Image.open(io.BytesIO(_content(address)))
@@ -259,16 +283,16 @@ def _picture(address: str) -> Image.Image:
 
 
 def _single(image: Any) -> Any:
-    """A picture, also where it comes in a list as other processors want it. Raises ValueError for several."""
+    """Unwrap a picture from a list, the form that other processors expect. Raises ValueError for several pictures."""
     while isinstance(image, list | tuple):
         if len(image) != 1:
-            raise ValueError(f"{len(image)} pictures for a question: several stand in a conversation, see apply_chat_template")
+            raise ValueError(f"{len(image)} pictures for a question: for several pictures, use apply_chat_template")
         (image,) = image
     return image
 
 
 def _pixels(picture: Any) -> np.ndarray:
-    """An array or tensor as uint8 [H, W, 3]."""
+    """Convert an array or tensor to uint8 [H, W, 3]."""
     if isinstance(picture, Tensor):
         picture = picture.detach().cpu()
         picture = picture.float() if picture.is_floating_point() else picture  # NumPy has no bfloat16
