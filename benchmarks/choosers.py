@@ -14,16 +14,16 @@ from torch import Tensor
 from benchmarks.foveation_world import ZOOM, at_random, oracle
 from fvlm_core.data.cells_world import World
 from fvlm_core.model.encoder import FrameFeatures
-from fvlm_core.model.encoder_layer import Added
+from fvlm_core.model.encoder_layer import PendingResidual
 from fvlm_core.model.foveated import FoveatedVLM
-from fvlm_core.model.glance import Chooser, likeliest, look, shrunk, with_everything
+from fvlm_core.model.glance import Chooser, downscale, encode_glance, most_likely, with_all_patches
 
 LOW_SIDE = 4
 """Patches per side of a low-resolution frame: the square whose FLOPs are nearest to a 3 x 3 glance with one patch opened."""
 
 
 def chooser(selector: str, world: World) -> Chooser:
-    """Return the chooser of a selector for the clips of `world`; `likeliest` for selectors that open no patches."""
+    """Return the chooser of a selector for the clips of `world`; `most_likely` for selectors that open no patches."""
     frames = torch.from_numpy(world.frames)
     if selector == "question":
         return partial(from_first_frame, frames.shape[1])
@@ -33,7 +33,7 @@ def chooser(selector: str, world: World) -> Chooser:
         return partial(largest, unexplained(frames.flatten(0, 1)))
     if selector == "oracle":
         return partial(oracle, wanted(world).flatten())
-    return {"random": at_random, "centre": central}.get(selector, likeliest)
+    return {"random": at_random, "centre": central}.get(selector, most_likely)
 
 
 def wanted(world: World) -> Tensor:
@@ -64,7 +64,7 @@ def change(frames: Tensor) -> Tensor:
 
     The first frame of a clip has no previous frame; it is scored by `unexplained`.
     """
-    glances = shrunk(frames.flatten(0, 1), ZOOM).unflatten(0, frames.shape[:2])
+    glances = downscale(frames.flatten(0, 1), ZOOM).unflatten(0, frames.shape[:2])
     first = unexplained(frames[:, 0])[:, None]
     later = per_patch((glances[:, 1:] - glances[:, :-1]).flatten(0, 1) ** 2, first.shape[-1])
     return torch.cat([first, later.unflatten(0, (len(frames), -1))], 1).flatten(0, 1)
@@ -72,7 +72,7 @@ def change(frames: Tensor) -> Tensor:
 
 def unexplained(frames: Tensor) -> Tensor:
     """Return the summed squared error [F, n] of the enlarged glance under each glance patch, for frames uint8 [F, S, S, 3]."""
-    glance = shrunk(frames, ZOOM).permute(0, 3, 1, 2)
+    glance = downscale(frames, ZOOM).permute(0, 3, 1, 2)
     enlarged = F.interpolate(glance, size=frames.shape[1:3], mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
     side = frames.shape[1] // (14 * ZOOM)
     return per_patch((frames - enlarged) ** 2, side**2)
@@ -88,7 +88,7 @@ def everything(model: FoveatedVLM, frames: Tensor) -> FrameFeatures:
     """Encode the glance and all patches under it, weighted by p."""
     settings = model.settings.glance
     assert settings is not None
-    return with_everything(model.encoder, look(model.encoder, frames, settings), settings, model.connector.scale_embeddings)
+    return with_all_patches(model.encoder, encode_glance(model.encoder, frames, settings), settings, model.connector.scale_embeddings)
 
 
 def low_resolution(model: FoveatedVLM, frames: Tensor) -> FrameFeatures:
@@ -111,11 +111,11 @@ def merged(model: FoveatedVLM, frames: Tensor) -> FrameFeatures:
     patches = embedded[:, 1:]
     left = grid[0] * grid[1] // ZOOM**2 + ZOOM**2
     x = torch.cat([embedded[:, :1], merge(patches, patches - encoder.positions(grid)[:, 1:], left)], 1)
-    added: Added = None
+    added: PendingResidual = None
     keys, values = [], []
     for layer in encoder.layers[:-1]:
         x, more, key, value, _ = layer(x, added)
-        added = layer.added(more)
+        added = layer.pending_residual(more)
         keys.append(key)
         values.append(value)
     key, value, *_ = encoder.layers[-1].keys_values(x, added)

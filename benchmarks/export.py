@@ -68,7 +68,7 @@ def _llama_cpp(
     def ours(rows: torch.Tensor, known: int) -> None:
         cache.lengths[0] = known
         positions = torch.arange(known, known + len(rows))
-        model.llm.lm_head(model.contextualise(rows, positions, PackedLayout([len(rows)], cache)))
+        model.llm.lm_head(model.run_llm(rows, positions, PackedLayout([len(rows)], cache)))
 
     def read_anew() -> None:
         theirs.forget()

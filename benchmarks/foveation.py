@@ -33,7 +33,7 @@ from fvlm_core.data.tiles import TiledFrame, TiledFrames, tiled
 from fvlm_core.model.build import build_model
 from fvlm_core.model.flop_counter import count_flops
 from fvlm_core.model.foveated import FoveatedVLM
-from fvlm_core.model.glance import look_at, shrunk
+from fvlm_core.model.glance import downscale, encode_downscaled
 from fvlm_core.model.inference import Context, read_batch
 from fvlm_core.serve.stream import FrameStream
 
@@ -136,7 +136,7 @@ def larger(frame_px: int, rounds: int, *, frames: int) -> Iterator[Measurement]:
         {
             "large": besides_downscaling(model, batch),
             "small": besides_downscaling(small, usual),
-            "downscaling": lambda: shrunk(batch.frames, glance.shrink),
+            "downscaling": lambda: downscale(batch.frames, glance.shrink),
         },
         rounds=rounds,
     )
@@ -147,10 +147,10 @@ def larger(frame_px: int, rounds: int, *, frames: int) -> Iterator[Measurement]:
 def besides_downscaling(model: FoveatedVLM, batch: PackedBatch) -> Callable[[], Context]:
     """Return a run of `read_batch` on frames that are already downscaled to the glance, as a JPEG decoder provides them."""
     assert model.settings.glance is not None
-    small = shrunk(batch.frames, model.settings.glance.shrink)
+    small = downscale(batch.frames, model.settings.glance.shrink)
 
     def run() -> Context:
-        return read_batch(model, batch, "coarse_fine", features=look_at(model.encoder, small, batch.frames))
+        return read_batch(model, batch, "coarse_fine", features=encode_downscaled(model.encoder, small, batch.frames))
 
     return torch.no_grad()(run)
 

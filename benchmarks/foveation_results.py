@@ -17,7 +17,7 @@ import torch
 from benchmarks.foveation_world import Run
 from fvlm_core.canvas import COLOURS, WIDTH, canvas
 from fvlm_core.model.flop_counter import count_flops
-from fvlm_core.model.glance import GlanceFeatures, with_everything
+from fvlm_core.model.glance import GlanceFeatures, with_all_patches
 from fvlm_core.tables import Table
 
 MODELS = (
@@ -66,7 +66,7 @@ def mflop(grid: int, opened: int, zooms: tuple[int, ...]) -> float:
         features = model.encode(frames)
         if not opened:
             assert isinstance(features, GlanceFeatures)
-            features = with_everything(model.encoder, features, settings, model.connector.scale_embeddings)
+            features = with_all_patches(model.encoder, features, settings, model.connector.scale_embeddings)
         model.read(features, model.connector.q_static.detach()[None], opening=opened >= 0)
 
     return count_flops(once) / 1e6

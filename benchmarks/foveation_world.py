@@ -34,7 +34,7 @@ from fvlm_core.data.gaze import CELL_PX
 from fvlm_core.data.rows import Split
 from fvlm_core.model.build import build_model
 from fvlm_core.model.foveated import FoveatedVLM
-from fvlm_core.model.glance import GlanceFeatures, likeliest, shrunk, with_everything
+from fvlm_core.model.glance import GlanceFeatures, downscale, most_likely, with_all_patches
 from fvlm_core.model.inference import read_batch
 from fvlm_core.model.names import Mode
 
@@ -102,7 +102,7 @@ class Run:
             logits = fine(seen[:, 1:]).flatten(0, 1).unflatten(-1, (PLACES, -1))
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
             for head, times in zip(coarse, shrinks, strict=True):
-                glimpsed = encoder.encode(shrunk(frames, times), patches=True).patches
+                glimpsed = encoder.encode(downscale(frames, times), patches=True).patches
                 assert glimpsed is not None
                 loss = loss + F.binary_cross_entropy_with_logits(head(glimpsed[:, 1:]), tiles((digits >= 0).float(), times))
             optimizer.zero_grad()
@@ -150,12 +150,12 @@ class Run:
         for _ in range(clips // BATCH):
             world, batch = self.batch("val", BATCH, 1.0, rng)
             wanted = [places.repeat_interleave(FRAMES) for places in self.parents(torch.from_numpy(world.cells))]
-            model.chooser = {"ours": likeliest, "random": at_random, "oracle": partial(next_oracle, cycle(wanted))}[opener]
+            model.chooser = {"ours": most_likely, "random": at_random, "oracle": partial(next_oracle, cycle(wanted))}[opener]
             features = model.encode(batch.frames)
             if everything:
                 assert model.settings.glance is not None
                 assert isinstance(features, GlanceFeatures)
-                features = with_everything(model.encoder, features, model.settings.glance, model.connector.scale_embeddings)
+                features = with_all_patches(model.encoder, features, model.settings.glance, model.connector.scale_embeddings)
             read = read_batch(model, batch, mode, features=features)
             said = model.llm.lm_head(read.hidden[torch.from_numpy(batch.labelled)]).argmax(-1)
             correct = (said == batch.labels[torch.from_numpy(batch.labelled)]).unflatten(0, (BATCH, FRAMES + 1))[:, :FRAMES]
@@ -163,7 +163,7 @@ class Run:
             if read.opened is not None:
                 found = (read.opened[:, 0] == wanted[0][:, None]).any(1)
                 hits, opened = hits + found.sum().item(), opened + len(found)
-        model.chooser = likeliest
+        model.chooser = most_likely
         return {"accuracy": right / total, "hit": hits / opened if opened else math.nan}
 
     def parents(self, cells: Tensor) -> Iterator[Tensor]:
@@ -282,7 +282,7 @@ def experiment(
         done[f"random{k}"] = run.accuracy("coarse_fine", opener="random")
     run.use(open=2)
     run.model.load_state_dict(state)
-    run.model.chooser = likeliest
+    run.model.chooser = most_likely
     run.use(train_on="all")
     run.train(chosen_steps, lr=LR / 2, clutter=1.0)
     done["dense_as_long"] = run.accuracy("coarse_fine", everything=True)

@@ -24,7 +24,7 @@ from benchmarks.report import Measurement, arguments, show
 from fvlm_core.data.fetch import environment
 from fvlm_core.errors import UserError
 from infra.stack import REPOSITORY
-from tasks.outside import natural_clips
+from tasks.external_inputs import natural_clips
 
 PYTHON = REPOSITORY / ".venv-video2dataset/bin/python"
 RENDERED = {

@@ -27,7 +27,7 @@ from benchmarks.gaze_training import PLANS, Plan, Trained, step_flops, train
 from fvlm_core.data.gaze import TASKS
 from fvlm_core.eval.stats import Bootstrap
 from fvlm_core.tables import Table, number
-from fvlm_core.train.vision import still_known
+from fvlm_core.train.vision import probe_accuracy
 
 ASKED_TASKS = tuple(task for task in TASKS if task != "caption")
 """Tasks whose answers are one digit per frame."""
@@ -112,7 +112,7 @@ def record(plan: Plan, trained: Trained, asked: Asked, rows: Sequence[Row]) -> d
         "mfu": trained.mfu and round(trained.mfu, 4),
         "encoder_cpu_s": round(trained.encoder_cpu_s, 1),
         "encoder_accuracy": trained.encoder_accuracy,
-        "encoder_keeps": still_known(trained.subject.model.encoder, plan.encoder, plan.workers) if plan.encoder else {},
+        "encoder_keeps": probe_accuracy(trained.subject.model.encoder, plan.encoder, plan.workers) if plan.encoder else {},
         "entropy_at_start": trained.entropy,
         "curve": trained.curve,
         "constant": round(asked.constant, 4),

@@ -22,7 +22,7 @@ from benchmarks.shapes import DINOV2_SMALL, FRAME_PX, SMOLLM2
 from fvlm_core.config import LLMSettings, LLMShape, LossSettings, ModelSettings, OptimizerSettings, VisionSettings, VisionShape
 from fvlm_core.data import gaze
 from fvlm_core.data.batch import ChatFormat, PackedBatch, Sample, Turn, pack
-from fvlm_core.data.drawn import drawn
+from fvlm_core.data.generate import generate
 from fvlm_core.data.tokenizer import chat_format, encode, load_tokenizer, render_chat, train_tokenizer
 from fvlm_core.errors import UserError
 from fvlm_core.eval.subject import Subject
@@ -293,7 +293,7 @@ def train(plan: Plan, say: Callable[[str], None] = lambda _: None, start: Mappin
 
     model.train()
     rng = np.random.default_rng([plan.seed, 1])
-    for shown, batches in drawn(partial(asker.batches, samples=half), wanted(), rng, plan.workers):
+    for shown, batches in generate(partial(asker.batches, samples=half), wanted(), rng, plan.workers):
         labels, nats = sum(batch.n_labels for batch in batches), []
         for batch in batches:
             with subject.autocast():

@@ -315,7 +315,7 @@ def _trainer(settings: ModelSettings, device: torch.device, folder: Path, steps:
     job = speed_job(folder / "long", shards, settings, steps=steps, workers=workers, device=device.type)
     changes = {"run.steps": steps + 16, "run.batch_samples": LONG_SAMPLES, "run.compile": device.type == "cuda"}
     recipe: Recipe = job.recipe.with_changes(changes)
-    world = World.join({}, device.type)
+    world = World.initialize({}, device.type)
     trainer = Trainer(recipe, world, "checks", input_digests(recipe), has_wandb_key=False)
     trainer.go_to(None, trainer.state)
     return trainer

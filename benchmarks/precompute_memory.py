@@ -25,7 +25,7 @@ from fvlm_core.data.raw_shards import CONTENT, CONTENT_SCHEMA, PLACES, PLACES_SC
 from fvlm_core.data.shard_files import INDEX_SCHEMA, Shard, shard_name
 from fvlm_core.data.shard_parts import ShardPart, write_index
 from fvlm_core.data.shard_plan import Plan
-from fvlm_core.data.sources.record import record, record_folder
+from fvlm_core.data.sources.record import make_record, record_folder
 
 ROWS = (1_000_000, 4_000_000)
 PART, SHARD = 20_000, 1000
@@ -55,7 +55,7 @@ def main() -> None:
 def prepare(folder: Path, rows: int) -> dict[str, Any]:
     """Prepare `rows` rows without their frames; return the process's peak memory and CPU time."""
     source = Source.model_validate({"name": "videos", "files": [table(folder / "videos.csv", rows)]})
-    known, at = record(source, folder), record_folder(source, folder)
+    known, at = make_record(source, folder), record_folder(source, folder)
     downloads = []
     for number, part in enumerate(parts_of(at, known, PART)):
         downloads.append(download(at, part, folder / f"download-{number}"))

@@ -35,7 +35,7 @@ def ours(recipe: Recipe) -> None:
     inputs = input_digests(recipe)
     identity = recipe.identity(inputs)
     claim_folder(recipe, identity)
-    trainer = _Logged(recipe, World.join({}, "cpu"), identity, inputs, has_wandb_key=False)
+    trainer = _Logged(recipe, World.initialize({}, "cpu"), identity, inputs, has_wandb_key=False)
     trainer.run()
     _end(recipe.output, trainer.model)
 

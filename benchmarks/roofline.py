@@ -204,7 +204,7 @@ def trace(settings: ModelSettings, *, groups: int = GROUPS, compiled: bool = Fal
     batch = videos(groups)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = FoveatedVLM(settings, *_backbones(settings))
-        model.encoder.has_tickets = compiled
+        model.encoder.factored_gradients = compiled
         model.casts.parts = frozenset(["encoder", "llm"] if compiled else [])
         total = Cost(model, LOSS).batch(batch)
         recorders = [Recorder(lambda query: _packed_flops(query, batch)) for _ in range(2)]
@@ -340,7 +340,7 @@ def _parts(model: FoveatedVLM, recorder: Recorder) -> Generator[None]:
         for module in model.modules():
             if isinstance(module, RMSNorm):
                 wrap(module, "forward", None, fused=True)
-        wrap(model, "contextualise", "llm")
+        wrap(model, "run_llm", "llm")
         wrap(model, "_cross_entropy", "loss")
         wrap(model.cross_entropy, "forward", "loss", compiled=True)
         patches.enter_context(patch.object(llama, "has_packed_kernel", lambda *_: True))

@@ -18,7 +18,7 @@ from benchmarks.report import Measurement, arguments, show
 from fvlm_core.scaling.choice import rank
 from fvlm_core.scaling.fits import Grid, Law, NotIdentifiableError, fit_allocation, fit_law, fit_law_huber
 from fvlm_core.scaling.intervals import allowed_squares
-from fvlm_core.scaling.varpro import Held, Name
+from fvlm_core.scaling.varpro import FixedParameter, Name
 
 NAME = "scaling_coverage"
 CHINCHILLA = Law(E=1.69, A=406.4, alpha=0.34, B=410.7, beta=0.28)
@@ -68,7 +68,7 @@ def coverage(law: Law, kind: str, noise: float, draws: int, seed: int = 0) -> tu
         best = projection.best
         allowed = allowed_squares(best.squares, len(grid), Law.DEGREES)
         for name in NUMBERS:
-            hits[name].append(projection.minimum((best.alpha, best.beta), Held(name, getattr(law, name))).squares <= allowed)
+            hits[name].append(projection.minimum((best.alpha, best.beta), FixedParameter(name, getattr(law, name))).squares <= allowed)
     return {name: float(np.mean(found)) for name, found in hits.items() if found}, refused / draws
 
 

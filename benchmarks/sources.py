@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.report import Measurement, arguments, peak_memory_gb, show
 from fvlm_core.data.jobs import Source
-from fvlm_core.data.sources.record import record, recorded
+from fvlm_core.data.sources.record import cached_record, make_record
 
 WORDS = ("a", "dog", "runs", "over", "the", "wet", "grass", "while", "two", "children", "watch", "it", "from", "an", "old", "bench")
 CAPTION_WORDS = 24
@@ -38,7 +38,7 @@ def measure(folder: Path, rows: int) -> Iterator[Measurement]:
         source = Source.model_validate({"name": kind} | settings)
         megabytes = sum(path.stat().st_size for path in [*source.files, *source.archives]) / 1e6
         about = f"{rows:,} rows, {megabytes:,.0f} MB"
-        for metric, look in (("record", record), ("later look", recorded)):
+        for metric, look in (("record", make_record), ("later look", cached_record)):
             seconds, cpu_s, peak_gb = cost(lambda look=look, source=source: look(source, folder))
             yield Measurement("sources", f"{metric}, {kind}", seconds, "s", about)
             yield Measurement("sources", f"{metric}, {kind}: CPU", cpu_s, "s", about)

@@ -15,7 +15,7 @@ from fvlm_core.errors import UserError
 from fvlm_core.settings import read_yaml
 from infra.stack import REPOSITORY
 from tasks.config import PipelineConfig
-from tasks.outside import natural_clips, record_sources
+from tasks.external_inputs import natural_clips, record_sources
 
 PROFILES = REPOSITORY / "deployments" / "profiles"
 GB = 10**9

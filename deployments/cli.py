@@ -106,7 +106,7 @@ def plan(
     from tasks.grid import grid_table
     from tasks.grid import planned as planned_grid
     from tasks.plan import plan as planned
-    from tasks.rented import seen_from_home
+    from tasks.rented import local_view
 
     config = chosen_profile(profile, videos=videos, changes=changes)
     rental = config.machine.rental
@@ -124,7 +124,7 @@ def plan(
             )
             return 0
     phases = list(PHASES.values())
-    there = (seen_from_home(rental) if rental else None) or volume.resolve()
+    there = (local_view(rental) if rental else None) or volume.resolve()
     made = planned(phases, config, there)
     table_console().print(made.table().terminal())
     shards = volume.resolve() / "shards"
@@ -142,10 +142,10 @@ def _plan_recipes(files: Sequence[Path], config: "PipelineConfig", volume: Path,
     from fvlm_core.config import Recipe
     from tasks.dollars import recipes_in_dollars
     from tasks.plan import plan_recipes
-    from tasks.rented import at_live_prices, seen_from_home
+    from tasks.rented import at_live_prices, local_view
 
     rental = config.machine.rental
-    there = (seen_from_home(rental) if rental else None) or volume
+    there = (local_view(rental) if rental else None) or volume
     made = plan_recipes([Recipe.from_yaml(file) for file in files], config, there)
     table_console().print(made.table().terminal())
     if rental:
@@ -162,11 +162,11 @@ def status(*, profile: Profile = "laptop", videos: Videos = None, volume: Volume
     from deployments.profile import chosen_profile
     from deployments.status import print_results, status_table
     from flows.registry import PHASES
-    from tasks.rented import seen_from_home
+    from tasks.rented import local_view
 
     config = chosen_profile(profile, videos=videos, changes=changes)
     rental, phases, console = config.machine.rental, list(PHASES.values()), table_console()
-    seen = seen_from_home(rental) if rental else None
+    seen = local_view(rental) if rental else None
     console.print(status_table(phases, config, seen or volume.resolve()).terminal())
     print_results(phases, config, seen or volume.resolve(), console, away=bool(rental and seen and str(seen) != rental.mount_path))
     return 0
@@ -195,10 +195,10 @@ def adopt(
     from deployments.profile import chosen_profile
     from flows.registry import PHASES
     from tasks.adopt import adopt as adopted
-    from tasks.plan import look
+    from tasks.plan import inspect_steps
 
     config = chosen_profile(profile, videos=videos, changes=changes)
-    steps = {one.step.name: one.step for one in look(list(PHASES.values()), config, volume.resolve())}
+    steps = {one.step.name: one.step for one in inspect_steps(list(PHASES.values()), config, volume.resolve())}
     if step not in steps:
         raise UserError(f"there is no step {step!r}", where=f"the profile {config.name}", fix=f"use one of {', '.join(steps)}")
     made = adopted(steps[step], folder.resolve(), volume.resolve())

@@ -79,13 +79,13 @@ def reap_pods(
     any machine: it is the last of three safeguards that end pods.
     """
     from deployments.profile import chosen_profile
-    from tasks.rented import account_of, look_after, rental_of
+    from tasks.rented import account_of, reap_and_reconcile, rental_of
 
     rental = rental_of(chosen_profile(profile))
     account = account_of(rental)
     while True:
         try:
-            for one in look_after(account, _ledger(rental, account)):
+            for one in reap_and_reconcile(account, _ledger(rental, account)):
                 _say(f"pod {one.pod.id}: {one.reason}; {one.problem or 'ended'}")
         except (InfraError, OSError) as error:  # OSError: a mounted volume that is not available
             if every is None or isinstance(error, RefusedError | WrongKeyError):

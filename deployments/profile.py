@@ -10,8 +10,8 @@ import yaml
 from deployments.checks import load_profile
 from fvlm_core.errors import UserError
 from tasks.config import PipelineConfig
+from tasks.external_inputs import VIDEOS
 from tasks.mixtures import VALIDATION, mixtures
-from tasks.outside import VIDEOS
 from tasks.recipes import OWN_DATA
 
 CAPTION_SOURCES = ("gaze_caption", "natural")

@@ -17,7 +17,7 @@ from deployments.checks import check_phase, check_programs, check_sources, check
 from deployments.pretrained import check_pretrained
 from deployments.profile import chosen_profile
 from deployments.status import print_results
-from fvlm_core.errors import UserError, is_refusal
+from fvlm_core.errors import UserError, is_user_error
 from infra import prefect_settings
 from infra.stack import GO_ON, PROCESS_POOL, Stack, StackError, stop_command
 from infra.volume import is_network_file_system
@@ -177,7 +177,7 @@ def _run(stack: Stack, config: PipelineConfig, volume: Path, console: Console, p
 def advice(message: str, *, stopped: str | None) -> list[str]:
     """Lines to print for a failed run's message: without links to a server that was stopped (at address `stopped`), with what to do."""
     lines = [line for line in message.splitlines() if stopped is None or stopped not in line]
-    return lines if is_refusal(message) else [*lines, GO_ON]
+    return lines if is_user_error(message) else [*lines, GO_ON]
 
 
 @contextmanager

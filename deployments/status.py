@@ -10,7 +10,7 @@ from fvlm_core.manifest import FILE_NAME as MANIFEST
 from fvlm_core.tables import Table
 from tasks.config import PipelineConfig
 from tasks.phase import Phase, PhaseManifest, current
-from tasks.plan import duration, look
+from tasks.plan import duration, inspect_steps
 from tasks.status import PhaseStatus
 
 STALE_S = 60.0
@@ -20,7 +20,7 @@ STALE_S = 60.0
 def status_table(phases: Sequence[Phase], config: PipelineConfig, volume: Path) -> Table:
     """A row per phase: done, running (with the progress of its steps), or not done (with the number of finished steps)."""
     steps: dict[str, list[bool]] = {}
-    for one in look(phases, config, volume, absent=[] if config.machine.rental else None):
+    for one in inspect_steps(phases, config, volume, absent=[] if config.machine.rental else None):
         steps.setdefault(one.phase, []).append(one.found.made is not None)
     done: dict[str, PhaseManifest] = {}
     rows = []

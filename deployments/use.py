@@ -80,7 +80,7 @@ def chat(
     if not video.exists():
         raise UserError("there is no such file", where=str(video), fix="give the path of a video, a picture, or a folder of frames")
     answerer = load_model(model, vision, llm, frame_px, device, console)
-    from fvlm_core.serve.answering import Sampling
+    from fvlm_core.serve.batched_decoding import Sampling
     from fvlm_core.serve.load import checked_mode
     from fvlm_core.serve.session import Session, open_media
 

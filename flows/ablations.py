@@ -9,7 +9,7 @@ from fvlm_core.scaling.tables import ablations_summary, change_text, difference_
 from fvlm_core.tables import Table
 from tasks.ablations import ablation_recipe, baseline_recipe
 from tasks.config import PipelineConfig
-from tasks.phase import Before, Changes, Phase, Results, Shown
+from tasks.phase import Changes, EarlierResults, Phase, Results, Shown
 from tasks.phase_flow import flow_on_demand
 from tasks.steps import Step
 
@@ -20,7 +20,7 @@ CONFIRMATION = "ablation-confirmation"
 COLUMNS = {"name", "change", "value", "seeds", "loss", "delta", "low", "high", "verdict", "control"}
 
 
-def steps(config: PipelineConfig, before: Before) -> list[Step]:
+def steps(config: PipelineConfig, before: EarlierResults) -> list[Step]:
     inputs = training_inputs(before)
     seeds, runs, values = config.ablation_seeds, [], []
     for seed in range(seeds.baseline):

@@ -6,22 +6,24 @@ from pathlib import Path
 
 from flows.precompute import PRECOMPUTE, SHARDS
 from flows.train import TRAIN, last_stage
-from fvlm_core.eval.outside import check_outside, quick_digest
+from fvlm_core.eval.external_files import check_external_files, quick_digest
 from fvlm_core.eval.results import EvalReport
 from fvlm_core.eval.results import Results as EvalResults
 from fvlm_core.eval.tables import headline_table
 from fvlm_core.tables import Table
 from tasks.config import PipelineConfig
-from tasks.phase import Before, Phase, Results, Shown
+from tasks.phase import EarlierResults, Phase, Results, Shown
 from tasks.phase_flow import flow_on_demand
-from tasks.steps import Given, Outside, Step
+from tasks.steps import ExternalInput, Given, Step
 
 EVALUATION = "evaluation"
 
 
-def steps(config: PipelineConfig, before: Before) -> list[Step]:
+def steps(config: PipelineConfig, before: EarlierResults) -> list[Step]:
     inputs: dict[str, Given] = {"run": before.step(TRAIN.name, last_stage(config)), "shards": before.step(PRECOMPUTE.name, SHARDS)}
-    inputs |= {f"{part}.{setting}": Outside(path, quick_digest(path)) for (part, setting), path in config.evaluation.outside().items()}
+    inputs |= {
+        f"{part}.{setting}": ExternalInput(path, quick_digest(path)) for (part, setting), path in config.evaluation.outside().items()
+    }
     step = Step.of(EVALUATION, "fvlm_core.eval", config.evaluation, inputs=inputs, threads=config.evaluation.threads)
     # only benchmarks are split over ranks, and a small one is done before a second process has started
     several = config.machine.ranks > 1 and bool(config.evaluation.benchmarks.data)
@@ -42,7 +44,7 @@ def show(config: PipelineConfig, results: Results) -> Shown:
 
 def prepare(config: PipelineConfig, volume: Path) -> None:
     """Check that the files of the benchmarks exist."""
-    check_outside(config.evaluation)
+    check_external_files(config.evaluation)
 
 
 def outside(config: PipelineConfig, volume: Path) -> Mapping[str, str]:

@@ -5,17 +5,17 @@ from typing import Any
 
 from fvlm_core.data.jobs import LEFT_OUT_FILE, ShardManifest, Source
 from fvlm_core.data.parts import Part, parts_of
-from fvlm_core.data.sources.record import SOURCES, record_folder, recorded
+from fvlm_core.data.sources.record import SOURCES, cached_record, record_folder
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import sha256_file
 from fvlm_core.tables import Table
 from tasks.config import PipelineConfig
-from tasks.outside import external_inputs, natural_clips, record_sources
-from tasks.phase import Before, Changes, Phase, Results, Shown
+from tasks.external_inputs import external_inputs, natural_clips, record_sources
+from tasks.phase import Changes, EarlierResults, Phase, Results, Shown
 from tasks.phase_flow import flow_on_demand
 from tasks.precompute import RENDERED
 from tasks.recipes import AN_INPUT
-from tasks.steps import Given, Outside, Step
+from tasks.steps import ExternalInput, Given, Step
 
 SHARDS, VISION = "shards", "vision"
 LOSSES_SHOWN = 5
@@ -24,7 +24,7 @@ CLIPS_TABLE = "clips.parquet"
 """Name of the clips' table in the folder of the rendered clips."""
 
 
-def steps(config: PipelineConfig, before: Before) -> list[Step]:
+def steps(config: PipelineConfig, before: EarlierResults) -> list[Step]:
     settings, volume = config.precompute, before.volume
     made: list[Step] = []
     downloads = [step for source in settings.video_sources for step in _download_parts(config, source, volume)]
@@ -75,7 +75,7 @@ VISION_CHECKPOINT = "model.vision.checkpoint"
 """The recipe setting that names the trained encoder."""
 
 
-def training_inputs(before: Before, prefix: str = "") -> dict[str, Given]:
+def training_inputs(before: EarlierResults, prefix: str = "") -> dict[str, Given]:
     """A recipe's inputs from this phase, by setting (prefixed by `prefix`): the shards, and the vision encoder if one was trained."""
     made = before.steps(PRECOMPUTE.name)
     inputs: dict[str, Given] = {f"{prefix}shards": made[SHARDS]}
@@ -87,7 +87,7 @@ def training_inputs(before: Before, prefix: str = "") -> dict[str, Given]:
 
 def _clips(config: PipelineConfig) -> Step:
     natural = natural_clips() if config.precompute.natural else []
-    inputs = {"natural": [Outside(path, sha256_file(path)) for path in natural]}
+    inputs = {"natural": [ExternalInput(path, sha256_file(path)) for path in natural]}
     return Step.of(RENDERED, "fvlm_core.data.clips", config.precompute.clips, inputs=inputs)
 
 
@@ -102,20 +102,20 @@ def _download_parts(config: PipelineConfig, source: Source, volume: Path) -> lis
     """Fetch the videos of an external source, one step per part."""
     try:
         folder = record_folder(source, volume)
-        parts = parts_of(folder, recorded(source, volume), config.precompute.download.part_samples)
+        parts = parts_of(folder, cached_record(source, volume), config.precompute.download.part_samples)
     except UserError:  # only in a plan: a run without these files is refused earlier
         return [_download(config, source.name, {"record": _record(source, volume)})]
 
     def step(number: int, part: Part) -> Step:
         name = source.name if len(parts) == 1 else f"{source.name}-{number:05d}"
-        return _download(config, name, {"record": Outside(folder, part.digest)}, first=part.first, rows=part.rows)
+        return _download(config, name, {"record": ExternalInput(folder, part.digest)}, first=part.first, rows=part.rows)
 
     return [step(number, part) for number, part in enumerate(parts)]
 
 
 def _download(config: PipelineConfig, name: str, origin: dict[str, Given], **more: Any) -> Step:
     """Fetch the videos of a source; `origin` is the input with its rows."""
-    inputs = origin | {"video2dataset_python": Outside(config.machine.video2dataset_python, "")}
+    inputs = origin | {"video2dataset_python": ExternalInput(config.machine.video2dataset_python, "")}
     more |= {"frame_px": config.model.vision.frame_px}
     return Step.of(f"download-{name}", "fvlm_core.data.download", config.precompute.download, inputs=inputs, **more)
 
@@ -128,7 +128,7 @@ def _shards(config: PipelineConfig, downloads: list[Step], volume: Path) -> Step
     val_shares = {name: share for source, share in shares for name in _names(source, volume)}
     inputs: dict[str, Given] = {"downloads": downloads, "texts": texts}
     if frozen := settings.shards.validation:
-        inputs["validation"] = Outside(frozen, sha256_file(frozen) if frozen.is_file() else "")
+        inputs["validation"] = ExternalInput(frozen, sha256_file(frozen) if frozen.is_file() else "")
     return Step.of(SHARDS, "fvlm_core.data.shards", settings.shards, inputs=inputs, val_shares=val_shares)
 
 
@@ -137,18 +137,18 @@ def _publish(to: str, shards: Step) -> Step:
     return Step("publish", "fvlm_core.data.publish", {"to": to}, {"shards": shards})
 
 
-def _record(source: Source, volume: Path) -> Outside:
+def _record(source: Source, volume: Path) -> ExternalInput:
     """An external source, identified by its record on the volume."""
     try:
-        return Outside(record_folder(source, volume), recorded(source, volume).digest)
+        return ExternalInput(record_folder(source, volume), cached_record(source, volume).digest)
     except UserError:  # only in a plan: a run without these files is refused earlier
-        return Outside(volume / SOURCES / source.name, "not here")
+        return ExternalInput(volume / SOURCES / source.name, "not here")
 
 
 def _names(source: Source, volume: Path) -> set[str]:
     """Names of the sources in an external source's rows, which may name their own."""
     try:
-        return recorded(source, volume).sources
+        return cached_record(source, volume).sources
     except UserError:  # only in a plan: a run without these files is refused earlier
         return {source.name}
 

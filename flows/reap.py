@@ -10,7 +10,7 @@ from prefect.artifacts import create_image_artifact, create_table_artifact
 
 from tasks.artifacts import publish_bill
 from tasks.config import PipelineConfig
-from tasks.rented import account_of, bill_table, budget_of, budget_plot, budget_table, look_after, rental_of
+from tasks.rented import account_of, bill_table, budget_of, budget_plot, budget_table, reap_and_reconcile, rental_of
 
 EVERY_S = 300
 POOL = "fvlm-home"
@@ -31,7 +31,7 @@ def reap(*, config: PipelineConfig) -> None:
     rental, log = rental_of(config), get_run_logger()
     account = account_of(rental)
     budget = budget_of(rental, account.store)
-    for one in look_after(account, budget):
+    for one in reap_and_reconcile(account, budget):
         log.warning("pod %s: %s; %s", one.pod.id, one.reason, one.problem or "ended")
     position, now = budget.position(), budget.clock()
     table = budget_table(position, now)

@@ -10,14 +10,14 @@ from flows.speed import SPEED
 from flows.train import TRAIN, last_stage
 from fvlm_core.release.jobs import ReleaseManifest
 from tasks.config import PipelineConfig
-from tasks.phase import Before, Phase, Results, Shown
+from tasks.phase import EarlierResults, Phase, Results, Shown
 from tasks.phase_flow import flow_on_demand
-from tasks.steps import Given, Outside, Step
+from tasks.steps import ExternalInput, Given, Step
 
 RELEASE_STEP = "release"
 
 
-def steps(config: PipelineConfig, before: Before) -> list[Step]:
+def steps(config: PipelineConfig, before: EarlierResults) -> list[Step]:
     phases = [phase.name for phase in RELEASE.after]
     stages = list(config.stages.present)
     inputs: dict[str, Given] = {
@@ -29,7 +29,7 @@ def steps(config: PipelineConfig, before: Before) -> list[Step]:
     inputs |= {f"stages.{name}": before.step(TRAIN.name, name) for name in stages}
     inputs |= {f"reports.{name}": made for name, made in others.items()}
     # no digest: the report shows the phases' times, which are not part of the release's identity
-    inputs |= {f"phases.{name}": Outside(before.folders[name], "") for name in phases}
+    inputs |= {f"phases.{name}": ExternalInput(before.folders[name], "") for name in phases}
     places: dict[str, Any] = {"stages": dict.fromkeys(stages), "reports": dict.fromkeys(others), "phases": dict.fromkeys(phases)}
     return [Step.of(RELEASE_STEP, "fvlm_core.release", config.release, inputs=inputs, profile=config.name, **places)]
 

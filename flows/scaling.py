@@ -9,18 +9,18 @@ from fvlm_core.scaling.jobs import ScalingReport
 from fvlm_core.tables import Table
 from tasks.config import PipelineConfig
 from tasks.grid import planned
-from tasks.phase import Before, Changes, Phase, Results, Shown
+from tasks.phase import Changes, EarlierResults, Phase, Results, Shown
 from tasks.phase_flow import flow_on_demand
-from tasks.steps import Made, Step
+from tasks.steps import Step, StepResult
 
 REPORT = "scaling-report"
 COLUMNS = {"size", "variant", "budget_flops", "seed", "params", "samples", "loss"}
 
 
-def steps(config: PipelineConfig, before: Before) -> list[Step]:
+def steps(config: PipelineConfig, before: EarlierResults) -> list[Step]:
     scaling, inputs = config.scaling, training_inputs(before)
     shards = inputs["shards"]
-    plans = planned(config.grid, before.changes, before.volume / shards.folder if isinstance(shards, Made) else None)
+    plans = planned(config.grid, before.changes, before.volume / shards.folder if isinstance(shards, StepResult) else None)
     runs = [training(one.recipe, config.machine, inputs, shared=True) for one in plans]
     values = [
         {"size": cell.size.name, "budget_flops": cell.budget_flops, "variant": cell.variant, "seed": cell.seed, "run": None}

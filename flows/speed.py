@@ -7,7 +7,7 @@ from fvlm_core.experiments import Experiment
 from fvlm_core.tables import Table
 from fvlm_core.train.jobs import SpeedReport
 from tasks.config import PipelineConfig
-from tasks.phase import Before, Changes, Phase, Results, Shown
+from tasks.phase import Changes, EarlierResults, Phase, Results, Shown
 from tasks.phase_flow import flow_on_demand
 from tasks.recipes import base_recipe
 from tasks.steps import Step
@@ -29,7 +29,7 @@ COLUMNS = {
 COLUMNS |= {"mfu", "gpu_busy", "power_w", "sm_clock_mhz", "peak_memory_gb", "data_wait_share"}
 
 
-def steps(config: PipelineConfig, before: Before) -> list[Step]:
+def steps(config: PipelineConfig, before: EarlierResults) -> list[Step]:
     recipe = base_recipe(config.model, config.base, "base", "speed", before.changes)
     inputs = training_inputs(before, "recipe.")
     threads = os.cpu_count() or 1

@@ -10,7 +10,7 @@ from fvlm_core.scaling.jobs import CurvesManifest
 from fvlm_core.tables import Table
 from fvlm_core.train.jobs import RunManifest
 from tasks.config import PipelineConfig
-from tasks.phase import Before, Phase, Results, Shown
+from tasks.phase import EarlierResults, Phase, Results, Shown
 from tasks.phase_flow import flow_on_demand
 from tasks.recipes import stage_recipe
 from tasks.steps import Step
@@ -18,7 +18,7 @@ from tasks.steps import Step
 CURVES = "curves"
 
 
-def steps(config: PipelineConfig, before: Before) -> list[Step]:
+def steps(config: PipelineConfig, before: EarlierResults) -> list[Step]:
     stages: list[Step] = []
     for name in config.stages.present:
         recipe = stage_recipe(config.model, config.base, config.stages, name, changes=before.changes, start=bool(stages))

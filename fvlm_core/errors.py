@@ -29,6 +29,6 @@ class FolderTakenError(UserError):
     """The output folder belongs to another job, which must find it unchanged."""
 
 
-def is_refusal(message: str) -> bool:
+def is_user_error(message: str) -> bool:
     """Whether a message, possibly from another process, is that of a `UserError`: a retry would fail in the same way."""
     return FIX in message

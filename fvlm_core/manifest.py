@@ -51,7 +51,7 @@ class Manifest(Settings):
     files: list[FileEntry] = Field(default_factory=list)
     commit: str = Field(default_factory=provenance.commit)
     """Git commit of the checkout that produced the result."""
-    code: dict[str, str] = Field(default_factory=provenance.running)
+    code: dict[str, str] = Field(default_factory=provenance.job_code)
     """Digests, by path, of the repository's files that the job imports."""
     versions: dict[str, str] = Field(default_factory=provenance.versions)
     """Versions of Python and of the libraries that a result can depend on."""

@@ -26,15 +26,15 @@ DIGEST_LENGTH = 16
 """Number of hex digits kept of a file's sha256; enough to detect a change."""
 
 
-def running() -> dict[str, str]:
+def job_code() -> dict[str, str]:
     """Digests, by path, of the repository's files that the running job's module imports; empty outside a job."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     name = spec.name.removesuffix(".__main__") if spec else ""
-    return {path: digest(path) for path in reached(name)} if name.split(".")[0] == PACKAGE else {}
+    return {path: digest(path) for path in imported_files(name)} if name.split(".")[0] == PACKAGE else {}
 
 
 @cache
-def reached(module: str) -> tuple[str, ...]:
+def imported_files(module: str) -> tuple[str, ...]:
     """Paths, relative to `ROOT`, of the repository's files that `module` imports (transitively), including imports inside functions."""
     found: dict[str, Path] = {}
     waiting = [module, f"{module}.__main__"]
@@ -58,9 +58,9 @@ def digest(path: str) -> str:
         return ""
 
 
-def remember(module: str) -> None:
+def cache_digests(module: str) -> None:
     """Cache the current digests of the code that `module` imports, for this process and all processes forked from it."""
-    for path in reached(module):
+    for path in imported_files(module):
         digest(path)
     versions()
     commit()

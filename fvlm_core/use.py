@@ -14,7 +14,7 @@ import numpy as np
 from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
 from fvlm_core.eval.jobs import Original
 from fvlm_core.release.int8 import int8_weights
-from fvlm_core.serve.answering import MAX_NEW_TOKENS, Sampling
+from fvlm_core.serve.batched_decoding import MAX_NEW_TOKENS, Sampling
 from fvlm_core.serve.load import checked_mode, load
 from fvlm_core.serve.session import Session, gaze, open_media
 

@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from fvlm_core.config import ModelSettings, Positive, Recipe, SourceShares
 from fvlm_core.dotted import UnknownPathError, flatten, value_at, with_changes
 from fvlm_core.settings import Settings, explain
-from tasks.recipes import Base, Name, Values, base_recipe, fitted
+from tasks.recipes import Base, Name, Values, base_recipe, with_consistent_settings
 
 Group = dict[str, bool | int | float | str | list[float]]
 """A group of settings, e.g. `model.glance`. Keys that are left out have their defaults."""
@@ -81,11 +81,11 @@ def check_ablations(ablations: Sequence[Ablation], model: ModelSettings, base: B
     for ablation in ablations:
         where = f"ablations: {ablation.name}"
         try:
-            changed = fitted(with_changes(recipe, ablation.change))
+            changed = with_consistent_settings(with_changes(recipe, ablation.change))
         except UnknownPathError as error:
             known = ", ".join(flatten(recipe))
             raise ValueError(f"{where}: no setting {ablation.path!r}; there are: {known}") from error
-        if changed == fitted(recipe):
+        if changed == with_consistent_settings(recipe):
             raise ValueError(f"{where}: {ablation.path} is {ablation.value!r} in the base already")
         if isinstance(ablation.value, dict) and value_at(recipe, ablation.path) is not None:
             raise ValueError(f"{where}: the base has {ablation.path} already; change one of its keys, as {ablation.path}.KEY")

@@ -11,7 +11,7 @@ from fvlm_core.errors import UserError
 from fvlm_core.manifest import AnyManifest, write_atomically
 from fvlm_core.settings import read_yaml
 from infra.locks import locked
-from tasks.steps import RECORD, STEPS, Made, Step, StepRecord, read_record
+from tasks.steps import RECORD, STEPS, Step, StepRecord, StepResult, read_record
 
 SETTINGS_FILES = ("recipe.yaml", "job.yaml")
 """Files with the settings of a job in its folder, for a folder without the record of a step."""
@@ -20,7 +20,7 @@ FILLED_BY = {"vision": "model.vision.checkpoint", "llm": "model.llm.checkpoint"}
 SHOWN = 5
 
 
-def adopt(step: Step, folder: Path, volume: Path) -> Made:
+def adopt(step: Step, folder: Path, volume: Path) -> StepResult:
     """Copy the result in `folder` to the step's own folder on the volume.
 
     Raises UserError if an input of the step is missing, if the result is damaged or was made with other settings or from other inputs, or
@@ -60,7 +60,7 @@ def adopt(step: Step, folder: Path, volume: Path) -> Made:
         write_atomically(arriving / RECORD, wanted.model_dump_json(indent=2).encode())
         shutil.rmtree(target, ignore_errors=True)
         arriving.rename(target)
-    return Made(name=step.name, folder=step.folder, digest=manifest.digest)
+    return StepResult(name=step.name, folder=step.folder, digest=manifest.digest)
 
 
 def _record(folder: Path, manifest: AnyManifest) -> StepRecord:

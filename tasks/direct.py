@@ -7,9 +7,9 @@ from contextlib import closing
 from pathlib import Path
 
 from tasks.config import PipelineConfig
-from tasks.make import How, make
-from tasks.phase import Phase, PhaseManifest, Results, before_of, conclude
-from tasks.steps import Made, Step, in_waves
+from tasks.make import MakeOptions, make
+from tasks.phase import Phase, PhaseManifest, Results, conclude, earlier_results
+from tasks.steps import Step, StepResult, in_dependency_order
 
 
 def run_directly(phases: Sequence[Phase], config: PipelineConfig, volume: Path) -> dict[str, PhaseManifest]:
@@ -17,10 +17,10 @@ def run_directly(phases: Sequence[Phase], config: PipelineConfig, volume: Path) 
     done: dict[str, PhaseManifest] = {}
     for phase in phases:
         phase.prepare(config, volume)
-    with closing(How.of(config.machine)) as how, ThreadPoolExecutor(config.machine.parallel_jobs) as pool:
+    with closing(MakeOptions.of(config.machine)) as how, ThreadPoolExecutor(config.machine.parallel_jobs) as pool:
         for phase in phases:
-            started, made = time.monotonic(), dict[str, Made]()
-            for wave in in_waves(phase.steps(config, before_of(phase, config, volume, done))):
+            started, made = time.monotonic(), dict[str, StepResult]()
+            for wave in in_dependency_order(phase.steps(config, earlier_results(phase, config, volume, done))):
                 bound: list[Step] = [step.bound(made) for step in wave]
                 made |= dict(zip((step.name for step in bound), pool.map(lambda step: make(step, volume, how=how), bound), strict=True))
             done[phase.name] = conclude(phase, config, Results(volume, made), done, seconds=time.monotonic() - started)

@@ -20,7 +20,7 @@ from prefect.states import Cancelled, Cancelling
 
 from infra.launch import JobStoppedError
 from tasks.config import PipelineConfig
-from tasks.make import BusyError, How, Reporter, make
+from tasks.make import BusyError, MakeOptions, Reporter, make
 from tasks.steps import Step
 
 
@@ -57,7 +57,7 @@ def helped(phase: str, config: PipelineConfig, volume: str, count: int) -> Gener
 def share(
     steps: Sequence[Step],
     volume: Path,
-    how: How,
+    how: MakeOptions,
     *,
     number: int,
     of: int,

@@ -11,13 +11,13 @@ import yaml
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import FILE_NAME, write_atomically
 from fvlm_core.progress import ProgressReport
-from fvlm_core.train.grace import stop_grace_s
+from fvlm_core.train.grace_period import stop_grace_s
 from infra.devices import Devices
 from infra.fork_server import ForkServer
 from infra.launch import DiskFullError, JobRefusedError, forked_ranks_job, launch, python_job, torchrun_job
 from infra.locks import locked
 from tasks.machine import Machine
-from tasks.steps import RECORD, Made, OnCodeChange, Step, Verify
+from tasks.steps import RECORD, OnCodeChange, Step, StepResult, Verify
 
 PROBLEMS_SHOWN = 5
 GB = 10**9
@@ -28,7 +28,7 @@ GRACE_S = 10.0
 
 
 @dataclass(frozen=True)
-class How:
+class MakeOptions:
     """How steps are made; results do not depend on it."""
 
     verify: Verify = "sha256"
@@ -43,7 +43,7 @@ class How:
     """Fork server for training jobs and, once it runs, for other jobs; None: each job is a new Python process."""
 
     @classmethod
-    def of(cls, machine: Machine) -> "How":
+    def of(cls, machine: Machine) -> "MakeOptions":
         """Return the settings of a profile. The caller must call `close`."""
         return cls(
             verify=machine.verify,
@@ -81,11 +81,11 @@ def make(
     step: Step,
     volume: Path,
     *,
-    how: How | None = None,
+    how: MakeOptions | None = None,
     stop: threading.Event | None = None,
     reporter: Reporter | None = None,
     wait: bool = True,
-) -> Made:
+) -> StepResult:
     """Return the step's result: found intact on the volume, or made by its job.
 
     Only one process makes a step at a time. A folder that a killed process left unfinished is given to the job as it is, so that the job
@@ -94,7 +94,7 @@ def make(
     Raises UserError (the job rejects its input, or the disk is full), infra.launch.JobError or JobStoppedError, and InterruptedError if
     `stop` is set while it waits for another process. Without `wait`, raises BusyError if another process is making the step.
     """
-    how, reporter = how or How(), reporter or Reporter()
+    how, reporter = how or MakeOptions(), reporter or Reporter()
     folder = volume / step.folder
 
     def waiting() -> None:
@@ -120,7 +120,7 @@ def make(
         return made
 
 
-def _run(step: Step, volume: Path, how: How, stop: threading.Event | None, reporter: Reporter) -> None:
+def _run(step: Step, volume: Path, how: MakeOptions, stop: threading.Event | None, reporter: Reporter) -> None:
     """Run the step's job in its folder."""
     folder = volume / step.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -161,9 +161,9 @@ def _run(step: Step, volume: Path, how: How, stop: threading.Event | None, repor
         raise UserError(str(error), where=str(volume), fix="free some space, or give another volume") from error
 
 
-def _grace_s(step: Step, volume: Path, how: How) -> float:
+def _grace_s(step: Step, volume: Path, how: MakeOptions) -> float:
     """Return how long the step's job may take to end after it is stopped."""
     if not step.ranks:
         return GRACE_S
     start = step.inputs.get("init_from")
-    return how.stop_grace_s or stop_grace_s(volume / step.folder, volume / start.folder if isinstance(start, Made) else None)
+    return how.stop_grace_s or stop_grace_s(volume / step.folder, volume / start.folder if isinstance(start, StepResult) else None)

@@ -21,7 +21,7 @@ from fvlm_core.settings import Settings, hash_json
 from fvlm_core.tables import Table
 from tasks.config import PipelineConfig
 from tasks.knowledge import append_experiments
-from tasks.steps import KEY_LENGTH, Input, Made, Step, Verify
+from tasks.steps import KEY_LENGTH, Input, Step, StepResult, Verify
 
 PHASES_FOLDER = "phases"
 """Folder of the volume that holds a folder per phase."""
@@ -45,11 +45,15 @@ class Shown(Settings):
     """Files and folders for the user, relative to the volume, by description."""
 
 
-class Before:
+class EarlierResults:
     """The results of the phases before one: their steps, as inputs, and their decisions."""
 
     def __init__(
-        self, volume: Path, steps: Mapping[str, Mapping[str, Made | Step]], decided: Mapping[str, Changes], folders: Mapping[str, Path]
+        self,
+        volume: Path,
+        steps: Mapping[str, Mapping[str, StepResult | Step]],
+        decided: Mapping[str, Changes],
+        folders: Mapping[str, Path],
     ) -> None:
         """All arguments are by phase, in the order of the phases: steps by name (`Step` if not made yet), decisions, manifest folders."""
         self.volume, self.folders = volume, folders
@@ -74,7 +78,7 @@ class Results:
     """The finished steps of a phase."""
 
     volume: Path
-    made: Mapping[str, Made]
+    made: Mapping[str, StepResult]
 
     def folder(self, step: str) -> Path:
         """Return the folder of a step's result."""
@@ -98,7 +102,7 @@ class Phase:
     """Kind of machine that it runs on."""
     reads: tuple[str, ...]
     """Dotted paths of the profile that its results depend on."""
-    steps: Callable[[PipelineConfig, Before], list[Step]]
+    steps: Callable[[PipelineConfig, EarlierResults], list[Step]]
     """Returns its steps, whose inputs may be steps that are not made yet."""
     show: Callable[[PipelineConfig, Results], Shown]
     after: "tuple[Phase, ...]" = ()
@@ -146,7 +150,7 @@ class Phase:
 class PhaseManifest(Manifest):
     """A finished phase: its steps, its decisions, what it shows. `inputs` are the digests of the phases and external inputs it used."""
 
-    steps: dict[str, Made]
+    steps: dict[str, StepResult]
     decided: dict[str, JsonValue] = Field(default_factory=dict)
     """Changes that later phases apply to their recipes, by dotted path."""
     shown: Shown = Shown()
@@ -168,9 +172,9 @@ class PhaseManifest(Manifest):
         return {name: changes for name, changes in found.items() if changes}
 
 
-def before_of(phase: Phase, config: PipelineConfig, volume: Path, done: Mapping[str, PhaseManifest]) -> Before:
+def earlier_results(phase: Phase, config: PipelineConfig, volume: Path, done: Mapping[str, PhaseManifest]) -> EarlierResults:
     """Return the results of the phases before `phase`, which are done."""
-    return Before(
+    return EarlierResults(
         volume,
         steps={name: one.steps for name, one in done.items()},
         decided={name: one.decided for name, one in done.items()},
@@ -229,10 +233,10 @@ def require(phases: Sequence[Phase], config: PipelineConfig, volume: Path, *, by
 def link_steps(phase: Phase, manifest: PhaseManifest, volume: Path) -> None:
     """Point the phase's links on the volume to its steps."""
     for link, step in phase.links.items():
-        point(volume / link, manifest.steps[step].folder)
+        relink(volume / link, manifest.steps[step].folder)
 
 
-def point(link: Path, folder: str) -> None:
+def relink(link: Path, folder: str) -> None:
     """Atomically make `link` a symbolic link to `folder`, which is relative to the link. Anything else with that name is left alone."""
     if link.exists() and not link.is_symlink():
         return

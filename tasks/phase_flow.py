@@ -23,11 +23,11 @@ from tasks import artifacts
 from tasks.board import on_board
 from tasks.config import PipelineConfig
 from tasks.helpers import helped, share
-from tasks.make import How, Reporter, make
+from tasks.make import MakeOptions, Reporter, make
 from tasks.mixtures import check_shards
-from tasks.phase import Phase, PhaseManifest, Results, before_of, conclude, link_steps, require
+from tasks.phase import Phase, PhaseManifest, Results, conclude, earlier_results, link_steps, require
 from tasks.status_board import StatusBoard
-from tasks.steps import Finding, Made, Step, in_waves
+from tasks.steps import Step, StepResult, StepState, in_dependency_order
 
 RESULTS = "prefect/results"
 """Folder of the volume where Prefect keeps task results and cache keys, shared by all workers."""
@@ -101,11 +101,11 @@ def run_phase(phase: Phase, config: PipelineConfig, volume: str) -> PhaseManifes
     done = require(phase.ancestors, config, root, by=phase.name, verify=verify)
     if "precompute" in done:
         check_shards(config, ShardManifest.read(root / done["precompute"].steps["shards"].folder))
-    steps = phase.steps(config, before_of(phase, config, root, done))
+    steps = phase.steps(config, earlier_results(phase, config, root, done))
     folder = phase.folder(config, root)
     helpers = phase.helpers(config)
     with StepRunner(config, root, StatusBoard(phase.name, folder, len(steps)), phase.name) as runner:
-        for number, wave in enumerate(in_waves(steps)):
+        for number, wave in enumerate(in_dependency_order(steps)):
             bound = [step.bound(runner.made) for step in wave]
             if number == 0 and helpers and any(step.find(root, verify).made is None for step in bound):
                 with helped(phase.name, config, volume, helpers):
@@ -124,8 +124,8 @@ def help_phase(phase: Phase, config: PipelineConfig, volume: str, number: int) -
     """Make steps of a phase that runs elsewhere, and return their names. Steps that need other steps are left to that run."""
     root, log = Path(volume), get_run_logger()
     done = require(phase.ancestors, config, root, by=phase.name, verify="sizes")
-    steps = next(in_waves(phase.steps(config, before_of(phase, config, root, done))), [])
-    stop, machine, how = threading.Event(), config.machine, How.of(config.machine)
+    steps = next(in_dependency_order(phase.steps(config, earlier_results(phase, config, root, done))), [])
+    stop, machine, how = threading.Event(), config.machine, MakeOptions.of(config.machine)
     try:
         made = share(
             steps,
@@ -183,7 +183,7 @@ class RunReporter(Reporter):
     retry_jitter_factor=0.2,
     retry_condition_fn=worth_retrying,
 )
-def make_step(step: Step, runner: "StepRunner", cache_key: str) -> Made:
+def make_step(step: Step, runner: "StepRunner", cache_key: str) -> StepResult:
     """Return the step's result, found on the volume or made by its job. Cached by `cache_key`."""
     reporter, succeeded = RunReporter(runner.board), False
     reporter.progress(step.name, None)
@@ -200,9 +200,9 @@ class StepRunner:
 
     def __init__(self, config: PipelineConfig, volume: Path, board: StatusBoard, phase: str) -> None:
         self.config, self.volume, self.board, self.phase = config, volume, board, phase
-        self.how = How.of(config.machine)
+        self.how = MakeOptions.of(config.machine)
         self.stop = threading.Event()
-        self.made: dict[str, Made] = {}
+        self.made: dict[str, StepResult] = {}
 
     def __enter__(self) -> "StepRunner":
         return self
@@ -252,10 +252,10 @@ class StepRunner:
                 future.result()
         return [step for step in steps if found[step.name].made is None]
 
-    def _find(self, step: Step) -> Finding:
+    def _find(self, step: Step) -> StepState:
         return step.find(self.volume, self.how.verify, self.how.on_code_change)
 
-    def _task(self, step: Step, found: Finding) -> Task[..., Made]:
+    def _task(self, step: Step, found: StepState) -> Task[..., StepResult]:
         """Return the task that makes `step`. Its cached result is not used if the step's files are missing or damaged."""
         if found.other_code:
             get_run_logger().warning("%s was made by other code: %s", step.name, "; ".join(found.other_code))

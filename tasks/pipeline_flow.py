@@ -16,7 +16,7 @@ from prefect.settings import PREFECT_UI_URL
 from prefect.states import Cancelling
 from pydantic import JsonValue
 
-from fvlm_core.errors import UserError, is_refusal
+from fvlm_core.errors import UserError, is_user_error
 from fvlm_core.settings import hash_json
 from fvlm_core.tables import Table
 from infra.store import FolderStore
@@ -135,7 +135,7 @@ def run_phase(phase: str, config: PipelineConfig, volume: str, cache_key: str, *
             continue
         if state.is_completed():
             return child.name
-        if not (state.is_crashed() and left) or is_refusal(message(state)):
+        if not (state.is_crashed() and left) or is_user_error(message(state)):
             raise PhaseFailedError(f"{phase} ended {state.name}: {message(state)}\nIts run: {run_url(child)}")
         get_run_logger().warning("%s is started again, %d more times at most: %s", phase, left, message(state))
     raise AssertionError

@@ -24,8 +24,8 @@ from fvlm_core.tables import Table
 from fvlm_core.train.expected import ExpectedCost, MeanSample, expected_cost
 from fvlm_core.train.jobs import RunManifest
 from tasks.config import PipelineConfig
-from tasks.phase import PHASES_FOLDER, Before, Changes, Phase, PhaseManifest, Results
-from tasks.steps import STEPS, Finding, Made, Step, in_waves, read_record
+from tasks.phase import PHASES_FOLDER, Changes, EarlierResults, Phase, PhaseManifest, Results
+from tasks.steps import STEPS, Step, StepResult, StepState, in_dependency_order, read_record
 
 TRAINING = "fvlm_core.train"
 PART = re.compile(r"-\d{5}$")
@@ -111,23 +111,25 @@ class Plan(Settings):
         return "\n".join([*lines, *self.warnings])
 
 
-class Look(NamedTuple):
+class StepInspection(NamedTuple):
     """A step and its result, if there is one."""
 
     phase: str
     step: Step
     """The step, with existing results as inputs. Inputs that are not made yet are still steps."""
-    found: Finding
+    found: StepState
     undecided: tuple[str, ...]
     """Earlier phases that will run and may change the decisions that its settings depend on."""
 
 
-def look(phases: Sequence[Phase], config: PipelineConfig, volume: Path, *, absent: list[str] | None = None) -> Iterator[Look]:
+def inspect_steps(
+    phases: Sequence[Phase], config: PipelineConfig, volume: Path, *, absent: list[str] | None = None
+) -> Iterator[StepInspection]:
     """Yield every step of the phases, in order, without reading the contents of large files.
 
     If `absent` is given, external inputs may be missing, because they are on another machine; a message about each is appended to it.
     """
-    known: dict[str, dict[str, Made | Step]] = {}
+    known: dict[str, dict[str, StepResult | Step]] = {}
     decided: dict[str, Changes] = {}
     folders = {phase.name: phase.folder(config, volume) for phase in phases}
     for phase in phases:
@@ -139,15 +141,15 @@ def look(phases: Sequence[Phase], config: PipelineConfig, volume: Path, *, absen
             absent.append(error.what)
     undecided: list[str] = []
     for phase in phases:
-        steps = phase.steps(config, Before(volume, known, decided, folders))
-        made: dict[str, Made] = {}
-        for step in (step for wave in in_waves(steps) for step in wave):
+        steps = phase.steps(config, EarlierResults(volume, known, decided, folders))
+        made: dict[str, StepResult] = {}
+        for step in (step for wave in in_dependency_order(steps) for step in wave):
             bound = step.bound(made)
             waits = [need.name for need in bound.needs]
-            found = Finding(None, _waits(waits)) if waits else bound.find(volume, "sizes", config.machine.on_code_change)
+            found = StepState(None, _waits(waits)) if waits else bound.find(volume, "sizes", config.machine.on_code_change)
             if found.made:
                 made[step.name] = found.made
-            yield Look(phase.name, bound, found, tuple(undecided))
+            yield StepInspection(phase.name, bound, found, tuple(undecided))
         known[phase.name] = {step.name: made.get(step.name, step) for step in steps}
         done = len(made) == len(steps)
         undecided += [] if done else [phase.name]
@@ -160,7 +162,7 @@ def plan(phases: Sequence[Phase], config: PipelineConfig, volume: Path, *, measu
     warnings: list[str] = []
     speeds, rental = Speeds(measured or volume), config.machine.rental
     absent: list[str] | None = [] if rental else None
-    for phase, step, found, undecided in look(phases, config, volume, absent=absent):
+    for phase, step, found, undecided in inspect_steps(phases, config, volume, absent=absent):
         if found.made:
             condition = f"unless {' or '.join(undecided)} decides otherwise" if undecided else ""
             plans.append(StepPlan(phase=phase, step=step.name, state="cached", because=condition))
@@ -235,7 +237,7 @@ def _cost(step: Step, volume: Path, assumed: Mapping[str, MeanSample]) -> Expect
     """Return the cost of a training step, on `assumed` samples if there are no shards, or the number of rows of a download."""
     if step.module != TRAINING:
         return ExpectedCost(step.settings.get("rows"), None)
-    places = {path: str(volume / given.folder) for path, given in step.inputs.items() if isinstance(given, Made)}
+    places = {path: str(volume / given.folder) for path, given in step.inputs.items() if isinstance(given, StepResult)}
     try:
         recipe = Recipe.model_validate(with_changes(step.settings, places) | {"output": "output"})
     except ValidationError:
@@ -252,7 +254,7 @@ def _flops_by_size(step: Step, config: PipelineConfig, volume: Path, assumed: Ma
     return [cost for cost in costs if cost is not None]
 
 
-def _explain(step: Step, found: Finding, volume: Path) -> str:
+def _explain(step: Step, found: StepState, volume: Path) -> str:
     """Return why a step runs: what differs from the last step of its name, or what is wrong with its result."""
     if (volume / step.folder).exists():
         return found.reason

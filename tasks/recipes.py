@@ -77,7 +77,7 @@ def stage_recipe(model: ModelSettings, base: Base, stages: Stages, name: str, *,
     return recipe.with_changes({"init_from": AN_INPUT}) if start else recipe
 
 
-def fitted(values: Values) -> Values:
+def with_consistent_settings(values: Values) -> Values:
     """Return the values with dependent settings made consistent.
 
     Pooled frames have no queries, and so no fine passes and no glance. There is one fine weight per fine pass (the last one repeats).
@@ -108,7 +108,7 @@ def _recipe(name: str, phase: str, model: ModelSettings, base: Base, part: Base 
         "optimizer": _dump(part.optimizer),
         "run": _dump(part.run),
     }
-    return Recipe.from_values(fitted(with_changes(values, changes)), where=f"the recipe of {name}")
+    return Recipe.from_values(with_consistent_settings(with_changes(values, changes)), where=f"the recipe of {name}")
 
 
 def _dump(part: Settings) -> Values:

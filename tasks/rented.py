@@ -21,7 +21,7 @@ from infra.runpod.bills import reconcile
 from infra.runpod.client import RunPod
 from infra.runpod.naming import PodName, owner
 from infra.runpod.reaper import Reaped, reap
-from infra.runpod.rent import Wish, candidates
+from infra.runpod.rent import PodRequirements, candidates
 from infra.s3 import S3Store
 from infra.store import Store
 from tasks.bill import bill_against_plan, billed_by_step, recorded_plan
@@ -56,7 +56,7 @@ def account_of(rental: Rental) -> Account:
     )
 
 
-def seen_from_home(rental: Rental) -> Path | None:
+def local_view(rental: Rental) -> Path | None:
     """Return the volume's folder if it is mounted here, otherwise a mirror of its manifests; None if there are no keys or no volume yet."""
     keys = (KEY_VARIABLE, S3_ACCESS_VARIABLE, S3_SECRET_VARIABLE)
     if mounted(rental.mount_path, rental.volume):
@@ -85,7 +85,7 @@ def at_live_prices(config: PipelineConfig) -> Rental:
 
         def usd_per_hour(pool: Pool) -> float:
             given = {name: pool.job_variables[name] for name in MACHINE if name in pool.job_variables}
-            wish = TypeAdapter(Wish).validate_python({"image": "", "data_centers": rental.data_centers} | given)
+            wish = TypeAdapter(PodRequirements).validate_python({"image": "", "data_centers": rental.data_centers} | given)
             return candidates(client, wish, None)[0].usd_per_hour
 
         prices = {
@@ -114,7 +114,7 @@ def owner_of(account: Account) -> str:
         ) from error
 
 
-def look_after(account: Account, budget: Budget | None) -> list[Reaped]:
+def reap_and_reconcile(account: Account, budget: Budget | None) -> list[Reaped]:
     """End orphaned pods, and update the ledger. Asks the Prefect server at PREFECT_API_URL about their flow runs, if it answers.
 
     The ended pods are returned even if the ledger or the bill cannot be read.

@@ -31,7 +31,7 @@ Verify = Literal["sha256", "sizes"]
 OnCodeChange = Literal["warn", "rerun", "ignore"]
 
 
-class Made(Settings):
+class StepResult(Settings):
     """A finished step: where its folder is on the volume, and the digest of what is in it."""
 
     name: str
@@ -60,7 +60,7 @@ class Made(Settings):
 
 
 @dataclass(frozen=True)
-class Outside:
+class ExternalInput:
     """A file or folder outside the volume."""
 
     path: Path
@@ -72,14 +72,14 @@ class Outside:
 class File:
     """A file in the folder of another step's result."""
 
-    of: "Step | Made"
+    of: "Step | StepResult"
     path: str
 
 
-class Finding(NamedTuple):
+class StepState(NamedTuple):
     """The state of a step's folder."""
 
-    made: Made | None
+    made: StepResult | None
     """The result, if there is an intact one."""
     reason: str = ""
     """Why the step has to be made, if it has to."""
@@ -136,7 +136,7 @@ class Step:
     @property
     def key(self) -> str:
         """Cache key of the result, known before the result is made. All inputs must have been made."""
-        outside = {path: one.digest for path, one in self._flat_inputs() if isinstance(one, Outside) and one.digest}
+        outside = {path: one.digest for path, one in self._flat_inputs() if isinstance(one, ExternalInput) and one.digest}
         made = {path: digest for path, digest in self.input_digests().items() if path not in outside}
         return hash_json([self.name, self.module, KEY_FORMAT, self._own_settings, made, outside])[:KEY_LENGTH]
 
@@ -161,7 +161,7 @@ class Step:
         """The inputs that are not made yet, and so are still steps."""
         return [one for _, given in self._flat_inputs() if isinstance(one := given.of if isinstance(given, File) else given, Step)]
 
-    def bound(self, made: Mapping[str, Made]) -> "Step":
+    def bound(self, made: Mapping[str, StepResult]) -> "Step":
         """Return the step with `made`, the results by step name, in place of the steps among its inputs. Other inputs stay."""
 
         def bind(one: "Input") -> "Input":
@@ -201,25 +201,25 @@ class Step:
         deep = {path: value for path, value in paths.items() if "." in path}
         return {"output": str(volume / self.folder)} | dotted.with_changes(self.settings, deep) | top
 
-    def find(self, volume: Path, verify: Verify, on_code_change: OnCodeChange = "warn") -> Finding:
+    def find(self, volume: Path, verify: Verify, on_code_change: OnCodeChange = "warn") -> StepState:
         """Look for an intact result in the step's folder."""
         folder = volume / self.folder
         if not (folder / FILE_NAME).is_file():
-            return Finding(None, "not made yet" if not folder.exists() else "begun, not finished")
+            return StepState(None, "not made yet" if not folder.exists() else "begun, not finished")
         made = self.result(volume)
         if made is None:
-            return Finding(None, "damaged: its manifest cannot be read")
+            return StepState(None, "damaged: its manifest cannot be read")
         if problems := made.problems(volume, verify):
-            return Finding(None, f"damaged: {'; '.join(problems[:3])}")
+            return StepState(None, f"damaged: {'; '.join(problems[:3])}")
         other = () if on_code_change == "ignore" else tuple(made.manifest(volume).other_code)
         if other and on_code_change == "rerun":
-            return Finding(None, f"made by other code: {'; '.join(other[:3])}")
-        return Finding(made, other_code=other)
+            return StepState(None, f"made by other code: {'; '.join(other[:3])}")
+        return StepState(made, other_code=other)
 
-    def result(self, volume: Path) -> Made | None:
+    def result(self, volume: Path) -> StepResult | None:
         """Return the result according to the folder's manifest, without checking its files; None if the manifest cannot be read."""
         try:
-            return Made(name=self.name, folder=self.folder, digest=AnyManifest.read(volume / self.folder).digest)
+            return StepResult(name=self.name, folder=self.folder, digest=AnyManifest.read(volume / self.folder).digest)
         except UserError:
             return None
 
@@ -231,12 +231,12 @@ class Step:
                 yield path, given
 
 
-Input = Step | Made | Outside | File
+Input = Step | StepResult | ExternalInput | File
 Given = Input | Sequence[Input]
 """What fills a setting."""
 
 
-def in_waves(steps: list[Step]) -> Iterator[list[Step]]:
+def in_dependency_order(steps: list[Step]) -> Iterator[list[Step]]:
     """Yield the steps in groups that only need results of earlier groups. Raises ValueError for circular dependencies."""
     left, names = list(steps), {step.name for step in steps}
     done: set[str] = set()
@@ -272,7 +272,7 @@ def manifest_problems(manifest: Manifest, folder: Path, verify: Verify) -> list[
 
 def _place(given: Input, volume: Path) -> str:
     """The absolute path of an input."""
-    if isinstance(given, Outside):
+    if isinstance(given, ExternalInput):
         return str(given.path)
     if isinstance(given, File):
         return f"{_place(given.of, volume)}/{given.path}"

@@ -12,17 +12,17 @@ from tests.jobs.count import CountJob
 
 
 def test_a_job_reaches_what_it_imports_and_nothing_else() -> None:
-    training = set(provenance.reached("fvlm_core.train"))
+    training = set(provenance.imported_files("fvlm_core.train"))
     assert {"fvlm_core/train/__main__.py", "fvlm_core/train/loop.py", "fvlm_core/model/attention.py", "fvlm_core/__init__.py"} <= training
     assert not any(path.startswith(("fvlm_core/release", "fvlm_core/scaling", "fvlm_core/eval/")) for path in training)
-    assert "fvlm_core/train/loop.py" not in provenance.reached("fvlm_core.data.clips")
+    assert "fvlm_core/train/loop.py" not in provenance.imported_files("fvlm_core.data.clips")
 
 
 def test_imports_match_what_python_loads() -> None:
     """Every module of the package that importing a job loads is among the files that were found."""
     code = "import sys, fvlm_core.eval.evaluate; print(*[m for m in sys.modules if m.split('.')[0] == 'fvlm_core'])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    found = provenance.reached("fvlm_core.eval.evaluate")
+    found = provenance.imported_files("fvlm_core.eval.evaluate")
     files = {name: name.replace(".", "/") for name in loaded}
     assert not [name for name, path in files.items() if f"{path}.py" not in found and f"{path}/__init__.py" not in found]
 

@@ -16,10 +16,10 @@ import pyarrow as pa
 from fvlm_core.cli import run_job
 from fvlm_core.data.fetch import PLUGIN, environment, fetch
 from fvlm_core.data.jobs import BadClip, DownloadJob, DownloadManifest
-from fvlm_core.data.losses import kind_of
 from fvlm_core.data.parts import Part, incomplete, read_part
 from fvlm_core.data.raw_shards import CONTENT, PLACES, RAW, write_contents
-from fvlm_core.data.sources.record import FILE, FILE_ROW, Record, record, record_folder
+from fvlm_core.data.rejected import kind_of
+from fvlm_core.data.sources.record import FILE, FILE_ROW, Record, make_record, record_folder
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import file_entries
 
@@ -62,7 +62,7 @@ def _recorded(job: DownloadJob) -> tuple[Record, Path]:
     if job.record is not None:
         return Record.read_folder(job.record), job.record
     assert job.source is not None
-    return record(job.source, job.output), record_folder(job.source, job.output)
+    return make_record(job.source, job.output), record_folder(job.source, job.output)
 
 
 @lru_cache  # one check per process is enough; failures are not cached

@@ -22,9 +22,9 @@ import pyarrow.parquet as pq
 import fvlm_core
 from fvlm_core.data.arrow import pc
 from fvlm_core.data.jobs import DownloadJob
-from fvlm_core.data.losses import passes
 from fvlm_core.data.parts import Part, read_part
 from fvlm_core.data.raw_shards import RAW, read_outcomes
+from fvlm_core.data.rejected import is_transient
 from fvlm_core.data.rows import COLUMNS, DOWNLOAD_SCHEMA, LOCAL
 from fvlm_core.data.sources.record import PATH
 from fvlm_core.manifest import write_atomically
@@ -99,7 +99,7 @@ def environment() -> dict[str, str]:
 
 def _rows(failed: dict[int, str], *, passing: bool) -> list[int]:
     """Return the failed rows that a round tries."""
-    return [row for row, reason in failed.items() if not passing or passes(reason)]
+    return [row for row, reason in failed.items() if not passing or is_transient(reason)]
 
 
 def _plan(job: DownloadJob, part: Part) -> Plan:

@@ -185,7 +185,7 @@ class BadClip(Settings):
     source: str = ""
 
 
-class Loss(Settings):
+class RejectedCount(Settings):
     """How many samples of a source were left out for one kind of reason."""
 
     source: str
@@ -361,7 +361,7 @@ class ShardManifest(FramesManifest):
     vocab_size: int
     validation_digest: str = ""
     """sha256 of `validation.csv`: equal for equal validation sets."""
-    lost: list[Loss] = Field(default_factory=list)
+    lost: list[RejectedCount] = Field(default_factory=list)
     """Samples that were not fetched or decoded, or were left out: counts per source and reason. `left_out.csv` lists every one."""
     bad: list[BadClip] = Field(default_factory=list)
     """The first of the samples counted in `lost`."""

@@ -27,7 +27,7 @@ from fvlm_core.data.batch import PackedBatch
 from fvlm_core.data.buffers import FrameBuffers
 from fvlm_core.data.damage import Damage
 from fvlm_core.data.mixture import apportion
-from fvlm_core.data.plan import MixedSamples, Plan, Slot, source_rows
+from fvlm_core.data.plan import MixedSamples, Plan, PlannedSample, source_rows
 from fvlm_core.data.reader import Read, Reader
 from fvlm_core.data.rows import Split
 from fvlm_core.data.shard_set import ShardSet
@@ -194,7 +194,7 @@ def _items(
 class _Lists(Dataset[Read]):
     """Batches of given samples, by number. The samples are sent to loader processes with it."""
 
-    def __init__(self, mixed: MixedSamples, tokens_per_frame: int, batches: list[list[Slot]]) -> None:
+    def __init__(self, mixed: MixedSamples, tokens_per_frame: int, batches: list[list[PlannedSample]]) -> None:
         self.mixed, self.tokens_per_frame, self.batches = mixed, tokens_per_frame, batches
         self.reader = Reader(mixed, tokens_per_frame)
 
@@ -210,7 +210,7 @@ class _Lists(Dataset[Read]):
             return Read(None, {}, (error.what, error.where, error.fix))
 
 
-def _lists(shards: ShardSet, data: DataSettings, tokens_per_frame: int, batches: list[list[Slot]]) -> _Lists:
+def _lists(shards: ShardSet, data: DataSettings, tokens_per_frame: int, batches: list[list[PlannedSample]]) -> _Lists:
     mixed = MixedSamples(shards, data, "val", VAL_SEED, tokens_per_frame=tokens_per_frame)
     return _Lists(mixed, tokens_per_frame, batches)
 
@@ -286,7 +286,7 @@ def _reads(items: Dataset[Read], wanted: Iterable[Any], *, workers: int, depth: 
         prefetch_factor=depth // workers,
         multiprocessing_context=loader_processes(),
         pin_memory=pinned,
-        collate_fn=as_it_is,
+        collate_fn=identity,
     )
 
 
@@ -336,5 +336,5 @@ def _end_after_parent() -> None:
     os._exit(1)
 
 
-def as_it_is(item: Item) -> Item:
+def identity(item: Item) -> Item:
     return item

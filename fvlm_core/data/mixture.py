@@ -2,7 +2,7 @@
 
 Sources are interleaved in blocks of 1000 samples that contain exactly each source's share (largest remainder), spread evenly
 over the block. Each source goes through its rows in a new seeded shuffle every epoch. The global batch is planned first, and
-then dealt to ranks and micro-batches (`fvlm_core.data.dealing`), so a step's samples depend on neither.
+then dealt to ranks and micro-batches (`fvlm_core.data.balancing`), so a step's samples depend on neither.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def sample_shares(token_shares: Sequence[float], mean_tokens: Sequence[float]) -
     return (samples / samples.sum()).tolist()
 
 
-def spread(counts: Sequence[int]) -> np.ndarray:
+def interleave(counts: Sequence[int]) -> np.ndarray:
     """Return int [sum(counts)], in which each index `i` appears `counts[i]` times, spaced as evenly as possible."""
     owner = np.repeat(np.arange(len(counts)), counts)
     place = np.concatenate([(np.arange(count) + 0.5) / count for count in counts if count])
@@ -57,7 +57,7 @@ class Mixture:
                 raise ValueError(f"the share of {name!r} is below 1/{BLOCK_SAMPLES}")
             if share > 0 and not size:
                 raise ValueError(f"{name!r} has no samples")
-        self.block = spread(self.counts)
+        self.block = interleave(self.counts)
         self.rank_in_block = np.zeros(BLOCK_SAMPLES, int)
         for index in range(len(names)):
             mine = self.block == index
@@ -75,7 +75,7 @@ class Mixture:
         return int(_shuffle(self.seed, self.names[source], epoch, self.shard_rows[source], self.window)[place])
 
 
-def coin(share: float, *identity: object) -> bool:
+def hashed_bernoulli(share: float, *identity: object) -> bool:
     """Return True with probability `share`, decided by a hash of `identity`."""
     digest = blake2b(repr(identity).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < share * 2**64

@@ -11,8 +11,8 @@ from functools import lru_cache
 import numpy as np
 
 from fvlm_core.config import DataSettings, MicroBatch, RunSettings
-from fvlm_core.data.dealing import deal
-from fvlm_core.data.mixture import BLOCK_SAMPLES, Mixture, coin, sample_shares
+from fvlm_core.data.balancing import balance
+from fvlm_core.data.mixture import BLOCK_SAMPLES, Mixture, hashed_bernoulli, sample_shares
 from fvlm_core.data.rows import Split
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.errors import UserError
@@ -22,7 +22,7 @@ PLANNED_STEPS = 8
 
 
 @dataclass(frozen=True)
-class Slot:
+class PlannedSample:
     """A planned sample."""
 
     source: int
@@ -50,28 +50,30 @@ class MixedSamples:
         except ValueError as error:
             raise UserError(str(error), where="data.mixture", fix="change the shares") from error
 
-    def slot(self, source: int, position: int) -> Slot:
+    def slot(self, source: int, position: int) -> PlannedSample:
         """Return the sample at a position of a source's endless sequence."""
-        return Slot(source, position, coin(self.data.question_first, self.mixture.seed, self.mixture.names[source], position))
+        return PlannedSample(
+            source, position, hashed_bernoulli(self.data.question_first, self.mixture.seed, self.mixture.names[source], position)
+        )
 
-    def row(self, slot: Slot) -> int:
+    def row(self, slot: PlannedSample) -> int:
         """Return the row number of a planned sample."""
         return int(self.rows[slot.source][self.mixture.row(slot.source, slot.position)])
 
-    def content(self, slot: Slot) -> tuple[int, bool]:
+    def content(self, slot: PlannedSample) -> tuple[int, bool]:
         """Return a planned sample's row number, and whether its question comes first; equal for equal samples."""
         row = self.row(slot)
         return row, slot.question_first and not self.shards.is_caption[row] and self.shards.n_frames[row] > 0
 
-    def costs(self, slots: Sequence[Slot]) -> np.ndarray:
+    def costs(self, slots: Sequence[PlannedSample]) -> np.ndarray:
         """Return the cost of each sample, int64 [N, 2]: frames to encode, and tokens of its packed sequence (both, for a preference)."""
         rows = np.array([self.row(slot) for slot in slots], np.int64)
         answers = 2 if self.data.loss_on == "preferences" else 1
         return np.stack([self.shards.n_frames[rows].astype(np.int64), self.tokens[rows] * answers], axis=1)
 
-    def in_order(self, slots: Sequence[Slot], budget: MicroBatch) -> list[list[Slot]]:
+    def in_order(self, slots: Sequence[PlannedSample], budget: MicroBatch) -> list[list[PlannedSample]]:
         """Split a sequence of samples into batches; a new one starts when the next sample would exceed a budget."""
-        batches: list[list[Slot]] = []
+        batches: list[list[PlannedSample]] = []
         held = np.zeros(2, np.int64)
         for slot, cost in zip(slots, self.costs(slots), strict=True):
             if not batches or ((held + cost) > (budget.frames, budget.tokens)).any():
@@ -98,12 +100,12 @@ class Plan:
         self._check_epochs(data)
         self._dealt = lru_cache(maxsize=PLANNED_STEPS)(self._deal)
 
-    def samples(self, step: int) -> Iterator[Slot]:
+    def samples(self, step: int) -> Iterator[PlannedSample]:
         """Yield the global batch of a step. It depends only on seed and step."""
         for number in range(step * self.run.batch_samples, (step + 1) * self.run.batch_samples):
             yield self.mixed.slot(*self.mixed.mixture.at(number))
 
-    def micro_batches(self, step: int) -> list[list[list[Slot]]]:
+    def micro_batches(self, step: int) -> list[list[list[PlannedSample]]]:
         """Return the same samples by `[rank][micro-batch]`. Every rank has the same number of micro-batches, and none is empty."""
         return self._dealt(step)
 
@@ -113,9 +115,9 @@ class Plan:
         shares = [count / BLOCK_SAMPLES for count in mixture.counts]
         return {name: samples * share / size for name, share, size in zip(mixture.names, shares, mixture.sizes, strict=True)}
 
-    def _deal(self, step: int) -> list[list[list[Slot]]]:
+    def _deal(self, step: int) -> list[list[list[PlannedSample]]]:
         slots, budget = list(self.samples(step)), self.run.micro_batch
-        dealt = deal(self.mixed.costs(slots) / (budget.frames, budget.tokens), self.world_size)
+        dealt = balance(self.mixed.costs(slots) / (budget.frames, budget.tokens), self.world_size)
         return [[[slots[index] for index in items] for items in rank] for rank in dealt]
 
     def _check_epochs(self, data: DataSettings) -> None:

@@ -12,7 +12,7 @@ import torch
 from fvlm_core.data.batch import PackedBatch, Sample, StoredFrames, pack
 from fvlm_core.data.buffers import FrameBuffers, Frames
 from fvlm_core.data.damage import Corrupt, Damage
-from fvlm_core.data.plan import MixedSamples, Slot
+from fvlm_core.data.plan import MixedSamples, PlannedSample
 from fvlm_core.data.shard_io import CorruptSampleError
 from fvlm_core.data.shard_set import Bytes
 from fvlm_core.errors import UserError
@@ -63,7 +63,7 @@ class Reader:
         """Return the maximum number of rows that the allowed number of damaged samples can have."""
         return int(np.sort(self.conversations)[-self.max_damaged :].sum())
 
-    def pack(self, slots: list[Slot], memory: np.ndarray | None = None) -> Read:
+    def pack(self, slots: list[PlannedSample], memory: np.ndarray | None = None) -> Read:
         """Read and pack a micro-batch, with its frames in `memory` (uint8 [F, S, S, 3]) if they fit."""
         corrupt: dict[int, Corrupt] = {}
         side = self.shards.manifest.frame_px
@@ -95,7 +95,9 @@ class Reader:
                 fix="with data.loss_on 'preferences', use only sources in which every conversation has one",
             ) from error
 
-    def _sample(self, slot: Slot, frames: Frames, contents: dict[int, Bytes], corrupt: dict[int, Corrupt]) -> tuple[Sample, int] | None:
+    def _sample(
+        self, slot: PlannedSample, frames: Frames, contents: dict[int, Bytes], corrupt: dict[int, Corrupt]
+    ) -> tuple[Sample, int] | None:
         """Return the slot's sample, or the next intact one of its source, and where its frames start; None if too many are damaged."""
         tries = 0
         while len(corrupt) <= self.max_damaged:

@@ -53,7 +53,7 @@ STORES = ("s3://",)
 """Prefixes of addresses in object stores."""
 DOWNLOAD_SCHEMA = pa.schema([(ROW, pa.int64()), (ORIGIN, pa.string()), *SCHEMA])
 """Input of video2dataset: `url` is the address to fetch, `origin` the address as given by the source."""
-CARRIED = [name for name in DOWNLOAD_SCHEMA.names if name not in REQUIRED]
+PASSTHROUGH_COLUMNS = [name for name in DOWNLOAD_SCHEMA.names if name not in REQUIRED]
 """Columns copied into the samples' JSON, besides url and caption."""
 IDENTITY_FIELDS = (ORIGIN, *COLUMNS[1:], "num_frames", "duration_s")
 """Fields that identify a downloaded sample, besides its frames; `origin` takes the place of `url`."""

@@ -159,7 +159,7 @@ def _fill(
         )
 
 
-def added(counts: Iterable[SourceCounts]) -> list[SourceCounts]:
+def sum_counts(counts: Iterable[SourceCounts]) -> list[SourceCounts]:
     """Sum the counts by source and split, in order of first appearance."""
     sums: dict[tuple[str, Split], SourceCounts] = {}
     for one in counts:
@@ -195,7 +195,7 @@ def write_shards(
     rows = [row for shard in shards for row in shard.rows]
     pq.write_table(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA), output / INDEX_FILE, compression="zstd")
     tokenizer.save_pretrained(str(output / TOKENIZER_FOLDER))
-    return added(shard.counts for shard in shards if shard.counts), [clip for shard in shards for clip in shard.dropped]
+    return sum_counts(shard.counts for shard in shards if shard.counts), [clip for shard in shards for clip in shard.dropped]
 
 
 INDEX_SCHEMA = pa.schema(

@@ -32,11 +32,11 @@ from fvlm_core.data.jobs import (
     ShardManifest,
     SourceCounts,
 )
-from fvlm_core.data.losses import Losses
 from fvlm_core.data.parent import end_with_parent
 from fvlm_core.data.raw_shards import read_sample
+from fvlm_core.data.rejected import RejectedSamples
 from fvlm_core.data.rows import SPLITS, Kind, Split
-from fvlm_core.data.shard_files import ShardSample, added, shard_name, write_shard
+from fvlm_core.data.shard_files import ShardSample, shard_name, sum_counts, write_shard
 from fvlm_core.data.shard_parts import ShardPart, write_index
 from fvlm_core.data.shard_plan import DUPLICATE, LEAK, SAME_VIDEO, Plan, Planned, numbered
 from fvlm_core.data.sources.record import Record, read_rows
@@ -75,7 +75,7 @@ def make_shards(job: ShardJob) -> ShardManifest:
     counts: list[SourceCounts] = []
     tars: list[FileEntry] = []
     too_long = 0
-    with Plan(job.output / WORK / PLAN, new=False) as plan, Losses(job.output / LEFT_OUT_FILE) as losses:
+    with Plan(job.output / WORK / PLAN, new=False) as plan, RejectedSamples(job.output / LEFT_OUT_FILE) as losses:
         for clip in (clip for folder in job.downloads for clip in DownloadManifest.read(folder).bad):
             losses.add(clip)
         for clip in plan.lost():
@@ -123,7 +123,7 @@ def make_shards(job: ShardJob) -> ShardManifest:
             *file_entries(job.output, [f"{TOKENIZER_FOLDER}/*", INDEX_FILE]),
             *file_entries(job.output, [VALIDATION_FILE, LEFT_OUT_FILE], identity=False),
         ],
-        sources=added(counts),
+        sources=sum_counts(counts),
         frame_px=rule.frame_px,
         fps=rule.fps,
         max_frames=rule.max_frames,

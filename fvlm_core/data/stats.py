@@ -13,7 +13,7 @@ from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.figures import Figure
 from fvlm_core.tables import Table
 
-Frame = Any
+DataFrame = Any
 """A pandas.DataFrame. Type checkers do not know its groups and columns."""
 QUANTILES = {"least": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "most": 1.0}
 BINS = 40
@@ -57,11 +57,11 @@ def draw(shards: ShardSet, folder: Path) -> None:
     _histograms(folder / FIGURES[3].file, rows, "n_tokens", "text tokens")
 
 
-def _rows(shards: ShardSet) -> Frame:
+def _rows(shards: ShardSet) -> DataFrame:
     return pd.concat([shards.rows(split) for split in SPLITS])
 
 
-def _sources(rows: Frame) -> Table:
+def _sources(rows: DataFrame) -> Table:
     found = []
     for (source, split), mine in rows.groupby(["source", "split"]):
         samples = mine.drop_duplicates("key")
@@ -81,7 +81,7 @@ def _sources(rows: Frame) -> Table:
     return Table.of(found, title="Sources")
 
 
-def _quantiles(rows: Frame) -> Table:
+def _quantiles(rows: DataFrame) -> Table:
     samples = rows.drop_duplicates("key")
     shown = samples[samples["kind"] != "text"]
     parts = {"seconds": samples[samples["kind"] == "video"]["duration_s"], "frames": shown["n_frames"], "tokens": rows["n_tokens"]}
@@ -98,7 +98,7 @@ def _quantiles(rows: Frame) -> Table:
     )
 
 
-def _histograms(path: Path, rows: Frame, column: str, unit: str) -> None:
+def _histograms(path: Path, rows: DataFrame, column: str, unit: str) -> None:
     """Plot a histogram per source over common bins, as shares of the source."""
     names: Sequence[str] = sorted(rows["source"].unique())
     with canvas(path, (WIDTH, 4.5)) as figure:

@@ -15,7 +15,7 @@ from fvlm_core.data.shard_set import CorruptSampleError, ShardSet
 from fvlm_core.errors import UserError
 from fvlm_core.settings import Settings
 
-Frame = Any
+DataFrame = Any
 """A pandas.DataFrame. Type checkers do not know its groups and columns."""
 PLACES = ("json_offset", "json_size", "frame_offsets", "frame_sizes")
 
@@ -38,7 +38,7 @@ def verify(folder: Path) -> Verified:
     manifest = ShardManifest.read(folder)
     problems = manifest.problems(folder)
     shards = ShardSet(folder)
-    rows: Frame = pd.concat([shards.rows(split) for split in SPLITS])
+    rows: DataFrame = pd.concat([shards.rows(split) for split in SPLITS])
     places = pq.read_table(folder / INDEX_FILE, columns=list(PLACES))
     by_shard = rows.groupby("shard", sort=True)
     for name, mine in by_shard:
@@ -49,7 +49,7 @@ def verify(folder: Path) -> Verified:
     return Verified(files=len(manifest.files), shards=len(by_shard), samples=rows["key"].nunique(), problems=problems)
 
 
-def _count_problems(manifest: ShardManifest, rows: Frame) -> Iterator[str]:
+def _count_problems(manifest: ShardManifest, rows: DataFrame) -> Iterator[str]:
     """Yield the counts in which the manifest and the index differ."""
     for source in manifest.sources:
         mine = rows[(rows["source"] == source.name) & (rows["split"] == source.split)]
@@ -59,7 +59,7 @@ def _count_problems(manifest: ShardManifest, rows: Frame) -> Iterator[str]:
                 yield f"{INDEX_FILE}: {number} {name} of {source.name} in {source.split}, the manifest has {getattr(source, name)}"
 
 
-def _shard_problems(shards: ShardSet, name: str, rows: Frame, places: Any) -> Iterator[str]:
+def _shard_problems(shards: ShardSet, name: str, rows: DataFrame, places: Any) -> Iterator[str]:
     try:
         with tarfile.open(shards.folder / name) as archive:
             members = {(member.offset_data, member.size): member.name for member in archive}
@@ -90,7 +90,7 @@ def _shard_problems(shards: ShardSet, name: str, rows: Frame, places: Any) -> It
         yield f"{len(unknown)} files are not in the index, e.g. {unknown[0]}"
 
 
-def _record_problems(record: dict[str, Any], rows: Frame, chat: ChatFormat) -> Iterator[str]:
+def _record_problems(record: dict[str, Any], rows: DataFrame, chat: ChatFormat) -> Iterator[str]:
     """Yield the differences between a sample's index rows and its JSON."""
     head = rows.iloc[0]
     for name in ("key", "source", "kind", "duration_s"):

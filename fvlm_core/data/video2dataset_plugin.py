@@ -32,7 +32,7 @@ from video2dataset.workers import download_worker
 from fvlm_core.data.frames import HTML_MARKS, ClipError, FrameRule, encode_jpeg, extract_frames
 from fvlm_core.data.media import MediaError, open_media, time_window
 from fvlm_core.data.parent import end_with_parent
-from fvlm_core.data.rows import CARRIED, LOCAL, ORIGIN, STORES
+from fvlm_core.data.rows import LOCAL, ORIGIN, PASSTHROUGH_COLUMNS, STORES
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".avi", ".mkv", ".m4v")
 """Suffixes of URLs that always mean a file. For any other URL that returns a page, yt-dlp is tried."""
@@ -62,7 +62,7 @@ COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _local = threading.local()
 
 
-class Held:
+class InFlightLimit:
     """Limits how many downloaded videos of this process wait in memory for frame extraction, to `threads`.
 
     video2dataset's own limit counts a failed video twice, so each failure would let one more video into memory.
@@ -72,14 +72,14 @@ class Held:
     _lock = threading.Lock()
 
     @classmethod
-    def take(cls, most: int) -> None:
+    def acquire(cls, most: int) -> None:
         """Wait for a free place, out of `most`."""
         with cls._lock:
             cls.places = cls.places or threading.Semaphore(most)
         cls.places.acquire()
 
     @classmethod
-    def give_back(cls) -> None:
+    def release(cls) -> None:
         """Free a place. Call once for every `take`."""
         if cls.places is not None:
             cls.places.release()
@@ -103,14 +103,14 @@ class Reader:
     def __call__(self, row: tuple[int, str]) -> tuple[int, dict[str, bytes], dict[str, Any] | None, str | None]:
         """Fetch `(number, url)`; returns number, streams, metadata and error."""
         number, url = row
-        Held.take(self.threads)  # given back when its frames are extracted
+        InFlightLimit.acquire(self.threads)  # given back when its frames are extracted
         try:
             return number, {"video": self._read(url)}, None, None
         except ClipError as error:
             reason = str(error)
         except Exception as error:  # an uncaught one, e.g. from yt-dlp, fails the whole shard on every run
             reason = f"{type(error).__name__}: {error}"
-        Held.give_back()
+        InFlightLimit.release()
         return number, {}, None, reason[:REASON_CHARACTERS]
 
     def _read(self, url: str) -> bytes:
@@ -246,7 +246,7 @@ class FrameSubsampler:
         except Exception as error:  # an uncaught one would leave the failure without a reason
             return {}, metadata, f"{type(error).__name__}: {error}"
         finally:
-            Held.give_back()
+            InFlightLimit.release()
         metadata[0] |= {"num_frames": len(frames.pixels), "duration_s": frames.duration_s}
         return {f"{number:06d}.jpg": [encode_jpeg(frame)] for number, frame in enumerate(frames.pixels)}, metadata, None
 
@@ -288,7 +288,7 @@ def download(settings: dict[str, Any]) -> None:
         output_format="webdataset",
         input_format="parquet",
         caption_col="caption",
-        save_additional_columns=CARRIED,
+        save_additional_columns=PASSTHROUGH_COLUMNS,
         incremental_mode="incremental",
         tmp_dir=settings["temporary"],
         config={
@@ -316,7 +316,7 @@ def download(settings: dict[str, Any]) -> None:
 if __name__ in ("__main__", "__mp_main__"):  # the command itself and the children it spawns
     end_with_parent()
 if __name__ == "__main__":
-    # imported by name: Spark pickles the classes of __main__ by value, which fails for Held's lock
+    # imported by name: Spark pickles the classes of __main__ by value, which fails for InFlightLimit's lock
     from fvlm_core.data import video2dataset_plugin
 
     video2dataset_plugin.main(json.loads(Path(sys.argv[1]).read_text()))

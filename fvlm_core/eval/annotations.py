@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from fvlm_core.errors import UserError
 from fvlm_core.eval.items import UnreadableItemError
-from fvlm_core.eval.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, place_below
+from fvlm_core.eval.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, relative_key
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
 
@@ -45,7 +45,7 @@ class Cell:
     @property
     def name(self) -> str:
         """A name that is unique to this cell."""
-        return f"{place_below(self.root, self.path)}:{self.group}:{self.place}:{self.column}"
+        return f"{relative_key(self.root, self.path)}:{self.group}:{self.place}:{self.column}"
 
 
 @lru_cache(maxsize=2)

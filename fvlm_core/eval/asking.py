@@ -20,7 +20,7 @@ from fvlm_core.eval.generation import GREEDY, Generation
 from fvlm_core.eval.items import Item
 from fvlm_core.eval.media import NO_MEDIA, Media
 from fvlm_core.eval.ranks import ALONE, Ranks
-from fvlm_core.eval.records import ItemRecord, Said, read_shard, rounded, write_shard
+from fvlm_core.eval.records import ConditionOutput, ItemRecord, read_shard, rounded, write_shard
 from fvlm_core.settings import Settings, hash_json
 
 SHARD_ITEMS = 32
@@ -95,7 +95,7 @@ def ask_all(
         raise UserError(f"{answerer.name} does not generate by {settings.generation.method}", where="ask.generation.method", fix=fix)
     failed: dict[str, str] = {}
     for shard in shards_of(loaded.items)[ranks.rank :: ranks.size]:
-        path, key = shard_place(folder, shard), shard_key(answerer, loaded.benchmark, settings, shard)
+        path, key = shard_path(folder, shard), shard_key(answerer, loaded.benchmark, settings, shard)
         records = read_shard(path, key)
         if records is None or any(record.error for record in records):  # media may have been replaced
             records = ask_shard(answerer, loaded.benchmark, settings, conditions, shard.items)
@@ -109,7 +109,7 @@ def wait_for_all(answerer: Answerer, loaded: Loaded, settings: AskSettings, fold
     """Wait until the other ranks have written their shards; torchrun ends all ranks if one of them fails."""
     for shard in shards_of(loaded.items):
         key = shard_key(answerer, loaded.benchmark, settings, shard)
-        while read_shard(shard_place(folder, shard), key) is None:
+        while read_shard(shard_path(folder, shard), key) is None:
             time.sleep(poll_s)
 
 
@@ -117,7 +117,7 @@ def collect(answerer: Answerer, loaded: Loaded, settings: AskSettings, folder: P
     """The records of all shards. Raises UserError if a shard is not finished, or too many items could not be decoded."""
     found = []
     for shard in shards_of(loaded.items):
-        path = shard_place(folder, shard)
+        path = shard_path(folder, shard)
         records = read_shard(path, shard_key(answerer, loaded.benchmark, settings, shard))
         if records is None:
             raise UserError(
@@ -150,7 +150,7 @@ def _load(answerer: Answerer, items: Sequence[Item]) -> Media | ClipError:
         return error
 
 
-def shard_place(folder: Path, shard: Shard) -> Path:
+def shard_path(folder: Path, shard: Shard) -> Path:
     """The file of a shard."""
     return folder / f"{shard.number:05d}.jsonl"
 
@@ -173,10 +173,10 @@ def _ask(
     """Ask all items about the same media, under every condition."""
     asks, owners = _asks(benchmark, settings, items)
     opened = answerer.open(media, items[0].media.key)
-    said: list[dict[str, Said]] = [{} for _ in items]
+    said: list[dict[str, ConditionOutput]] = [{} for _ in items]
     for condition in conditions:
         for (place, part), reply in zip(owners, opened.replies(asks, condition), strict=True):
-            before = said[place].get(condition.name, Said())
+            before = said[place].get(condition.name, ConditionOutput())
             if part == "letters":
                 new: dict[str, object] = {"letters": [row[0] for row in rounded(reply)]}
             elif part == "options":

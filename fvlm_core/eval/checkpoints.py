@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from fvlm_core.data.shown import ShownFrames
+from fvlm_core.data.frame_sampling import FrameSampling
 from fvlm_core.data.tokenizer import chat_format, load_tokenizer
 from fvlm_core.errors import UserError
 from fvlm_core.eval.answerers.answerer import Answerer
@@ -37,13 +37,13 @@ def open_checkpoint(
     folder = path / MODEL_FOLDER if (path / MODEL_FOLDER / SETTINGS_FILE).is_file() else path
     original = original or Original()
     if (folder / SETTINGS_FILE).is_file():
-        says_itself(path, original)
+        check_no_original_options(path, original)
         return _ours(folder, path, device, batch_samples, seed)
     if not path.exists():
         raise UserError("there is no checkpoint", where=str(path), fix=f"give {FORMS}")
     kind = _model_type(path)
     if kind in SMOLVLM_TYPES:
-        says_itself(path, original)
+        check_no_original_options(path, original)
         from fvlm_core.eval.answerers.smolvlm import SmolVLMAnswerer
 
         return SmolVLMAnswerer.load(path, device, seed=seed)
@@ -52,7 +52,7 @@ def open_checkpoint(
     return _original(path, device, original, batch_samples, seed)
 
 
-def says_itself(path: Path, original: Original) -> None:
+def check_no_original_options(path: Path, original: Original) -> None:
     """Raise UserError if `original` sets options for a checkpoint that stores these properties itself."""
     if given := [f"--{name.replace('_', '-')}" for name, value in original if value is not None]:
         fix = f"leave out {', '.join(given)}: for checkpoints of the original fVLM only"
@@ -62,7 +62,7 @@ def says_itself(path: Path, original: Original) -> None:
 def _ours(folder: Path, run: Path, device: torch.device, batch_samples: int, seed: int) -> FoveatedAnswerer:
     model = load_model(folder).eval().requires_grad_(False)
     tokenizer = load_tokenizer(folder)
-    shown = ShownFrames.of_model(folder, model.settings.vision.frame_px)
+    shown = FrameSampling.of_model(folder, model.settings.vision.frame_px)
     # plain YAML, not validated: a model can be used even if its recipe was written for another version of the code
     recipe = read_yaml(run / RECIPE_FILE) if (run / RECIPE_FILE).is_file() else {}
     subject = Subject(model.to(device), tokenizer, chat_format(tokenizer), device, batch_samples)

@@ -5,13 +5,13 @@ import time
 import torch
 
 from fvlm_core.config import Recipe
+from fvlm_core.data.frame_sampling import FrameSampling
 from fvlm_core.data.shard_set import ShardSet
-from fvlm_core.data.shown import ShownFrames
 from fvlm_core.devices import device_of
 from fvlm_core.errors import UserError
 from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
+from fvlm_core.eval.external_files import check_external_files, digest
 from fvlm_core.eval.jobs import EvalJob
-from fvlm_core.eval.outside import check_outside, digest
 from fvlm_core.eval.part import Context, NotMeasuredError, Part, PartResult
 from fvlm_core.eval.ranks import ALONE, Ranks
 from fvlm_core.eval.results import FILE_NAME, TABLES_FILE, EvalReport, Results, measuring_code
@@ -36,11 +36,11 @@ def evaluate(job: EvalJob, ranks: Ranks = ALONE) -> EvalReport | None:
     started = time.monotonic()
     run = RunManifest.read(job.run)
     inputs = {"run": run.digest, "shards": AnyManifest.read(job.shards).digest}
-    check_outside(job)
+    check_external_files(job)
     recipe = Recipe.from_yaml(job.run / RECIPE_FILE)
     subject = load_subject(job, ranks)
     shards = ShardSet(job.shards)
-    shown = ShownFrames.of_model(job.run / MODEL_FOLDER, subject.model.settings.vision.frame_px)
+    shown = FrameSampling.of_model(job.run / MODEL_FOLDER, subject.model.settings.vision.frame_px)
     answerer = FoveatedAnswerer(
         subject,
         name=recipe.name,

@@ -42,7 +42,7 @@ class Generation(Settings):
 GREEDY = Generation()
 
 
-def go_on(
+def continue_prompts(
     model: "FoveatedVLM",
     cache: "PackedCache",
     hidden: "Tensor",

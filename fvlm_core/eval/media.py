@@ -79,7 +79,7 @@ class Source(Protocol):
         ...
 
 
-def place_below(root: Path, path: Path) -> str:
+def relative_key(root: Path, path: Path) -> str:
     """The path relative to a benchmark's folder: unique within the benchmark, and the same on every machine.
 
     A path outside `root` is returned unchanged.
@@ -100,7 +100,7 @@ class VideoFile:
     @property
     def key(self) -> str:
         part = "" if self.start_s is None and self.end_s is None else f"[{self.start_s}-{self.end_s}]"
-        return f"{place_below(self.root, self.path)}{part}"
+        return f"{relative_key(self.root, self.path)}{part}"
 
     def load(self, rule: FrameRule, image_repeats: int) -> Media:
         """Decode the file. Raises ClipError if it is not an intact video."""
@@ -123,7 +123,7 @@ class FrameFolder:
 
     @property
     def key(self) -> str:
-        return f"{place_below(self.root, self.path)}[{self.start_s}-{self.end_s}]"
+        return f"{relative_key(self.root, self.path)}[{self.start_s}-{self.end_s}]"
 
     def load(self, rule: FrameRule, image_repeats: int) -> Media:
         """Decode the images at the rule's times. Raises ClipError if there are none."""
@@ -175,7 +175,7 @@ class Images:
     def _identity(self, image: "bytes | Picture") -> bytes:
         if isinstance(image, bytes):
             return image
-        return (place_below(self.root, image) if isinstance(image, Path) else image.name).encode()
+        return (relative_key(self.root, image) if isinstance(image, Path) else image.name).encode()
 
 
 @dataclass(frozen=True)

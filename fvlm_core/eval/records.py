@@ -16,7 +16,7 @@ DECIMALS = 6
 SCORERS: tuple[Scorer, ...] = ("letter", "sum", "mean", "pmi")
 
 
-class Said(Settings):
+class ConditionOutput(Settings):
     """The model's output for one item in one condition."""
 
     letters: list[float] = []
@@ -41,7 +41,7 @@ class ItemRecord(Settings):
     """Number of shown frames."""
     unconditional: list[float] = []
     """Log-likelihood of each choice's text and end of turn without media and question."""
-    said: dict[str, Said] = {}
+    said: dict[str, ConditionOutput] = {}
     """Outputs by condition name."""
     error: str = ""
     """Why the item could not be asked; empty if it was."""

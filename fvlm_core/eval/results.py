@@ -118,7 +118,7 @@ class Results(Settings):
 
 def measuring_code() -> str:
     """Digest of all files of this package that the evaluation imports, independent of the program that runs it."""
-    return hash_json([[path, provenance.digest(path)] for path in provenance.reached("fvlm_core.eval.evaluate")])[:16]
+    return hash_json([[path, provenance.digest(path)] for path in provenance.imported_files("fvlm_core.eval.evaluate")])[:16]
 
 
 class EvalReport(Manifest):

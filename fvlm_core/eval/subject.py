@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from fvlm_core.data.batch import ChatFormat, PackedBatch, Sample, pack
 from fvlm_core.data.tiles import tiles_of
 from fvlm_core.data.tokenizer import encode
-from fvlm_core.eval.generation import GREEDY, Generation, go_on
+from fvlm_core.eval.generation import GREEDY, Generation, continue_prompts
 from fvlm_core.model import inference
 from fvlm_core.model.foveated import FoveatedVLM
-from fvlm_core.model.glance import look_at
+from fvlm_core.model.glance import encode_downscaled
 from fvlm_core.model.names import Mode
 
 
@@ -73,7 +73,7 @@ class Subject:
         for mode in modes:
             with self.autocast():
                 hidden = inference.read_batch(self.model, batch, mode, features=features).hidden
-            losses = self.model.logits_losses(hidden, batch).double().cpu().numpy()  # logits in fp32
+            losses = self.model.label_losses(hidden, batch).double().cpu().numpy()  # logits in fp32
             result[mode] = np.stack([np.bincount(samples, weights=losses, minlength=batch.n_samples), counts], 1)
         return result
 
@@ -91,10 +91,10 @@ class Subject:
             with self.autocast():
                 batch = self.pack(some)
                 tiles = tiles_of(some)  # if there are tiles, the batch's frames are the small ones
-                features = look_at(self.model.encoder, batch.frames, tiles.to(self.device)) if tiles else None
+                features = encode_downscaled(self.model.encoder, batch.frames, tiles.to(self.device)) if tiles else None
                 context = inference.read_batch(self.model, batch, mode, features=features, room=max_new_tokens)
                 assert context.cache is not None
-                tokens += go_on(
+                tokens += continue_prompts(
                     self.model,
                     context.cache,
                     context.hidden[batch.cu_seqlens[1:].long() - 1],

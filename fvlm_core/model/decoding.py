@@ -126,6 +126,4 @@ def _read(model: FoveatedVLM, cache: PackedCache, rows: Sequence[int], tokens: S
     """Run the language model on one more token of each sample in `rows`; return the hidden states [n, llm width]."""
     device = model.connector.visual_proj.weight.device
     positions = torch.tensor([cache.lengths[row] for row in rows], device=device)
-    return model.contextualise(
-        model.embed(torch.tensor(tokens, device=device)), positions, PackedLayout([1] * len(rows), cache, list(rows))
-    )
+    return model.run_llm(model.embed(torch.tensor(tokens, device=device)), positions, PackedLayout([1] * len(rows), cache, list(rows)))

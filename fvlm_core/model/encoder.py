@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Dinov2Config
 
 from fvlm_core.model.casts import Casts
-from fvlm_core.model.encoder_layer import Added, EncoderLayer, LayerWeights, scaled_sum
+from fvlm_core.model.encoder_layer import EncoderLayer, LayerWeights, PendingResidual, scaled_sum
 from fvlm_core.model.prepacked import PrepackedLinear
-from fvlm_core.model.single_query import Ticket
+from fvlm_core.model.single_query import GradientFactors
 
 if TYPE_CHECKING:
     from transformers import Dinov2Model
@@ -61,8 +61,8 @@ class FrameFeatures:
     """[F, N, D] after the final norm; None unless `encode` was called with `patches=True`."""
     grid: tuple[int, int]
     """Number of patch rows and columns."""
-    tickets: list[list[Ticket | None]] = field(default_factory=list, kw_only=True)
-    """Per layer, one ticket per pass (`fvlm_core.model.single_query`). Empty if autograd accumulates the gradients of keys and values."""
+    factors: list[list[GradientFactors | None]] = field(default_factory=list, kw_only=True)
+    """Per layer and pass (`fvlm_core.model.single_query`). Empty if autograd accumulates the gradients of keys and values."""
     weights: list[LayerWeights] | None = field(default=None, kw_only=True)
     """Cast weights that the frames were encoded with, to be used for their queries too; None for the layers' own parameters."""
     read: Tensor | None = field(default=None, kw_only=True)
@@ -116,8 +116,8 @@ class Encoder(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1) * 255, persistent=False)
         self.gradient_checkpointing = False
-        self.has_tickets = False
-        """Whether tickets accumulate the gradients of keys and values (`fvlm_core.model.single_query`). Only pays off in compiled code."""
+        self.factored_gradients = False
+        """Whether gradients of keys and values are returned as factors (`fvlm_core.model.single_query`). Only pays off in compiled code."""
 
     @classmethod
     def from_dinov2(cls, dinov2: "Dinov2Model") -> Self:
@@ -182,8 +182,9 @@ class Encoder(nn.Module):
         """Encode frames [F, H, W, 3] with values 0..255, uint8 or float.
 
         `patches`: also compute the last layer's patch outputs, for variants without deep queries. `passes`: number of later passes over all
-        frames with a single query each; they get tickets if `has_tickets`. `queries` [F, Q, D]: queries of the first of these passes, if
-        already known; they go through the layers together with the patches, in the same kernels, at temperature 1. `weights`: from `cast`.
+        frames with a single query each; they get gradient factors if `factored_gradients`. `queries` [F, Q, D]: queries of the first of
+        these passes, if already known; they go through the layers together with the patches, in the same kernels, at temperature 1.
+        `weights`: from `cast`.
 
         Raises ValueError if a side is not a multiple of the patch size.
         """
@@ -192,22 +193,22 @@ class Encoder(nn.Module):
         if height % side or width % side:
             raise ValueError(f"frames of {height}x{width} px are not a multiple of the patch size {side}")
         if frames.is_cuda or torch.is_grad_enabled() or len(frames) <= FRAMES_IN_CACHE:
-            return self._encode(frames, patches, passes if self.has_tickets else 0, queries, weights)
+            return self._encode(frames, patches, passes if self.factored_gradients else 0, queries, weights)
         parts = (self._encode(part, patches) for part in frames.split(FRAMES_IN_CACHE))
         return FrameFeatures.joined(parts, len(frames))
 
-    def query(self, features: FrameFeatures, q: Tensor, temperature: float = 1.0, number: int | None = None) -> tuple[Tensor, Tensor]:
-        """Query the frames with q [F, Q, D]. `number`: index of the pass, among the `passes` given to `encode`.
+    def query(self, features: FrameFeatures, q: Tensor, temperature: float = 1.0, pass_index: int | None = None) -> tuple[Tensor, Tensor]:
+        """Query the frames with q [F, Q, D]. `pass_index`: index of the pass, among the `passes` given to `encode`.
 
         Returns the outputs [F, Q, D] after the final norm, and the queries' inputs to the last layer [F, Q, D], detached, for `attention`.
         """
         entering = q
-        own: list[Ticket | None] = [None] * len(self.layers)
-        if features.tickets and number is not None and q.shape[1] == 1:
-            own = [of_layer[number] for of_layer in features.tickets]
+        own: list[GradientFactors | None] = [None] * len(self.layers)
+        if features.factors and pass_index is not None and q.shape[1] == 1:
+            own = [of_layer[pass_index] for of_layer in features.factors]
         weights = features.weights or [None] * len(self.layers)
-        for layer, key, value, ticket, cast in zip(self.layers, features.keys, features.values, own, weights, strict=True):
-            entering, q = q, layer.query(q, key, value, temperature, ticket=ticket, weights=cast)
+        for layer, key, value, factors, cast in zip(self.layers, features.keys, features.values, own, weights, strict=True):
+            entering, q = q, layer.query(q, key, value, temperature, factors=factors, weights=cast)
         return self.norm(q), entering.detach()
 
     @torch.no_grad()
@@ -234,32 +235,32 @@ class Encoder(nn.Module):
         weights: list[LayerWeights] | None = None,
     ) -> FrameFeatures:
         x = self.embed(frames, queries)
-        added: Added = None
-        asking = 0 if queries is None else queries.shape[1]
-        later = passes - 1 if passes and asking else passes  # a pass that runs with the patches queries the last layer only
+        residual: PendingResidual = None
+        n_queries = 0 if queries is None else queries.shape[1]
+        later = passes - 1 if passes and n_queries else passes  # a pass that runs with the patches queries the last layer only
         keys, values = [], []
-        given: list[list[Ticket | None]] = []
+        given: list[list[GradientFactors | None]] = []
         for number, (layer, cast) in enumerate(zip(self.layers, weights or [None] * len(self.layers), strict=True)):
-            how: dict[str, Any] = {"passes": later, "asking": asking, "weights": cast}
+            how: dict[str, Any] = {"passes": later, "n_queries": n_queries, "weights": cast}
             if number == len(self.layers) - 1 and not patches:
-                key, value, own, queries = layer.keys_values(x, added, passes, asking, cast)
+                key, value, own, queries = layer.keys_values(x, residual, passes, n_queries, cast)
             elif self.gradient_checkpointing and torch.is_grad_enabled():
-                x, more, key, value, own = checkpoint(layer, scaled_sum(x, added), **how, use_reentrant=False)
-                added = layer.added(more, cast)
+                x, more, key, value, own = checkpoint(layer, scaled_sum(x, residual), **how, use_reentrant=False)
+                residual = layer.pending_residual(more, cast)
             else:
-                x, more, key, value, own = layer(x, added, **how)
-                added = layer.added(more, cast)
+                x, more, key, value, own = layer(x, residual, **how)
+                residual = layer.pending_residual(more, cast)
             keys.append(key)
             values.append(value)
             given.append([None] * (passes - len(own)) + own)
         grid = (frames.shape[1] // self.patch_px, frames.shape[2] // self.patch_px)
         read = None
-        if queries is not None and asking:
-            ticket = given[-1][0] if passes and asking == 1 else None
+        if queries is not None and n_queries:
+            factors = given[-1][0] if passes and n_queries == 1 else None
             last = None if weights is None else weights[-1]
-            read = self.norm(self.layers[-1].query(queries, keys[-1], values[-1], 1.0, ticket=ticket, weights=last))
-        kept = self.norm(scaled_sum(x, added)) if patches else None
-        return FrameFeatures(keys, values, kept, grid, tickets=given if passes else [], weights=weights, read=read)
+            read = self.norm(self.layers[-1].query(queries, keys[-1], values[-1], 1.0, factors=factors, weights=last))
+        kept = self.norm(scaled_sum(x, residual)) if patches else None
+        return FrameFeatures(keys, values, kept, grid, factors=given if passes else [], weights=weights, read=read)
 
     def embed(self, frames: Tensor, queries: Tensor | None = None) -> Tensor:
         """Embed frames [F, H, W, 3] as the first layer's input [F, N, D]: CLS token and patches, with position embeddings.

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from fvlm_core.config import LossSettings, ModelSettings
 from fvlm_core.data.batch import PackedBatch
-from fvlm_core.model.attention import PackedLayout, send
+from fvlm_core.model.attention import PackedLayout, to_device_async
 from fvlm_core.model.casts import Casts
 from fvlm_core.model.connector import RANDOM_QUERIES, Connector
 from fvlm_core.model.encoder import Encoder, FrameFeatures
-from fvlm_core.model.glance import Chooser, GlanceFeatures, foveate, likeliest, look, with_everything
+from fvlm_core.model.glance import Chooser, GlanceFeatures, encode_glance, most_likely, read_with_glance, with_all_patches
 from fvlm_core.model.llama import LayerWeights, Llama
 from fvlm_core.model.names import MODES, Mode, Role
 
@@ -64,7 +64,7 @@ class FoveatedVLM(nn.Module):
         self.settings = settings
         self.encoder = encoder
         self.llm = llm
-        self.chooser: Chooser = likeliest
+        self.chooser: Chooser = most_likely
         """With a glance: chooses the patches that a query opens. Replaced in control experiments."""
         self.cross_entropy = CrossEntropy()
         self.casts = Casts()
@@ -85,13 +85,13 @@ class FoveatedVLM(nn.Module):
     def encode(self, frames: Tensor) -> FrameFeatures:
         """Encode frames uint8 [F, H, W, 3]. With a glance, encode only that; in training with `train_on: all`, also all other patches."""
         if self.settings.glance is not None:
-            small = look(self.encoder, frames, self.settings.glance)
+            small = encode_glance(self.encoder, frames, self.settings.glance)
             if not self.training or self.settings.glance.train_on == "chosen":
                 return small
-            return with_everything(self.encoder, small, self.settings.glance, self.connector.scale_embeddings)
+            return with_all_patches(self.encoder, small, self.settings.glance, self.connector.scale_embeddings)
         passes = len(self.pass_names) if self.settings.query in ("deep", "random") and torch.is_grad_enabled() else 0
         queries = None
-        if passes and self.encoder.has_tickets and self.settings.query == "deep" and self.connector.temperature == 1.0:
+        if passes and self.encoder.factored_gradients and self.settings.query == "deep" and self.connector.temperature == 1.0:
             queries = self.connector.query_input_proj(self.connector.q_static).expand(len(frames), -1, -1)
         features = self.encoder.encode(
             frames,
@@ -102,8 +102,8 @@ class FoveatedVLM(nn.Module):
         )
         return features if self.connector.shallow is None else self.connector.shallow.keys_values(features)
 
-    def read_coarse(self, features: FrameFeatures, batch: PackedBatch, *, weights: bool = False, number: int | None = None) -> Read:
-        """Read every shown frame with `q_static` (or pool its patches). A frame shown several times is read once. `number` as in `read`."""
+    def read_coarse(self, features: FrameFeatures, batch: PackedBatch, *, weights: bool = False, pass_index: int | None = None) -> Read:
+        """Read every shown frame with `q_static` (or pool its patches). A repeated frame is read once. `pass_index` as in `read`."""
         if self.settings.query == "pooled":
             pooled = self._pool(features)
             return Read(self.connector.tokens(pooled, pooled)[batch.shown_frames], None)
@@ -111,21 +111,21 @@ class FoveatedVLM(nn.Module):
         queries = self.connector.q_static.expand(n_frames, -1, -1)
         if features.read is not None and not weights:
             return Read(self.connector.tokens(features.read, queries).index_select(0, batch.shown_frames), None)
-        read = self.read(features, queries, weights=weights, opening=False, number=number)
+        read = self.read(features, queries, weights=weights, opening=False, pass_index=pass_index)
         attended = None if read.weights is None else read.weights.index_select(0, batch.shown_frames)
         return Read(read.tokens.index_select(0, batch.shown_frames), attended)
 
     def read_fine(
-        self, features: FrameFeatures, queries: Tensor, batch: PackedBatch, *, weights: bool = False, number: int | None = None
+        self, features: FrameFeatures, queries: Tensor, batch: PackedBatch, *, weights: bool = False, pass_index: int | None = None
     ) -> Read:
-        """Read every shown frame with its own queries [V, k, D]. `number` as in `read`."""
+        """Read every shown frame with its own queries [V, k, D]. `pass_index` as in `read`."""
         k = self.settings.tokens_per_frame
         tokens, attended, places, opened, losses = [], [], [], [], []
         for group in batch.showings:
             times = group.shown.shape[1]
             picked = queries[group.shown.flatten()].unflatten(0, (-1, times)).flatten(1, 2)  # [f, m * k, D]
             part = features if len(group.frames) == len(features.keys[0]) else features.select(group.frames)
-            read = self.read(part, picked, weights=weights, number=number)
+            read = self.read(part, picked, weights=weights, pass_index=pass_index)
             tokens.append(read.tokens.unflatten(1, (times, k)).flatten(0, 1))
             if read.weights is not None:
                 attended.append(read.weights.unflatten(2, (times, k)).transpose(1, 2).flatten(0, 1))
@@ -143,12 +143,12 @@ class FoveatedVLM(nn.Module):
         )
 
     def read(
-        self, features: FrameFeatures, queries: Tensor, *, weights: bool = False, opening: bool = True, number: int | None = None
+        self, features: FrameFeatures, queries: Tensor, *, weights: bool = False, opening: bool = True, pass_index: int | None = None
     ) -> Read:
         """Read f frames with queries [f, Q, D] -> tokens [f, Q, llm width] and, with `weights`, attention weights [f, heads, Q, N].
 
-        `opening`: for a model with a glance, whether queries open patches or only read the glance. `number`: index of the training pass, as
-        in `Encoder.query`.
+        `opening`: for a model with a glance, whether queries open patches or only read the glance. `pass_index`: index of the training
+        pass, as in `Encoder.query`.
         """
         projected = self.connector.query_input_proj(queries)
         temperature = self.connector.temperature
@@ -158,7 +158,7 @@ class FoveatedVLM(nn.Module):
             read = self.connector.shallow(features, projected, temperature)
             attended = self.connector.shallow.attention(features, projected, temperature) if weights else None
         else:
-            read, entering = self.encoder.query(features, projected, temperature, number)
+            read, entering = self.encoder.query(features, projected, temperature, pass_index)
             attended = self.encoder.attention(features, entering, temperature) if weights else None
         return Read(self.connector.tokens(read, queries), attended)
 
@@ -173,9 +173,7 @@ class FoveatedVLM(nn.Module):
         """Text embeddings [S, llm width]."""
         return self.llm.model.embed_tokens(input_ids)
 
-    def contextualise(
-        self, embeddings: Tensor, position_ids: Tensor, layout: PackedLayout, weights: list[LayerWeights] | None = None
-    ) -> Tensor:
+    def run_llm(self, embeddings: Tensor, position_ids: Tensor, layout: PackedLayout, weights: list[LayerWeights] | None = None) -> Tensor:
         """Run the language model: packed embeddings [S, llm width] -> last hidden states [S, llm width]. Advances the layout's cache.
 
         `weights` as in `Llama.forward`.
@@ -194,7 +192,7 @@ class FoveatedVLM(nn.Module):
         """
         sample_of = None
         if by_sample:
-            sample_of = send(torch.from_numpy(np.arange(batch.n_samples).repeat(batch.lengths)), batch.input_ids.device)
+            sample_of = to_device_async(torch.from_numpy(np.arange(batch.n_samples).repeat(batch.lengths)), batch.input_ids.device)
         weights = dict(zip(self.pass_names, [loss.coarse, *loss.fine], strict=True))
         total_weight = sum(weights.values())
         visual = [n for n, count in enumerate(batch.shown_counts) if count]
@@ -207,8 +205,8 @@ class FoveatedVLM(nn.Module):
         hidden, entropy = text_embeddings, objective.detach()
         text_only = [n for n, count in enumerate(batch.shown_counts) if not count and batch.label_prefix[n]]
         if text_only:
-            kept = _Kept.of(batch, {n: batch.label_prefix[n] for n in text_only})
-            states = self.contextualise(text_embeddings[kept.index], batch.position_ids[kept.index], kept.layout, of_layers)
+            kept = _PassPositions.of(batch, {n: batch.label_prefix[n] for n in text_only})
+            states = self.run_llm(text_embeddings[kept.index], batch.position_ids[kept.index], kept.layout, of_layers)
             text_sum = self._cross_entropy(states, head, batch, kept, sample_of)
             objective = objective + text_sum.sum()  # equal in every pass, and the weights add up to 1
         for number, (name, weight) in enumerate(weights.items()):
@@ -217,16 +215,16 @@ class FoveatedVLM(nn.Module):
             if features is None or not (weight or last or self.settings.query != "random"):
                 continue
             if number == 0:
-                read = self.read_coarse(features, batch, weights=last, number=number)
+                read = self.read_coarse(features, batch, weights=last, pass_index=number)
             else:
-                read = self.read_fine(features, self.queries(hidden, batch), batch, weights=last, number=number)
+                read = self.read_fine(features, self.queries(hidden, batch), batch, weights=last, pass_index=number)
             needed = {n: max(0 if last else batch.query_prefix[n], batch.label_prefix[n] if weight else 0) for n in visual}
-            kept = _Kept.of(batch, {n: length for n, length in needed.items() if length})
+            kept = _PassPositions.of(batch, {n: length for n, length in needed.items() if length})
             visual_tokens = read.tokens.flatten(0, 1).to(text_embeddings.dtype)
             embeddings = text_embeddings.index_copy(0, batch.visual_positions.flatten(), visual_tokens)[kept.index]
             states = embeddings
             if len(embeddings):
-                states = self.contextualise(embeddings, batch.position_ids[kept.index], kept.layout, of_layers)
+                states = self.run_llm(embeddings, batch.position_ids[kept.index], kept.layout, of_layers)
             hidden = torch.zeros_like(text_embeddings, dtype=states.dtype).index_copy(0, kept.index, states)
             if weight:
                 sums[name] = self._cross_entropy(states, head, batch, kept, sample_of)
@@ -238,16 +236,16 @@ class FoveatedVLM(nn.Module):
         reported = {name: sums.get(name, 0.0) + text_sum for name, weight in weights.items() if weight}
         if not by_sample:
             reported = {name: total.detach() for name, total in reported.items()}
-        return PassLosses(self._touch(objective, batch), reported, entropy)
+        return PassLosses(self._add_zero_gradients(objective, batch), reported, entropy)
 
     @property
     def pass_names(self) -> list[str]:
         """`coarse`, `fine1`, `fine2`, ..."""
         return ["coarse", *(f"fine{n + 1}" for n in range(self.settings.fine_iterations))]
 
-    def logits_losses(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+    def label_losses(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
         """Cross-entropy [n labelled], fp32, at the labelled positions of a batch, in order, from its hidden states [S, D]."""
-        kept = send(torch.from_numpy(batch.labelled), hidden.device)
+        kept = to_device_async(torch.from_numpy(batch.labelled), hidden.device)
         logits = F.linear(hidden[kept].float(), self.llm.lm_head.weight.float())
         return F.cross_entropy(logits, batch.labels[kept], reduction="none")
 
@@ -284,7 +282,7 @@ class FoveatedVLM(nn.Module):
         chosen = self.settings.glance
         assert chosen is not None
         choosing = self.training and chosen.train_on == "chosen"
-        found = foveate(
+        found = read_with_glance(
             self.encoder,
             features,
             projected,
@@ -305,7 +303,9 @@ class FoveatedVLM(nn.Module):
         square = features.patches[:, 1:].transpose(1, 2).unflatten(2, features.grid)
         return F.adaptive_avg_pool2d(square, side).flatten(2).transpose(1, 2)
 
-    def _cross_entropy(self, hidden: Tensor, weight: Tensor, batch: PackedBatch, kept: "_Kept", sample_of: Tensor | None) -> Tensor:
+    def _cross_entropy(
+        self, hidden: Tensor, weight: Tensor, batch: PackedBatch, kept: "_PassPositions", sample_of: Tensor | None
+    ) -> Tensor:
         """Sum of the cross-entropy over labelled positions, from the hidden states [s, D] of `kept`. Other positions get no logits.
 
         `weight`: output layer weight. `sample_of` [S]: the sample of every position; if given, return one sum per sample, [N].
@@ -321,7 +321,7 @@ class FoveatedVLM(nn.Module):
         losses = self.cross_entropy(states, weight.to(dtype), targets, "none").float()
         return torch.zeros(batch.n_samples, device=hidden.device).index_add(0, sample_of[kept.labelled], losses)
 
-    def _touch(self, objective: Tensor, batch: PackedBatch) -> Tensor:
+    def _add_zero_gradients(self, objective: Tensor, batch: PackedBatch) -> Tensor:
         """Give parameters that this batch does not use (no frames, labels or `q_init`) a zero gradient: DDP waits for all gradients."""
         unused: list[nn.Module] = [self.connector]
         unused += [self.encoder] if not len(batch.frames) else []
@@ -340,7 +340,7 @@ class CrossEntropy(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _PassPositions:
     """The positions of a packed batch that a pass runs over: prefixes of some samples."""
 
     index: Tensor
@@ -352,7 +352,7 @@ class _Kept:
     """int64 [n_labels]: the same positions as indices into `index`."""
 
     @classmethod
-    def of(cls, batch: PackedBatch, lengths: dict[int, int]) -> "_Kept":
+    def of(cls, batch: PackedBatch, lengths: dict[int, int]) -> "_PassPositions":
         starts, layout = PackedLayout(batch.lengths).offsets, PackedLayout(list(lengths.values()))
         index, labelled, rows = [], [], []
         for (n, length), offset in zip(lengths.items(), layout.offsets, strict=False):
@@ -362,7 +362,7 @@ class _Kept:
             rows.append(batch.labelled[first:last] - starts[n] + offset)
         none = np.zeros(0, np.int64)
         parts = [torch.from_numpy(np.concatenate([none, *part])) for part in (index, labelled, rows)]
-        sent = [send(part, batch.input_ids.device) for part in parts]
+        sent = [to_device_async(part, batch.input_ids.device) for part in parts]
         return cls(sent[0], layout, len(parts[1]), sent[1], sent[2])
 
 

@@ -18,11 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 from fvlm_core.config import GlanceSettings
 from fvlm_core.model.encoder import Encoder, FrameFeatures
-from fvlm_core.model.encoder_layer import Added, EncoderLayer, scaled_sum
-from fvlm_core.model.squares import StoredFrames, select, squares
-from fvlm_core.model.walk import Walk
+from fvlm_core.model.encoder_layer import EncoderLayer, PendingResidual, scaled_sum
+from fvlm_core.model.joint_pass import JointPass
+from fvlm_core.model.patch_pixels import StoredFrames, patch_pixels, select
 
-LEAST = 1e-6
+EPSILON = 1e-6
 """Added to p before the logarithm, so that a patch opened despite a tiny p can still be read."""
 
 Chooser = Callable[[Tensor, int], Tensor]
@@ -57,13 +57,13 @@ class GlanceFeatures(FrameFeatures):
 
     frames: Tensor | StoredFrames
     """uint8 [F, H, W, 3], or stored frames that decode the opened parts."""
-    everything: Sequence[Opened] = ()
+    all_patches: Sequence[Opened] = ()
     """Per level, every patch of it. Empty unless all patches are read, as in training with `train_on: all`."""
 
     def select(self, frames: Tensor) -> "GlanceFeatures":
         """Return the features of the frames with indices `frames` int64 [f]."""
         small = super().select(frames)
-        opened = [level.select(frames) for level in self.everything]
+        opened = [level.select(frames) for level in self.all_patches]
         return GlanceFeatures(small.keys, small.values, None, small.grid, select(self.frames, frames), opened)
 
 
@@ -81,26 +81,26 @@ class GlanceRead:
     """Scalar: cross-entropy of p against the queries' attention over the opened patches, summed over queries and levels."""
 
 
-def likeliest(log_p: Tensor, k: int) -> Tensor:
+def most_likely(log_p: Tensor, k: int) -> Tensor:
     """Choose the k patches with the largest p (the default `Chooser`)."""
     return log_p.topk(k).indices
 
 
-def look(encoder: Encoder, frames: Tensor, settings: GlanceSettings) -> GlanceFeatures:
+def encode_glance(encoder: Encoder, frames: Tensor, settings: GlanceSettings) -> GlanceFeatures:
     """Encode the glance of frames uint8 [F, H, W, 3]. Raises ValueError unless both sides are multiples of patch size times `shrink`."""
     step = encoder.patch_px * settings.shrink
     if frames.shape[1] % step or frames.shape[2] % step:
         raise ValueError(f"frames of {frames.shape[1]}x{frames.shape[2]} px: not a multiple of {step}, the side of a glance patch")
-    return look_at(encoder, shrunk(frames, settings.shrink), frames)
+    return encode_downscaled(encoder, downscale(frames, settings.shrink), frames)
 
 
-def look_at(encoder: Encoder, small: Tensor, frames: Tensor | StoredFrames) -> GlanceFeatures:
+def encode_downscaled(encoder: Encoder, small: Tensor, frames: Tensor | StoredFrames) -> GlanceFeatures:
     """Encode the glance of frames that are already available at low resolution, `small` [F, h, w, 3]."""
     glance = encoder.encode(small)
     return GlanceFeatures(glance.keys, glance.values, None, glance.grid, frames)
 
 
-def with_everything(encoder: Encoder, features: GlanceFeatures, settings: GlanceSettings, scales: Tensor) -> GlanceFeatures:
+def with_all_patches(encoder: Encoder, features: GlanceFeatures, settings: GlanceSettings, scales: Tensor) -> GlanceFeatures:
     """Return the features with every patch of every level encoded. `scales` [levels, D]: added to the embeddings of each level."""
     opened: list[Opened] = []
     roots = places = torch.arange(features.grid[0] * features.grid[1], device=features.frames.device).expand(len(features.frames), -1)
@@ -109,7 +109,7 @@ def with_everything(encoder: Encoder, features: GlanceFeatures, settings: Glance
         children = children_of(encoder, features, settings, scales, level, every, places, roots)
         opened.append(open_patches(encoder, features, children))
         places, roots = opened[-1].places, opened[-1].roots
-    return replace(features, everything=opened)
+    return replace(features, all_patches=opened)
 
 
 @dataclass(frozen=True)
@@ -157,25 +157,25 @@ def children_of(
 def open_patches(encoder: Encoder, features: GlanceFeatures, children: Children, rows: Tensor | None = None) -> Opened:
     """Encode the patches returned by `children_of` for the same `rows`."""
     x = children.x
-    seen = F.pad(children.siblings, (features.keys[0].shape[2], 0), value=True)  # [n, glance + n]
-    added: Added = None
+    mask = F.pad(children.siblings, (features.keys[0].shape[2], 0), value=True)  # [n, glance + n]
+    residual: PendingResidual = None
     keys, values = [], []
     for number, layer in enumerate(encoder.layers):
         if number == len(encoder.layers) - 1:
-            key, value, *_ = layer.keys_values(x, added)
+            key, value, *_ = layer.keys_values(x, residual)
         else:
             context = [part[number] if rows is None else part[number].index_select(0, rows) for part in (features.keys, features.values)]
             if encoder.gradient_checkpointing and torch.is_grad_enabled():
-                x, more, key, value, _ = checkpoint(layer, scaled_sum(x, added), None, *context, seen, use_reentrant=False)
+                x, more, key, value, _ = checkpoint(layer, scaled_sum(x, residual), None, *context, mask, use_reentrant=False)
             else:
-                x, more, key, value, _ = layer(x, added, *context, seen)
-            added = layer.added(more)
+                x, more, key, value, _ = layer(x, residual, *context, mask)
+            residual = layer.pending_residual(more)
         keys.append(key)
         values.append(value)
     return Opened(keys, values, children.parents, children.roots, children.places)
 
 
-def foveate(
+def read_with_glance(
     encoder: Encoder,
     features: GlanceFeatures,
     queries: Tensor,
@@ -183,7 +183,7 @@ def foveate(
     scales: Tensor,
     temperature: float = 1.0,
     *,
-    chooser: Chooser = likeliest,
+    chooser: Chooser = most_likely,
     explore: float = 0.0,
     weights: bool = False,
     teach: bool = False,
@@ -194,58 +194,58 @@ def foveate(
     selection loss.
     """
     n_frames, n_queries = queries.shape[:2]
-    own = not features.everything  # then each row is one query of a frame
+    own = not features.all_patches  # then each row is one query of a frame
     rows = None
     if own and n_queries > 1:
         rows = torch.arange(n_frames, device=queries.device).repeat_interleave(n_queries)
     q = queries.flatten(0, 1)[:, None] if own else queries
     last = encoder.layers[-1]
     n_glance = features.keys[0].shape[2]
-    walk = None
+    joint = None
     if own and not torch.is_grad_enabled():
-        walk = Walk(encoder, features, temperature, _most_children(settings, n_glance - 1), rows)
-        keys, values = walk.keys, walk.values
+        joint = JointPass(encoder, features, temperature, _most_children(settings, n_glance - 1), rows)
+        keys, values = joint.keys, joint.values
     else:
         keys, values = (
             [part if rows is None else part.index_select(0, rows) for part in parts] for parts in (features.keys, features.values)
         )
     bias = q.new_zeros(len(q), 1, q.shape[1], n_glance)
     roots = places = torch.arange(n_glance - 1, device=q.device).expand(len(q), -1)
-    entering = to_last(encoder, keys, values, q, temperature, None)
+    last_input = run_to_last_layer(encoder, keys, values, q, temperature, None)
     roots_of: list[Tensor] = []
     chosen: list[Tensor] = []
     logs: list[Tensor] = []
     for level in range(settings.levels):
-        log_p = (selection(last, keys[-1], entering, temperature, bias if level else None, places.shape[1]) + LEAST).log()
+        log_p = (selection(last, keys[-1], last_input, temperature, bias if level else None, places.shape[1]) + EPSILON).log()
         if own:
             noise = 0.0 if not explore else -torch.empty_like(log_p).exponential_().log() * explore
             picked = chooser((log_p + noise)[:, 0], min(settings.open, places.shape[1]))
             children = children_of(encoder, features, settings, scales, level, picked, places, roots, rows)
-            opened = children if walk else open_patches(encoder, features, children, rows)
+            opened = children if joint else open_patches(encoder, features, children, rows)
             chosen.append(picked)
         else:
-            opened = features.everything[level]
+            opened = features.all_patches[level]
         logs.append(log_p.gather(2, opened.parents[:, None].expand(-1, q.shape[1], -1)))
         bias = torch.cat([bias, logs[-1][:, None].to(bias.dtype)], dim=-1)
-        if walk is not None and isinstance(opened, Children):
-            entering = walk.open(opened.x, opened.siblings, q, bias)
-            keys, values = walk.keys, walk.values
+        if joint is not None and isinstance(opened, Children):
+            last_input = joint.open(opened.x, opened.siblings, q, bias)
+            keys, values = joint.keys, joint.values
         elif isinstance(opened, Opened):
             keys, values = (
                 [torch.cat(pair, dim=2) for pair in zip(before, new, strict=True)]
                 for before, new in ((keys, opened.keys), (values, opened.values))
             )
-            entering = to_last(encoder, keys, values, q, temperature, bias)
+            last_input = run_to_last_layer(encoder, keys, values, q, temperature, bias)
         places, roots = opened.places, opened.roots
         roots_of.append(roots)
     attended = None
     if weights or teach:
         with torch.no_grad():
-            attended = last.weights(entering, keys[-1], temperature, bias)
+            attended = last.weights(last_input, keys[-1], temperature, bias)
     loss = None
     if teach and own and attended is not None:
         loss = _selection_loss(attended.mean(1)[:, 0, n_glance:], [log[:, 0] for log in logs], settings.zooms)
-    result = encoder.norm(last.query(entering, keys[-1], values[-1], temperature, bias))
+    result = encoder.norm(last.query(last_input, keys[-1], values[-1], temperature, bias))
     pooled = None if attended is None or not weights else _pooled(attended, roots_of, n_glance)
     if not own:
         return GlanceRead(result, None, pooled, loss)
@@ -254,24 +254,26 @@ def foveate(
     return GlanceRead(result[:, 0].unflatten(0, (n_frames, n_queries)), chosen[0].unflatten(0, (n_frames, n_queries)), pooled, loss)
 
 
-def to_last(encoder: Encoder, keys: list[Tensor], values: list[Tensor], q: Tensor, temperature: float, bias: Tensor | None) -> Tensor:
+def run_to_last_layer(
+    encoder: Encoder, keys: list[Tensor], values: list[Tensor], q: Tensor, temperature: float, bias: Tensor | None
+) -> Tensor:
     """Run queries [R, Q, D] through all layers but the last; return the last layer's inputs [R, Q, D]."""
     for layer, key, value in zip(encoder.layers[:-1], keys[:-1], values[:-1], strict=True):
         q = layer.query(q, key, value, temperature, bias)
     return q
 
 
-def selection(last: EncoderLayer, key: Tensor, entering: Tensor, temperature: float, bias: Tensor | None, n: int) -> Tensor:
+def selection(last: EncoderLayer, key: Tensor, last_input: Tensor, temperature: float, bias: Tensor | None, n: int) -> Tensor:
     """Return p [R, Q, n] over the last n of the keys [R, heads, N, head_dim].
 
-    It is the last layer's attention, averaged over heads and renormalised, of queries with last-layer inputs `entering` [R, Q, D].
+    It is the last layer's attention, averaged over heads and renormalised, of queries with last-layer inputs `last_input` [R, Q, D].
     """
-    logits = last.logits(entering, key, temperature, bias)
+    logits = last.logits(last_input, key, temperature, bias)
     p = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).mean(1)[..., -n:]
-    return p / p.sum(-1, keepdim=True).clamp(min=LEAST)
+    return p / p.sum(-1, keepdim=True).clamp(min=EPSILON)
 
 
-def shrunk(frames: Tensor, times: int) -> Tensor:
+def downscale(frames: Tensor, times: int) -> Tensor:
     """Downscale frames uint8 [F, H, W, 3] by the factor `times` to float32: the mean of each square of `times` x `times` pixels."""
     apart = frames.unflatten(1, (-1, times))
     rows = apart[:, :, 0].to(torch.int32 if times > 128 else torch.int16)
@@ -304,9 +306,9 @@ def _embed(
     finer = settings.shrink // scale
     grid = (features.grid[0] * finer, features.grid[1] * finer)
     frame = torch.arange(len(features.frames), device=down.device) if rows is None else rows
-    patches = squares(features.frames, frame, down, right, scale * size)
+    patches = patch_pixels(features.frames, frame, down, right, scale * size)
     weight = encoder.patches.weight
-    pixels = (shrunk(patches, scale) if scale > 1 else patches).permute(0, 3, 1, 2).to(weight.dtype)
+    pixels = (downscale(patches, scale) if scale > 1 else patches).permute(0, 3, 1, 2).to(weight.dtype)
     assert pixels.shape[-1] == size
     pixels = ((pixels - encoder.pixel_mean) / encoder.pixel_std).flatten(1)
     embedded = F.linear(pixels, weight.flatten(1), encoder.patches.bias).unflatten(0, down.shape)
@@ -321,7 +323,7 @@ def _selection_loss(attended: Tensor, logs: list[Tensor], zooms: list[int]) -> T
     loss = attended.new_zeros(())
     for weights, log_p, zoom in zip(attended.split([log.shape[1] for log in logs], dim=1), logs, zooms, strict=True):
         by_parent = weights.unflatten(1, (-1, zoom**2)).sum(2)
-        target = by_parent / by_parent.sum(1, keepdim=True).clamp(min=LEAST)
+        target = by_parent / by_parent.sum(1, keepdim=True).clamp(min=EPSILON)
         loss = loss - (target * log_p[:, :: zoom**2]).sum()
     return loss
 

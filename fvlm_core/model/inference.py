@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fvlm_core.data.batch import PackedBatch, Showing
-from fvlm_core.model.attention import PackedCache, PackedLayout, send
+from fvlm_core.model.attention import PackedCache, PackedLayout, to_device_async
 from fvlm_core.model.encoder import FrameFeatures
 from fvlm_core.model.foveated import FoveatedVLM, Read
 from fvlm_core.model.names import Mode
@@ -70,7 +70,7 @@ def read_batch(
 @torch.no_grad()
 def token_losses(model: FoveatedVLM, batch: PackedBatch, mode: Mode, *, features: FrameFeatures | None = None) -> Tensor:
     """Cross-entropy [n labelled], fp32, of every labelled position, in order."""
-    return model.logits_losses(read_batch(model, batch, mode, features=features).hidden, batch)
+    return model.label_losses(read_batch(model, batch, mode, features=features).hidden, batch)
 
 
 @torch.no_grad()
@@ -126,7 +126,7 @@ def continue_greedily(
         if not rows or max(len(answers[row]) for row in rows) == max_new_tokens:
             break
         positions = torch.tensor([cache.lengths[row] for row in rows], device=picked.device)
-        hidden = model.contextualise(model.embed(picked), positions, PackedLayout([1] * len(rows), cache, rows))
+        hidden = model.run_llm(model.embed(picked), positions, PackedLayout([1] * len(rows), cache, rows))
     return answers
 
 
@@ -134,7 +134,7 @@ def _context(model: FoveatedVLM, batch: PackedBatch, read: Read | None, room: in
     """Run the language model over the complete batch, with its visual tokens inserted."""
     embeddings = _embeddings(model, batch, read)
     cache = None if room is None else PackedCache([length + room for length in batch.lengths])
-    hidden = model.contextualise(embeddings, batch.position_ids, PackedLayout(batch.lengths, cache))
+    hidden = model.run_llm(embeddings, batch.position_ids, PackedLayout(batch.lengths, cache))
     tokens = embeddings.new_zeros(0, 1, embeddings.shape[-1]) if read is None else read.tokens
     return Context(hidden, tokens, None if read is None else read.weights, cache, None if read is None else read.opened)
 
@@ -151,9 +151,9 @@ def _query_states(model: FoveatedVLM, batch: PackedBatch, read: Read) -> Tensor:
     ranges = [torch.arange(start, start + length) for start, length in zip(starts, batch.query_prefix, strict=True) if length]
     if not ranges:
         return torch.zeros_like(embeddings)
-    index = send(torch.cat(ranges), embeddings.device)
+    index = to_device_async(torch.cat(ranges), embeddings.device)
     layout = PackedLayout([length for length in batch.query_prefix if length])
-    states = model.contextualise(embeddings[index], batch.position_ids[index], layout)
+    states = model.run_llm(embeddings[index], batch.position_ids[index], layout)
     return torch.zeros_like(embeddings, dtype=states.dtype).index_copy(0, index, states)
 
 
@@ -178,9 +178,9 @@ def _autoregressive(model: FoveatedVLM, batch: PackedBatch, features: FrameFeatu
         rows = [row for row, end in until.items() if end > done[row]]
         if not rows:
             return
-        index = send(torch.cat([torch.arange(done[row], until[row]) for row in rows]), embeddings.device)
+        index = to_device_async(torch.cat([torch.arange(done[row], until[row]) for row in rows]), embeddings.device)
         layout = PackedLayout([until[row] - done[row] for row in rows], cache, rows)
-        hidden[index] = model.contextualise(embeddings[index], batch.position_ids[index], layout).to(hidden.dtype)
+        hidden[index] = model.run_llm(embeddings[index], batch.position_ids[index], layout).to(hidden.dtype)
         for row in rows:
             done[row] = until[row]
 

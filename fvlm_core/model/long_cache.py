@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fvlm_core.model.attention import PackedCache, PackedLayout, attend_to_known
+from fvlm_core.model.attention import PackedCache, PackedLayout, attend_to_cached
 
 
 class LongCache(PackedCache):
@@ -29,10 +29,10 @@ class LongCache(PackedCache):
         (known,) = self.lengths
         keys, values = self._store(layer, key, value)
         if known == 0:
-            return attend_to_known(query, key, value, scaling)
+            return attend_to_cached(query, key, value, scaling)
         if len(query) > 1:
             keys, values = self._by_token(keys, values)
-            return attend_to_known(query, keys.to(query.dtype), values.to(query.dtype), scaling)
+            return attend_to_cached(query, keys.to(query.dtype), values.to(query.dtype), scaling)
         return self._one(query, keys, values, scaling)
 
     def _one(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:

@@ -16,7 +16,7 @@ from fvlm_core.model.linear import FEW_ROWS, Linear, linear
 HAS_KERNEL = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-class LaidOut(NamedTuple):
+class PackedWeight(NamedTuple):
     """A packed weight (or some rows of it), with the identity, version and address of the source tensor to detect changes."""
 
     packed: Tensor
@@ -24,7 +24,7 @@ class LaidOut(NamedTuple):
     version: int
     address: int
 
-    def holds(self, weight: Tensor) -> bool:
+    def is_copy_of(self, weight: Tensor) -> bool:
         """Whether this is a packed copy of `weight` in its present state."""
         return self.weight is weight and self.version == weight._version and self.address == weight.data_ptr()
 
@@ -38,19 +38,19 @@ class PrepackedLinear(Linear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias=bias)
-        self._laid_out: dict[tuple[int, int], LaidOut] = {}
+        self._packed_weights: dict[tuple[int, int], PackedWeight] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_laid_out": {}}  # oneDNN tensors cannot be copied or saved
+        return self.__dict__ | {"_packed_weights": {}}  # oneDNN tensors cannot be copied or saved
 
     def _apply(self, *args: Any, **options: Any) -> Self:
-        self._laid_out.clear()  # after a move or conversion, an address may be reused for other values
+        self._packed_weights.clear()  # after a move or conversion, an address may be reused for other values
         return super()._apply(*args, **options)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode. Entering training drops the packed copy: fused optimizers and FSDP change weights without a new version."""
         if mode:
-            self._laid_out.clear()
+            self._packed_weights.clear()
         return super().train(mode)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -80,16 +80,16 @@ class PrepackedLinear(Linear):
         if torch.compiler.is_compiling():
             return None
         if torch.is_grad_enabled() or self.training:
-            self._laid_out.clear()  # an optimizer step may follow, even in evaluation mode
+            self._packed_weights.clear()  # an optimizer step may follow, even in evaluation mode
             return None
         if x.numel() <= FEW_ROWS * x.shape[-1] or not _takes(x, self.weight):
             return None
         start, stop, _ = rows.indices(self.out_features)
         weight = self.weight
-        found = self._laid_out.get((start, stop))
-        if found is None or not found.holds(weight):
+        found = self._packed_weights.get((start, stop))
+        if found is None or not found.is_copy_of(weight):
             packed = torch.ops.mkldnn._reorder_linear_weight(weight[rows].detach(), None)
-            found = self._laid_out[start, stop] = LaidOut(packed, weight, weight._version, weight.data_ptr())
+            found = self._packed_weights[start, stop] = PackedWeight(packed, weight, weight._version, weight.data_ptr())
         return found.packed
 
 

@@ -2,9 +2,9 @@
 
 For a single query, the gradient of the keys is an outer product (of the logits' gradient and the query), and so is that of the values (of
 the attention weights and the output's gradient). Normally every pass writes gradients as large as the keys and values, and all of them are
-read again to be summed. Here each pass returns only the factors of the outer products, as gradients of a `Ticket`. In the backward of
-`tickets`, one kernel multiplies and sums them and adds the gradient of the frame's own attention. This saves memory traffic if the compiler
-fuses it into one kernel; without compilation, torch's attention is faster.
+read again to be summed. Here each pass returns only the factors of the outer products, as gradients of its `GradientFactors`. The backward
+of `gradient_factors` multiplies and sums them in one kernel and adds the gradient of the frame's own attention. This saves memory traffic
+if the compiler fuses it; without compilation, torch's attention is faster.
 """
 
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 
-class Ticket(NamedTuple):
+class GradientFactors(NamedTuple):
     """Placeholder tensors whose gradients carry the outer-product factors of one pass. Their values are meaningless."""
 
     weights: Tensor
@@ -27,16 +27,16 @@ class Ticket(NamedTuple):
     """[F, heads, head_dim]."""
 
 
-def tickets(key: Tensor, value: Tensor, passes: int) -> list[Ticket]:
-    """Create one ticket for each of the passes that will read keys and values [F, heads, N, head_dim]."""
+def gradient_factors(key: Tensor, value: Tensor, passes: int) -> list[GradientFactors]:
+    """Create the placeholders for each of the passes that will read keys and values [F, heads, N, head_dim]."""
     if not passes:
         return []
-    return [Ticket(*four) for four in _by_pass(_Share.apply(key, value, passes))]
+    return [GradientFactors(*four) for four in _by_pass(_Share.apply(key, value, passes))]
 
 
-def attend_once(query: Tensor, key: Tensor, value: Tensor, ticket: Ticket, scale: float) -> Tensor:
-    """Attention from query [F, heads, 1, head_dim] to keys and values [F, heads, N, head_dim]; their gradients go through the ticket."""
-    return _Attend.apply(query, key.detach(), value.detach(), *ticket, scale)
+def attend_once(query: Tensor, key: Tensor, value: Tensor, factors: GradientFactors, scale: float) -> Tensor:
+    """Attention from query [F, heads, 1, head_dim] to keys and values [F, heads, N, head_dim]; their gradients go through the factors."""
+    return _Attend.apply(query, key.detach(), value.detach(), *factors, scale)
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
@@ -45,7 +45,7 @@ def _exact(dtype: torch.dtype) -> torch.dtype:
 
 
 def _by_pass(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-    size = len(Ticket._fields)
+    size = len(GradientFactors._fields)
     return [tensors[start : start + size] for start in range(0, len(tensors), size)]
 
 
@@ -69,8 +69,8 @@ class _Share(Function):
 
 class _Attend(Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *ticket_and_scale: Any) -> Tensor:
-        scale, exact = ticket_and_scale[-1], _exact(query.dtype)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *factors_and_scale: Any) -> Tensor:
+        scale, exact = factors_and_scale[-1], _exact(query.dtype)
         weights = ((query.to(exact) * key.to(exact)).sum(-1) * scale).softmax(-1)
         ctx.save_for_backward(query, key, value, weights)
         ctx.scale = scale

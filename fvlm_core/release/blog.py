@@ -4,13 +4,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fvlm_core.figures import Figure
 from fvlm_core.release.evidence import Evidence
+from fvlm_core.release.formatting import duration, fenced
 from fvlm_core.release.html import TEMPLATES
 from fvlm_core.release.report import Report, Section
 from fvlm_core.release.sections.ablations import TITLE as ABLATIONS
 from fvlm_core.release.sections.evaluation import modes_table
 from fvlm_core.release.sections.limitations import limitations
 from fvlm_core.release.sections.reproduce import commands
-from fvlm_core.release.words import duration, fenced
 
 
 def blog(evidence: Evidence, report: Report) -> str:

@@ -6,8 +6,8 @@ from fvlm_core.eval.parts.losses import LossResult
 from fvlm_core.eval.parts.multiple_choice import ChoiceResult
 from fvlm_core.eval.parts.question_order import OrderResult
 from fvlm_core.release.evidence import Evidence
+from fvlm_core.release.formatting import MODES
 from fvlm_core.release.report import Tile
-from fvlm_core.release.words import MODES
 
 
 def tiles(evidence: Evidence) -> list[Tile]:

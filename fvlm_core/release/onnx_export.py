@@ -82,7 +82,7 @@ class OneSample(nn.Module):
         """Last hidden states [S, llm width] with visual tokens [F, k, llm width] in place."""
         embedded = self.model.embed(input_ids).index_copy(0, visual_positions, tokens.flatten(0, 1))
         positions = torch.arange(input_ids.shape[0], device=input_ids.device)
-        return self.model.contextualise(embedded, positions, PackedLayout([ANY_LENGTH]))
+        return self.model.run_llm(embedded, positions, PackedLayout([ANY_LENGTH]))
 
 
 class Coarse(OneSample):

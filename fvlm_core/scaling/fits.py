@@ -20,7 +20,7 @@ from scipy.special import huber, logsumexp, softmax
 
 from fvlm_core.scaling.intervals import allowed_squares, profile_interval
 from fvlm_core.scaling.jobs import Quantity, Weights
-from fvlm_core.scaling.varpro import BOUND_MARGIN, EXPONENT_BOUNDS, EXPONENT_GRID, Held, Minimum, Name, Projection
+from fvlm_core.scaling.varpro import BOUND_MARGIN, EXPONENT_BOUNDS, EXPONENT_GRID, FixedParameter, Minimum, Name, Projection
 
 MIN_SIZES = MIN_AMOUNTS = 4
 """Number of distinct values needed to fit an exponent: with three, E, a factor and an exponent fit any data."""
@@ -182,7 +182,7 @@ def _profile(projection: Projection, name: Name) -> Callable[[float], float]:
 
     def squares(value: float) -> float:
         nonlocal near
-        one = projection.minimum(near, Held(name, value))
+        one = projection.minimum(near, FixedParameter(name, value))
         near = (one.alpha, one.beta)
         return one.squares
 
@@ -192,9 +192,9 @@ def _profile(projection: Projection, name: Name) -> Callable[[float], float]:
 def _law(grid: Grid, projection: Projection) -> Law:
     best = projection.best
     e, a, b = best.factors
-    _inside({"alpha": best.alpha, "beta": best.beta}, {"E": e})
+    _check_bounds({"alpha": best.alpha, "beta": best.beta}, {"E": e})
     terms = projection.terms(best.alpha, best.beta)
-    _matters({"model size": a * terms[:, 1], "data": b * terms[:, 2]}, grid.loss)
+    _check_term_range({"model size": a * terms[:, 1], "data": b * terms[:, 2]}, grid.loss)
     return Law.of(best, projection)
 
 
@@ -209,8 +209,8 @@ def weight_of(grid: Grid, weights: Weights) -> np.ndarray:
 
 
 def _enough_for_a_law(grid: Grid) -> None:
-    _enough(grid.params, MIN_SIZES, "model sizes")
-    _enough(grid.tokens, MIN_AMOUNTS, "amounts of data")
+    _check_count(grid.params, MIN_SIZES, "model sizes")
+    _check_count(grid.tokens, MIN_AMOUNTS, "amounts of data")
     if len(grid) < (needed := Law.DEGREES + SPARE_RUNS):
         raise NotIdentifiableError(f"{len(grid)} runs, at least {needed} are needed for {Law.DEGREES} numbers")
 
@@ -249,7 +249,7 @@ def fit_law_huber(grid: Grid) -> Law:
         B=float(np.exp(x[2] + x[4] * scale_d)),
         beta=float(x[4]),
     )
-    _inside({"alpha": law.alpha, "beta": law.beta}, {"E": law.E})
+    _check_bounds({"alpha": law.alpha, "beta": law.beta}, {"E": law.E})
     return law
 
 
@@ -290,8 +290,8 @@ def data_law_quantities(grid: Grid, weights: Weights = "relative") -> tuple[Data
     beta = float(np.exp(found.x))
     factors, squares = solve(beta)
     e, b = factors.T
-    _inside({"beta": beta}, {f"E at {size:.3g} parameters": value for size, value in zip(sizes, e, strict=True)})
-    _matters({"data": b[which] * np.exp(-beta * d)}, grid.loss)
+    _check_bounds({"beta": beta}, {f"E at {size:.3g} parameters": value for size, value in zip(sizes, e, strict=True)})
+    _check_term_range({"data": b[which] * np.exp(-beta * d)}, grid.loss)
     law = DataLaw(beta, sizes, e, b * np.exp(beta * scale))
     if len(grid) <= law.degrees:
         return law, {"beta": Quantity(value=beta, reason="no interval: as many numbers as runs")}
@@ -303,7 +303,7 @@ def data_law_quantities(grid: Grid, weights: Weights = "relative") -> tuple[Data
 def fit_parabola(grid: Grid, budget: float) -> Parabola:
     """Fit the IsoFLOP curve of one budget. Raises NotIdentifiableError for fewer than three sizes."""
     here = grid.take(np.flatnonzero(grid.budget == budget))
-    _enough(here.params, 3, "model sizes at this budget")
+    _check_count(here.params, 3, "model sizes at this budget")
     x = np.log(here.params)
     curve = np.poly1d(np.polyfit(x - x.mean(), here.loss, 2))
     return Parabola(float(budget), curve, float(x.mean()), (float(here.params.min()), float(here.params.max())))
@@ -349,12 +349,12 @@ def _centred(values: np.ndarray) -> np.ndarray:
     return logarithms - logarithms.mean()
 
 
-def _enough(values: np.ndarray, wanted: int, what: str) -> None:
+def _check_count(values: np.ndarray, wanted: int, what: str) -> None:
     if (distinct := len(np.unique(values))) < wanted:
         raise NotIdentifiableError(f"{distinct} {what}, at least {wanted} are needed")
 
 
-def _inside(exponents: dict[str, float], offsets: dict[str, float]) -> None:
+def _check_bounds(exponents: dict[str, float], offsets: dict[str, float]) -> None:
     low, high = EXPONENT_BOUNDS
     for name, value in exponents.items():
         if not low * BOUND_MARGIN < value < high / BOUND_MARGIN:
@@ -364,7 +364,7 @@ def _inside(exponents: dict[str, float], offsets: dict[str, float]) -> None:
             raise NotIdentifiableError(f"{name} hit its bound 0: the losses are too far from their floor to show it")
 
 
-def _matters(terms: dict[str, np.ndarray], loss: np.ndarray) -> None:
+def _check_term_range(terms: dict[str, np.ndarray], loss: np.ndarray) -> None:
     for name, values in terms.items():
         if np.ptp(values) < MIN_TERM_SHARE * np.ptp(loss):
             raise NotIdentifiableError(f"the losses hardly depend on {name}: its term spans under {MIN_TERM_SHARE:.0%} of their range")

@@ -31,7 +31,7 @@ FACTORS = {"E": 0, "A": 1, "B": 2}
 
 
 @dataclass(frozen=True)
-class Held:
+class FixedParameter:
     """A parameter of the law that is held at a fixed value."""
 
     name: Name
@@ -70,7 +70,7 @@ class Projection:
         """Design matrix [M, 3] of the linear factors, at the centred logarithms."""
         return np.stack([np.ones_like(self.n), np.exp(-alpha * self.n), np.exp(-beta * self.d)], 1)
 
-    def solve(self, alpha: float, beta: float, held: Held | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def solve(self, alpha: float, beta: float, held: FixedParameter | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Optimal factors [3] and weighted residuals [M] for given exponents."""
         columns = self.terms(alpha, beta) * self.weight[:, None]
         if held is None or held.name not in FACTORS:
@@ -83,7 +83,7 @@ class Projection:
         factors[others], _ = nnls(columns[:, others], self.target - value * columns[:, place])
         return factors, columns @ factors - self.target
 
-    def slopes(self, alpha: float, beta: float, held: Held | None = None) -> np.ndarray:
+    def slopes(self, alpha: float, beta: float, held: FixedParameter | None = None) -> np.ndarray:
         """Jacobian [M, 2] of the weighted residuals with respect to alpha and beta, with the factors re-optimised (Kaufman 1975): the
         component in the span of the free factors' columns is projected out."""
         factors, _ = self.solve(alpha, beta, held)
@@ -95,7 +95,7 @@ class Projection:
         spanned, _ = np.linalg.qr(terms[:, free] * self.weight[:, None])
         return found - spanned @ (spanned.T @ found)
 
-    def minimum(self, start: tuple[float, float], held: Held | None = None) -> Minimum:
+    def minimum(self, start: tuple[float, float], held: FixedParameter | None = None) -> Minimum:
         """The local minimum reached from `start` (alpha, beta)."""
         free = _free(held)
         of_alpha = held.value / (1 - held.value) if held is not None and held.name == "ratio" else None
@@ -154,7 +154,7 @@ def _at_bound(exponent: float) -> bool:
     return not EXPONENT_BOUNDS[0] * BOUND_MARGIN < exponent < EXPONENT_BOUNDS[1] / BOUND_MARGIN
 
 
-def _free(held: Held | None) -> list[str]:
+def _free(held: FixedParameter | None) -> list[str]:
     """Names of the exponents that are searched."""
     if held is not None and held.name == "ratio":
         return ["alpha"]

@@ -32,11 +32,11 @@ from fvlm_core.data.frames import encode_jpeg
 from fvlm_core.errors import UserError
 from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
 from fvlm_core.serve import engine
-from fvlm_core.serve.answering import TextPieces
-from fvlm_core.serve.chat_request import ChatRequest, understand
+from fvlm_core.serve.batched_decoding import TextPieces
+from fvlm_core.serve.chat_request import ChatRequest, to_model_input
 from fvlm_core.serve.decode import Kind, decode
 from fvlm_core.serve.fetch import read_url
-from fvlm_core.serve.limits import MB, GoneError, Limits, RefusedError
+from fvlm_core.serve.limits import MB, ClientDisconnectedError, Limits, RequestRejectedError
 from fvlm_core.serve.load import checked_mode
 
 PAGE = Path(__file__).with_name("page.html")
@@ -65,16 +65,16 @@ class Server:
         self.created = int(time.time())
 
     def check_key(self, request: Request) -> None:
-        """Raise RefusedError if the server has an API key and the request does not give it."""
+        """Raise RequestRejectedError if the server has an API key and the request does not give it."""
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if self.api_key and not hmac.compare_digest(given.encode(), self.api_key.encode()):
-            raise RefusedError("the API key is missing or wrong", HTTPStatus.UNAUTHORIZED, code="invalid_api_key")
+            raise RequestRejectedError("the API key is missing or wrong", HTTPStatus.UNAUTHORIZED, code="invalid_api_key")
 
     async def body(self, request: Request) -> ChatRequest:
-        """Read and validate the request's body. Raises RefusedError if it is invalid, too large or too slow."""
+        """Read and validate the request's body. Raises RequestRejectedError if it is invalid, too large or too slow."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             # this also blocks other sites' pages: a browser sends a CORS preflight before this content type, and gets no permission
-            raise RefusedError("the content type must be application/json", HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
+            raise RequestRejectedError("the content type must be application/json", HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
         parts, size = [], 0
         try:
             async with asyncio.timeout(self.limits.body_s):
@@ -82,25 +82,25 @@ class Server:
                     size += len(part)
                     if size > self.limits.body_bytes:
                         what = f"the request is larger than {self.limits.body_bytes // MB} MB, which is this server's limit"
-                        raise RefusedError(what, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, code="too_large")
+                        raise RequestRejectedError(what, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, code="too_large")
                     parts.append(part)
         except TimeoutError as error:
             what = f"the request did not arrive within {self.limits.body_s:g} s"
-            raise RefusedError(what, HTTPStatus.REQUEST_TIMEOUT) from error
+            raise RequestRejectedError(what, HTTPStatus.REQUEST_TIMEOUT) from error
         try:
             return await anyio.to_thread.run_sync(ChatRequest.model_validate_json, b"".join(parts))
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(str(place) for place in first["loc"])
-            raise RefusedError(f"{where or 'the body'}: {first['msg']}") from error
+            raise RequestRejectedError(f"{where or 'the body'}: {first['msg']}") from error
 
     def frames_of(self, url: str, kind: Kind, *, gone: Event) -> np.ndarray:
         """Fetch and decode the frames of an address, or take them from the cache. Runs in a worker thread.
 
-        Raises RefusedError for unusable media, GoneError once `gone` is set because the client has disconnected.
+        Raises RequestRejectedError for unusable media, ClientDisconnectedError once `gone` is set because the client has disconnected.
         """
         if gone.is_set():
-            raise GoneError
+            raise ClientDisconnectedError
         content = read_url(url, self.limits)
         key = f"{kind} {sha256(content).hexdigest()}"
         with self.lock:
@@ -123,17 +123,17 @@ class Server:
                     self.decoding[key] = mine, users - 1
         return found
 
-    async def ask(self, request: Request, body: ChatRequest) -> "Asking":
-        """Fetch the media and submit the request to the engine. Raises RefusedError."""
+    async def ask(self, request: Request, body: ChatRequest) -> "ResponseStream":
+        """Fetch the media and submit the request to the engine. Raises RequestRejectedError."""
         if body.model != self.answerer.name:
             what = f"there is no model {body.model!r}; this server has {self.answerer.name!r}"
-            raise RefusedError(what, HTTPStatus.NOT_FOUND, code="model_not_found")
+            raise RequestRejectedError(what, HTTPStatus.NOT_FOUND, code="model_not_found")
         try:
             mode = checked_mode(self.answerer, body.mode)
         except UserError as error:
-            raise RefusedError(f"{error.what}; {error.fix}") from error
+            raise RequestRejectedError(f"{error.what}; {error.fix}") from error
         gone = Event()
-        work = partial(understand, body, self.answerer, self.limits, partial(self.frames_of, gone=gone))
+        work = partial(to_model_input, body, self.answerer, self.limits, partial(self.frames_of, gone=gone))
         understanding = asyncio.create_task(anyio.to_thread.run_sync(work, limiter=self.threads))
         try:
             while not (await asyncio.wait([understanding], timeout=HEARTBEAT_S))[0]:
@@ -148,10 +148,10 @@ class Server:
             asked.sample, asked.chat, mode, asked.sampling, lambda event: loop.call_soon_threadsafe(events.put_nowait, event), body.gaze
         )
         self.engine.submit(asking)
-        return Asking(self, request, body, asking, events)
+        return ResponseStream(self, request, body, asking, events)
 
 
-class Asking:
+class ResponseStream:
     """An answer that is being sent to one client."""
 
     def __init__(
@@ -166,7 +166,7 @@ class Asking:
         """When to check next whether the client is still connected."""
 
     async def pieces(self) -> AsyncIterator[str]:
-        """Yield the answer's text in pieces; the first one is empty, and comes after prefill. Raises RefusedError."""
+        """Yield the answer's text in pieces; the first one is empty, and comes after prefill. Raises RequestRejectedError."""
         text, stops = TextPieces(self.server.answerer.subject), self.body.stops
         held = ""
         longest = max(map(len, stops), default=1)
@@ -174,7 +174,7 @@ class Asking:
             while not self.finished:
                 event = await self._event()
                 if isinstance(event, engine.Failed):
-                    raise RefusedError("the answer could not be computed", HTTPStatus.INTERNAL_SERVER_ERROR, code="internal_error")
+                    raise RequestRejectedError("the answer could not be computed", HTTPStatus.INTERNAL_SERVER_ERROR, code="internal_error")
                 if isinstance(event, engine.Started):
                     self.prompt_tokens = event.prompt_tokens
                     self.looked = self._look(event) if self.body.gaze else None
@@ -214,7 +214,7 @@ class Asking:
             yield _event(self.chunk({}, end=True))
             if self.body.stream_options and self.body.stream_options.include_usage:
                 yield _event(self._head("chat.completion.chunk") | {"choices": [], "usage": self.usage()})
-        except RefusedError as error:
+        except RequestRejectedError as error:
             yield _event(_error(error))
         yield "data: [DONE]\n\n"
 
@@ -228,7 +228,7 @@ class Asking:
                 self.look_at = now + HEARTBEAT_S
                 if await self.request.is_disconnected():
                     self.asking.cancelled = True
-                    raise GoneError
+                    raise ClientDisconnectedError
             try:
                 return await asyncio.wait_for(self.events.get(), self.look_at - now)
             except TimeoutError:
@@ -257,7 +257,7 @@ class Asking:
 class _Stream(StreamingResponse):
     """Streams server-sent events; the request counts until the stream ends, for whatever reason."""
 
-    def __init__(self, asking: Asking) -> None:
+    def __init__(self, asking: ResponseStream) -> None:
         super().__init__(asking.stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         self.asking = asking
 
@@ -281,15 +281,17 @@ def create_app(answerer: FoveatedAnswerer, limits: Limits | None = None, *, api_
 
     app = FastAPI(title="fVLM", lifespan=lifespan, openapi_url=None)
 
-    @app.exception_handler(RefusedError)
-    async def refused(_: Request, error: RefusedError) -> JSONResponse:
+    @app.exception_handler(RequestRejectedError)
+    async def refused(_: Request, error: RequestRejectedError) -> JSONResponse:
         headers = {"Retry-After": "1"} if error.status == HTTPStatus.TOO_MANY_REQUESTS else None
         return JSONResponse(_error(error), error.status, headers)
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> JSONResponse:
         """Report the framework's own errors: an unknown path or method."""
-        refusal = RefusedError(f"there is no {request.method} {request.url.path}", HTTPStatus(error.status_code), code="unknown_url")
+        refusal = RequestRejectedError(
+            f"there is no {request.method} {request.url.path}", HTTPStatus(error.status_code), code="unknown_url"
+        )
         return JSONResponse(_error(refusal), error.status_code, error.headers)
 
     @app.api_route("/", methods=["GET", "HEAD"], response_class=HTMLResponse)
@@ -313,14 +315,16 @@ def create_app(answerer: FoveatedAnswerer, limits: Limits | None = None, *, api_
     async def one_model(name: str, request: Request) -> dict[str, Any]:
         server.check_key(request)
         if name != answerer.name:
-            raise RefusedError(f"there is no model {name!r}", HTTPStatus.NOT_FOUND, code="model_not_found")
+            raise RequestRejectedError(f"there is no model {name!r}", HTTPStatus.NOT_FOUND, code="model_not_found")
         return model()
 
     @app.post("/v1/chat/completions", response_model=None)
     async def complete(request: Request) -> Response:
         server.check_key(request)
         if server.inside >= server.limits.running + server.limits.waiting:
-            raise RefusedError("too many requests are waiting; try again later", HTTPStatus.TOO_MANY_REQUESTS, code="rate_limit_exceeded")
+            raise RequestRejectedError(
+                "too many requests are waiting; try again later", HTTPStatus.TOO_MANY_REQUESTS, code="rate_limit_exceeded"
+            )
         server.inside += 1
         streaming = False
         try:
@@ -339,19 +343,19 @@ def create_app(answerer: FoveatedAnswerer, limits: Limits | None = None, *, api_
 
 @contextmanager
 def _taken(place: "Lock | Semaphore", gone: Event) -> Generator[None]:
-    """Acquire a lock or semaphore, and hold it in the `with` block. Raises GoneError if the client disconnects before."""
+    """Acquire a lock or semaphore, and hold it in the `with` block. Raises ClientDisconnectedError if the client disconnects before."""
     while not place.acquire(timeout=HEARTBEAT_S):
         if gone.is_set():
-            raise GoneError
+            raise ClientDisconnectedError
     try:
         if gone.is_set():  # acquired too late
-            raise GoneError
+            raise ClientDisconnectedError
         yield
     finally:
         place.release()
 
 
-def _error(error: RefusedError) -> dict[str, Any]:
+def _error(error: RequestRejectedError) -> dict[str, Any]:
     kind = "server_error" if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
     return {"error": {"message": error.message, "type": kind, "param": None, "code": error.code}}
 

@@ -17,9 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from fvlm_core.data.batch import ChatFormat, Sample, Turn
 from fvlm_core.data.tokenizer import TURN_END, TURN_START
 from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
-from fvlm_core.serve.answering import MAX_NEW_TOKENS, Sampling
+from fvlm_core.serve.batched_decoding import MAX_NEW_TOKENS, Sampling
 from fvlm_core.serve.decode import Kind
-from fvlm_core.serve.limits import Limits, RefusedError
+from fvlm_core.serve.limits import Limits, RequestRejectedError
 
 MAX_STOPS = 4
 GREEDY_BELOW = 1e-4
@@ -121,7 +121,7 @@ SIMILAR = 0.85
 
 
 @dataclass(frozen=True)
-class Asked:
+class ModelInput:
     """A request, translated into model inputs."""
 
     sample: Sample
@@ -129,28 +129,32 @@ class Asked:
     sampling: Sampling
 
 
-def understand(request: ChatRequest, answerer: FoveatedAnswerer, limits: Limits, frames_of: Callable[[str, Kind], np.ndarray]) -> Asked:
-    """Translate a request into model inputs; `frames_of(address, kind)` loads media. Raises RefusedError for an invalid request."""
+def to_model_input(
+    request: ChatRequest, answerer: FoveatedAnswerer, limits: Limits, frames_of: Callable[[str, Kind], np.ndarray]
+) -> ModelInput:
+    """Translate a request into model inputs; `frames_of(address, kind)` loads media. Raises RequestRejectedError for an invalid request."""
     for name, neutral in UNSUPPORTED.items():
         if (request.model_extra or {}).get(name) not in neutral:
-            raise RefusedError(f"{name} is not supported")
+            raise RequestRejectedError(f"{name} is not supported")
     for name in request.model_extra or {}:
         if name not in UNSUPPORTED and (meant := get_close_matches(name.lower(), ChatRequest.model_fields, 1, SIMILAR)):
-            raise RefusedError(f"there is no field {name!r}; do you mean {meant[0]!r}?")
+            raise RequestRejectedError(f"there is no field {name!r}; do you mean {meant[0]!r}?")
     if len(request.stops) > MAX_STOPS or any(not stop for stop in request.stops):
-        raise RefusedError(f"stop must be at most {MAX_STOPS} texts that are not empty")
+        raise RequestRejectedError(f"stop must be at most {MAX_STOPS} texts that are not empty")
     system = "\n".join(message.text for message in request.messages if message.role in ("system", "developer"))
     messages = [message for message in request.messages if message.role in ("user", "assistant")]
     if [message.role for message in messages] != (["user", "assistant"] * len(messages))[: len(messages)] or len(messages) % 2 == 0:
-        raise RefusedError("messages must alternate between user and assistant, and begin and end with user")
+        raise RequestRejectedError("messages must alternate between user and assistant, and begin and end with user")
     if any(part.type != "text" for message in messages[1:] for part in message.parts):
-        raise RefusedError("videos and images belong into the first user message: the model sees them before the conversation goes on")
+        raise RequestRejectedError(
+            "videos and images belong into the first user message: the model sees them before the conversation goes on"
+        )
     addressed = [part for part in messages[0].parts if part.type != "text"]
     if len(addressed) > limits.media:
-        raise RefusedError(f"{len(addressed)} videos and images; this server takes {limits.media} in a request")
+        raise RequestRejectedError(f"{len(addressed)} videos and images; this server takes {limits.media} in a request")
     texts = [message.text for message in messages]
     if any(not text for message, text in zip(messages, texts, strict=True) if message.role == "user"):
-        raise RefusedError("a user message has no text")
+        raise RequestRejectedError("a user message has no text")
     _check_length(sum(map(len, [system, *texts])) // CHARACTERS_PER_TOKEN, answerer)  # a cheap bound, before tokenizing
     encode, chat = answerer.subject.encode, answerer.subject.chat
     turns = [Turn(encode(user), encode(answer)) for user, answer in zip(texts[::2], [*texts[1::2], ""], strict=True)]
@@ -166,14 +170,14 @@ def understand(request: ChatRequest, answerer: FoveatedAnswerer, limits: Limits,
         request.seed,
     )
     if sampling.max_new_tokens > limits.new_tokens:
-        raise RefusedError(f"an answer of {sampling.max_new_tokens} tokens; this server gives at most {limits.new_tokens}")
+        raise RequestRejectedError(f"an answer of {sampling.max_new_tokens} tokens; this server gives at most {limits.new_tokens}")
     around = len(chat.user_open) + len(chat.user_close) + len(chat.assistant_open)
     text_tokens = len(chat.system) + sum(around + len(turn.question_ids) + len(turn.answer_ids) for turn in turns)
     text_tokens += len(chat.assistant_close) * sum(bool(turn.answer_ids) for turn in turns)  # the new answer is not closed yet
     _check_length(text_tokens + sampling.max_new_tokens, answerer)
     loaded = [frames_of(_address(part), URLS[part.type]) for part in addressed]
     if (distinct := sum(map(len, loaded))) > limits.frames_at_once:
-        raise RefusedError(f"videos and images of {distinct} frames; this server takes {limits.frames_at_once} in a request")
+        raise RequestRejectedError(f"videos and images of {distinct} frames; this server takes {limits.frames_at_once} in a request")
     frames, media = _joined(loaded, [URLS[part.type] for part in addressed], answerer.image_repeats)
     shown = sum(map(len, media)) * answerer.tokens_per_frame
     _check_length(text_tokens + sampling.max_new_tokens + shown, answerer)
@@ -181,12 +185,12 @@ def understand(request: ChatRequest, answerer: FoveatedAnswerer, limits: Limits,
     if first is None:
         order = [part.type == "text" for part in messages[0].parts]
         first = bool(order) and order[0]
-    return Asked(Sample("", "", frames, media, turns, question_first=first and bool(media)), chat, sampling)
+    return ModelInput(Sample("", "", frames, media, turns, question_first=first and bool(media)), chat, sampling)
 
 
 def _address(part: Part) -> str:
     if not part.url:
-        raise RefusedError(f"a part of type {part.type} has no address: {{'type': '{part.type}', '{part.type}': {{'url': ...}}}}")
+        raise RequestRejectedError(f"a part of type {part.type} has no address: {{'type': '{part.type}', '{part.type}': {{'url': ...}}}}")
     return part.url
 
 
@@ -205,4 +209,4 @@ def _check_length(tokens: int, answerer: FoveatedAnswerer) -> None:
     context = answerer.subject.model.llm.config.max_position_embeddings
     if tokens > context:
         what = f"messages and answer need {tokens} tokens; the model's context has {context}"
-        raise RefusedError(what, HTTPStatus.BAD_REQUEST, code="context_length_exceeded")
+        raise RequestRejectedError(what, HTTPStatus.BAD_REQUEST, code="context_length_exceeded")

@@ -21,7 +21,7 @@ from PIL import Image
 
 from fvlm_core.data.frames import MATROSKA, ClipError, FrameRule, extract_frames
 from fvlm_core.eval.media import Images
-from fvlm_core.serve.limits import MB, GoneError, Limits, RefusedError
+from fvlm_core.serve.limits import MB, ClientDisconnectedError, Limits, RequestRejectedError
 
 Kind = Literal["video", "image"]
 FRAMES, REFUSED = b"frames\n", b"refused\n"
@@ -36,14 +36,16 @@ FRAME_COPIES = 2
 def decode(content: bytes, kind: Kind, rule: FrameRule, limits: Limits, gone: Event) -> np.ndarray:
     """Decode a video or picture to frames uint8 [T, frame_px, frame_px, 3].
 
-    Raises RefusedError for media that cannot be decoded within the limits, GoneError once `gone` is set.
+    Raises RequestRejectedError for media that cannot be decoded within the limits, ClientDisconnectedError once `gone` is set.
     """
     if not content:
-        raise RefusedError(f"the {kind} is empty")
+        raise RequestRejectedError(f"the {kind} is empty")
     if container_of(content, kind) is None:
         known = "mp4, mov, mkv, webm, avi, ts, ogg, flv, wmv, gif" if kind == "video" else "jpeg, png, webp, bmp, gif"
         article = "an" if kind == "image" else "a"
-        raise RefusedError(f"not {article} {kind} of a known format ({known})", HTTPStatus.UNSUPPORTED_MEDIA_TYPE, code="unsupported_media")
+        raise RequestRejectedError(
+            f"not {article} {kind} of a known format ({known})", HTTPStatus.UNSUPPORTED_MEDIA_TYPE, code="unsupported_media"
+        )
     settings = {"kind": kind, "rule": asdict(rule), "limits": asdict(limits)}
     command = [sys.executable, "-m", "fvlm_core.serve.decode", json.dumps(settings)]
     said = _output(command, content, limits.decode_s, gone)
@@ -51,13 +53,13 @@ def decode(content: bytes, kind: Kind, rule: FrameRule, limits: Limits, gone: Ev
         return np.frombuffer(said, np.uint8, offset=len(FRAMES)).reshape(-1, rule.frame_px, rule.frame_px, 3).copy()
     if said.startswith(REFUSED):
         message, status = json.loads(said[len(REFUSED) :])
-        raise RefusedError(message, HTTPStatus(status), code="unreadable_media")
+        raise RequestRejectedError(message, HTTPStatus(status), code="unreadable_media")
     what = f"the {kind} takes too much time or memory to decode"
-    raise RefusedError(what, HTTPStatus.UNPROCESSABLE_ENTITY, code="unreadable_media")
+    raise RequestRejectedError(what, HTTPStatus.UNPROCESSABLE_ENTITY, code="unreadable_media")
 
 
 def _output(command: list[str], content: bytes, seconds: float, gone: Event) -> bytes:
-    """Return a command's output; empty if it fails or exceeds `seconds`. Raises GoneError once `gone` is set."""
+    """Return a command's output; empty if it fails or exceeds `seconds`. Raises ClientDisconnectedError once `gone` is set."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     pipe, ends, done = subprocess.PIPE, time.monotonic() + seconds, Event()
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=environment) as process:
@@ -76,7 +78,7 @@ def _output(command: list[str], content: bytes, seconds: float, gone: Event) -> 
             done.set()
             watcher.join()
     if gone.is_set():
-        raise GoneError
+        raise ClientDisconnectedError
     return said if process.returncode == 0 else b""
 
 
@@ -127,7 +129,7 @@ def _main() -> None:
             frames = _image(content, rule, limits.pixels)
         else:
             frames = _video(content, rule, limits.pixels, limits.video_s)
-    except RefusedError as error:
+    except RequestRejectedError as error:
         sys.stdout.buffer.write(REFUSED + json.dumps([error.message, int(error.status)]).encode())
         return
     sys.stdout.buffer.write(FRAMES)
@@ -142,7 +144,7 @@ def _image(content: bytes, rule: FrameRule, pixels: int) -> np.ndarray:
             _check_pixels(image.width, image.height, pixels)
         return Images((content,)).load(rule, 1).frames
     except (ClipError, OSError, ValueError, SyntaxError) as error:
-        raise RefusedError("not a readable picture", HTTPStatus.UNPROCESSABLE_ENTITY) from error
+        raise RequestRejectedError("not a readable picture", HTTPStatus.UNPROCESSABLE_ENTITY) from error
 
 
 def _video(content: bytes, rule: FrameRule, pixels: int, video_s: float) -> np.ndarray:
@@ -152,7 +154,7 @@ def _video(content: bytes, rule: FrameRule, pixels: int, video_s: float) -> np.n
     try:
         with av.open(io.BytesIO(content), "r", metadata_errors="replace") as container:
             if not container.streams.video:
-                raise RefusedError("the file has no video stream", HTTPStatus.UNPROCESSABLE_ENTITY)
+                raise RequestRejectedError("the file has no video stream", HTTPStatus.UNPROCESSABLE_ENTITY)
             stream = container.streams.video[0]
             _check_pixels(stream.codec_context.width, stream.codec_context.height, pixels)
             lengths = [float(stream.duration * stream.time_base)] if stream.duration and stream.time_base else []
@@ -161,23 +163,23 @@ def _video(content: bytes, rule: FrameRule, pixels: int, video_s: float) -> np.n
                 lengths = [length - max(container.start_time or 0, 0) / av.time_base for length in lengths]
             if (length := max(lengths, default=0.0)) > video_s + LENGTH_TOLERANCE_S:
                 what = f"the video is {length:.0f} s long; this server takes {video_s} s"
-                raise RefusedError(what, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+                raise RequestRejectedError(what, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
         found = extract_frames(content, rule)
         if found.duration_s > video_s + LENGTH_TOLERANCE_S:
             what = f"the video is {found.duration_s:.0f} s long; this server takes {video_s} s"
-            raise RefusedError(what, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+            raise RequestRejectedError(what, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
         return found.pixels
     except (ClipError, av.error.FFmpegError, ValueError) as error:
         if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):  # ffmpeg hit the memory limit; the video may be fine
             raise MemoryError from error
         reason = str(error) if isinstance(error, ClipError) else "it cannot be decoded"
-        raise RefusedError(f"not a readable video: {reason}", HTTPStatus.UNPROCESSABLE_ENTITY) from error
+        raise RequestRejectedError(f"not a readable video: {reason}", HTTPStatus.UNPROCESSABLE_ENTITY) from error
 
 
 def _check_pixels(width: int, height: int, most: int) -> None:
     if width * height > most:
         what = f"pictures of {width} x {height} pixels are larger than this server takes ({most} pixels)"
-        raise RefusedError(what, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+        raise RequestRejectedError(what, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import numpy as np
 from fvlm_core.data.batch import ChatFormat, Sample
 from fvlm_core.eval.subject import Subject
 from fvlm_core.model.names import Mode
-from fvlm_core.serve.answering import Answer, Answering, Sampling, read
+from fvlm_core.serve.batched_decoding import Answer, DecodingBatch, Sampling, read
 
 log = logging.getLogger(__name__)
 GATHER_S = 0.01
@@ -58,7 +58,7 @@ class Request:
     chat: ChatFormat
     mode: Mode
     sampling: Sampling
-    tell: Callable[[Event], object]
+    on_event: Callable[[Event], object]
     """The callback; called from the engine's thread."""
     gaze: bool = False
     cancelled: bool = False
@@ -79,7 +79,7 @@ class Engine:
         self._closed = False
         self._running: dict[int, Request] = {}
         """By the `id` of their answers."""
-        self._answering = Answering(subject)
+        self._answering = DecodingBatch(subject)
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def start(self) -> "Engine":
@@ -100,7 +100,7 @@ class Engine:
             self._change.notify()
         self._thread.join()
         for request in (*self._running.values(), *self._waiting):
-            request.tell(Failed())
+            request.on_event(Failed())
 
     def _work(self) -> None:
         while True:
@@ -127,10 +127,10 @@ class Engine:
             log.exception("a pass over %d requests failed", len(requests))
             for request in requests:
                 self._running.pop(id(request.answer), None)
-                request.tell(Failed())
+                request.on_event(Failed())
             self._answering.drop([request.answer for request in requests])
             if not self._running:
-                self._answering = Answering(self.subject)
+                self._answering = DecodingBatch(self.subject)
 
     def _group(self) -> list[Request]:
         """The next requests to prefill together: as many as there is room for, with the same mode, system message and gaze option."""
@@ -152,7 +152,7 @@ class Engine:
         samples = [request.sample for request in group]
         found = read(self.subject, samples, first.mode, chat=first.chat, gaze=first.gaze)
         for row, request in enumerate(group):
-            request.tell(Started(found.cache.lengths[row], found.gaze[row], found.entropy[row]))
+            request.on_event(Started(found.cache.lengths[row], found.gaze[row], found.entropy[row]))
             self._running[id(request.answer)] = request
         self._answering.add([request.answer for request in group], found.cache, found.hidden)
         self._report([request.answer for request in group])
@@ -162,7 +162,7 @@ class Engine:
 
     def _report(self, answers: Sequence[Answer]) -> None:
         for answer in answers:
-            self._running[id(answer)].tell(Progress(tuple(answer.tokens), answer.finished))
+            self._running[id(answer)].on_event(Progress(tuple(answer.tokens), answer.finished))
             if answer.finished:
                 del self._running[id(answer)]
 

@@ -14,8 +14,8 @@ from fvlm_core.cli import run_job
 from fvlm_core.devices import device_of
 from fvlm_core.errors import UserError
 from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
+from fvlm_core.eval.external_files import digest
 from fvlm_core.eval.jobs import CheckpointJob
-from fvlm_core.eval.outside import digest
 from fvlm_core.eval.part import NotMeasuredError, PartResult
 from fvlm_core.eval.parts.benchmarks import VALIDATION, BenchmarksResult, add_up
 from fvlm_core.eval.published import comparison

@@ -18,7 +18,7 @@ from urllib.parse import quote, unquote_to_bytes, urljoin, urlsplit
 
 import httpcore
 
-from fvlm_core.serve.limits import MB, Limits, RefusedError
+from fvlm_core.serve.limits import MB, Limits, RequestRejectedError
 
 REDIRECTS = 3
 REDIRECTING = (301, 302, 303, 307, 308)
@@ -26,25 +26,25 @@ AGENT = b"fvlm"
 
 
 def read_url(url: str, limits: Limits) -> bytes:
-    """Return the content of an address. Raises RefusedError."""
+    """Return the content of an address. Raises RequestRejectedError."""
     scheme = url[:8].lower().partition(":")[0]
     if scheme == "data":
         return _data(url, limits)
     if scheme in ("http", "https"):
         return _fetch(url, limits)
-    raise RefusedError("an address must begin with https://, http:// or data:; files of the server cannot be read")
+    raise RequestRejectedError("an address must begin with https://, http:// or data:; files of the server cannot be read")
 
 
 def check_address(host: str, port: int, *, allow_internal: bool) -> str:
-    """Return the IP address to connect to. Raises RefusedError if the host has none, or one outside the public internet."""
+    """Return the IP address to connect to. Raises RequestRejectedError if the host has none, or one outside the public internet."""
     try:
         found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     except (OSError, UnicodeError) as error:
-        raise RefusedError(f"the host {host!r} cannot be found") from error
+        raise RequestRejectedError(f"the host {host!r} cannot be found") from error
     if not found:
-        raise RefusedError(f"the host {host!r} cannot be found")
+        raise RequestRejectedError(f"the host {host!r} cannot be found")
     if not allow_internal and not all(is_public(address) for address in found):
-        raise RefusedError(f"the host {host!r} is not on the public internet", HTTPStatus.FORBIDDEN, code="address_refused")
+        raise RequestRejectedError(f"the host {host!r} is not on the public internet", HTTPStatus.FORBIDDEN, code="address_refused")
     return found[0]
 
 
@@ -108,7 +108,7 @@ def _fetch(url: str, limits: Limits) -> bytes:
             if isinstance(answer, bytes):
                 return answer
             url = answer
-    raise RefusedError(f"the address redirects more than {REDIRECTS} times")
+    raise RequestRejectedError(f"the address redirects more than {REDIRECTS} times")
 
 
 def _get(pool: httpcore.ConnectionPool, url: str, deadline: float, limits: Limits) -> bytes | str:
@@ -118,7 +118,7 @@ def _get(pool: httpcore.ConnectionPool, url: str, deadline: float, limits: Limit
         name, colon, port = parts.netloc.rpartition("@")[2].partition(":")
         host = (name if name.isascii() else name.encode("idna").decode()) + colon + port
         if parts.scheme.lower() not in ("http", "https") or not host:
-            raise RefusedError("the address leads to something that is neither http nor https")
+            raise RequestRejectedError("the address leads to something that is neither http nor https")
         left = max(0.1, deadline - time.monotonic())
         timeouts = dict.fromkeys(("connect", "write", "pool"), left)
         headers = [(b"Host", host.encode("ascii")), (b"User-Agent", AGENT), (b"Accept", b"*/*")]
@@ -129,12 +129,12 @@ def _get(pool: httpcore.ConnectionPool, url: str, deadline: float, limits: Limit
             if response.status in REDIRECTING and location:
                 return urljoin(url, location.decode(errors="surrogateescape"))
             if response.status != HTTPStatus.OK:
-                raise RefusedError(f"the address answers with status {response.status}")
+                raise RequestRejectedError(f"the address answers with status {response.status}")
             return _content(response, limits)
     except (httpcore.TimeoutException, TimeoutError) as error:
-        raise RefusedError(f"the address did not answer within {limits.fetch_s:g} s") from error
+        raise RequestRejectedError(f"the address did not answer within {limits.fetch_s:g} s") from error
     except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.UnsupportedProtocol, OSError, ValueError) as error:
-        raise RefusedError("the address cannot be fetched") from error
+        raise RequestRejectedError("the address cannot be fetched") from error
 
 
 def _content(response: httpcore.Response, limits: Limits) -> bytes:
@@ -150,19 +150,19 @@ def _content(response: httpcore.Response, limits: Limits) -> bytes:
 def _data(url: str, limits: Limits) -> bytes:
     head, comma, body = url.partition(",")
     if not comma:
-        raise RefusedError("a data: address must have the form data:TYPE;base64,CONTENT")
+        raise RequestRejectedError("a data: address must have the form data:TYPE;base64,CONTENT")
     if not head.lower().endswith(";base64"):
         content = unquote_to_bytes(body)
     else:
         try:
             content = base64.b64decode(body, validate=True)
         except (binascii.Error, ValueError) as error:
-            raise RefusedError("the data: address is not valid base64") from error
+            raise RequestRejectedError("the data: address is not valid base64") from error
     if len(content) > limits.upload_bytes:
         raise _too_large(limits)
     return content
 
 
-def _too_large(limits: Limits) -> RefusedError:
+def _too_large(limits: Limits) -> RequestRejectedError:
     what = f"larger than {limits.upload_bytes // MB} MB, which is this server's limit"
-    return RefusedError(what, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, code="too_large")
+    return RequestRejectedError(what, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, code="too_large")

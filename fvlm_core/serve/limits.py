@@ -47,7 +47,7 @@ class Limits:
         return self.upload_bytes * 3 // 2
 
 
-class RefusedError(Exception):
+class RequestRejectedError(Exception):
     """A rejected request: a message for the client, and the HTTP status."""
 
     def __init__(self, message: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST, *, code: str = "invalid_request") -> None:
@@ -55,7 +55,7 @@ class RefusedError(Exception):
         self.message, self.status, self.code = message, status, code
 
 
-class GoneError(RefusedError):
+class ClientDisconnectedError(RequestRejectedError):
     """The client has disconnected: nobody waits for the answer any more."""
 
     def __init__(self) -> None:

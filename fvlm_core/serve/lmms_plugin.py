@@ -29,7 +29,7 @@ from fvlm_core.eval.items import UnreadableItemError
 from fvlm_core.eval.jobs import Original
 from fvlm_core.eval.media import NO_MEDIA, Images, Source
 from fvlm_core.eval.ranks import Ranks
-from fvlm_core.eval.records import ItemRecord, Said, option_scores, rounded
+from fvlm_core.eval.records import ConditionOutput, ItemRecord, option_scores, rounded
 from fvlm_core.eval.stills import as_shown
 from fvlm_core.serve.load import open_model
 
@@ -121,9 +121,9 @@ class FVLM(lmms):
             return None
         if self.answer == "letter":
             ask = Ask(context, tuple(LETTERS[: len(options)]), first_token=True)
-            said = Said(letters=[row[0] for row in rounded(opened.replies([ask], self.condition)[0])])
+            said = ConditionOutput(letters=[row[0] for row in rounded(opened.replies([ask], self.condition)[0])])
         else:
-            said = Said(options=rounded(opened.replies([Ask(question, tuple(options))], self.condition)[0]))
+            said = ConditionOutput(options=rounded(opened.replies([Ask(question, tuple(options))], self.condition)[0]))
         record = ItemRecord(id="", clip="", groups={}, said={CONDITION: said})
         scores = option_scores(record, CONDITION, "letter" if self.answer == "letter" else "mean")
         assert scores is not None

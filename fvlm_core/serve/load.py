@@ -13,13 +13,13 @@ from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from yaml import YAMLError
 
-from fvlm_core.data.shown import ShownFrames
+from fvlm_core.data.frame_sampling import FrameSampling
 from fvlm_core.data.tokenizer import chat_format, load_tokenizer
 from fvlm_core.devices import device_of
 from fvlm_core.errors import UserError
 from fvlm_core.eval.answerers.answerer import Answerer
 from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
-from fvlm_core.eval.checkpoints import open_checkpoint, says_itself
+from fvlm_core.eval.checkpoints import check_no_original_options, open_checkpoint
 from fvlm_core.eval.jobs import Original
 from fvlm_core.eval.subject import Subject
 from fvlm_core.manifest import sha256_file
@@ -60,7 +60,7 @@ def open_model(
         raise UserError("there is no such model", where=str(model), fix=FORMS)
     if not _is_released(path):
         return open_checkpoint(path, device, original=original, batch_samples=batch_samples, seed=seed)
-    says_itself(path, original or Original())
+    check_no_original_options(path, original or Original())
     return _released(path, device, name or _name(path), batch_samples, seed)
 
 
@@ -109,7 +109,7 @@ def _released(folder: Path, device: torch.device, name: str, batch_samples: int,
         settings: Any = config.model_settings
         model = FoveatedVLM(settings, Encoder(config.vision_config), Llama(config.text_config))
         values = json.loads((folder / PROCESSOR_FILE).read_text())
-        shown = ShownFrames.model_validate({name: values[name] for name in ShownFrames.model_fields if name in values})
+        shown = FrameSampling.model_validate({name: values[name] for name in FrameSampling.model_fields if name in values})
         state = {name.removeprefix(WEIGHTS_PREFIX): tensor.float() for name, tensor in read_original(folder).items()}
         if config.text_config.tie_word_embeddings:
             state["llm.lm_head.weight"] = state["llm.model.embed_tokens.weight"]

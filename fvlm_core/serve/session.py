@@ -22,7 +22,7 @@ from fvlm_core.model.attention import PackedCache, PackedLayout
 from fvlm_core.model.decoding import joined
 from fvlm_core.model.encoder import FrameFeatures
 from fvlm_core.model.names import Mode
-from fvlm_core.serve.answering import Answer, Answering, ReadSamples, Sampling, TextPieces, read
+from fvlm_core.serve.batched_decoding import Answer, DecodingBatch, ReadSamples, Sampling, TextPieces, read
 from fvlm_core.serve.load import default_mode
 
 
@@ -75,7 +75,7 @@ class Session:
         else:
             cache, hidden = self._go_on(self._cache, question_ids)
         answer = Answer(sampling, subject.chat.assistant_close[:1])
-        running, pieces = Answering(subject), TextPieces(subject)
+        running, pieces = DecodingBatch(subject), TextPieces(subject)
         running.add([answer], cache, hidden)
         while not answer.finished:
             yield pieces.piece(answer.tokens)
@@ -108,7 +108,7 @@ class Session:
         positions = torch.arange(before.lengths[0], before.lengths[0] + len(tail), device=subject.device)
         embedded = subject.model.embed(torch.tensor(tail, device=subject.device))
         with subject.autocast():
-            hidden = subject.model.contextualise(embedded, positions, PackedLayout([len(tail)], cache))
+            hidden = subject.model.run_llm(embedded, positions, PackedLayout([len(tail)], cache))
         return cache, hidden[-1:]
 
     def _check_length(self, question_ids: Sequence[int], new_tokens: int) -> None:

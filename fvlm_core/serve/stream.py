@@ -144,7 +144,7 @@ class FrameStream:
         """Append embeddings [n, llm width] to the context; returns their last hidden states [n, llm width]."""
         self._reserve(self.length + len(embeddings))
         positions = torch.arange(self.length, self.length + len(embeddings), device=self.device)
-        return self.model.contextualise(embeddings, positions, PackedLayout([len(embeddings)], self.cache))
+        return self.model.run_llm(embeddings, positions, PackedLayout([len(embeddings)], self.cache))
 
     def _reserve(self, tokens: int) -> None:
         if tokens > self.cache.starts[-1]:

@@ -39,14 +39,14 @@ def _train(recipe: Recipe, identity: str, inputs: dict[str, str], lock: RunLock)
 
     gc.enable()
 
-    world = World.join(os.environ, recipe.run.device)
-    done = world.share(whole_manifest(recipe.output, identity) if world.rank == 0 else None)
+    world = World.initialize(os.environ, recipe.run.device)
+    done = world.broadcast(whole_manifest(recipe.output, identity) if world.rank == 0 else None)
     if done is None:
         if world.rank == 0:
             claim_folder(recipe, identity)
         trainer = Trainer(recipe, world, identity, inputs, has_wandb_key="WANDB_API_KEY" in os.environ)
         done = trainer.run(stopping=lock.ending if world.rank == 0 else None)
-    world.leave()
+    world.destroy()
     return done
 
 

@@ -1,4 +1,4 @@
-"""Benchmark variants of a recipe: real training steps on real data, warmed up and, for comparisons, interleaved (see `race`)."""
+"""Benchmark variants of a recipe: real training steps on real data, warmed up and, for comparisons, interleaved (see `compare`)."""
 
 import gc
 import os
@@ -17,7 +17,7 @@ from fvlm_core.train.jobs import SWEPT, SpeedJob, SpeedRow
 from fvlm_core.train.loop import Trainer
 from fvlm_core.train.metrics import peak_flops, peak_memory_gb, reset_peak_memory
 from fvlm_core.train.nvml import gpu_readings
-from fvlm_core.train.race import Ratio, alternate, largest_that_fits, ratio_of
+from fvlm_core.train.paired_timing import Ratio, alternate, largest_that_fits, ratio_of
 
 MATMUL_SIDE = {"cpu": 1024, "cuda": 8192}
 """Side of the reference matrix product by device: large enough to be compute-bound, small enough to be quick."""
@@ -49,7 +49,7 @@ class Bench:
     def __init__(self, job: SpeedJob) -> None:
         self.job = job
         self.inputs = input_digests(job.recipe)
-        self.world = World.join({}, job.recipe.run.device)
+        self.world = World.initialize({}, job.recipe.run.device)
         self.default_threads = torch.get_num_threads()
         self.scratch = job.output / ".scratch"
         self.matmul: dict[tuple[int, str], float] = {}
@@ -89,7 +89,7 @@ class Bench:
             self.free()
             return row.model_copy(update={"failure": "out of memory"})
 
-    def race(self, first: "Running", second: "Running", pairs: int) -> tuple[Ratio, SpeedRow, SpeedRow]:
+    def compare(self, first: "Running", second: "Running", pairs: int) -> tuple[Ratio, SpeedRow, SpeedRow]:
         """Interleave steps of both variants; return the second's speed relative to the first's, and the rows of both."""
         for running in (first, second):
             running.trainer.clock = type(running.trainer.clock)()

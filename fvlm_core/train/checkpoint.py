@@ -64,12 +64,12 @@ class CheckpointManifest(Manifest):
 
 
 class Checkpoints:
-    """The checkpoints of one run. All ranks must call every method, except `failed`, `settle` and `files`."""
+    """The checkpoints of one run. All ranks must call every method, except `failed`, `wait_on_this_rank` and `files`."""
 
     def __init__(self, folder: Path, world: World, identity: str) -> None:
         """`identity`: hash of the run's settings and inputs; checkpoints with another one are ignored."""
         self.folder, self.world, self.identity = folder, world, identity
-        self.group = world.apart()
+        self.group = world.new_group()
         self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.saving: Future[None] | None = None
         """The save in progress on this rank."""
@@ -113,12 +113,12 @@ class Checkpoints:
         """Wait until the save in progress is complete. Raises RuntimeError on every rank if it failed on any."""
         if self.saving is None:
             return
-        self.settle()
+        self.wait_on_this_rank()
         error, self.saving = self.saving.exception(), None
         if sum(self.world.sum([error is not None])):
             raise error or RuntimeError("a checkpoint could not be written on another rank")
 
-    def settle(self) -> None:
+    def wait_on_this_rank(self) -> None:
         """Wait until the save in progress on this rank has ended, successfully or not."""
         if self.saving is not None:
             wait([self.saving])
@@ -150,7 +150,7 @@ class Checkpoints:
         if self.world.rank == 0:
             steps = sorted((step for step in self._steps() if up_to is None or step <= up_to), reverse=True)
             found = next((manifest for step in steps if (manifest := self._whole(step)) is not None), None)
-        return self.world.share(found)
+        return self.world.broadcast(found)
 
     def best(self) -> CheckpointManifest | None:
         """Return the intact checkpoint with the lowest score (the earliest if equal), or None. Damaged ones are reported and deleted."""
@@ -162,14 +162,14 @@ class Checkpoints:
                 if found is not None:
                     break
                 shutil.rmtree(self._path(step))
-        return self.world.share(found)
+        return self.world.broadcast(found)
 
     def best_score(self) -> tuple[int, float]:
         """Return step and score of the checkpoint with the lowest score, intact or not; (0, infinity) if none has a score."""
         self.wait()
         scores = self._scores() if self.world.rank == 0 else {}
         score, step = min(((score, step) for step, score in scores.items()), default=(math.inf, 0))
-        return self.world.share((step, score))
+        return self.world.broadcast((step, score))
 
     def load(self, step: int, tensors: dict[str, Any]) -> None:
         """Load the checkpoint of `step` into `tensors`, in place. Tensors that it lacks (RNG states of added ranks) are unchanged."""

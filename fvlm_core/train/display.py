@@ -8,11 +8,11 @@ from typing import Any, Self
 class Display:
     """Console output of one process. Use as a context manager around the run."""
 
-    def __init__(self, name: str, total: int, *, speaks: bool, live: bool) -> None:
-        """`speaks`: print at all (on one rank only). `live`: show a progress bar if the output is a terminal."""
-        self.name, self.total, self.speaks = name, total, speaks
+    def __init__(self, name: str, total: int, *, enabled: bool, live: bool) -> None:
+        """`enabled`: print at all (on one rank only). `live`: show a progress bar if the output is a terminal."""
+        self.name, self.total, self.enabled = name, total, enabled
         self.live: Any = None
-        if speaks and live and sys.stdout.isatty():
+        if enabled and live and sys.stdout.isatty():
             self.live = _live()
             self.task = self.live.add_task(name, total=total, loss="", lr="")
 
@@ -29,7 +29,7 @@ class Display:
         """Print a line."""
         if self.live is not None:
             self.live.console.print(text, markup=False, highlight=False)
-        elif self.speaks:
+        elif self.enabled:
             print(text, flush=True)
 
     def update(self, step: int, *, loss: float, lr: float) -> None:

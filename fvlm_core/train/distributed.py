@@ -19,7 +19,7 @@ class World:
     device: torch.device
 
     @classmethod
-    def join(cls, environment: Mapping[str, str], device: str) -> "World":
+    def initialize(cls, environment: Mapping[str, str], device: str) -> "World":
         """Join the process group that torchrun describes in `environment`, or run as a single rank without one.
 
         Raises UserError if there is no GPU for this rank.
@@ -49,7 +49,7 @@ class World:
         dist.all_reduce(total)
         return total.tolist()
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Broadcast rank 0's value to every rank."""
         if self.size == 1:
             return value
@@ -65,7 +65,7 @@ class World:
         dist.all_gather_object(sets, values)
         return set().union(*sets)
 
-    def apart(self) -> dist.ProcessGroup | None:
+    def new_group(self) -> dist.ProcessGroup | None:
         """Create a separate gloo group of all ranks, for a thread whose collectives must not interleave with those of training."""
         group = dist.new_group(backend="gloo") if self.size > 1 else None
         assert not isinstance(group, int)  # an int is returned only outside of the group
@@ -76,7 +76,7 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def leave(self) -> None:
-        """Destroy the process group. No C++ object may still hold a reference to it (see `Spread.end`)."""
+    def destroy(self) -> None:
+        """Destroy the process group. No C++ object may still hold a reference to it (see `Parallelism.end`)."""
         if self.size > 1:
             dist.destroy_process_group()

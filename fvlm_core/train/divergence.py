@@ -33,7 +33,7 @@ ENTROPY_STEPS, ENTROPY_SHARE = 20, 1e-3
 """Attention has collapsed, to a single patch, if its entropy stays below this share of its maximum for this many steps."""
 
 
-class Watch(BaseModel):
+class DivergenceDetector(BaseModel):
     """Divergence detector. Its state is small and serialisable to JSON; every checkpoint includes it."""
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")

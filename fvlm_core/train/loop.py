@@ -62,7 +62,7 @@ class Trainer(Run):
                 self._train()
         finally:
             signal.signal(signal.SIGTERM, before)
-            self.checkpoints.settle()  # nothing may write into the folder after its lock is released
+            self.checkpoints.wait_on_this_rank()  # nothing may write into the folder after its lock is released
         if self.profiler.missing:
             self.display.say(self.profiler.missing)
         manifest = None
@@ -72,7 +72,7 @@ class Trainer(Run):
             manifest = write_result(self.recipe, self.model, weights, self.state, of_model, self.checkpoints, self.identity, self.inputs)
             self.tracker.finish()
         self.spread.end()
-        return self.world.share(manifest)
+        return self.world.broadcast(manifest)
 
     def _train(self) -> None:
         """Run all remaining steps, with evaluations, checkpoints and rollbacks."""
@@ -247,5 +247,5 @@ class Trainer(Run):
         self.display.say(f"stopped by SIGTERM at step {self.state.step}; start it again to go on")
         self.tracker.finish()
         self.spread.end()
-        self.world.leave()
+        self.world.destroy()
         sys.exit(STOPPED)

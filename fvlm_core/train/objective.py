@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fvlm_core.config import LossSettings
 from fvlm_core.data.batch import PackedBatch
-from fvlm_core.model.attention import send
+from fvlm_core.model.attention import to_device_async
 from fvlm_core.model.foveated import PassLosses
-from fvlm_core.train.reference import Reference
+from fvlm_core.train.reference import ReferenceLogProbs
 
 Forward = Callable[..., PassLosses]
 PREFERRED = "preferred"
@@ -56,7 +56,7 @@ class PreferenceLoss:
     `chosen` and `rejected` are log-probabilities of the two answers, each compared with the reference model's log-probability of it.
     """
 
-    def __init__(self, loss: LossSettings, passes: list[str], beta: float, reference: Reference) -> None:
+    def __init__(self, loss: LossSettings, passes: list[str], beta: float, reference: ReferenceLogProbs) -> None:
         self.loss, self.passes, self.beta, self.reference = loss, passes, beta, reference
         self.names = [*passes, PREFERRED]
         weights = [weight for weight in (loss.coarse, *loss.fine) if weight]
@@ -70,7 +70,7 @@ class PreferenceLoss:
         """As `TokenLoss`. The reference is looked up with the batch on CPU, to avoid a device synchronisation."""
         losses = forward(batch.to(device), self.loss, by_sample=True)
         log_probs = torch.stack([-losses.sums[name] for name in self.passes])
-        gains = log_probs - send(self.reference.log_probs(batch).to(log_probs.dtype), device)  # [passes, samples]
+        gains = log_probs - to_device_async(self.reference.log_probs(batch).to(log_probs.dtype), device)  # [passes, samples]
         margins = gains[:, 0::2] - gains[:, 1::2]
         per_pass = F.softplus(-self.beta * margins).sum(1)
         objective = (per_pass * per_pass.new_tensor(self.weights)).sum()

@@ -15,7 +15,7 @@ from fvlm_core.config import OptimizerSettings
 from fvlm_core.errors import UserError
 from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.model.names import ROLES
-from fvlm_core.train.spread import whole
+from fvlm_core.train.parallelism import full_tensor
 
 
 def build_optimizer(model: FoveatedVLM, settings: OptimizerSettings, *, frozen: Collection[str] = ()) -> AdamW:
@@ -58,7 +58,7 @@ def gradient_norms(optimizer: AdamW) -> dict[str, Tensor]:
     gradients: dict[str, list[Tensor]] = {}
     for group in optimizer.param_groups:
         gradients.setdefault(group["role"], []).extend(p.grad for p in group["params"] if p.grad is not None)
-    return {role: whole(nn.utils.get_total_norm(grads)) for role, grads in gradients.items()}
+    return {role: full_tensor(nn.utils.get_total_norm(grads)) for role, grads in gradients.items()}
 
 
 def clip_gradients(optimizer: AdamW, clip_norm: float, norm: Tensor, *, in_step: bool | None = None) -> None:

@@ -16,7 +16,7 @@ from fvlm_core.manifest import write_atomically
 from fvlm_core.train.loop import Trainer
 from fvlm_core.train.profiling import TABLE_ROWS
 
-METHODS = {"encode": ("encode",), "query": ("read_coarse", "read_fine", "queries"), "LLM": ("contextualise",), "loss": ("_cross_entropy",)}
+METHODS = {"encode": ("encode",), "query": ("read_coarse", "read_fine", "queries"), "LLM": ("run_llm",), "loss": ("_cross_entropy",)}
 """Parts of the forward pass, and the model's methods that belong to each."""
 REST = "backward and the rest"
 STEPS = 2

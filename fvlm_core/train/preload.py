@@ -13,4 +13,4 @@ import fvlm_core.train.loop  # noqa: F401
 from fvlm_core import cli, provenance  # noqa: F401
 from fvlm_core.train import folder, lock  # noqa: F401
 
-provenance.remember("fvlm_core.train")
+provenance.cache_digests("fvlm_core.train")

@@ -28,7 +28,7 @@ from fvlm_core.train.distributed import World
 from fvlm_core.train.jobs import REFERENCE_FOLDER
 
 
-class Reference:
+class ReferenceLogProbs:
     """Reference log-probabilities by sample."""
 
     def __init__(self, table: dict[str, list[float]]) -> None:
@@ -56,7 +56,9 @@ def sample_ids(batch: PackedBatch) -> list[str]:
     ]
 
 
-def make_reference(model: FoveatedVLM, shards: ShardSet, recipe: Recipe, run: RunSettings, world: World, identity: str) -> Reference:
+def make_reference(
+    model: FoveatedVLM, shards: ShardSet, recipe: Recipe, run: RunSettings, world: World, identity: str
+) -> ReferenceLogProbs:
     """Compute, or read, the log-probabilities of all samples that the run will use. All ranks must call this.
 
     `model`: the run's initial model, complete on every rank. `run`: run settings, with the number of steps.
@@ -68,7 +70,7 @@ def make_reference(model: FoveatedVLM, shards: ShardSet, recipe: Recipe, run: Ru
         done = done if done is not None and done.settings_hash == identity else None
         if done is None and (folder / "manifest.json").exists():  # damaged
             shutil.rmtree(folder)
-    done = world.share(done)
+    done = world.broadcast(done)
     if done is None:
         _compute(model, shards, recipe, run, world, folder)
         world.wait()
@@ -76,7 +78,7 @@ def make_reference(model: FoveatedVLM, shards: ShardSet, recipe: Recipe, run: Ru
             files = file_entries(folder, ["*.parquet"])
             Manifest(name=name, settings_hash=identity, files=files, counts={"samples": len(_read(folder))}).write(folder)
         world.wait()
-    return Reference(_read(folder))
+    return ReferenceLogProbs(_read(folder))
 
 
 @torch.no_grad()

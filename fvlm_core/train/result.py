@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from fvlm_core.config import Recipe
+from fvlm_core.data.frame_sampling import FRAME_SAMPLING_FILE, FrameSampling
 from fvlm_core.data.jobs import TOKENIZER_FOLDER, ShardManifest
-from fvlm_core.data.shown import SHOWN_FILE, ShownFrames
 from fvlm_core.manifest import file_entries
 from fvlm_core.model.build import save_model
 from fvlm_core.model.foveated import FoveatedVLM
@@ -27,9 +27,9 @@ def write_result(
 
     `weights`: complete weights of the model to save. `of_model`: the run's state at their step. `state`: the run's final state.
     """
-    shown = ShownFrames.of_training(ShardManifest.read(recipe.shards), recipe.data.image_repeats)
+    shown = FrameSampling.of_training(ShardManifest.read(recipe.shards), recipe.data.image_repeats)
     save_model(model, recipe.output / MODEL_FOLDER, tokenizer=recipe.shards / TOKENIZER_FOLDER, weights=weights)
-    shown.to_yaml(recipe.output / MODEL_FOLDER / SHOWN_FILE)
+    shown.to_yaml(recipe.output / MODEL_FOLDER / FRAME_SAMPLING_FILE)
     files = file_entries(recipe.output, [f"{MODEL_FOLDER}/*"])
     # not part of the identity: rates, paths and storage layout may differ between runs with equal results
     files += file_entries(recipe.output, [METRICS_FILE, RECIPE_FILE, IDENTITY_FILE], identity=False)

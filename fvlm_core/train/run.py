@@ -25,8 +25,8 @@ from fvlm_core.train.jobs import CHECKPOINTS_FOLDER, METRICS_FILE, Divergence
 from fvlm_core.train.metrics import MetricsFile, Tracker, columns
 from fvlm_core.train.objective import Objective, PreferenceLoss, TokenLoss
 from fvlm_core.train.optimizer import build_optimizer, optimizer_tensors
+from fvlm_core.train.parallelism import parallelism_for
 from fvlm_core.train.reference import make_reference
-from fvlm_core.train.spread import spread
 from fvlm_core.train.start import compile_parts, initial_model, prepare
 from fvlm_core.train.state import Clock, RunState
 from fvlm_core.train.validation import require_validation_samples, score
@@ -54,11 +54,11 @@ class Run:
         self.steps = self.cost.steps_for(self.shards, recipe.data, recipe.run)
         self.run_settings = recipe.run.with_changes({"steps": self.steps, "budget_flops": None})
         self.objective = self._objective()
-        self.spread = spread(self.model, world, recipe.run)
+        self.spread = parallelism_for(self.model, world, recipe.run)
         self.checkpoints = Checkpoints(recipe.output / CHECKPOINTS_FOLDER, world, identity)
         self.metrics = MetricsFile(recipe.output / METRICS_FILE, columns(self.objective.names))
         self.tracker = Tracker(recipe, identity, has_key=has_wandb_key)
-        self.display = Display(recipe.name, self.steps, speaks=world.rank == 0, live=world.size == 1)
+        self.display = Display(recipe.name, self.steps, enabled=world.rank == 0, live=world.size == 1)
         self.state, self.clock = RunState(), Clock()
         self.batches: Iterator[list[PackedBatch]] = iter(())
 

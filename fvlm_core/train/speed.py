@@ -2,8 +2,9 @@
 
 Every variant runs real training steps on real data. `naive` is an ordinary implementation with the recipe's batch and precision
 (`fvlm_core.train.naive`). Settings are tuned one after another, each on top of the best so far. Two variants are always compared by
-interleaved steps, and a gain that the confidence interval does not confirm is not accepted (`fvlm_core.train.race`). At the end, naive and
-tuned are measured once more, with a breakdown of their time (`fvlm_core.train.parts`). Tuning does not change what a step computes.
+interleaved steps, and a gain that the confidence interval does not confirm is not accepted (`fvlm_core.train.paired_timing`). At the
+end, naive and tuned are measured once more, with a breakdown of their time (`fvlm_core.train.parts`). Tuning does not change what a step
+computes.
 """
 
 import math
@@ -26,8 +27,8 @@ from fvlm_core.train.bench import Bench, Running
 from fvlm_core.train.jobs import CHOSEN_FILE, PLOT_FILE, SWEPT, TABLE_FILE, CheckpointAdvice, SpeedJob, SpeedReport, SpeedRow, Sweep
 from fvlm_core.train.loop import Trainer
 from fvlm_core.train.naive import NaiveTrainer
+from fvlm_core.train.paired_timing import Ratio, checkpoint_interval_s
 from fvlm_core.train.parts import profile_steps, time_parts
-from fvlm_core.train.race import Ratio, checkpoint_interval_s
 
 DISK_PROBE_BYTES = 1 << 26
 """Bytes written and fsynced to measure the speed of the disk."""
@@ -74,7 +75,7 @@ def tune(bench: Bench, options: dict[str, list[Any]], progress: Progress) -> tup
             if isinstance(other, SpeedRow):
                 rows.append(other)
             else:
-                ratio, _, row = bench.race(best, other, bench.job.sweep_steps)
+                ratio, _, row = bench.compare(best, other, bench.job.sweep_steps)
                 rows.append(row.model_copy(update={"over": best.row.variant, **_gain(ratio)}))
                 if ratio.low > 1 + bench.job.min_gain:
                     best, settings = other, tried
@@ -126,7 +127,7 @@ def run(job: SpeedJob) -> SpeedReport:
     if isinstance(naive, SpeedRow):  # only packed samples fit into memory, so there is no ratio
         first, last = naive, bench.row(tuned, [tuned.step() for _ in range(job.steps)])
     else:
-        ratio, first, last = bench.race(naive, tuned, job.steps)
+        ratio, first, last = bench.compare(naive, tuned, job.steps)
         last = last.model_copy(update={"over": "naive", **_gain(ratio)})
     raced = [("naive", naive), ("tuned", tuned)]
     parts = {name: time_parts(one.trainer) for name, one in raced if isinstance(one, Running)}

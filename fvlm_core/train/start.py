@@ -94,8 +94,8 @@ def compile_parts(model: FoveatedVLM, parts: Collection[CompiledPart], *, autotu
     if "encoder" in parts:
         _compile_method(model.encoder, "embed", options)
         _compile_method(model.encoder.layers[-1], "keys_values", options)
-    model.encoder.has_tickets = {"encoder", "queries"} <= set(parts)
-    castable = {"encoder": model.encoder.has_tickets and model.encoder.castable, "llm": "llm" in parts and model.llm.castable}
+    model.encoder.factored_gradients = {"encoder", "queries"} <= set(parts)
+    castable = {"encoder": model.encoder.factored_gradients and model.encoder.castable, "llm": "llm" in parts and model.llm.castable}
     model.casts.parts = frozenset(part for part, so in castable.items() if so)
     if model.casts.parts:
         fixed: dict[str, Any] = options | {"dynamic": False}  # shapes of weights never change

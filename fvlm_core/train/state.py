@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from fvlm_core.config import MicroBatch
-from fvlm_core.train.divergence import Watch
+from fvlm_core.train.divergence import DivergenceDetector
 from fvlm_core.train.jobs import Divergence, OutOfMemory
 
 _JSON = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
@@ -69,7 +69,7 @@ class RunState(BaseModel):
     divergences: list[Divergence] = Field(default_factory=list)
     out_of_memory: list[OutOfMemory] = Field(default_factory=list)
     window: Window = Field(default_factory=Window)
-    watch: Watch = Field(default_factory=Watch)
+    watch: DivergenceDetector = Field(default_factory=DivergenceDetector)
 
     def budget(self, first: MicroBatch) -> MicroBatch:
         """Return the current micro-batch budget: `first`, or a smaller one after out-of-memory errors."""

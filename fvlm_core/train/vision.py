@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fvlm_core.cli import run_job
 from fvlm_core.config import OptimizerSettings, VisionSettings, VisionShape
 from fvlm_core.data import gaze
-from fvlm_core.data.drawn import drawn
+from fvlm_core.data.generate import generate
 from fvlm_core.data.rows import Split
 from fvlm_core.manifest import Manifest, file_entries
 from fvlm_core.model.build import build_encoder
@@ -40,7 +40,7 @@ CROSS_WEIGHT = 0.3
 IGNORE = -100
 CPU = torch.device("cpu")
 PROBE_STEPS, PROBE_RATE = 300, 1e-2
-"""Steps and learning rate of the heads in `still_known`."""
+"""Steps and learning rate of the heads in `probe_accuracy`."""
 
 
 def train_vision(job: VisionJob) -> Manifest:
@@ -74,26 +74,26 @@ def pretrained(
     """
     torch.manual_seed(settings.seed)
     encoder = build_encoder(VisionSettings(shape=shape, frame_px=frame_px)).to(device)
-    return encoder, _taught(encoder, settings, each_step, workers)
+    return encoder, _train_to_answer(encoder, settings, each_step, workers)
 
 
-def still_known(encoder: Encoder, settings: VisionTrainingSettings, workers: int = 0) -> dict[str, float]:
+def probe_accuracy(encoder: Encoder, settings: VisionTrainingSettings, workers: int = 0) -> dict[str, float]:
     """Return the accuracy by target of new linear heads on the frozen encoder: how much it still encodes after further training."""
     torch.manual_seed(settings.seed)
     probe = {"steps": PROBE_STEPS, "optimizer": OptimizerSettings(lr_vision=PROBE_RATE, warmup_steps=10)}
-    return _taught(deepcopy(encoder).requires_grad_(False), settings.model_copy(update=probe), workers=workers)
+    return _train_to_answer(deepcopy(encoder).requires_grad_(False), settings.model_copy(update=probe), workers=workers)
 
 
-def _taught(
+def _train_to_answer(
     encoder: Encoder, settings: VisionTrainingSettings, each_step: Callable[[int, float], None] | None = None, workers: int = 0
 ) -> dict[str, float]:
     """Train linear heads, and the encoder if it is trainable. Return the accuracy on frames of held-out digits by target."""
     rng = np.random.default_rng(settings.seed)
-    asked = _Questions(settings, encoder.config.hidden_size).to(encoder.cls_token.device)
+    asked = _Probes(settings, encoder.config.hidden_size).to(encoder.cls_token.device)
     trained = [one for one in (*encoder.parameters(), *asked.parameters()) if one.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.optimizer.lr_vision, fused=True)
     make = partial(_frames, split="train", settings=settings, frame_px=encoder.image_px)
-    for step, clip in enumerate(drawn(make, repeat(settings.batch_frames, settings.steps), rng, workers)):
+    for step, clip in enumerate(generate(make, repeat(settings.batch_frames, settings.steps), rng, workers)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rates(settings.optimizer, step, settings.steps)["vision"]
         loss = asked.loss(encoder, clip)
@@ -112,7 +112,7 @@ def _frames(rng: np.random.Generator, frames: int, *, split: Split, settings: Vi
     return gaze.render_to_fit(rng, split, frame_px, task=task, frames=frames, copies=copies, colours=settings.colours)
 
 
-class _Questions(nn.Module):
+class _Probes(nn.Module):
     """Linear heads that predict the targets of every patch; discarded after training."""
 
     def __init__(self, settings: VisionTrainingSettings, width: int) -> None:

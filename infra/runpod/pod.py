@@ -41,8 +41,8 @@ SHARDS = "shards"
 """Link on the volume to the newest shards."""
 HASHED_BYTES = 16 * 2**20
 """The preflight hashes files up to this size; of larger ones it only checks the size."""
-EXCHANGE_S = 180.0
-EXCHANGE = """
+ALL_REDUCE_TIMEOUT_S = 180.0
+ALL_REDUCE_PROGRAM = """
 import datetime, sys, torch, torch.distributed as group
 rank, ranks, port, backend = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
@@ -114,7 +114,7 @@ class Pod:
             self.preflight()
             code = self.unpack_code()
             python = self.python(code)
-            self.check_exchange(python)
+            self.check_all_reduce(python)
             command = [python if word == "{python}" else word for word in self.job["command"]]
             return self.run_job(command, code, python)
         except PreflightError as error:
@@ -199,7 +199,7 @@ class Pod:
                         raise PreflightError(f"the shards are damaged: {entry['path']} is not what was made", where=folder, fix=fix)
         self.say(f"preflight: the {len(files)} files of the shards are there")
 
-    def check_exchange(self, python: str) -> None:
+    def check_all_reduce(self, python: str) -> None:
         """Check that an all-reduce over several GPUs works: training depends on it, and some machines are not set up for it."""
         count = (self.job.get("gpu") or {}).get("count", 0)
         if count < 2:
@@ -209,8 +209,8 @@ class Pod:
             port = free.getsockname()[1]
         parts = [
             subprocess.Popen(
-                [python, "-c", EXCHANGE, str(rank), str(count), str(port), backend],
-                env=self.places(),
+                [python, "-c", ALL_REDUCE_PROGRAM, str(rank), str(count), str(port), backend],
+                env=self.job_environment(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -220,10 +220,10 @@ class Pod:
         problems = []
         for rank, part in enumerate(parts):
             try:
-                errors = part.communicate(timeout=EXCHANGE_S)[1].strip().splitlines()
+                errors = part.communicate(timeout=ALL_REDUCE_TIMEOUT_S)[1].strip().splitlines()
             except subprocess.TimeoutExpired:
                 part.kill()
-                errors = [f"no answer in {EXCHANGE_S:.0f} s"]
+                errors = [f"no answer in {ALL_REDUCE_TIMEOUT_S:.0f} s"]
                 part.communicate()
             if part.returncode:
                 problems.append(f"GPU {rank}: {errors[-1] if errors else f'status {part.returncode}'}")
@@ -308,12 +308,12 @@ class Pod:
         self.say(f"making the environment {os.path.basename(folder)}; pods with the same lock file find it")
         began = time.time()
         shutil.rmtree(folder, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True, env=self.places())
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True, env=self.job_environment())
         pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", lock]
-        subprocess.run(pip, check=True, env=self.places())
+        subprocess.run(pip, check=True, env=self.job_environment())
         write(os.path.join(folder, "complete"), f"{time.time() - began:.0f} s\n")
 
-    def places(self) -> dict[str, str]:
+    def job_environment(self) -> dict[str, str]:
         """Return the environment variables, with caches and temporary files on the volume: the pod's own disk is small and temporary."""
         home, caches = os.path.join(self.volume, "home"), os.path.join(self.volume, "caches")
         scratch = os.path.join(self.volume, "tmp", self.id)
@@ -337,7 +337,7 @@ class Pod:
 
     def run_job(self, command: list[str], code: str, python: str) -> tuple[int, str]:
         """Run the command until it ends or its time is over. Returns its exit status and a description of how it ended."""
-        environment = self.places()
+        environment = self.job_environment()
         environment["PATH"] = os.pathsep.join([os.path.dirname(python), environment.get("PATH", os.defpath)])
         environment["PYTHONPATH"] = code
         self.say(f"runs {' '.join(command)}")

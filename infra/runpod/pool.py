@@ -22,7 +22,7 @@ from infra.runpod.client import API_URL
 from infra.runpod.image import check_image
 from infra.runpod.models import MAX_VARIABLES, CpuRequest, GpuRequest, Volume
 from infra.runpod.program import START, program
-from infra.runpod.rent import Candidate, Wish
+from infra.runpod.rent import Candidate, PodRequirements
 
 PUBLIC_API_VARIABLE = "FVLM_PREFECT_API_URL"
 """Variable of the worker: the URL by which pods reach the Prefect server, if it differs from the worker's own."""
@@ -30,7 +30,7 @@ DEFAULT_COMMAND = "{python} -m prefect.engine"
 """The flow's code is already there; Prefect's own default, `prefect flow-run execute`, would copy it first."""
 LAST_SAVE_S, LAST_SAVE_SHARE = 600.0, 0.1
 """Time at the end of a pod for the job to save its state, in seconds, and at most this share of the pod's time: a checkpoint of a 1.7B
-model takes 440 s (`fvlm_core.train.grace`)."""
+model takes 440 s (`fvlm_core.train.grace_period`)."""
 POLL_S = 15.0
 """Interval between two polls of the list of pods; RunPod allows 60 requests a minute."""
 LOCAL_NAMES = ("localhost", ".local", ".internal", ".lan")
@@ -146,9 +146,9 @@ class RunPodConfiguration(BaseJobConfiguration, RunPodVariables):
         )
 
     @property
-    def wish(self) -> Wish:
+    def wish(self) -> PodRequirements:
         """The requested machine."""
-        return Wish(
+        return PodRequirements(
             image=self.image,
             gpus=self.gpus,
             gpu_count=self.gpu_count,

@@ -11,11 +11,11 @@ from infra import api
 from infra.budget import SERVER, Budget
 from infra.errors import InfraError
 from infra.runpod.account import KEY_VARIABLE, Account
-from infra.runpod.home import ACCOUNT_KEY_VARIABLE, STOP
 from infra.runpod.models import OVER, Pod
 from infra.runpod.naming import NO_RUN, PodName, owner
 from infra.runpod.pool import RunPodConfiguration
 from infra.runpod.rent import rent
+from infra.runpod.server_pod import ACCOUNT_KEY_VARIABLE, STOP
 from infra.stack import StackError
 from infra.volume import HOME, PASSWORD_FILE
 
@@ -57,7 +57,7 @@ def rent_server(
 
     Raises the same errors as `rent`, and RefusedError if the image cannot be pulled.
     """
-    command = ["{python}", "-m", "infra.runpod.home", "--volume", configuration.mount_path, "--port", str(port)]
+    command = ["{python}", "-m", "infra.runpod.server_pod", "--volume", configuration.mount_path, "--port", str(port)]
     command += ["--address", address, "--pools", json.dumps(dict(pools), separators=(",", ":"))]
     configuration.check_image()
     volume = account.volume()

@@ -23,11 +23,11 @@ ROUND_S = 30.0
 """Interval between two rounds through all candidates while waiting for capacity."""
 
 
-class NothingFreeError(InfraError):
+class NoMachineAvailableError(InfraError):
     """None of the acceptable machines is free now."""
 
 
-class UnwantedError(InfraError):
+class RunEndedError(InfraError):
     """The flow run ended or was cancelled while it waited for a machine. Nothing was rented."""
 
 
@@ -36,7 +36,7 @@ class PriceError(InfraError):
 
 
 @dataclass(frozen=True)
-class Wish:
+class PodRequirements:
     """The requested machine."""
 
     image: str
@@ -72,7 +72,7 @@ class Candidate:
         return f"{count}{self.kind.id} in {self.data_center}"
 
 
-def candidates(client: RunPod, wish: Wish, volume: Volume | None) -> list[Candidate]:
+def candidates(client: RunPod, wish: PodRequirements, volume: Volume | None) -> list[Candidate]:
     """Return the machines to try, best first. Raises RefusedError if the request can never be met."""
     if bool(wish.gpus) == bool(wish.cpus):
         raise RefusedError("give GPUs or CPU flavours, and not both", where="gpus, cpus", fix="name one kind of machine")
@@ -120,7 +120,7 @@ def candidates(client: RunPod, wish: Wish, volume: Volume | None) -> list[Candid
 
 def rent(
     client: RunPod,
-    wish: Wish,
+    wish: PodRequirements,
     budget: Budget,
     *,
     run: UUID,
@@ -140,9 +140,9 @@ def rent(
     `environment` returns the variables that depend on the deadline and on the rented machine. `warn` is called when a share of the cap is
     passed. `go_on` is called after every wait and returns whether the pod is still wanted.
 
-    Raises RefusedError, BudgetError, NothingFreeError (which lists what was tried), UnwantedError, PriceError, or a RunPodError that would
-    occur with any other candidate too. If it is unknown whether there is a pod (UnavailableError), its reservation stays until the reaper
-    has checked.
+    Raises RefusedError, BudgetError, NoMachineAvailableError (which lists what was tried), RunEndedError, PriceError, or a RunPodError that
+    would occur with any other candidate too. If it is unknown whether there is a pod (UnavailableError), its reservation stays until the
+    reaper has checked.
     """
     began = time.monotonic()
     machines = candidates(client, wish, volume)
@@ -190,7 +190,7 @@ def rent(
             raise final
         left = wait_s - (time.monotonic() - began)
         if left <= 0:
-            raise NothingFreeError(
+            raise NoMachineAvailableError(
                 f"nothing is free: {'; '.join(tried)}",
                 where="RunPod",
                 fix="name more GPUs, wait longer (capacity_wait_s), or put the volume where there are more",
@@ -198,7 +198,7 @@ def rent(
         say(f"nothing is free, retrying for another {left:.0f} s: {'; '.join(map(str, machines))}")
         sleep(min(ROUND_S, left))
         if not go_on():
-            raise UnwantedError(
+            raise RunEndedError(
                 "the flow run has ended or was cancelled; nothing was rented", where=f"flow run {run}", fix="start it again"
             )
 
@@ -209,7 +209,7 @@ def _others_may_do(error: InfraError) -> bool:
     return refused or isinstance(error, NoCapacityError | NoAccessError)
 
 
-def _request(wish: Wish, machine: Candidate, name: str, volume: Volume, path: str, more: dict[str, str]) -> CreatePod:
+def _request(wish: PodRequirements, machine: Candidate, name: str, volume: Volume, path: str, more: dict[str, str]) -> CreatePod:
     try:
         return CreatePod(
             name=name,

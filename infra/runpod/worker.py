@@ -82,7 +82,7 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
-        self._tenancies: dict[str, Tenancy] = {}
+        self._tenancies: dict[str, AccountContext] = {}
         self._mine: set[UUID] = set()
         self._recovery: asyncio.Task[None] | None = None
 
@@ -153,7 +153,7 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
             raise InfrastructureNotAvailable(str(error)) from error
 
     async def _stay(
-        self, flow_run: FlowRun, configuration: RunPodConfiguration, tenancy: "Tenancy", pod: Pod, name: PodName
+        self, flow_run: FlowRun, configuration: RunPodConfiguration, tenancy: "AccountContext", pod: Pod, name: PodName
     ) -> RunPodResult:
         """Watch a pod to its end, and make sure that it ends."""
         log, account = self.get_flow_run_logger(flow_run), tenancy.account
@@ -310,7 +310,7 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
                     self._runs_task_group.start_soon(self._stay, run, configuration, tenancy, pod, name)
         await self._crash_orphaned(tenancy, configuration.poll_s)
 
-    async def _crash_orphaned(self, tenancy: "Tenancy", poll_s: float) -> None:
+    async def _crash_orphaned(self, tenancy: "AccountContext", poll_s: float) -> None:
         """Mark runs as Crashed whose pod ended while neither worker nor server was running: they would fill the pool's limit forever."""
         on_a_pod = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=ON_A_POD)))
         pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[self._work_pool_name]))
@@ -326,7 +326,7 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
             if state in ON_A_POD:
                 await self._propose_crashed_state(run, f"pod {run.infrastructure_pid}: it is gone, and nobody was there to see it end")
 
-    async def _tenancy(self, configuration: RunPodConfiguration) -> "Tenancy":
+    async def _tenancy(self, configuration: RunPodConfiguration) -> "AccountContext":
         """Return what all runs of this worker with the same account and volume share."""
         place = configuration.place
         if place.identity not in self._tenancies:
@@ -334,12 +334,12 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
             volume = await anyio.to_thread.run_sync(account.volume)
             budget = Budget(account.store, cap_usd=configuration.budget_usd, reserve_usd=configuration.budget_reserve_usd)
             poller = Poller(account.client, configuration.poll_s, self._logger.warning)
-            self._tenancies.setdefault(place.identity, Tenancy(account, volume, budget, poller, Board(account.store, "LOCAL")))
+            self._tenancies.setdefault(place.identity, AccountContext(account, volume, budget, poller, Board(account.store, "LOCAL")))
         return self._tenancies[place.identity]
 
 
 @dataclass(frozen=True)
-class Tenancy:
+class AccountContext:
     """A RunPod account with one of its volumes, shared by the runs of a worker."""
 
     account: Account

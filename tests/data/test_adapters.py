@@ -28,7 +28,7 @@ from fvlm_core.data.shard_files import ShardSample
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.data.shards import make_shards
 from fvlm_core.data.sources import ADAPTERS
-from fvlm_core.data.sources.record import PATH, Record, read_rows, record, record_folder
+from fvlm_core.data.sources.record import PATH, Record, make_record, read_rows, record_folder
 from fvlm_core.errors import UserError
 from fvlm_core.train.distributed import World
 from fvlm_core.train.loop import Trainer
@@ -48,7 +48,7 @@ def source_of(name: str, folder: Path, **settings: Any) -> Source:
 
 
 def rows_of(one: Source, volume: Path) -> list[dict[str, Any]]:
-    record(one, volume)
+    make_record(one, volume)
     return [row for batch in read_rows(record_folder(one, volume)) for row in batch.to_pylist()]
 
 
@@ -159,7 +159,7 @@ def test_files_of_equal_folder_and_name_are_told_apart(tmp_path: Path) -> None:
         (tmp_path / configuration).mkdir()
         PUBLISHED["finevideo"](tmp_path / configuration)
     source = Source.model_validate({"name": "films", "format": "finevideo", "files": [tmp_path / "*" / "data" / "train-*.parquet"]})
-    record(source, tmp_path)
+    make_record(source, tmp_path)
     urls = [url for batch in read_rows(record_folder(source, tmp_path), ["url"]) for url in batch.column(0).to_pylist()]
     assert len(urls) == len(set(urls))
     assert urls[0] == "one/data/train-00000-of-00001.parquet#row=1"
@@ -208,7 +208,7 @@ def test_a_missing_column_is_named(name: str, column: str, tmp_path: Path) -> No
             elif path.name.endswith("captions.zip"):
                 _rename_in_zip(path, column)
     with pytest.raises(UserError, match=f"not a file of the format {name}: it lacks the columns? .*{column}"):
-        record(made, tmp_path)
+        make_record(made, tmp_path)
 
 
 def _rename_in_parquet(path: Path, column: str) -> None:
@@ -232,7 +232,7 @@ def test_single_records_of_another_form_are_left_out_and_counted(tmp_path: Path)
     odd = ["words", 3, None, [], [{"from": "human"}], [{"from": "human", "value": 5}, said[1]], said[:1], [said[1], said[0]], ["a", "b"]]
     only_picture = [{"from": "human", "value": "<image>"}, said[1]]
     path.write_text(json.dumps([good[0] | {"conversations": one} for one in [*odd, only_picture]] + good))
-    known = record(made, tmp_path)
+    known = make_record(made, tmp_path)
     assert (known.rows, known.left_out) == (len(good), len(odd) + 1)
 
 
@@ -258,7 +258,7 @@ def test_filters_see_published_columns_and_refuse_others(name: str, condition: d
     assert len(rows_of(made, tmp_path)) == kept
     unknown = made.model_copy(update={"filter": [made.filter[0].model_copy(update={"column": "no such column"})]})
     with pytest.raises(UserError, match="there is no column 'no such column'"):
-        record(unknown, tmp_path)
+        make_record(unknown, tmp_path)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -270,12 +270,12 @@ def test_a_limit_takes_the_first_rows(name: str, rows: dict[str, list[dict[str, 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_row_is_there_and_complete(name: str, tmp_path: Path) -> None:
     made = source_of(name, tmp_path / "files")
-    known: Record = record(made, tmp_path)
+    known: Record = make_record(made, tmp_path)
     assert known.missing == 0
     if known.kind != "text":
         assert known.local == known.rows
         folder = record_folder(made, tmp_path)
-        assert incomplete(folder, Part.of(folder, 0, record(made, tmp_path).rows)) == {}
+        assert incomplete(folder, Part.of(folder, 0, make_record(made, tmp_path).rows)) == {}
 
 
 def test_every_source_in_one_stage_3_mixture_with_exact_shares(shards: ShardSet, tmp_path: Path) -> None:

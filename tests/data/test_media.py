@@ -24,12 +24,12 @@ from fvlm_core.data import cells, media
 from fvlm_core.data.archives import AmbiguousMemberError, Archives, joined
 from fvlm_core.data.frames import ClipError, FrameRule, extract_frames
 from fvlm_core.data.jobs import Source
-from fvlm_core.data.losses import passes
 from fvlm_core.data.media import MediaError, UnreachableError, files_of, open_media, read_media, time_window, without_window
+from fvlm_core.data.rejected import is_transient
 from fvlm_core.data.sources import json_files
 from fvlm_core.data.sources.adapter import read_table
 from fvlm_core.data.sources.json_files import read_json
-from fvlm_core.data.sources.record import PATH, read_rows, record, record_folder
+from fvlm_core.data.sources.record import PATH, make_record, read_rows, record_folder
 from fvlm_core.errors import UserError
 from tests.data.published import clip, picture, pictures
 
@@ -243,7 +243,7 @@ def test_a_source_may_have_archives_on_the_web(site: Ranges, tmp_path: Path) -> 
     (tmp_path / "clips.csv").write_text("video,caption\na.mp4,one\nb.mp4,two\nc.mp4,three\n")
     settings = {"name": "open", "format": "openvid", "files": [tmp_path / "clips.csv"], "web_archives": [f"{site.url}/all.zip"]}
     source = Source.model_validate(settings)
-    known = record(source, tmp_path)
+    known = make_record(source, tmp_path)
     assert (known.local, known.missing, known.missing_examples) == (3, 1, [str(tmp_path / "c.mp4")])
     paths = [path for batch in read_rows(record_folder(source, tmp_path), [PATH]) for path in batch.column(PATH).to_pylist()]
     assert [len(extract_frames(read_media(path), RULE).pixels) for path in paths[:2]] == [1, 2]
@@ -253,7 +253,7 @@ def test_a_source_may_have_archives_on_the_web(site: Ranges, tmp_path: Path) -> 
     (tmp_path / "all.zip").unlink()
     with pytest.raises(UnreachableError) as caught:
         read_media(paths[0])
-    assert passes(str(caught.value)), "to be tried again"
+    assert is_transient(str(caught.value)), "to be tried again"
 
 
 def test_web_archives_that_cannot_be_used_are_refused(site: Ranges, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fvlm_core.data.mixture import BLOCK_SAMPLES, Mixture, apportion, coin, sample_shares, spread
+from fvlm_core.data.mixture import BLOCK_SAMPLES, Mixture, apportion, hashed_bernoulli, interleave, sample_shares
 
 SHARES = st.lists(st.integers(1, 100), min_size=1, max_size=6).map(lambda parts: [part / sum(parts) for part in parts])
 
@@ -19,7 +19,7 @@ def test_apportion_is_whole_and_within_one(shares, total):
 
 @given(st.lists(st.integers(0, 200), min_size=1, max_size=6).filter(any))
 def test_every_prefix_of_a_spread_is_near_its_shares(counts):
-    order = spread(counts)
+    order = interleave(counts)
     assert Counter(order.tolist()) == Counter({index: count for index, count in enumerate(counts) if count})
     for index, count in enumerate(counts):
         expected = np.arange(1, len(order) + 1) * count / len(order)
@@ -72,11 +72,11 @@ def test_shares_of_tokens():
 
 
 def test_coin_is_fair_and_repeatable():
-    flips = [coin(0.3, 7, number) for number in range(4000)]
+    flips = [hashed_bernoulli(0.3, 7, number) for number in range(4000)]
     assert np.mean(flips) == pytest.approx(0.3, abs=0.03)
-    assert flips == [coin(0.3, 7, number) for number in range(4000)]
-    assert not any(coin(0, number) for number in range(100))
-    assert all(coin(1, number) for number in range(100))
+    assert flips == [hashed_bernoulli(0.3, 7, number) for number in range(4000)]
+    assert not any(hashed_bernoulli(0, number) for number in range(100))
+    assert all(hashed_bernoulli(1, number) for number in range(100))
 
 
 def test_impossible_mixtures():

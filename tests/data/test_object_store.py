@@ -16,7 +16,7 @@ from fvlm_core.data.download import download
 from fvlm_core.data.jobs import ClipJob, DownloadJob, PublishJob, ShardManifest, Source
 from fvlm_core.data.media import read_media
 from fvlm_core.data.publish import publish
-from fvlm_core.data.sources.record import PATH, SOURCES, read_rows, record, record_folder
+from fvlm_core.data.sources.record import PATH, SOURCES, make_record, read_rows, record_folder
 from fvlm_core.data.sources.stored import copies
 from fvlm_core.errors import UserError
 from fvlm_core.manifest import sha256_file
@@ -144,20 +144,20 @@ def test_tables_of_a_store_are_copied_once_and_again_when_they_change(store: pya
 
     source = Source.model_validate({"name": "videos", "stored": ["s3://fvlm/tables/train-*.parquet"]})
     with pytest.raises(UserError, match="no file in the object store matches"):
-        record(source, tmp_path)
+        make_record(source, tmp_path)
     put("train-0.parquet", "one", "two")
     put("train-1.parquet", "three")
     put("other.parquet", "four")
-    assert record(source, tmp_path).rows == 3
+    assert make_record(source, tmp_path).rows == 3
     assert rows_of() == ["one", "two", "three"]
     before = {path: path.stat().st_ino for path in copies(source.stored, tmp_path / SOURCES)}
     put("train-1.parquet", "five", "six")
-    assert record(source, tmp_path).rows == 4
+    assert make_record(source, tmp_path).rows == 4
     assert rows_of() == ["one", "two", "five", "six"]
     again = {path: path.stat().st_ino for path in copies(source.stored, tmp_path / SOURCES)}
     assert [before[path] == again[path] for path in before] == [True, False], "what has not changed is not fetched again"
     store.delete_file("fvlm/tables/train-0.parquet")
-    assert record(source, tmp_path).rows == 2
+    assert make_record(source, tmp_path).rows == 2
 
 
 def test_a_zip_archive_of_a_store_is_read_where_it_is(store: pyarrow.fs.FileSystem, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_zip_archive_of_a_store_is_read_where_it_is(store: pyarrow.fs.FileSyst
     pyarrow.fs.copy_files(str(tmp_path / "clips.zip"), "fvlm/clips.zip", destination_filesystem=store)
     (tmp_path / "videos.csv").write_text("url,caption\none.mp4,a\ntwo.mp4,b\n")
     source = Source.model_validate({"name": "videos", "files": [tmp_path / "videos.csv"], "web_archives": ["s3://fvlm/clips.zip"]})
-    assert (record(source, tmp_path).local, record(source, tmp_path).missing) == (2, 0)
+    assert (make_record(source, tmp_path).local, make_record(source, tmp_path).missing) == (2, 0)
     paths = [path for batch in read_rows(record_folder(source, tmp_path), [PATH]) for path in batch.column(0).to_pylist()]
     assert [read_media(path) for path in paths] == list(contents.values())
 

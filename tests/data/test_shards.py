@@ -28,7 +28,7 @@ from fvlm_core.data.shard_files import ShardSample, write_shards
 from fvlm_core.data.shard_plan import DUPLICATE, NOT_FROZEN, Plan
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.data.shards import make_shards
-from fvlm_core.data.sources.record import record, record_folder
+from fvlm_core.data.sources.record import make_record, record_folder
 from fvlm_core.data.text import split_of, text_chats
 from fvlm_core.data.tokenizer import train_tokenizer
 from fvlm_core.data.verify import verify
@@ -400,7 +400,7 @@ def test_chats_of_a_record(tmp_path):
     path = tmp_path / "chats.jsonl"
     path.write_text("\n".join(map(json.dumps, chats)))
     source = Source(name="talk", format="smoltalk", files=[path])
-    record(source, tmp_path)
+    make_record(source, tmp_path)
     download = raw_download(tmp_path / "download", [{}, {}])
     settings = job(tmp_path, download, texts=[record_folder(source, tmp_path)], val_shares={"talk": 0.3})
     manifest = make_shards(settings)

@@ -18,7 +18,7 @@ from fvlm_core.data.jobs import Source
 from fvlm_core.data.rows import COLUMNS
 from fvlm_core.data.sources import ADAPTERS
 from fvlm_core.data.sources import record as record_module
-from fvlm_core.data.sources.record import FILE, FILE_ROW, PATH, Record, read_rows, record, record_folder, recorded
+from fvlm_core.data.sources.record import FILE, FILE_ROW, PATH, Record, cached_record, make_record, read_rows, record_folder
 from fvlm_core.errors import UserError
 
 
@@ -33,7 +33,7 @@ def source(*files: Path, **settings: Any) -> Source:
 
 
 def rows_of(one: Source, volume: Path) -> list[dict[str, Any]]:
-    record(one, volume)
+    make_record(one, volume)
     return [row for batch in read_rows(record_folder(one, volume)) for row in batch.to_pylist()]
 
 
@@ -110,9 +110,9 @@ def test_webvid_is_asked_for_what_it_is_and_filtered_by_seconds(tmp_path: Path) 
         assert [(row["url"], row["caption"]) for row in found] == [("http://h/0.mp4", "a dog 0"), ("http://h/2.mp4", "a dog 2")]
         assert [row[FILE_ROW] for row in found] == [1, 3]
         assert question(found[0]) == "What would be the WebVid caption for this video?"
-        assert record(chosen, tmp_path).filtered == 2
+        assert make_record(chosen, tmp_path).filtered == 2
     with pytest.raises(UserError, match="not a file of the format webvid: it lacks the column contentUrl"):
-        record(source(write(tmp_path / "other.csv", [{"name": "a", "url": "b"}]), format="webvid"), tmp_path)
+        make_record(source(write(tmp_path / "other.csv", [{"name": "a", "url": "b"}]), format="webvid"), tmp_path)
 
 
 def test_openvid_s_csv_names_files_of_a_folder(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ GOOD = {"url": "a.mp4", "caption": "a"}
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_bad_rows_are_refused_by_their_number(tmp_path: Path, rows: list[dict[str, str]], message: str, suffix: str) -> None:
     with pytest.raises(UserError, match=message):
-        record(source(write(tmp_path / f"videos{suffix}", rows)), tmp_path)
+        make_record(source(write(tmp_path / f"videos{suffix}", rows)), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes | None, message: st
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
-        record(source(tmp_path / name), tmp_path)
+        make_record(source(tmp_path / name), tmp_path)
     assert name in str(caught.value)
 
 
@@ -215,7 +215,7 @@ def test_filters(tmp_path: Path, suffix: str, condition: dict[str, Any], kept: l
 def test_a_filter_that_cannot_work_is_refused(tmp_path: Path, condition: dict[str, Any], message: str) -> None:
     path = write(tmp_path / "a.csv", [GOOD | {"score": "3"}])
     with pytest.raises(UserError, match=message):
-        record(source(path, filter=[condition]), tmp_path)
+        make_record(source(path, filter=[condition]), tmp_path)
 
 
 @pytest.mark.parametrize("condition", [{}, {"min": 2, "max": 1}, {"one_of": []}, {"one_of": ["a", 1]}])
@@ -235,7 +235,7 @@ def test_several_files_and_a_limit(tmp_path: Path) -> None:
     whole, some = source(tmp_path / "part-*.csv"), source(tmp_path / "part-*.csv", limit=4)
     assert [row["url"][:2] for row in rows_of(whole, tmp_path)] == ["10", "11", "12", "20", "21", "22"]
     assert [(row["url"][:2], row[FILE_ROW]) for row in rows_of(some, tmp_path)] == [("10", 1), ("11", 2), ("12", 3), ("20", 1)]
-    assert record(whole, tmp_path).digest != record(some, tmp_path).digest
+    assert make_record(whole, tmp_path).digest != make_record(some, tmp_path).digest
 
 
 def test_one_row_in_so_many_is_taken_over_all_files(tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_smoltalk_chats(tmp_path: Path) -> None:
         found = rows_of(chosen, tmp_path)
         assert [json.loads(row["conversations"]) for row in found] == [[[pair]], [[pair, pair]]]
         assert [(row["kind"], row[FILE_ROW], row["url"]) for row in found] == [("text", 1, ""), ("text", 3, "")]
-        known = record(chosen, tmp_path)
+        known = make_record(chosen, tmp_path)
         assert (known.read, known.left_out, known.rows, known.kind) == (6, 4, 2, "text")
 
 
@@ -281,7 +281,7 @@ def test_smoltalk_chats(tmp_path: Path) -> None:
 def test_bad_chats(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=r"not a (readable )?file of the format smoltalk|has no rows"):
-        record(source(tmp_path / name, format="smoltalk"), tmp_path)
+        make_record(source(tmp_path / name, format="smoltalk"), tmp_path)
 
 
 def test_a_record_is_made_once_and_follows_files_settings_and_local_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,64 +291,64 @@ def test_a_record_is_made_once_and_follows_files_settings_and_local_videos(tmp_p
     made: list[Source] = []
     real = record_module._write_rows
     monkeypatch.setattr(record_module, "_write_rows", lambda one, *rest: made.append(one) or real(one, *rest))
-    first = record(source(path), tmp_path)
+    first = make_record(source(path), tmp_path)
     assert (first.local, first.missing, first.missing_examples, first.remote, first.probe, first.distinct) == (
         *(2, 1, [str(tmp_path / "gone.mp4")], 1),
         *(["http://h/b.mp4"], 2),
     )
-    assert record(source(path), tmp_path) == recorded(source(path), tmp_path) == first
+    assert make_record(source(path), tmp_path) == cached_record(source(path), tmp_path) == first
     assert len(made) == 1
     clip.write_bytes(b"longer")
-    assert recorded(source(path), tmp_path) == first, "trusted until the next look"
-    second = record(source(path), tmp_path)
+    assert cached_record(source(path), tmp_path) == first, "trusted until the next look"
+    second = make_record(source(path), tmp_path)
     assert second.digest != first.digest
-    assert recorded(source(path), tmp_path) == second
+    assert cached_record(source(path), tmp_path) == second
     assert len(made) == 1, "the table is the same"
-    record(source(path, limit=1), tmp_path)
+    make_record(source(path, limit=1), tmp_path)
     assert len(made) == 2
     write(path, [GOOD | {"caption": "another"}])
-    assert recorded(source(path), tmp_path).rows_digest != first.rows_digest
+    assert cached_record(source(path), tmp_path).rows_digest != first.rows_digest
     assert len(made) == 3
 
 
 def test_later_looks_open_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.csv", [GOOD])
-    first = record(source(path), tmp_path)
+    first = make_record(source(path), tmp_path)
     os.chmod(path, 0)
     monkeypatch.setattr("fvlm_core.data.sources.reading.read_source", None)
     looks: list[str] = []
     real = os.stat
     monkeypatch.setattr(os, "stat", lambda name, **rest: looks.append(str(name)) or real(name, **rest))
-    assert recorded(source(path), tmp_path) == first
+    assert cached_record(source(path), tmp_path) == first
     assert 1 <= looks.count(str(path)) <= 3
 
 
 def test_a_damaged_record_is_made_again(tmp_path: Path) -> None:
     one = source(write(tmp_path / "a.csv", [GOOD]))
-    first = record(one, tmp_path)
+    first = make_record(one, tmp_path)
     folder = record_folder(one, tmp_path)
     (folder / "rows.parquet").write_bytes(b"cut")
     with pytest.raises(UserError, match="no record"):
         Record.read_folder(folder)
-    assert recorded(one, tmp_path) == first
+    assert cached_record(one, tmp_path) == first
     (folder / "record.json").write_text("{")
-    assert recorded(one, tmp_path) == first
+    assert cached_record(one, tmp_path) == first
 
 
 def test_equal_rows_are_equal_whatever_file_holds_them(tmp_path: Path) -> None:
     rows = [{"url": f"http://h/{n}.mp4", "caption": f"clip {n}", "note": n} for n in range(1000)]
     files = [write(tmp_path / name, rows) for name in ("a.csv", "a.parquet")]
-    digests = {record(source(file), tmp_path).digest for file in files}
+    digests = {make_record(source(file), tmp_path).digest for file in files}
     halves = [write(tmp_path / f"{name}.csv", part) for name, part in (("1", rows[:300]), ("2", rows[300:]))]
-    digests.add(record(source(*halves), tmp_path).digest)
+    digests.add(make_record(source(*halves), tmp_path).digest)
     assert len(digests) == 1
     rows[5]["caption"] = "clip 6"
-    assert record(source(write(tmp_path / "b.csv", rows)), tmp_path).digest not in digests
+    assert make_record(source(write(tmp_path / "b.csv", rows)), tmp_path).digest not in digests
 
 
 def test_some_addresses_are_named_for_probing_evenly(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", [{"url": f"http://h/{n}.mp4", "caption": "a"} for n in range(100)])
-    probe = record(source(path), tmp_path).probe
+    probe = make_record(source(path), tmp_path).probe
     assert 10 <= len(probe) <= 16
     places = [int(url.removeprefix("http://h/").removesuffix(".mp4")) for url in probe]
     assert {after - before for before, after in pairwise(places)} == {7}
@@ -356,6 +356,6 @@ def test_some_addresses_are_named_for_probing_evenly(tmp_path: Path) -> None:
 
 def test_a_record_holds_the_row_s_columns(tmp_path: Path) -> None:
     one = source(write(tmp_path / "a.csv", [GOOD]))
-    record(one, tmp_path)
+    make_record(one, tmp_path)
     [batch] = list(read_rows(record_folder(one, tmp_path)))
     assert batch.schema.names == [*COLUMNS, FILE, FILE_ROW, PATH]

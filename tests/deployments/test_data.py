@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from deployments import cli, data
-from fvlm_core.data.jobs import INDEX_FILE, SHARD_FILES, Loss, ShardManifest
+from fvlm_core.data.jobs import INDEX_FILE, SHARD_FILES, RejectedCount, ShardManifest
 from fvlm_core.data.rows import SPLITS
 from fvlm_core.data.shard_set import ShardSet
 from fvlm_core.data.stats import FIGURES
@@ -146,7 +146,7 @@ def test_the_command_s_exit_status_says_damage(
 
 
 def test_stats_are_those_of_the_samples(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lost = [Loss(source="gaze_cell", reason="the video breaks off", samples=3)]
+    lost = [RejectedCount(source="gaze_cell", reason="the video breaks off", samples=3)]
     ShardManifest.read(shards).model_copy(update={"lost": lost}).write(shards)
     assert data.stats(shards, output=tmp_path / "stats") == 0
     shown = capsys.readouterr().out

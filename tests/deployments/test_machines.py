@@ -36,9 +36,9 @@ from infra.runpod.naming import NO_RUN, PodName
 from infra.runpod.smoke import ended
 from infra.stack import Stack
 from infra.store import FolderStore
-from tasks.phase import Before, PhaseManifest, Shown
+from tasks.phase import EarlierResults, PhaseManifest, Shown
 from tasks.rented import at_live_prices
-from tasks.steps import Made
+from tasks.steps import StepResult
 from tests.infra.runpod.conftest import KEY
 
 Fvlm = Callable[..., str]
@@ -203,12 +203,12 @@ def test_a_volume_is_looked_at_through_s3(fvlm: Fvlm, cloud: Emulator, tmp_path:
     fvlm("infra", "setup")
     (volume,) = cloud.cloud.volumes.values()
     config, phase = load_profile(str(tmp_path / "rented.yaml")), PHASES["precompute"]
-    clips, *_ = phase.steps(config, Before(volume.folder, {}, {}, {}))
+    clips, *_ = phase.steps(config, EarlierResults(volume.folder, {}, {}, {}))
     folder = volume.folder / clips.folder
     folder.mkdir(parents=True)
     (folder / "clip.mp4").write_bytes(b"0" * 2_000_000)
     manifest = Manifest(name=clips.name, settings_hash="", files=file_entries(folder, ["*.mp4"]), seconds=1234.0).write(folder)
-    made = {clips.name: Made(name=clips.name, folder=clips.folder, digest=manifest.digest)}
+    made = {clips.name: StepResult(name=clips.name, folder=clips.folder, digest=manifest.digest)}
     closing = Table(title="Found", head=["share of right answers"], rows=[["42"]])
     shown = Shown(text="eleven videos", closing=[closing], outputs={"report": "steps/x/report.html"})
     PhaseManifest(name=phase.name, settings_hash="", steps=made, shown=shown).write(phase.folder(config, volume.folder))

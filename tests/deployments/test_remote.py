@@ -20,7 +20,7 @@ from prefect.types.entrypoint import EntrypointType
 from pydantic import SecretStr
 
 from deployments.checks import PROFILES
-from fvlm_core.errors import is_refusal
+from fvlm_core.errors import is_user_error
 from infra.api import healthy
 from infra.locks import try_lock
 from infra.prefect_settings import without
@@ -28,11 +28,11 @@ from infra.runpod.account import Account, Place
 from infra.runpod.client import RunPod
 from infra.runpod.emulator.s3 import S3Side
 from infra.runpod.emulator.server import Emulator
-from infra.runpod.home import ADDRESS, DATABASE, Home
 from infra.runpod.naming import owner
 from infra.runpod.pod import CODE
 from infra.runpod.reaper import reap
 from infra.runpod.remote import server_pod
+from infra.runpod.server_pod import ADDRESS, DATABASE, ServerPod
 from infra.runpod.setup import mark
 from infra.stack import REPOSITORY, volume_tag
 from infra.store import FolderStore
@@ -121,12 +121,12 @@ def test_a_server_on_a_pod_runs_flows_ends_and_goes_on(remote: Remote, tmp_path:
     with closing(sqlite3.connect(remote.volume / DATABASE)) as database:
         known_runs = dict(database.execute("select id, state_type from flow_run where state_type != 'SCHEDULED'").fetchall())
         said = database.execute("select s.message from flow_run_state s join flow_run r on s.id = r.state_id where r.id = ?", [str(left)])
-        assert is_refusal(said.fetchone()[0]), "a pipeline does not start it again"
+        assert is_user_error(said.fetchone()[0]), "a pipeline does not start it again"
     assert (known_runs[str(run)], known_runs[str(left)]) == ("COMPLETED", "CRASHED"), "nothing goes on in the records that has no pod"
 
     # what the next pod runs
     port = urlsplit(remote.address).port or 0
-    home = Home(remote.volume, tmp_path / "disk", port=port, address=remote.address, pools={}, environment=without(os.environ))
+    home = ServerPod(remote.volume, tmp_path / "disk", port=port, address=remote.address, pools={}, environment=without(os.environ))
     serving = threading.Thread(target=home.run)
     serving.start()
     try:
@@ -145,7 +145,7 @@ def test_a_second_server_that_never_served_leaves_the_first_s_records(tmp_path: 
         old.execute("create table known (a)")
     kept = try_lock(volume / HOME / "stack.lock")
     assert kept is not None
-    second = Home(volume, tmp_path / "disk", port=1, address="http://x", pools={}, environment=without(os.environ))
+    second = ServerPod(volume, tmp_path / "disk", port=1, address="http://x", pools={}, environment=without(os.environ))
     serving = threading.Thread(target=second.run)
     serving.start()
     wait_until(second.database.exists, "it to begin with the old records")
@@ -158,7 +158,7 @@ def test_a_second_server_that_never_served_leaves_the_first_s_records(tmp_path: 
 
 
 def test_the_copy_of_the_database_is_complete_while_it_is_written(tmp_path: Path) -> None:
-    home = Home(tmp_path / "volume", tmp_path / "disk", port=1, address="http://x", pools={}, environment={})
+    home = ServerPod(tmp_path / "volume", tmp_path / "disk", port=1, address="http://x", pools={}, environment={})
     home.restore()
     with closing(sqlite3.connect(home.database, isolation_level=None)) as database:
         database.execute("pragma journal_mode=wal")

@@ -24,7 +24,7 @@ from infra.processes import marked
 from infra.stack import REPOSITORY, Stack, queue_name
 from infra.volume import volume_id
 from tasks.config import PipelineConfig
-from tasks.phase import Before
+from tasks.phase import EarlierResults
 from tests.data.test_download import WebSite, needs_video2dataset
 from tests.tiny import precompute_values
 from tests.waiting import wait_until
@@ -75,7 +75,7 @@ def test_what_a_lost_worker_was_making_is_made_by_the_other(prefect_api: Stack, 
     site.held = (clips[0].name,)
     config = profile(tmp_path, [f"{site.url}/clips/{clips[0].name}", *map(str, clips[1:])])
     PRECOMPUTE.prepare(config, volume)
-    steps = PRECOMPUTE.steps(config, Before(volume, {}, {}, {}))
+    steps = PRECOMPUTE.steps(config, EarlierResults(volume, {}, {}, {}))
     first, second, third = (volume / step.folder for step in steps if step.name.startswith("download-web"))
     registered = asyncio.run(register(config, volume))
     site.gate.clear()

@@ -17,10 +17,10 @@ from fvlm_core.config import (
     VisionSettings,
     VisionShape,
 )
+from fvlm_core.data.frame_sampling import FRAME_SAMPLING_FILE, FrameSampling
 from fvlm_core.data.frames import FrameRule
 from fvlm_core.data.jobs import TOKENIZER_FOLDER
 from fvlm_core.data.shard_set import ShardSet
-from fvlm_core.data.shown import SHOWN_FILE, ShownFrames
 from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
 from fvlm_core.eval.evaluate import load_subject
 from fvlm_core.eval.jobs import EvalJob
@@ -53,7 +53,7 @@ def make_run(folder: Path, shards: Path, **model: object) -> Path:
         }
     )
     save_model(build_model(settings, vocab_size=ShardSet(shards).manifest.vocab_size, seed=1), folder / "model")
-    ShownFrames.of_training(ShardSet(shards).manifest, IMAGE_REPEATS).to_yaml(folder / "model" / SHOWN_FILE)
+    FrameSampling.of_training(ShardSet(shards).manifest, IMAGE_REPEATS).to_yaml(folder / "model" / FRAME_SAMPLING_FILE)
     Recipe(
         name="tiny",
         output=folder,

@@ -25,7 +25,7 @@ from fvlm_core.eval.items import Item
 from fvlm_core.eval.media import NO_MEDIA, Media, VideoFile
 from fvlm_core.eval.questions import question_sample
 from fvlm_core.eval.ranks import Ranks
-from fvlm_core.eval.records import ItemRecord, Said, option_scores, read_shard, rounded, write_shard
+from fvlm_core.eval.records import ConditionOutput, ItemRecord, option_scores, read_shard, rounded, write_shard
 from fvlm_core.eval.results import EvalReport
 from fvlm_core.eval.stats import Bootstrap
 from fvlm_core.model import inference
@@ -139,11 +139,9 @@ def test_a_video_is_encoded_once_and_a_question_read_once_for_all_options(answer
     """`benchmarks.evaluation` has the FLOPs at real size."""
     frames: list[int] = []
     tokens: list[int] = []
-    encode, contextualise = FoveatedVLM.encode, FoveatedVLM.contextualise
+    encode, run_llm = FoveatedVLM.encode, FoveatedVLM.run_llm
     monkeypatch.setattr(FoveatedVLM, "encode", lambda self, pixels: frames.append(len(pixels)) or encode(self, pixels))
-    monkeypatch.setattr(
-        FoveatedVLM, "contextualise", lambda self, states, *more: tokens.append(len(states)) or contextualise(self, states, *more)
-    )
+    monkeypatch.setattr(FoveatedVLM, "run_llm", lambda self, states, *more: tokens.append(len(states)) or run_llm(self, states, *more))
     options = ("one two", "three", "four five six", "seven")
     read: dict[int, int] = {}
     for count in (0, 1, 4):
@@ -176,7 +174,7 @@ def test_a_random_model_has_no_liking_for_lengths(answerer: FoveatedAnswerer):
         priors = random.unconditional([text for ask in asks for text in ask.continuations])
         for number, (reply, order) in enumerate(zip(replies, orders, strict=True)):
             prior = [row[0] + row[2] for one in priors[4 * number : 4 * number + 4] for row in rounded(one)]
-            record = ItemRecord(id="", clip="", groups={}, said={"c": Said(options=rounded(reply))}, unconditional=prior)
+            record = ItemRecord(id="", clip="", groups={}, said={"c": ConditionOutput(options=rounded(reply))}, unconditional=prior)
             for scorer, chosen_lengths in picks.items():
                 scores = option_scores(record, "c", scorer)
                 assert scores is not None
@@ -262,7 +260,7 @@ def test_replaced_media_and_corrected_answers_count_at_the_next_evaluation(answe
 
 def test_a_shard_holds_any_character_and_counts_as_unfinished_where_it_cannot_be_read(tmp_path: Path):
     file, text = tmp_path / "0.jsonl", "a\u2028b\u2029c\u0085d\x1ee\r\nf"
-    records = [ItemRecord(id=text, clip="c", groups={}, choices=[text, "x"], said={"blind": Said(text=text)})] * 2
+    records = [ItemRecord(id=text, clip="c", groups={}, choices=[text, "x"], said={"blind": ConditionOutput(text=text)})] * 2
     write_shard(file, "key", records)
     assert read_shard(file, "key") == records
     file.write_text(file.read_text()[:-9])

@@ -8,7 +8,7 @@ from fvlm_core.eval.benchmark_tables import benchmark_tables
 from fvlm_core.eval.benchmarks import benchmark
 from fvlm_core.eval.benchmarks.benchmark import Loaded
 from fvlm_core.eval.parts.benchmarks import BenchmarksResult, metric
-from fvlm_core.eval.records import ItemRecord, Said, option_scores
+from fvlm_core.eval.records import ConditionOutput, ItemRecord, option_scores
 from fvlm_core.eval.stats import Bootstrap
 
 MODES = ("coarse_only", "coarse_fine", "autoregressive")
@@ -16,10 +16,10 @@ NAMES = [f"{order}/{mode}" for order in ("question_first", "question_after") for
 CONTROLS = [*(f"shuffled/{mode}" for mode in MODES), "blind", "random_query", "question_query"]
 
 
-def said(place: int, choices: int, letters: bool = True) -> Said:
+def said(place: int, choices: int, letters: bool = True) -> ConditionOutput:
     """A model that prefers one option, by its letter and by its text."""
     scores = [-1.0 if number == place else -3.0 for number in range(choices)]
-    return Said(letters=scores if letters else [], options=[(2 * score, 2, -0.1) for score in scores])
+    return ConditionOutput(letters=scores if letters else [], options=[(2 * score, 2, -0.1) for score in scores])
 
 
 def records(n: int, seed: int, *, tasks: list[str], choices: int = 4) -> list[ItemRecord]:
@@ -66,7 +66,7 @@ def test_baselines_are_over_the_same_questions_as_the_score():
     """30 questions with four choices and 10 open ones: guessing is right in 7.5 of 40, the best constant letter in its own of 40."""
     choices = records(30, 0, tasks=["t"])
     names = list(choices[0].said)
-    answered = dict.fromkeys(names, Said(text="5"))
+    answered = dict.fromkeys(names, ConditionOutput(text="5"))
     opened = [ItemRecord(id=f"o{n}", clip=f"o{n}", groups={}, answers=["5"], frames=8, said=answered) for n in range(10)]
     result = result_of("own", [*choices, *opened])
     gold = np.bincount([record.gold or 0 for record in choices])
@@ -160,7 +160,13 @@ def test_pope_has_precision_recall_f1_and_the_share_of_yes_of_the_predictions():
 
 def test_open_answers_are_scored_by_the_benchmarks_own_metric():
     found = [
-        ItemRecord(id=str(n), clip=str(n), groups={"task": "t"}, answers=["kitten"], said={"question_first/coarse_only": Said(text=text)})
+        ItemRecord(
+            id=str(n),
+            clip=str(n),
+            groups={"task": "t"},
+            answers=["kitten"],
+            said={"question_first/coarse_only": ConditionOutput(text=text)},
+        )
         for n, text in enumerate(["kitten", "sitting", "dog"])
     ]
     result = result_of("docvqa", found)
@@ -172,7 +178,14 @@ def test_open_answers_are_scored_by_the_benchmarks_own_metric():
 def test_generated_answers_that_name_no_choice_are_wrong_and_counted():
     texts = ["B", "(A) w", "I cannot say", "C."]
     found = [
-        ItemRecord(id=str(n), clip=str(n), groups={}, choices=["w", "x", "y"], gold=1, said={"question_first/coarse_only": Said(text=text)})
+        ItemRecord(
+            id=str(n),
+            clip=str(n),
+            groups={},
+            choices=["w", "x", "y"],
+            gold=1,
+            said={"question_first/coarse_only": ConditionOutput(text=text)},
+        )
         for n, text in enumerate(texts)
     ]
     one = result_of("videomme", found).conditions["question_first/coarse_only"]
@@ -181,7 +194,7 @@ def test_generated_answers_that_name_no_choice_are_wrong_and_counted():
 
 def test_the_headline_is_read_off_as_asked_for_or_as_the_benchmark_does():
     options = [(-1.0, 1, -0.1), (-3.0, 1, -0.1), (-3.0, 1, -0.1)]
-    one = Said(letters=[-2.0, -1.0, -2.0], options=options)
+    one = ConditionOutput(letters=[-2.0, -1.0, -2.0], options=options)
     found = [
         ItemRecord(id=str(n), clip=str(n), groups={}, choices=["w", "x", "y"], gold=n % 2, said={"question_first/coarse_only": one})
         for n in range(3)
@@ -199,7 +212,7 @@ def test_ways_to_read_a_choice():
         clip="",
         groups={},
         unconditional=[-3.0, -9.0],
-        said={"c": Said(letters=[-2.0, -1.0], options=[(-2.0, 1, -1.0), (-6.0, 4, -0.5)])},
+        said={"c": ConditionOutput(letters=[-2.0, -1.0], options=[(-2.0, 1, -1.0), (-6.0, 4, -0.5)])},
     )
     found = {scorer: option_scores(record, "c", scorer) for scorer in ("letter", "sum", "mean", "pmi")}
     assert found["letter"].tolist() == [-2, -1]

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from deployments.evaluate import evaluate
+from fvlm_core.data.frame_sampling import FRAME_SAMPLING_FILE, FrameSampling
 from fvlm_core.data.frames import FrameRule
 from fvlm_core.data.jobs import TOKENIZER_FOLDER
 from fvlm_core.data.shard_set import ShardSet
-from fvlm_core.data.shown import SHOWN_FILE, ShownFrames
 from fvlm_core.errors import UserError
 from fvlm_core.eval.checkpoints import open_checkpoint
 from fvlm_core.eval.records import ItemRecord
@@ -59,8 +59,8 @@ def test_a_checkpoint_of_the_original_gets_the_numbers_of_the_same_model_of_ours
 
 
 def test_a_model_is_shown_the_frames_that_it_was_trained_with(folder: Path, tmp_path: Path):
-    shown = ShownFrames(frame_px=42, fps=2.0, max_frames=12, image_repeats=3)
-    shown.to_yaml(shutil.copytree(folder / "ours", tmp_path / "model") / SHOWN_FILE)
+    shown = FrameSampling(frame_px=42, fps=2.0, max_frames=12, image_repeats=3)
+    shown.to_yaml(shutil.copytree(folder / "ours", tmp_path / "model") / FRAME_SAMPLING_FILE)
     opened = open_checkpoint(tmp_path / "model", torch.device("cpu"))
     assert (opened.rule, opened.image_repeats) == (FrameRule(42, 2.0, 12), 3)
 

@@ -15,7 +15,7 @@ from benchmarks.gaze_model import PLAN, described, found, trained
 from fvlm_core.errors import UserError
 from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
 from fvlm_core.eval.checkpoints import open_checkpoint
-from fvlm_core.eval.records import ItemRecord, Said
+from fvlm_core.eval.records import ConditionOutput, ItemRecord
 
 TINY = replace(PLAN, steps=1, batch_samples=4, encoder_steps=0)
 
@@ -87,8 +87,8 @@ def record(clip: int, place: int) -> ItemRecord:
     seen = [(-1.0 if option == gold else -5.0, 3, -0.1) for option in range(4)]
     blind = [(-1.0 - option, 3, -0.1) for option in range(4)]
     said = {
-        gaze_forms.MAIN: Said(options=seen, letters=[0.0, -1.0, -2.0, -3.0]),
-        "blind": Said(options=blind, letters=[0.0, -1.0, -2.0, -3.0]),
+        gaze_forms.MAIN: ConditionOutput(options=seen, letters=[0.0, -1.0, -2.0, -3.0]),
+        "blind": ConditionOutput(options=blind, letters=[0.0, -1.0, -2.0, -3.0]),
     }
     values = {"id": f"{clip}/{place}", "clip": str(clip), "groups": {}, "choices": ["1", "2", "3", "4"], "gold": gold, "said": said}
     return ItemRecord.model_validate(json.loads(json.dumps(values, default=lambda one: one.model_dump())))

@@ -14,7 +14,7 @@ from fvlm_core.eval.questions import without_answer
 from fvlm_core.eval.subject import Subject
 from fvlm_core.eval.validation import ValidationSplit
 from fvlm_core.model.build import build_model
-from fvlm_core.model.glance import look_at
+from fvlm_core.model.glance import encode_downscaled
 from fvlm_core.model.inference import read_batch
 from tests.tiny import tiled_shards
 
@@ -56,8 +56,8 @@ def test_a_mode_reads_the_same_from_tiles_as_from_complete_frames(split: Validat
     complete = torch.from_numpy(np.concatenate([in_full(sample) for sample in samples]))
     tiles = tiles_of(samples)
     assert tiles is not None
-    found = read_batch(model, small, mode, features=look_at(model.encoder, small.frames, tiles))
-    expected = read_batch(model, small, mode, features=look_at(model.encoder, small.frames, complete))
+    found = read_batch(model, small, mode, features=encode_downscaled(model.encoder, small.frames, tiles))
+    expected = read_batch(model, small, mode, features=encode_downscaled(model.encoder, small.frames, complete))
     assert torch.equal(found.tokens, expected.tokens)
     assert len(tiles.decoded) == (0 if mode == "coarse_only" else len(complete)), "of 9 tiles of a frame, the one that is opened"
     large = pack([replace(sample, frames=in_full(sample)) for sample in samples], subject.chat)

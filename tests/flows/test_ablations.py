@@ -9,7 +9,7 @@ from fvlm_core.scaling.ablations import compare
 from fvlm_core.scaling.jobs import AblationJob, AblationRun, Confirmation
 from tasks.config import PipelineConfig
 from tasks.phase import Results
-from tasks.steps import Made
+from tasks.steps import StepResult
 from tests.scaling.build import finished
 from tests.tiny import profile_values
 
@@ -27,7 +27,7 @@ def results(tmp_path: Path) -> Results:
             run = finished(tmp_path / f"{name}{seed}", loss + own, changes=changes | {"run.seed": seed})
             runs.append(AblationRun(name=name, change=CHANGE if changes else "", value=changes.get(CHANGE), seed=seed, run=run))
     compare(AblationJob(output=tmp_path / REPORT, baseline="baseline", runs=runs))
-    return Results(tmp_path, {name: Made(name=name, folder=name, digest="") for name in (REPORT, CONFIRMATION)})
+    return Results(tmp_path, {name: StepResult(name=name, folder=name, digest="") for name in (REPORT, CONFIRMATION)})
 
 
 @pytest.mark.parametrize(("delta", "confirmed"), [(-0.2, True), (0.01, False)])

@@ -10,11 +10,11 @@ from flows.evaluate import EVALUATE
 from flows.precompute import PRECOMPUTE, SHARDS
 from flows.train import TRAIN, last_stage
 from fvlm_core.errors import UserError
-from fvlm_core.eval import outside
+from fvlm_core.eval import external_files
 from fvlm_core.eval.jobs import EvalSettings
 from tasks.config import PipelineConfig
-from tasks.phase import Before
-from tasks.steps import Made, Step
+from tasks.phase import EarlierResults
+from tasks.steps import Step, StepResult
 
 
 def config(folder: Path, ranks: int = 1) -> PipelineConfig:
@@ -24,9 +24,9 @@ def config(folder: Path, ranks: int = 1) -> PipelineConfig:
 
 
 def step(profile: PipelineConfig, volume: Path) -> Step:
-    shards, run = (Made(name=name, folder=f"steps/{name}", digest=name) for name in ("shards", "run"))
+    shards, run = (StepResult(name=name, folder=f"steps/{name}", digest=name) for name in ("shards", "run"))
     made = {PRECOMPUTE.name: {SHARDS: shards}, TRAIN.name: {last_stage(profile): run}}
-    (one,) = EVALUATE.steps(profile, Before(volume, made, {}, {}))
+    (one,) = EVALUATE.steps(profile, EarlierResults(volume, made, {}, {}))
     return one
 
 
@@ -63,10 +63,10 @@ def test_benchmarks_are_asked_by_all_ranks_and_that_is_no_part_of_the_result(tmp
 
 
 def test_a_large_file_is_known_by_its_size_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outside, "SMALL_BYTES", 3)
+    monkeypatch.setattr(external_files, "SMALL_BYTES", 3)
     file = tmp_path / "large"
     file.write_bytes(b"12345")
-    before = outside.quick_digest(file)
-    assert outside.quick_digest(file) == before
+    before = external_files.quick_digest(file)
+    assert external_files.quick_digest(file) == before
     file.write_bytes(b"123456")
-    assert outside.quick_digest(file) != before
+    assert external_files.quick_digest(file) != before

@@ -22,7 +22,7 @@ from tasks.config import PipelineConfig
 from tasks.direct import run_directly
 from tasks.make import make
 from tasks.mixtures import known_sources
-from tasks.phase import Before
+from tasks.phase import EarlierResults
 from tasks.steps import Step
 from tests.tiny import PROFILE
 
@@ -94,7 +94,7 @@ def test_raising_max_bad_share_goes_on_in_the_same_folder(folder: Path, tmp_path
     def step(**download: Any) -> Step:
         config = profile(folder, source, download=download)
         PRECOMPUTE.prepare(config, tmp_path)
-        return next(one for one in PRECOMPUTE.steps(config, Before(tmp_path, {}, {}, {})) if one.name == "download-web")
+        return next(one for one in PRECOMPUTE.steps(config, EarlierResults(tmp_path, {}, {}, {})) if one.name == "download-web")
 
     with pytest.raises(UserError, match="1 of 5 videos failed; at most 10% may"):
         make(step(), tmp_path)
@@ -110,7 +110,7 @@ def test_raising_max_bad_share_goes_on_in_the_same_folder(folder: Path, tmp_path
 def test_keys_follow_the_source_and_nothing_of_where_it_is(folder: Path, tmp_path: Path) -> None:
     def step(volume: Path, **changes: Any) -> Step:
         config = profile(folder, {"name": "web", "format": "webvid", "files": ["webvid.csv"], **changes})
-        steps = PRECOMPUTE.steps(config, Before(volume, {}, {}, {}))
+        steps = PRECOMPUTE.steps(config, EarlierResults(volume, {}, {}, {}))
         return next(one for one in steps if one.name == "download-web")
 
     first = step(tmp_path / "a")
@@ -122,7 +122,7 @@ def test_keys_follow_the_source_and_nothing_of_where_it_is(folder: Path, tmp_pat
 
 def part_steps(config: PipelineConfig, volume: Path) -> dict[str, Step]:
     PRECOMPUTE.prepare(config, volume)
-    return {one.name: one for one in PRECOMPUTE.steps(config, Before(volume, {}, {}, {})) if one.name.startswith("download-web")}
+    return {one.name: one for one in PRECOMPUTE.steps(config, EarlierResults(volume, {}, {}, {})) if one.name.startswith("download-web")}
 
 
 def test_parts_are_steps_of_their_own_and_stay_when_rows_are_added(folder: Path, tmp_path: Path) -> None:
@@ -188,5 +188,5 @@ def test_a_share_for_validation_goes_to_the_sources_that_its_rows_name(tmp_path:
     rows = {"url": ["a.mp4", "b.mp4"], "caption": "a clip", "source": ["web", ""]}
     pd.DataFrame(rows).to_csv(tmp_path / "some.csv", index=False)
     config = profile(tmp_path, {"name": "mine", "files": ["some.csv"], "val_share": 0.25})
-    steps = PRECOMPUTE.steps(config, Before(tmp_path, {}, {}, {}))
+    steps = PRECOMPUTE.steps(config, EarlierResults(tmp_path, {}, {}, {}))
     assert next(one for one in steps if one.name == SHARDS).settings["val_shares"] == {"web": 0.25, "mine": 0.25}

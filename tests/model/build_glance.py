@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from fvlm_core.config import GlanceSettings, ModelSettings
 from fvlm_core.data.batch import Sample, pack
 from fvlm_core.model.foveated import FoveatedVLM
-from fvlm_core.model.glance import GlanceFeatures, look, with_everything
+from fvlm_core.model.glance import GlanceFeatures, encode_glance, with_all_patches
 from tests.model.build import CHAT, built, mixed, tiny_settings
 
 GLANCE_PX, ALL = 42, 9
@@ -52,5 +52,5 @@ def frames_of(model: FoveatedVLM, n: int) -> torch.Tensor:
 
 def everything(model: FoveatedVLM, frames: torch.Tensor) -> GlanceFeatures:
     assert model.settings.glance is not None
-    small = look(model.encoder, frames, model.settings.glance)
-    return with_everything(model.encoder, small, model.settings.glance, model.connector.scale_embeddings)
+    small = encode_glance(model.encoder, frames, model.settings.glance)
+    return with_all_patches(model.encoder, small, model.settings.glance, model.connector.scale_embeddings)

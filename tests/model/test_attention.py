@@ -23,12 +23,12 @@ def kernel(monkeypatch):
     """Flash attention by SDPA, where its conditions hold but for the device; the calls it got."""
     calls = []
 
-    def flash_attention(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, stored=None):
+    def flash_attention(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, seqused_k=None):
         assert query.dtype == key.dtype == value.dtype == torch.bfloat16
         assert cu_q.dtype == cu_k.dtype == torch.int32
         new = cu_q.diff().tolist()
-        held = new if stored is None else stored.tolist()
-        assert (cu_q is cu_k) == (stored is None)
+        held = new if seqused_k is None else seqused_k.tolist()
+        assert (cu_q is cu_k) == (seqused_k is None)
         assert (max_q, max_k) == (max(new), max(held))
         assert sum(new) == len(query)
         assert cu_k[-1] == len(key) == len(value)

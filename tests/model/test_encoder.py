@@ -79,7 +79,7 @@ def test_attention_weights_make_what_is_read(pair):
         weights = encoder.attention(features, entering)
         last = encoder.layers[-1]
         attended = (weights @ features.values[-1]).transpose(1, 2).flatten(2)
-        by_hand = last._finish(entering, attended.unflatten(2, (4, 12)).transpose(1, 2))
+        by_hand = last._output(entering, attended.unflatten(2, (4, 12)).transpose(1, 2))
         by_layer = last.query(entering, features.keys[-1], features.values[-1], 1.0)
     torch.testing.assert_close(weights.sum(-1), torch.ones(len(frames), 4, 2))
     torch.testing.assert_close(by_hand, by_layer, atol=1e-5, rtol=1e-5)

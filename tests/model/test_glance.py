@@ -14,13 +14,13 @@ from fvlm_core.model.encoder import Encoder
 from fvlm_core.model.foveated import FoveatedVLM
 from fvlm_core.model.glance import (
     children_of,
-    foveate,
-    look,
+    encode_glance,
     open_patches,
     positions_at,
+    read_with_glance,
 )
 from fvlm_core.model.inference import gaze, read_batch
-from fvlm_core.serve.answering import read
+from fvlm_core.serve.batched_decoding import read
 from fvlm_core.serve.look import MARGIN_PX, PANEL_PX, TITLE_PX, pictures
 from fvlm_core.serve.session import Gaze
 from fvlm_core.serve.stream import FrameStream
@@ -125,7 +125,7 @@ def test_autoregressive_equals_frame_by_frame():
     found = read_batch(model, batch, "autoregressive")
     embeddings = model.embed(batch.input_ids)
     for number in range(4):
-        hidden = model.contextualise(embeddings, batch.position_ids, PackedLayout(batch.lengths))
+        hidden = model.run_llm(embeddings, batch.position_ids, PackedLayout(batch.lengths))
         query = model.queries(hidden, batch)[number]
         token = reference_tokens(model, batch.frames[number], query, opened=True)
         embeddings[batch.visual_positions[number]] = token
@@ -145,8 +145,8 @@ def test_opening_all_equals_all_open(shape, n_queries):
     queries = torch.randn(2, n_queries, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     chosen, scales = model.settings.glance, model.connector.scale_embeddings
     assert chosen is not None
-    expected = foveate(model.encoder, full, queries, chosen, scales, weights=True)
-    found = foveate(model.encoder, look(model.encoder, full.frames, chosen), queries, chosen, scales, weights=True)
+    expected = read_with_glance(model.encoder, full, queries, chosen, scales, weights=True)
+    found = read_with_glance(model.encoder, encode_glance(model.encoder, full.frames, chosen), queries, chosen, scales, weights=True)
     torch.testing.assert_close(found.read, expected.read, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(found.weights, expected.weights, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.weights.sum(-1), torch.ones(2, 2, n_queries))
@@ -161,11 +161,11 @@ def test_inference_walks_to_what_training_reads(shape, n_queries, k):
     model = glance_model(**shape, open=k)
     chosen, scales = model.settings.glance, model.connector.scale_embeddings
     assert chosen is not None
-    features = look(model.encoder, frames_of(model, 2), chosen)
+    features = encode_glance(model.encoder, frames_of(model, 2), chosen)
     queries = torch.randn(2, n_queries, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    expected = foveate(model.encoder, features, queries, chosen, scales, 0.7, weights=True, teach=True)
+    expected = read_with_glance(model.encoder, features, queries, chosen, scales, 0.7, weights=True, teach=True)
     with torch.no_grad():
-        found = foveate(model.encoder, features, queries, chosen, scales, 0.7, weights=True, teach=True)
+        found = read_with_glance(model.encoder, features, queries, chosen, scales, 0.7, weights=True, teach=True)
     assert expected.read.requires_grad
     assert torch.equal(found.opened, expected.opened)
     torch.testing.assert_close(found.read, expected.read, rtol=1e-9, atol=1e-9)
@@ -186,7 +186,7 @@ def test_a_parents_keys_and_values_do_not_depend_on_what_else_is_open(k, seed, s
     opened = open_patches(model.encoder, full, children)
     per_parent = shape["zoom"] ** 2
     index = (chosen[..., None] * per_parent + torch.arange(per_parent)).flatten(1)
-    (every,) = full.everything
+    (every,) = full.all_patches
     assert torch.equal(opened.places, every.places.gather(1, index))
     assert torch.equal(opened.roots, opened.parents)
     for some, all_ in zip(opened.keys + opened.values, list(every.keys) + list(every.values), strict=True):
@@ -201,7 +201,7 @@ def test_with_a_zoom_per_level_patches_are_those_of_the_frame_at_their_levels_si
     model = glance_model(zoom=zooms, levels=len(zooms))
     encoder, chosen, scales = model.encoder, model.settings.glance, model.connector.scale_embeddings
     assert chosen is not None
-    features = look(encoder, frames_of(model, 1), chosen)
+    features = encode_glance(encoder, frames_of(model, 1), chosen)
     places = roots = torch.arange(ALL)[None]
     generator = torch.Generator().manual_seed(seed)
     for level in range(len(zooms)):
@@ -228,11 +228,11 @@ def test_with_a_zoom_per_level_inference_walks_to_what_training_reads(zooms, k):
     model = glance_model(zoom=zooms, levels=len(zooms), open=k)
     chosen, scales = model.settings.glance, model.connector.scale_embeddings
     assert chosen is not None
-    features = look(model.encoder, frames_of(model, 2), chosen)
+    features = encode_glance(model.encoder, frames_of(model, 2), chosen)
     queries = torch.randn(2, 1, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    expected = foveate(model.encoder, features, queries, chosen, scales, weights=True, teach=True)
+    expected = read_with_glance(model.encoder, features, queries, chosen, scales, weights=True, teach=True)
     with torch.no_grad():
-        found = foveate(model.encoder, features, queries, chosen, scales, weights=True, teach=True)
+        found = read_with_glance(model.encoder, features, queries, chosen, scales, weights=True, teach=True)
     assert torch.equal(found.opened, expected.opened)
     torch.testing.assert_close(found.read, expected.read, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(found.selection_loss, expected.selection_loss, rtol=1e-9, atol=1e-9)
@@ -249,7 +249,7 @@ def test_the_finest_patches_are_the_frames_own_pixels():
     """With two levels, the patches of the last one cover the frame, and the first one's are their means."""
     model = glance_model(zoom=2, levels=2)
     frames = frames_of(model, 1)
-    _, finest = everything(model, frames).everything
+    _, finest = everything(model, frames).all_patches
     assert sorted(finest.places[0].tolist()) == list(range(144))
     encoder, at = model.encoder, 17
     place = int(finest.places[0, at])

@@ -9,9 +9,9 @@ from fvlm_core.data.batch import IGNORE, pack
 from fvlm_core.model.flop_counter import count_flops
 from fvlm_core.model.flops import ModelDims, SampleShape, sample_flops
 from fvlm_core.model.glance import (
-    foveate,
+    read_with_glance,
+    run_to_last_layer,
     selection,
-    to_last,
 )
 from fvlm_core.model.inference import read_batch
 from tests.model.build import CHAT, checkpointing_changes_no_gradient, losses, mixed
@@ -26,8 +26,8 @@ def test_gradient_reaches_the_choice(shape):
     chosen, scales = model.settings.glance, model.connector.scale_embeddings.detach()
     assert chosen is not None
     queries = torch.randn(1, 2, 32, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(2))
-    assert torch.autograd.gradcheck(lambda q: foveate(model.encoder, full, q, chosen, scales).read, (queries,), fast_mode=True)
-    entering = to_last(model.encoder, full.keys, full.values, queries, 1.0, None)
+    assert torch.autograd.gradcheck(lambda q: read_with_glance(model.encoder, full, q, chosen, scales).read, (queries,), fast_mode=True)
+    entering = run_to_last_layer(model.encoder, full.keys, full.values, queries, 1.0, None)
     p = selection(model.encoder.layers[-1], full.keys[-1], entering, 1.0, None, ALL)
     torch.testing.assert_close(p.sum(-1), torch.ones(1, 2, dtype=torch.float64))
     (gradient,) = torch.autograd.grad(p[0, 0, 0], queries)

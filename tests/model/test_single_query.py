@@ -1,4 +1,4 @@
-"""Gradients by tickets against those of torch's attention."""
+"""Gradients by factors against those of torch's attention."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from fvlm_core.config import LossSettings
 from fvlm_core.data.batch import pack
 from fvlm_core.model import linear
-from fvlm_core.model.single_query import attend_once, tickets
+from fvlm_core.model.single_query import attend_once, gradient_factors
 from tests.model.build import CHAT, sample, tiny_model
 
 
@@ -22,11 +22,11 @@ def test_equals_torchs_attention_and_its_gradients(passes: int) -> None:
     queries = [torch.randn(4, 2, 1, 8, dtype=torch.float64, requires_grad=True) for _ in range(passes)]
     wanted = [torch.randn(4, 2, 1, 8, dtype=torch.float64) for _ in range(passes)]
     results = []
-    for by_ticket in (False, True):
-        given = tickets(key, value, passes) if by_ticket else [None] * passes
+    for by_factors in (False, True):
+        given = gradient_factors(key, value, passes) if by_factors else [None] * passes
         outs = [
-            F.scaled_dot_product_attention(q, key, value, scale=0.5) if ticket is None else attend_once(q, key, value, ticket, 0.5)
-            for q, ticket in zip(queries, given, strict=True)
+            F.scaled_dot_product_attention(q, key, value, scale=0.5) if factors is None else attend_once(q, key, value, factors, 0.5)
+            for q, factors in zip(queries, given, strict=True)
         ]
         total = sum((out * target).sum() for out, target in zip(outs, wanted, strict=True))
         (total + F.scaled_dot_product_attention(key, key, value).square().sum()).backward()
@@ -36,12 +36,12 @@ def test_equals_torchs_attention_and_its_gradients(passes: int) -> None:
     torch.testing.assert_close(*results, atol=1e-12, rtol=1e-12)
 
 
-def test_a_ticket_that_is_not_used_adds_nothing() -> None:
+def test_factors_that_are_not_used_add_nothing() -> None:
     key, value = (torch.randn(2, 1, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     query = torch.randn(2, 1, 1, 4, dtype=torch.float64)
     grads = []
     for passes in (1, 2):
-        attend_once(query, key, value, tickets(key, value, passes)[0], 1.0).sum().backward()
+        attend_once(query, key, value, gradient_factors(key, value, passes)[0], 1.0).sum().backward()
         grads.append((key.grad, value.grad))
         key.grad = value.grad = None
     torch.testing.assert_close(*grads)
@@ -53,7 +53,7 @@ def test_a_layer_refuses_a_bias_beside_a_ticket() -> None:
     width = layer.out.in_features
     query, key, bias = (torch.randn(2, *shape).double() for shape in ((1, width), (layer.heads, 5, width // layer.heads), (1, 1, 5)))
     with pytest.raises(AssertionError, match="a bias"):
-        layer.query(query, key, key, 1.0, bias, tickets(key, key, 1)[0])
+        layer.query(query, key, key, 1.0, bias, gradient_factors(key, key, 1)[0])
     assert not torch.equal(layer.query(query, key, key, 1.0, bias), layer.query(query, key, key, 1.0))
 
 
@@ -69,14 +69,14 @@ def test_a_models_loss_and_gradients_are_the_same(checkpointing: bool, repeated:
     samples = [sample(np.random.default_rng(n), frames=frames, shown=shown) for n, frames in enumerate((2, 2))]
     batch = pack(samples, CHAT, tokens_per_frame=changes.get("tokens_per_frame", 1))
     results = []
-    for has_tickets in (False, True):
+    for factored in (False, True):
         model = tiny_model(**{"fine_iterations": 1} | changes).train()
         fine = model.settings.fine_iterations
         model.set_gradient_checkpointing(checkpointing)
-        model.encoder.has_tickets = has_tickets
+        model.encoder.factored_gradients = factored
         features = model.encode(batch.frames)
-        assert [len(of_layer) for of_layer in features.tickets] == ([1 + fine] * len(model.encoder.layers) if has_tickets else [])
-        assert (features.read is not None) == (has_tickets and "temperature" not in changes)
+        assert [len(of_layer) for of_layer in features.factors] == ([1 + fine] * len(model.encoder.layers) if factored else [])
+        assert (features.read is not None) == (factored and "temperature" not in changes)
         losses = model(batch, LossSettings(coarse=1.0, fine=[1.0] * fine))
         losses.objective.backward()
         results.append([losses.objective.detach(), losses.entropy, *(p.grad for p in model.parameters())])
@@ -84,7 +84,7 @@ def test_a_models_loss_and_gradients_are_the_same(checkpointing: bool, repeated:
 
 
 def test_in_bf16_what_is_compiled_is_as_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its gradient's error against float64 is the plain step's, with tickets, joint products and weights cast once: a mean of batches."""
+    """Gradient factors, joint products and weights that are cast once: the mean error of gradients against float64 is the plain step's."""
     errors: dict[str, list[float]] = {"plain": [], "compiled": []}
     for number in range(12):
         batch = pack([sample(np.random.default_rng([number, n]), frames=6) for n in range(3)], CHAT)
@@ -93,7 +93,7 @@ def test_in_bf16_what_is_compiled_is_as_exact(monkeypatch: pytest.MonkeyPatch) -
             monkeypatch.setattr(linear, "_compiles", lambda kind=kind: kind == "compiled")
             model = tiny_model(fine_iterations=2).train()
             model = model if kind == "float64" else model.float()
-            model.encoder.has_tickets = kind == "compiled"
+            model.encoder.factored_gradients = kind == "compiled"
             model.casts.parts = frozenset(["encoder", "llm"] if kind == "compiled" else [])
             with torch.autocast("cpu", torch.bfloat16, enabled=kind != "float64"):
                 objective = model(batch, LossSettings(coarse=1.0, fine=[1.0, 1.0])).objective

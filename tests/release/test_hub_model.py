@@ -151,7 +151,7 @@ def test_the_padding_tokens_embedding_learns_in_fine_tuning(ours, folder, tmp_pa
     model(**padded_inputs(batch), labels=labels_of(batch)).loss.backward()
     llm = model.model.llm
     table = llm.model.embed_tokens.weight.detach().clone().requires_grad_()
-    hidden = model.model.contextualise(F.embedding(batch.input_ids, table), batch.position_ids, PackedLayout(batch.lengths))
+    hidden = model.model.run_llm(F.embedding(batch.input_ids, table), batch.position_ids, PackedLayout(batch.lengths))
     F.cross_entropy(F.linear(hidden, table), batch.labels, ignore_index=IGNORE).backward()
     assert (batch.input_ids == 2).sum() == 1
     torch.testing.assert_close(llm.model.embed_tokens.weight.grad, table.grad, atol=1e-5, rtol=1e-4)

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from matplotlib.image import imsave
 
-from fvlm_core.data.jobs import BadClip, Loss
+from fvlm_core.data.jobs import BadClip, RejectedCount
 from fvlm_core.eval.estimates import Estimate
 from fvlm_core.eval.parts.captions import CaptionResult
 from fvlm_core.eval.parts.gaze import GazeResult
@@ -23,10 +23,10 @@ from fvlm_core.figures import Figure
 from fvlm_core.manifest import Manifest
 from fvlm_core.release.evidence import Evidence
 from fvlm_core.release.figures import Figures
+from fvlm_core.release.formatting import duration, fenced
 from fvlm_core.release.html import html, markdown_renderer
 from fvlm_core.release.report import Report, Section
 from fvlm_core.release.sections import SECTIONS, build, data, limitations, provenance, reproduce
-from fvlm_core.release.words import duration, fenced
 from fvlm_core.tables import NO_DIFFERENCE, Table, difference
 from tests.release.build import full_job
 
@@ -218,7 +218,7 @@ def test_report_json_is_the_same_report(evidence, figures):
 
 
 def test_bad_clips_are_listed_up_to_a_limit(evidence, figures):
-    bad, lost = [BadClip(url=f"u{number}", reason="r") for number in range(12)], [Loss(source="clips", reason="r", samples=12)]
+    bad, lost = [BadClip(url=f"u{number}", reason="r") for number in range(12)], [RejectedCount(source="clips", reason="r", samples=12)]
     text = data.section(replace(evidence, shards=evidence.shards.model_copy(update={"bad": bad, "lost": lost})), figures).markdown()
     assert "| clips | r | 12 |" in text
     assert "* u9: r\n* and 2 more" in text

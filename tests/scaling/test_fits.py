@@ -21,7 +21,7 @@ from fvlm_core.scaling.fits import (
     law_quantities,
 )
 from fvlm_core.scaling.intervals import allowed_squares
-from fvlm_core.scaling.varpro import Held
+from fvlm_core.scaling.varpro import FixedParameter
 
 CHINCHILLA = Law(E=1.69, A=406.4, alpha=0.34, B=410.7, beta=0.28)
 SIZES, BUDGETS = np.geomspace(5e7, 5e9, 5), np.geomspace(1e19, 1e22, 5)
@@ -111,7 +111,7 @@ def test_an_interval_ends_where_its_profile_passes_what_is_allowed():
     for name in ("alpha", "beta", "E", "ratio", "A", "B"):
         for end in (found[name].low, found[name].high):
             assert end is not None
-            held = law.projection.minimum((law.alpha, law.beta), Held(name, end))
+            held = law.projection.minimum((law.alpha, law.beta), FixedParameter(name, end))
             assert held.squares == pytest.approx(allowed, rel=0.01)
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from deployments import cli
 from fvlm_core.errors import UserError
-from fvlm_core.serve.answering import Sampling
+from fvlm_core.serve.batched_decoding import Sampling
 from fvlm_core.serve.session import Session, gaze, open_media
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from fvlm_core.serve import fetch
 from fvlm_core.serve.fetch import check_address, is_public, read_url
-from fvlm_core.serve.limits import Limits, RefusedError
+from fvlm_core.serve.limits import Limits, RequestRejectedError
 
 INSIDE = Limits(upload_mb=1, fetch_s=1.5, allow_internal=True)
 
@@ -76,7 +76,7 @@ def site() -> Iterator[str]:
     ],
 )  # fmt: skip
 def test_internal_addresses_are_refused_however_they_are_written(host):
-    with pytest.raises(RefusedError) as caught:
+    with pytest.raises(RequestRejectedError) as caught:
         read_url(f"http://{host}:9/clip.mp4", Limits(fetch_s=1))
     assert caught.value.status == HTTPStatus.FORBIDDEN
 
@@ -90,7 +90,7 @@ def test_public_addresses_are_public(address):
     "url", ["file:///etc/passwd", "/etc/passwd", "ftp://8.8.8.8/", "gopher://8.8.8.8/", "//8.8.8.8/", "concat:a|b", ""]
 )
 def test_other_schemes_are_refused(url):
-    with pytest.raises(RefusedError, match="must begin with"):
+    with pytest.raises(RequestRejectedError, match="must begin with"):
         read_url(url, INSIDE)
 
 
@@ -108,11 +108,11 @@ def test_the_connection_goes_to_the_address_that_was_checked(monkeypatch, site):
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     monkeypatch.setattr(socket, "create_connection", connect)
-    with pytest.raises(RefusedError, match="cannot be fetched"):
+    with pytest.raises(RequestRejectedError, match="cannot be fetched"):
         read_url("http://rebinding.example/clip.mp4", Limits())
     assert connected == [("93.184.216.34", 80)]
     for _ in range(2):
-        with pytest.raises(RefusedError, match="not on the public internet"):
+        with pytest.raises(RequestRejectedError, match="not on the public internet"):
             check_address("rebinding.example", 80, allow_internal=False)
 
 
@@ -122,10 +122,10 @@ def test_a_redirect_is_checked_like_the_first_address(monkeypatch, site):
     assert read_url(f"{site}/to/{site}/clip.mp4", Limits()) == b"/clip.mp4"
     Site.asked.clear()
     for target in (f"http://127.0.0.2:{port}/secret", f"http://localhost.localdomain@127.0.0.3:{port}/secret"):
-        with pytest.raises(RefusedError):
+        with pytest.raises(RequestRejectedError):
             read_url(f"{site}/to/{target}", Limits())
     assert not any("secret" in path for path, _ in Site.asked if not path.startswith("/to/"))
-    with pytest.raises(RefusedError, match="neither http nor https"):
+    with pytest.raises(RequestRejectedError, match="neither http nor https"):
         read_url(f"{site}/to/file:///etc/passwd", Limits())
 
 
@@ -140,12 +140,12 @@ def test_fetching_has_limits(site):
         (often, "more than 3"),
         ("/to/http://[bad", "cannot be fetched"),
     ):
-        with pytest.raises(RefusedError, match=message):
+        with pytest.raises(RequestRejectedError, match=message):
             read_url(f"{site}{path}", INSIDE)
 
 
 def test_headers_that_never_end_are_not_waited_for(site):
-    with pytest.raises(RefusedError, match=r"did not answer within 0\.5 s"):
+    with pytest.raises(RequestRejectedError, match=r"did not answer within 0\.5 s"):
         read_url(f"{site}/drip", Limits(fetch_s=0.5, allow_internal=True))
 
 
@@ -155,7 +155,7 @@ def test_addresses_may_hold_any_character(monkeypatch, site):
     assert read_url(f"{site}/moved", INSIDE) == quoted
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, port, **_: [(0, 0, 0, "", (f"{host}:{port}", port))])
     monkeypatch.setattr(fetch, "is_public", lambda address: address != "xn--bcher-kva.example:8080")
-    with pytest.raises(RefusedError, match=r"'xn--bcher-kva\.example' is not on the public internet"):
+    with pytest.raises(RequestRejectedError, match=r"'xn--bcher-kva\.example' is not on the public internet"):
         read_url("http://bücher.example:8080/", Limits())
 
 
@@ -167,5 +167,5 @@ def test_data_addresses():
         ("data:;base64,%%%", "base64"),
         ("data:," + "a" * 1_000_001, "larger than 1 MB"),
     ):
-        with pytest.raises(RefusedError, match=message):
+        with pytest.raises(RequestRejectedError, match=message):
             read_url(url, INSIDE)

@@ -8,8 +8,8 @@ import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
 from benchmarks.chat_server import running
-from fvlm_core.serve.answering import Sampling
 from fvlm_core.serve.app import create_app
+from fvlm_core.serve.batched_decoding import Sampling
 from fvlm_core.serve.session import Session, open_media
 
 pytestmark = [pytest.mark.slow(reason="a real browser"), pytest.mark.timeout(300)]

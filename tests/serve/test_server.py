@@ -25,12 +25,12 @@ from fvlm_core.data.clips import encode_mp4
 from fvlm_core.data.frames import ClipError, FrameRule
 from fvlm_core.serve import app as app_module
 from fvlm_core.serve import decode as decode_module
-from fvlm_core.serve.answering import Answering, Sampling
 from fvlm_core.serve.app import Server, create_app
-from fvlm_core.serve.chat_request import Asked, ChatRequest, understand
+from fvlm_core.serve.batched_decoding import DecodingBatch, Sampling
+from fvlm_core.serve.chat_request import ChatRequest, ModelInput, to_model_input
 from fvlm_core.serve.decode import decode
 from fvlm_core.serve.engine import Engine, Event, Failed, Progress, Request
-from fvlm_core.serve.limits import Limits, RefusedError
+from fvlm_core.serve.limits import Limits, RequestRejectedError
 from fvlm_core.serve.session import Session, gaze, open_media
 from tests.serve.conftest import clip
 from tests.waiting import wait_until
@@ -151,23 +151,23 @@ def test_more_frames_than_are_encoded_together_are_refused(answerer):
     part = {"type": "video_url", "video_url": "data:,"}
     body = {"model": "m", "messages": [{"role": "user", "content": [part, part, {"type": "text", "text": "?"}]}], "max_tokens": 4}
     frames = np.zeros((5, 42, 42, 3), np.uint8)
-    assert len(understand(ChatRequest.model_validate(body), answerer, Limits(frames_at_once=10), lambda *_: frames).sample.frames) == 10
-    with pytest.raises(RefusedError, match="10 frames; this server takes 9 in a request"):
-        understand(ChatRequest.model_validate(body), answerer, Limits(frames_at_once=9), lambda *_: frames)
+    assert len(to_model_input(ChatRequest.model_validate(body), answerer, Limits(frames_at_once=10), lambda *_: frames).sample.frames) == 10
+    with pytest.raises(RequestRejectedError, match="10 frames; this server takes 9 in a request"):
+        to_model_input(ChatRequest.model_validate(body), answerer, Limits(frames_at_once=9), lambda *_: frames)
 
 
 @pytest.mark.parametrize("turns", [1, 12])
 def test_what_fills_the_context_is_taken_and_a_token_more_is_not(answerer, turns):
     messages = [{"role": role, "content": "2"} for _ in range(turns) for role in ("user", "assistant")][:-1]
 
-    def asked(most: int) -> Asked:
+    def asked(most: int) -> ModelInput:
         request = ChatRequest.model_validate({"model": "m", "messages": messages, "max_tokens": most})
-        return understand(request, answerer, Limits(), lambda *_: np.zeros(0))
+        return to_model_input(request, answerer, Limits(), lambda *_: np.zeros(0))
 
     prompt = answerer.subject.pack([asked(1).sample]).lengths[0]
     room = answerer.subject.model.llm.config.max_position_embeddings - prompt
     assert asked(room).sampling.max_new_tokens == room
-    with pytest.raises(RefusedError, match="the model's context has"):
+    with pytest.raises(RequestRejectedError, match="the model's context has"):
         asked(room + 1)
 
 
@@ -297,14 +297,14 @@ def test_who_leaves_is_forgotten(answerer, url):
 
 
 def test_who_leaves_is_noticed_while_the_answer_grows(answerer, url, monkeypatch):
-    step, steps = Answering.step, []
+    step, steps = DecodingBatch.step, []
 
-    def slowly(self: Answering) -> list:
+    def slowly(self: DecodingBatch) -> list:
         time.sleep(0.05)
         steps.append(1)
         return step(self)
 
-    monkeypatch.setattr(Answering, "step", slowly)
+    monkeypatch.setattr(DecodingBatch, "step", slowly)
     monkeypatch.setattr(app_module, "HEARTBEAT_S", 0.2)
     with running(create_app(answerer, Limits(running=1, waiting=0))) as address:
         body = {"model": answerer.name, "messages": about(url, "Why?"), "max_tokens": 60}
@@ -373,7 +373,7 @@ def test_after_a_failure_the_others_still_decode_one_at_a_time(answerer, monkeyp
         assert go_on[number].wait(10)
         at_once.remove(number)
         if number < 2:
-            raise RefusedError("damaged")
+            raise RequestRejectedError("damaged")
         return np.zeros((1, 42, 42, 3), np.uint8)
 
     numbers = iter(range(3))
@@ -385,13 +385,13 @@ def test_after_a_failure_the_others_still_decode_one_at_a_time(answerer, monkeyp
         second = ask()
         wait_until(lambda: [users for _, users in server.decoding.values()] == [2], "the second request", 10, poll_s=0.01)
         go_on[0].set()
-        assert isinstance(first.exception(10), RefusedError)
+        assert isinstance(first.exception(10), RequestRejectedError)
         assert begun[1].wait(10)
         third = ask()
         assert not begun[2].wait(0.3)
         go_on[1].set()
         go_on[2].set()
-        assert isinstance(second.exception(10), RefusedError)
+        assert isinstance(second.exception(10), RequestRejectedError)
         assert third.result(10).shape == (1, 42, 42, 3)
     assert (max(most), server.decoding) == (1, {})
 
@@ -431,7 +431,7 @@ def test_a_clip_that_kept_its_timestamps_is_no_longer_than_it_is(tmp_path):
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     assert len(decode(path.read_bytes(), "video", FrameRule(42), LIMITS, NOBODY_GONE)) == 2
-    with pytest.raises(RefusedError, match="the video is 2 s long; this server takes 0 s"):
+    with pytest.raises(RequestRejectedError, match="the video is 2 s long; this server takes 0 s"):
         decode_module._video(path.read_bytes(), FrameRule(42), LIMITS.pixels, 0)
 
 

@@ -14,7 +14,7 @@ from fvlm_core.eval.media import Media
 from fvlm_core.model.inference import gaze as reference_gaze
 from fvlm_core.model.inference import generate, read_batch
 from fvlm_core.model.names import MODES
-from fvlm_core.serve.answering import Answer, Answering, Sampling, TextPieces, read
+from fvlm_core.serve.batched_decoding import Answer, DecodingBatch, Sampling, TextPieces, read
 from fvlm_core.serve.load import checked_mode, load
 from fvlm_core.serve.session import Session, gaze, open_media
 
@@ -90,7 +90,7 @@ def test_answers_that_join_others_are_as_if_alone(answerer, media):
         for n in range(4)
     ]
     limits = (3, 12, 6, 9)
-    running, answers = Answering(subject), []
+    running, answers = DecodingBatch(subject), []
     for n, sample in enumerate(samples):
         found = read(subject, [sample], "coarse_fine")
         answers.append(Answer(Sampling(max_new_tokens=limits[n]), subject.chat.assistant_close[:1]))

@@ -11,7 +11,7 @@ import yaml
 from fvlm_core import FoveatedVLM
 from fvlm_core.errors import UserError
 from fvlm_core.eval.jobs import CheckpointJob
-from fvlm_core.serve.answering import Sampling
+from fvlm_core.serve.batched_decoding import Sampling
 from fvlm_core.serve.evaluate import evaluate_checkpoint
 from fvlm_core.serve.load import load
 from fvlm_core.serve.session import Session, open_media

@@ -12,7 +12,7 @@ from tasks.bill import UNFINISHED, bill_against_plan, billed_by_step, record_pla
 from tasks.dollars import NOT_KNOWN, SERVES, STARTS, WAITING, DollarPlan, Line, Usd
 from tasks.phase import PhaseManifest
 from tasks.rented import budget_table
-from tasks.steps import Made
+from tasks.steps import StepResult
 
 HOUR = 3600.0
 
@@ -29,7 +29,7 @@ def volume(tmp_path: Path) -> Path:
     for name, minutes in (("stage1", 10), ("stage2", 30)):
         folder = f"steps/{name}-0"
         AnyManifest(name=name, settings_hash="", seconds=minutes * 60.0).write(tmp_path / folder)
-        steps[name] = Made(name=name, folder=folder, digest="")
+        steps[name] = StepResult(name=name, folder=folder, digest="")
     PhaseManifest(name="train", settings_hash="", steps=steps, seconds=0.8 * HOUR).write(tmp_path / "phases" / "train-0")
     return tmp_path
 

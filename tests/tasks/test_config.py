@@ -13,7 +13,7 @@ from fvlm_core.errors import UserError
 from tasks.ablations import ablation_recipe
 from tasks.config import PipelineConfig
 from tasks.grid import cells, planned
-from tasks.phase import point
+from tasks.phase import relink
 from tasks.recipes import base_recipe, stage_recipe
 from tests.tiny import changed, profile_values
 
@@ -195,9 +195,9 @@ def test_paths_of_a_change_start_at_the_working_directory_and_others_stay(tmp_pa
 def test_the_newest_step_s_link_is_renewed_and_takes_nobody_s_place(tmp_path: Path) -> None:
     for folder in ("steps/shards-1", "steps/shards-2"):
         (tmp_path / folder).mkdir(parents=True)
-        point(tmp_path / "shards", folder)
+        relink(tmp_path / "shards", folder)
         assert (tmp_path / "shards").resolve() == tmp_path / folder
     (tmp_path / "release").mkdir()
-    point(tmp_path / "release", "steps/shards-1")
+    relink(tmp_path / "release", "steps/shards-1")
     assert not (tmp_path / "release").is_symlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["release", "shards", "steps"]

@@ -18,8 +18,8 @@ from tasks.config import PipelineConfig
 from tasks.direct import run_directly
 from tasks.make import make
 from tasks.phase import Phase, Shown
-from tasks.plan import Plan, look, plan
-from tasks.steps import Outside, Step
+from tasks.plan import Plan, inspect_steps, plan
+from tasks.steps import ExternalInput, Step
 from tests.tiny import PROFILE
 
 TESTS = PipelineConfig.from_yaml(PROFILE)
@@ -127,10 +127,10 @@ def test_a_decision_that_is_open_is_a_condition(tmp_path: Path) -> None:
 def test_a_result_from_elsewhere_is_adopted_where_it_fits(tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     run(there, phases())
-    theirs = {one.step.name: there / one.step.folder for one in look(phases(), TESTS, there)}
+    theirs = {one.step.name: there / one.step.folder for one in inspect_steps(phases(), TESTS, there)}
 
     def wanted(**values: Any) -> dict[str, Step]:
-        return {one.step.name: one.step for one in look(phases(**values), TESTS, here)}
+        return {one.step.name: one.step for one in inspect_steps(phases(**values), TESTS, here)}
 
     with pytest.raises(UserError, match="two reads one, which is not there yet"):
         adopt(wanted()["two"], theirs["two"], here)
@@ -163,7 +163,7 @@ def test_a_result_from_elsewhere_is_adopted_where_it_fits(tmp_path: Path) -> Non
 def test_a_training_by_hand_is_adopted_if_its_encoder_is_the_same_wherever_it_lay(tmp_path: Path, inputs: dict[str, str], why: str) -> None:
     place = "model.vision.checkpoint"
     settings: Any = {"value": 1, "model": {"vision": {"checkpoint": "input"}}}
-    step = Step("stage1", MODULE, settings, inputs={place: Outside(tmp_path / "here", "same")})
+    step = Step("stage1", MODULE, settings, inputs={place: ExternalInput(tmp_path / "here", "same")})
     run = tmp_path / "run"
     run.mkdir()
     (run / "recipe.yaml").write_text(yaml.safe_dump(dotted.with_changes(settings, {place: "/elsewhere/vision"})))

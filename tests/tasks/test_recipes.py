@@ -9,8 +9,8 @@ from flows.registry import PHASES
 from fvlm_core.dotted import with_changes
 from fvlm_core.errors import UserError
 from tasks.config import PipelineConfig
-from tasks.plan import look
-from tasks.recipes import AN_INPUT, fitted, stage_recipe
+from tasks.plan import inspect_steps
+from tasks.recipes import AN_INPUT, stage_recipe, with_consistent_settings
 from tests.tiny import profile_values
 
 
@@ -38,8 +38,8 @@ def test_settings_that_follow_from_others_are_fitted() -> None:
         "model": {"query": "deep", "fine_iterations": 2},
         "loss": {"coarse": 0.0, "fine": [1.0, 2.0]},
     }
-    assert fitted(with_changes(values, {"model.fine_iterations": 3}))["loss"]["fine"] == [1.0, 2.0, 2.0]
-    pooled = fitted(with_changes(values, {"model.query": "pooled"}))
+    assert with_consistent_settings(with_changes(values, {"model.fine_iterations": 3}))["loss"]["fine"] == [1.0, 2.0, 2.0]
+    pooled = with_consistent_settings(with_changes(values, {"model.query": "pooled"}))
     assert (pooled["model"]["fine_iterations"], pooled["loss"]) == (0, {"coarse": 1.0, "fine": []})
     with pytest.raises(KeyError, match=r"model\.depth"):
         with_changes(values, {"model.depth": 1})
@@ -57,7 +57,7 @@ def test_preference_optimization_is_one_stage_more(tmp_path: Path) -> None:
     recipe = stage_recipe(mine.model, mine.base, mine.stages, "dpo", changes={}, start=True)
     assert recipe.dpo is not None
     assert (recipe.dpo.beta, recipe.phase, str(recipe.init_from)) == (0.2, "dpo", AN_INPUT)
-    steps = {one.step.name: one.step for one in look(list(PHASES.values()), mine, tmp_path)}
+    steps = {one.step.name: one.step for one in inspect_steps(list(PHASES.values()), mine, tmp_path)}
     assert [need.name for need in steps["dpo"].needs] == ["shards", "stage3"]
     assert "dpo" in [need.name for need in steps["evaluation"].needs], "the last stage is evaluated"
     assert "stages.dpo" in steps["release"].inputs

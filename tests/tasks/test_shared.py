@@ -19,7 +19,7 @@ from infra.launch import python_job
 from infra.runpod.pod import SHARED_VARIABLE
 from infra.stack import REPOSITORY
 from tasks.ablations import baseline_recipe
-from tasks.make import How, Reporter, make
+from tasks.make import MakeOptions, Reporter, make
 from tasks.steps import Step
 
 HOST = """
@@ -56,7 +56,7 @@ def test_small_runs_of_the_production_profile_keep_both_gpus_busy(tmp_path: Path
     assert training(baseline_recipe(config.model, config.base, 0, {}), machine, {}).ranks == 2, "a stage has both"
     # what torchrun would start, without waiting for torch
     monkeypatch.setattr("tasks.make.torchrun_job", lambda module, settings, **_: python_job(module, settings))
-    how = How.of(config.with_changes({"machine.min_free_gb": 0.0}, where="the test").machine)
+    how = MakeOptions.of(config.with_changes({"machine.min_free_gb": 0.0}, where="the test").machine)
     busy = tmp_path / "busy"
     (busy / "begun").mkdir(parents=True)
     settings = {"busy": str(busy), "gpus": machine.ranks}

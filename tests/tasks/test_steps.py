@@ -16,8 +16,8 @@ from fvlm_core.errors import UserError
 from fvlm_core.manifest import AnyManifest
 from fvlm_core.progress import ProgressReport
 from infra.launch import JobError, JobStoppedError
-from tasks.make import How, Reporter, make
-from tasks.steps import File, Made, OnCodeChange, Outside, Step, in_waves
+from tasks.make import MakeOptions, Reporter, make
+from tasks.steps import ExternalInput, File, OnCodeChange, Step, StepResult, in_dependency_order
 
 MODULE = "tests.jobs.count"
 DIGESTS = st.text("0123456789abcdef", min_size=64, max_size=64)
@@ -39,7 +39,7 @@ def step(name: str = "count", **settings: object) -> Step:
     return Step(name=name, module=MODULE, settings={"value": 1} | settings)
 
 
-def after(made: Made, **settings: object) -> Step:
+def after(made: StepResult, **settings: object) -> Step:
     return Step(name="after", module=MODULE, settings={"value": 2} | settings, inputs={"reads": [made]})
 
 
@@ -67,7 +67,7 @@ def test_inputs_reach_the_job_and_the_folder_does_not_depend_on_where_the_volume
 @given(DIGESTS, DIGESTS, st.integers(), st.integers())
 def test_key_follows_settings_and_input_digests_and_nothing_else(one: str, other: str, value: int, ranks: int) -> None:
     def keyed(digest: str, value: int, **more: int) -> str:
-        made = Made(name="first", folder="steps/somewhere", digest=digest)
+        made = StepResult(name="first", folder="steps/somewhere", digest=digest)
         return Step(name="s", module=MODULE, settings={"value": value}, inputs={"reads": [made]}, **more).key
 
     assert keyed(one, value) == keyed(one, value, ranks=ranks, threads=3)
@@ -77,7 +77,7 @@ def test_key_follows_settings_and_input_digests_and_nothing_else(one: str, other
 
 def test_what_only_says_how_the_job_is_done_is_no_part_of_the_key(tmp_path: Path) -> None:
     def outside(digest: str) -> Step:
-        return Step(name="s", module=MODULE, settings={"value": 1}, inputs={"reads.0": Outside(tmp_path, digest)})
+        return Step(name="s", module=MODULE, settings={"value": 1}, inputs={"reads.0": ExternalInput(tmp_path, digest)})
 
     one = Step("s", MODULE, {"value": 1, "seconds": 0.0}, identity={"value": 1})
     assert one.key == Step("s", MODULE, {"value": 1, "seconds": 9.0}, identity={"value": 1}).key
@@ -89,7 +89,7 @@ def test_a_step_holds_steps_that_are_not_made_yet_and_a_file_in_a_folder(tmp_pat
     first = step()
     second = Step("second", MODULE, {"value": 2, "reads": [None]}, inputs={"reads.0": first})
     third = Step("third", MODULE, {"value": 3}, inputs={"reads": [File(second, "deeper"), first]})
-    assert [[one.name for one in wave] for wave in in_waves([third, second, first])] == [["count"], ["second"], ["third"]]
+    assert [[one.name for one in wave] for wave in in_dependency_order([third, second, first])] == [["count"], ["second"], ["third"]]
     assert third.needs == [second, first]
     with pytest.raises(RuntimeError, match="third needs second"):
         _ = third.key
@@ -100,7 +100,7 @@ def test_a_step_holds_steps_that_are_not_made_yet_and_a_file_in_a_folder(tmp_pat
     assert bound.job_settings(tmp_path)["reads"] == [f"{tmp_path}/{made['second'].folder}/deeper", f"{tmp_path}/{made['count'].folder}"]
     loop = Step("a", MODULE, {}, inputs={"reads": [Step("b", MODULE, {}, inputs={"reads": [Step("a", MODULE, {})]})]})
     with pytest.raises(ValueError, match="wait for each other"):
-        list(in_waves([loop, Step("b", MODULE, {}, inputs={"reads": [loop]})]))
+        list(in_dependency_order([loop, Step("b", MODULE, {}, inputs={"reads": [loop]})]))
 
 
 @pytest.mark.parametrize("policy", ["warn", "rerun", "ignore"])
@@ -111,7 +111,7 @@ def test_a_result_of_other_code_is_reported_or_made_again(tmp_path: Path, policy
     manifest.model_copy(update={"code": {"fvlm_core/cli.py": "of another time"}}).write(tmp_path / made.folder)
     found = step().find(tmp_path, "sha256", policy)
     log = Log()
-    assert make(step(), tmp_path, how=How(on_code_change=policy), reporter=log).digest == made.digest
+    assert make(step(), tmp_path, how=MakeOptions(on_code_change=policy), reporter=log).digest == made.digest
     said = "fvlm_core/cli.py has changed"
     match policy:
         case "warn":

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fvlm_core.config import BestSettings, LossSettings, Recipe
+from fvlm_core.data.frame_sampling import FrameSampling
 from fvlm_core.data.loader import val_batches
 from fvlm_core.data.shard_set import ShardSet
-from fvlm_core.data.shown import ShownFrames
 from fvlm_core.errors import UserError
 from fvlm_core.model.build import load_model
 from fvlm_core.train.__main__ import train
@@ -72,9 +72,9 @@ def overfitted(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Recipe
 
 
 def test_the_models_folder_says_what_frames_it_was_shown(overfitted: Recipe) -> None:
-    expected = ShownFrames.of_training(ShardSet(overfitted.shards).manifest, overfitted.data.image_repeats)
+    expected = FrameSampling.of_training(ShardSet(overfitted.shards).manifest, overfitted.data.image_repeats)
     assert overfitted.data.image_repeats != 8, "which is what a folder is taken for that does not say"
-    assert ShownFrames.of_model(overfitted.output / "model", frame_px=1) == expected
+    assert FrameSampling.of_model(overfitted.output / "model", frame_px=1) == expected
 
 
 @pytest.mark.parametrize("ranks", ["one", "ddp", "fsdp2"])

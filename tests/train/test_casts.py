@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from fvlm_core.train.distributed import World
 from fvlm_core.train.loop import Trainer
-from fvlm_core.train.spread import Replicated
+from fvlm_core.train.parallelism import Replicated
 from tests.train.conftest import ONE_SAMPLE, tiny_recipe
 
 
@@ -21,7 +21,7 @@ def gradients(folder: Path, shards: Path, kind: str) -> torch.Tensor:
     trainer.go_to(None, trainer.state)
     if kind in ("cast", "replicated"):
         trainer.model.casts.parts = frozenset(["encoder", "llm"])
-        trainer.model.encoder.has_tickets = True
+        trainer.model.encoder.factored_gradients = True
     found: list[torch.Tensor] = []
     update = trainer.optimizer.step
     trainer.optimizer.step = lambda *args: found.append(flat(trainer)) or update(*args)

@@ -115,7 +115,7 @@ def test_what_cannot_be_written_takes_no_good_ones_place(tmp_path: Path, monkeyp
     checkpoints.wait()
     with files_up_to(100_000):
         save(checkpoints, 2, tensors(2.0))
-        checkpoints.settle()
+        checkpoints.wait_on_this_rank()
     assert checkpoints.failed
     with pytest.raises(RuntimeError, match="the checkpoint of step 2 could not be written"):
         save(checkpoints, 3, tensors(3.0))
@@ -144,7 +144,7 @@ def test_a_failed_save_ends_the_run_at_its_next_step(tmp_path: Path, shards: Pat
     trainer.step()
     with files_up_to(10_000):
         trainer._save()
-        trainer.checkpoints.settle()
+        trainer.checkpoints.wait_on_this_rank()
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
     with pytest.raises(RuntimeError, match="the checkpoint of step 1 could not be written"):
         trainer.step()

@@ -15,7 +15,7 @@ from fvlm_core.data.batch import PackedBatch
 from fvlm_core.errors import UserError
 from fvlm_core.train.__main__ import train
 from fvlm_core.train.distributed import World
-from fvlm_core.train.divergence import HISTORY_STEPS, MARGIN_STEPS, NONFINITE_STEPS, SPIKE_STEPS, Watch
+from fvlm_core.train.divergence import HISTORY_STEPS, MARGIN_STEPS, NONFINITE_STEPS, SPIKE_STEPS, DivergenceDetector
 from fvlm_core.train.jobs import RunManifest
 from fvlm_core.train.loop import Trainer
 from tests.train.conftest import tiny_recipe
@@ -142,7 +142,7 @@ def test_start_from_broken_weights_gives_up(tmp_path: Path, shards: Path) -> Non
 
 @given(seed=st.integers(0, 2**32), noise=st.floats(0.0, 0.15), level=st.floats(0.1, 10.0))
 def test_noise_is_no_divergence(seed: int, noise: float, level: float) -> None:
-    rng, watch = np.random.default_rng(seed), Watch()
+    rng, watch = np.random.default_rng(seed), DivergenceDetector()
     for step in range(300):
         loss = level * (1 + math.exp(-step / 50)) * math.exp(rng.normal(0, noise))
         assert watch.observe(loss, math.exp(rng.normal(0, 1)), rng.uniform(0.01, 2.0)) is None
@@ -150,7 +150,7 @@ def test_noise_is_no_divergence(seed: int, noise: float, level: float) -> None:
 
 @given(level=st.floats(0.1, 10.0), rise=st.floats(3.0, 1e6))
 def test_a_lasting_spike_is_and_a_short_one_is_not(level: float, rise: float) -> None:
-    watch = Watch()
+    watch = DivergenceDetector()
     for _ in range(HISTORY_STEPS):
         assert watch.observe(level, 1.0, 1.0) is None
     for _ in range(SPIKE_STEPS - 1):
@@ -164,7 +164,7 @@ def test_a_lasting_spike_is_and_a_short_one_is_not(level: float, rise: float) ->
 @given(gaps=st.lists(st.integers(0, 5), min_size=3, max_size=19))
 def test_suspect_steps_reach_back_to_the_first_sign(gaps: list[int]) -> None:
     """Steps of text only say nothing about attention: a collapse is as old as its first sign."""
-    watch = Watch()
+    watch = DivergenceDetector()
     watch.observe(1.0, 1.0, 2.0)
     steps = 0
     for gap in gaps:
@@ -177,7 +177,7 @@ def test_suspect_steps_reach_back_to_the_first_sign(gaps: list[int]) -> None:
 
 
 def test_other_signs() -> None:
-    watch = Watch()
+    watch = DivergenceDetector()
     for _ in range(HISTORY_STEPS):
         watch.observe(1.0, 1.0, 2.0)
     assert [watch.observe(math.nan, 1.0, 2.0) for _ in range(NONFINITE_STEPS)][-1] is not None
@@ -185,4 +185,4 @@ def test_other_signs() -> None:
     assert [watch.observe(1.0, 1e4, 2.0) for _ in range(SPIKE_STEPS)][-1] is not None
     watch.norm_spikes = 0
     assert any(watch.observe(1.0, 1.0, 1e-5) for _ in range(30))
-    assert Watch.model_validate(watch.model_dump(mode="json")) == watch
+    assert DivergenceDetector.model_validate(watch.model_dump(mode="json")) == watch

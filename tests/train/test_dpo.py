@@ -29,7 +29,7 @@ from fvlm_core.train.cost import Cost
 from fvlm_core.train.expected import expected_cost
 from fvlm_core.train.jobs import RunManifest
 from fvlm_core.train.objective import PreferenceLoss
-from fvlm_core.train.reference import Reference, sample_ids
+from fvlm_core.train.reference import ReferenceLogProbs, sample_ids
 from tests.tiny import gaze_sample
 from tests.train.conftest import ONE_SAMPLE, losses, on_ranks, tiny_recipe
 from tests.train.test_resume import same_end
@@ -105,7 +105,7 @@ def test_loss_and_gradient(tmp_path: Path, pairs: Path) -> None:
             pull = share * beta / (1 + math.exp(margin))
             for name, total in gradient.items():
                 total -= pull * (log_probs[0][1][name] - log_probs[1][1][name])
-    reference = Reference(dict(zip(sample_ids(batch), stored, strict=True)))
+    reference = ReferenceLogProbs(dict(zip(sample_ids(batch), stored, strict=True)))
     objective = PreferenceLoss(settings, ["coarse", "fine2"], beta, reference)
     assert objective.units(batch) == len(samples)
     model.zero_grad()

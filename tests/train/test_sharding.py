@@ -14,7 +14,7 @@ from fvlm_core.train.__main__ import train
 from fvlm_core.train.distributed import World
 from fvlm_core.train.jobs import RunManifest
 from fvlm_core.train.loop import Trainer
-from fvlm_core.train.spread import Replicated
+from fvlm_core.train.parallelism import Replicated
 from tests.train.conftest import ONE_SAMPLE, losses, on_ranks, one_rank_then_stop, same_losses, tiny_recipe
 
 pytestmark = pytest.mark.slow(reason="two training processes, several times")

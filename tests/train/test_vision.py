@@ -5,7 +5,7 @@ from transformers import Dinov2Model
 
 from fvlm_core.config import OptimizerSettings, VisionShape
 from fvlm_core.train.jobs import VisionJob, VisionTrainingSettings
-from fvlm_core.train.vision import pretrained, still_known, train_vision
+from fvlm_core.train.vision import pretrained, probe_accuracy, train_vision
 
 
 def test_it_learns_digits_and_loads_in_transformers(tmp_path):
@@ -32,8 +32,8 @@ def test_what_an_encoder_knows_is_read_off_it_without_changing_it():
     settings = VisionTrainingSettings(steps=150, batch_frames=16, optimizer=OptimizerSettings(lr_vision=4e-3, warmup_steps=10))
     encoder, before = pretrained(settings, VisionShape(width=32, layers=2, heads=2))
     weights = {name: one.clone() for name, one in encoder.state_dict().items()}
-    after = still_known(encoder, settings)
+    after = probe_accuracy(encoder, settings)
     assert all(torch.equal(weights[name], one) for name, one in encoder.state_dict().items())
     assert after["own"] > before["own"] - 0.05
     torch.nn.init.zeros_(encoder.patches.weight)
-    assert still_known(encoder, settings)["own"] < 0.2, "nothing is seen"
+    assert probe_accuracy(encoder, settings)["own"] < 0.2, "nothing is seen"

@@ -13,7 +13,7 @@ from fvlm_core.data.arrow import pc
 from fvlm_core.data.rows import Kind
 from fvlm_core.data.sources.json_files import read_json
 
-OF = "of"
+ROW_NUMBER = "of"
 """Optional column of `Adapter.rows`, int64: index in the batch of the published row from which each row is made. A published row may
 become several rows, or none: then it is left out, and counted."""
 CSV_BLOCK_BYTES = 8 << 20

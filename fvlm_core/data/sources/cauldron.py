@@ -6,7 +6,7 @@ number of images in the row.
 
 import pyarrow as pa
 
-from fvlm_core.data.sources.adapter import OF, Adapter, Published
+from fvlm_core.data.sources.adapter import ROW_NUMBER, Adapter, Published
 from fvlm_core.data.sources.turns import batch_of, conversations, pairs
 
 SAMPLES = {
@@ -71,7 +71,7 @@ def rows(batch: pa.RecordBatch) -> pa.RecordBatch:
         questions = [(turn["user"] or "").strip() for turn in texts or ()]
         answers = [(turn["assistant"] or "").strip() for turn in texts or ()]
         if turns := pairs(questions, answers):
-            made.append({OF: number, "conversations": conversations(turns)})
+            made.append({ROW_NUMBER: number, "conversations": conversations(turns)})
     return batch_of(made)
 
 

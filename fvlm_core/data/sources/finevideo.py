@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from fvlm_core.data.arrow import pc
-from fvlm_core.data.sources.adapter import OF, Adapter, Published, read_table
+from fvlm_core.data.sources.adapter import ROW_NUMBER, Adapter, Published, read_table
 from fvlm_core.data.sources.turns import batch_of, conversations, pairs
 
 ABOUT, METADATA = "json", "content_metadata"
@@ -42,7 +42,7 @@ def rows(batch: pa.RecordBatch) -> pa.RecordBatch:
         questions = pairs([(one["question"] or "").strip() for one in asked], [(one["answer"] or "").strip() for one in asked])
         described = pairs([PROMPT], [description])
         if described or questions:
-            made.append({OF: number, "caption": description, "conversations": conversations(described, questions)})
+            made.append({ROW_NUMBER: number, "caption": description, "conversations": conversations(described, questions)})
     return batch_of(made)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from fvlm_core.data.sources import finevideo
-from fvlm_core.data.sources.adapter import OF, Published
+from fvlm_core.data.sources.adapter import ROW_NUMBER, Published
 from fvlm_core.data.sources.turns import batch_of
 
 TIME = re.compile(r"(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)")
@@ -24,7 +24,7 @@ def rows(batch: pa.RecordBatch) -> pa.RecordBatch:
             window = _window([scene.get("timestamps"), *(one.get("timestamp") for one in activities)])
             if window and any(words):
                 start, end = window
-                made.append({OF: number, "url": f"t={start:.3f},{end:.3f}", "caption": ". ".join(filter(None, words)) + "."})
+                made.append({ROW_NUMBER: number, "url": f"t={start:.3f},{end:.3f}", "caption": ". ".join(filter(None, words)) + "."})
     return batch_of(made)
 
 

@@ -17,7 +17,7 @@ from fvlm_core.data.jobs import Source
 from fvlm_core.data.media import NEXT, SECONDS, cell_reference, without_window
 from fvlm_core.data.rows import SCHEMA
 from fvlm_core.data.sources import ADAPTERS
-from fvlm_core.data.sources.adapter import OF, Adapter, embedded_media
+from fvlm_core.data.sources.adapter import ROW_NUMBER, Adapter, embedded_media
 from fvlm_core.data.sources.normalise import FilterError, RowError, complete, meets
 from fvlm_core.errors import UserError
 from fvlm_core.settings import hash_json
@@ -104,7 +104,7 @@ def _read_file(source: Source, adapter: Adapter, file: Path, place: str, archive
                 met = pc.and_(met, pa.array((before + numbers.to_numpy() - 1) % source.every == 0))
             chosen, kept = batch.filter(met), numbers.filter(met)
             ours = adapter.rows(chosen)
-            of = ours.column(OF) if OF in ours.schema.names else pa.array(np.arange(chosen.num_rows))
+            of = ours.column(ROW_NUMBER) if ROW_NUMBER in ours.schema.names else pa.array(np.arange(chosen.num_rows))
             if media:
                 there = pc.greater(chosen.column(media[0]).take(of), 0)
                 ours, of = ours.filter(there), of.filter(there)

@@ -1,8 +1,8 @@
 """The record of a source: its files are read once into complete rows and statistics; all later steps read the record.
 
-`record(source, volume)` checks the source's current state; `recorded(source, volume)` trusts the last check while the source's files are
-unchanged. A record is a folder `sources/NAME-KEY/` with `rows.parquet` and `record.json`, which is written last. KEY is a hash of the
-files' names, sizes and modification times, of the source's settings, and of the code that reads sources.
+`make_record(source, volume)` checks the source's current state; `cached_record(source, volume)` trusts the last check while the source's
+files are unchanged. A record is a folder `sources/NAME-KEY/` with `rows.parquet` and `record.json`, which is written last. KEY is a hash
+of the files' names, sizes and modification times, of the source's settings, and of the code that reads sources.
 """
 
 import glob
@@ -117,7 +117,7 @@ class Record(Settings):
             return None
 
 
-def record(source: Source, volume: Path) -> Record:
+def make_record(source: Source, volume: Path) -> Record:
     """Return the source's record, made if there is none. Local videos are checked again.
 
     Raises UserError, naming them, for files that are missing or not in the source's format, and for rows that cannot be used.
@@ -134,9 +134,9 @@ def record(source: Source, volume: Path) -> Record:
     return looked
 
 
-def recorded(source: Source, volume: Path) -> Record:
-    """Return the source's record as of the last check if its files are unchanged, else call `record`."""
-    return Record._found(record_folder(source, volume)) or record(source, volume)
+def cached_record(source: Source, volume: Path) -> Record:
+    """Return the source's record as of the last check if its files are unchanged, else call `make_record`."""
+    return Record._found(record_folder(source, volume)) or make_record(source, volume)
 
 
 def record_folder(source: Source, volume: Path) -> Path:

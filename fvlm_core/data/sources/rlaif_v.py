@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from fvlm_core.data.sources.adapter import OF, Adapter, Published
+from fvlm_core.data.sources.adapter import ROW_NUMBER, Adapter, Published
 from fvlm_core.data.sources.turns import batch_of
 
 
@@ -21,7 +21,7 @@ def rows(batch: pa.RecordBatch) -> pa.RecordBatch:
         asked, chosen, rejected = (_text(record[name]) for name in (question, "chosen", "rejected"))
         if asked and chosen and rejected and chosen != rejected:
             pair = {"question": asked, "answer": chosen, "rejected": rejected}
-            made.append({OF: number, "conversations": json.dumps([[pair]])})
+            made.append({ROW_NUMBER: number, "conversations": json.dumps([[pair]])})
     return batch_of(made)
 
 

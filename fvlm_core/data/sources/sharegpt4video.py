@@ -5,7 +5,7 @@ The entry with idx -1 is the caption of the whole video; the others describe sli
 
 import pyarrow as pa
 
-from fvlm_core.data.sources.adapter import OF, Adapter, Published
+from fvlm_core.data.sources.adapter import ROW_NUMBER, Adapter, Published
 from fvlm_core.data.sources.turns import batch_of
 
 COMPLETE = "-1"
@@ -19,7 +19,7 @@ def rows(batch: pa.RecordBatch) -> pa.RecordBatch:
     ):
         words = [(one["content"] or "").strip() for one in captions or () if str(one["idx"]) == COMPLETE]
         if path and any(words):
-            made.append({OF: number, "url": path, "caption": words[-1]})
+            made.append({ROW_NUMBER: number, "url": path, "caption": words[-1]})
     return batch_of(made)
 
 

@@ -5,7 +5,7 @@ Chats with their own system message are left out, because every sample has ours.
 
 import pyarrow as pa
 
-from fvlm_core.data.sources.adapter import OF, Adapter, Published
+from fvlm_core.data.sources.adapter import ROW_NUMBER, Adapter, Published
 from fvlm_core.data.sources.turns import conversations, turns_of
 
 
@@ -14,8 +14,8 @@ def rows(batch: pa.RecordBatch) -> pa.RecordBatch:
     chats = [turns_of(messages) for messages in batch.column("messages").to_pylist()]
     kept = [number for number, turns in enumerate(chats) if turns]
     return pa.RecordBatch.from_pydict(
-        {"conversations": [conversations(chats[number]) for number in kept], OF: kept},
-        schema=pa.schema([("conversations", pa.string()), (OF, pa.int64())]),
+        {"conversations": [conversations(chats[number]) for number in kept], ROW_NUMBER: kept},
+        schema=pa.schema([("conversations", pa.string()), (ROW_NUMBER, pa.int64())]),
     )
 
 

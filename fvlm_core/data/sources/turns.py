@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from fvlm_core.data.sources.adapter import OF
+from fvlm_core.data.sources.adapter import ROW_NUMBER
 
 Turn = dict[str, str]
 PLACEHOLDER = re.compile(r"\s*<(?:image|video)>\s*")
@@ -55,9 +55,9 @@ def conversations(*chats: Sequence[Turn] | None) -> str:
 
 def batch_of(rows: Sequence[dict[str, Any]]) -> pa.RecordBatch:
     """Return the rows as a batch. Each has the index of its published row in `OF`; missing texts become empty."""
-    names = dict.fromkeys(name for row in rows for name in row if name != OF)
+    names = dict.fromkeys(name for row in rows for name in row if name != ROW_NUMBER)
     columns: dict[str, Any] = {name: pa.array([row.get(name) or "" for row in rows], pa.string()) for name in names}
-    return pa.RecordBatch.from_pydict(columns | {OF: pa.array([row[OF] for row in rows], pa.int64())})
+    return pa.RecordBatch.from_pydict(columns | {ROW_NUMBER: pa.array([row[ROW_NUMBER] for row in rows], pa.int64())})
 
 
 def llava_rows(batch: pa.RecordBatch, media: Sequence[str]) -> pa.RecordBatch:
@@ -74,5 +74,5 @@ def llava_rows(batch: pa.RecordBatch, media: Sequence[str]) -> pa.RecordBatch:
         asked = pairs([PLACEHOLDER.sub("\n", turn["question"]).strip() for turn in turns or ()], [turn["answer"] for turn in turns or ()])
         if found and asked:
             url = found if isinstance(found, str) else found[0] if len(found) == 1 else json.dumps(found)
-            rows.append({OF: number, "url": url, "conversations": conversations(asked)})
+            rows.append({ROW_NUMBER: number, "url": url, "conversations": conversations(asked)})
     return batch_of(rows)

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from fvlm_core.data.arrow import pc
-from fvlm_core.data.sources.adapter import OF, Adapter, Published
+from fvlm_core.data.sources.adapter import ROW_NUMBER, Adapter, Published
 from fvlm_core.data.sources.json_files import Records, batches_of
 
 ENDING = "_caption.json"
@@ -31,7 +31,7 @@ def rows(batch: pa.RecordBatch) -> pa.RecordBatch:
     kept = pc.indices_nonzero(pc.not_equal(content, "")).cast(pa.int64())
     clips, videos = (batch.column(name).cast(pa.string()).take(kept) for name in ("clip_id", "video_id"))
     urls = pc.binary_join_element_wise(videos, "/", clips, ".mp4", "")
-    return pa.RecordBatch.from_pydict({"url": urls, "caption": content.take(kept), OF: kept})
+    return pa.RecordBatch.from_pydict({"url": urls, "caption": content.take(kept), ROW_NUMBER: kept})
 
 
 def _records(path: Path) -> Records:

@@ -17,7 +17,7 @@ from fvlm_core.data.batch import PackedBatch, Sample
 from fvlm_core.data.frames import FrameRule
 from fvlm_core.errors import UserError
 from fvlm_core.eval.answerers.answerer import Ask, Condition, Order, Reply
-from fvlm_core.eval.generation import Method, go_on
+from fvlm_core.eval.generation import Method, continue_prompts
 from fvlm_core.eval.media import NO_MEDIA, Media, Source
 from fvlm_core.eval.questions import question_sample
 from fvlm_core.eval.subject import Subject
@@ -136,7 +136,7 @@ class OpenedMedia:
         for most, generation in kinds:
             rows = [row for row, ask in enumerate(asks) if (ask.max_new_tokens, ask.generation) == (most, generation)]
             alone = len(rows) == len(asks)
-            answers = go_on(
+            answers = continue_prompts(
                 subject.model,
                 cache if alone else branch(cache, rows, [most] * len(rows)),
                 hidden if alone else hidden[rows],
@@ -183,7 +183,7 @@ class OpenedMedia:
         positions = torch.cat([torch.arange(start, start + len(ids)) for start, ids in zip(starts, tokens, strict=True)]).to(device)
         flat = torch.tensor([token for ids in tokens for token in ids], device=device)
         layout = PackedLayout([len(ids) for ids in tokens], branched)
-        states = model.contextualise(model.embed(flat), positions, layout)
+        states = model.run_llm(model.embed(flat), positions, layout)
         following = torch.tensor([token for ids in tokens for token in [*ids[1:], end]], device=device)
         scores = self._log_likelihoods(states).gather(1, following[:, None])[:, 0].double().cpu().numpy()
         for (row, place), (begin, stop) in zip(branches, pairwise(layout.offsets), strict=True):

@@ -6,7 +6,7 @@ The headline, M-Avg, is the mean of the tasks' accuracies. The open-ended tasks 
 from fvlm_core.eval.annotations import Row, find_media
 from fvlm_core.eval.benchmarks.benchmark import Benchmark, Prompt, groups, inline_options, picked, video
 from fvlm_core.eval.items import Item, gold_index, gold_letter
-from fvlm_core.eval.media import place_below
+from fvlm_core.eval.media import relative_key
 
 
 def item(row: Row) -> Item:
@@ -28,7 +28,7 @@ def item(row: Row) -> Item:
         question=question,
         choices=choices,
         gold=gold,
-        groups=groups(place_below(row.root, found), task),
+        groups=groups(relative_key(row.root, found), task),
     )
 
 

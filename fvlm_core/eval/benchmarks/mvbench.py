@@ -9,7 +9,7 @@ from pathlib import PurePath
 from fvlm_core.eval.annotations import Row, find_media
 from fvlm_core.eval.benchmarks.benchmark import Benchmark, Prompt, groups, video
 from fvlm_core.eval.items import Item, gold_index
-from fvlm_core.eval.media import place_below
+from fvlm_core.eval.media import relative_key
 
 FOLDERS = {
     "object_interaction": "star/Charades_segment",
@@ -55,7 +55,7 @@ def item(row: Row) -> Item:
     choices = row.texts("candidates")
     published = [f"{above}{folder}" for folder in (folder, AUTHORS.get(task, folder)) for above in ("video/", "", "data0613/")]
     found = find_media(row.root, row.text("video"), (*published, f"video/{task}", "video", "videos", ""))
-    place = place_below(row.root, found)
+    place = relative_key(row.root, found)
     cut = any(part.endswith(CUT) for part in PurePath(place).parent.parts)
     start, end = (None, None) if cut else (row.get("start"), row.get("end"))
     return Item(

@@ -125,7 +125,7 @@ class FVLMModel(PreTrainedModel, GenerationMixin):
         context = read_batch(self.model, batch, self._mode(mode), room=room)
         if past_key_values is not None and context.cache is not None:
             past_key_values.fill(context.cache, input_ids.shape[1])
-        loss = None if labels is None else self.model.logits_losses(context.hidden, batch).sum() / count
+        loss = None if labels is None else self.model.label_losses(context.hidden, batch).sum() / count
         if logits_to_keep:
             last = padded(context.hidden, attention_mask, (input_ids.shape[0], input_ids.shape[1]))[:, -logits_to_keep:]
             return FVLMOutput(loss=loss, logits=self.model.llm.lm_head(last), past_key_values=past_key_values)
@@ -215,7 +215,7 @@ class FVLMModel(PreTrainedModel, GenerationMixin):
         rows, new = input_ids.shape
         packed = cache.reserve(new)
         positions = torch.tensor([length + step for length in packed.lengths for step in range(new)], device=input_ids.device)
-        hidden = self.model.contextualise(self.model.embed(input_ids.flatten()), positions, PackedLayout([new] * rows, packed))
+        hidden = self.model.run_llm(self.model.embed(input_ids.flatten()), positions, PackedLayout([new] * rows, packed))
         cache.columns += new
         return FVLMOutput(logits=self.model.llm.lm_head(hidden).unflatten(0, (rows, new)), past_key_values=cache)
 

@@ -3,8 +3,8 @@
 from fvlm_core.manifest import Manifest
 from fvlm_core.release.evidence import Evidence
 from fvlm_core.release.figures import Figures
+from fvlm_core.release.formatting import duration
 from fvlm_core.release.report import Section
-from fvlm_core.release.words import duration
 from fvlm_core.tables import Table
 
 MACHINE = "Machine time is the sum of the jobs' own times."

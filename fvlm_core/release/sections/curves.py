@@ -3,8 +3,8 @@
 from fvlm_core.figures import Figure
 from fvlm_core.release.evidence import Evidence
 from fvlm_core.release.figures import FOLDER, Figures
+from fvlm_core.release.formatting import duration
 from fvlm_core.release.report import Block, Section
-from fvlm_core.release.words import duration
 from fvlm_core.tables import Table
 
 FILE = "curves.png"

@@ -3,8 +3,8 @@
 from fvlm_core.markdown import escape
 from fvlm_core.release.evidence import Evidence
 from fvlm_core.release.figures import Figures
+from fvlm_core.release.formatting import items
 from fvlm_core.release.report import Block, Section
-from fvlm_core.release.words import items
 from fvlm_core.tables import Table
 
 BAD_CLIPS_SHOWN = 10

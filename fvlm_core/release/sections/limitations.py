@@ -5,8 +5,8 @@ from fvlm_core.eval.parts.losses import LossResult
 from fvlm_core.markdown import escape
 from fvlm_core.release.evidence import Evidence
 from fvlm_core.release.figures import Figures
+from fvlm_core.release.formatting import items
 from fvlm_core.release.report import Section
-from fvlm_core.release.words import items
 from fvlm_core.scaling.jobs import AblationReport
 from fvlm_core.tables import difference, signed
 

@@ -4,8 +4,8 @@ import yaml
 
 from fvlm_core.release.evidence import Evidence
 from fvlm_core.release.figures import Figures
+from fvlm_core.release.formatting import fenced, items
 from fvlm_core.release.report import Block, Section
-from fvlm_core.release.words import fenced, items
 from fvlm_core.tables import Table
 
 

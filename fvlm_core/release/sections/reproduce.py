@@ -2,9 +2,9 @@
 
 from fvlm_core.release.evidence import Evidence
 from fvlm_core.release.figures import Figures
+from fvlm_core.release.formatting import fenced
 from fvlm_core.release.jobs import HUB_FOLDER, ReleaseJob
 from fvlm_core.release.report import Section
-from fvlm_core.release.words import fenced
 
 
 def section(evidence: Evidence, figures: Figures) -> Section:

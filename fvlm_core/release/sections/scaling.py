@@ -2,8 +2,8 @@
 
 from fvlm_core.release.evidence import Evidence
 from fvlm_core.release.figures import Figures
+from fvlm_core.release.formatting import items
 from fvlm_core.release.report import Block, Section
-from fvlm_core.release.words import items
 from fvlm_core.scaling.jobs import FITS_FILE, ScalingReport
 from fvlm_core.scaling.results import Fits
 from fvlm_core.scaling.tables import fits_table, losses_table, undetermined

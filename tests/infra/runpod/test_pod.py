@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fvlm_core.errors import is_refusal
+from fvlm_core.errors import is_user_error
 from infra.runpod.client import RunPod
 from infra.runpod.emulator.faults import Fault
 from infra.runpod.emulator.server import Emulator
@@ -234,7 +234,7 @@ def test_gpus_that_cannot_exchange_numbers_run_nothing(pods: Pods) -> None:
     """Without the emulator's mark the check is NCCL's, which has no GPU here."""
     pod = Pod(environment_of(pods, gpu={"id": A100, "count": 2}))
     with pytest.raises(PreflightError, match=r"cannot exchange numbers by nccl: GPU 0: .*; GPU 1: "):
-        pod.check_exchange(sys.executable)
+        pod.check_all_reduce(sys.executable)
 
 
 def test_shards_that_are_not_what_was_made_are_found_before_any_work(pods: Pods) -> None:
@@ -256,7 +256,7 @@ def test_shards_that_are_not_what_was_made_are_found_before_any_work(pods: Pods)
             (folder / "a.tar").write_bytes(damaged)
         with pytest.raises(PreflightError, match=says) as caught:
             pod.check_shards()
-        assert is_refusal(str(caught.value))
+        assert is_user_error(str(caught.value))
         assert f"where: {folder}" in str(caught.value)
         assert ("machine.verify: sha256" in str(caught.value)) == (damaged == b"two shard"), "what a precompute by sizes does not find"
 

@@ -24,7 +24,7 @@ from infra.runpod.poller import Poller, ended
 from infra.runpod.pool import RunPodConfiguration
 from infra.runpod.reaper import OVERTIME_S, YOUNG_S, reap
 from infra.runpod.remote import rent_server
-from infra.runpod.rent import NothingFreeError, PriceError, Wish, rent
+from infra.runpod.rent import NoMachineAvailableError, PodRequirements, PriceError, rent
 from infra.s3 import VolumeError
 from infra.store import FolderStore
 from tests.infra.conftest import Clock
@@ -35,7 +35,7 @@ SLEEP = "sleep 600"
 
 @pytest.fixture
 def rented(client: RunPod, emulator: Emulator, volume: Volume, budget: Budget) -> Iterator[object]:
-    def go(wish: Wish, **more: object) -> tuple[Pod, PodName]:
+    def go(wish: PodRequirements, **more: object) -> tuple[Pod, PodName]:
         path = str(emulator.cloud.volumes[volume.id].folder)
         given = {"run": uuid4(), "volume": volume, "mount_path": path, "max_runtime_s": 3600.0, "sleep": lambda _: None} | more
         return rent(client, wish, budget, **given)
@@ -45,7 +45,7 @@ def rented(client: RunPod, emulator: Emulator, volume: Volume, budget: Budget) -
 
 def test_the_next_gpu_is_taken_where_the_first_has_none(rented, emulator: Emulator, budget: Budget, volume: Volume) -> None:
     emulator.cloud.faults.arm(Fault("no_capacity", where=A100, times=9))
-    pod, name = rented(Wish("i", gpus=[A100, SXM], gpu_count=2, args=SLEEP))
+    pod, name = rented(PodRequirements("i", gpus=[A100, SXM], gpu_count=2, args=SLEEP))
     assert (pod.gpu and pod.gpu.id, pod.dataCenterId) == (SXM, volume.dataCenter)
     assert PodName.parse(pod.name) == name
     assert name.owner == owner(volume.id)
@@ -56,24 +56,24 @@ def test_the_next_gpu_is_taken_where_the_first_has_none(rented, emulator: Emulat
 def test_after_a_refusal_in_other_words_the_next_gpu_is_tried(rented, emulator: Emulator, client: RunPod, budget: Budget) -> None:
     """Status 400 says no capacity as well as a broken rule, in words that nobody has promised."""
     emulator.cloud.faults.arm(Fault("rule_broken", where=A100))
-    pod, _ = rented(Wish("i", gpus=[A100, SXM], args=SLEEP))
+    pod, _ = rented(PodRequirements("i", gpus=[A100, SXM], args=SLEEP))
     assert pod.gpu is not None
     assert pod.gpu.id == SXM
     for _ in range(2):
         emulator.cloud.faults.arm(Fault("rule_broken"))
     with pytest.raises(InvalidRequestError, match="does not support"):
-        rented(Wish("i", gpus=[A100, SXM], args=SLEEP), wait_s=60.0)
+        rented(PodRequirements("i", gpus=[A100, SXM], args=SLEEP), wait_s=60.0)
     emulator.cloud.faults.arm(Fault("rule_broken", where=A100))
     emulator.cloud.faults.arm(Fault("no_capacity", where=SXM))
-    assert rented(Wish("i", gpus=[A100, SXM], args=SLEEP), wait_s=60.0), "waited for"
+    assert rented(PodRequirements("i", gpus=[A100, SXM], args=SLEEP), wait_s=60.0), "waited for"
     assert len(client.pods()) == 2
     assert len([entry for entry in budget.entries() if entry.running]) == 2
 
 
 def test_what_was_tried_is_said_where_nothing_is_free(rented, emulator: Emulator, budget: Budget) -> None:
     emulator.cloud.faults.arm(Fault("no_capacity", times=99))
-    with pytest.raises(NothingFreeError) as caught:
-        rented(Wish("i", gpus=[A100, H100], args=SLEEP))
+    with pytest.raises(NoMachineAvailableError) as caught:
+        rented(PodRequirements("i", gpus=[A100, H100], args=SLEEP))
     for word in (A100, H100, "US-KS-2", "no longer any instances"):
         assert word in caught.value.what
     assert budget.position().committed == 0
@@ -81,24 +81,24 @@ def test_what_was_tried_is_said_where_nothing_is_free(rented, emulator: Emulator
 
 def test_a_machine_that_becomes_free_is_waited_for(rented, emulator: Emulator) -> None:
     emulator.cloud.faults.arm(Fault("no_capacity", times=2))
-    pod, _ = rented(Wish("i", gpus=[A100], args=SLEEP), wait_s=60.0)
+    pod, _ = rented(PodRequirements("i", gpus=[A100], args=SLEEP), wait_s=60.0)
     assert pod.gpu is not None
 
 
 @pytest.mark.parametrize(
     ("wish", "words"),
     [
-        (Wish("i", gpus=["NVIDIA A100 80GB"]), ["has no 'NVIDIA A100 80GB'", A100]),
-        (Wish("i", gpus=["A100"]), [A100, SXM]),
-        (Wish("i", cpus=["cpu9z"]), ["cpu3c"]),
-        (Wish("i", gpus=[H100], gpu_count=8, max_usd_per_hour=10), ["ceiling of $10.00", "$23.92/h"]),
-        (Wish("i", gpus=[A100], data_centers=["EU-RO-1"]), ["volume fvlm is in US-KS-2"]),
-        (Wish("i", gpus=[A100], cpus=["cpu3c"]), ["not both"]),
-        (Wish("i"), ["not both"]),
+        (PodRequirements("i", gpus=["NVIDIA A100 80GB"]), ["has no 'NVIDIA A100 80GB'", A100]),
+        (PodRequirements("i", gpus=["A100"]), [A100, SXM]),
+        (PodRequirements("i", cpus=["cpu9z"]), ["cpu3c"]),
+        (PodRequirements("i", gpus=[H100], gpu_count=8, max_usd_per_hour=10), ["ceiling of $10.00", "$23.92/h"]),
+        (PodRequirements("i", gpus=[A100], data_centers=["EU-RO-1"]), ["volume fvlm is in US-KS-2"]),
+        (PodRequirements("i", gpus=[A100], cpus=["cpu3c"]), ["not both"]),
+        (PodRequirements("i"), ["not both"]),
     ],
 )
 def test_what_can_never_be_is_refused_before_anything_is_rented(
-    rented, client: RunPod, budget: Budget, wish: Wish, words: list[str]
+    rented, client: RunPod, budget: Budget, wish: PodRequirements, words: list[str]
 ) -> None:
     with pytest.raises(RefusedError) as caught:
         rented(wish)
@@ -110,7 +110,7 @@ def test_what_can_never_be_is_refused_before_anything_is_rented(
 def test_an_account_without_credit_rents_nothing(rented, emulator: Emulator, client: RunPod, budget: Budget) -> None:
     emulator.cloud.faults.arm(Fault("no_balance"))
     with pytest.raises(NoBalanceError, match="add credit at"):
-        rented(Wish("i", gpus=[A100, SXM], args=SLEEP))
+        rented(PodRequirements("i", gpus=[A100, SXM], args=SLEEP))
     assert client.pods() == [], "the next GPU is not tried"
     assert budget.position().committed == 0
 
@@ -118,7 +118,7 @@ def test_an_account_without_credit_rents_nothing(rented, emulator: Emulator, cli
 def test_a_pod_that_costs_more_than_its_offer_is_ended_at_once(rented, emulator: Emulator, client: RunPod, budget: Budget) -> None:
     emulator.cloud.faults.arm(Fault("wrong_price"))
     with pytest.raises(PriceError, match=r"costs \$2.54/h and not \$1.64/h"):
-        rented(Wish("i", gpus=[A100], args=SLEEP))
+        rented(PodRequirements("i", gpus=[A100], args=SLEEP))
     assert client.pods() == []
     assert not any(entry.running for entry in budget.entries())
 
@@ -126,7 +126,7 @@ def test_a_pod_that_costs_more_than_its_offer_is_ended_at_once(rented, emulator:
 def test_an_answer_without_a_price_is_counted_at_the_offers(rented, budget: Budget, monkeypatch: pytest.MonkeyPatch) -> None:
     create = RunPod.create_pod
     monkeypatch.setattr(RunPod, "create_pod", lambda client, request: create(client, request).model_copy(update={"cost": 0.0}))
-    rented(Wish("i", gpus=[A100], args=SLEEP), max_runtime_s=3600.0)
+    rented(PodRequirements("i", gpus=[A100], args=SLEEP), max_runtime_s=3600.0)
     assert budget.position().running == pytest.approx(1.64)
 
 
@@ -140,7 +140,7 @@ def test_a_pod_that_cannot_be_written_down_is_ended(rented, client: RunPod, budg
 
     monkeypatch.setattr(FolderStore, "write", fails)
     with pytest.raises(VolumeError):
-        rented(Wish("i", cpus=["cpu3c"], args=SLEEP))
+        rented(PodRequirements("i", cpus=["cpu3c"], args=SLEEP))
     assert client.pods() == []
     assert [entry.started for entry in budget.entries()] == [False], "it counts to its deadline until the reaper has looked"
 
@@ -148,7 +148,7 @@ def test_a_pod_that_cannot_be_written_down_is_ended(rented, client: RunPod, budg
 def test_shares_of_the_cap_that_a_pod_passes_are_said_once(rented, client: RunPod) -> None:
     """Of $20 a pod for an hour takes $3.28."""
     said: list[str] = []
-    wish = Wish("i", gpus=[A100], gpu_count=2, args=SLEEP)
+    wish = PodRequirements("i", gpus=[A100], gpu_count=2, args=SLEEP)
     for _ in range(4):
         rented(wish, warn=said.append)
     assert [line.partition(" of the budget")[0] for line in said] == ["50%"]
@@ -160,7 +160,7 @@ def test_nothing_starts_that_does_not_fit_and_the_sum_is_shown(
     rented, client: RunPod, budget: Budget, clock: Clock, volume: Volume
 ) -> None:
     budget.storage(volume.id, volume.usd_per_hour)
-    wish = Wish("i", gpus=[A100], gpu_count=2, args=SLEEP)
+    wish = PodRequirements("i", gpus=[A100], gpu_count=2, args=SLEEP)
     rented(wish, max_runtime_s=3 * 3600.0)
     clock.now += 3600
     with pytest.raises(BudgetError) as caught:
@@ -182,7 +182,7 @@ def test_a_reservation_of_an_unknown_pod_stands_until_somebody_has_looked(
 ) -> None:
     emulator.cloud.faults.arm(Fault("away", seconds=600))
     with pytest.raises(UnavailableError):
-        rented(Wish("i", cpus=["cpu3c"], args=SLEEP))
+        rented(PodRequirements("i", cpus=["cpu3c"], args=SLEEP))
     emulator.cloud.faults.clear()
     assert budget.entries() == (), "it was not even asked for the catalogue"
     budget.reserve("fvlm-unknown", usd_per_hour=1.0, until=clock.now + 3600)
@@ -195,7 +195,7 @@ def test_a_reservation_of_an_unknown_pod_stands_until_somebody_has_looked(
 def test_the_reaper_ends_what_is_over_time_or_unknown_and_nothing_else(
     rented, client: RunPod, emulator: Emulator, budget: Budget, volume: Volume
 ) -> None:
-    wish = Wish("i", cpus=["cpu3c"], args=SLEEP)
+    wish = PodRequirements("i", cpus=["cpu3c"], args=SLEEP)
     kept, _ = rented(wish)
     unknown, name = rented(wish)
     late, _ = rented(wish, max_runtime_s=-OVERTIME_S - 10)
@@ -213,7 +213,7 @@ def test_the_reaper_ends_what_is_over_time_or_unknown_and_nothing_else(
 
 
 def test_a_second_pod_of_a_watched_ones_name_is_ended_whenever_it_is_listed(rented, client: RunPod, emulator: Emulator) -> None:
-    (watched, _), (other, _) = (rented(Wish("i", cpus=["cpu3c"], args=SLEEP)) for _ in range(2))
+    (watched, _), (other, _) = (rented(PodRequirements("i", cpus=["cpu3c"], args=SLEEP)) for _ in range(2))
     client.create_pod(emulator.cloud.pods[watched.id].request)
     said: list[str] = []
 
@@ -249,7 +249,7 @@ def test_two_who_start_the_server_at_once_pay_for_one_pod(client: RunPod, emulat
 def test_a_volume_that_is_away_holds_up_neither_the_end_of_a_pod_nor_the_reaper(
     rented, client: RunPod, emulator: Emulator, budget: Budget, volume: Volume, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wish = Wish("i", cpus=["cpu3c"], args=SLEEP)
+    wish = PodRequirements("i", cpus=["cpu3c"], args=SLEEP)
     pod, name = rented(wish)
     late, _ = rented(wish, max_runtime_s=-OVERTIME_S - 10)
     account = Account(Place(volume.id, emulator.url, folder=str(emulator.cloud.volumes[volume.id].folder), key=SecretStr(emulator.key)))
@@ -272,7 +272,7 @@ def test_a_volume_that_is_away_holds_up_neither_the_end_of_a_pod_nor_the_reaper(
 
 def test_the_bill_replaces_the_ledgers_own_sum(rented, client: RunPod, emulator: Emulator, budget: Budget, clock: Clock) -> None:
     emulator.cloud.faults.arm(Fault("billed_on"))
-    pod, name = rented(Wish("i", gpus=[H100], gpu_count=8, args=SLEEP, max_usd_per_hour=30), max_runtime_s=600.0)
+    pod, name = rented(PodRequirements("i", gpus=[H100], gpu_count=8, args=SLEEP, max_usd_per_hour=30), max_runtime_s=600.0)
     client.terminate(pod.id)
     budget.ended(str(name))
     time.sleep(2)  # a cent is 1.5 s

@@ -63,7 +63,7 @@ class Answer:
             self.finished = "length"
 
 
-class Answering:
+class DecodingBatch:
     """A batch of answers in progress that share one KV cache."""
 
     def __init__(self, subject: Subject) -> None:
@@ -94,7 +94,7 @@ class Answering:
         tokens = torch.tensor([answer.tokens[-1] for answer in took_part], device=device)
         model = self.subject.model
         with self.subject.autocast():
-            hidden = model.contextualise(model.embed(tokens), positions, PackedLayout([1] * len(rows), self.cache, rows))
+            hidden = model.run_llm(model.embed(tokens), positions, PackedLayout([1] * len(rows), self.cache, rows))
         self._choose(took_part, hidden)
         self.drop([answer for answer in took_part if answer.finished])
         return took_part

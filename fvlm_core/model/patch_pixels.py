@@ -30,7 +30,7 @@ def select(frames: Tensor | StoredFrames, chosen: Tensor) -> Tensor | StoredFram
     return frames.index_select(0, chosen) if isinstance(frames, Tensor) else frames.select(chosen)
 
 
-def squares(frames: Tensor | StoredFrames, frame: Tensor, down: Tensor, right: Tensor, side: int) -> Tensor:
+def patch_pixels(frames: Tensor | StoredFrames, frame: Tensor, down: Tensor, right: Tensor, side: int) -> Tensor:
     """Cut squares out of frames uint8 [F, H, W, 3] -> uint8 [R * n, side, side, 3].
 
     Frames are divided into a grid of `side` x `side` px squares, where `side` divides H and W. `frame` int64 [R]: frame index of each row.

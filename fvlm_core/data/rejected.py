@@ -7,9 +7,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from fvlm_core.data.jobs import BadClip, Loss
+from fvlm_core.data.jobs import BadClip, RejectedCount
 
-PASSING = re.compile(
+TRANSIENT = re.compile(
     r"Timeout|ConnectionError|ChunkedEncodingError|IncompleteRead|HTTP (Error )?(408|425|429|5\d\d)|"
     r"^cannot be read|too slow:|video2dataset left nothing"
 )
@@ -18,9 +18,9 @@ LISTED = 100
 """Maximum number of samples listed in a manifest."""
 
 
-def passes(reason: str) -> bool:
+def is_transient(reason: str) -> bool:
     """Whether the reason is temporary, so that the video may be fetched later."""
-    return PASSING.search(reason) is not None
+    return TRANSIENT.search(reason) is not None
 
 
 def kind_of(reason: str) -> str:
@@ -28,7 +28,7 @@ def kind_of(reason: str) -> str:
     return re.sub(r"^\d+ ", "", re.split(r"[:(;]| at \d", reason)[0].strip())
 
 
-class Losses:
+class RejectedSamples:
     """Writes every sample that was left out to a csv file, counts them, and keeps the first LISTED."""
 
     def __init__(self, path: Path) -> None:
@@ -52,6 +52,6 @@ class Losses:
             self.first.append(clip)
 
     @property
-    def counts(self) -> list[Loss]:
+    def counts(self) -> list[RejectedCount]:
         """The counts by source and kind of reason."""
-        return [Loss(source=source, reason=reason, samples=number) for (source, reason), number in sorted(self._counts.items())]
+        return [RejectedCount(source=source, reason=reason, samples=number) for (source, reason), number in sorted(self._counts.items())]

@@ -6,13 +6,13 @@ from typing import Generic, TypeVar
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from fvlm_core.data.loader import as_it_is, loader_processes
+from fvlm_core.data.loader import identity, loader_processes
 
 T = TypeVar("T")
 U = TypeVar("U")
 
 
-def drawn(make: Callable[[np.random.Generator, T], U], wanted: Iterable[T], rng: np.random.Generator, workers: int) -> Iterator[U]:
+def generate(make: Callable[[np.random.Generator, T], U], wanted: Iterable[T], rng: np.random.Generator, workers: int) -> Iterator[U]:
     """Yield `make(rng, one)` for each item of `wanted`.
 
     Without `workers`, each sample is drawn when it is requested. With `workers`, that many processes draw ahead, and each sample has its
@@ -26,7 +26,7 @@ def drawn(make: Callable[[np.random.Generator, T], U], wanted: Iterable[T], rng:
         numbered,
         sampler=enumerate(wanted),
         batch_size=None,
-        collate_fn=as_it_is,
+        collate_fn=identity,
         num_workers=workers,
         prefetch_factor=1,  # waiting samples take up shared memory
         multiprocessing_context=loader_processes(),

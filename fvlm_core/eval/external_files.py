@@ -12,7 +12,7 @@ from fvlm_core.settings import hash_json
 SMALL_BYTES = 64 * 2**20
 
 
-def check_outside(settings: EvalSettings) -> None:
+def check_external_files(settings: EvalSettings) -> None:
     """Raise UserError if a file or folder is missing. Dataset names on the hub are not checked until the dataset is read."""
     for (part, setting), path in settings.outside().items():
         if not path.exists() and not HUB_NAME.match(str(path)):

@@ -10,11 +10,11 @@ from fvlm_core.data.frames import FrameRule
 from fvlm_core.data.jobs import ShardManifest
 from fvlm_core.settings import Settings
 
-SHOWN_FILE = "frames.yaml"
+FRAME_SAMPLING_FILE = "frames.yaml"
 """File name in the folder of the model."""
 
 
-class ShownFrames(Settings):
+class FrameSampling(Settings):
     """Content of `frames.yaml`."""
 
     frame_px: Positive
@@ -24,7 +24,7 @@ class ShownFrames(Settings):
     """How often an image is shown (8 in the original fVLM)."""
 
     @classmethod
-    def of_training(cls, shards: ShardManifest, image_repeats: int) -> "ShownFrames":
+    def of_training(cls, shards: ShardManifest, image_repeats: int) -> "FrameSampling":
         """Return the frames that a run on these shards sees."""
         return cls(
             frame_px=shards.frame_px,
@@ -34,12 +34,12 @@ class ShownFrames(Settings):
         )
 
     @classmethod
-    def of_model(cls, folder: Path, frame_px: int) -> "ShownFrames":
+    def of_model(cls, folder: Path, frame_px: int) -> "FrameSampling":
         """Return the frames that the model in `folder` was trained on; the defaults if it has no `frames.yaml`.
 
         Raises UserError if the file is damaged.
         """
-        return cls.from_yaml(folder / SHOWN_FILE) if (folder / SHOWN_FILE).is_file() else cls(frame_px=frame_px)
+        return cls.from_yaml(folder / FRAME_SAMPLING_FILE) if (folder / FRAME_SAMPLING_FILE).is_file() else cls(frame_px=frame_px)
 
     @property
     def rule(self) -> FrameRule:

@@ -36,7 +36,7 @@ RESTART_S = 5.0
 """Delay before the whole stack is restarted after a part of it has died."""
 
 
-class Home:
+class ServerPod:
     """Runs the server and the workers until a stop is requested."""
 
     def __init__(
@@ -155,7 +155,7 @@ def main() -> int:
     options = parser.parse_args()
     address = options.address.replace("{pod}", os.environ.get("RUNPOD_POD_ID", ""))
     disk = Path(os.environ[DISK_VARIABLE]) / "server"
-    home = Home(options.volume, disk, port=options.port, address=address, pools=options.pools, environment=os.environ)
+    home = ServerPod(options.volume, disk, port=options.port, address=address, pools=options.pools, environment=os.environ)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: home.over.set())
     home.run()

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fvlm_core.train.grace import BASE_S, SAVES, UNKNOWN_S, WRITE_BYTES_PER_S, stop_grace_s
+from fvlm_core.train.grace_period import BASE_S, SAVES, UNKNOWN_S, WRITE_BYTES_PER_S, stop_grace_s
 
 
 def file(path: Path, size: float) -> None:

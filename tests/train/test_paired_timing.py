@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fvlm_core.train.race import alternate, checkpoint_interval_s, largest_that_fits, ratio_of
+from fvlm_core.train.paired_timing import alternate, checkpoint_interval_s, largest_that_fits, ratio_of
 
 
 def test_the_median_ratios_interval_holds_the_truth_as_often_as_it_says():

@@ -29,7 +29,7 @@ AHEAD_LAYERS = 2
 """Number of language model layers to prefetch while one computes."""
 
 
-class Spread:
+class Parallelism:
     """A model on a single rank; the base class for several ranks."""
 
     def __init__(self, model: FoveatedVLM, world: World) -> None:
@@ -67,7 +67,7 @@ class Spread:
         self.model.load_state_dict(state)
 
 
-class Replicated(Spread):
+class Replicated(Parallelism):
     """Every rank holds the complete model (DistributedDataParallel)."""
 
     parallel: DistributedDataParallel
@@ -89,7 +89,7 @@ class Replicated(Spread):
         return self.parallel.no_sync() if accumulate else nullcontext()
 
 
-class Sharded(Spread):
+class Sharded(Parallelism):
     """Every rank holds a shard of every parameter (FSDP2). The model's parameters become DTensors."""
 
     def __init__(self, model: FoveatedVLM, world: World) -> None:
@@ -138,7 +138,7 @@ class Sharded(Spread):
                 part.reshard()
 
     def weights(self) -> dict[str, Tensor]:
-        return self.model.weights(lambda tensor: whole(tensor.detach()))
+        return self.model.weights(lambda tensor: full_tensor(tensor.detach()))
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
@@ -164,13 +164,13 @@ class _Root(nn.Module):
         return self.model(batch, loss, by_sample=by_sample)
 
 
-def spread(model: FoveatedVLM, world: World, run: RunSettings) -> Spread:
+def parallelism_for(model: FoveatedVLM, world: World, run: RunSettings) -> Parallelism:
     """Distribute a model, which must be equal on all ranks, as the run settings say."""
     if world.size == 1:
-        return Spread(model, world)
+        return Parallelism(model, world)
     return Sharded(model, world) if run.sharding == "fsdp2" else Replicated(model, world)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Gather a complete tensor from all ranks' shards. All ranks must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -13,7 +13,7 @@ SLACK = 1e-9
 """Tolerance for rounding errors in sums of shares."""
 
 
-def deal(costs: Sequence[Sequence[float]] | np.ndarray, ranks: int) -> list[list[list[int]]]:
+def balance(costs: Sequence[Sequence[float]] | np.ndarray, ranks: int) -> list[list[list[int]]]:
     """Deal items (at least one per rank) to ranks and micro-batches: `[rank][micro-batch]` is a list of ascending indexes.
 
     `costs` is [N, B]: each item's share of B budgets, 1 being the full budget of a micro-batch. Every rank gets the same number of

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from fvlm_core.model.encoder import Encoder, FrameFeatures
-from fvlm_core.model.encoder_layer import Added, scaled_sum
+from fvlm_core.model.encoder_layer import PendingResidual, scaled_sum
 
 
-class Walk:
+class JointPass:
     """Keys and values of the glance and of what R rows (pairs of a frame and a query) have opened so far."""
 
     def __init__(self, encoder: Encoder, features: FrameFeatures, temperature: float, more: int, rows: Tensor | None = None) -> None:
@@ -44,16 +44,16 @@ class Walk:
         count, start = x.shape[:2], self.length
         n_rows = count.numel()  # ty: ignore[missing-attribute] -- ty takes part of a `torch.Size` for a tuple
         self.length += count[1]
-        seen = self._keys[0].new_full((count[1], self.length), -torch.inf)
-        seen[:, : self.n_glance] = 0
-        seen[:, start:].masked_fill_(siblings, 0)
+        mask = self._keys[0].new_full((count[1], self.length), -torch.inf)
+        mask[:, : self.n_glance] = 0
+        mask[:, start:].masked_fill_(siblings, 0)
         *layers, last = self.encoder.layers
         both = torch.cat([x.flatten(0, 1), q.flatten(0, 1)])  # [R * n + R, D]: patches and queries are contiguous
-        added: Added = None
+        residual: PendingResidual = None
         for layer, keys, values in zip(layers, self.keys, self.values, strict=False):
-            both, more = layer.with_query(both, added, count, keys, values, seen, self.temperature, bias)
-            added = layer.added(more)
-        x, q = scaled_sum(both, added).tensor_split([n_rows])
+            both, more = layer.with_query(both, residual, count, keys, values, mask, self.temperature, bias)
+            residual = layer.pending_residual(more)
+        x, q = scaled_sum(both, residual).tensor_split([n_rows])
         key, value, *_ = last.keys_values(x.unflatten(0, count))
         self.keys[-1][:, :, start:], self.values[-1][:, :, start:] = key, value
         return q[:, None]

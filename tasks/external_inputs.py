@@ -7,7 +7,7 @@ same.
 import importlib.util
 from pathlib import Path
 
-from fvlm_core.data.sources.record import Record, record, recorded
+from fvlm_core.data.sources.record import Record, cached_record, make_record
 from fvlm_core.errors import UserError
 from tasks.config import PipelineConfig
 
@@ -19,12 +19,12 @@ NATURAL_CLIPS = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
 
 def record_sources(config: PipelineConfig, volume: Path) -> dict[str, Record]:
     """Return the current record of every source, by name. Raises UserError if a source is invalid."""
-    return {source.name: record(source, volume) for source in config.precompute.sources}
+    return {source.name: make_record(source, volume) for source in config.precompute.sources}
 
 
 def external_inputs(config: PipelineConfig, volume: Path) -> dict[str, str]:
     """Return the digests of the inputs of precompute from outside the volume, by source."""
-    return {source.name: recorded(source, volume).digest for source in config.precompute.sources}
+    return {source.name: cached_record(source, volume).digest for source in config.precompute.sources}
 
 
 def natural_clips() -> list[Path]:
