@@ -47,8 +47,8 @@ def test_factors_that_are_not_used_add_nothing() -> None:
     torch.testing.assert_close(*grads)
 
 
-def test_a_layer_refuses_a_bias_beside_a_ticket() -> None:
-    """A ticket's attention knows no bias, which would be left out of the result."""
+def test_a_layer_refuses_a_bias_beside_gradient_factors() -> None:
+    """Attention with factored gradients has no bias: it would be left out of the result."""
     layer = tiny_model().encoder.layers[0]
     width = layer.out.in_features
     query, key, bias = (torch.randn(2, *shape).double() for shape in ((1, width), (layer.heads, 5, width // layer.heads), (1, 1, 5)))
