@@ -284,7 +284,7 @@ def long_run(settings: ModelSettings, device: torch.device, folder: Path, steps:
             yield Check(f"waits for the device: {place}", count / WATCHED_STEPS, "a step")
         waits = places.total() / WATCHED_STEPS
         yield Check("waits for the device", waits, "a step", f"<= {GOAL_WAITS}", waits <= GOAL_WAITS)
-    trainer.spread.end()
+    trainer.parallelism.end()
 
 
 def host_waits(step: Callable[[], object], steps: int = WATCHED_STEPS) -> Counter[str]:

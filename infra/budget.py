@@ -1,9 +1,10 @@
 """The budget: an append-only ledger, and a spending cap that is checked before any pod is created.
 
 Each line of the ledger is one event of one pod or volume. Before a pod is created, its cost up to its deadline is first written to the
-ledger as a reservation; only then is the total computed. Two workers that do this at the same time therefore see both reservations, and
-the cap always holds. The price is that both may be refused near the cap. When a pod ends, its actual cost replaces the reservation, and
-RunPod's bill later replaces both.
+ledger as a reservation; only then is the total computed. Two workers that do this at the same time therefore both see both reservations,
+and the cap holds; the price is that both may be refused near it. One gap: through S3 (a worker without the volume mounted), a ledger file
+that a pod has just created can be listed minutes late. When a pod ends, its actual cost replaces the reservation, and RunPod's bill later
+replaces both.
 """
 
 import math

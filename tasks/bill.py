@@ -124,7 +124,7 @@ def bill_against_plan(planned: DollarPlan, bill: Bill) -> Table:
 def _compared(lines: Sequence[Line], paid: float) -> list[str]:
     """Return the cells of planned, billed and difference. A plan of which a part is not known has no difference from the bill."""
     planned = sum(line.usd.value for line in lines)
-    known = planned and all(line.complete for line in lines)
+    known = planned > 0 and all(line.complete for line in lines)
     return [planned_text(lines), usd_text(paid), _off(planned, paid) if known else ""]
 
 

@@ -64,7 +64,7 @@ class Line(Settings):
 
 
 def planned_text(lines: Iterable[Line]) -> str:
-    """The cost of lines, with its interval; without one if a part is not known: `$12.30 + not known`."""
+    """Return the cost of lines as text: with its interval or, if a part is not known, without one: `$12.30 + not known`."""
     lines = list(lines)
     usd = sum((line.usd for line in lines), Usd())
     if all(line.complete for line in lines):
@@ -129,7 +129,7 @@ class DollarPlan(Settings):
         lines += [f"The cap binds; these would not start: {', '.join(self.dropped)}."] if self.dropped else []
         risk = [one for one in self.at_risk if one not in self.dropped]
         lines += [f"If everything cost the upper end, these would not start: {', '.join(risk)}."] if risk else []
-        lines += [f"Hours are not known of {', '.join(self.unknown)}."] if self.unknown else []
+        lines += [f"The hours of {', '.join(self.unknown)} are not known."] if self.unknown else []
         return "\n".join(lines)
 
 

@@ -85,8 +85,8 @@ def at_live_prices(config: PipelineConfig) -> Rental:
 
         def usd_per_hour(pool: Pool) -> float:
             given = {name: pool.job_variables[name] for name in MACHINE if name in pool.job_variables}
-            wish = TypeAdapter(PodRequirements).validate_python({"image": "", "data_centers": rental.data_centers} | given)
-            return candidates(client, wish, None)[0].usd_per_hour
+            requirements = TypeAdapter(PodRequirements).validate_python({"image": "", "data_centers": rental.data_centers} | given)
+            return candidates(client, requirements, None)[0].usd_per_hour
 
         prices = {
             "gpu_usd_per_hour": usd_per_hour(pools["gpu"]),

@@ -28,7 +28,7 @@ class AmbiguousMemberError(Exception):
 
 
 class Archives:
-    """The members of archives. Use as a context manager, which deletes the index file at its end."""
+    """The members of archives. Use as a context manager: leaving it deletes the index file."""
 
     def __init__(self, paths: Sequence[Path | str], index: Path) -> None:
         """`paths`: local archives, and addresses of zip files on the web. `index`: where to write the index.

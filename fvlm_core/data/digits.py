@@ -46,7 +46,7 @@ def digits_of(split: Split, size_px: int, copies: int = 0) -> tuple[np.ndarray, 
 
 @lru_cache(maxsize=2)
 def forms_of(split: Split) -> np.ndarray:
-    """Return the form of each of the split's original digits: int [N], a place in FORM_STARTS. The order is that of `digits_of`."""
+    """Return the form of each of the split's original digits: int [N], an index into FORM_STARTS, ordered as in `digits_of`."""
     table = np.loadtxt(str(distribution("scikit-learn").locate_file(FILE)), delimiter=",", dtype=np.int64)
     form = _forms(len(table))
     return form[_in_split(form, split)]

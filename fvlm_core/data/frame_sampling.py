@@ -35,7 +35,7 @@ class FrameSampling(Settings):
 
     @classmethod
     def of_model(cls, folder: Path, frame_px: int) -> "FrameSampling":
-        """Return the frames that the model in `folder` was trained on; the defaults if it has no `frames.yaml`.
+        """Return the frame sampling that the model in `folder` was trained with; the defaults if it has no `frames.yaml`.
 
         Raises UserError if the file is damaged.
         """

@@ -60,7 +60,7 @@ class FrameRule:
         return [index / self.fps for index in range(max(wanted, 1))]
 
     def indices(self, count: int, fps: float) -> list[int]:
-        """Return which of `count` pictures, 1 / `fps` seconds apart, are the chosen frames: those of the same pictures in a video file."""
+        """Return the indices of the chosen frames among `count` pictures that are 1 / `fps` s apart, as in a video file of them."""
         return [min(count - 1, int((time_s + START_TOLERANCE_S) * fps)) for time_s in self.times_s(count / fps)]
 
 

@@ -88,7 +88,7 @@ class Source(Settings):
     limit: Positive | None = None
     """Maximum number of rows to use, from the first; None uses all."""
     every: Positive = 1
-    """Use one row in this many (the first), counted over all files and before `filter`: an even sample of a dataset whose files differ."""
+    """Use every n-th row, starting with the first, counted over all files and before `filter`. This samples evenly across files."""
     filter: list[Condition] = Field(default_factory=list)
     """Conditions that every row must meet."""
     val_share: Share | None = None

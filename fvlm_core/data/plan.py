@@ -23,7 +23,7 @@ PLANNED_STEPS = 8
 
 @dataclass(frozen=True)
 class PlannedSample:
-    """A planned sample."""
+    """One sample of the plan: its place in a source's sequence, and its question order."""
 
     source: int
     position: int

@@ -75,11 +75,11 @@ def make_shards(job: ShardJob) -> ShardManifest:
     counts: list[SourceCounts] = []
     tars: list[FileEntry] = []
     too_long = 0
-    with Plan(job.output / WORK / PLAN, new=False) as plan, RejectedSamples(job.output / LEFT_OUT_FILE) as losses:
+    with Plan(job.output / WORK / PLAN, new=False) as plan, RejectedSamples(job.output / LEFT_OUT_FILE) as rejected:
         for clip in (clip for folder in job.downloads for clip in DownloadManifest.read(folder).bad):
-            losses.add(clip)
+            rejected.add(clip)
         for clip in plan.lost():
-            losses.add(clip)
+            rejected.add(clip)
         left_out = plan.count_lost()
         tasks = list(_tasks(plan, job))
         if not tasks:
@@ -95,7 +95,7 @@ def make_shards(job: ShardJob) -> ShardManifest:
                     counts.append(part.counts)
                     tars.append(FileEntry(path=task.name, bytes=part.counts.bytes, sha256=part.sha256))
                 for clip in part.dropped:
-                    losses.add(clip)
+                    rejected.add(clip)
                 too_long += len(part.dropped)
                 plan.mark_unusable(task.first, task.samples, part.unusable)
                 done += task.samples
@@ -129,8 +129,8 @@ def make_shards(job: ShardJob) -> ShardManifest:
         max_frames=rule.max_frames,
         vocab_size=vocab_size,
         validation_digest=sha256_file(job.output / VALIDATION_FILE),
-        lost=losses.counts,
-        bad=losses.first,
+        lost=rejected.counts,
+        bad=rejected.first,
         seconds=time.monotonic() - started,
     ).write(job.output)
     shutil.rmtree(job.output / WORK, ignore_errors=True)

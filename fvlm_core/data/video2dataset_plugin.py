@@ -80,7 +80,7 @@ class InFlightLimit:
 
     @classmethod
     def release(cls) -> None:
-        """Free a place. Call once for every `take`."""
+        """Free a place. Call once for every `acquire`."""
         if cls.places is not None:
             cls.places.release()
 

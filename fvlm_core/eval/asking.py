@@ -35,8 +35,8 @@ class AskSettings(Settings):
     """How items are asked."""
 
     orders: list[Order] | None = None
-    """Question before the video, after it, or both; the headline and the controls use the first. None is both, first the one that the model
-    is made for: before the video for fVLM, after it for SmolVLM2."""
+    """Question before the video, after it, or both; the headline and the controls use the first. None runs both orders,
+    beginning with the model's native one: before the video for fVLM, after it for SmolVLM2."""
     modes: list[str] | None = None
     """Modes to run; None runs all modes of the model."""
     controls: bool = True

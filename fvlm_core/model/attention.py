@@ -141,7 +141,7 @@ class Segments(NamedTuple):
     """int32 [N + 1]: start of each sample's new tokens."""
     longest: int
     """Largest number of new tokens of any sample."""
-    known: CachedKeys | None
+    cached: CachedKeys | None
     """The cached keys; None without a cache."""
 
 
@@ -156,8 +156,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, segm
     if layout.cache is not None:
         key, value = layout.cache.append(layer, key, value, layout)
     if segments is not None:
-        starts, longest, known = segments
-        cu_seqlens_k, max_seqlen_k, stored = (starts, longest, None) if known is None else (known.starts, known.longest, known.lengths)
+        starts, longest, cached = segments
+        cu_seqlens_k, max_seqlen_k, stored = (starts, longest, None) if cached is None else (cached.starts, cached.longest, cached.lengths)
         lengths = starts, cu_seqlens_k, longest, max_seqlen_k
         return flash_attention(query, key, value, *lengths, scale=scale, seqused_k=stored)
     return _attend_each(query, key, value, layout.lengths, scale)

@@ -40,8 +40,8 @@ class Casts:
 
     def dtype(self, part: str, device: torch.device) -> torch.dtype | None:
         """Return the dtype to cast a part's weights to, or None if they are not cast here."""
-        asked = part in self.parts and torch.is_grad_enabled() and torch.is_autocast_enabled(device.type)
-        return torch.get_autocast_dtype(device.type) if asked else None
+        enabled = part in self.parts and torch.is_grad_enabled() and torch.is_autocast_enabled(device.type)
+        return torch.get_autocast_dtype(device.type) if enabled else None
 
     def __call__(self, groups: Sequence[Group], dtype: torch.dtype) -> list[Any]:
         """Return one tensor [sum of first dimensions, ...] per group, or None for a group of Nones. Differentiable."""

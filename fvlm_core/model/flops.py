@@ -170,13 +170,13 @@ def _children(glance: GlanceSettings, patches: int) -> list[int]:
     return children
 
 
-def _tower(dims: ModelDims, times: int, patches: int, seen: int, *, frozen: bool) -> Flops:
-    """FLOPs of encoding opened patches up to the last layer's keys and values, each patch attending to `seen` tokens."""
+def _tower(dims: ModelDims, times: int, patches: int, context: int, *, frozen: bool) -> Flops:
+    """FLOPs of encoding opened patches up to the last layer's keys and values, each patch attending to `context` tokens."""
     width, layers = dims.vision_width, dims.vision_layers - 1
     embed = times * 2 * patches * 3 * dims.patch_px**2 * width
     inner = Flops(
         products=times * (layers * 2 * patches * width * (4 * width + 2 * dims.vision_mlp) + 2 * patches * width * 2 * width),
-        attention=times * layers * 4 * patches * seen * width,
+        attention=times * layers * 4 * patches * context * width,
     )
     cost = Flops(forward_only=embed) if frozen else Flops(half_backward=embed)
     cost.add(inner.frozen(reached=True) if frozen else inner)  # the trained scale embeddings come before

@@ -1,4 +1,4 @@
-"""The foveated model: a language model predicts queries, which read each frame from the encoder as one or a few tokens.
+"""The foveated model: the language model predicts a query per frame, and the encoder answers it with one or a few tokens.
 
 Training encodes the frames of a packed batch once and runs several passes over it: the coarse pass, which reads every frame with the
 learned static query `q_static`, then the fine passes, whose queries are predicted from the hidden states of the previous pass (those of

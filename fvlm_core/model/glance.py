@@ -188,7 +188,7 @@ def read_with_glance(
     weights: bool = False,
     teach: bool = False,
 ) -> GlanceRead:
-    """Read F frames with queries [F, Q, D]. Each query opens its own patches, or reads all of them if `features.everything` is set.
+    """Read F frames with queries [F, Q, D]. Each query opens its own patches, or reads all of them if `features.all_patches` is set.
 
     `explore`: scale of the Gumbel noise added to log p when choosing patches. `weights`: return attention weights. `teach`: return the
     selection loss.

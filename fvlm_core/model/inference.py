@@ -160,8 +160,8 @@ def _query_states(model: FoveatedVLM, batch: PackedBatch, read: Read) -> Tensor:
 def _autoregressive(model: FoveatedVLM, batch: PackedBatch, features: FrameFeatures, *, weights: bool, room: int | None) -> Context:
     """Run frame by frame: step t processes the t-th frame of every sample that has one.
 
-    Tokens between two frames wait until a query needs a hidden state after them. So the language model runs once per step, on the waiting
-    tokens only, and once more at the end.
+    Tokens between two frames wait until a query needs a hidden state after them. So the language model runs at most once per step, on the
+    waiting tokens only, and once more at the end.
     """
     cache = PackedCache([length + (room or 0) for length in batch.lengths])
     embeddings = model.embed(batch.input_ids)

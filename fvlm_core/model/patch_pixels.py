@@ -21,7 +21,7 @@ class StoredFrames(Protocol):
         ...
 
     def squares(self, frame: Tensor, down: Tensor, right: Tensor, side: int) -> Tensor:
-        """As the module's function `squares`."""
+        """As the module's function `patch_pixels`."""
         ...
 
 

@@ -1,7 +1,8 @@
 """The HTTP server: OpenAI's chat completions with videos, and a web page.
 
 A request is counted before its body is read, which bounds the number of requests in memory. Media are fetched and decoded outside the
-engine's thread, and cached by content, so that concurrent requests about one video encode it once.
+engine's thread, and cached by content, so that a video is decoded once for all requests about it. Requests that are prefilled together also
+encode it once.
 """
 
 import asyncio
@@ -134,35 +135,35 @@ class Server:
             raise RequestRejectedError(f"{error.what}; {error.fix}") from error
         gone = Event()
         work = partial(to_model_input, body, self.answerer, self.limits, partial(self.frames_of, gone=gone))
-        understanding = asyncio.create_task(anyio.to_thread.run_sync(work, limiter=self.threads))
+        translating = asyncio.create_task(anyio.to_thread.run_sync(work, limiter=self.threads))
         try:
-            while not (await asyncio.wait([understanding], timeout=HEARTBEAT_S))[0]:
+            while not (await asyncio.wait([translating], timeout=HEARTBEAT_S))[0]:
                 if await request.is_disconnected():
                     gone.set()  # still wait for the thread: until it frees the body, the request counts
         finally:
             gone.set()
-        asked = understanding.result()
+        inputs = translating.result()
         events: asyncio.Queue[engine.Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        asking = engine.Request(
-            asked.sample, asked.chat, mode, asked.sampling, lambda event: loop.call_soon_threadsafe(events.put_nowait, event), body.gaze
+        queued = engine.Request(
+            inputs.sample, inputs.chat, mode, inputs.sampling, lambda event: loop.call_soon_threadsafe(events.put_nowait, event), body.gaze
         )
-        self.engine.submit(asking)
-        return ResponseStream(self, request, body, asking, events)
+        self.engine.submit(queued)
+        return ResponseStream(self, request, body, queued, events)
 
 
 class ResponseStream:
     """An answer that is being sent to one client."""
 
     def __init__(
-        self, server: Server, request: Request, body: ChatRequest, asking: engine.Request, events: "asyncio.Queue[engine.Event]"
+        self, server: Server, request: Request, body: ChatRequest, queued: engine.Request, events: "asyncio.Queue[engine.Event]"
     ) -> None:
-        self.server, self.request, self.body, self.asking, self.events = server, request, body, asking, events
+        self.server, self.request, self.body, self.queued, self.events = server, request, body, queued, events
         self.id, self.created = f"chatcmpl-{uuid4().hex}", int(time.time())
         self.prompt_tokens = self.completion_tokens = 0
         self.looked: dict[str, Any] | None = None
         self.finished = ""
-        self.look_at = time.monotonic() + HEARTBEAT_S
+        self.next_check = time.monotonic() + HEARTBEAT_S
         """When to check next whether the client is still connected."""
 
     async def pieces(self) -> AsyncIterator[str]:
@@ -190,7 +191,7 @@ class ResponseStream:
                 if said:
                     yield said
         finally:
-            self.asking.cancelled = True
+            self.queued.cancelled = True
 
     def completion(self, text: str) -> dict[str, Any]:
         """The complete answer as OpenAI's `chat.completion`."""
@@ -224,13 +225,13 @@ class ResponseStream:
 
     async def _event(self) -> engine.Event:
         while True:
-            if (now := time.monotonic()) >= self.look_at:  # by the clock, not on a timeout: events may come without a pause
-                self.look_at = now + HEARTBEAT_S
+            if (now := time.monotonic()) >= self.next_check:  # by the clock, not on a timeout: events may come without a pause
+                self.next_check = now + HEARTBEAT_S
                 if await self.request.is_disconnected():
-                    self.asking.cancelled = True
+                    self.queued.cancelled = True
                     raise ClientDisconnectedError
             try:
-                return await asyncio.wait_for(self.events.get(), self.look_at - now)
+                return await asyncio.wait_for(self.events.get(), self.next_check - now)
             except TimeoutError:
                 continue
 
@@ -242,11 +243,11 @@ class ResponseStream:
 
     def _look(self, event: engine.Started) -> dict[str, Any]:
         """The shown frames as JPEG, the gaze in each (summing to 1), and its entropy in nats."""
-        sample = self.asking.sample
+        sample = self.queued.sample
         shown = [index for indexes in sample.media for index in indexes]
         jpegs = [base64.b64encode(encode_jpeg(frame)).decode() for frame in sample.frames]
         return {
-            "mode": self.asking.mode,
+            "mode": self.queued.mode,
             "question_first": sample.question_first,
             "frames": [f"data:image/jpeg;base64,{jpegs[index]}" for index in shown],
             "gaze": np.round(event.gaze.astype(float), 5).tolist(),
@@ -257,16 +258,16 @@ class ResponseStream:
 class _Stream(StreamingResponse):
     """Streams server-sent events; the request counts until the stream ends, for whatever reason."""
 
-    def __init__(self, asking: ResponseStream) -> None:
-        super().__init__(asking.stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self.asking = asking
+    def __init__(self, answer: ResponseStream) -> None:
+        super().__init__(answer.stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self.answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self.asking.asking.cancelled = True
-            self.asking.server.inside -= 1
+            self.answer.queued.cancelled = True
+            self.answer.server.inside -= 1
 
 
 def create_app(answerer: FoveatedAnswerer, limits: Limits | None = None, *, api_key: str | None = None) -> FastAPI:
@@ -329,11 +330,11 @@ def create_app(answerer: FoveatedAnswerer, limits: Limits | None = None, *, api_
         streaming = False
         try:
             body = await server.body(request)
-            asking = await server.ask(request, body)
+            answer = await server.ask(request, body)
             if body.stream:
                 streaming = True
-                return _Stream(asking)
-            return JSONResponse(asking.completion("".join([piece async for piece in asking.pieces()])))
+                return _Stream(answer)
+            return JSONResponse(answer.completion("".join([piece async for piece in answer.pieces()])))
         finally:
             if not streaming:
                 server.inside -= 1

@@ -2,7 +2,7 @@
 
 https://platform.openai.com/docs/api-reference/chat. Extensions: content parts of type `video_url`, and the fields `mode`, `question_first`
 and `gaze`. An unsupported option that would change the answer is rejected, not ignored, and so is a misspelt field; other unknown fields
-are ignored, as OpenAI's own that are only for its service (`user`, `metadata`, `store`).
+are ignored, for example those that only concern OpenAI's service (`user`, `metadata`, `store`).
 """
 
 from collections.abc import Callable
@@ -117,7 +117,7 @@ UNSUPPORTED = {
 }
 """Unsupported options, and the values of each that leave it off."""
 SIMILAR = 0.85
-"""Unknown fields that are more similar than this to one of ours are taken for misspelt (`difflib`'s ratio)."""
+"""Unknown fields at least this similar to one of ours are taken for misspelt (ratio of `difflib`)."""
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class Engine:
         self._closed = False
         self._running: dict[int, Request] = {}
         """By the `id` of their answers."""
-        self._answering = DecodingBatch(subject)
+        self._batch = DecodingBatch(subject)
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def start(self) -> "Engine":
@@ -128,9 +128,9 @@ class Engine:
             for request in requests:
                 self._running.pop(id(request.answer), None)
                 request.on_event(Failed())
-            self._answering.drop([request.answer for request in requests])
+            self._batch.drop([request.answer for request in requests])
             if not self._running:
-                self._answering = DecodingBatch(self.subject)
+                self._batch = DecodingBatch(self.subject)
 
     def _group(self) -> list[Request]:
         """The next requests to prefill together: as many as there is room for, with the same mode, system message and gaze option."""
@@ -154,11 +154,11 @@ class Engine:
         for row, request in enumerate(group):
             request.on_event(Started(found.cache.lengths[row], found.gaze[row], found.entropy[row]))
             self._running[id(request.answer)] = request
-        self._answering.add([request.answer for request in group], found.cache, found.hidden)
+        self._batch.add([request.answer for request in group], found.cache, found.hidden)
         self._report([request.answer for request in group])
 
     def _step(self) -> None:
-        self._report(self._answering.step())
+        self._report(self._batch.step())
 
     def _report(self, answers: Sequence[Answer]) -> None:
         for answer in answers:
@@ -167,7 +167,7 @@ class Engine:
                 del self._running[id(answer)]
 
     def _leave(self, requests: Sequence[Request]) -> None:
-        self._answering.drop([request.answer for request in requests])
+        self._batch.drop([request.answer for request in requests])
         for request in requests:
             del self._running[id(request.answer)]
 

@@ -24,7 +24,7 @@ FIX = "give another --output (output), or delete the folder"
 def claim(job: CheckpointJob, answerer: Answerer) -> Results | None:
     """Reserve the output folder for this checkpoint and these settings; return the results of earlier runs in it, if any.
 
-    Benchmarks, their data and the headline's scoring method may differ: they replace nothing of another benchmark.
+    Benchmarks, their data and the scoring method of the headline may differ from earlier runs: the results of other benchmarks are kept.
 
     Raises FolderTakenError if the folder holds the evaluation of another checkpoint, other settings or a pipeline, or benchmarks that this
     run leaves out and another version of the code measured.
@@ -35,7 +35,9 @@ def claim(job: CheckpointJob, answerer: Answerer) -> Results | None:
         theirs = read_yaml(folder / CLAIM_FILE)
         _check_same(theirs if isinstance(theirs, dict) else {}, mine, folder)
     elif (folder / FILE_NAME).is_file():
-        raise FolderTakenError(f"the folder holds the evaluation of {_name(folder)} by another program", where=str(folder), fix=FIX)
+        raise FolderTakenError(
+            f"the folder holds the evaluation of {_name(folder)} by the pipeline or an older version of fvlm", where=str(folder), fix=FIX
+        )
     else:
         write_atomically(folder / CLAIM_FILE, yaml.safe_dump(mine, sort_keys=False).encode())
     earlier = Results.read(folder) if (folder / FILE_NAME).is_file() else None
@@ -59,13 +61,13 @@ def benchmarks_of(results: Results | None) -> dict[str, BenchmarkResult]:
 def _identity(job: CheckpointJob, answerer: Answerer) -> dict[str, Any]:
     """Everything that results depend on, except what each benchmark says itself."""
     values = job.identity_values()
-    asked = {name: value for name, value in values["benchmarks"].items() if name not in ("run", "scorer")}
+    benchmarks = {name: value for name, value in values["benchmarks"].items() if name not in ("run", "scorer")}
     rule = answerer.rule
     return {
         "name": answerer.name,
         "checkpoint": answerer.checkpoint,
         "frames": {"px": rule.frame_px, "fps": rule.fps, "most": rule.max_frames, "image_repeats": answerer.image_repeats},
-        "settings": {"benchmarks": asked, "resamples": values["resamples"], "seed": values["seed"]},
+        "settings": {"benchmarks": benchmarks, "resamples": values["resamples"], "seed": values["seed"]},
     }
 
 

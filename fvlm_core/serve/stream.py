@@ -50,9 +50,9 @@ class FrameStream:
             context: Most tokens in context; by default the language model's own limit.
             reserve: Tokens of the context that are kept free for a question and its answer.
             when_full: How frames are dropped once the context is full.
-            rounded: On a CPU, keep keys and values in bfloat16. This halves their memory, and the extra time per frame that attention
-                to a long context of thousands of frames takes.
-            frame_px: Side of the frames that the model was trained with; needed for a released model, whose processor says it.
+            rounded: On a CPU, keep keys and values in bfloat16. This halves their memory, and about halves the extra time that a
+                frame takes after thousands of frames.
+            frame_px: Side of the frames in training; by default from the model's settings. A released model needs `processor.frame_px`.
 
         Raises:
             ValueError: The model has no autoregressive mode or does not say `frame_px`, or the context has no room for two frames.

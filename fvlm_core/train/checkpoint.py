@@ -3,8 +3,8 @@
 A checkpoint is a folder such as `step-00000100` with the tensors (`torch.distributed.checkpoint`, each rank writes its part) and a
 manifest, written last, with the sha256 of every file and the run's small state. It is written under a temporary name and then renamed, so a
 killed process never leaves a partial checkpoint. Training only waits while tensors are copied; threads then write and hash the files, and a
-failed save raises an error at the next step. Kept are the best checkpoint, the last two, and the rollback target for divergence: the newest
-one that enough healthy steps followed, which is from before the first sign of a pending alarm.
+failed save raises an error at the next step. The best checkpoint, the last two, and the rollback target are kept. The rollback target is
+the newest checkpoint that enough healthy steps followed; while an alarm is pending, it is from before the alarm's first sign.
 """
 
 import errno
@@ -225,7 +225,7 @@ class Checkpoints:
         return manifest
 
     def _prune(self, healthy_until: int) -> None:
-        """Delete all but the best checkpoint, the rollback target, later checkpoints from before an alarm, and the last two or more."""
+        """Delete checkpoints that are neither the best, nor among the last two or more, nor from the rollback target to `healthy_until`."""
         steps = self._steps()
         since, back = (max((step for step in steps if step <= last - MARGIN_STEPS), default=0) for last in (steps[-1], healthy_until))
         best = min(((score, step) for step, score in self._scores().items()), default=(math.inf, 0))[1]

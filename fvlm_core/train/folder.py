@@ -53,7 +53,8 @@ def _difference(recipe: Recipe) -> str:
     changed = differences(old, recipe.model_dump(mode="json"))
     lines = [f"{path} was {before!r} and is {now!r}" for path, (before, now) in changed.items() if path not in PLACES]
     moved = [f"{path} was {before!r} and is {now!r}" for path, (before, now) in changed.items() if path in PLACES - {"output"}]
-    return ", ".join(lines or moved) or f"what is in its shards ({recipe.shards}) or in init_from has changed since"
+    inputs = f"its shards ({recipe.shards}), of init_from or of a backbone's checkpoint"
+    return ", ".join(lines or moved) or f"the content of {inputs} has changed since"
 
 
 def whole_manifest(folder: Path, identity: str) -> RunManifest | None:

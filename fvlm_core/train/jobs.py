@@ -231,7 +231,7 @@ class SpeedReport(Manifest):
         high = "" if self.speedup_high is None else f"{self.speedup_high:.2f}"
         interval = f"[{self.speedup_low:.2f}, {high}], n={self.pairs} pairs of steps"
         if self.speedup_low <= 1.0:
-            return f"No gain beyond the spread on {self.device}: {self.speedup:.2f}x {interval}. {self.bound}."
+            return f"No significant gain on {self.device}: {self.speedup:.2f}x {interval}. {self.bound}."
         met = "met" if self.speedup_low >= self.target else "not shown" if self.speedup >= self.target else "not met"
         said = f"**{self.speedup:.2f}x** {interval} as fast as naive on {self.device}"
         return f"{said}; the target of {self.target:.0f}x is {met}: {self.bound}."

@@ -67,11 +67,11 @@ class Trainer(Run):
             self.display.say(self.profiler.missing)
         manifest = None
         of_model = self._choose_weights()
-        weights = self.spread.weights()
+        weights = self.parallelism.weights()
         if self.world.rank == 0:
             manifest = write_result(self.recipe, self.model, weights, self.state, of_model, self.checkpoints, self.identity, self.inputs)
             self.tracker.finish()
-        self.spread.end()
+        self.parallelism.end()
         return self.world.broadcast(manifest)
 
     def _train(self) -> None:
@@ -159,7 +159,7 @@ class Trainer(Run):
         """`_accumulate`. When out of memory, retry with smaller micro-batches of the same samples, and use these from now on."""
         while True:
             try:
-                with self.spread.step():
+                with self.parallelism.step():
                     return self._accumulate(micro_batches, units)
             except torch.OutOfMemoryError:
                 if not self.may_shrink:
@@ -186,9 +186,9 @@ class Trainer(Run):
         """
         sums = torch.zeros(2 + len(self.objective.names), dtype=torch.float64, device=self.world.device)
         for number, batch in enumerate(micro_batches):
-            with self.spread.accumulating(number < len(micro_batches) - 1):
+            with self.parallelism.accumulating(number < len(micro_batches) - 1):
                 with self._autocast():
-                    part = self.objective(self.spread, batch, self.world.device)
+                    part = self.objective(self.parallelism, batch, self.world.device)
                 # gradients are averaged over ranks, so multiply by their number to get the global mean
                 (part.objective * (self.world.size / max(1, units))).backward()
             named = [part.parts[name] for name in self.objective.names]
@@ -227,7 +227,7 @@ class Trainer(Run):
     def _validate(self) -> None:
         """Compute the validation losses of the current step and store them in the state."""
         started = time.perf_counter()
-        with self._autocast(), self.spread.evaluation():
+        with self._autocast(), self.parallelism.evaluation():
             self.state.val_losses = validation_losses(self.model, self.shards, self.recipe, self.objective, self.world)
         self.state.validation_s += time.perf_counter() - started
 
@@ -246,6 +246,6 @@ class Trainer(Run):
         self.checkpoints.wait()
         self.display.say(f"stopped by SIGTERM at step {self.state.step}; start it again to go on")
         self.tracker.finish()
-        self.spread.end()
+        self.parallelism.end()
         self.world.destroy()
         sys.exit(STOPPED)

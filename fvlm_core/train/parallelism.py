@@ -3,7 +3,7 @@
 With sharding, each rank keeps a part of the fp32 weights and of AdamW's state. In each step, weights are gathered once, all micro-batches
 run on them, and gradients are reduced once, in fp32. All ranks run the language model's layers first and in the same order, so these are
 prefetched while earlier layers compute. Weights are gathered in fp32 and cast when used, as on a single GPU: with bf16 weights, norms and
-residual sums would be in bf16 too, and the error of gradients would be half as large again.
+residual sums would be in bf16 too, and the gradients' error would be 1.5 times as large.
 
 Resharding and reducing layer by layer, within the forward and backward pass, would save more memory. But it requires that all ranks run the
 same layers equally often, which is not the case: text-only samples skip the encoder, and the number of queries depends on the batch.

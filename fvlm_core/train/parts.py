@@ -62,13 +62,13 @@ def time_parts(trainer: Trainer) -> dict[str, float]:
 def profile_steps(trainer: Trainer, output: Path, name: str) -> list[str]:
     """Profile one step. Write `NAME-operations.txt` and `NAME-trace.json.gz` (for https://ui.perfetto.dev); return the file names."""
     gpu = trainer.world.device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as seen:
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as profiled:
         trainer.step()
         _finish(trainer.world.device)
     files = [f"{name}-operations.txt", f"{name}-trace.json.gz"]
-    table = seen.key_averages().table(sort_by="self_cuda_time_total" if gpu else "self_cpu_time_total", row_limit=TABLE_ROWS)
+    table = profiled.key_averages().table(sort_by="self_cuda_time_total" if gpu else "self_cpu_time_total", row_limit=TABLE_ROWS)
     write_atomically(output / files[0], (str(table) + "\n").encode())
-    seen.export_chrome_trace(str(output / files[1]))
+    profiled.export_chrome_trace(str(output / files[1]))
     return files
 
 

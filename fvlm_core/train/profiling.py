@@ -19,7 +19,7 @@ class Profiler:
         """Results are written to `output/profile` after the last profiled step."""
         self.folder, self.sort_by = output / FOLDER, "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
         self.profile = None
-        self.settings, self.seen = settings, False
+        self.settings, self.written = settings, False
         if settings is not None:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
             # the profiler uses the step before the first profiled one to warm up
@@ -44,13 +44,13 @@ class Profiler:
     @property
     def missing(self) -> str | None:
         """After the run: the reason why no step was profiled; None if steps were profiled or none were requested."""
-        if self.settings is None or self.seen:
+        if self.settings is None or self.written:
             return None
         return f"no step was profiled: this process ran no more than {self.settings.after} steps; lower run.profile.after"
 
-    def _write(self, seen: profile) -> None:
-        self.seen = True
+    def _write(self, profiled: profile) -> None:
+        self.written = True
         self.folder.mkdir(parents=True, exist_ok=True)
-        seen.export_chrome_trace(str(self.folder / TRACE_FILE))
-        table = seen.key_averages().table(sort_by=self.sort_by, row_limit=TABLE_ROWS)
+        profiled.export_chrome_trace(str(self.folder / TRACE_FILE))
+        table = profiled.key_averages().table(sort_by=self.sort_by, row_limit=TABLE_ROWS)
         write_atomically(self.folder / TABLE_FILE, (str(table) + "\n").encode())

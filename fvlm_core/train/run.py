@@ -54,7 +54,7 @@ class Run:
         self.steps = self.cost.steps_for(self.shards, recipe.data, recipe.run)
         self.run_settings = recipe.run.with_changes({"steps": self.steps, "budget_flops": None})
         self.objective = self._objective()
-        self.spread = parallelism_for(self.model, world, recipe.run)
+        self.parallelism = parallelism_for(self.model, world, recipe.run)
         self.checkpoints = Checkpoints(recipe.output / CHECKPOINTS_FOLDER, world, identity)
         self.metrics = MetricsFile(recipe.output / METRICS_FILE, columns(self.objective.names))
         self.tracker = Tracker(recipe, identity, has_key=has_wandb_key)
@@ -116,7 +116,7 @@ class Run:
     def go_to(self, found: CheckpointManifest | None, state: RunState) -> None:
         """Continue from `state`, with the tensors of the checkpoint `found`, if any. Deletes later checkpoints and metrics rows."""
         self.state, self.clock, self.saved = state, Clock(), None
-        self._spread()
+        self._distribute()
         if found is not None:
             tensors = self._tensors()
             self.checkpoints.load(found.step, tensors)
@@ -161,7 +161,7 @@ class Run:
         found = self.checkpoints.newest(up_to=healthy_until - MARGIN_STEPS)
         if found is None:
             prepare(self.recipe.run, self.world.rank, self.world.device)
-            self.spread.load(initial_model(self.recipe, self.shards).state_dict())
+            self.parallelism.load(initial_model(self.recipe, self.shards).state_dict())
             state = RunState()
         else:
             state = RunState.model_validate(found.state)
@@ -170,7 +170,7 @@ class Run:
         state.divergences = [*self.state.divergences, Divergence(step=at, reason=reason, back_to=state.step, froze=froze)]
         self.go_to(found, state)
 
-    def _spread(self) -> None:
+    def _distribute(self) -> None:
         """Build a new optimizer, freeze the parts given by the state, and distribute the model over the ranks."""
         self.optimizer = build_optimizer(self.model, self.recipe.optimizer, frozen=frozen_parameters(self.model, self.state.frozen))
-        self.spread.begin()
+        self.parallelism.begin()

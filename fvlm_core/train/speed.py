@@ -129,9 +129,9 @@ def run(job: SpeedJob) -> SpeedReport:
     else:
         ratio, first, last = bench.compare(naive, tuned, job.steps)
         last = last.model_copy(update={"over": "naive", **_gain(ratio)})
-    raced = [("naive", naive), ("tuned", tuned)]
-    parts = {name: time_parts(one.trainer) for name, one in raced if isinstance(one, Running)}
-    profiles = [file for name, one in raced if isinstance(one, Running) for file in profile_steps(one.trainer, job.output, name)]
+    compared = [("naive", naive), ("tuned", tuned)]
+    parts = {name: time_parts(one.trainer) for name, one in compared if isinstance(one, Running)}
+    profiles = [file for name, one in compared if isinstance(one, Running) for file in profile_steps(one.trainer, job.output, name)]
     if device == "cuda":
         last = last.model_copy(update={"gpu_busy": bench.busy_share(tuned.trainer)})
     rows = [first, *rows, last]

@@ -32,7 +32,7 @@ def prepare(run: RunSettings, rank: int, device: torch.device) -> None:
     """Set the number of threads, the seeds and the matmul precision, and deterministic algorithms on CPU, where they are cheap."""
     if run.threads:
         torch.set_num_threads(run.threads)
-    seed = run.seed * 1_000_003 + rank  # a large prime, so that different seeds never give the same value on any rank
+    seed = run.seed * 1_000_003 + rank  # a large prime, so that no two pairs of seed and rank give the same value
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

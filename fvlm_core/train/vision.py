@@ -74,35 +74,35 @@ def pretrained(
     """
     torch.manual_seed(settings.seed)
     encoder = build_encoder(VisionSettings(shape=shape, frame_px=frame_px)).to(device)
-    return encoder, _train_to_answer(encoder, settings, each_step, workers)
+    return encoder, _train_probes(encoder, settings, each_step, workers)
 
 
 def probe_accuracy(encoder: Encoder, settings: VisionTrainingSettings, workers: int = 0) -> dict[str, float]:
     """Return the accuracy by target of new linear heads on the frozen encoder: how much it still encodes after further training."""
     torch.manual_seed(settings.seed)
     probe = {"steps": PROBE_STEPS, "optimizer": OptimizerSettings(lr_vision=PROBE_RATE, warmup_steps=10)}
-    return _train_to_answer(deepcopy(encoder).requires_grad_(False), settings.model_copy(update=probe), workers=workers)
+    return _train_probes(deepcopy(encoder).requires_grad_(False), settings.model_copy(update=probe), workers=workers)
 
 
-def _train_to_answer(
+def _train_probes(
     encoder: Encoder, settings: VisionTrainingSettings, each_step: Callable[[int, float], None] | None = None, workers: int = 0
 ) -> dict[str, float]:
     """Train linear heads, and the encoder if it is trainable. Return the accuracy on frames of held-out digits by target."""
     rng = np.random.default_rng(settings.seed)
-    asked = _Probes(settings, encoder.config.hidden_size).to(encoder.cls_token.device)
-    trained = [one for one in (*encoder.parameters(), *asked.parameters()) if one.requires_grad]
+    probes = _Probes(settings, encoder.config.hidden_size).to(encoder.cls_token.device)
+    trained = [one for one in (*encoder.parameters(), *probes.parameters()) if one.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.optimizer.lr_vision, fused=True)
     make = partial(_frames, split="train", settings=settings, frame_px=encoder.image_px)
     for step, clip in enumerate(generate(make, repeat(settings.batch_frames, settings.steps), rng, workers)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rates(settings.optimizer, step, settings.steps)["vision"]
-        loss = asked.loss(encoder, clip)
+        loss = probes.loss(encoder, clip)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if each_step is not None:
             each_step(step + 1, loss.item())
-    return asked.accuracy(encoder, _frames(rng, 256, split="val", settings=settings, frame_px=encoder.image_px))
+    return probes.accuracy(encoder, _frames(rng, 256, split="val", settings=settings, frame_px=encoder.image_px))
 
 
 def _frames(rng: np.random.Generator, frames: int, *, split: Split, settings: VisionTrainingSettings, frame_px: int) -> gaze.GazeClip:

@@ -7,7 +7,7 @@ rent                     rents one pod from a list of preferences, within the bu
 watch                    the health of a pod: started, dead, silent, idle, past its deadline
 worker                   Prefect's work-pool type `runpod`
 pod, program             the program of a pod (standard library only), and how it gets there
-home, remote             the pod that runs the Prefect server: its program, and how it is started and ended
+server_pod, remote       the pod that runs the Prefect server: its program, and how it is started and ended
 smoke                    answers what RunPod's documentation leaves open, on two small pods
 reaper                   ends orphaned pods
 emulator/                a local RunPod that runs pods as processes

@@ -16,7 +16,16 @@ from typing import Any, Literal, Self, TypeVar
 import httpx
 from pydantic import ValidationError
 
-from infra.runpod.errors import NotFoundError, RunPodError, TooManyRequestsError, UnavailableError, WrongKeyError, raise_for, retry_after_s
+from infra.runpod.errors import (
+    NotFoundError,
+    RunPodError,
+    TooManyRequestsError,
+    UnavailableError,
+    UnreadableError,
+    WrongKeyError,
+    raise_for,
+    retry_after_s,
+)
 from infra.runpod.models import Billed, CpuType, CreatePod, CreateVolume, DataCenter, GpuType, LogLine, Pod, Reply, Volume
 
 API_URL = "https://api.runpod.io"
@@ -77,6 +86,10 @@ class RunPod:
                 if attempt:
                     self._end_twins(pod)
                 return pod
+            except UnreadableError:  # the pod probably exists: no second one is requested
+                if found := self._appears(request.name):
+                    return found
+                raise
             except UnavailableError as error:
                 log.warning("the answer to the creation of %s was lost: %s", request.name, error.what)
                 if found := self.pod_named(request.name):
@@ -228,7 +241,7 @@ class RunPod:
             reply = self._send("GET", path, params={**(asked or {}), **page})
             found = reply.get(field)
             if not isinstance(found, list):  # not an empty list, or all pods would look gone
-                raise UnavailableError(
+                raise UnreadableError(
                     f"RunPod: {path} has no list of {field}", where=self.url, fix="try again; if it persists, report this"
                 )
             entries += found
@@ -294,9 +307,7 @@ def _parsed(kind: type[R], entry: dict[str, Any]) -> R:
     except ValidationError as error:
         fields = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors(include_input=False))
         # not RunPodError, which means refused: after such a reply to a create request there may be a pod
-        raise UnavailableError(
-            f"RunPod: a {kind.__name__} that is not understood: {fields}", where="its reply", fix="report this"
-        ) from None
+        raise UnreadableError(f"RunPod: a {kind.__name__} that is not understood: {fields}", where="its reply", fix="report this") from None
 
 
 def _unavailable(method: str, where: str, error: Exception) -> UnavailableError:

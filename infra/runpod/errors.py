@@ -61,6 +61,10 @@ class UnavailableError(RunPodError):
     """5xx or no response, also after retries: it is unknown whether the request was carried out."""
 
 
+class UnreadableError(UnavailableError):
+    """A response that is not understood: the request was probably carried out."""
+
+
 def raise_for(response: httpx.Response) -> NoReturn:
     """Raise the exception for an error response, whose body need not follow the API document."""
     status, request_id = response.status_code, response.headers.get("x-request-id", "")
@@ -68,9 +72,7 @@ def raise_for(response: httpx.Response) -> NoReturn:
     detail = str(problem.get("detail") or problem.get("title") or problem.get("message") or f"status {status}")
     errors = [str(one) for one in problem.get("errors") or []]
     what = f"RunPod: {detail}" + (f": {'; '.join(errors)}" if errors else "")
-    kind, fix = _kind(status, detail)
-    if kind is TooManyRequestsError:
-        fix = f"wait {retry_after_s(response):.0f} s; other programs may be using the same account"
+    kind, fix = _kind(response, detail)
     where = f"{response.request.method} {response.request.url.copy_with(query=None)}"
     error = kind(what, where=where, fix=fix, status=status, request_id=request_id)
     if isinstance(error, TooManyRequestsError):
@@ -94,7 +96,10 @@ def _problem(response: httpx.Response) -> Mapping[str, Any]:
     return body if isinstance(body, dict) else {}
 
 
-def _kind(status: int, detail: str) -> tuple[type[RunPodError], str]:
+def _kind(response: httpx.Response, detail: str) -> tuple[type[RunPodError], str]:
+    status = response.status_code
+    if status == HTTPStatus.TOO_MANY_REQUESTS:
+        return TooManyRequestsError, f"wait {retry_after_s(response):.0f} s; other programs may be using the same account"
     if status == HTTPStatus.BAD_REQUEST and NO_CAPACITY.search(detail):
         return NoCapacityError, "try another GPU or data centre, or again later"
     kinds: dict[int, tuple[type[RunPodError], str]] = {
@@ -105,6 +110,5 @@ def _kind(status: int, detail: str) -> tuple[type[RunPodError], str]:
         HTTPStatus.FORBIDDEN: (NoAccessError, "give the key the missing permission at https://console.runpod.io/user/settings"),
         HTTPStatus.NOT_FOUND: (NotFoundError, "check the id; what was deleted is gone"),
         HTTPStatus.CONFLICT: (WrongStateError, "wait for the pod to change its state, or terminate it"),
-        HTTPStatus.TOO_MANY_REQUESTS: (TooManyRequestsError, "wait"),
     }
     return kinds.get(status, (UnavailableError, "try again later; see https://uptime.runpod.io"))

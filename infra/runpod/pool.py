@@ -62,7 +62,9 @@ class RunPodVariables(BaseVariables):
     vcpus: Annotated[int, Field(ge=2)] = Field(default=2, description="vCPUs of a CPU pod, a power of two.")
     disk_gb: Annotated[int, Field(ge=1)] = Field(default=20, description="Size of the container's own disk, which is wiped at every start.")
     volume: str = Field(default="fvlm", description="Name or id of the network volume; `fvlm infra setup` creates it.")
-    data_centers: list[str] = Field(default_factory=list, description="Where volume and pods may be; empty: anywhere.")
+    data_centers: list[str] = Field(
+        default_factory=list, description="Data centres that the volume may be in; pods always run in the volume's. Empty: no check."
+    )
     mount_path: str = Field(default="/workspace", description="Where the volume is mounted.")
     max_usd_per_hour: Annotated[float, Field(gt=0)] = Field(default=5.0, description="No pod is rented above this price.")
     max_runtime_h: Annotated[float, Field(gt=0)] = Field(default=24.0, description="The pod is ended after this time in any case.")
@@ -146,7 +148,7 @@ class RunPodConfiguration(BaseJobConfiguration, RunPodVariables):
         )
 
     @property
-    def wish(self) -> PodRequirements:
+    def requirements(self) -> PodRequirements:
         """The requested machine."""
         return PodRequirements(
             image=self.image,

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Reaped:
-    """A pod that was ended, or could not be."""
+    """A pod that the reaper has ended, or failed to end."""
 
     pod: Pod
     reason: str
@@ -45,7 +45,7 @@ def reap(
 ) -> list[Reaped]:
     """End the orphaned pods of `owner`, or all of them with `everything`. Pods of others are not touched.
 
-    Returns the pods that were ended or that could not be. `over` returns why a flow run no longer needs its pod, or None if it does or if
+    Returns the pods that it has ended or tried to end. `over` returns why a flow run no longer needs its pod, or None if it does or if
     that is unknown. It is not called for pods younger than `young_s`, nor for one without a flow run. A ledger that cannot be reached is
     only logged.
     """

@@ -1,4 +1,4 @@
-"""Finds, rents, waits for and ends the pod that runs the Prefect server. The program on that pod is `home`."""
+"""Finds, rents, waits for and ends the pod that runs the Prefect server. The program on that pod is `infra.runpod.server_pod`."""
 
 import json
 import os
@@ -62,13 +62,13 @@ def rent_server(
     configuration.check_image()
     volume = account.volume()
     key = account.place.key.get_secret_value() if account.place.key else os.environ.get(KEY_VARIABLE, "")
-    wish = configuration.wish
-    wish = replace(wish, ports=(f"{port}/http",), env=wish.env | {ACCOUNT_KEY_VARIABLE: key})
+    requirements = configuration.requirements
+    requirements = replace(requirements, ports=(f"{port}/http",), env=requirements.env | {ACCOUNT_KEY_VARIABLE: key})
     configuration = configuration.model_copy(update={"command": shlex.join(command)})
     budget.storage(volume.id, volume.usd_per_hour)
     pod, name = rent(
         account.client,
-        wish,
+        requirements,
         budget,
         run=NO_RUN,
         volume=volume,

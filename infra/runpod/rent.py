@@ -72,23 +72,25 @@ class Candidate:
         return f"{count}{self.kind.id} in {self.data_center}"
 
 
-def candidates(client: RunPod, wish: PodRequirements, volume: Volume | None) -> list[Candidate]:
+def candidates(client: RunPod, requirements: PodRequirements, volume: Volume | None) -> list[Candidate]:
     """Return the machines to try, best first. Raises RefusedError if the request can never be met."""
-    if bool(wish.gpus) == bool(wish.cpus):
+    if bool(requirements.gpus) == bool(requirements.cpus):
         raise RefusedError("give GPUs or CPU flavours, and not both", where="gpus, cpus", fix="name one kind of machine")
-    offered: list[GpuType] | list[CpuType] = client.gpus(count=wish.gpu_count) if wish.gpus else client.cpus(vcpus=wish.vcpus)
+    offered: list[GpuType] | list[CpuType] = (
+        client.gpus(count=requirements.gpu_count) if requirements.gpus else client.cpus(vcpus=requirements.vcpus)
+    )
     offers: dict[str, GpuType | CpuType] = {one.id: one for one in offered}
-    wanted = list(wish.gpus or wish.cpus)
+    wanted = list(requirements.gpus or requirements.cpus)
     if unknown := [name for name in wanted if name not in offers]:
         near = [match for name in unknown for match in _nearest(name, list(offers))] or sorted(offers)
         raise RefusedError(
             f"RunPod has no {', '.join(map(repr, unknown))}",
-            where="gpus" if wish.gpus else "cpus",
+            where="gpus" if requirements.gpus else "cpus",
             fix=f"did you mean {', '.join(map(repr, near))}?",
         )
-    if volume and wish.data_centers and volume.dataCenter not in wish.data_centers:
+    if volume and requirements.data_centers and volume.dataCenter not in requirements.data_centers:
         raise RefusedError(
-            f"the volume {volume.name} is in {volume.dataCenter}, and pods are wanted in {', '.join(wish.data_centers)}",
+            f"the volume {volume.name} is in {volume.dataCenter}, and pods are wanted in {', '.join(requirements.data_centers)}",
             where="data_centers",
             fix="a volume can be mounted in its own data centre only: name that one, or another volume",
         )
@@ -97,21 +99,21 @@ def candidates(client: RunPod, wish: PodRequirements, volume: Volume | None) -> 
         offer = offers[name]
         kind: GpuRequest | CpuRequest
         if isinstance(offer, GpuType):
-            kind = GpuRequest(id=name, count=wish.gpu_count, minCudaVersion=wish.min_cuda)
-            usd = offer.price.secure * wish.gpu_count
+            kind = GpuRequest(id=name, count=requirements.gpu_count, minCudaVersion=requirements.min_cuda)
+            usd = offer.price.secure * requirements.gpu_count
         else:
-            kind = CpuRequest(id=name, vcpuCount=wish.vcpus)
-            usd = offer.price.securePerVcpu * wish.vcpus
-        if usd > wish.max_usd_per_hour:
+            kind = CpuRequest(id=name, vcpuCount=requirements.vcpus)
+            usd = offer.price.securePerVcpu * requirements.vcpus
+        if usd > requirements.max_usd_per_hour:
             costly.append(f"{name} costs ${usd:.2f}/h")
             continue
         stocks = {one.id: one.availability for one in offer.dataCenters}
-        places = [volume.dataCenter] if volume else list(wish.data_centers) or list(stocks)
+        places = [volume.dataCenter] if volume else list(requirements.data_centers) or list(stocks)
         here = [Candidate(kind, place, usd, stocks.get(place, "NONE")) for place in places]
         found += sorted(here, key=lambda one: STOCK.get(one.stock, 3))
     if not found:
         raise RefusedError(
-            f"every machine is above the ceiling of ${wish.max_usd_per_hour:.2f} per hour: {'; '.join(costly)}",
+            f"every machine is above the ceiling of ${requirements.max_usd_per_hour:.2f} per hour: {'; '.join(costly)}",
             where="max_usd_per_hour",
             fix="raise it, or name cheaper machines",
         )
@@ -120,7 +122,7 @@ def candidates(client: RunPod, wish: PodRequirements, volume: Volume | None) -> 
 
 def rent(
     client: RunPod,
-    wish: PodRequirements,
+    requirements: PodRequirements,
     budget: Budget,
     *,
     run: UUID,
@@ -145,14 +147,14 @@ def rent(
     reaper has checked.
     """
     began = time.monotonic()
-    machines = candidates(client, wish, volume)
+    machines = candidates(client, requirements, volume)
     while True:
         tried: list[str] = []
         final: InfraError | None = None
         for machine in machines:
             deadline = budget.clock() + max_runtime_s
             name = PodName.new(volume.id, deadline, run)
-            request = _request(wish, machine, str(name), volume, mount_path, environment(deadline, machine))
+            request = _request(requirements, machine, str(name), volume, mount_path, environment(deadline, machine))
             position = budget.reserve(str(name), usd_per_hour=machine.usd_per_hour, until=deadline, phase=phase)
             try:
                 pod = client.create_pod(request)
@@ -173,7 +175,7 @@ def rent(
             except (InfraError, OSError):  # a pod that is not in the ledger would be missing in the budget
                 client.terminate(pod.id)
                 raise
-            if pod.cost > min(machine.usd_per_hour * PRICE_TOLERANCE, wish.max_usd_per_hour * PRICE_TOLERANCE):
+            if pod.cost > min(machine.usd_per_hour * PRICE_TOLERANCE, requirements.max_usd_per_hour * PRICE_TOLERANCE):
                 client.terminate(pod.id)
                 budget.ended(str(name))
                 raise PriceError(
@@ -209,20 +211,20 @@ def _others_may_do(error: InfraError) -> bool:
     return refused or isinstance(error, NoCapacityError | NoAccessError)
 
 
-def _request(wish: PodRequirements, machine: Candidate, name: str, volume: Volume, path: str, more: dict[str, str]) -> CreatePod:
+def _request(requirements: PodRequirements, machine: Candidate, name: str, volume: Volume, path: str, more: dict[str, str]) -> CreatePod:
     try:
         return CreatePod(
             name=name,
-            image=wish.image,
-            args=wish.args,
-            env=wish.env | more,
-            disk=wish.disk_gb,
+            image=requirements.image,
+            args=requirements.args,
+            env=requirements.env | more,
+            disk=requirements.disk_gb,
             gpu=machine.kind if isinstance(machine.kind, GpuRequest) else None,
             cpu=machine.kind if isinstance(machine.kind, CpuRequest) else None,
             mounts=Mounts(network=[NetworkMount(volumeId=volume.id, path=path)]),
             dataCenterIds=[machine.data_center],
-            registry=wish.registry,
-            ports=list(wish.ports) or None,
+            registry=requirements.registry,
+            ports=list(requirements.ports) or None,
         )
     except ValueError as error:
         raise InvalidRequestError(f"this pod cannot be requested: {error}", where="the job variables", fix="correct them") from None

@@ -155,10 +155,10 @@ def main() -> int:
     options = parser.parse_args()
     address = options.address.replace("{pod}", os.environ.get("RUNPOD_POD_ID", ""))
     disk = Path(os.environ[DISK_VARIABLE]) / "server"
-    home = ServerPod(options.volume, disk, port=options.port, address=address, pools=options.pools, environment=os.environ)
+    pod = ServerPod(options.volume, disk, port=options.port, address=address, pools=options.pools, environment=os.environ)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: home.over.set())
-    home.run()
+        signal.signal(number, lambda *_: pod.over.set())
+    pod.run()
     return 0
 
 

@@ -103,10 +103,10 @@ def rented(
     account: Account, budget: Budget, configuration: RunPodConfiguration, run: UUID, say: Callable[[str], None], *, args: str = ""
 ) -> Generator[Pod]:
     """Rent a pod for the duration of the block. `args` is its command, instead of the pod's program."""
-    volume, wish = account.volume(), configuration.wish
+    volume, requirements = account.volume(), configuration.requirements
     pod, name = rent(
         account.client,
-        replace(wish, args=args) if args else wish,
+        replace(requirements, args=args) if args else requirements,
         budget,
         run=run,
         volume=volume,

@@ -28,8 +28,8 @@ class Watch:
     idle_s: float | None = None
     """How long all GPUs may be idle."""
     silent_s: float | None = None
-    """How long the run may give no sign of life, from the start of the container. While packages are installed, the lines of the pod's
-    program are signs of life."""
+    """How long the run may give no sign of life, from the start of the container. While packages are installed (for at most
+    `pod.SETUP_S`), the lines of the pod's program are signs of life."""
     overtime_s: float = 120.0
     """Time after the deadline in which the pod may end itself."""
     running: bool = False
@@ -62,7 +62,7 @@ class Watch:
             late = not self.running and now - self.began > self.start_timeout_s
             return f"{UNSTARTED} in {self.start_timeout_s:.0f} s; it is {pod.status}" if late else None
         if not self.running:
-            self.running, self.heard = True, None
+            self.running, self.heard = True, None  # silence counts from now, also if no poll succeeded for a while before
         return self._restarts(pod, now) or self._idle(pod, now)
 
     def read(self, line: str) -> None:

@@ -82,7 +82,7 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
-        self._tenancies: dict[str, AccountContext] = {}
+        self._contexts: dict[str, AccountContext] = {}
         self._mine: set[UUID] = set()
         self._recovery: asyncio.Task[None] | None = None
 
@@ -92,8 +92,8 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
         try:
             await super().__aexit__(*error)
         finally:
-            for tenancy in self._tenancies.values():
-                tenancy.poller.close()
+            for context in self._contexts.values():
+                context.poller.close()
 
     async def _initialize_after_sync(self) -> None:
         first = not self._has_successfully_synced
@@ -112,18 +112,18 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
         self._mine.add(flow_run.id)
         configuration.check_reachable()
         await anyio.to_thread.run_sync(configuration.check_image)
-        tenancy = await self._tenancy(configuration)
-        volume, budget = tenancy.volume, tenancy.budget.capped(configuration.budget_usd, configuration.budget_reserve_usd)
+        context = await self._context(configuration)
+        volume, budget = context.volume, context.budget.capped(configuration.budget_usd, configuration.budget_reserve_usd)
 
         def warn(line: str) -> None:
             log.warning(line)
-            tenancy.post(line)
+            context.post(line)
 
         def rented() -> tuple[Pod, PodName]:
             budget.storage(volume.id, volume.usd_per_hour)
             return rent(
-                tenancy.account.client,
-                configuration.wish,
+                context.account.client,
+                configuration.requirements,
                 budget,
                 run=flow_run.id,
                 volume=volume,
@@ -140,23 +140,23 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
         pod, name = await anyio.to_thread.run_sync(rented)
         if task_status is not None:
             task_status.started(pod.id)
-        await anyio.to_thread.run_sync(tenancy.post, f"{flow_run.name} runs on pod {pod.id} for ${pod.cost:.2f}/h")
-        return await self._stay(flow_run, configuration, tenancy, pod, name)
+        await anyio.to_thread.run_sync(context.post, f"{flow_run.name} runs on pod {pod.id} for ${pod.cost:.2f}/h")
+        return await self._stay(flow_run, configuration, context, pod, name)
 
     async def kill_infrastructure(self, infrastructure_pid: str, configuration: RunPodConfiguration, grace_seconds: int = 30) -> None:
         """End the run's pod."""
         try:
-            client = (await self._tenancy(configuration)).account.client
+            client = (await self._context(configuration)).account.client
             if not await anyio.to_thread.run_sync(client.terminate, infrastructure_pid):
                 raise InfrastructureNotFound(f"the pod {infrastructure_pid} is gone")
         except InfraError as error:
             raise InfrastructureNotAvailable(str(error)) from error
 
     async def _stay(
-        self, flow_run: FlowRun, configuration: RunPodConfiguration, tenancy: "AccountContext", pod: Pod, name: PodName
+        self, flow_run: FlowRun, configuration: RunPodConfiguration, context: "AccountContext", pod: Pod, name: PodName
     ) -> RunPodResult:
         """Watch a pod to its end, and make sure that it ends."""
-        log, account = self.get_flow_run_logger(flow_run), tenancy.account
+        log, account = self.get_flow_run_logger(flow_run), context.account
         watch = Watch(
             deadline=name.deadline,
             began=time.time(),
@@ -173,21 +173,21 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
 
         with reading_logs(account.client, pod.id, said):
             try:
-                crashed = await self._until_over(flow_run, tenancy.poller, watch, pod.id)
+                crashed = await self._until_over(flow_run, context.poller, watch, pod.id)
             except BaseException:
                 # this worker is being stopped: the pod ends itself, and the next worker looks after it
                 log.info("the worker leaves the pod %s to itself", pod.id)
                 raise
-        await ended(account, tenancy.budget, pod.id, str(name), log.warning)
+        await ended(account, context.budget, pod.id, str(name), log.warning)
         outcome = await anyio.to_thread.run_sync(account.outcome, pod.id)
         if not crashed:
             log.info("the pod %s has ended", pod.id)
-            await anyio.to_thread.run_sync(tenancy.post, f"{flow_run.name} has ended, and its pod {pod.id} with it")
+            await anyio.to_thread.run_sync(context.post, f"{flow_run.name} has ended, and its pod {pod.id} with it")
             return RunPodResult(identifier=pod.id, status_code=0)
         hint = f"if its image {configuration.image} cannot be pulled, correct it or give its `registry`" if UNSTARTED in crashed else ""
         reason = "; ".join(part for part in (crashed, outcome, *system, hint) if part)
         log.error("the pod %s was lost: %s", pod.id, reason)
-        await anyio.to_thread.run_sync(tenancy.post, f"BLOCKER: {flow_run.name}: its pod {pod.id} was lost: {reason}")
+        await anyio.to_thread.run_sync(context.post, f"BLOCKER: {flow_run.name}: its pod {pod.id} was lost: {reason}")
         message = f"pod {pod.id}: {reason}"
         if await self._crash(flow_run.id, pod.id, message) and self._runs_task_group:
             self._runs_task_group.start_soon(self._crash_again, flow_run.id, pod.id, message)
@@ -297,20 +297,20 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
 
     async def _adopt_all(self) -> None:
         configuration = await RunPodConfiguration.from_template_and_values(self.work_pool.base_job_template, {}, client=self.client)
-        tenancy = await self._tenancy(configuration)
-        for pod in await anyio.to_thread.run_sync(tenancy.account.client.pods):
+        context = await self._context(configuration)
+        for pod in await anyio.to_thread.run_sync(context.account.client.pods):
             name = PodName.parse(pod.name)
-            if name is None or name.owner != owner(tenancy.volume.id) or name.run in self._mine:
+            if name is None or name.owner != owner(context.volume.id) or name.run in self._mine:
                 continue
             with contextlib.suppress(ObjectNotFound):
                 run = await self.client.read_flow_run(name.run)
                 if run.work_pool_name == self._work_pool_name and run.infrastructure_pid == pod.id and self._runs_task_group:
                     self._logger.info("goes on with the pod %s of the flow run %s", pod.id, run.name)
                     self._mine.add(run.id)
-                    self._runs_task_group.start_soon(self._stay, run, configuration, tenancy, pod, name)
-        await self._crash_orphaned(tenancy, configuration.poll_s)
+                    self._runs_task_group.start_soon(self._stay, run, configuration, context, pod, name)
+        await self._crash_orphaned(context, configuration.poll_s)
 
-    async def _crash_orphaned(self, tenancy: "AccountContext", poll_s: float) -> None:
+    async def _crash_orphaned(self, context: "AccountContext", poll_s: float) -> None:
         """Mark runs as Crashed whose pod ended while neither worker nor server was running: they would fill the pool's limit forever."""
         on_a_pod = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=ON_A_POD)))
         pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[self._work_pool_name]))
@@ -318,7 +318,7 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
         # a run that was started again has the pod id of its first attempt until this worker has rented another pod
         orphans = [run for run in found if run.infrastructure_pid and run.id not in self._mine | self._submitting_flow_run_ids]
         for _ in range(GONE_LOOKS):  # pods are listed after the runs were read, because these runs had their pods by then
-            alive = {pod.id for pod in await anyio.to_thread.run_sync(tenancy.account.client.pods)}
+            alive = {pod.id for pod in await anyio.to_thread.run_sync(context.account.client.pods)}
             orphans = [run for run in orphans if run.infrastructure_pid not in alive]
             await asyncio.sleep(poll_s if orphans else 0)
         for run in orphans:
@@ -326,16 +326,16 @@ class RunPodWorker(BaseWorker[RunPodConfiguration, RunPodVariables, RunPodResult
             if state in ON_A_POD:
                 await self._propose_crashed_state(run, f"pod {run.infrastructure_pid}: it is gone, and nobody was there to see it end")
 
-    async def _tenancy(self, configuration: RunPodConfiguration) -> "AccountContext":
+    async def _context(self, configuration: RunPodConfiguration) -> "AccountContext":
         """Return what all runs of this worker with the same account and volume share."""
         place = configuration.place
-        if place.identity not in self._tenancies:
+        if place.identity not in self._contexts:
             account = Account(place)
             volume = await anyio.to_thread.run_sync(account.volume)
             budget = Budget(account.store, cap_usd=configuration.budget_usd, reserve_usd=configuration.budget_reserve_usd)
             poller = Poller(account.client, configuration.poll_s, self._logger.warning)
-            self._tenancies.setdefault(place.identity, AccountContext(account, volume, budget, poller, Board(account.store, "LOCAL")))
-        return self._tenancies[place.identity]
+            self._contexts.setdefault(place.identity, AccountContext(account, volume, budget, poller, Board(account.store, "LOCAL")))
+        return self._contexts[place.identity]
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def test_the_evaluation_of_a_pipeline_is_not_replaced(model_folder: Path, tmp_pa
     output = tmp_path / "out"
     run_it(model_folder, output)
     (output / CLAIM_FILE).unlink()
-    with pytest.raises(UserError, match="holds the evaluation of tiny-model by another program"):
+    with pytest.raises(UserError, match="holds the evaluation of tiny-model by the pipeline or an older version"):
         run_it(model_folder, output)
 
 

@@ -210,7 +210,7 @@ def test_a_copy_of_the_code_knows_its_commit_and_reaches_the_same_files(tmp_path
     """What a pod's manifests say of code and commit is what they say here, though there is no .git: so `on_code_change` holds there."""
     with tarfile.open(fileobj=io.BytesIO(archived(REPOSITORY)[1])) as archive:
         archive.extractall(tmp_path, filter="data")
-    code = "from fvlm_core.provenance import *; print(ROOT, commit()); print({path: digest(path) for path in imported_files('fvlm_core.train')})"
+    code = "from fvlm_core.provenance import *; print(ROOT, commit()); print({p: digest(p) for p in imported_files('fvlm_core.train')})"
     said = [
         subprocess.run(
             [sys.executable, "-c", code], cwd=place, env=os.environ | {"PYTHONPATH": str(place)}, capture_output=True, text=True, check=True

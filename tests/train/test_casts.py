@@ -17,7 +17,7 @@ def gradients(folder: Path, shards: Path, kind: str) -> torch.Tensor:
     changes = {"run__micro_batch": ONE_SAMPLE, "run__precision": "fp32" if kind == "fp32" else "bf16"}
     trainer = Trainer(tiny_recipe(folder / kind, shards, **changes), World(0, 1, torch.device("cpu")), "test", {}, has_wandb_key=False)
     if kind == "replicated":
-        trainer.spread = Replicated(trainer.model, trainer.world)
+        trainer.parallelism = Replicated(trainer.model, trainer.world)
     trainer.go_to(None, trainer.state)
     if kind in ("cast", "replicated"):
         trainer.model.casts.parts = frozenset(["encoder", "llm"])
@@ -27,7 +27,7 @@ def gradients(folder: Path, shards: Path, kind: str) -> torch.Tensor:
     trainer.optimizer.step = lambda *args: found.append(flat(trainer)) or update(*args)
     for _ in range(2):
         trainer.step()
-    trainer.spread.end()
+    trainer.parallelism.end()
     return found[1]
 
 

@@ -1,4 +1,4 @@
-"""Gains beyond the spread are found and others are not; the largest size that fits; the interval of checkpoints."""
+"""Significant gains are found and others are not; the largest size that fits; the interval of checkpoints."""
 
 import math
 

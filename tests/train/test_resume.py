@@ -160,7 +160,9 @@ def test_folder_of_a_run_on_other_shards(tmp_path: Path, shards: Path, uninterru
     train(recipe)
     link.unlink()
     link.symlink_to(tmp_path / "other")
-    with pytest.raises(UserError, match=f"what is in its shards .{link}. or in init_from has changed since"):
+    with pytest.raises(
+        UserError, match=f"the content of its shards .{link}., of init_from or of a backbone.s checkpoint has changed since"
+    ):
         train(recipe)
 
 

@@ -97,11 +97,11 @@ def test_nothing_in_the_spread_outlives_its_end(shards: Path, tmp_path: Path) ->
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         trainer = Trainer(tiny_recipe(tmp_path / "run", shards), World(0, 1, torch.device("cpu")), "test", {}, has_wandb_key=False)
-        trainer.spread = Replicated(trainer.model, trainer.world)
+        trainer.parallelism = Replicated(trainer.model, trainer.world)
         trainer.go_to(None, trainer.state)
         trainer.step()
-        parallel = weakref.ref(trainer.spread.parallel)
-        trainer.spread.end()
+        parallel = weakref.ref(trainer.parallelism.parallel)
+        trainer.parallelism.end()
         assert parallel() is None
     finally:
         dist.destroy_process_group()

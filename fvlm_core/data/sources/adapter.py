@@ -100,8 +100,8 @@ class Adapter:
     required: tuple[str, ...]
     """Published columns that `rows` needs."""
     rows: Callable[[pa.RecordBatch], pa.RecordBatch]
-    """Converts published columns to those of `rows.COLUMNS` that the dataset has (the others get defaults). Without a column `OF`, the
-    number of rows must stay the same."""
+    """Converts published columns to those of `rows.COLUMNS` that the dataset has (the others get defaults). Without a
+    column `ROW_NUMBER`, the number of rows must stay the same."""
     instead: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Alternative columns for one of `required`, by its name."""
     optional: tuple[str, ...] = ()

@@ -104,14 +104,14 @@ def _read_file(source: Source, adapter: Adapter, file: Path, place: str, archive
                 met = pc.and_(met, pa.array((before + numbers.to_numpy() - 1) % source.every == 0))
             chosen, kept = batch.filter(met), numbers.filter(met)
             ours = adapter.rows(chosen)
-            of = ours.column(ROW_NUMBER) if ROW_NUMBER in ours.schema.names else pa.array(np.arange(chosen.num_rows))
+            row_numbers = ours.column(ROW_NUMBER) if ROW_NUMBER in ours.schema.names else pa.array(np.arange(chosen.num_rows))
             if media:
-                there = pc.greater(chosen.column(media[0]).take(of), 0)
-                ours, of = ours.filter(there), of.filter(there)
-            kept = kept.take(of)
+                there = pc.greater(chosen.column(media[0]).take(row_numbers), 0)
+                ours, row_numbers = ours.filter(there), row_numbers.filter(there)
+            kept = kept.take(row_numbers)
             paths = None
             if media:
-                ours, paths = _embedded(ours, kept, chosen.column(media[0]).take(of), *media, file, place)
+                ours, paths = _embedded(ours, kept, chosen.column(media[0]).take(row_numbers), *media, file, place)
             rows = complete(ours, adapter, source.name)
         except FilterError as error:
             raise UserError(
@@ -123,7 +123,7 @@ def _read_file(source: Source, adapter: Adapter, file: Path, place: str, archive
             raise _unreadable(error, file, adapter) from error
         if paths is None:
             paths = _paths(rows, kept, source.media or file.absolute().parent, file, archives)
-        left_out = chosen.num_rows - len(pc.unique(of))
+        left_out = chosen.num_rows - len(pc.unique(row_numbers))
         yield Part(file, rows, kept, paths, batch.num_rows, batch.num_rows - chosen.num_rows, left_out)
         first += batch.num_rows
 

@@ -54,7 +54,7 @@ def conversations(*chats: Sequence[Turn] | None) -> str:
 
 
 def batch_of(rows: Sequence[dict[str, Any]]) -> pa.RecordBatch:
-    """Return the rows as a batch. Each has the index of its published row in `OF`; missing texts become empty."""
+    """Return the rows as a batch. Each has the index of its published row in `ROW_NUMBER`; missing texts become empty."""
     names = dict.fromkeys(name for row in rows for name in row if name != ROW_NUMBER)
     columns: dict[str, Any] = {name: pa.array([row.get(name) or "" for row in rows], pa.string()) for name in names}
     return pa.RecordBatch.from_pydict(columns | {ROW_NUMBER: pa.array([row[ROW_NUMBER] for row in rows], pa.int64())})

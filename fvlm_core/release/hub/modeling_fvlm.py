@@ -145,7 +145,7 @@ class FVLMModel(PreTrainedModel, GenerationMixin):
         return inputs | {name: kwargs[name] for name in passed if name in kwargs}
 
     def answer(self, frames: Any, question: str, *, mode: str | None = None, question_first: bool = True, max_new_tokens: int = 64) -> str:
-        """Answer a question about a video: the path of a file, an array [T, H, W, 3], or a list of pictures (1 / `fps` s apart).
+        """Answer a question about a video: the path of a file, an array [T, H, W, 3], or a list of pictures (1 / `processor.fps` s apart).
 
         With `question_first`, the model reads the question before the frames, and can look for what is asked.
         """

@@ -1,6 +1,6 @@
 """The options of one call of the processor: which frames of a video it reads, and transformers' options, of which most are refused.
 
-An option is obeyed, or it asks for what the processor does anyway, or it is an error: none is ignored.
+Every option is either obeyed, or asks for what the processor does anyway, or raises an error; none is ignored.
 """
 
 import math
@@ -56,7 +56,7 @@ class Sampling:
     def rule(self, rule: FrameRule) -> FrameRule:
         """The frame rule of the call; `rule` is the processor's own."""
         if self.num_frames is not None:
-            return replace(rule, fps=DENSE_FPS, max_frames=self.num_frames)
+            return replace(rule, fps=DENSE_FPS, max_frames=min(self.num_frames, self.max_frames or self.num_frames))
         return replace(rule, fps=self.fps or rule.fps, max_frames=self.max_frames or rule.max_frames)
 
 
@@ -71,6 +71,8 @@ def sampling(options: Mapping[str, Any]) -> Sampling:
     for name, value in flat.items():
         if name in OBEYED:
             continue
+        if name == "padding_side":
+            raise TypeError("padding_side is an argument of its own, not one of processor_kwargs or text_kwargs")
         if name not in SAME:
             raise TypeError(
                 f"the processor has no option {name!r}: it supports {', '.join(OBEYED)}, and of transformers' {', '.join(SAME)}"

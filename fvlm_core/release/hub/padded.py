@@ -48,7 +48,7 @@ def packed_batch(
     shown = shown_in[positions[:, 0]]
     targets = torch.full_like(input_ids, IGNORE) if labels is None else labels
     targets = targets[kept].masked_fill(is_visual, IGNORE).roll(-1)
-    targets[torch.from_numpy(starts[1:] - 1).to(targets.device)] = IGNORE  # a row's last token has no target: the next row begins after it
+    targets[torch.from_numpy(starts[1:] - 1).to(targets.device)] = IGNORE  # the last of a row: `roll` gave it the next row's first
     labelled = (targets != IGNORE).nonzero().flatten().cpu().numpy()
     frames = input_ids.new_zeros((0, 1, 1, 3), dtype=torch.uint8) if frames is None else frames
     known = int(shown.max()) + 1 if len(shown) else 0

@@ -1,4 +1,4 @@
-"""From wishes to a pod: what is refused before renting, what is tried, and what ends it."""
+"""From requirements to a pod: what is refused before renting, what is tried, and what ends it."""
 
 import asyncio
 import time
@@ -35,10 +35,10 @@ SLEEP = "sleep 600"
 
 @pytest.fixture
 def rented(client: RunPod, emulator: Emulator, volume: Volume, budget: Budget) -> Iterator[object]:
-    def go(wish: PodRequirements, **more: object) -> tuple[Pod, PodName]:
+    def go(requirements: PodRequirements, **more: object) -> tuple[Pod, PodName]:
         path = str(emulator.cloud.volumes[volume.id].folder)
         given = {"run": uuid4(), "volume": volume, "mount_path": path, "max_runtime_s": 3600.0, "sleep": lambda _: None} | more
-        return rent(client, wish, budget, **given)
+        return rent(client, requirements, budget, **given)
 
     return go
 
@@ -86,7 +86,7 @@ def test_a_machine_that_becomes_free_is_waited_for(rented, emulator: Emulator) -
 
 
 @pytest.mark.parametrize(
-    ("wish", "words"),
+    ("requirements", "words"),
     [
         (PodRequirements("i", gpus=["NVIDIA A100 80GB"]), ["has no 'NVIDIA A100 80GB'", A100]),
         (PodRequirements("i", gpus=["A100"]), [A100, SXM]),
@@ -98,10 +98,10 @@ def test_a_machine_that_becomes_free_is_waited_for(rented, emulator: Emulator) -
     ],
 )
 def test_what_can_never_be_is_refused_before_anything_is_rented(
-    rented, client: RunPod, budget: Budget, wish: PodRequirements, words: list[str]
+    rented, client: RunPod, budget: Budget, requirements: PodRequirements, words: list[str]
 ) -> None:
     with pytest.raises(RefusedError) as caught:
-        rented(wish)
+        rented(requirements)
     for word in words:
         assert word in str(caught.value)
     assert (client.pods(), budget.entries()) == ([], ())
@@ -148,9 +148,9 @@ def test_a_pod_that_cannot_be_written_down_is_ended(rented, client: RunPod, budg
 def test_shares_of_the_cap_that_a_pod_passes_are_said_once(rented, client: RunPod) -> None:
     """Of $20 a pod for an hour takes $3.28."""
     said: list[str] = []
-    wish = PodRequirements("i", gpus=[A100], gpu_count=2, args=SLEEP)
+    requirements = PodRequirements("i", gpus=[A100], gpu_count=2, args=SLEEP)
     for _ in range(4):
-        rented(wish, warn=said.append)
+        rented(requirements, warn=said.append)
     assert [line.partition(" of the budget")[0] for line in said] == ["50%"]
     assert "$13.12 of $20.00" in said[0]
     assert len(client.pods()) == 4
@@ -160,11 +160,11 @@ def test_nothing_starts_that_does_not_fit_and_the_sum_is_shown(
     rented, client: RunPod, budget: Budget, clock: Clock, volume: Volume
 ) -> None:
     budget.storage(volume.id, volume.usd_per_hour)
-    wish = PodRequirements("i", gpus=[A100], gpu_count=2, args=SLEEP)
-    rented(wish, max_runtime_s=3 * 3600.0)
+    requirements = PodRequirements("i", gpus=[A100], gpu_count=2, args=SLEEP)
+    rented(requirements, max_runtime_s=3 * 3600.0)
     clock.now += 3600
     with pytest.raises(BudgetError) as caught:
-        rented(wish, max_runtime_s=2 * 3600.0)
+        rented(requirements, max_runtime_s=2 * 3600.0)
     text = caught.value.what
     for part in (
         "spent $3.28",
@@ -174,7 +174,7 @@ def test_nothing_starts_that_does_not_fit_and_the_sum_is_shown(
     ):
         assert part in text, text
     assert len(client.pods()) == 1
-    rented(wish, max_runtime_s=1800.0)
+    rented(requirements, max_runtime_s=1800.0)
 
 
 def test_a_reservation_of_an_unknown_pod_stands_until_somebody_has_looked(
@@ -195,12 +195,12 @@ def test_a_reservation_of_an_unknown_pod_stands_until_somebody_has_looked(
 def test_the_reaper_ends_what_is_over_time_or_unknown_and_nothing_else(
     rented, client: RunPod, emulator: Emulator, budget: Budget, volume: Volume
 ) -> None:
-    wish = PodRequirements("i", cpus=["cpu3c"], args=SLEEP)
-    kept, _ = rented(wish)
-    unknown, name = rented(wish)
-    late, _ = rented(wish, max_runtime_s=-OVERTIME_S - 10)
+    requirements = PodRequirements("i", cpus=["cpu3c"], args=SLEEP)
+    kept, _ = rented(requirements)
+    unknown, name = rented(requirements)
+    late, _ = rented(requirements, max_runtime_s=-OVERTIME_S - 10)
     emulator.cloud.faults.arm(Fault("dies"))
-    dead, _ = rented(wish)
+    dead, _ = rented(requirements)
     other = client.create_pod(emulator.cloud.pods[kept.id].request.model_copy(update={"name": "someone-elses"}))
     while client.pod(dead.id).status != Status.ERROR:
         time.sleep(0.02)
@@ -249,9 +249,9 @@ def test_two_who_start_the_server_at_once_pay_for_one_pod(client: RunPod, emulat
 def test_a_volume_that_is_away_holds_up_neither_the_end_of_a_pod_nor_the_reaper(
     rented, client: RunPod, emulator: Emulator, budget: Budget, volume: Volume, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wish = PodRequirements("i", cpus=["cpu3c"], args=SLEEP)
-    pod, name = rented(wish)
-    late, _ = rented(wish, max_runtime_s=-OVERTIME_S - 10)
+    requirements = PodRequirements("i", cpus=["cpu3c"], args=SLEEP)
+    pod, name = rented(requirements)
+    late, _ = rented(requirements, max_runtime_s=-OVERTIME_S - 10)
     account = Account(Place(volume.id, emulator.url, folder=str(emulator.cloud.volumes[volume.id].folder), key=SecretStr(emulator.key)))
 
     def away(*_arguments: object) -> None:
