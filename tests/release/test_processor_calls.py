@@ -133,6 +133,7 @@ def grey_clip(tmp_path):
         ({"num_frames": 2}, [0, 4]),
         ({"num_frames": 3, "do_sample_frames": True}, [0, 8 / 3, 16 / 3]),
         ({"num_frames": 6}, np.arange(6) * 8 / 6),
+        ({"num_frames": 6, "max_frames": 2}, [0, 4]),
     ],
     ids=str,
 )
@@ -159,6 +160,7 @@ def test_frames_are_chosen_per_call(grey_clip, options, seconds):
         ({"num_frame": 2}, TypeError, "no option 'num_frame': it supports fps, num_frames, max_frames"),
         ({"processor_kwargs": {"size": 224}}, TypeError, "no option 'size'"),
         ({"fps": 2, "num_frames": 3}, ValueError, "exclude each other"),
+        ({"text_kwargs": {"padding_side": "left"}}, TypeError, "padding_side is an argument of its own"),
         ({"num_frames": 0}, ValueError, "num_frames is 0"),
         ({"max_frames": 2.5}, ValueError, "max_frames is 2.5"),
         ({"fps": -1}, ValueError, "fps is -1"),

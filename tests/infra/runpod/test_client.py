@@ -219,14 +219,19 @@ def test_an_answer_without_a_list_of_pods_is_an_error_and_not_an_account_without
 
 
 def test_a_pod_whose_create_request_got_an_answer_that_is_not_understood_is_found(client: RunPod, witness: Witness) -> None:
-    real = client._http
+    """Also where it is listed late: no second pod is requested."""
+    real, asked = client._http, []
 
     def answer(request: httpx.Request) -> httpx.Response:
         reply = real.request(request.method, request.url, content=request.content, headers=request.headers)
-        return httpx.Response(201, json={"id": reply.json()["id"]}) if request.method == "POST" else httpx.Response(200, json=reply.json())
+        asked.append(request.method)
+        if request.method == "POST":
+            return httpx.Response(201, json={"id": reply.json()["id"]})
+        return httpx.Response(200, json=reply.json() if asked.count("GET") > 2 else {"pods": []})
 
     client._http = httpx.Client(transport=httpx.MockTransport(answer), base_url=client.url, headers=real.headers)
     pod = client.create_pod(small())
+    assert asked == ["POST", "GET", "GET", "GET"]
     assert [(one.id, one.name) for one in client.pods()] == [(pod.id, small().name)]
     real.close()
 
