@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
+from benchmarks.chat_server import data_url
 from fvlm_core.config import Recipe
 from fvlm_core.data import gaze
 from fvlm_core.data.clips import encode_mp4
@@ -14,9 +15,13 @@ from fvlm_core.eval.answerers.foveated import FoveatedAnswerer
 from fvlm_core.model.build import load_model
 from fvlm_core.model.convert import to_original
 from fvlm_core.release.hub_folder import write_hub_folder
+from fvlm_core.serve.limits import Limits
 from fvlm_core.serve.load import load
 from tests.release.build import run as make_run
 from tests.release.build import shards as make_shards
+
+LIMITS = Limits(upload_mb=1, video_s=60, running=4, waiting=8, new_tokens=64, decode_s=20, pixels=1_000_000)
+"""Of the servers that these tests start."""
 
 
 @pytest.fixture(scope="session")
@@ -52,3 +57,8 @@ def pooled(root: Path) -> Path:
 def clip(frames: int, seed: int = 0) -> bytes:
     """A video of that many seconds: digits in a grid, redrawn every second."""
     return encode_mp4(gaze.render(np.random.default_rng(seed), "val", frames=frames).frames)
+
+
+@pytest.fixture(scope="module")
+def url(root) -> str:
+    return data_url((root / "clip.mp4").read_bytes())
