@@ -76,6 +76,13 @@ def forget_servers() -> Iterator[None]:
     forget_server()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def scheduling_checked() -> Iterator[None]:
+    """A library may make this process real-time; it and what it starts would then starve all others, whose tests fail for want of time."""
+    yield
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER, "a test of this file left the process with real-time scheduling"
+
+
 def forget_server() -> None:
     """Prefect sends a process's events through a client of the server that the first of them went to: that client ends here."""
     if "prefect.events.worker" in sys.modules:

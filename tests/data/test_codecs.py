@@ -1,7 +1,9 @@
 """Every codec, container and oddity that a published clip may have: the frames of its seconds, the same as if all were decoded."""
 
 import io
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 
 import av
@@ -46,6 +48,16 @@ def pictures(levels: list[int], *, per_level: int = FPS, size: tuple[int, int] =
     return made
 
 
+@contextmanager
+def scheduling_kept() -> Iterator[None]:
+    """SVT-AV1 makes the thread that encodes as root real-time and leaves it so: whatever it did or started later would starve the machine."""
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, *before)
+
+
 def encode(
     codec: str,
     container: str,
@@ -60,7 +72,7 @@ def encode(
     if name not in av.codecs_available:
         pytest.skip(f"this PyAV has no {name}")
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format=container) as output:
+    with scheduling_kept(), av.open(buffer, "w", format=container) as output:
         stream = output.add_stream(name, rate=FPS, options=options)
         stream.height, stream.width = made[0].shape[:2]
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
