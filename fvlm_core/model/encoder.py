@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 """ImageNet mean and standard deviation, as in DINOv2's training."""
-FRAMES_IN_CACHE = 8
-"""Frames encoded at a time on CPU without gradients, so that a layer's activations stay in the processor's cache."""
+PATCHES_IN_CACHE = 2048
+"""Patches encoded at a time on CPU without gradients (8 frames of 224 px), so that a layer's activations stay in the processor's cache."""
 
 _NAMES = [
     (r"^embeddings\.patch_embeddings\.projection\.", "patches."),
@@ -192,9 +192,10 @@ class Encoder(nn.Module):
         side = self.patch_px
         if height % side or width % side:
             raise ValueError(f"frames of {height}x{width} px are not a multiple of the patch size {side}")
-        if frames.is_cuda or torch.is_grad_enabled() or len(frames) <= FRAMES_IN_CACHE:
+        at_a_time = max(1, PATCHES_IN_CACHE // ((height // side) * (width // side)))
+        if frames.is_cuda or torch.is_grad_enabled() or len(frames) <= at_a_time:
             return self._encode(frames, patches, passes if self.factored_gradients else 0, queries, weights)
-        parts = (self._encode(part, patches) for part in frames.split(FRAMES_IN_CACHE))
+        parts = (self._encode(part, patches) for part in frames.split(at_a_time))
         return FrameFeatures.joined(parts, len(frames))
 
     def query(self, features: FrameFeatures, q: Tensor, temperature: float = 1.0, pass_index: int | None = None) -> tuple[Tensor, Tensor]:

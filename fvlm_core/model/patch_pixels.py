@@ -38,9 +38,7 @@ def patch_pixels(frames: Tensor | StoredFrames, frame: Tensor, down: Tensor, rig
     """
     if not isinstance(frames, Tensor):
         return frames.squares(frame, down, right, side)
-    lines = frames.contiguous().flatten(2)  # [F, H, W * 3]
-    moved = next(kind for kind in (torch.int64, torch.int32, torch.int16, torch.uint8) if side * 3 % kind.itemsize == 0)
-    grid = frames.shape[1] // side, frames.shape[2] // side
-    # indexing takes time per element, not per byte, so view several bytes as one integer: [F, rows, columns, side, side * 3 bytes]
-    cut = lines.view(moved).unflatten(1, (grid[0], -1)).unflatten(3, (grid[1], -1)).transpose(2, 3)
-    return cut[frame[:, None], down, right].flatten(0, 1).view(torch.uint8).unflatten(2, (-1, 3))
+    rows, columns = frames.shape[1] // side, frames.shape[2] // side
+    lines = frames.contiguous().view(-1, side * 3)  # [F * H * columns, side * 3]: a line of a square is contiguous, and copied as a whole
+    line = ((frame[:, None] * rows + down) * side)[..., None] + torch.arange(side, device=down.device)  # [R, n, side], over all frames
+    return lines.index_select(0, (line * columns + right[..., None]).flatten()).view(-1, side, side, 3)

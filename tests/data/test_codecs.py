@@ -50,7 +50,7 @@ def pictures(levels: list[int], *, per_level: int = FPS, size: tuple[int, int] =
 
 @contextmanager
 def scheduling_kept() -> Iterator[None]:
-    """SVT-AV1 makes the thread that encodes as root real-time and leaves it so: whatever it did or started later would starve the machine."""
+    """SVT-AV1 makes the thread that encodes as root real-time and leaves it so: what it starts later would starve the machine."""
     before = os.sched_getscheduler(0), os.sched_getparam(0)
     try:
         yield

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model
 
-from fvlm_core.model.encoder import FRAMES_IN_CACHE, PIXEL_MEAN, PIXEL_STD, Encoder
+from fvlm_core.model.encoder import PATCHES_IN_CACHE, PIXEL_MEAN, PIXEL_STD, Encoder
 
 
-@pytest.fixture(params=[(42, 42, 5), (56, 42, 2 * FRAMES_IN_CACHE + 3), (70, 42, 5)], ids=lambda p: f"frames{p[0]}x{p[2]}-table{p[1]}")
+@pytest.fixture(params=[(42, 42, 5), (56, 42, PATCHES_IN_CACHE // 8 + 3), (70, 42, 5)], ids=lambda p: f"frames{p[0]}x{p[2]}-table{p[1]}")
 def pair(request):
     """A Dinov2Model with random weights, our encoder of it, and frames [F, H, W, 3] (of sizes the table is resampled for,
     and more than are encoded at a time)."""
