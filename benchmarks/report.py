@@ -58,13 +58,16 @@ def show(measurements: Iterable[Measurement], *, as_json: bool) -> None:
 
 
 def side_by_side(functions: Mapping[str, Callable[[], Any]], *, rounds: int = 5) -> dict[str, float]:
-    """Return the median seconds of each function after one warm-up. Functions run in turn, so that drift of the machine affects all
-    alike."""
+    """Return the median seconds of each function after one warm-up.
+
+    Functions run in turn, so that drift of the machine affects all alike, and every second round backwards, so that none always runs after
+    one that leaves the caches cold.
+    """
     for function in functions.values():
         function()
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
+    for number in range(rounds):
+        for name, function in reversed(list(functions.items())) if number % 2 else functions.items():
             started = time.perf_counter()
             function()
             times[name].append(time.perf_counter() - started)

@@ -5,7 +5,6 @@ the addition is compiled together with that block's norm; and queries that are k
 `fvlm_core.model.encoder` for the whole encoder and its source.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -98,7 +97,7 @@ class EncoderLayer(nn.Module):
         else:
             around = torch.cat([context_key, key], dim=2), torch.cat([context_value, value], dim=2)
             attended = F.scaled_dot_product_attention(query, *around, attn_mask=mask)
-        return *self._finish_heads(x, attended, weights), key, value, gradient_factors(key, value, passes)
+        return *self._finish(x, attended, weights), key, value, gradient_factors(key, value, passes)
 
     def query(
         self,
@@ -123,30 +122,21 @@ class EncoderLayer(nn.Module):
         return self._output(q, F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale), weights)
 
     def with_query(
-        self,
-        both: Tensor,
-        residual: PendingResidual,
-        count: Sequence[int],
-        keys: Tensor,
-        values: Tensor,
-        mask: Tensor,
-        temperature: float,
-        bias: Tensor,
+        self, x: Tensor, residual: PendingResidual, keys: Tensor, values: Tensor, mask: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        """Apply the layer to opened patches and the queries that read them in one go (see `fvlm_core.model.joint_pass`).
+        """Apply the layer to opened patches and the query that reads them in one go (see `fvlm_core.model.joint_pass`).
 
-        `both` [R * n + R, D]: n patches of each of R rows, followed by one query of each row. `count`: (R, n). The patches' keys and values
-        are written to the last n places of `keys` and `values` [R, heads, N, head_dim]. `mask` float [n, N] and `bias` [R, 1, 1, N] are
-        added to the attention logits of patches and queries. Returns x and the residual term for the next layer, as `forward` does.
+        x [R, n + 1, D]: n patches of each row and, last, its query. The patches' keys and values are written to the last n places of `keys`
+        and `values` [R, heads, N, head_dim]. `mask` float [R, 1, n + 1, N] is added to the attention logits. Returns x and the residual
+        term for the next layer, as `forward` does.
         """
-        both = scaled_sum(both, residual)
-        patches, queries = self.norm1(both).tensor_split([count[0] * count[1]])
-        query, key, value = self._project(patches.unflatten(0, count), slice(None))
-        (reading,) = self._project(queries[:, None], slice(0, both.shape[-1]))
-        keys[:, :, -count[1] :], values[:, :, -count[1] :] = key, value
-        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
-        read = F.scaled_dot_product_attention(reading, keys, values, attn_mask=bias, scale=reading.shape[-1] ** -0.5 / temperature)
-        return self._finish(both, torch.cat([part.transpose(1, 2).flatten(2).flatten(0, 1) for part in (attended, read)]))
+        x = scaled_sum(x, residual)
+        query, key, value = self._project(self.norm1(x), slice(None))
+        n = x.shape[1] - 1
+        keys[:, :, -n:], values[:, :, -n:] = key[:, :, :n], value[:, :, :n]
+        if temperature != 1:
+            query[:, :, n:] /= temperature
+        return self._finish(x, F.scaled_dot_product_attention(query, keys, values, attn_mask=mask), None)
 
     def weights(self, q: Tensor, key: Tensor, temperature: float, bias: Tensor | None = None) -> Tensor:
         """Attention weights [F, heads, Q, N] of queries [F, Q, D]."""
@@ -176,10 +166,9 @@ class EncoderLayer(nn.Module):
             projected = F.linear(x, weights.qkv[part], None if weights.qkv_bias is None else weights.qkv_bias[part])
         return tuple(p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in projected.split(x.shape[-1], dim=-1))
 
-    def _finish_heads(self, x: Tensor, attended: Tensor, weights: LayerWeights | None) -> tuple[Tensor, Tensor]:
-        return self._finish(x, attended.transpose(1, 2).flatten(2), weights)
-
-    def _finish(self, x: Tensor, attended: Tensor, weights: LayerWeights | None = None) -> tuple[Tensor, Tensor]:
+    def _finish(self, x: Tensor, attended: Tensor, weights: LayerWeights | None) -> tuple[Tensor, Tensor]:
+        """Apply what follows the attention [F, heads, N, head_dim] of x [F, N, D]; returns x and the residual term for the next layer."""
+        attended = attended.transpose(1, 2).flatten(2)
         if weights is None:
             x = x + self.out(attended) * self.scale1
             return x, self.fc2(gelu_of(self.fc1, self.norm2(x)))
@@ -188,5 +177,5 @@ class EncoderLayer(nn.Module):
         return x, F.linear(F.gelu(hidden), weights.fc2)
 
     def _output(self, x: Tensor, attended: Tensor, weights: LayerWeights | None = None) -> Tensor:
-        x, more = self._finish_heads(x, attended, weights)
+        x, more = self._finish(x, attended, weights)
         return scaled_sum(x, self.pending_residual(more, weights))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fvlm_core.model.encoder import Encoder, FrameFeatures
-from fvlm_core.model.encoder_layer import PendingResidual, scaled_sum
+from fvlm_core.model.encoder_layer import PendingResidual
 
 
 class JointPass:
@@ -41,22 +41,21 @@ class JointPass:
         Patches attend to the glance and to their `siblings` bool [n, n]. `bias` [R, 1, 1, all open tokens] is added to the queries' logits.
         Returns the queries' inputs to the last layer [R, 1, D].
         """
-        count, start = x.shape[:2], self.length
-        n_rows = count.numel()  # ty: ignore[missing-attribute] -- ty takes part of a `torch.Size` for a tuple
-        self.length += count[1]
-        mask = self._keys[0].new_full((count[1], self.length), -torch.inf)
-        mask[:, : self.n_glance] = 0
-        mask[:, start:].masked_fill_(siblings, 0)
+        (rows, n), start = x.shape[:2], self.length
+        self.length += n
+        mask = x.new_full((rows, 1, n + 1, self.length), -torch.inf)
+        mask[:, :, :n, : self.n_glance] = 0
+        mask[:, :, :n, start:].masked_fill_(siblings, 0)
+        mask[:, :, n:] = bias
         *layers, last = self.encoder.layers
-        both = torch.cat([x.flatten(0, 1), q.flatten(0, 1)])  # [R * n + R, D]: patches and queries are contiguous
+        both = torch.cat([x, q], dim=1)
         residual: PendingResidual = None
         for layer, keys, values in zip(layers, self.keys, self.values, strict=False):
-            both, more = layer.with_query(both, residual, count, keys, values, mask, self.temperature, bias)
+            both, more = layer.with_query(both, residual, keys, values, mask, self.temperature)
             residual = layer.pending_residual(more)
-        x, q = scaled_sum(both, residual).tensor_split([n_rows])
-        key, value, *_ = last.keys_values(x.unflatten(0, count))
+        key, value, _, query = last.keys_values(both, residual, n_queries=1)
         self.keys[-1][:, :, start:], self.values[-1][:, :, start:] = key, value
-        return q[:, None]
+        return query
 
 
 def _with_space(parts: Sequence[Tensor], more: int, rows: Tensor | None) -> list[Tensor]:
