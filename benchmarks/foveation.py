@@ -133,7 +133,7 @@ def larger(frame_px: int, rounds: int, *, frames: int) -> Iterator[Measurement]:
         "foveation", f"cost_{name}_vs_224", gflop[0], "GFLOP", f"224 px, {frames} frames: {gflop[1]:.1f} GFLOP", gflop[0] / gflop[1]
     )
     seconds = side_by_side({"large": besides_downscaling(model, batch), "small": besides_downscaling(small, usual)}, rounds=rounds)
-    # by itself: it reads all pixels of the frames, and whatever ran after it would find the processor's caches cold
+    # by itself, so that the two are timed one directly after the other
     downscaling = side_by_side({"": lambda: downscale(batch.frames, glance.shrink)}, rounds=min(rounds, 5))[""]
     against = f"besides downscaling, {downscaling / frames * 1000:.1f} ms a frame; 224 px: {seconds['small']:.2f} s"
     yield Measurement("foveation", f"seconds_{name}_vs_224", seconds["large"], "s", against, seconds["large"] / seconds["small"])
