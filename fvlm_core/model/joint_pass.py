@@ -43,7 +43,7 @@ class JointPass:
         """
         (rows, n), start = x.shape[:2], self.length
         self.length += n
-        mask = x.new_full((rows, 1, n + 1, self.length), -torch.inf)
+        mask = self._keys[0].new_full((rows, 1, n + 1, self.length), -torch.inf)
         mask[:, :, :n, : self.n_glance] = 0
         mask[:, :, :n, start:].masked_fill_(siblings, 0)
         mask[:, :, n:] = bias
