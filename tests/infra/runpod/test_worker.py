@@ -238,6 +238,7 @@ def test_a_killed_worker_is_followed_by_another_or_by_the_reaper_alone(rig: Rig)
     rig.emulator.cloud.pods[reaped.id].container.pause()
     gone_pods = {run.id: pods_of(rig, run)[0] for run in (vanished, unstarted)}
     for gone_pod in gone_pods.values():
+        rig.emulator.cloud.pods[gone_pod.id].container.kill()  # ended by a signal, its run would report that itself
         rig.client.terminate(gone_pod.id)
     name = PodName.parse(reaped.name)
     assert name is not None
