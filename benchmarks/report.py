@@ -60,8 +60,8 @@ def show(measurements: Iterable[Measurement], *, as_json: bool) -> None:
 def side_by_side(functions: Mapping[str, Callable[[], Any]], *, rounds: int = 5) -> dict[str, float]:
     """Return the median seconds of each function after one warm-up.
 
-    Functions run in turn, so that drift of the machine affects all alike, and every second round backwards, so that none always runs after
-    one that leaves the caches cold.
+    Functions run in turn, so that drift of the machine affects all alike, and every second round backwards, so that none always follows
+    the same one.
     """
     for function in functions.values():
         function()
